@@ -1,0 +1,60 @@
+"""Flux Kontext image generation and style transfer for Prefect.
+
+Names load on first use: the client, the models and the command line start without Prefect.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.api.cadence import PollingCadence
+    from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.credentials import FluxKontextCredentials
+    from prefect_flux_kontext.models import (
+        GenerationRequest,
+        GenerationResult,
+        GenerationTask,
+        StoredImage,
+    )
+    from prefect_flux_kontext.tasks import (
+        persist_images,
+        submit_generation,
+        wait_for_generation,
+    )
+
+__all__ = [
+    "FluxKontextClient",
+    "FluxKontextCredentials",
+    "GenerationRequest",
+    "GenerationResult",
+    "GenerationTask",
+    "PollingCadence",
+    "StoredImage",
+    "persist_images",
+    "submit_generation",
+    "wait_for_generation",
+]
+
+_HOMES = {
+    "api.cadence": ("PollingCadence",),
+    "api.client": ("FluxKontextClient",),
+    "credentials": ("FluxKontextCredentials",),
+    "models": ("GenerationRequest", "GenerationResult", "GenerationTask", "StoredImage"),
+    "tasks": ("persist_images", "submit_generation", "wait_for_generation"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # `prefect block register -m` looks for Blocks among these names.
+    return [*__all__, "__version__"]

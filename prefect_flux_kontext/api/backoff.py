@@ -1,0 +1,45 @@
+"""How long to stay away after a request went wrong."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+LONGEST_RETRY_AFTER = 300.0
+
+
+def jittered(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float:
+    """Seconds to wait before trying again: full jitter below a doubling ceiling.
+
+    Args:
+        attempt: How often it went wrong so far, from 1.
+        base: The first ceiling, in seconds.
+        longest: The ceiling's own ceiling, in seconds.
+    """
+    ceiling = min(longest, base * 2 ** min(attempt - 1, 16))
+    return random.uniform(ceiling / 4, ceiling)
+
+
+def retry_after_seconds(header: str | None) -> float | None:
+    """Read a `Retry-After` header, in seconds or as an HTTP date.
+
+    Returns:
+        Seconds between 0 and 300, or None where the header is absent or makes no sense.
+        More than 300 is cut to it: a mistaken header must not park a batch for days.
+    """
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            moment = parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        seconds = (moment - datetime.now(UTC)).total_seconds()
+    if not seconds >= 0:  # negative, or not a number
+        return None
+    return min(seconds, LONGEST_RETRY_AFTER)

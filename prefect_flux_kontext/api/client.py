@@ -1,0 +1,288 @@
+"""The service's three requests on httpx, kept within the account's limits."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx
+from pydantic import SecretStr
+
+from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
+from prefect_flux_kontext.api.governor import Governor, shared_governor
+from prefect_flux_kontext.api.replies import (
+    read_balance,
+    read_envelope,
+    read_status,
+    read_task_id,
+)
+from prefect_flux_kontext.errors import (
+    ApiError,
+    ConfigurationError,
+    FluxKontextError,
+    NotConnectedError,
+    RateLimitedError,
+    ReplyLostError,
+)
+from prefect_flux_kontext.models import GenerationTask
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Awaitable, Callable
+
+    from prefect_flux_kontext.models import GenerationRequest, TaskStatus
+
+logger = logging.getLogger(__name__)
+
+_SUBMIT = "/api/v1/generateTask/flux-kontext"
+_STATUS = "/api/v1/statusTask/flux-kontext"
+_BALANCE = "/api/v1/apikeys/current-balance"
+
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_CONNECT_ATTEMPTS = 6
+_LARGEST_REPLY = 4 * 2**20
+
+# A submit whose reply does not come may be billed without our knowing, so patience is cheap.
+_TIMEOUTS = httpx.Timeout(connect=10, read=60, write=60, pool=60)
+_LONGEST_REQUEST = 120.0
+
+# At full speed 33 submits and some 130 polls a second of 0.1 to 0.5 s each are under way. An
+# idle connection is dropped after 2 s, before servers do (5 s and up): a request sent into a
+# connection that is just being closed has an unknown fate.
+_POOL = httpx.Limits(max_connections=128, max_keepalive_connections=128, keepalive_expiry=2)
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """The process's one TLS context: making one reads all certificates, some 20 ms."""
+    return httpx.create_ssl_context()
+
+
+class FluxKontextClient:
+    """The Flux Kontext service: submit a generation, ask how it is doing, read the balance.
+
+    Every request is kept within the account's limits by a governor that all clients of the
+    account in this process share, and a 429 is waited out, never raised. Use it as an async
+    context manager, on the event loop that it was entered on.
+
+    Args:
+        api_key: The account's key.
+        base_url: Where the service is, without a path.
+        requests_per_minute: The account's limit, submits and polls together.
+        concurrent_tasks: The account's limit of tasks running at once.
+        transport: Another way to reach the service than the network, for tests.
+        governor: Another governor than the account's shared one.
+
+    Raises:
+        ConfigurationError: The key or the base URL cannot be right.
+
+    Example:
+        async with FluxKontextClient("key", base_url="http://127.0.0.1:8765") as client:
+            task = await client.submit(GenerationRequest(prompt="a lighthouse at dusk"))
+            status = await client.status(task.task_id)
+    """
+
+    def __init__(
+        self,
+        api_key: str | SecretStr,
+        *,
+        base_url: str = "https://api.apixo.ai",
+        requests_per_minute: int = 10_000,
+        concurrent_tasks: int = 1_000,
+        transport: httpx.AsyncBaseTransport | None = None,
+        governor: Governor | None = None,
+    ) -> None:
+        self._key = _checked_key(api_key)
+        self.base_url = _checked_base_url(base_url)
+        self.governor = governor or shared_governor(
+            self.base_url,
+            self._key,
+            requests_per_minute=requests_per_minute,
+            concurrent_tasks=concurrent_tasks,
+        )
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url,
+            headers={
+                "Authorization": f"Bearer {self._key}",
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+            },
+            timeout=_TIMEOUTS,
+            limits=_POOL,
+            transport=transport,
+            verify=tls_context() if self.base_url.startswith("https") else False,
+        )
+
+    def __repr__(self) -> str:
+        return f"FluxKontextClient(base_url={self.base_url!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def submit(
+        self,
+        request: GenerationRequest,
+        *,
+        before_post: Callable[[], Awaitable[None]] | None = None,
+    ) -> GenerationTask:
+        """Submit a generation; from the reply on it is billed.
+
+        The POST is repeated only when it is known not to have been accepted: when the
+        connection was never made (up to six times) or the service answered 429 (for ever).
+
+        Args:
+            request: What to make.
+            before_post: Awaited right before each POST, when the limits allow it: the last
+                moment to raise and send nothing.
+
+        Raises:
+            RefusedError: The service refused it (4xx): not accepted, costs nothing.
+            NotConnectedError: The service cannot be reached: not accepted.
+            ReplyLostError: The reply was lost: it may have been accepted and billed.
+            ServiceTroubleError: A 5xx: it may have been accepted and billed.
+            UnreadableReplyError: Not the contract's reply: it may have been accepted.
+        """
+        gate = self.governor.tasks
+        body = request.body()
+        unconnected = 0
+        while True:
+            await gate.enter()
+            task_id = None
+            limited = False
+            try:
+                data = await self._ask("POST", _SUBMIT, before=before_post, json=body)
+                task_id = read_task_id(data)
+            except RateLimitedError:
+                limited = True
+            except NotConnectedError:
+                unconnected += 1
+                if unconnected == _CONNECT_ATTEMPTS:
+                    raise
+            finally:
+                if task_id is not None:
+                    gate.accepted(task_id)
+                elif limited:
+                    gate.refused()
+                else:
+                    gate.not_accepted()
+            if task_id is not None:
+                return GenerationTask(task_id=task_id, request=request)
+            if not limited:
+                await asyncio.sleep(jittered(unconnected))
+
+    async def status(self, task_id: str) -> TaskStatus:
+        """Ask how a task is doing. Costs one request of the account's budget.
+
+        Raises:
+            ApiError: The request went wrong; where the error is `retryable`, ask again.
+        """
+        while True:
+            try:
+                data = await self._ask("GET", _STATUS, task_id=task_id, params={"taskId": task_id})
+            except RateLimitedError:
+                continue  # the governor keeps the next request back
+            return read_status(data, task_id=task_id)
+
+    async def balance(self) -> float:
+        """The account's balance in dollars.
+
+        Raises:
+            ApiError: The request went wrong, or the reply holds no number.
+        """
+        while True:
+            try:
+                return read_balance(await self._ask("GET", _BALANCE))
+            except RateLimitedError:
+                continue
+
+    async def _ask(self, method: str, path: str, *, task_id: str | None = None, **how: Any) -> Any:
+        """Send one request when the budget allows it, and return the reply's `data`."""
+        await self.governor.requests.take()
+        try:
+            status, headers, body = await self._exchange(method, path, **how)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            failure = self._transport_error(error, task_id)
+        else:
+            try:
+                data = read_envelope(
+                    status,
+                    body,
+                    retry_after=retry_after_seconds(headers.get("Retry-After")),
+                    task_id=task_id,
+                )
+            except RateLimitedError as error:
+                self.governor.refused(error.retry_after)
+                raise
+            except ApiError as error:
+                self.governor.heard()
+                self._hide_the_key(error)
+                raise
+            self.governor.heard()
+            return data
+        # Raised here, outside the handler: httpx's error carries the key in its request.
+        raise failure
+
+    async def _exchange(
+        self, method: str, path: str, **how: Any
+    ) -> tuple[int, httpx.Headers, bytes]:
+        body = bytearray()
+        async with (
+            asyncio.timeout(_LONGEST_REQUEST),
+            self._http.stream(method, path, **how) as response,
+        ):
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > _LARGEST_REPLY:
+                    break
+        return response.status_code, response.headers, bytes(body[: _LARGEST_REPLY + 1])
+
+    def _transport_error(self, error: Exception, task_id: str | None) -> ApiError:
+        told = f"{type(error).__name__}: {error}".rstrip(": ").replace(self._key, "***")
+        if isinstance(error, _NEVER_SENT):
+            return NotConnectedError(
+                f"Could not connect to {self.base_url} ({told}). Nothing was sent; check "
+                "FLUX_KONTEXT_BASE_URL and the network.",
+                task_id=task_id,
+            )
+        return ReplyLostError(
+            f"The request to {self.base_url} was sent, but no whole reply came ({told}).",
+            task_id=task_id,
+        )
+
+    def _hide_the_key(self, error: FluxKontextError) -> None:
+        if self._key in error.message:
+            error.message = error.message.replace(self._key, "***")
+            error.args = (error.message,)
+
+
+def _checked_key(api_key: str | SecretStr) -> str:
+    key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigurationError(
+            "The API key is empty or has characters that no key has. Set FLUX_KONTEXT_API_KEY "
+            "or the Block's api_key."
+        )
+    return key
+
+
+def _checked_base_url(base_url: str) -> str:
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
+        raise ConfigurationError(
+            f"The base URL {base_url!r} is not of the form https://host[:port]. Set "
+            "FLUX_KONTEXT_BASE_URL or the Block's base_url."
+        )
+    return base_url.rstrip("/")

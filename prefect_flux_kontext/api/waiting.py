@@ -1,0 +1,102 @@
+"""The deferred wait: ask at the configured cadence until a task ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.api.backoff import jittered
+from prefect_flux_kontext.errors import (
+    ApiError,
+    GenerationFailedError,
+    GenerationTimeoutError,
+    NotFoundError,
+)
+from prefect_flux_kontext.models import GenerationResult, utc_now
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.api.cadence import PollingCadence
+    from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.models import GenerationTask, TaskStatus
+
+logger = logging.getLogger(__name__)
+
+_UNKNOWN_AT_FIRST = 60.0
+"""Seconds for which a new task may still be unknown to the service that accepted it."""
+
+
+async def wait_until_ended(
+    client: FluxKontextClient, task: GenerationTask, cadence: PollingCadence
+) -> GenerationResult:
+    """Wait for a task to end, holding no thread.
+
+    The first look comes `cadence.initial_delay` seconds after the submit, further ones every
+    `cadence.interval`. A status request that fails in a way that may pass (5xx, a lost or
+    unreadable reply) is asked again with growing pauses.
+
+    Returns:
+        The result, with at least one URL.
+
+    Raises:
+        GenerationFailedError: The service gave up on the task.
+        GenerationTimeoutError: It did not end within `cadence.timeout` seconds. It is paid
+            for all the same: wait again for the same task id later.
+        RefusedError: The service refuses to tell (4xx).
+    """
+    client.governor.tasks.watched(task.task_id)
+    try:
+        async with asyncio.timeout(cadence.timeout):
+            status = await _last_status(client, task, cadence)
+    except TimeoutError:
+        timed_out = True
+    else:
+        timed_out = False
+    finally:
+        client.governor.tasks.ended(task.task_id)
+    if timed_out:
+        raise GenerationTimeoutError(
+            f"Task {task.task_id} did not end within {cadence.timeout:g} s. It is paid for and "
+            "may still end: wait for the same task id again, which costs nothing.",
+            task_id=task.task_id,
+        )
+    if status.state == "failed":
+        raise GenerationFailedError(
+            f"Task {task.task_id} failed: {status.fail_code or 'no fail code'}: "
+            f"{status.fail_message or 'no message'}",
+            task_id=task.task_id,
+            code=status.fail_code,
+        )
+    return GenerationResult(
+        task_id=task.task_id,
+        result_urls=status.result_urls,
+        request=task.request,
+        submitted_at=task.submitted_at,
+        completed_at=status.completed_at,
+        generation_seconds=status.generation_seconds,
+    )
+
+
+async def _last_status(
+    client: FluxKontextClient, task: GenerationTask, cadence: PollingCadence
+) -> TaskStatus:
+    age = max(0.0, (utc_now() - task.submitted_at).total_seconds())
+    began = asyncio.get_running_loop().time()
+    await asyncio.sleep(max(0.0, cadence.initial_delay - age))
+    troubles = 0
+    while True:
+        try:
+            status = await client.status(task.task_id)
+        except ApiError as error:
+            waited = asyncio.get_running_loop().time() - began
+            unknown_yet = isinstance(error, NotFoundError) and age + waited < _UNKNOWN_AT_FIRST
+            if not (error.retryable or unknown_yet):
+                raise
+            troubles += 1
+            logger.debug("Task %s: asking again after %s", task.task_id, error)
+            await asyncio.sleep(max(cadence.interval, jittered(troubles)))
+        else:
+            if status.state in ("success", "failed"):
+                return status
+            troubles = 0
+            await asyncio.sleep(cadence.interval)

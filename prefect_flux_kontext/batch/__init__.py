@@ -1,0 +1,1 @@
+"""Doing it: a whole manifest, in waves."""

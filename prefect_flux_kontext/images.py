@@ -1,0 +1,73 @@
+"""Is this a whole image of the promised kind? Judged by its bytes, never by its name."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from PIL import Image
+
+from prefect_flux_kontext.errors import InvalidImageError
+
+ImageFormat = Literal["jpeg", "png", "webp"]
+
+EXTENSIONS: dict[ImageFormat, str] = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+"""The file name extension of each kind."""
+
+MOST_PIXELS = 64_000_000
+"""A picture of more pixels is refused before it is decoded: it may be a bomb."""
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What an image's bytes say about it; width and height in pixels."""
+
+    format: ImageFormat
+    width: int
+    height: int
+
+
+def inspect_image(data: bytes, *, expected: ImageFormat | None = None) -> ImageInfo:
+    """Decode the whole image, in memory.
+
+    Decoding alone accepts some truncated files, so the format's own end mark is looked for too.
+
+    Args:
+        data: The bytes of the file.
+        expected: The kind it must be; None allows JPEG, PNG and WebP.
+
+    Raises:
+        InvalidImageError: It is no whole JPEG, PNG or WebP, not the expected kind, or larger
+            than 64 million pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            kind = cast("ImageFormat", str(image.format).lower())
+            width, height = image.size
+            if width * height <= MOST_PIXELS:
+                image.load()
+    except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
+        raise InvalidImageError(
+            f"The {len(data):,} bytes are not a whole image ({error}); they start with "
+            f"{data[:16]!r}."
+        ) from None
+    if width * height > MOST_PIXELS:
+        raise InvalidImageError(
+            f"The image has {width} x {height} pixels; at most {MOST_PIXELS:,} are decoded."
+        )
+    if not _has_its_end(data, kind):
+        raise InvalidImageError(f"The {kind.upper()} is cut off after {len(data):,} bytes.")
+    if expected is not None and kind != expected:
+        raise InvalidImageError(
+            f"The image is a {kind.upper()}, not the {expected.upper()} asked."
+        )
+    return ImageInfo(format=kind, width=width, height=height)
+
+
+def _has_its_end(data: bytes, kind: ImageFormat) -> bool:
+    if kind == "jpeg":
+        return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+    if kind == "png":
+        return data.rstrip(b"\0\r\n ").endswith(b"IEND\xaeB`\x82")
+    return int.from_bytes(data[4:8], "little") + 8 <= len(data)

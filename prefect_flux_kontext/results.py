@@ -1,0 +1,132 @@
+"""From a result's URLs to checked images in their place."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import TYPE_CHECKING
+
+import httpx
+
+from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
+from prefect_flux_kontext.api.client import tls_context
+from prefect_flux_kontext.errors import DownloadError, InvalidImageError
+from prefect_flux_kontext.images import EXTENSIONS, ImageInfo, inspect_image
+from prefect_flux_kontext.models import StoredImage
+from prefect_flux_kontext.storage import safe_name
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.models import GenerationResult
+    from prefect_flux_kontext.storage import OutputFolder
+
+_ATTEMPTS = 6
+_LARGEST_IMAGE = 50 * 2**20
+_LONGEST_DOWNLOAD = 300.0
+
+# At full speed 33 images a second of about a second each: 64 leave room for slow ones.
+_POOL = httpx.Limits(max_connections=64, max_keepalive_connections=64, keepalive_expiry=2)
+_TIMEOUTS = httpx.Timeout(connect=10, read=30, write=30, pool=None)
+
+
+def download_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+    """A client for results, apart from the API's: it holds no key, and never slows submits."""
+    return httpx.AsyncClient(
+        timeout=_TIMEOUTS,
+        limits=_POOL,
+        transport=transport,
+        verify=tls_context(),
+        headers={"Accept-Encoding": "identity"},
+        follow_redirects=True,
+        max_redirects=3,
+    )
+
+
+async def persist_result(
+    result: GenerationResult, output: OutputFolder, http: httpx.AsyncClient, *, name: str
+) -> list[StoredImage]:
+    """Download every image of a result, check it and put it in its place.
+
+    Args:
+        result: What came of the task.
+        output: Where the images go.
+        http: A client made by `download_client`.
+        name: File name without extension; a second image gets `-2` after it, and so on.
+
+    Returns:
+        One record for each image, in the order of the result's URLs.
+
+    Raises:
+        DownloadError: A URL could not be fetched, after several attempts.
+        InvalidImageError: What it serves is not a whole image of the kind asked for.
+        StorageError: The output refused the file.
+    """
+    stored = []
+    for number, url in enumerate(result.result_urls, start=1):
+        data, image = await _download(result, url, http)
+        suffix = "" if number == 1 else f"-{number}"
+        file_name = f"{safe_name(name)}{suffix}.{EXTENSIONS[image.format]}"
+        stored.append(
+            StoredImage(
+                uri=await output.write(file_name, data),
+                task_id=result.task_id,
+                format=image.format,
+                size=len(data),
+                sha256=await asyncio.to_thread(_sha256, data),
+                width=image.width,
+                height=image.height,
+            )
+        )
+    return stored
+
+
+async def _download(
+    result: GenerationResult, url: str, http: httpx.AsyncClient
+) -> tuple[bytes, ImageInfo]:
+    expected = result.request.output_format if result.request else None
+    attempt = 0
+    while True:
+        attempt += 1
+        failure: DownloadError | InvalidImageError
+        try:
+            data = await _fetch(http, url)
+            return data, await asyncio.to_thread(inspect_image, data, expected=expected)
+        except (DownloadError, InvalidImageError) as error:
+            failure = error
+        if attempt == _ATTEMPTS:
+            break
+        await asyncio.sleep(jittered(attempt))
+    raise type(failure)(
+        f"Task {result.task_id} is paid for, but its result {_without_query(url)} cannot be "
+        f"stored after {attempt} attempts: {failure.message}",
+        task_id=result.task_id,
+        code=failure.code,
+    )
+
+
+async def _fetch(http: httpx.AsyncClient, url: str) -> bytes:
+    data = bytearray()
+    try:
+        async with asyncio.timeout(_LONGEST_DOWNLOAD), http.stream("GET", url) as response:
+            if response.status_code == httpx.codes.OK:
+                async for chunk in response.aiter_raw():
+                    data += chunk
+                    if len(data) > _LARGEST_IMAGE:
+                        raise DownloadError(f"The result is larger than {_LARGEST_IMAGE:,} bytes.")
+                return bytes(data)
+            status = response.status_code
+            wait = retry_after_seconds(response.headers.get("Retry-After"))
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        told = f"{type(error).__name__} after {len(data):,} bytes"
+    else:
+        told = f"HTTP {status}"
+        if wait:
+            await asyncio.sleep(wait)
+    raise DownloadError(f"The download failed: {told}.", code=None)
+
+
+def _without_query(url: str) -> str:
+    return url.partition("?")[0][:200]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

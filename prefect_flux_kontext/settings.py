@@ -1,0 +1,45 @@
+"""Settings from the environment, all named `FLUX_KONTEXT_…`."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from prefect_flux_kontext.api.cadence import PollingCadence
+
+
+class FluxKontextSettings(BaseSettings):
+    """What the environment says. Arguments and saved Blocks win over it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FLUX_KONTEXT_", extra="ignore", env_ignore_empty=True
+    )
+
+    api_key: SecretStr | None = Field(default=None, description="The account's API key.")
+    base_url: str = Field(
+        default="https://api.apixo.ai", description="Where the service is, without a path."
+    )
+    account: str = Field(
+        default="default", description="A label for the account; it may appear in logs."
+    )
+    requests_per_minute: int = Field(
+        default=10_000, ge=1, description="The account's limit, submits and polls together."
+    )
+    concurrent_tasks: int = Field(
+        default=1_000, ge=1, description="The account's limit of tasks running at once."
+    )
+    poll_initial_delay: float = Field(
+        default=20.0, ge=0, description="Seconds from submit to the first look."
+    )
+    poll_interval: float = Field(default=3.0, gt=0, description="Seconds between further looks.")
+    poll_timeout: float = Field(
+        default=900.0, gt=0, description="Seconds to wait for a task before giving up on it."
+    )
+
+    def cadence(self) -> PollingCadence:
+        """The polling cadence that the environment asks for."""
+        return PollingCadence(
+            initial_delay=self.poll_initial_delay,
+            interval=self.poll_interval,
+            timeout=self.poll_timeout,
+        )

@@ -1,0 +1,114 @@
+"""Files in their place on any fsspec filesystem, such that no reader ever sees half of one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from prefect_flux_kontext.errors import ConfigurationError, StorageError
+
+_LONGEST_NAME = 80
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def safe_name(text: str) -> str:
+    """A file name made from any text: no folders, no surprises, at most 93 characters.
+
+    Text that is no plain name is spelled with dashes and gets a short hash of itself, so that
+    two different texts never share a name.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:_LONGEST_NAME]
+    if plain == text and not _RESERVED.fullmatch(text):
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"{plain}-{digest}".lstrip("-")
+
+
+class OutputFolder:
+    """A folder or prefix to write to, given as an fsspec URL or a local path.
+
+    Args:
+        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`.
+
+    Raises:
+        ConfigurationError: There is no such kind of filesystem here, or the URL chains several.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        location = os.fspath(url)
+        if "::" in location or not location.strip():
+            raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(location)
+        except (ImportError, ValueError) as error:
+            raise ConfigurationError(f"The output {location!r} cannot be used: {error}") from None
+
+    def __str__(self) -> str:
+        return str(self._fs.unstrip_protocol(self._root))
+
+    async def write(self, name: str, data: bytes) -> str:
+        """Put a whole file in place, over an older one of that name, and return its URI.
+
+        Raises:
+            StorageError: The filesystem refused; no half file is left to be seen.
+        """
+        path = self._path(name)
+        try:
+            await asyncio.to_thread(_write, self._fs, path, data)
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+            raise StorageError(
+                f"The output refused {self._fs.unstrip_protocol(path)}: "
+                f"{type(error).__name__}: {error}"
+            ) from None
+        return str(self._fs.unstrip_protocol(path))
+
+    async def check_writable(self) -> None:
+        """Write and remove a probe, so that a wrong output is known before anything is paid.
+
+        Raises:
+            ConfigurationError: The folder cannot be written to.
+        """
+        probe = f".probe-{secrets.token_hex(6)}"
+        try:
+            await self.write(probe, b"")
+            await asyncio.to_thread(self._fs.rm_file, self._path(probe))
+        except (StorageError, OSError) as error:
+            raise ConfigurationError(f"{self} cannot be written to. {error}") from None
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+
+def _write(fs: Any, path: str, data: bytes) -> None:
+    if isinstance(fs, LocalFileSystem):
+        _write_local(Path(path), data)
+    else:
+        # One PUT: an object store shows the object whole or not at all.
+        fs.pipe_file(path, data)
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

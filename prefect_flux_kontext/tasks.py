@@ -1,0 +1,136 @@
+"""The three tasks for your own flows: submit, wait, persist."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
+from prefect_flux_kontext.errors import FluxKontextError
+from prefect_flux_kontext.models import (
+    GenerationRequest,
+    GenerationResult,
+    GenerationTask,
+    StoredImage,
+)
+from prefect_flux_kontext.results import download_client, persist_result
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.storage import OutputFolder
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State, TaskRun
+
+
+async def _may_pass(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+    """Retry what may pass; a failed generation, a refusal or a wrong setting stays as it is."""
+    try:
+        await state.aresult()
+    except FluxKontextError as error:
+        return error.retryable
+    except Exception:  # noqa: BLE001 - whatever else it is, trying again does not mend it
+        return False
+    return False
+
+
+@task(name="submit-generation", retries=0, cache_policy=NO_CACHE)
+async def submit_generation(
+    request: GenerationRequest, credentials: FluxKontextCredentials | str | None = None
+) -> GenerationTask:
+    """Submit one generation. From then on it is billed.
+
+    Never retried and never cached by Prefect: a repeated POST may bill twice. What is known not
+    to have been accepted (no connection, 429) is repeated inside. Keep the task it returns, or
+    just its id: it is all that is needed to wait for the result, from any flow, later.
+
+    Args:
+        request: What to make.
+        credentials: The account: a Block, the name of a saved one, or None for the environment.
+
+    Returns:
+        The accepted task.
+
+    Raises:
+        RefusedError: The service refused it (4xx): it costs nothing.
+        ReplyLostError: The reply was lost: it may have been accepted and billed. Likewise
+            ServiceTroubleError and UnreadableReplyError.
+        ConfigurationError: The credentials are missing or wrong.
+    """
+    account = await resolve_credentials(credentials)
+    async with account.get_client() as client:
+        return await client.submit(request)
+
+
+@task(
+    name="wait-for-generation",
+    retries=2,
+    retry_delay_seconds=10,
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_may_pass,
+    cache_policy=NO_CACHE,
+)
+async def wait_for_generation(
+    task: GenerationTask,
+    credentials: FluxKontextCredentials | str | None = None,
+    cadence: PollingCadence | None = None,
+) -> GenerationResult:
+    """Wait for a submitted generation to end, holding no thread.
+
+    First look after 20 s, then every 3 s, unless the cadence says otherwise. Status requests
+    that go wrong are asked again; a 429 is waited out. Waiting costs nothing, so it may be
+    repeated at will.
+
+    Args:
+        task: What `submit_generation` returned, or `GenerationTask(task_id=...)`.
+        credentials: The account: a Block, the name of a saved one, or None for the environment.
+        cadence: When to ask, and for how long; None for the environment's
+            (FLUX_KONTEXT_POLL_INITIAL_DELAY, _POLL_INTERVAL, _POLL_TIMEOUT).
+
+    Returns:
+        The result, with at least one URL that lives for some days.
+
+    Raises:
+        GenerationFailedError: The service gave up on it; `code` is its fail code.
+        GenerationTimeoutError: It did not end in time. It is paid for: wait again later.
+        RefusedError: The service refuses to tell (4xx).
+    """
+    account = await resolve_credentials(credentials)
+    async with account.get_client() as client:
+        return await wait_until_ended(client, task, cadence or FluxKontextSettings().cadence())
+
+
+@task(
+    name="persist-images",
+    retries=3,
+    retry_delay_seconds=[5, 20, 60],
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_may_pass,
+    cache_policy=NO_CACHE,
+)
+async def persist_images(
+    result: GenerationResult, output: str, name: str | None = None
+) -> list[StoredImage]:
+    """Download the images of a result, check them, and put them in their place whole.
+
+    Args:
+        result: What `wait_for_generation` returned.
+        output: Folder or prefix on any fsspec filesystem: `out/`, `s3://bucket/prefix`, ….
+        name: File name without extension; None takes the task id. A second image of the same
+            result gets `-2` after it, and so on.
+
+    Returns:
+        For each image its URI, kind, size in bytes, sha256, width and height in pixels.
+
+    Raises:
+        DownloadError: A result URL could not be fetched.
+        InvalidImageError: It does not serve a whole image of the kind asked for.
+        ConfigurationError: The output is no usable folder.
+        StorageError: The output refused the file.
+    """
+    async with download_client() as http:
+        return await persist_result(
+            result, OutputFolder(output), http, name=name or result.task_id
+        )
