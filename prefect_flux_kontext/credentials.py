@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from prefect.blocks.abstract import CredentialsBlock
+from prefect.blocks.system import Secret
 from pydantic import ConfigDict, Field, SecretStr
 
 from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.logo import LOGO_URL
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 
@@ -31,7 +31,7 @@ class FluxKontextCredentials(CredentialsBlock):
 
     _block_type_name = "Flux Kontext Credentials"
     _block_type_slug = "flux-kontext-credentials"
-    _logo_url = LOGO_URL  # type: ignore[assignment]  # Prefect's servers take any URL
+    _logo_url = Secret._logo_url  # noqa: SLF001 - Prefect draws it for keys
     _documentation_url = "https://apixo.ai/docs/models/image/flux-kontext"  # type: ignore[assignment]
 
     model_config = ConfigDict(extra="forbid")
@@ -91,19 +91,4 @@ async def resolve_credentials(
             raise ConfigurationError(
                 f"No saved Block flux-kontext-credentials/{credentials}: {error}"
             ) from None
-    return credentials_from_environment()
-
-
-def credentials_from_environment() -> FluxKontextCredentials:
-    """The account that the environment names.
-
-    Raises:
-        ConfigurationError: FLUX_KONTEXT_API_KEY is not set.
-    """
-    api_key = FluxKontextSettings().api_key
-    if api_key is None:
-        raise ConfigurationError(
-            "No API key: set FLUX_KONTEXT_API_KEY, or pass a FluxKontextCredentials Block or "
-            "the name of a saved one."
-        )
-    return FluxKontextCredentials(api_key=api_key)
+    return FluxKontextCredentials(api_key=FluxKontextSettings().required_api_key())

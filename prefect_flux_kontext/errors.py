@@ -83,6 +83,7 @@ class NotConnectedError(ApiError):
 
     not_accepted = True
     retryable = True
+    fatal = True
 
 
 class ReplyLostError(ApiError):

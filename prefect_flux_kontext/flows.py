@@ -113,9 +113,9 @@ async def style_transfer_batch(
     await folder.check_writable()
     logger.info("%d rows from %s, %d of them refused.", check.rows, manifest, check.refused)
 
-    async with row_runner(
-        account.get_client(), folder, cadence or FluxKontextSettings().cadence()
-    ) as runner:
+    client = account.get_client()
+    async with row_runner(client, folder, cadence or FluxKontextSettings().cadence()) as runner:
+        await client.check()
         summary = await run_waves(
             rows,
             runner,

@@ -6,6 +6,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.errors import ConfigurationError
 
 
 class FluxKontextSettings(BaseSettings):
@@ -35,6 +36,19 @@ class FluxKontextSettings(BaseSettings):
     poll_timeout: float = Field(
         default=900.0, gt=0, description="Seconds to wait for a task before giving up on it."
     )
+
+    def required_api_key(self) -> SecretStr:
+        """The API key.
+
+        Raises:
+            ConfigurationError: FLUX_KONTEXT_API_KEY is not set.
+        """
+        if self.api_key is None:
+            raise ConfigurationError(
+                "No API key: set FLUX_KONTEXT_API_KEY. In a flow, a FluxKontextCredentials Block "
+                "or the name of a saved one does as well."
+            )
+        return self.api_key
 
     def cadence(self) -> PollingCadence:
         """The polling cadence that the environment asks for."""

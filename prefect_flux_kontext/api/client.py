@@ -25,6 +25,7 @@ from prefect_flux_kontext.errors import (
     NotConnectedError,
     RateLimitedError,
     ReplyLostError,
+    UnauthorizedError,
 )
 from prefect_flux_kontext.models import GenerationTask
 
@@ -41,7 +42,7 @@ _STATUS = "/api/v1/statusTask/flux-kontext"
 _BALANCE = "/api/v1/apikeys/current-balance"
 
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-_CONNECT_ATTEMPTS = 6
+_CONNECT_ATTEMPTS = 8
 _LARGEST_REPLY = 4 * 2**20
 
 # A submit whose reply does not come may be billed without our knowing, so patience is cheap.
@@ -137,7 +138,7 @@ class FluxKontextClient:
         """Submit a generation; from the reply on it is billed.
 
         The POST is repeated only when it is known not to have been accepted: when the
-        connection was never made (up to six times) or the service answered 429 (for ever).
+        connection was never made (up to eight times, in about a minute) or the service answered 429 (for ever).
 
         Args:
             request: What to make.
@@ -204,9 +205,37 @@ class FluxKontextClient:
             except RateLimitedError:
                 continue
 
-    async def _ask(self, method: str, path: str, *, task_id: str | None = None, **how: Any) -> Any:
+    async def check(self) -> float | None:
+        """Make sure that the service is there and knows the key, before anything is paid.
+
+        Returns:
+            The balance in dollars, or None where the service does not tell it.
+
+        Raises:
+            NotConnectedError: Nothing answers at the base URL.
+            UnauthorizedError: The key is missing or invalid.
+        """
+        try:
+            return await self.balance()
+        except (NotConnectedError, UnauthorizedError):
+            raise
+        except ApiError as error:
+            logger.debug("The balance is not to be had: %s", error)
+            return None
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        task_id: str | None = None,
+        before: Callable[[], Awaitable[None]] | None = None,
+        **how: Any,
+    ) -> Any:
         """Send one request when the budget allows it, and return the reply's `data`."""
         await self.governor.requests.take()
+        if before is not None:
+            await before()
         try:
             status, headers, body = await self._exchange(method, path, **how)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:

@@ -1,0 +1,47 @@
+"""The command line `flux-kontext`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext import __version__
+from prefect_flux_kontext.cli import demo, run, sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COULD_NOT_START = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    0: all rows stored. 1: some rows failed. 2: the run could not start. 130: interrupted.
+    """
+    from prefect_flux_kontext.errors import FluxKontextError  # noqa: PLC0415 - keeps --help quick
+
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.func(options))
+    except FluxKontextError as error:
+        print(f"flux-kontext: {error}", file=sys.stderr)
+        return COULD_NOT_START
+    except KeyboardInterrupt:
+        print("flux-kontext: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flux-kontext",
+        description="Restyle whole manifests of images with the Flux Kontext API.",
+        epilog="The account comes from FLUX_KONTEXT_API_KEY and FLUX_KONTEXT_BASE_URL.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (run, sandbox, demo):
+        command.add_parser(commands)
+    return parser
