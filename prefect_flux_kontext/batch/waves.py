@@ -63,13 +63,16 @@ async def run_waves(
             room.release()
 
     rows = manifest.rows()
-    async with asyncio.TaskGroup() as group:
-        for number in itertools.count(1):
-            await room.acquire()
-            block = await asyncio.to_thread(lambda: list(itertools.islice(rows, WAVE_ROWS)))
-            if not block or runner.stopped:
-                break
-            group.create_task(run(Wave(number, block)))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in itertools.count(1):
+                await room.acquire()
+                block = await asyncio.to_thread(lambda: list(itertools.islice(rows, WAVE_ROWS)))
+                if not block or runner.stopped:
+                    break
+                group.create_task(run(Wave(number, block)))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     summary.seconds = loop.time() - began
     if runner.stopped is not None:
         raise BatchStoppedError(f"{runner.stopped} Until then: {summary}.")

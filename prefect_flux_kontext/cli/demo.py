@@ -67,12 +67,12 @@ def run(options: argparse.Namespace) -> int:
     rows = [_row_of(photo, pictures) for photo in photos]
     complete = all(path.exists() for row in rows for path in row.values())
     if complete:
-        _draw_sheet(rows, folder / "contact-sheet.jpg")
+        _draw_sheet(rows, folder / "contact-sheet.png")
     print(f"""
 {report["summary"]}
 The sandbox's bill: {spent["accepted"]} tasks, ${spent["dollars"]} of play money.
 
-Look at      {folder / "contact-sheet.jpg"}
+Look at      {folder / "contact-sheet.png"}
 Pictures     {pictures}
 Manifest     {manifest}
 Run page     {server.url}/runs/flow-run/{report["flow_run_id"]}
@@ -123,4 +123,4 @@ def _row_of(photo: Path, pictures: Path) -> dict[str, Path]:
 def _draw_sheet(rows: Sequence[dict[str, Path]], path: Path) -> None:
     from prefect_flux_kontext.report.contact_sheet import contact_sheet  # noqa: PLC0415
 
-    contact_sheet(rows).save(path, quality=88)
+    contact_sheet(rows).save(path)
