@@ -1,0 +1,41 @@
+# Everything runs in .venv, made from constraints.txt on first use.
+# Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check format clean
+
+demo: .venv/installed ## restyle six photographs in five styles, look at demo/contact-sheet.png
+	@$(BIN)/flux-kontext demo demo
+
+test: .venv/installed-dev ## run all tests, with branch coverage
+	@$(BIN)/pytest --cov --cov-report=term
+
+check: .venv/installed-dev ## linters and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/installed-dev ## put the code into the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## forget the environment and what the demo made
+	rm -rf .venv demo dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; this one is %s. Name another: make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/python pyproject.toml constraints.txt
+	@echo "Installing into .venv, once; this takes a minute …"
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/python pyproject.toml constraints.txt
+	@echo "Installing into .venv, once; this takes two minutes …"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ .venv/installed
