@@ -1,0 +1,207 @@
+"""The sandbox as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import httpx
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from prefect_flux_kontext.sandbox.callbacks import Courier
+from prefect_flux_kontext.sandbox.contract import MODEL, Refusal, failure, success
+from prefect_flux_kontext.sandbox.lifecycle import Lifecycle
+from prefect_flux_kontext.sandbox.references import BadReferenceError, References
+from prefect_flux_kontext.sandbox.service import Service
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from prefect_flux_kontext.sandbox.studio import Studio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from starlette.requests import Request
+
+_RECORDS_A_PIECE = 500
+# Not from `mimetypes`: what it knows of WebP depends on the machine.
+_MEDIA_TYPES = {
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+}
+
+
+class Sandbox:
+    """The endpoints, on top of the service and its helpers.
+
+    Attributes:
+        settings: How it behaves.
+        service: The state machine, for those who share the process.
+        app: The ASGI application. It works without its lifespan being run.
+    """
+
+    def __init__(self, settings: SandboxSettings) -> None:
+        self.settings = settings
+        self.app = Starlette(
+            # The two that matter for speed come first.
+            routes=[
+                Route("/api/v1/statusTask/{model}", self._status),
+                Route("/api/v1/generateTask/{model}", self._submit, methods=["POST"]),
+                Route("/results/{task_id}/{name}", self._result),
+                Route("/references/{name:path}", self._reference),
+                Route("/references", self._list_references),
+                Route("/api/v1/apikeys/current-balance", self._balance),
+                Route("/sandbox/bill", self._bill),
+                Route("/sandbox/tasks", self._tasks),
+                Route("/sandbox/reset", self._reset, methods=["POST"]),
+            ],
+            exception_handlers={Refusal: _refused, HTTPException: _unserved},
+            lifespan=self._lifespan,
+        )
+        own = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
+        self.service = Service(settings)
+        self._references = References(own, settings.fetch_timeout)
+        self._studio = Studio(self._references, settings.long_edge)
+        courier = Courier(settings.callback_timeout, settings.callback_delay_scale)
+        self._lifecycle = Lifecycle(self.service, self._references, courier)
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        yield
+        self._lifecycle.stop()
+
+    async def _submit(self, request: Request) -> Response:
+        key = self._api_key(request)
+        _check_model(request)
+        body = await request.body()
+        task = self.service.submit(key, _json(body), _base_url(request))
+        self._lifecycle.begin(task)
+        return JSONResponse(success({"taskId": task.task_id}))
+
+    async def _status(self, request: Request) -> Response:
+        key = self._api_key(request)
+        _check_model(request)
+        task = self.service.status(key, request.query_params.get("taskId"))
+        return JSONResponse(success(task.status(self.service.now(), self.service.epoch)))
+
+    async def _balance(self, request: Request) -> Response:
+        micro_dollars = self.service.balance(self._api_key(request))
+        return JSONResponse(success({"balance": micro_dollars / 1_000_000, "currency": "USD"}))
+
+    async def _result(self, request: Request) -> Response:
+        task = self.service.result(request.path_params["task_id"], request.url.path)
+        try:
+            picture = await self._studio.picture(task)
+        except BadReferenceError as error:
+            raise Refusal(502, "reference lost", str(error)) from error
+        return Response(picture, media_type=f"image/{task.input.output_format}")
+
+    async def _reference(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        content = await asyncio.to_thread(_read_inside, self.settings.references, name)
+        if content is None:
+            raise HTTPException(404)
+        suffix = PurePath(name).suffix.lower()
+        return Response(content, media_type=_MEDIA_TYPES.get(suffix, "application/octet-stream"))
+
+    async def _list_references(self, request: Request) -> Response:
+        names = await asyncio.to_thread(_names_inside, self.settings.references)
+        base = f"{_base_url(request)}/references/"
+        return JSONResponse([{"name": name, "url": base + quote(name)} for name in names])
+
+    async def _bill(self, _request: Request) -> Response:
+        return JSONResponse(self.service.bill())
+
+    async def _tasks(self, _request: Request) -> Response:
+        return StreamingResponse(self._record_lines(), media_type="application/x-ndjson")
+
+    async def _record_lines(self) -> AsyncIterator[str]:
+        piece = []
+        for record in self.service.records():
+            piece.append(json.dumps(record) + "\n")
+            if len(piece) == _RECORDS_A_PIECE:
+                yield "".join(piece)
+                piece.clear()
+        yield "".join(piece)
+
+    async def _reset(self, _request: Request) -> Response:
+        self._lifecycle.stop()
+        self._references.forget()
+        self._studio.forget()
+        self.service.reset()
+        return JSONResponse(self.service.bill())
+
+    def _api_key(self, request: Request) -> str:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = key.strip()
+        if scheme.lower() != "bearer" or not key:
+            raise Refusal(401, "unauthorized", "Authorization: Bearer <API key> is required")
+        if self.settings.api_key not in (None, key):
+            raise Refusal(401, "unauthorized", "this API key is unknown")
+        return key
+
+
+def create_app(settings: SandboxSettings | None = None) -> Starlette:
+    """The sandbox as an ASGI application, for a server or for `httpx.ASGITransport`.
+
+    Args:
+        settings: How it behaves; without them, as the real service does.
+    """
+    return Sandbox(settings or SandboxSettings()).app
+
+
+def _check_model(request: Request) -> None:
+    model = request.path_params["model"]
+    if model != MODEL:
+        raise Refusal(404, "model not found", f"no model {model[:64]!r}")
+
+
+def _read_inside(folder: Path, name: str) -> bytes | None:
+    """The bytes of a file in the folder; None when there is none, or it lies outside."""
+    folder = folder.resolve()
+    try:
+        path = (folder / name).resolve()
+        return path.read_bytes() if path.is_relative_to(folder) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _names_inside(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _MEDIA_TYPES and path.is_file()
+    )
+
+
+def _json(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refusal(400, "invalid parameters", "the body is not JSON") from None
+
+
+def _base_url(request: Request) -> str:
+    return f"{request.url.scheme}://{request.headers.get('host', '')}"
+
+
+async def _refused(_request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, Refusal)  # noqa: S101 - it is registered for nothing else
+    headers = {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(refusal.retry_after)
+    return JSONResponse(failure(refusal), status_code=refusal.code, headers=headers)
+
+
+async def _unserved(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for nothing else
+    refusal = Refusal(error.status_code, error.detail.lower(), request.url.path[:200])
+    return await _refused(request, refusal)

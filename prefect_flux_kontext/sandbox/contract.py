@@ -1,0 +1,113 @@
+"""What goes over the wire: the submit body, the envelopes and the refusals.
+
+Written from the service's contract alone, not from the client in this package.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AnyHttpUrl,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+MODEL = "flux-kontext"
+
+JsonObject = dict[str, Any]
+
+_HTTP_URL = TypeAdapter(AnyHttpUrl)
+
+
+class Refusal(Exception):  # noqa: N818 - an answer, not a fault of the sandbox
+    """A request that is not served; it becomes an HTTP status with an error envelope.
+
+    Attributes:
+        code: HTTP status and `code` of the envelope.
+        message: The envelope's `message`.
+        error: The envelope's `data.error`, the detail.
+        retry_after: Whole seconds for the `Retry-After` header, or None for no header.
+    """
+
+    def __init__(
+        self, code: int, message: str, error: str, *, retry_after: int | None = None
+    ) -> None:
+        super().__init__(f"{code} {message}: {error}")
+        self.code = code
+        self.message = message
+        self.error = error
+        self.retry_after = retry_after
+
+
+class _Wire(BaseModel):
+    # Strict, because a client that sends "2" for 2 should learn it here, for $0. Fields nobody
+    # knows are accepted: the model grows, and so does its input.
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class GenerationInput(_Wire):
+    """The `input` of a submit body."""
+
+    mode: Literal["pro", "max"]
+    prompt: Annotated[str, Field(min_length=1, max_length=10_000)]
+    image_urls: list[str] = []
+    aspect_ratio: Literal["21:9", "16:9", "4:3", "1:1", "3:4", "9:16"] = "16:9"
+    output_format: Literal["jpeg", "png"] = "jpeg"
+    prompt_upsampling: bool = Field(default=False, alias="promptUpsampling")
+    enable_translation: bool = Field(default=True, alias="enableTranslation")
+    safety_tolerance: Annotated[int, Field(ge=0, le=2)] = Field(default=2, alias="safetyTolerance")
+    watermark: str | None = None
+
+
+class Submission(_Wire):
+    """A submit body."""
+
+    request_type: Literal["async", "callback"] = "async"
+    callback_url: str | None = None
+    provider: Literal["auto", "value", "official"] = "auto"
+    input: GenerationInput
+
+    @model_validator(mode="after")
+    def _callback_has_an_address(self) -> Submission:
+        if self.request_type == "callback":
+            if self.callback_url is None:
+                raise ValueError("callback_url is required when request_type is callback")
+            # The real service wants HTTPS; a receiver on loopback has none.
+            try:
+                _HTTP_URL.validate_python(self.callback_url)
+            except ValidationError:
+                raise ValueError("callback_url must be an http or https URL") from None
+        return self
+
+
+def read_submission(payload: object) -> Submission:
+    """The submit body, checked.
+
+    Raises:
+        Refusal: 400, with `error` naming the field at fault.
+    """
+    if not isinstance(payload, dict):
+        raise Refusal(400, "invalid parameters", "the body must be a JSON object")
+    try:
+        return Submission.model_validate(payload)
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False, include_context=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        text = first["msg"].removeprefix("Value error, ")
+        error = f"{field}: {text}" if field else text
+        raise Refusal(400, "invalid parameters", error) from None
+
+
+def success(data: JsonObject) -> JsonObject:
+    """The envelope of a request that was served."""
+    return {"code": 200, "message": "success", "data": data}
+
+
+def failure(refusal: Refusal) -> JsonObject:
+    """The envelope of a request that was not served."""
+    return {"code": refusal.code, "message": refusal.message, "data": {"error": refusal.error}}

@@ -1,0 +1,203 @@
+"""The service as a state machine: who may submit, what was paid, what became of it. No HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.sandbox.accounts import Account, retry_after
+from prefect_flux_kontext.sandbox.contract import Refusal, read_submission
+from prefect_flux_kontext.sandbox.latency import LatencyCurve
+from prefect_flux_kontext.sandbox.tasks import Task, dollars, fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from decimal import Decimal
+    from typing import Any
+
+    from prefect_flux_kontext.sandbox.contract import JsonObject, Submission
+    from prefect_flux_kontext.sandbox.settings import SandboxSettings
+
+
+class Service:
+    """Accounts, limits, tasks and the bill.
+
+    State follows from the clock of the event loop whenever somebody asks; nothing here waits.
+    Everything that serves requests is called on that loop; `bill` and `records` can be called
+    from any thread.
+    """
+
+    def __init__(self, settings: SandboxSettings) -> None:
+        self._settings = settings
+        self._curve = LatencyCurve(settings.mean, settings.spread)
+        self._prices = {
+            "pro": _micro_dollars(settings.price_pro),
+            "max": _micro_dollars(settings.price_max),
+        }
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.epoch = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every account, task and number."""
+        self._accounts: dict[str, Account] = {}
+        self._tasks: dict[str, Task] = {}
+        self._same_requests: Counter[bytes] = Counter()
+        self._numbers: Counter[str] = Counter()
+
+    def now(self) -> float:
+        """Loop time in seconds; add `epoch` for Unix time.
+
+        The first call must come from the loop.
+        """
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self.epoch = time.time() - self._loop.time()
+        return self._loop.time()
+
+    def submit(self, key: str, payload: Any, base_url: str) -> Task:
+        """Accepts a task and charges for it.
+
+        Args:
+            key: The API key.
+            payload: The submit body as it was read from JSON.
+            base_url: Where the sandbox was reached.
+
+        Raises:
+            Refusal: 429, 400 or 402. One refused with 429 leaves no trace but its number.
+        """
+        now = self.now()
+        account = self._account(key)
+        self._check_window(account, now, "submits_refused_requests")
+        if account.running.count(now) >= self._settings.slots:
+            self._numbers["submits_refused_slots"] += 1
+            raise Refusal(429, "too many tasks", f"{self._settings.slots} tasks are running")
+        account.window.count(now)
+        submission = read_submission(payload)
+        price = self._prices[submission.input.mode]
+        if account.balance < price:
+            raise Refusal(402, "insufficient balance", f"{dollars(account.balance)} dollars left")
+        account.balance -= price
+        task = self._new_task(key, submission, fingerprint(payload), base_url, price, now)
+        self._tasks[task.task_id] = task
+        self._numbers[f"accepted_{submission.input.mode}"] += 1
+        self._numbers["charged"] += price
+        account.running.add(task)
+        return task
+
+    def status(self, key: str, task_id: str | None) -> Task:
+        """The task, if it belongs to the key.
+
+        Raises:
+            Refusal: 429, 400 without a task id, or 404.
+        """
+        now = self.now()
+        account = self._account(key)
+        self._numbers["status_requests"] += 1
+        self._check_window(account, now, "statuses_refused")
+        account.window.count(now)
+        if not task_id:
+            raise Refusal(400, "invalid parameters", "taskId: Field required")
+        task = self._tasks.get(task_id)
+        if task is None or task.key != key:
+            raise Refusal(404, "task not found", f"no task {task_id[:64]!r}")
+        return task
+
+    def balance(self, key: str) -> int:
+        """Micro-dollars the key has left."""
+        return self._account(key).balance
+
+    def result(self, task_id: str, path: str) -> Task:
+        """The task whose picture is asked for.
+
+        Raises:
+            Refusal: 404 when there is no such picture (yet), 403 when it has expired.
+        """
+        task = self._tasks.get(task_id)
+        now = self.now()
+        if task is None or task.result_path != path or task.state(now) != "success":
+            raise Refusal(404, "not found", "no such result")
+        if now > (task.ended_at(now) or now) + self._settings.result_lifetime:
+            raise Refusal(403, "forbidden", "this result has expired")
+        return task
+
+    def references_seen(self, task: Task, error: str | None) -> None:
+        """All references of a task were looked at; `error` says what is wrong with one."""
+        task.reference_error = error
+        task.references_at = self.now()
+        self._account(task.key).running.references_seen(task)
+
+    def callback_ended(self, *, delivered: bool) -> None:
+        """A callback was delivered, or given up after the last try."""
+        self._numbers["callbacks_delivered" if delivered else "callbacks_failed"] += 1
+
+    def bill(self) -> JsonObject:
+        """What was paid and what was seen, over all API keys; peaks are those of one key."""
+        numbers, accounts = self._numbers, list(self._accounts.values())
+        return {
+            "accepted": len(self._tasks),
+            "dollars": dollars(numbers["charged"]),
+            "by_mode": {mode: numbers[f"accepted_{mode}"] for mode in self._prices},
+            "submits_refused": {
+                "requests": numbers["submits_refused_requests"],
+                "slots": numbers["submits_refused_slots"],
+            },
+            "status_requests": numbers["status_requests"],
+            "statuses_refused": numbers["statuses_refused"],
+            "peak_running": max((account.running.peak for account in accounts), default=0),
+            "peak_requests_a_minute": max(
+                (account.window.peak for account in accounts), default=0
+            ),
+            "callbacks": {
+                "delivered": numbers["callbacks_delivered"],
+                "failed": numbers["callbacks_failed"],
+            },
+        }
+
+    def records(self) -> Iterator[JsonObject]:
+        """Every accepted task in the order of acceptance, as `Task.record` tells it."""
+        for task in list(self._tasks.values()):
+            yield task.record(self.now(), self.epoch)
+
+    def _account(self, key: str) -> Account:
+        account = self._accounts.get(key)
+        if account is None:
+            balance = _micro_dollars(self._settings.balance)
+            account = self._accounts[key] = Account(balance, self._settings.requests_per_minute)
+        return account
+
+    def _check_window(self, account: Account, now: float, number: str) -> None:
+        if wait := account.window.wait(now):
+            self._numbers[number] += 1
+            limit = f"{self._settings.requests_per_minute} requests a minute"
+            raise Refusal(429, "too many requests", limit, retry_after=retry_after(wait))
+
+    def _new_task(
+        self, key: str, submission: Submission, asked: bytes, base_url: str, price: int, now: float
+    ) -> Task:
+        # The dice depend on the request and on how often it was accepted before, never on when:
+        # concurrency may reorder the submits of a run and still repeat it.
+        self._same_requests[asked] += 1
+        turn = f"{self._settings.seed}/{self._same_requests[asked]}/".encode()
+        digest = hashlib.blake2b(turn + asked, digest_size=16).hexdigest()
+        dice = random.Random(digest[16:])
+        unlucky = dice.random() < self._settings.fail_rate
+        return Task(
+            task_id=f"task_{digest[:16]}",
+            key=key,
+            submission=submission,
+            base_url=base_url,
+            price=price,
+            accepted_at=now,
+            ready_at=now + self._curve.draw(dice),
+            unlucky=unlucky,
+            references_at=None if submission.input.image_urls else now,
+        )
+
+
+def _micro_dollars(amount: Decimal) -> int:
+    return int(amount.scaleb(6))

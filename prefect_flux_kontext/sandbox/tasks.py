@@ -1,0 +1,152 @@
+"""One accepted task: its dice, its state at a moment and how it looks on the wire."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from prefect_flux_kontext.sandbox.contract import GenerationInput, JsonObject, Submission
+
+State = Literal["pending", "processing", "success", "failed"]
+
+_PENDING_SHARE = 0.1
+_NSFW = re.compile(r"\bnsfw\b", re.IGNORECASE)
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A task that was accepted, and so paid for.
+
+    Attributes:
+        task_id: `task_` and 16 hex digits.
+        key: The API key it was submitted with.
+        submission: The submit body.
+        base_url: Where the sandbox was reached, for absolute result URLs.
+        price: Micro-dollars.
+        accepted_at: Loop time in seconds.
+        ready_at: Loop time at which the latency is over.
+        unlucky: Whether the dice let the generation fail.
+        references_at: Loop time at which all references were looked at; None until then.
+        reference_error: What was wrong with a reference, or None.
+    """
+
+    task_id: str
+    key: str
+    submission: Submission
+    base_url: str
+    price: int
+    accepted_at: float
+    ready_at: float
+    unlucky: bool
+    references_at: float | None
+    reference_error: str | None = None
+
+    @property
+    def input(self) -> GenerationInput:
+        """The `input` of the submit body."""
+        return self.submission.input
+
+    @property
+    def result_path(self) -> str:
+        """The path of its only picture."""
+        kind = "jpg" if self.input.output_format == "jpeg" else "png"
+        return f"/results/{self.task_id}/1.{kind}"
+
+    def ended_at(self, now: float) -> float | None:
+        """Loop time at which it ended, or None while it runs."""
+        if now < self.ready_at or self.references_at is None:
+            return None
+        return max(self.ready_at, self.references_at)
+
+    def state(self, now: float) -> State:
+        """Its state at a loop time."""
+        if self.ended_at(now) is not None:
+            return "failed" if self.fault() else "success"
+        pending = _PENDING_SHARE * (self.ready_at - self.accepted_at)
+        return "pending" if now - self.accepted_at < pending else "processing"
+
+    def fault(self) -> tuple[str, str] | None:
+        """Fail code and message of a task that ends badly, else None."""
+        if _NSFW.search(self.input.prompt):
+            return "CONTENT_VIOLATION", "The prompt breaks the content rules."
+        if self.reference_error:
+            return "INVALID_IMAGE_URL", self.reference_error
+        if self.unlucky:
+            return "GENERATION_FAILED", "The picture could not be generated."
+        return None
+
+    def status(self, now: float, epoch: float) -> JsonObject:
+        """The `data` of a status envelope.
+
+        Args:
+            now: Loop time in seconds.
+            epoch: What added to loop time gives Unix time.
+        """
+        created = _milliseconds(self.accepted_at + epoch)
+        data: JsonObject = {
+            "taskId": self.task_id,
+            "state": self.state(now),
+            "createTime": created,
+        }
+        ended_at = self.ended_at(now)
+        if ended_at is None:
+            return data
+        # Told from the duration alone: the rounding of the start must not show in a run's repeat.
+        data["costTime"] = _milliseconds(ended_at - self.accepted_at)
+        data["completeTime"] = created + data["costTime"]
+        if fault := self.fault():
+            data["failCode"], data["failMsg"] = fault
+        else:
+            data["resultJson"] = json.dumps({"resultUrls": [self.base_url + self.result_path]})
+        return data
+
+    def record(self, now: float, epoch: float) -> JsonObject:
+        """What `GET /sandbox/tasks` tells about it."""
+        return {
+            "taskId": self.task_id,
+            "prompt": self.input.prompt,
+            "image_urls": self.input.image_urls,
+            "mode": self.input.mode,
+            "aspect_ratio": self.input.aspect_ratio,
+            "output_format": self.input.output_format,
+            "provider": self.submission.provider,
+            "callback_url": self.submission.callback_url,
+            "accepted_at": _milliseconds(self.accepted_at + epoch),
+            "state": self.state(now),
+            "price": dollars(self.price),
+        }
+
+
+def fingerprint(payload: Mapping[str, JsonObject]) -> bytes:
+    """Hashes what a valid submit body asks for, so that a run repeats.
+
+    Left out is what differs between two rehearsals of the same batch: the callback URL with its
+    token, and the host and port of the references.
+    """
+    wanted = payload["input"]
+    paths = [_path(url) for url in wanted.get("image_urls", [])]
+    identity = {**payload, "callback_url": None, "input": {**wanted, "image_urls": paths}}
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def dollars(micro_dollars: int) -> str:
+    """Micro-dollars as an exact decimal number of dollars."""
+    return f"{micro_dollars // 1_000_000}.{micro_dollars % 1_000_000:06d}"
+
+
+def _path(url: str) -> str:
+    try:
+        return urlsplit(url)._replace(scheme="", netloc="").geturl()
+    except ValueError:
+        return url
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1_000)

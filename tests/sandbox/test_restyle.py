@@ -1,0 +1,100 @@
+import io
+
+import pytest
+from PIL import Image, ImageChops, ImageStat
+
+from prefect_flux_kontext.sandbox.restyle import STYLES, paint, style_of
+from prefect_flux_kontext.sandbox.settings import PHOTOS
+
+PHOTO = (PHOTOS / "motorcycle.webp").read_bytes()
+
+
+def painted(prompt, reference=PHOTO, ratio="4:3", edge=160):
+    content = paint(
+        reference,
+        prompt,
+        style_of(prompt),
+        aspect_ratio=ratio,
+        output_format="png",
+        long_edge=edge,
+    )
+    return Image.open(io.BytesIO(content))
+
+
+def difference(one, other):
+    """Mean difference of two pictures in grey levels, 0 to 255."""
+    return sum(ImageStat.Stat(ImageChops.difference(one, other)).mean) / 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A loose WATERCOLOR of it", "watercolour"),
+        ("watercolour painting", "watercolour"),
+        ("turn this into a pencil sketch", "pencil"),
+        ("a charcoal drawing", "pencil"),
+        ("an oil painting in the style of van Gogh", "oil"),
+        ("travel poster", "poster"),
+        ("pop-art, please", "pop art"),
+        ("as an anime still", "cartoon"),
+        ("mosaic floor", "mosaic"),
+        ("a stained-glass window", "stained glass"),
+        ("film noir", "noir"),
+        ("in black and white", "noir"),
+        ("sepia, 1920s", "vintage"),
+        ("neon signs at midnight", "neon"),
+        ("make it nicer", "tint"),
+        ("boiling soil", "tint"),
+    ],
+)
+def test_words_of_the_prompt_choose_the_style(prompt, name):
+    assert style_of(prompt).name == name
+
+
+def test_prompts_without_a_style_differ_by_their_tint():
+    assert len({style_of(f"make it number {number}") for number in range(100)}) > 12
+
+
+def test_every_style_looks_different_from_the_photo_and_from_every_other():
+    pictures = {name: painted(name) for name in STYLES}
+    pictures["nothing"] = painted("make it nicer")
+    plain = Image.open(PHOTOS / "motorcycle.webp").convert("RGB").resize((160, 120))
+    names = list(pictures)
+    for at, name in enumerate(names):
+        assert difference(pictures[name], plain) > 5, name
+        for other in names[:at]:
+            assert difference(pictures[name], pictures[other]) > 5, (name, other)
+
+
+@pytest.mark.parametrize("style", [*STYLES, "plain"])
+@pytest.mark.parametrize("reference", [PHOTO, None], ids=["photo", "scene"])
+@pytest.mark.parametrize("ratio", ["21:9", "9:16"])
+def test_every_style_paints_at_the_smallest_size_and_any_ratio(style, reference, ratio):
+    assert max(painted(style, reference, ratio, edge=16).size) == 16
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_painting_again_gives_the_same_picture(style):
+    assert painted(style).tobytes() == painted(style).tobytes()
+
+
+def test_scenes_differ_by_prompt_and_are_no_flat_colour():
+    prompts = [
+        "a lake at night",
+        "sunset by the sea",
+        "snow",
+        "misty morning",
+        "a forest in summer",
+    ]
+    scenes = [painted(prompt, None) for prompt in prompts]
+    assert len({scene.tobytes() for scene in scenes}) == len(prompts)
+    for scene in scenes:
+        assert max(ImageStat.Stat(scene).stddev) > 10
+
+
+def test_a_grey_or_tiny_reference_can_be_painted():
+    for picture in (Image.new("L", (1, 1)), Image.new("I;16", (5, 300)), Image.new("P", (300, 5))):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        for style in STYLES:
+            assert painted(style, file.getvalue()).size == (160, 120)

@@ -1,0 +1,139 @@
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from prefect_flux_kontext.cli import sandbox as command
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.sandbox.helpers import KEY, STATUS, SUBMIT
+
+RUN = """
+import argparse, sys
+from prefect_flux_kontext.cli.sandbox import add_parser
+parser = argparse.ArgumentParser()
+add_parser(parser.add_subparsers())
+args = parser.parse_args(sys.argv[1:])
+sys.exit(args.func(args))
+"""
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return parser.parse_args(["sandbox", *words])
+
+
+def test_a_running_sandbox_serves_the_whole_way_over_http():
+    settings = SandboxSettings(mean=0, long_edge=64)
+    with running_sandbox(settings) as sandbox:
+        with httpx.Client(base_url=sandbox.url, headers=KEY) as client:
+            reference = client.get("/references").json()[0]["url"]
+            body = {"input": {"mode": "pro", "prompt": "oil", "image_urls": [reference]}}
+            task = client.post(SUBMIT, json=body).json()["data"]
+            data = client.get(STATUS, params=task).json()["data"]
+            while data["state"] == "processing":
+                data = client.get(STATUS, params=task).json()["data"]
+            url = f"{sandbox.url}/results/{task['taskId']}/1.jpg"
+            assert url in data["resultJson"]
+            assert client.get(url).headers["content-type"] == "image/jpeg"
+        assert sandbox.service.bill()["accepted"] == 1
+        assert [record["state"] for record in sandbox.service.records()] == ["success"]
+        assert sandbox.settings is settings
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(sandbox.url)
+
+
+def test_two_sandboxes_run_side_by_side_and_share_nothing():
+    with running_sandbox() as one, running_sandbox() as two:
+        httpx.post(one.url + SUBMIT, json={"input": {"mode": "pro", "prompt": "a"}}, headers=KEY)
+        assert one.service.bill()["accepted"] == 1
+        assert two.service.bill()["accepted"] == 0
+
+
+def test_a_running_sandbox_cannot_take_a_port_that_is_taken():
+    with running_sandbox() as sandbox:
+        second = running_sandbox(port=int(sandbox.url.rsplit(":", 1)[1]))
+        with pytest.raises(OSError, match="in use"):
+            second.__enter__()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_prints_what_to_export_and_stops_without_a_traceback(number):
+    arguments = [sys.executable, "-c", RUN, "sandbox", "--port", "0", "--mean", "0.5"]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        url = process.stdout.readline().split()[-1]
+        assert httpx.get(f"{url}/sandbox/bill").json()["accepted"] == 0
+        process.send_signal(number)
+        process.wait(timeout=20)
+        out, err = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 0
+    assert err == ""
+    assert f"export FLUX_KONTEXT_BASE_URL={url}\n" in out
+    assert "export FLUX_KONTEXT_API_KEY=sandbox\n" in out
+    assert f"{url}/sandbox/bill" in out
+
+
+def test_the_command_says_in_one_line_that_the_port_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        args = parsed("--port", str(taken.getsockname()[1]))
+        assert args.func(args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "cannot listen" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--mean", "soon"], "--mean"),
+        (["--slots", "0"], "--slots"),
+        (["--references", "/no/such/folder"], "--references"),
+        (["--price-pro", "-1"], "--price-pro"),
+    ],
+)
+def test_the_command_names_an_option_it_cannot_use(words, option, capsys):
+    args = parsed(*words)
+    assert args.func(args) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_every_setting_is_an_option_with_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in SandboxSettings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown
+        assert field.description in shown
+
+
+def test_the_sandbox_shares_no_code_with_the_client_side():
+    script = (
+        "import sys, prefect_flux_kontext.sandbox.server as _\n"
+        "print(*(name for name in sys.modules if name.split('.')[0] in"
+        " {'prefect', 'prefect_flux_kontext'}))"
+    )
+    names = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ours = {name for name in names if not name.startswith("prefect_flux_kontext.sandbox")}
+    assert ours == {"prefect_flux_kontext"}
+
+
+def test_the_help_of_the_command_imports_nothing_heavy():
+    script = (
+        "import sys, prefect_flux_kontext.cli.sandbox as _\n"
+        "print({'starlette', 'uvicorn', 'PIL', 'httpx'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
