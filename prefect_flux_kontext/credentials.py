@@ -10,6 +10,8 @@ from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.settings import FluxKontextSettings
 
+_SLUG = "flux-kontext-credentials"
+
 
 class FluxKontextCredentials(CredentialsBlock):
     """An account of the Flux Kontext image API: its key, its address and its limits.
@@ -30,7 +32,7 @@ class FluxKontextCredentials(CredentialsBlock):
     """
 
     _block_type_name = "Flux Kontext Credentials"
-    _block_type_slug = "flux-kontext-credentials"
+    _block_type_slug = _SLUG
     _logo_url = Secret._logo_url  # noqa: SLF001 - Prefect draws it for keys
     _documentation_url = "https://apixo.ai/docs/models/image/flux-kontext"  # type: ignore[assignment]
 
@@ -80,15 +82,15 @@ async def resolve_credentials(
     """The account meant by a Block, by the name of a saved Block, or by the environment.
 
     Raises:
-        ConfigurationError: There is no Block of that name, or the environment has no key.
+        ConfigurationError: There is no valid Block of that name, or the environment has no key.
     """
     if isinstance(credentials, FluxKontextCredentials):
         return credentials
     if credentials is not None:
+        name = credentials.removeprefix(f"{_SLUG}/")
         try:
-            return await FluxKontextCredentials.aload(credentials)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"No saved Block flux-kontext-credentials/{credentials}: {error}"
-            ) from None
+            return await FluxKontextCredentials.aload(name)
+        # Prefect's RuntimeError: it was saved with fields that are not valid any more.
+        except (ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"No saved Block {_SLUG}/{name}: {error}") from None
     return FluxKontextCredentials(api_key=FluxKontextSettings().required_api_key())

@@ -19,6 +19,7 @@
     ├── GenerationTimeoutError       the task did not end before our deadline
     ├── DownloadError                a result could not be fetched
     ├── StorageError                 the output refused a file
+    ├── LedgerError                  a record of what was paid cannot be trusted
     ├── InvalidImageError            the bytes are not a whole image of the promised kind
     └── BatchStoppedError            the batch ended before its rows did
 
@@ -173,6 +174,10 @@ class StorageError(FluxKontextError):
     """The output refused a file; the task stays paid and can be persisted again."""
 
     retryable = True
+
+
+class LedgerError(FluxKontextError):
+    """A record of what was paid cannot be read, written or trusted; its row is not paid for."""
 
 
 class InvalidImageError(FluxKontextError):

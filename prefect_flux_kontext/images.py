@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from prefect_flux_kontext.errors import InvalidImageError
 
@@ -43,10 +43,16 @@ def inspect_image(data: bytes, *, expected: ImageFormat | None = None) -> ImageI
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            kind = cast("ImageFormat", str(image.format).lower())
+            # An MPO is a JPEG with a second picture after it, such as a gain map.
+            name = "jpeg" if image.format == "MPO" else str(image.format).lower()
+            kind = cast("ImageFormat", name)
             width, height = image.size
             if width * height <= MOST_PIXELS:
                 image.load()
+    except UnidentifiedImageError:
+        raise InvalidImageError(
+            f"The {len(data):,} bytes are no JPEG, PNG or WebP; they start with {data[:16]!r}."
+        ) from None
     except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
         raise InvalidImageError(
             f"The {len(data):,} bytes are not a whole image ({error}); they start with "

@@ -6,10 +6,11 @@ for later, by another flow on another machine.
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Mode = Literal["pro", "max"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "1:1", "3:4", "9:16"]
@@ -64,6 +65,15 @@ class GenerationRequest(BaseModel):
         description="Further input of the model, merged into the request as it is.",
     )
 
+    @field_validator("extra")
+    @classmethod
+    def _extra_can_be_sent(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(extra, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"extra is not JSON: {error}") from None
+        return extra
+
     @model_validator(mode="before")
     @classmethod
     def _a_callback_url_means_callback(cls, values: Any) -> Any:
@@ -115,6 +125,11 @@ class GenerationTask(BaseModel):
     submitted_at: datetime = Field(
         default_factory=utc_now, description="When it was accepted; the first look counts from it."
     )
+
+    @field_validator("submitted_at")
+    @classmethod
+    def _without_a_time_zone_it_is_utc(cls, moment: datetime) -> datetime:
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class TaskStatus(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from typing import TYPE_CHECKING
 
 import httpx
@@ -41,6 +42,11 @@ def download_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.
     )
 
 
+def image_name(name: str, number: int, extension: str) -> str:
+    """The file name of a result's image, counted from 1: `cat.jpg`, `cat-2.jpg`, …."""
+    return f"{safe_name(name)}{'' if number == 1 else f'-{number}'}{extension}"
+
+
 async def persist_result(
     result: GenerationResult, output: OutputFolder, http: httpx.AsyncClient, *, name: str
 ) -> list[StoredImage]:
@@ -63,8 +69,7 @@ async def persist_result(
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
         data, image = await _download(result, url, http)
-        suffix = "" if number == 1 else f"-{number}"
-        file_name = f"{safe_name(name)}{suffix}.{EXTENSIONS[image.format]}"
+        file_name = image_name(name, number, f".{EXTENSIONS[image.format]}")
         stored.append(
             StoredImage(
                 uri=await output.write(file_name, data),
@@ -88,7 +93,7 @@ async def _download(
         attempt += 1
         failure: DownloadError | InvalidImageError
         try:
-            data = await _fetch(http, url)
+            data = await _fetch(http, url, last=attempt == _ATTEMPTS)
             return data, await asyncio.to_thread(inspect_image, data, expected=expected)
         except (DownloadError, InvalidImageError) as error:
             failure = error
@@ -96,36 +101,39 @@ async def _download(
             break
         await asyncio.sleep(jittered(attempt))
     raise type(failure)(
-        f"Task {result.task_id} is paid for, but its result {_without_query(url)} cannot be "
+        f"Task {result.task_id} is paid for, but its result {_without_secrets(url)} cannot be "
         f"stored after {attempt} attempts: {failure.message}",
         task_id=result.task_id,
         code=failure.code,
     )
 
 
-async def _fetch(http: httpx.AsyncClient, url: str) -> bytes:
+async def _fetch(http: httpx.AsyncClient, url: str, *, last: bool) -> bytes:
     data = bytearray()
+    wait = None
     try:
         async with asyncio.timeout(_LONGEST_DOWNLOAD), http.stream("GET", url) as response:
             if response.status_code == httpx.codes.OK:
                 async for chunk in response.aiter_raw():
                     data += chunk
                     if len(data) > _LARGEST_IMAGE:
-                        raise DownloadError(f"The result is larger than {_LARGEST_IMAGE:,} bytes.")
-                return bytes(data)
-            status = response.status_code
-            wait = retry_after_seconds(response.headers.get("Retry-After"))
-    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+                        break
+                else:
+                    return bytes(data)
+                told = f"it is larger than {_LARGEST_IMAGE:,} bytes"
+            else:
+                told = f"HTTP {response.status_code}"
+                wait = retry_after_seconds(response.headers.get("Retry-After"))
+    except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx
         told = f"{type(error).__name__} after {len(data):,} bytes"
-    else:
-        told = f"HTTP {status}"
-        if wait:
-            await asyncio.sleep(wait)
-    raise DownloadError(f"The download failed: {told}.", code=None)
+    if wait and not last:
+        await asyncio.sleep(wait)
+    raise DownloadError(f"The download failed: {told}.")
 
 
-def _without_query(url: str) -> str:
-    return url.partition("?")[0][:200]
+def _without_secrets(url: str) -> str:
+    """The URL without what may sign it: its query, its fragment, a password."""
+    return re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])[:200]
 
 
 def _sha256(data: bytes) -> str:

@@ -37,6 +37,19 @@ class FluxKontextSettings(BaseSettings):
         default=900.0, gt=0, description="Seconds to wait for a task before giving up on it."
     )
 
+    concurrent_submits: int = Field(
+        default=16, ge=1, description="Submits under way at once: what a crash makes doubtful."
+    )
+    price_pro: float = Field(default=0.03, ge=0, description="Dollars for an image in `pro`.")
+    price_max: float = Field(default=0.06, ge=0, description="Dollars for an image in `max`.")
+    result_days: float = Field(
+        default=15.0, gt=0, description="Days for which the service keeps a result."
+    )
+
+    def prices(self) -> dict[str, float]:
+        """Dollars for an image, by mode."""
+        return {"pro": self.price_pro, "max": self.price_max}
+
     def required_api_key(self) -> SecretStr:
         """The API key.
 

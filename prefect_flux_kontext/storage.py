@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -22,14 +23,18 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 def safe_name(text: str) -> str:
     """A file name made from any text: no folders, no surprises, at most 93 characters.
 
-    Text that is no plain name is spelled with dashes and gets a short hash of itself, so that
-    two different texts never share a name.
+    Text that is no plain name is spelled with dashes and gets a tilde and a short hash of itself.
+    No plain name has a tilde, so two different texts never share a name.
     """
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")[:_LONGEST_NAME]
-    if plain == text and not _RESERVED.fullmatch(text):
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")
+    if _RESERVED.fullmatch(plain):
+        # Windows reserves them with any extension, so a hash behind does not help.
+        plain = f"_{plain}"
+    plain = plain[:_LONGEST_NAME] or "unnamed"
+    if plain == text:
         return text
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
-    return f"{plain}-{digest}".lstrip("-")
+    return f"{plain}~{digest}"
 
 
 class OutputFolder:
@@ -48,7 +53,7 @@ class OutputFolder:
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
         try:
             self._fs, self._root = fsspec.core.url_to_fs(location)
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
             raise ConfigurationError(f"The output {location!r} cannot be used: {error}") from None
 
     def __str__(self) -> str:
@@ -70,6 +75,40 @@ class OutputFolder:
             ) from None
         return str(self._fs.unstrip_protocol(path))
 
+    def uri(self, name: str) -> str:
+        """The URI of a file here."""
+        return str(self._fs.unstrip_protocol(self._path(name)))
+
+    def relative(self, uri: str) -> str:
+        """The name of a file that `write` put here, by its URI."""
+        return uri.removeprefix(f"{self}/")
+
+    async def copy(self, source: str, target: str) -> str:
+        """Give a file here a second name, unless it has that already, and return its URI.
+
+        Raises:
+            StorageError: The file cannot be read, or the filesystem refused.
+        """
+        there = self._path(target)
+        try:
+            if not await asyncio.to_thread(self._fs.exists, there):
+                data = await asyncio.to_thread(self._fs.cat_file, self._path(source))
+                await self.write(target, data)
+        except OSError as error:
+            raise StorageError(
+                f"{source} in {self} cannot be copied to {target}: {type(error).__name__}: {error}"
+            ) from None
+        return self.uri(target)
+
+    async def remove(self, name: str) -> None:
+        """Remove a file, if there is one.
+
+        Raises:
+            StorageError: The filesystem refused.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            await asyncio.to_thread(self._fs.rm_file, self._path(name))
+
     async def check_writable(self) -> None:
         """Write and remove a probe, so that a wrong output is known before anything is paid.
 
@@ -80,7 +119,7 @@ class OutputFolder:
         try:
             await self.write(probe, b"")
             await asyncio.to_thread(self._fs.rm_file, self._path(probe))
-        except (StorageError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
             raise ConfigurationError(f"{self} cannot be written to. {error}") from None
 
     def _path(self, name: str) -> str:

@@ -1,10 +1,28 @@
 """What every test shares: event loops with real or virtual time, and a clean environment."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
 from tests.support.virtual_time import VirtualTimeLoop
+
+# Before anything imports Prefect: it reads its settings once. Nothing leaves this machine, no
+# server is started behind a test's back, and no profile of the person who runs it is read.
+for _name in [name for name in os.environ if name.startswith("PREFECT_")]:
+    del os.environ[_name]
+_home = tempfile.mkdtemp(prefix="prefect-home-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
+os.environ |= {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_HOME": _home,
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+    # Tasks run outside of flows too; Prefect would warn that their logs go nowhere.
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
 
 
 def pytest_configure(config):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, Self
+import zlib
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 from pydantic import SecretStr
@@ -21,7 +23,6 @@ from prefect_flux_kontext.api.replies import (
 from prefect_flux_kontext.errors import (
     ApiError,
     ConfigurationError,
-    FluxKontextError,
     NotConnectedError,
     RateLimitedError,
     ReplyLostError,
@@ -31,19 +32,24 @@ from prefect_flux_kontext.models import GenerationTask
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
 
     from prefect_flux_kontext.models import GenerationRequest, TaskStatus
 
 logger = logging.getLogger(__name__)
 
+_Read = TypeVar("_Read")
+
 _SUBMIT = "/api/v1/generateTask/flux-kontext"
 _STATUS = "/api/v1/statusTask/flux-kontext"
 _BALANCE = "/api/v1/apikeys/current-balance"
 
-_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+# A ProxyError is the proxy's refusal to connect us.
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 _CONNECT_ATTEMPTS = 8
 _LARGEST_REPLY = 4 * 2**20
+_REFUSALS = range(400, 500)
 
 # A submit whose reply does not come may be billed without our knowing, so patience is cheap.
 _TIMEOUTS = httpx.Timeout(connect=10, read=60, write=60, pool=60)
@@ -113,6 +119,8 @@ class FluxKontextClient:
             timeout=_TIMEOUTS,
             limits=_POOL,
             transport=transport,
+            # A proxy of the environment is used for https, where it does not see the key.
+            trust_env=self.base_url.startswith("https"),
             verify=tls_context() if self.base_url.startswith("https") else False,
         )
 
@@ -133,17 +141,18 @@ class FluxKontextClient:
         self,
         request: GenerationRequest,
         *,
-        before_post: Callable[[], Awaitable[None]] | None = None,
+        around_post: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> GenerationTask:
         """Submit a generation; from the reply on it is billed.
 
         The POST is repeated only when it is known not to have been accepted: when the
-        connection was never made (up to eight times, in about a minute) or the service answered 429 (for ever).
+        connection was never made (up to eight times, in about a minute) or the service answered
+        429 (for ever).
 
         Args:
             request: What to make.
-            before_post: Awaited right before each POST, when the limits allow it: the last
-                moment to raise and send nothing.
+            around_post: Makes a context for each POST, entered when the limits allow it: the
+                last moment to raise and send nothing. What went wrong is raised inside it.
 
         Raises:
             RefusedError: The service refused it (4xx): not accepted, costs nothing.
@@ -160,8 +169,9 @@ class FluxKontextClient:
             task_id = None
             limited = False
             try:
-                data = await self._ask("POST", _SUBMIT, before=before_post, json=body)
-                task_id = read_task_id(data)
+                task_id = await self._ask(
+                    read_task_id, "POST", _SUBMIT, around=around_post, json=body
+                )
             except RateLimitedError:
                 limited = True
             except NotConnectedError:
@@ -188,10 +198,15 @@ class FluxKontextClient:
         """
         while True:
             try:
-                data = await self._ask("GET", _STATUS, task_id=task_id, params={"taskId": task_id})
+                return await self._ask(
+                    functools.partial(read_status, task_id=task_id),
+                    "GET",
+                    _STATUS,
+                    task_id=task_id,
+                    params={"taskId": task_id},
+                )
             except RateLimitedError:
                 continue  # the governor keeps the next request back
-            return read_status(data, task_id=task_id)
 
     async def balance(self) -> float:
         """The account's balance in dollars.
@@ -201,7 +216,7 @@ class FluxKontextClient:
         """
         while True:
             try:
-                return read_balance(await self._ask("GET", _BALANCE))
+                return await self._ask(read_balance, "GET", _BALANCE)
             except RateLimitedError:
                 continue
 
@@ -225,40 +240,41 @@ class FluxKontextClient:
 
     async def _ask(
         self,
+        read: Callable[..., _Read],
         method: str,
         path: str,
         *,
         task_id: str | None = None,
-        before: Callable[[], Awaitable[None]] | None = None,
+        around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
         **how: Any,
-    ) -> Any:
-        """Send one request when the budget allows it, and return the reply's `data`."""
+    ) -> _Read:
+        """Send one request when the budget allows it, and read the reply's `data`."""
         await self.governor.requests.take()
-        if before is not None:
-            await before()
-        try:
-            status, headers, body = await self._exchange(method, path, **how)
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-            failure = self._transport_error(error, task_id)
-        else:
+        async with around():
+            sent_at = asyncio.get_running_loop().time()
             try:
-                data = read_envelope(
-                    status,
-                    body,
-                    retry_after=retry_after_seconds(headers.get("Retry-After")),
-                    task_id=task_id,
-                )
-            except RateLimitedError as error:
-                self.governor.refused(error.retry_after)
-                raise
-            except ApiError as error:
+                status, headers, body = await self._exchange(method, path, **how)
+            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+                failure = self._transport_error(error, task_id)
+            else:
+                retry_after = retry_after_seconds(headers.get("Retry-After"))
+                try:
+                    data = read_envelope(
+                        status, body, retry_after=retry_after, task_id=task_id, secret=self._key
+                    )
+                except RateLimitedError:
+                    # Only a submit can be one task too many.
+                    self.governor.refused(
+                        retry_after, sent_at=sent_at, too_many_requests=method == "GET"
+                    )
+                    raise
+                except ApiError:
+                    self.governor.heard()
+                    raise
                 self.governor.heard()
-                self._hide_the_key(error)
-                raise
-            self.governor.heard()
-            return data
-        # Raised here, outside the handler: httpx's error carries the key in its request.
-        raise failure
+                return read(data, secret=self._key)
+            # Raised here, outside the handler: httpx's error carries the key in its request.
+            raise failure
 
     async def _exchange(
         self, method: str, path: str, **how: Any
@@ -268,11 +284,17 @@ class FluxKontextClient:
             asyncio.timeout(_LONGEST_REQUEST),
             self._http.stream(method, path, **how) as response,
         ):
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > _LARGEST_REPLY:
-                    break
-        return response.status_code, response.headers, bytes(body[: _LARGEST_REPLY + 1])
+            try:
+                # What a MockTransport answers has been read already.
+                read = response.is_stream_consumed
+                async for chunk in response.aiter_bytes() if read else response.aiter_raw():
+                    body += chunk
+                    if len(body) > _LARGEST_REPLY:
+                        break
+            except httpx.TransportError:
+                if response.status_code not in _REFUSALS:
+                    raise  # a refusal is one without its body too
+        return response.status_code, response.headers, _unpacked(bytes(body), response.headers)
 
     def _transport_error(self, error: Exception, task_id: str | None) -> ApiError:
         told = f"{type(error).__name__}: {error}".rstrip(": ").replace(self._key, "***")
@@ -287,10 +309,15 @@ class FluxKontextClient:
             task_id=task_id,
         )
 
-    def _hide_the_key(self, error: FluxKontextError) -> None:
-        if self._key in error.message:
-            error.message = error.message.replace(self._key, "***")
-            error.args = (error.message,)
+
+def _unpacked(body: bytes, headers: httpx.Headers) -> bytes:
+    """The body itself, from proxies too that compress it although we ask them not to."""
+    if headers.get("Content-Encoding", "").strip().lower() not in ("gzip", "x-gzip", "deflate"):
+        return body
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _LARGEST_REPLY)
+    except zlib.error:
+        return body
 
 
 def _checked_key(api_key: str | SecretStr) -> str:
@@ -309,7 +336,13 @@ def _checked_base_url(base_url: str) -> str:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
         url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
+    if (
+        url.scheme not in ("http", "https")
+        or not url.host
+        or url.userinfo
+        or url.query
+        or url.fragment
+    ):
         raise ConfigurationError(
             f"The base URL {base_url!r} is not of the form https://host[:port]. Set "
             "FLUX_KONTEXT_BASE_URL or the Block's base_url."

@@ -8,8 +8,8 @@ few instructions, and whoever has to wait sleeps on its own loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import threading
@@ -22,11 +22,18 @@ logger = logging.getLogger(__name__)
 _HEADROOM = 0.98
 """Share of the limit we use: requests bunch a little on their way to the service."""
 
+_RECOVERY = 120.0
+"""Seconds in which a request rate that was halved grows e-fold again."""
+
 _ASSUMED_RUNNING = 60.0
 """Seconds a task that nobody waits for here is taken to hold its slot: twice the mean."""
 
 _SHRUNK_FOR = 30.0
 """Seconds without growth after a refused submit: one mean generation, so slots come free."""
+
+_FIRST_POSTS = 8
+"""POSTs under way at once to begin with: all of them are refused where the limit is lower
+than we think, and in doubt when the process is killed."""
 
 
 class RequestBudget:
@@ -39,32 +46,54 @@ class RequestBudget:
     def __init__(self, per_minute: int) -> None:
         usable = max(1, math.floor(per_minute * _HEADROOM))
         burst = max(1, usable // 50)
-        self._spacing = 60.0 / (usable - burst + 1)
-        self._tolerance = (burst - 1) * self._spacing
+        self._closest = self._spacing = 60.0 / (usable - burst + 1)
+        self._burst = self._tolerance = (burst - 1) * self._spacing
         self._next = -math.inf
+        self._last = -math.inf
+        self._paused_until = -math.inf
         self._pauses = 0
         self._lock = threading.Lock()
 
     async def take(self) -> None:
         """Wait until one more request may be sent."""
+        loop = asyncio.get_running_loop()
         while True:
-            now = asyncio.get_running_loop().time()
             with self._lock:
+                now = loop.time()
                 turn = max(self._next, now)
                 self._next = turn + self._spacing
                 pauses = self._pauses
-            delay = turn - self._tolerance - now
+                delay = turn - self._tolerance - now
             if delay > 0:
                 await asyncio.sleep(delay)
-            if pauses == self._pauses:
-                return
+            with self._lock:
+                if pauses == self._pauses:
+                    self._last = max(self._last, turn)
+                    return
 
     def pause(self, seconds: float) -> None:
         """Let nobody through for so many seconds, and no burst after it."""
         now = asyncio.get_running_loop().time()
         with self._lock:
-            self._next = now + seconds + self._tolerance
+            self._paused_until = max(self._paused_until, now + seconds)
+            # A pause shorter than the spacing must not let the next one through early.
+            self._next = max(self._paused_until + self._tolerance, self._last + self._spacing)
             self._pauses += 1
+
+    def slow_down(self) -> None:
+        """Halve the rate: the account's limit is lower than we were told, or others share it."""
+        with self._lock:
+            self._spacing = min(60.0, 2 * self._spacing)
+            self._tolerance = 0.0
+
+    def speed_up(self) -> None:
+        """A request was answered: grow back, at a pace that does not depend on the rate."""
+        with self._lock:
+            if self._spacing > self._closest:
+                grown = self._spacing * (1 - self._spacing / _RECOVERY)
+                self._spacing = max(self._closest, grown)
+            else:
+                self._tolerance = self._burst
 
 
 class TaskGate:
@@ -79,28 +108,39 @@ class TaskGate:
         self._limit = slots
         self._grow_from = -math.inf
         self._posting = 0
-        self._running: dict[str, float] = {}
+        self._most_posting = _FIRST_POSTS
+        self._watched: set[str] = set()
+        self._unwatched: dict[str, float] = {}  # when each is taken to end, soonest first
         self._queue: OrderedDict[asyncio.Future[None], asyncio.AbstractEventLoop] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def running(self) -> int:
         """Tasks that hold a slot, those just being posted among them."""
-        return self._posting + len(self._running)
+        return self._posting + len(self._watched) + len(self._unwatched)
 
     async def enter(self) -> None:
         """Wait for a free slot and take it."""
         loop = asyncio.get_running_loop()
+        waited = False
         while True:
             with self._lock:
-                soonest = self._soonest_end(loop.time())
-                if self.running < self._limit:
+                now = loop.time()
+                self._forget_ended(now)
+                if self._room() > 0:
                     self._posting += 1
-                    return
+                    break
+                # A slot that comes free by itself wakes nobody, so the first in the queue looks
+                # again when it does, and the others now and then in case the first is gone.
+                look_again = now + _ASSUMED_RUNNING
+                if waited or not self._queue:
+                    look_again = min([look_again, *itertools.islice(self._unwatched.values(), 1)])
                 woken: asyncio.Future[None] = loop.create_future()
                 self._queue[woken] = loop
+                self._queue.move_to_end(woken, last=not waited)
+            waited = True
             try:
-                async with asyncio.timeout_at(soonest):
+                async with asyncio.timeout_at(look_again):
                     await woken
             except TimeoutError:
                 continue
@@ -110,15 +150,20 @@ class TaskGate:
             finally:
                 with self._lock:
                     self._queue.pop(woken, None)
+        if waited:
+            self._wake()
 
     def accepted(self, task_id: str) -> None:
         """The POST was accepted: the slot is the task's, until it ends or is taken to."""
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._posting -= 1
-            self._running.setdefault(task_id, now + _ASSUMED_RUNNING)
-            if now >= self._grow_from:
-                self._limit = min(self.slots, self._limit + 1)
+            self._most_posting += 1
+            if task_id not in self._watched:
+                self._unwatched.setdefault(task_id, now + _ASSUMED_RUNNING)
+            proven = self.running - self._posting
+            grown = self._limit + 1 if now >= self._grow_from else self._limit
+            self._limit = min(self.slots, max(grown, proven))
         self._wake()
 
     def not_accepted(self) -> None:
@@ -132,36 +177,44 @@ class TaskGate:
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._posting -= 1
-            self._limit = max(1, min(self._limit, len(self._running)))
+            self._most_posting = _FIRST_POSTS
+            self._limit = max(1, min(self._limit, self.running - self._posting))
             self._grow_from = now + _SHRUNK_FOR
+        self._wake()
 
     def watched(self, task_id: str) -> None:
         """Somebody waits for this task: it holds a slot until `ended`."""
         with self._lock:
-            self._running[task_id] = math.inf
+            self._unwatched.pop(task_id, None)
+            self._watched.add(task_id)
 
     def ended(self, task_id: str) -> None:
         """The task is over, or nobody waits for it any more: its slot is free."""
         with self._lock:
-            self._running.pop(task_id, None)
+            self._watched.discard(task_id)
+            self._unwatched.pop(task_id, None)
         self._wake()
 
-    def _soonest_end(self, now: float) -> float | None:
-        """When a slot comes free by itself, if any does; those that have are forgotten."""
-        if self.running < self._limit:
-            return None
-        for task_id in [name for name, ends in self._running.items() if ends <= now]:
-            del self._running[task_id]
-        soonest = min(self._running.values(), default=math.inf)
-        return None if math.isinf(soonest) else soonest
+    def _room(self) -> int:
+        return min(self._limit - self.running, self._most_posting - self._posting)
+
+    def _forget_ended(self, now: float) -> None:
+        while self._unwatched:
+            task_id, ends = next(iter(self._unwatched.items()))
+            if ends > now:
+                break
+            del self._unwatched[task_id]
 
     def _wake(self) -> None:
+        """Wake as many as there is room for, and at least the first to set its alarm anew."""
         with self._lock:
-            free = min(self._limit - self.running, len(self._queue))
-            chosen = [self._queue.popitem(last=False) for _ in range(free)]
+            number = min(max(1, self._room()), len(self._queue))
+            chosen = [self._queue.popitem(last=False) for _ in range(number)]
         for woken, loop in chosen:
-            with contextlib.suppress(RuntimeError):  # the waiter's loop is closed already
+            try:
                 loop.call_soon_threadsafe(_finish, woken)
+            except RuntimeError:  # the waiter's loop is closed already: on to the next
+                self._wake()
 
 
 def _finish(future: asyncio.Future[None]) -> None:
@@ -184,23 +237,40 @@ class Governor:
         self._streak = 0
         self._paused_until = -math.inf
 
-    def refused(self, retry_after: float | None) -> None:
+    def refused(
+        self,
+        retry_after: float | None,
+        *,
+        sent_at: float | None = None,
+        too_many_requests: bool = False,
+    ) -> None:
         """A 429 came: all stay away for as long as the service asks, or by backoff.
 
         Requests that were under way when the first of them was refused are one refusal.
+
+        Args:
+            retry_after: Seconds the service asks to wait, where it says so.
+            sent_at: Loop time at which the request was sent; None takes the present.
+            too_many_requests: Whether it can only be the limit of requests, not that of tasks.
         """
         now = asyncio.get_running_loop().time()
-        if now < self._paused_until and retry_after is None:
-            return
-        self._streak += 1
-        seconds = jittered(self._streak) if retry_after is None else retry_after
-        self._paused_until = now + seconds
-        self.requests.pause(seconds)
-        logger.info("Rate limited by the service (429): requests pause for %.1f s.", seconds)
+        if (now if sent_at is None else sent_at) < self._paused_until:
+            seconds = retry_after or 0.0
+        else:
+            self._streak += 1
+            # Zero is no advice: who follows it is refused again at once.
+            seconds = retry_after or jittered(self._streak)
+            if too_many_requests:
+                self.requests.slow_down()
+        if now + seconds > self._paused_until:
+            self._paused_until = now + seconds
+            self.requests.pause(seconds)
+            logger.info("Rate limited by the service (429): requests pause for %.1f s.", seconds)
 
     def heard(self) -> None:
         """A request was answered: the next backoff starts small again."""
         self._streak = 0
+        self.requests.speed_up()
 
 
 _governors: dict[str, Governor] = {}

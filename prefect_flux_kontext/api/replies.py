@@ -7,6 +7,7 @@ both mean the same. Anything may be missing, null or of another type.
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +27,7 @@ from prefect_flux_kontext.models import TaskStatus
 
 _LONGEST_TASK_ID = 200
 _LONGEST_MESSAGE = 500
-_OK = 200
+_SUCCESS = range(200, 300)
 _RATE_LIMITED = 429
 
 _REFUSALS: dict[int, tuple[type[RefusedError], str]] = {
@@ -39,7 +40,12 @@ _REFUSALS: dict[int, tuple[type[RefusedError], str]] = {
 
 
 def read_envelope(
-    status: int, body: bytes, *, retry_after: float | None = None, task_id: str | None = None
+    status: int,
+    body: bytes,
+    *,
+    retry_after: float | None = None,
+    task_id: str | None = None,
+    secret: str = "",
 ) -> Any:
     """Return the `data` of a successful reply, or raise what the reply says went wrong.
 
@@ -48,29 +54,30 @@ def read_envelope(
         body: The whole body.
         retry_after: Seconds from the `Retry-After` header.
         task_id: The task the request was about; None for a submit.
+        secret: What no message may repeat.
 
     Raises:
         ApiError: The subclass for the code, by HTTP status first, else by the envelope.
     """
     envelope = _as_dict(_json(body))
     data = envelope.get("data")
-    code = status if status != _OK else _as_int(envelope.get("code"), default=status)
-    if code == _OK and envelope:
+    code = _as_int(envelope.get("code"), default=status) if status in _SUCCESS else status
+    if code in _SUCCESS and envelope:
         return data
-    if code == _OK or not 400 <= code <= 599:  # noqa: PLR2004 - the range of HTTP's errors
+    if task_id is None and (named := _task_id(data)):
         raise UnreadableReplyError(
-            f"The reply (HTTP {status}) is not the service's: {_glimpse(body)}",
-            task_id=task_id,
-            code=code if code != _OK else None,
-        )
-    if task_id is None and _as_dict(data).get("taskId"):
-        raise UnreadableReplyError(
-            f"The reply refuses ({code}) and names a task at once, so the task may have been "
-            "accepted and billed.",
-            task_id=_clean(str(_as_dict(data)["taskId"])),
+            f"The reply refuses ({code}) and names task {named} at once, so the task may have "
+            "been accepted and billed.",
+            task_id=named,
             code=code,
         )
-    raise _error(code, _said(envelope, body), retry_after, task_id)
+    if not 400 <= code <= 599:  # noqa: PLR2004 - the range of HTTP's errors
+        raise UnreadableReplyError(
+            f"The reply (HTTP {status}) is not the service's: {_glimpse(body, secret)}",
+            task_id=task_id,
+            code=None if code in _SUCCESS else code,
+        )
+    raise _error(code, _said(envelope, body, secret), retry_after, task_id)
 
 
 def _error(code: int, said: str, retry_after: float | None, task_id: str | None) -> ApiError:
@@ -86,24 +93,23 @@ def _error(code: int, said: str, retry_after: float | None, task_id: str | None)
     return kind(f"{code}: {said}. {advice}", task_id=task_id, code=code)
 
 
-def read_task_id(data: Any) -> str:
+def read_task_id(data: Any, *, secret: str = "") -> str:
     """The `taskId` of an accepted submit.
 
     Raises:
         UnreadableReplyError: There is none that could be a task id. The submit may have been
             accepted all the same.
     """
-    value = _as_dict(data).get("taskId")
-    task_id = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    if not task_id.isprintable() or not 0 < len(task_id.strip()) <= _LONGEST_TASK_ID:
+    task_id = _task_id(data)
+    if not task_id:
         raise UnreadableReplyError(
             "The service answered 200 without a usable taskId, so the task may have been "
-            "accepted and billed."
+            f"accepted and billed. Its data: {_text(data, secret)}"
         )
     return task_id
 
 
-def read_status(data: Any, *, task_id: str) -> TaskStatus:
+def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
     """The status in a reply's `data`.
 
     Raises:
@@ -112,33 +118,32 @@ def read_status(data: Any, *, task_id: str) -> TaskStatus:
     """
     data = _as_dict(data)
     told = data.get("taskId")
-    if told is not None and str(told) != task_id:
+    if told is not None and _text(told) != task_id:
         raise UnreadableReplyError(
-            f"Asked for task {task_id}, the service answered for {str(told)[:80]!r}.",
+            f"Asked for task {task_id}, the service answered for {_text(told, secret)[:80]!r}.",
             task_id=task_id,
         )
     state = data.get("state")
-    if not isinstance(state, str):
+    if not isinstance(state, str) or not _clean(state):
         raise UnreadableReplyError("The status reply has no state.", task_id=task_id)
     result_urls = _result_urls(data.get("resultJson")) if state == "success" else []
     if state == "success" and not result_urls:
         raise UnreadableReplyError(
             "The task succeeded, but its resultJson holds no result URL.", task_id=task_id
         )
-    cost = _as_int(data.get("costTime"))
     return TaskStatus(
         task_id=task_id,
-        state=state,
+        state=_clean(state),
         result_urls=result_urls,
-        fail_code=_as_text(data.get("failCode")),
-        fail_message=_as_text(data.get("failMsg")),
+        fail_code=_text(data.get("failCode"), secret) or None,
+        fail_message=_text(data.get("failMsg"), secret) or None,
         created_at=_as_moment(data.get("createTime")),
         completed_at=_as_moment(data.get("completeTime")),
-        generation_seconds=None if cost is None else cost / 1000,
+        generation_seconds=_as_seconds(data.get("costTime")),
     )
 
 
-def read_balance(data: Any) -> float:
+def read_balance(data: Any, *, secret: str = "") -> float:
     """The dollars in a balance reply, whichever of the likely shapes it has.
 
     Raises:
@@ -148,10 +153,12 @@ def read_balance(data: Any) -> float:
     values = [data.get(name) for name in names] if isinstance(data, dict) else [data]
     for value in values:
         try:
-            return float(value)  # type: ignore[arg-type] # whatever it is, float() judges
-        except (TypeError, ValueError):
+            dollars = float(value)  # type: ignore[arg-type] # whatever it is, float() judges
+        except (TypeError, ValueError, OverflowError):
             continue
-    raise UnreadableReplyError("The balance reply holds no number.")
+        if math.isfinite(dollars):
+            return dollars
+    raise UnreadableReplyError(f"The balance reply holds no number: {_text(data, secret)}")
 
 
 def _result_urls(value: Any) -> list[str]:
@@ -160,7 +167,16 @@ def _result_urls(value: Any) -> list[str]:
     urls = value.get("resultUrls") if isinstance(value, dict) else value
     if not isinstance(urls, list):
         return []
-    return [url for url in urls if isinstance(url, str) and url]
+    # What does not print (controls, lone surrogates) is in no URL that can be fetched.
+    return [url for url in urls if isinstance(url, str) and url and url.isprintable()]
+
+
+def _task_id(data: Any) -> str:
+    """The `taskId` in a submit's `data`, or nothing where there is none that could be one."""
+    value = _as_dict(data).get("taskId")
+    task_id = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    usable = task_id.isprintable() and 0 < len(task_id.strip()) <= _LONGEST_TASK_ID
+    return task_id if usable else ""
 
 
 def _json(text: str | bytes) -> Any:
@@ -181,26 +197,37 @@ def _as_int(value: Any, default: Any = None) -> Any:
         return default
 
 
-def _as_text(value: Any) -> str | None:
-    return None if value is None else _clean(str(value))
-
-
-def _as_moment(value: Any) -> datetime | None:
+def _as_seconds(milliseconds: Any) -> float | None:
     try:
-        return datetime.fromtimestamp(_as_int(value) / 1000, UTC)
+        return float(_as_int(milliseconds)) / 1000
+    except (TypeError, OverflowError):
+        return None
+
+
+def _as_moment(milliseconds: Any) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(_as_int(milliseconds) / 1000, UTC)
     except (TypeError, ValueError, OverflowError, OSError):
         return None
 
 
-def _said(envelope: dict[str, Any], body: bytes) -> str:
+def _said(envelope: dict[str, Any], body: bytes, secret: str) -> str:
     error = _as_dict(envelope.get("data")).get("error")
     parts = (envelope.get("message"), envelope.get("msg"), error)
-    said = ": ".join(dict.fromkeys(_clean(str(part)) for part in parts if part))
-    return said.rstrip(".") or _glimpse(body)
+    said = ": ".join(dict.fromkeys(_text(part, secret) for part in parts if part))
+    return said.rstrip(".") or _glimpse(body, secret)
 
 
-def _glimpse(body: bytes) -> str:
-    return _clean(body[:80].decode(errors="replace")) or "an empty body"
+def _glimpse(body: bytes, secret: str) -> str:
+    text = body[: 80 + len(secret)].decode(errors="replace")
+    return _text(text, secret)[:80] or "an empty body"
+
+
+def _text(value: Any, secret: str = "") -> str:
+    """Anything from outside as text that can be shown; nothing for None."""
+    text = "" if value is None else str(value)
+    # Before it is cut to length: half a secret is one too.
+    return _clean(text.replace(secret, "***") if secret else text)
 
 
 def _clean(text: str) -> str:

@@ -1,39 +1,89 @@
-"""The way of one row: submit, wait, store; and of a wave of rows side by side."""
+"""The way of one row, from wherever the ledger says it stands to its image in its place."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.policy import Breaker, FailurePolicy
 from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
-from prefect_flux_kontext.errors import BatchStoppedError, FluxKontextError
+from prefect_flux_kontext.errors import (
+    BatchStoppedError,
+    FluxKontextError,
+    GenerationFailedError,
+    ReplyLostError,
+    ServiceTroubleError,
+    UnreadableReplyError,
+)
+from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.ledger.ledger import RowTakenError
+from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.manifest.rows import RefusedRow
-from prefect_flux_kontext.results import download_client, persist_result
+from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.results import image_name, persist_result
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
 
     import httpx
 
     from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.batch.submitting import Submitter
+    from prefect_flux_kontext.batch.summary import RowState
+    from prefect_flux_kontext.ledger.ledger import Ledger
+    from prefect_flux_kontext.ledger.records import Ended, Entry
     from prefect_flux_kontext.manifest.rows import Row
-    from prefect_flux_kontext.models import GenerationTask
     from prefect_flux_kontext.storage import OutputFolder
 
 logger = logging.getLogger(__name__)
 
+_DOUBTFUL = (ReplyLostError, ServiceTroubleError, UnreadableReplyError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """What a person decides about the rows of a batch.
+
+    Attributes:
+        cadence: When to ask how a task is doing.
+        policy: What a failure means.
+        resubmit_unknown: Pay again for rows that may be paid for already.
+        retry_failed: Pay again for rows that have failed.
+        result_days: Days for which the service keeps a result.
+    """
+
+    cadence: PollingCadence
+    policy: FailurePolicy = field(default_factory=FailurePolicy)
+    resubmit_unknown: bool = False
+    retry_failed: bool = False
+    result_days: float = 15.0
+
 
 class RowRunner:
-    """Runs rows with one client, one connection pool and one governor for all of them.
+    """Runs rows side by side, with one client, ledger and connection pool for all.
+
+    Args:
+        client: The service.
+        http: For downloads.
+        output: Where images go.
+        ledger: Where it stands what was paid for.
+        submitter: Pays.
+        stored: What earlier runs have stored, by row key.
+        options: What a person has decided.
 
     Attributes:
         progress: What became of the rows so far; it moves while they run.
-        submitted: Rows whose task the service has accepted so far.
-        stopped: The error that ended the batch for the rows not yet submitted.
+        unstored: The lines of rows that failed, with what became of them.
+        latest: Where the ledger says that the rows of unfinished waves stand, by row key.
+        submits: Whether rows are paid for, or only what is paid for already is collected.
     """
 
     def __init__(
@@ -41,79 +91,209 @@ class RowRunner:
         client: FluxKontextClient,
         http: httpx.AsyncClient,
         output: OutputFolder,
-        cadence: PollingCadence,
+        ledger: Ledger,
+        submitter: Submitter,
+        stored: Mapping[str, Ended],
+        options: RowOptions,
     ) -> None:
         self.progress = BatchSummary(output=str(output))
-        self.submitted = 0
-        self.stopped: FluxKontextError | None = None
+        self.unstored: list[tuple[Mapping[str, str], RowOutcome]] = []
+        self.latest: dict[str, Entry] = {}
+        self.submits = True
+        self.stored = stored
+        self.submitter = submitter
         self._client = client
         self._http = http
         self._output = output
-        self._cadence = cadence
+        self._ledger = ledger
+        self.options = options
+        self._breaker = Breaker()
+        self._stored_now: set[str] = set()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def run_wave(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
-        """Run rows side by side and count what became of them; a bad row fails alone."""
-        wave = BatchSummary()
+    async def run(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
+        """Run rows and count what became of them; a bad row fails alone."""
+        counted = BatchSummary()
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(self._run(row)) for row in rows]
         for row in running:
-            wave.count(row.result())
-        return wave
+            counted.count(row.result())
+        return counted
 
     async def _run(self, row: Row | RefusedRow) -> RowOutcome:
-        outcome = await self._outcome(row)
-        self.progress.count(outcome)
-        return outcome
-
-    async def _outcome(self, row: Row | RefusedRow) -> RowOutcome:
         if isinstance(row, RefusedRow):
-            return RowOutcome(
+            outcome = RowOutcome(
                 id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
             )
-        task: GenerationTask | None = None
+        else:
+            outcome = await self._outcome(row, row_key(row.request))
+        self.progress.count(outcome)
+        self.progress.spent = self.submitter.spent
+        if outcome.state == "failed":
+            self.unstored.append((row.cells, outcome))
+        return outcome
+
+    async def _outcome(self, row: Row, key: str) -> RowOutcome:
+        # Equal rows are paid for once: the second finds what the first has left.
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:
+            try:
+                finished = self.stored.get(key)
+                if finished is not None:
+                    return await self._deliver(row, key, finished)
+                step: Entry | RowOutcome = await self._ledger.read(key)
+                while not isinstance(step, RowOutcome):
+                    self.latest[key] = step
+                    step = await self._step(row, step)
+            except FluxKontextError as error:
+                return _outcome(row, key, "failed", error)
+            except Exception as error:
+                # A surprise in one row must not cancel the paid rows beside it.
+                logger.exception("Row %s (line %d) met an unforeseen error.", row.id, row.line)
+                surprise = FluxKontextError(f"{type(error).__name__}: {error}")
+                return _outcome(row, key, "failed", surprise)
+            return step
+
+    async def _step(self, row: Row, entry: Entry) -> Entry | RowOutcome:
+        """Bring the row one state further, or say what became of it."""
+        match entry.state:
+            case State.INTENT:
+                return await self._settle(row, entry)
+            case State.ACCEPTED:
+                return await self._collect(row, entry)
+            case State.FAILED:
+                return await self._after_failure(row, entry)
+            case State.STORED if entry.ended is not None:
+                return await self._deliver(row, entry.key, entry.ended)
+            case _:
+                return await self._submit(row, entry)
+
+    async def _submit(self, row: Row, entry: Entry) -> Entry | RowOutcome:
+        if not self.submits:
+            only = BatchStoppedError("Only what is paid for already is collected.")
+            return _outcome(row, entry.key, "not_submitted", only)
         try:
-            task = await self._client.submit(row.request, before_post=self._check_going_on)
-            self.submitted += 1
-            result = await wait_until_ended(self._client, task, self._cadence)
-            images = await persist_result(result, self._output, self._http, name=row.id)
+            return await self.submitter.submit(row, entry)
+        except RowTakenError:
+            return await self._ledger.read(entry.key)
+        except _DOUBTFUL as error:
+            self.latest.pop(entry.key)  # the ledger knows more than we do
+            return self._unknown(row, entry.key, error)
         except FluxKontextError as error:
-            return self._failed(row, task, error)
-        except Exception as error:
-            # A surprise in one row must not cancel the paid rows beside it.
-            logger.exception("Row %s (line %d) met an unforeseen error.", row.id, row.line)
-            return self._failed(row, task, FluxKontextError(f"{type(error).__name__}: {error}"))
+            if error.fatal:
+                self._stop(error)
+                return _outcome(row, entry.key, "not_submitted", error)
+            self._count(stored=False)
+            return _outcome(row, entry.key, "failed", error)
+
+    async def _settle(self, row: Row, entry: Entry) -> Entry | RowOutcome:
+        entry = await self._ledger.settled(entry)
+        if entry.state is not State.INTENT or entry.intent is None:
+            return entry
+        if self.options.resubmit_unknown:
+            given_up = FluxKontextError("Given up to be paid for again.", code="resubmitted")
+            return await self._ledger.rejected(entry, given_up, by="person")
+        lost = ReplyLostError(f"The run that submitted it at {entry.intent.at:%F %T %Z} is gone.")
+        return self._unknown(row, entry.key, lost)
+
+    def _unknown(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
+        message = (
+            f"{error.message} The row may be paid for, so it is not submitted again. Settle it "
+            f"with `flux-kontext resolve {self._output} {key}`, or pay again with "
+            "--resubmit-unknown."
+        )
+        told = ReplyLostError(message, task_id=error.task_id, code=error.code)
+        return _outcome(row, key, "unknown", told)
+
+    async def _collect(self, row: Row, entry: Entry) -> Entry | RowOutcome:
+        task = entry.task
+        self.submitter.outstanding.add(entry.key)
+        try:
+            result = await wait_until_ended(self._client, task, self.options.cadence)
+            images = await persist_result(result, self._output, self._http, name=row.id)
+            files = [self._output.relative(image.uri) for image in images]
+            entry = await self._ledger.stored(entry, files, images)
+        except GenerationFailedError as error:
+            self._count(stored=False)
+            self.submitter.outstanding.discard(entry.key)
+            return await self._ledger.failed(entry, error)
+        except FluxKontextError as error:
+            if error.fatal:
+                self._stop(error)
+            if self._expired(task.submitted_at):
+                gone = FluxKontextError(
+                    f"The result is gone: it was paid for on {task.submitted_at:%F}, and the "
+                    f"service keeps results for {self.options.result_days:g} days. {error}",
+                    task_id=task.task_id,
+                    code="expired",
+                )
+                self.submitter.outstanding.discard(entry.key)
+                return await self._ledger.failed(entry, gone)
+            return _outcome(row, entry.key, "outstanding", error, task_id=task.task_id)
+        self.submitter.outstanding.discard(entry.key)
+        self._stored_now.add(entry.key)
+        self._count(stored=True)
+        return entry
+
+    def _expired(self, submitted_at: datetime) -> bool:
+        return utc_now() - submitted_at > timedelta(days=self.options.result_days)
+
+    async def _after_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
+        ended = entry.ended
+        assert ended is not None  # noqa: S101 - this is what the state says
+        new = entry.intent is not None and entry.intent.owner == self._ledger.owner
+        decision = self.options.policy.decide(
+            ended.reason,
+            entry.failures,
+            asked_to_retry=self.options.retry_failed and not new,
+        )
+        failure = GenerationFailedError(
+            ended.message or "The service gave no reason.",
+            task_id=ended.task_id,
+            code=ended.reason,
+        )
+        if decision == "retry" and self.submits:
+            return await self._submit(row, entry)
+        if decision == "stop":
+            self._stop(failure)
+        return _outcome(row, entry.key, "failed", failure)
+
+    async def _deliver(self, row: Row, key: str, ended: Ended) -> RowOutcome:
+        uris = []
+        for number, file in enumerate(ended.files, start=1):
+            name = image_name(row.id, number, PurePosixPath(file).suffix)
+            known = name == file
+            uris.append(self._output.uri(file) if known else await self._output.copy(file, name))
         return RowOutcome(
             id=row.id,
             line=row.line,
+            key=key,
             state="stored",
-            task_id=task.task_id,
-            uris=[image.uri for image in images],
+            task_id=ended.task_id,
+            uris=uris,
+            already=key not in self._stored_now,
         )
 
-    async def _check_going_on(self) -> None:
-        if self.stopped is not None:
-            raise BatchStoppedError(f"Not submitted: {self.stopped}")
+    def _count(self, *, stored: bool) -> None:
+        if self._breaker.broken(stored=stored):
+            why = "nine of the last ten rows or more have failed, so something is wrong with all"
+            self._stop(BatchStoppedError(f"The batch was stopped: {why}."))
 
-    def _failed(
-        self, row: Row, task: GenerationTask | None, error: FluxKontextError
-    ) -> RowOutcome:
-        if error.fatal and self.stopped is None:
+    def _stop(self, error: FluxKontextError) -> None:
+        if self.submitter.stopped is None:
             logger.error("The batch stops submitting: %s", error)
-            self.stopped = error
-        return RowOutcome(
-            id=row.id,
-            line=row.line,
-            state="not_submitted" if error.fatal and task is None else "failed",
-            reason=error.reason,
-            message=error.message,
-            task_id=task.task_id if task else error.task_id,
-        )
+        self.submitter.stop(error)
 
 
-@asynccontextmanager
-async def row_runner(
-    client: FluxKontextClient, output: OutputFolder, cadence: PollingCadence
-) -> AsyncIterator[RowRunner]:
-    """A runner with its connections, closed afterwards."""
-    async with client, download_client() as http:
-        yield RowRunner(client, http, output, cadence)
+def _outcome(
+    row: Row, key: str, state: RowState, error: FluxKontextError, *, task_id: str | None = None
+) -> RowOutcome:
+    return RowOutcome(
+        id=row.id,
+        line=row.line,
+        key=key,
+        state=state,
+        reason=error.reason,
+        message=error.message,
+        task_id=task_id or error.task_id,
+    )

@@ -6,15 +6,18 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
-_FAILURES_KEPT = 100
+_TOLD = 100
+
+RowState = Literal["stored", "failed", "unknown", "outstanding", "not_submitted"]
 
 
 class RowOutcome(BaseModel):
-    """What became of one row."""
+    """What became of one row in this run."""
 
     id: str
     line: int
-    state: Literal["stored", "failed", "not_submitted"]
+    state: RowState
+    key: str | None = Field(default=None, description="The row key: names it in the ledger.")
     reason: str | None = Field(
         default=None, description="The service's code or the error's name, for counting."
     )
@@ -23,58 +26,83 @@ class RowOutcome(BaseModel):
         default=None, description="The paid task, where the row has got that far."
     )
     uris: list[str] = Field(default_factory=list)
+    already: bool = Field(default=False, description="It was stored before this run.")
 
 
 class BatchSummary(BaseModel):
-    """How many rows were stored, how many failed and why."""
+    """How many rows were stored, how many failed and why, and what is still owed."""
 
     output: str = Field(default="", description="Where the images are.")
     rows: int = Field(default=0, description="Rows seen.")
     stored: int = Field(default=0, description="Rows with all their images in place.")
+    already_stored: int = Field(default=0, description="Those of them stored before this run.")
     failed: int = Field(default=0, description="Rows that failed, refused ones among them.")
+    unknown: int = Field(
+        default=0, description="Rows that may be paid for: their submit's reply was lost."
+    )
+    outstanding: int = Field(default=0, description="Rows paid for and not yet stored.")
     not_submitted: int = Field(default=0, description="Rows left when the batch was stopped.")
+    spent: float = Field(default=0.0, description="Dollars for what was accepted in this run.")
     reasons: dict[str, int] = Field(
-        default_factory=dict, description="How many rows failed for which reason."
+        default_factory=dict, description="How many rows are not stored for which reason."
     )
     failures: list[RowOutcome] = Field(
-        default_factory=list, description="The first hundred rows that failed."
+        default_factory=list,
+        description="The first hundred rows that failed, are unknown or outstanding.",
     )
     seconds: float = Field(default=0.0, description="From start to end.")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is stored."""
+        return self.stored == self.rows
 
     def count(self, outcome: RowOutcome) -> Self:
         """Add what became of one row."""
         self.rows += 1
-        if outcome.state == "stored":
-            self.stored += 1
-        elif outcome.state == "not_submitted":
-            self.not_submitted += 1
-        else:
-            self.failed += 1
-            reason = outcome.reason or "unknown"
+        setattr(self, outcome.state, getattr(self, outcome.state) + 1)
+        self.already_stored += outcome.already
+        if outcome.state in ("failed", "unknown", "outstanding"):
+            reason = outcome.reason or "no reason given"
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-            if len(self.failures) < _FAILURES_KEPT:
+            if len(self.failures) < _TOLD:
                 self.failures.append(outcome)
         return self
 
     def add(self, other: BatchSummary) -> Self:
         """Add what became of the rows of another summary."""
-        self.rows += other.rows
-        self.stored += other.stored
-        self.failed += other.failed
-        self.not_submitted += other.not_submitted
+        for name in (
+            "rows",
+            "stored",
+            "already_stored",
+            "failed",
+            "unknown",
+            "outstanding",
+            "not_submitted",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, number in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + number
-        self.failures += other.failures[: _FAILURES_KEPT - len(self.failures)]
+        self.failures += other.failures[: _TOLD - len(self.failures)]
         return self
 
     def __str__(self) -> str:
         parts = [f"{self.stored} of {self.rows} rows stored"]
-        if self.failed:
+        if self.already_stored:
+            parts[0] += f", {self.already_stored} of them before this run"
+        for number, told in (
+            (self.failed, "failed"),
+            (self.unknown, "unknown (may be paid for)"),
+            (self.outstanding, "outstanding (paid for, not yet stored)"),
+            (self.not_submitted, "not submitted"),
+        ):
+            if number:
+                parts.append(f"{number} {told}")
+        if self.reasons:
             reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
-            told = ", ".join(f"{reason} {number}" for reason, number in reasons)
-            parts.append(f"{self.failed} failed ({told})")
-        if self.not_submitted:
-            parts.append(f"{self.not_submitted} not submitted")
+            parts.append("why: " + ", ".join(f"{reason} {number}" for reason, number in reasons))
+        parts.append(f"${self.spent:.2f} spent")
         if self.seconds:
-            parts.append(f"{self.seconds:.1f} s, {self.stored / self.seconds:.1f} images a second")
+            new = self.stored - self.already_stored
+            parts.append(f"{self.seconds:.1f} s, {new / self.seconds:.1f} images a second")
         return "; ".join(parts)

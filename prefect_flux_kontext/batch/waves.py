@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.ledger.checkpoints import OpenWave, close_wave, open_wave
+from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.manifest.rows import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
-    from prefect_flux_kontext.batch.rows import RowRunner
-    from prefect_flux_kontext.manifest.reading import Manifest
-    from prefect_flux_kontext.manifest.rows import RefusedRow, Row
+    from prefect_flux_kontext.batch.session import Session
+    from prefect_flux_kontext.manifest.rows import RefusedRow
+
+RunWave: TypeAlias = "Callable[[Wave], Awaitable[BatchSummary]]"
 
 WAVE_ROWS = 250
 """Rows of a wave: few enough to lose little with one, enough that 100 rows are no task run."""
@@ -24,36 +27,59 @@ WAVE_ROWS = 250
 class Wave:
     """A block of rows and its number, from 1. No dataclass: Prefect would look into it."""
 
-    def __init__(self, number: int, rows: list[Row | RefusedRow]) -> None:
+    def __init__(self, session: Session, number: int, rows: list[Row | RefusedRow]) -> None:
         self.number = number
-        self.rows = rows
+        self._session = session
+        self._rows = rows
+
+    async def run(self) -> BatchSummary:
+        """Run the rows between naming them in the ledger and writing what came of them.
+
+        Raises:
+            LedgerError: The ledger cannot be reached.
+        """
+        ledger, runner = self._session.ledger, self._session.rows
+        keys = {row_key(row.request) for row in self._rows if isinstance(row, Row)}
+        keys.difference_update(runner.stored)
+        if not keys:
+            return await runner.run(self._rows)
+        wave = OpenWave(
+            name=f"{ledger.owner}-{self.number:06}", owner=ledger.owner, keys=sorted(keys)
+        )
+        await open_wave(ledger.store, wave)
+        summary = await runner.run(self._rows)
+        entries = [runner.latest.pop(key) for key in keys if key in runner.latest]
+        await close_wave(ledger.store, wave, entries)
+        return summary
 
 
 async def run_waves(
-    manifest: Manifest,
-    runner: RowRunner,
-    run_wave: Callable[[Wave], Awaitable[BatchSummary]],
+    session: Session,
+    rows: Iterable[Row | RefusedRow],
+    run_wave: RunWave,
     *,
     concurrent_tasks: int,
+    first: int = 1,
 ) -> BatchSummary:
-    """Run a whole manifest, reading it as it goes.
+    """Run all rows, reading them as it goes; no further wave once the batch is stopped.
 
     Waves overlap, so that the account's slots never idle at a wave's tail; as many are under
     way as fill the slots, and two more.
 
     Args:
-        manifest: What is to be done; its `check` has passed.
-        runner: Runs the rows.
-        run_wave: Runs one wave, by `runner`; the place to make it a task run.
+        session: What the batch has open.
+        rows: What is to be done; read in another thread, a wave at a time.
+        run_wave: Runs one wave, by its `run`; the place to make it a task run.
         concurrent_tasks: The account's limit of tasks running at once.
+        first: Number of the first wave.
 
     Raises:
-        BatchStoppedError: The service refuses all of them (key, balance). What was submitted
-            before is stored or counted.
+        LedgerError: The ledger cannot be reached.
+        ManifestError: The rows cannot be read to their end.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
-    summary = BatchSummary(output=runner.progress.output)
+    summary = BatchSummary(output=str(session.output))
     room = asyncio.Semaphore(math.ceil(concurrent_tasks / WAVE_ROWS) + 2)
 
     async def run(wave: Wave) -> None:
@@ -62,18 +88,17 @@ async def run_waves(
         finally:
             room.release()
 
-    rows = manifest.rows()
+    source = iter(rows)
     try:
         async with asyncio.TaskGroup() as group:
-            for number in itertools.count(1):
+            for number in itertools.count(first):
                 await room.acquire()
-                block = await asyncio.to_thread(lambda: list(itertools.islice(rows, WAVE_ROWS)))
-                if not block or runner.stopped:
+                block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
+                if not block or session.submitter.stopped:
                     break
-                group.create_task(run(Wave(number, block)))
+                group.create_task(run(Wave(session, number, block)))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    summary.spent = session.submitter.spent
     summary.seconds = loop.time() - began
-    if runner.stopped is not None:
-        raise BatchStoppedError(f"{runner.stopped} Until then: {summary}.")
     return summary

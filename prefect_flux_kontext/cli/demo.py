@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
 
 if TYPE_CHECKING:
     import argparse
@@ -49,11 +48,20 @@ def run(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings  # noqa: PLC0415
 
     began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Leave by way of every `finally`: else the server would outlive us.
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     folder = Path(options.folder).resolve()
-    pictures = folder / "pictures"
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir(parents=True)
+    pictures, sheet = folder / "pictures", folder / "contact-sheet.png"
     photos = sorted(path for path in PHOTOS.iterdir() if path.suffix in (".jpg", ".png", ".webp"))
+    rows = [_row_of(photo, pictures) for photo in photos]
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+        # Only what an earlier demo made: the folder may be the user's own.
+        for path in (sheet, *(row[style] for row in rows for style in STYLES)):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"The folder {folder} cannot be used: {error}") from None
     print(f"{len(photos)} photographs in {len(STYLES)} styles. Starting a Prefect server …")
     with (
         running_sandbox(SandboxSettings(mean=_MEAN_SECONDS)) as sandbox,
@@ -62,17 +70,16 @@ def run(options: argparse.Namespace) -> int:
         manifest = folder / "manifest.csv"
         _write_manifest(manifest, f"{sandbox.url}/references", photos)
         print(f"The sandbox is at {sandbox.url}, Prefect at {server.url}. Restyling …", flush=True)
-        report = _run_flow(manifest, pictures, {**server.environment, **_account(sandbox.url)})
+        report = _run_flow(manifest, pictures, server.environment | _account(sandbox.url))
         spent = sandbox.service.bill()
-    rows = [_row_of(photo, pictures) for photo in photos]
     complete = all(path.exists() for row in rows for path in row.values())
     if complete:
-        _draw_sheet(rows, folder / "contact-sheet.png")
+        _draw_sheet(rows, sheet)
     print(f"""
 {report["summary"]}
 The sandbox's bill: {spent["accepted"]} tasks, ${spent["dollars"]} of play money.
 
-Look at      {folder / "contact-sheet.png"}
+Look at      {sheet if complete else f"{pictures}: some are missing"}
 Pictures     {pictures}
 Manifest     {manifest}
 Run page     {server.url}/runs/flow-run/{report["flow_run_id"]}
@@ -88,6 +95,10 @@ def _account(base_url: str) -> dict[str, str]:
         "FLUX_KONTEXT_BASE_URL": base_url,
         "FLUX_KONTEXT_POLL_INITIAL_DELAY": "1",
         "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
+        # Nor does a setting for the user's own account slow it down.
+        "FLUX_KONTEXT_POLL_TIMEOUT": "",
+        "FLUX_KONTEXT_REQUESTS_PER_MINUTE": "",
+        "FLUX_KONTEXT_CONCURRENT_TASKS": "",
     }
 
 
@@ -105,9 +116,11 @@ def _run_flow(manifest: Path, pictures: Path, environment: dict[str, str]) -> di
     """Run the batch in a process of its own, which says all to the server before it ends."""
     flow = subprocess.run(
         [sys.executable, "-m", "prefect_flux_kontext.cli.demo_flow", str(manifest), str(pictures)],
-        env={**os.environ, **environment},
+        env=environment,
         stdout=subprocess.PIPE,
         check=False,
+        # Ctrl-C on the terminal is for us alone; `run` stops it.
+        start_new_session=True,
     )
     if flow.returncode:
         raise BatchStoppedError("The demo's flow run did not end; what it said stands above.")

@@ -31,7 +31,7 @@ class PrefectServer:
 
     Attributes:
         url: Address of its pages.
-        environment: What a process needs to talk to it, and to no other.
+        environment: The whole environment of a process that talks to it, and to no other.
         command: What a person types to start it again, with all it has recorded.
     """
 
@@ -53,19 +53,21 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
     home.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     url = f"http://{_LOOPBACK}:{port}"
-    environment = {
+    environment = _environment_without_prefect() | {
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"{url}/api",
-        # Nothing leaves this machine.
+        # Nothing leaves this machine, nor goes through a proxy.
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "NO_PROXY": _LOOPBACK,
+        "no_proxy": _LOOPBACK,
     }
     start = ["prefect", "server", "start", "--host", _LOOPBACK, "--port", str(port)]
     log = home / "server.log"
     with log.open("wb") as printed:
         server = subprocess.Popen(
             [sys.executable, "-m", *start],
-            env={**os.environ, **environment},
+            env=environment,
             stdout=printed,
             stderr=subprocess.STDOUT,
             # Ctrl-C on the terminal is for us alone; we stop it.
@@ -74,7 +76,7 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
         try:
             if not _is_up(server, url):
                 raise ConfigurationError(f"The Prefect server did not start; its log is {log}.")
-            yield PrefectServer(url, environment, shlex.join([f"PREFECT_HOME={home}", *start]))
+            yield PrefectServer(url, environment, _command(home, start))
         finally:
             server.terminate()
             try:
@@ -82,6 +84,15 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+
+
+def _environment_without_prefect() -> dict[str, str]:
+    # The user's own settings may name another database, another server or a key to it.
+    return {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
+
+
+def _command(home: Path, start: list[str]) -> str:
+    return f"PREFECT_HOME={shlex.quote(str(home))} {shlex.join(start)}"
 
 
 def _free_port() -> int:

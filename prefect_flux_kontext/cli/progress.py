@@ -73,4 +73,4 @@ def _lines(runner: RowRunner, rows: int) -> Iterator[Callable[[], None]]:
 
 def _told(runner: RowRunner) -> str:
     progress = runner.progress
-    return f"{progress.stored} stored, {progress.failed} failed, {runner.submitted} submitted"
+    return f"{progress.stored} stored, {progress.failed} failed, ${progress.spent:.2f} spent"

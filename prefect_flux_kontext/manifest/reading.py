@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.rows import RefusedRow, Row, make_row
+from prefect_flux_kontext.manifest.rows import PARAMETERS, RefusedRow, Row, make_row
 from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PROBLEMS_TOLD = 20
+_COLUMNS = {"id", "image", *PARAMETERS}
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,23 @@ class Manifest:
             ManifestError: The file cannot be read as a manifest, at the latest where it breaks.
         """
         names: dict[bytes, int] = {}
-        for line, cells in self._lines():
+        for line, cells, surplus in self._lines():
             row = make_row(line, cells, prompt=self.prompt)
+            if surplus:
+                row = RefusedRow(
+                    row.id,
+                    line,
+                    f"{surplus} cells more than there are columns; quote cells that hold commas",
+                    cells,
+                )
             name = hashlib.blake2b(safe_name(row.id).casefold().encode(), digest_size=8).digest()
             first = names.setdefault(name, line)
             if first != line:
                 row = RefusedRow(
-                    row.id, line, f"id {row.id!r:.80} is on line {first} already; ids name files"
+                    row.id,
+                    line,
+                    f"id {row.id!r:.80} is on line {first} already; ids name files",
+                    cells,
                 )
             yield row
 
@@ -66,41 +78,54 @@ class Manifest:
             raise ManifestError(f"The manifest {self.url} has no rows.")
         return check
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, str]]]:
+    def _lines(self) -> Iterator[tuple[int, dict[str, str], int]]:
         try:
-            with fsspec.open(self.url, "rt", encoding="utf-8-sig", newline="") as file:
+            # What is not UTF-8 becomes surrogates, so that the line it is on can be told.
+            with fsspec.open(
+                self.url, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=""
+            ) as file:
                 yield from self._cells(csv.reader(file, strict=True))
+        except ManifestError:
+            raise
         except FileNotFoundError:
             raise ManifestError(f"There is no manifest at {self.url}.") from None
-        except UnicodeDecodeError as error:
-            raise ManifestError(
-                f"The manifest {self.url} is not in UTF-8 ({error.reason} at byte "
-                f"{error.start}); save it as UTF-8."
-            ) from None
-        except (OSError, ImportError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
             raise ManifestError(f"The manifest {self.url} cannot be read: {error}") from None
 
-    def _cells(self, reader: Any) -> Iterator[tuple[int, dict[str, str]]]:
+    def _cells(self, reader: Any) -> Iterator[tuple[int, dict[str, str], int]]:
         try:
-            header = [name.strip() for name in next(reader, [])]
+            header = [name.strip() for name in self._checked(next(reader, []), 1)]
             self._check_header(header)
             for values in reader:
-                if len(values) > len(header):
-                    raise ManifestError(
-                        f"Line {reader.line_num} of {self.url} has {len(values)} cells under "
-                        f"{len(header)} columns; quote cells that hold commas."
-                    )
-                if values:
-                    yield reader.line_num, dict(zip(header, values, strict=False))
+                # Spreadsheets end a table with empty rows and columns.
+                if any(text.strip() for text in self._checked(values, reader.line_num)):
+                    surplus = sum(1 for text in values[len(header) :] if text.strip())
+                    yield reader.line_num, dict(zip(header, values, strict=False)), surplus
         except csv.Error as error:
             raise ManifestError(
                 f"Line {reader.line_num} of {self.url} is not CSV: {error}."
             ) from None
 
+    def _checked(self, values: list[str], line: int) -> list[str]:
+        try:
+            "".join(values).encode()
+        except UnicodeEncodeError:
+            raise ManifestError(
+                f"Line {line} of {self.url} is not in UTF-8; save the manifest as UTF-8."
+            ) from None
+        return values
+
     def _check_header(self, header: list[str]) -> None:
-        twice = {name for name in header if header.count(name) > 1}
+        twice = {name for name in header if name and header.count(name) > 1}
         if twice:
             raise ManifestError(f"The manifest {self.url} has a column twice: {sorted(twice)}.")
+        for name in header:
+            meant = re.sub(r"[\s-]+", "_", name.casefold())
+            if meant in _COLUMNS and meant != name:
+                # It would be taken for a column of the user's own, and the default paid for.
+                raise ManifestError(
+                    f"The manifest {self.url} has a column {name!r}; spell it `{meant}`."
+                )
         if not {"image", "prompt"} & set(header):
             raise ManifestError(
                 f"The manifest {self.url} has neither a column `image` nor `prompt`; its first "

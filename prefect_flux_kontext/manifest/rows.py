@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import ValidationError
 
@@ -28,11 +28,13 @@ class Row:
         id: Names the row and its images.
         line: Line of the manifest it ends on, from 1, with the header counted.
         request: What is to be made.
+        cells: The line as it stands, so that it can be written again.
     """
 
     id: str
     line: int
     request: GenerationRequest
+    cells: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class RefusedRow:
     id: str
     line: int
     reason: str
+    cells: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_row(
@@ -63,27 +66,35 @@ def make_row(
     problems = []
     if image is not None:
         values["image_urls"] = [image]
-        problems += _problems_of_reference(image)
+        problems += problems_of_reference(image)
+    elif "prompt" not in given and prompt is not None:
+        # Else a hole in the column of references would be paid for as text to image.
+        problems.append("the row has neither an image nor a prompt of its own")
     try:
         request = GenerationRequest(**values)
     except ValidationError as error:
         problems += [_told(problem) for problem in error.errors()]
     if problems:
-        return RefusedRow(id=row_id, line=line, reason="; ".join(problems))
-    return Row(id=row_id, line=line, request=request)
+        return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=cells)
+    return Row(id=row_id, line=line, request=request, cells=cells)
 
 
 def _made_id(image: str | None, values: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([image, values], sort_keys=True).encode()).hexdigest()[:12]
-    stem = PurePosixPath(unquote(urlsplit(image).path)).stem if image else ""
+    stem = PurePosixPath(unquote(_parts(image).path)).stem if image else ""
     return f"{stem}-{digest}" if stem else digest
 
 
-def _problems_of_reference(image: str) -> list[str]:
+def _parts(url: str) -> SplitResult:
     try:
-        parts = urlsplit(image)
+        return urlsplit(url)
     except ValueError:
-        parts = urlsplit("")
+        return urlsplit("")
+
+
+def problems_of_reference(image: str) -> list[str]:
+    """Why the service could not fetch a reference image, as far as its URL tells."""
+    parts = _parts(image)
     if parts.scheme in ("http", "https") and parts.hostname:
         return []
     told = (

@@ -1,0 +1,132 @@
+"""A whole batch: its waves, what earlier runs have left behind, and the failed rows."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import logging
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.batch.waves import run_waves
+from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.ledger.checkpoints import OpenWave, close_wave, open_waves
+from prefect_flux_kontext.ledger.owners import is_alive
+from prefect_flux_kontext.ledger.states import OWED, State
+from prefect_flux_kontext.manifest.rows import Row
+from prefect_flux_kontext.models import utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+    from prefect_flux_kontext.batch.session import Session
+    from prefect_flux_kontext.batch.summary import BatchSummary
+    from prefect_flux_kontext.batch.waves import RunWave
+    from prefect_flux_kontext.ledger.ledger import Ledger
+    from prefect_flux_kontext.ledger.records import Entry
+    from prefect_flux_kontext.manifest.rows import RefusedRow
+
+logger = logging.getLogger(__name__)
+
+FAILED_ROWS = "failed.csv"
+_WHY = ("failed_reason", "failed_message")
+_WARN_BEFORE = timedelta(days=3)
+_COLLECTING_FROM = 500_001
+"""Numbers of the waves that collect, apart from those of the manifest's waves."""
+
+
+async def run_batch(
+    session: Session,
+    rows: Iterable[Row | RefusedRow],
+    run_wave: RunWave,
+    *,
+    concurrent_tasks: int,
+) -> BatchSummary:
+    """Run all rows, collect what earlier runs have left, and write the failed rows down.
+
+    Raises:
+        BatchStoppedError: There is no point in submitting further rows (key, balance, nearly
+            all fail). What was submitted before is stored, or on record to be collected.
+        LedgerError: The ledger cannot be reached.
+    """
+    summary = await run_waves(session, rows, run_wave, concurrent_tasks=concurrent_tasks)
+    await _write_failed(session)
+    left = await collect(session, run_wave, concurrent_tasks=concurrent_tasks)
+    if left.rows:
+        logger.info("Of rows that earlier runs left: %s.", left)
+    if session.submitter.stopped is not None:
+        raise BatchStoppedError(f"{session.submitter.stopped} Until then: {summary}.")
+    return summary
+
+
+async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int) -> BatchSummary:
+    """Wait for, download and store what ended runs have paid for; pays for nothing.
+
+    Raises:
+        LedgerError: The ledger cannot be reached.
+    """
+    session.rows.submits = False
+    abandoned = [(wave, entries) async for wave, entries in _abandoned_waves(session.ledger)]
+    owed = [entry for _, entries in abandoned for entry in entries if entry.state in OWED]
+    # The oldest first: its result is the next to expire.
+    owed.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
+    _warn_of_expiry(owed, session.rows.options.result_days)
+    rows = [
+        Row(id=entry.intent.row_id, line=entry.intent.line, request=entry.intent.request)
+        for entry in owed
+        if entry.intent is not None
+    ]
+    summary = await run_waves(
+        session, rows, run_wave, concurrent_tasks=concurrent_tasks, first=_COLLECTING_FROM
+    )
+    for wave, entries in abandoned:
+        # What they owed is in waves of our own by now.
+        known = [entry for entry in entries if entry.state not in OWED]
+        keys = [entry.key for entry in known]
+        await close_wave(session.ledger.store, wave.model_copy(update={"keys": keys}), known)
+    return summary
+
+
+async def _abandoned_waves(ledger: Ledger) -> AsyncIterator[tuple[OpenWave, Sequence[Entry]]]:
+    async for wave in open_waves(ledger.store):
+        if wave.owner != ledger.owner and not await is_alive(ledger.store, wave.owner):
+            yield wave, await asyncio.gather(*(ledger.read(key) for key in wave.keys))
+
+
+def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:
+    ends = timedelta(days=result_days)
+    for entry in owed:
+        if entry.state is not State.ACCEPTED:
+            continue
+        left = entry.task.submitted_at + ends - utc_now()
+        if left < _WARN_BEFORE:
+            logger.warning(
+                "Row %s (task %s) is paid for and its result expires in %.1f days.",
+                entry.key,
+                entry.task.task_id,
+                left.total_seconds() / 86_400,
+            )
+
+
+async def _write_failed(session: Session) -> None:
+    """Write the failed rows as a manifest that can be run again as it is."""
+    failed = session.rows.unstored
+    if not failed:
+        await session.output.remove(FAILED_ROWS)
+        return
+    columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
+    columns = [name for name in columns if name not in _WHY]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*columns, *_WHY])
+    for cells, outcome in failed:
+        row = [cells.get(name, "") for name in columns]
+        writer.writerow([*row, outcome.reason or "", outcome.message or ""])
+    await session.output.write(FAILED_ROWS, text.getvalue().encode(errors="surrogateescape"))
+    logger.info(
+        "%d failed rows are in %s; to run them again: flux-kontext retry-failed %s",
+        len(failed),
+        session.output.uri(FAILED_ROWS),
+        session.output,
+    )

@@ -1,0 +1,77 @@
+"""What a failure means for the row and for the batch."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_WINDOW = 50
+_FEWEST = 20
+_TOO_MANY = 0.9
+
+
+class FailurePolicy(BaseModel):
+    """What to do for each fail code; a code that is not named here is left failed.
+
+    Codes are compared without case and underscores: the service spells some in two ways.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    retry: dict[str, int] = Field(
+        default={"GENERATION_FAILED": 1, "PROCESSING_TIMEOUT": 1, "MODEL_UNAVAILABLE": 1},
+        description="Fail codes to pay for again, and how often at most.",
+    )
+    stop: list[str] = Field(
+        default=["INSUFFICIENT_CREDITS", "INSUFFICIENT_BALANCE"],
+        description="Fail codes that end the batch for the rows not yet submitted.",
+    )
+    never: list[str] = Field(
+        default=[
+            "CONTENT_VIOLATION",
+            "NSFW_DETECTED",
+            "SENSITIVE_CONTENT_DETECTED",
+            "INVALID_PROMPT",
+            "PROMPT_TOO_LONG",
+        ],
+        description="Fail codes that are not paid for again even when failed rows are retried: "
+        "change the row instead.",
+    )
+
+    def decide(
+        self, code: str | None, failures: int, *, asked_to_retry: bool = False
+    ) -> Literal["leave", "retry", "stop"]:
+        """What to do with a row.
+
+        Args:
+            code: The fail code of its latest attempt.
+            failures: How many of its attempts were paid and failed.
+            asked_to_retry: A person wants failed rows tried once more.
+        """
+        plain = _plain(code or "")
+        if plain in map(_plain, self.stop):
+            return "stop"
+        if plain in map(_plain, self.never):
+            return "leave"
+        allowed = next((n for name, n in self.retry.items() if _plain(name) == plain), 0)
+        return "retry" if asked_to_retry or failures <= allowed else "leave"
+
+
+def _plain(code: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", code.lower())
+
+
+class Breaker:
+    """Tells when so many rows fail that something must be wrong with all of them."""
+
+    def __init__(self) -> None:
+        self._recent: deque[bool] = deque(maxlen=_WINDOW)
+
+    def broken(self, *, stored: bool) -> bool:
+        """Count a row; True when at least 20, and 9 of 10 of the last 50, have failed."""
+        self._recent.append(stored)
+        failed = self._recent.count(False)
+        return len(self._recent) >= _FEWEST and failed >= _TOO_MANY * len(self._recent)

@@ -1,0 +1,149 @@
+"""Paying for rows: an intent before each POST, its outcome right after, nothing once stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, cast
+
+from prefect_flux_kontext.errors import BatchStoppedError, FluxKontextError, LedgerError
+from prefect_flux_kontext.ledger.records import Posted
+from prefect_flux_kontext.ledger.states import State
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.ledger.ledger import Ledger
+    from prefect_flux_kontext.ledger.records import Entry
+    from prefect_flux_kontext.manifest.rows import Row
+
+logger = logging.getLogger(__name__)
+
+
+class Submitter:
+    """Submits rows, so that each POST is on record before and after.
+
+    A POST that has begun is seen to its end, whatever is cancelled meanwhile: its reply is
+    worth money.
+
+    Args:
+        client: The service.
+        ledger: Where intents and outcomes go.
+        posts_at_once: POSTs under way at once; apart from the tasks that run, because these are
+            what a crash makes doubtful.
+
+    Attributes:
+        stopped: Why nothing is submitted any more.
+        accepted: Rows accepted in this run.
+        spent: Dollars for the rows accepted in this run.
+        outstanding: Keys of rows that are paid for and have not ended, so far as this run knows.
+    """
+
+    def __init__(self, client: FluxKontextClient, ledger: Ledger, posts_at_once: int) -> None:
+        self.stopped: FluxKontextError | None = None
+        self.accepted = 0
+        self.spent = 0.0
+        self.outstanding: set[str] = set()
+        self._client = client
+        self._ledger = ledger
+        self._room = asyncio.Semaphore(posts_at_once)
+        self._all: set[asyncio.Task[Entry]] = set()
+        self._posting: set[asyncio.Task[Entry]] = set()
+
+    def stop(self, why: FluxKontextError) -> None:
+        """Submit nothing from now on; POSTs that have begun are still recorded."""
+        if self.stopped is None:
+            self.stopped = why
+            for work in self._all - self._posting:
+                work.cancel()
+
+    async def drained(self) -> None:
+        """Wait until every POST that has begun is on record."""
+        if self._posting:
+            await asyncio.wait(self._posting)
+
+    async def submit(self, row: Row, entry: Entry) -> Entry:
+        """Pay for the row's next attempt.
+
+        Returns:
+            The row with its accepted task.
+
+        Raises:
+            RowTakenError: Another run was first; nothing was sent.
+            BatchStoppedError: The batch was stopped; nothing was sent.
+            LedgerError: The intent could not be recorded; nothing was sent.
+            ApiError: See `FluxKontextClient.submit`; where it is `not_accepted`, that is on
+                record, else the row is doubtful.
+        """
+        self._check_going_on()
+        work = asyncio.create_task(self._submit(row, entry))
+        self._all.add(work)
+        work.add_done_callback(self._all.discard)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if work not in self._posting:
+                work.cancel()
+            if work.cancelled():
+                self._check_going_on()
+            raise
+
+    async def _submit(self, row: Row, entry: Entry) -> Entry:
+        latest = entry
+        work = cast("asyncio.Task[Entry]", asyncio.current_task())
+
+        @asynccontextmanager
+        async def attempt() -> AsyncIterator[None]:
+            nonlocal latest
+            async with self._room:
+                self._check_going_on()
+                self._posting.add(work)
+                try:
+                    latest = await self._ledger.claim(row, latest)
+                    yield
+                except FluxKontextError as error:
+                    if error.not_accepted and latest.state is State.INTENT:
+                        latest = await self._ledger.rejected(latest, error)
+                    self._posting.discard(work)
+                    raise
+
+        try:
+            task = await self._client.submit(row.request, around_post=attempt)
+            return await self._record(latest, task.task_id)
+        finally:
+            self._posting.discard(work)
+
+    async def _record(self, entry: Entry, task_id: str) -> Entry:
+        self.accepted += 1
+        self.outstanding.add(entry.key)
+        self.spent += entry.intent.price if entry.intent else 0.0
+        try:
+            recorded = await self._ledger.accepted(entry, task_id)
+        except LedgerError as error:
+            logger.error(  # noqa: TRY400 - the id is what counts
+                "Row %s is paid for as task %s, which could not be recorded: %s If this run does "
+                "not store it: flux-kontext resolve OUTPUT %s --accepted %s",
+                entry.key,
+                task_id,
+                error,
+                entry.key,
+                task_id,
+            )
+            posted = Posted(state="accepted", by=self._ledger.owner, task_id=task_id)
+            return entry.model_copy(update={"posted": posted})
+        if recorded.posted is not None and recorded.posted.task_id != task_id:
+            logger.error(
+                "Row %s was settled as %s by %s while its submit was under way, and then accepted "
+                "as task %s: look whether it is paid for twice.",
+                entry.key,
+                recorded.posted.state,
+                recorded.posted.by,
+                task_id,
+            )
+        return recorded
+
+    def _check_going_on(self) -> None:
+        if self.stopped is not None:
+            raise BatchStoppedError(f"Not submitted: {self.stopped}")

@@ -1,0 +1,117 @@
+"""The records of a row, and the row's state put together from them.
+
+An attempt to pay for a row leaves up to three records, each created once and never changed:
+`intent` before the POST, `posted` after its reply, `ended` when nothing more is to come.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefect_flux_kontext.ledger.states import PAID, State
+from prefect_flux_kontext.models import GenerationRequest, GenerationTask, StoredImage, utc_now
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    at: datetime = Field(default_factory=utc_now, description="When it was written.")
+
+
+class Intent(_Record):
+    """Durable before the first byte of the POST: from here on the row may be paid for."""
+
+    key: str
+    attempt: int
+    owner: str = Field(description="The run that is about to pay.")
+    nonce: str = Field(description="Tells this attempt's records from every other's.")
+    row_id: str
+    line: int
+    request: GenerationRequest
+    price: float = Field(description="Dollars, by the prices that were set.")
+
+
+class Posted(_Record):
+    """What the POST came to: the first such record of an attempt stands."""
+
+    state: Literal["accepted", "rejected"]
+    by: str = Field(description="The run, `person` or `callback`.")
+    task_id: str | None = None
+    reason: str | None = None
+    message: str | None = None
+
+
+class Ended(_Record):
+    """Nothing more is to come of the attempt. For a stored row, also its image's sidecar."""
+
+    state: Literal["stored", "failed"]
+    task_id: str
+    files: list[str] = Field(default_factory=list, description="Names below the output.")
+    images: list[StoredImage] = Field(default_factory=list)
+    reason: str | None = None
+    message: str | None = None
+
+
+class Entry(BaseModel):
+    """A row as its records tell it: the latest attempt, and what the earlier ones came to.
+
+    Attributes:
+        key: The row key.
+        attempt: Number of the latest attempt; 0 where there is none.
+        failed_before: Earlier attempts that were paid and failed.
+        spent_before: Dollars of earlier attempts that were accepted.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    attempt: int = 0
+    intent: Intent | None = None
+    posted: Posted | None = None
+    ended: Ended | None = None
+    failed_before: int = 0
+    spent_before: float = 0.0
+
+    @property
+    def state(self) -> State:
+        """The latest attempt's state; `intent` may turn out `unknown` when its owner is gone."""
+        if self.ended is not None:
+            return State(self.ended.state)
+        if self.posted is not None:
+            return State(self.posted.state)
+        return State.PLANNED if self.intent is None else State.INTENT
+
+    @property
+    def spent(self) -> float:
+        """Dollars of all attempts that were accepted."""
+        paid = self.intent is not None and self.state in PAID
+        return self.spent_before + (self.intent.price if paid and self.intent else 0.0)
+
+    @property
+    def failures(self) -> int:
+        """Attempts that were paid and failed."""
+        return self.failed_before + (self.state is State.FAILED)
+
+    def next_attempt(self, intent: Intent) -> Entry:
+        """The row with a further attempt, which has only its intent so far."""
+        return Entry(
+            key=self.key,
+            attempt=intent.attempt,
+            intent=intent,
+            failed_before=self.failures,
+            spent_before=self.spent,
+        )
+
+    @property
+    def task(self) -> GenerationTask:
+        """The accepted task."""
+        if self.intent is None or self.posted is None or self.posted.task_id is None:
+            raise ValueError(f"row {self.key} has no accepted task")
+        return GenerationTask(
+            task_id=self.posted.task_id,
+            request=self.intent.request,
+            submitted_at=self.posted.at,
+        )

@@ -1,0 +1,102 @@
+"""One line of a manifest becomes a request, or a reason why not."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_flux_kontext.manifest.rows import (
+    RefusedRow,
+    Row,
+    make_row,
+    problems_of_reference,
+)
+
+URL = "http://references.test/cat.jpg"
+
+
+def reason(prompt=None, **cells):
+    row = make_row(7, cells, prompt=prompt)
+    assert isinstance(row, RefusedRow)
+    assert row.line == 7
+    return row.reason
+
+
+def test_the_prompt_for_all_rows_fills_in_where_a_row_has_none():
+    own = make_row(2, {"image": URL, "prompt": "oil"}, prompt="pencil")
+    none = make_row(2, {"image": URL, "prompt": "  "}, prompt="pencil")
+    assert (own.request.prompt, none.request.prompt) == ("oil", "pencil")
+
+
+def test_a_prompt_alone_is_text_to_image():
+    row = make_row(2, {"prompt": "a lighthouse"})
+    assert row.request.image_urls == []
+
+
+def test_a_hole_in_the_references_is_not_paid_for_as_text_to_image():
+    assert reason(prompt="as watercolour", id="cat", image="") == (
+        "the row has neither an image nor a prompt of its own"
+    )
+
+
+def test_empty_cells_take_the_defaults():
+    row = make_row(2, {"image": URL, "prompt": "x", "mode": "", "aspect_ratio": " "})
+    assert (row.request.mode, row.request.aspect_ratio) == ("pro", "16:9")
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ({}, "prompt is missing: give the row one, or a prompt for all rows"),
+        ({"prompt": "x" * 10_001}, "prompt 'xxx"),
+        ({"prompt": "x", "mode": "turbo"}, "mode 'turbo': Input should be 'pro' or 'max'"),
+        ({"prompt": "x", "aspect_ratio": "2:1"}, "aspect_ratio '2:1': Input should be '21:9'"),
+        ({"prompt": "x", "output_format": "gif"}, "output_format 'gif'"),
+        ({"prompt": "x", "provider": "best"}, "provider 'best'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_column_and_what_is_allowed(cells, told):
+    assert reason(image=URL, **cells).startswith(told)
+    assert len(reason(image=URL, **cells)) < 300
+
+
+def test_all_that_is_wrong_with_a_row_is_told_at_once():
+    told = reason(image="cat.jpg", mode="turbo")
+    assert told.count(";") >= 2
+    for word in ("cat.jpg", "mode", "prompt"):
+        assert word in told
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "cat.jpg",
+        "/data/cat.jpg",
+        "C:\\cat.jpg",
+        "s3://bucket/cat.jpg",
+        "file:///etc/passwd",
+        "ftp://a.test/cat.jpg",
+        "data:image/png;base64,AAAA",
+        "http://",
+        "http:///cat.jpg",
+        "https:cat.jpg",
+        "//a.test/cat.jpg",
+        "http://[::1",
+        "http://[not-an-address]/x",
+    ],
+)
+def test_a_reference_that_the_service_cannot_fetch_is_refused_with_what_to_do(image):
+    told = reason(image=image, prompt="x")
+    assert f"image {image!r} is not an http or https URL" in told
+    assert "serve the file at a URL" in told
+
+
+@pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x y.png", "http://[::1]:80/x?sig=1#f"])
+def test_a_reference_that_the_service_may_fetch_is_let_through(image):
+    assert problems_of_reference(image) == []
+
+
+@given(st.dictionaries(st.sampled_from(["id", "image", "prompt", "mode", "other"]), st.text()))
+def test_no_cells_whatsoever_make_a_row_raise(cells):
+    row = make_row(2, cells, prompt="x")
+    assert isinstance(row, Row | RefusedRow)
+    assert row.id

@@ -1,0 +1,89 @@
+"""One real Prefect server for all tests here, and a sandbox for each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from prefect.context import _temporary_global_settings_context, get_settings_context
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.utilities.asyncutils import run_coro_as_sync
+
+from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
+from prefect_flux_kontext.cli.prefect_server import prefect_server
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
+
+KEY = "key-of-the-tests"
+QUICK = PollingCadence(initial_delay=0, interval=0.05, timeout=60)
+
+
+@dataclass(frozen=True)
+class PrefectApi:
+    """The server of the tests.
+
+    Attributes:
+        home: Its folder, with the database in it.
+        environment: What a process needs to talk to it.
+    """
+
+    home: Path
+    environment: dict[str, str]
+
+
+async def _drain():
+    await APILogWorker.instance().drain()
+    await EventsWorker.drain_all()
+
+
+def tell_prefect_everything():
+    """Wait until all logs and events of this process have reached the server."""
+    run_coro_as_sync(_drain())
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory):
+    home = tmp_path_factory.mktemp("prefect")
+    with (
+        prefect_server(home) as server,
+        temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}),
+        # Threads that copied their context earlier see it too, as in Prefect's own harness.
+        _temporary_global_settings_context(get_settings_context()),
+    ):
+        yield PrefectApi(home, server.environment)
+        # Before the server stops: what is left over would be tried again for a minute.
+        tell_prefect_everything()
+
+
+@pytest.fixture(autouse=True)
+def _use_the_server(prefect_api):
+    """Every test here talks to the one server."""
+
+
+@pytest.fixture
+def sandbox():
+    with running_sandbox(SandboxSettings(mean=0.1, long_edge=64, api_key=KEY)) as running:
+        yield running
+
+
+@pytest.fixture
+def account(sandbox):
+    """The credentials Block of the sandbox's account."""
+    return FluxKontextCredentials(api_key=KEY, base_url=sandbox.url)
+
+
+@pytest.fixture
+def account_in_environment(sandbox, monkeypatch):
+    """The sandbox's account in the environment."""
+    monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
+    monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", sandbox.url)
+    monkeypatch.setenv("FLUX_KONTEXT_POLL_INITIAL_DELAY", "0")
+    monkeypatch.setenv("FLUX_KONTEXT_POLL_INTERVAL", "0.05")
+
+
+@pytest.fixture
+def reference(sandbox):
+    """The URL of a picture that the sandbox serves."""
+    name = sorted(path.name for path in PHOTOS.iterdir() if path.suffix == ".jpg")[0]
+    return f"{sandbox.url}/references/{name}"

@@ -1,0 +1,70 @@
+"""Clients for tests: own governor, short time-outs on real sockets, any transport."""
+
+import asyncio
+
+import httpx
+
+from prefect_flux_kontext.api.client import FluxKontextClient
+from prefect_flux_kontext.api.governor import Governor
+from prefect_flux_kontext.models import GenerationRequest
+
+KEY = "canary-7f3a9c51e2d84b06"
+
+REQUEST = GenerationRequest(prompt="a lighthouse at dusk")
+
+
+def make_client(url="http://service.test", *, requests=10_000, tasks=1_000, read=5.0, **how):
+    """A client with its own governor, which waits for replies `read` seconds."""
+    governor = Governor(requests_per_minute=requests, concurrent_tasks=tasks)
+    client = FluxKontextClient(KEY, base_url=url, governor=governor, **how)
+    client._http.timeout = httpx.Timeout(5.0, read=read)
+    return client
+
+
+class Played(httpx.AsyncBaseTransport):
+    """A transport that answers from a list, the last entry for ever, and notes loop times.
+
+    An entry is (status, envelope), a response, an exception to raise, or None to never answer.
+    """
+
+    def __init__(self, *script, takes=0.0):
+        self.script = script
+        self.takes = takes
+        self.times = []
+        self.requests = []
+
+    async def handle_async_request(self, request):
+        self.times.append(asyncio.get_running_loop().time())
+        self.requests.append(request)
+        entry = self.script[min(len(self.requests), len(self.script)) - 1]
+        await asyncio.sleep(self.takes)
+        if entry is None:
+            await asyncio.Event().wait()
+        if isinstance(entry, Exception):
+            raise entry
+        if isinstance(entry, httpx.Response):
+            return httpx.Response(entry.status_code, headers=entry.headers, content=entry.content)
+        status, body = entry
+        return httpx.Response(status, json=body)
+
+
+def ok(data):
+    """A reply that went well."""
+    return (200, {"code": 200, "message": "success", "data": data})
+
+
+ACCEPTED = ok({"taskId": "task_1"})
+PROCESSING = ok({"taskId": "task_1", "state": "processing"})
+SUCCESS = ok(
+    {
+        "taskId": "task_1",
+        "state": "success",
+        "resultJson": '{"resultUrls": ["http://service.test/1.jpg"]}',
+    }
+)
+
+
+def limited(retry_after=None):
+    """A 429, with or without a Retry-After header."""
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    return httpx.Response(429, headers=headers, json={"code": 429, "message": "slow down"})
