@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
-from prefect_flux_kontext.api.client import tls_context
+from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_context
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError
 from prefect_flux_kontext.images import EXTENSIONS, ImageInfo, inspect_image
 from prefect_flux_kontext.models import StoredImage
@@ -24,21 +24,21 @@ _ATTEMPTS = 6
 _LARGEST_IMAGE = 50 * 2**20
 _LONGEST_DOWNLOAD = 300.0
 
-# At full speed 33 images a second of about a second each: 64 leave room for slow ones.
-_POOL = httpx.Limits(max_connections=64, max_keepalive_connections=64, keepalive_expiry=2)
 _TIMEOUTS = httpx.Timeout(connect=10, read=30, write=30, pool=None)
 
 
-def download_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-    """A client for results, apart from the API's: it holds no key, and never slows submits."""
-    return httpx.AsyncClient(
+def download_client(transport: httpx.AsyncBaseTransport | None = None) -> Connections:
+    """Connections for results, apart from the API's: no key in them, and no submit behind them."""
+    return Connections(
+        lambda: httpx.AsyncClient(
+            limits=POOL_LIMITS,
+            transport=transport,
+            verify=tls_context(),
+            headers={"Accept-Encoding": "identity"},
+            follow_redirects=True,
+            max_redirects=3,
+        ),
         timeout=_TIMEOUTS,
-        limits=_POOL,
-        transport=transport,
-        verify=tls_context(),
-        headers={"Accept-Encoding": "identity"},
-        follow_redirects=True,
-        max_redirects=3,
     )
 
 
@@ -48,7 +48,7 @@ def image_name(name: str, number: int, extension: str) -> str:
 
 
 async def persist_result(
-    result: GenerationResult, output: OutputFolder, http: httpx.AsyncClient, *, name: str
+    result: GenerationResult, output: OutputFolder, http: Connections, *, name: str
 ) -> list[StoredImage]:
     """Download every image of a result, check it and put it in its place.
 
@@ -85,7 +85,7 @@ async def persist_result(
 
 
 async def _download(
-    result: GenerationResult, url: str, http: httpx.AsyncClient
+    result: GenerationResult, url: str, http: Connections
 ) -> tuple[bytes, ImageInfo]:
     expected = result.request.output_format if result.request else None
     attempt = 0
@@ -108,7 +108,7 @@ async def _download(
     )
 
 
-async def _fetch(http: httpx.AsyncClient, url: str, *, last: bool) -> bytes:
+async def _fetch(http: Connections, url: str, *, last: bool) -> bytes:
     data = bytearray()
     wait = None
     try:

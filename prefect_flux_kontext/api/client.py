@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import zlib
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
-from pydantic import SecretStr
 
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
+from prefect_flux_kontext.api.connections import (
+    API_TIMEOUT,
+    POOL_LIMITS,
+    Connections,
+    exchange,
+    tls_context,
+)
 from prefect_flux_kontext.api.governor import Governor, shared_governor
+from prefect_flux_kontext.api.inputs import checked_base_url, checked_key
 from prefect_flux_kontext.api.replies import (
     read_balance,
     read_envelope,
@@ -22,7 +28,6 @@ from prefect_flux_kontext.api.replies import (
 )
 from prefect_flux_kontext.errors import (
     ApiError,
-    ConfigurationError,
     NotConnectedError,
     RateLimitedError,
     ReplyLostError,
@@ -31,9 +36,10 @@ from prefect_flux_kontext.errors import (
 from prefect_flux_kontext.models import GenerationTask
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
+
+    from pydantic import SecretStr
 
     from prefect_flux_kontext.models import GenerationRequest, TaskStatus
 
@@ -48,23 +54,6 @@ _BALANCE = "/api/v1/apikeys/current-balance"
 # A ProxyError is the proxy's refusal to connect us.
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 _CONNECT_ATTEMPTS = 8
-_LARGEST_REPLY = 4 * 2**20
-_REFUSALS = range(400, 500)
-
-# A submit whose reply does not come may be billed without our knowing, so patience is cheap.
-_TIMEOUTS = httpx.Timeout(connect=10, read=60, write=60, pool=60)
-_LONGEST_REQUEST = 120.0
-
-# At full speed 33 submits and some 130 polls a second of 0.1 to 0.5 s each are under way. An
-# idle connection is dropped after 2 s, before servers do (5 s and up): a request sent into a
-# connection that is just being closed has an unknown fate.
-_POOL = httpx.Limits(max_connections=128, max_keepalive_connections=128, keepalive_expiry=2)
-
-
-@functools.cache
-def tls_context() -> ssl.SSLContext:
-    """The process's one TLS context: making one reads all certificates, some 20 ms."""
-    return httpx.create_ssl_context()
 
 
 class FluxKontextClient:
@@ -101,27 +90,30 @@ class FluxKontextClient:
         transport: httpx.AsyncBaseTransport | None = None,
         governor: Governor | None = None,
     ) -> None:
-        self._key = _checked_key(api_key)
-        self.base_url = _checked_base_url(base_url)
+        self._key = checked_key(api_key)
+        self.base_url = checked_base_url(base_url)
         self.governor = governor or shared_governor(
             self.base_url,
             self._key,
             requests_per_minute=requests_per_minute,
             concurrent_tasks=concurrent_tasks,
         )
-        self._http = httpx.AsyncClient(
-            base_url=self.base_url,
-            headers={
-                "Authorization": f"Bearer {self._key}",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-            },
-            timeout=_TIMEOUTS,
-            limits=_POOL,
-            transport=transport,
-            # A proxy of the environment is used for https, where it does not see the key.
-            trust_env=self.base_url.startswith("https"),
-            verify=tls_context() if self.base_url.startswith("https") else False,
+        https = self.base_url.startswith("https")
+        self._connections = Connections(
+            lambda: httpx.AsyncClient(
+                base_url=self.base_url,
+                headers={
+                    "Authorization": f"Bearer {self._key}",
+                    "Accept": "application/json",
+                    "Accept-Encoding": "identity",
+                },
+                limits=POOL_LIMITS,
+                transport=transport,
+                # A proxy of the environment is used for https, where it does not see the key.
+                trust_env=https,
+                verify=tls_context() if https else False,
+            ),
+            timeout=API_TIMEOUT,
         )
 
     def __repr__(self) -> str:
@@ -135,7 +127,7 @@ class FluxKontextClient:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await self._connections.aclose()
 
     async def submit(
         self,
@@ -253,7 +245,7 @@ class FluxKontextClient:
         async with around():
             sent_at = asyncio.get_running_loop().time()
             try:
-                status, headers, body = await self._exchange(method, path, **how)
+                status, headers, body = await exchange(self._connections, method, path, **how)
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
                 failure = self._transport_error(error, task_id)
             else:
@@ -276,26 +268,6 @@ class FluxKontextClient:
             # Raised here, outside the handler: httpx's error carries the key in its request.
             raise failure
 
-    async def _exchange(
-        self, method: str, path: str, **how: Any
-    ) -> tuple[int, httpx.Headers, bytes]:
-        body = bytearray()
-        async with (
-            asyncio.timeout(_LONGEST_REQUEST),
-            self._http.stream(method, path, **how) as response,
-        ):
-            try:
-                # What a MockTransport answers has been read already.
-                read = response.is_stream_consumed
-                async for chunk in response.aiter_bytes() if read else response.aiter_raw():
-                    body += chunk
-                    if len(body) > _LARGEST_REPLY:
-                        break
-            except httpx.TransportError:
-                if response.status_code not in _REFUSALS:
-                    raise  # a refusal is one without its body too
-        return response.status_code, response.headers, _unpacked(bytes(body), response.headers)
-
     def _transport_error(self, error: Exception, task_id: str | None) -> ApiError:
         told = f"{type(error).__name__}: {error}".rstrip(": ").replace(self._key, "***")
         if isinstance(error, _NEVER_SENT):
@@ -308,43 +280,3 @@ class FluxKontextClient:
             f"The request to {self.base_url} was sent, but no whole reply came ({told}).",
             task_id=task_id,
         )
-
-
-def _unpacked(body: bytes, headers: httpx.Headers) -> bytes:
-    """The body itself, from proxies too that compress it although we ask them not to."""
-    if headers.get("Content-Encoding", "").strip().lower() not in ("gzip", "x-gzip", "deflate"):
-        return body
-    try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _LARGEST_REPLY)
-    except zlib.error:
-        return body
-
-
-def _checked_key(api_key: str | SecretStr) -> str:
-    key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
-    key = key.strip()
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigurationError(
-            "The API key is empty or has characters that no key has. Set FLUX_KONTEXT_API_KEY "
-            "or the Block's api_key."
-        )
-    return key
-
-
-def _checked_base_url(base_url: str) -> str:
-    try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if (
-        url.scheme not in ("http", "https")
-        or not url.host
-        or url.userinfo
-        or url.query
-        or url.fragment
-    ):
-        raise ConfigurationError(
-            f"The base URL {base_url!r} is not of the form https://host[:port]. Set "
-            "FLUX_KONTEXT_BASE_URL or the Block's base_url."
-        )
-    return base_url.rstrip("/")

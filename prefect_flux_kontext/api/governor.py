@@ -8,8 +8,8 @@ few instructions, and whoever has to wait sleeps on its own loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import itertools
 import logging
 import math
 import threading
@@ -111,7 +111,8 @@ class TaskGate:
         self._most_posting = _FIRST_POSTS
         self._watched: set[str] = set()
         self._unwatched: dict[str, float] = {}  # when each is taken to end, soonest first
-        self._queue: OrderedDict[asyncio.Future[None], asyncio.AbstractEventLoop] = OrderedDict()
+        self._queue: OrderedDict[object, tuple[asyncio.Future[None], asyncio.AbstractEventLoop]]
+        self._queue = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -122,36 +123,34 @@ class TaskGate:
     async def enter(self) -> None:
         """Wait for a free slot and take it."""
         loop = asyncio.get_running_loop()
-        waited = False
-        while True:
-            with self._lock:
-                now = loop.time()
-                self._forget_ended(now)
-                if self._room() > 0:
-                    self._posting += 1
-                    break
-                # A slot that comes free by itself wakes nobody, so the first in the queue looks
-                # again when it does, and the others now and then in case the first is gone.
-                look_again = now + _ASSUMED_RUNNING
-                if waited or not self._queue:
-                    look_again = min([look_again, *itertools.islice(self._unwatched.values(), 1)])
-                woken: asyncio.Future[None] = loop.create_future()
-                self._queue[woken] = loop
-                self._queue.move_to_end(woken, last=not waited)
-            waited = True
-            try:
-                async with asyncio.timeout_at(look_again):
-                    await woken
-            except TimeoutError:
-                continue
-            except asyncio.CancelledError:
-                self._wake()  # for the next in the queue: this one may have been called
-                raise
-            finally:
+        place, queued = object(), False
+        try:
+            while True:
                 with self._lock:
-                    self._queue.pop(woken, None)
-        if waited:
-            self._wake()
+                    now = loop.time()
+                    self._forget_ended(now)
+                    if self._room() > 0:
+                        self._posting += 1
+                        return
+                    called_in_vain = queued and place not in self._queue
+                    woken: asyncio.Future[None] = loop.create_future()
+                    self._queue[place] = (woken, loop)
+                    if called_in_vain:
+                        self._queue.move_to_end(place, last=False)
+                    # A slot that comes free by itself calls nobody, so the first in the queue
+                    # looks again when one does, and the others in case the first is gone.
+                    look_again = now + _ASSUMED_RUNNING
+                    if self._unwatched and next(iter(self._queue)) is place:
+                        look_again = next(iter(self._unwatched.values()))
+                queued = True
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(look_again):
+                        await woken
+        finally:
+            if queued:
+                with self._lock:
+                    self._queue.pop(place, None)
+                self._wake()  # the next is the first now, or was not called but this one
 
     def accepted(self, task_id: str) -> None:
         """The POST was accepted: the slot is the task's, until it ends or is taken to."""
@@ -209,7 +208,7 @@ class TaskGate:
         """Wake as many as there is room for, and at least the first to set its alarm anew."""
         with self._lock:
             number = min(max(1, self._room()), len(self._queue))
-            chosen = [self._queue.popitem(last=False) for _ in range(number)]
+            chosen = [self._queue.popitem(last=False)[1] for _ in range(number)]
         for woken, loop in chosen:
             try:
                 loop.call_soon_threadsafe(_finish, woken)

@@ -32,10 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    import httpx
-
     from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.api.connections import Connections
     from prefect_flux_kontext.batch.submitting import Submitter
     from prefect_flux_kontext.batch.summary import RowState
     from prefect_flux_kontext.ledger.ledger import Ledger
@@ -89,7 +88,7 @@ class RowRunner:
     def __init__(
         self,
         client: FluxKontextClient,
-        http: httpx.AsyncClient,
+        http: Connections,
         output: OutputFolder,
         ledger: Ledger,
         submitter: Submitter,

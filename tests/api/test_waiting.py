@@ -84,7 +84,9 @@ async def test_the_deadline_is_kept_and_the_task_named():
     assert caught.value.__context__ is None
 
 
-@pytest.mark.parametrize("stuck", [None, limited(), limited("60"), httpx.ReadError(""), refusal(503)])
+@pytest.mark.parametrize(
+    "stuck", [None, limited(), limited("60"), httpx.ReadError(""), refusal(503)]
+)
 async def test_the_deadline_is_kept_whatever_the_service_does(stuck):
     played = Played(stuck)
     with pytest.raises(GenerationTimeoutError):

@@ -17,7 +17,7 @@ def make_client(url="http://service.test", *, requests=10_000, tasks=1_000, read
     """A client with its own governor, which waits for replies `read` seconds."""
     governor = Governor(requests_per_minute=requests, concurrent_tasks=tasks)
     client = FluxKontextClient(KEY, base_url=url, governor=governor, **how)
-    client._http.timeout = httpx.Timeout(5.0, read=read)
+    client._connections.timeout = httpx.Timeout(5.0, read=read)
     return client
 
 

@@ -1,0 +1,122 @@
+"""The nouns: what is allowed, and that they survive JSON."""
+
+from datetime import UTC, datetime
+
+import pytest
+from pydantic import ValidationError
+
+from prefect_flux_kontext.models import (
+    GenerationRequest,
+    GenerationResult,
+    GenerationTask,
+    StoredImage,
+    TaskStatus,
+)
+
+
+def test_the_defaults_are_the_contracts():
+    assert GenerationRequest(prompt="a").body() == {
+        "request_type": "async",
+        "provider": "auto",
+        "input": {
+            "mode": "pro",
+            "prompt": "a",
+            "aspect_ratio": "16:9",
+            "output_format": "jpeg",
+        },
+    }
+
+
+def test_a_callback_url_means_callback():
+    body = GenerationRequest(prompt="a", callback_url="https://hooks.test/1").body()
+    assert (body["request_type"], body["callback_url"]) == ("callback", "https://hooks.test/1")
+
+
+def test_extra_input_is_merged_as_it_is():
+    body = GenerationRequest(prompt="a", extra={"seed": 7, "nested": {"a": None}}).body()
+    assert body["input"]["seed"] == 7
+    assert body["input"]["nested"] == {"a": None}
+
+
+@pytest.mark.parametrize("name", ["prompt_upsampling", "enable_translation", "safety_tolerance"])
+def test_what_is_off_is_sent_and_what_is_unset_is_not(name):
+    wire = {
+        "prompt_upsampling": "promptUpsampling",
+        "enable_translation": "enableTranslation",
+        "safety_tolerance": "safetyTolerance",
+    }[name]
+    assert wire not in GenerationRequest(prompt="a").body()["input"]
+    assert GenerationRequest(prompt="a", **{name: 0}).body()["input"][wire] == 0
+
+
+@pytest.mark.parametrize("prompt", ["a", "a" * 10_000, "\N{SUNRISE}" * 10_000, " "])
+def test_a_prompt_has_1_to_10_000_characters(prompt):
+    assert GenerationRequest(prompt=prompt).body()["input"]["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"prompt": ""},
+        {"prompt": "a" * 10_001},
+        {"prompt": None},
+        {"prompt": "\ud800"},
+        {"prompt": "a", "mode": "ultra"},
+        {"prompt": "a", "aspect_ratio": "2:1"},
+        {"prompt": "a", "output_format": "webp"},
+        {"prompt": "a", "provider": "cheap"},
+        {"prompt": "a", "safety_tolerance": 3},
+        {"prompt": "a", "safety_tolerance": -1},
+        {"prompt": "a", "image_urls": "https://photos.test/1.jpg"},
+        {"prompt": "a", "request_type": "callback"},
+        {"prompt": "a", "request_type": "async", "callback_url": "https://hooks.test/1"},
+        {"prompt": "a", "callback_url": ""},
+        {"prompt": "a", "promt": "b"},
+        {"prompt": "a", "extra": {"a": float("nan")}},
+        {"prompt": "a", "extra": {"a": float("inf")}},
+        {"prompt": "a", "extra": {"a": {1, 2}}},
+        {"prompt": "a", "extra": {"a": datetime(2026, 1, 1, tzinfo=UTC)}},
+        {"prompt": "a", "extra": {"a": "\ud800"}},
+    ],
+)
+def test_what_the_service_would_refuse_or_cannot_be_sent_is_no_request(fields):
+    with pytest.raises(ValidationError):
+        GenerationRequest(**fields)
+
+
+REQUEST = GenerationRequest(prompt="a", callback_url="https://hooks.test/1", extra={"b": [1]})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        REQUEST,
+        GenerationTask(task_id="task_1", request=REQUEST),
+        GenerationTask(task_id="task_1"),
+        TaskStatus(task_id="task_1", state="queued"),
+        GenerationResult(task_id="task_1", result_urls=["https://r.test/1"], request=REQUEST),
+        StoredImage(
+            uri="out/1.png", task_id="t", format="png", size=1, sha256="0", width=2, height=3
+        ),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_survives_json(model):
+    assert type(model).model_validate_json(model.model_dump_json()) == model
+
+
+def test_a_task_id_alone_is_a_task():
+    task = GenerationTask(task_id="task_1")
+    assert task.request is None
+    assert abs((datetime.now(UTC) - task.submitted_at).total_seconds()) < 60
+
+
+def test_a_submit_time_without_a_time_zone_is_utc():
+    task = GenerationTask.model_validate({"task_id": "t", "submitted_at": "2026-01-01T12:00:00"})
+    assert task.submitted_at == datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def test_a_result_without_a_url_is_none():
+    with pytest.raises(ValidationError):
+        GenerationResult(task_id="task_1", result_urls=[])

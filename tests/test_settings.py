@@ -1,0 +1,99 @@
+"""Settings: their names in the environment, their defaults, and who wins."""
+
+import pytest
+from pydantic import ValidationError
+
+from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.settings import FluxKontextSettings
+
+NAMES = {
+    "FLUX_KONTEXT_API_KEY": ("api_key", "canary-key", None),
+    "FLUX_KONTEXT_BASE_URL": ("base_url", "http://127.0.0.1:8765", "https://api.apixo.ai"),
+    "FLUX_KONTEXT_ACCOUNT": ("account", "studio", "default"),
+    "FLUX_KONTEXT_REQUESTS_PER_MINUTE": ("requests_per_minute", 60, 10_000),
+    "FLUX_KONTEXT_CONCURRENT_TASKS": ("concurrent_tasks", 3, 1_000),
+    "FLUX_KONTEXT_POLL_INITIAL_DELAY": ("poll_initial_delay", 1.5, 20.0),
+    "FLUX_KONTEXT_POLL_INTERVAL": ("poll_interval", 0.5, 3.0),
+    "FLUX_KONTEXT_POLL_TIMEOUT": ("poll_timeout", 60.0, 900.0),
+}
+
+
+def value_of(settings, field):
+    value = getattr(settings, field)
+    return value.get_secret_value() if field == "api_key" and value else value
+
+
+def test_every_setting_has_its_name_in_the_table():
+    names = {f"FLUX_KONTEXT_{field.upper()}" for field in FluxKontextSettings.model_fields}
+    assert names == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_then_environment_then_argument(name, monkeypatch):
+    field, value, default = NAMES[name]
+    assert value_of(FluxKontextSettings(), field) == default
+    monkeypatch.setenv(name, "")
+    assert value_of(FluxKontextSettings(), field) == default
+    monkeypatch.setenv(name, str(value))
+    assert value_of(FluxKontextSettings(), field) == value
+    other = "other" if isinstance(value, str) else 7
+    assert value_of(FluxKontextSettings(**{field: other}), field) == other
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REQUESTS_PER_MINUTE", "0"),
+        ("REQUESTS_PER_MINUTE", "many"),
+        ("CONCURRENT_TASKS", "-1"),
+        ("POLL_INITIAL_DELAY", "-1"),
+        ("POLL_INTERVAL", "0"),
+        ("POLL_INTERVAL", "nan"),
+        ("POLL_TIMEOUT", "0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name_and_without_the_key(name, value, monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
+    monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value)
+    with pytest.raises(ValidationError, match=name.lower()) as caught:
+        FluxKontextSettings()
+    assert "canary" not in str(caught.value)
+
+
+def test_the_cadence_follows_the_settings(monkeypatch):
+    assert FluxKontextSettings().cadence() == PollingCadence()
+    for name, value in (("INITIAL_DELAY", "1"), ("INTERVAL", "2"), ("TIMEOUT", "3")):
+        monkeypatch.setenv(f"FLUX_KONTEXT_POLL_{name}", value)
+    cadence = FluxKontextSettings().cadence()
+    assert cadence == PollingCadence(initial_delay=1, interval=2, timeout=3)
+
+
+def test_the_advice_of_the_service_is_the_default_cadence():
+    assert (PollingCadence().initial_delay, PollingCadence().interval) == (20, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"initial_delay": -1}, {"interval": 0}, {"timeout": 0}, {"a": 1}]
+)
+def test_a_cadence_out_of_range_is_none(wrong):
+    with pytest.raises(ValidationError):
+        PollingCadence(**wrong)
+
+
+def test_a_missing_key_names_its_variable():
+    with pytest.raises(ConfigurationError, match="FLUX_KONTEXT_API_KEY"):
+        FluxKontextSettings().required_api_key()
+
+
+def test_the_key_does_not_show(monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
+    settings = FluxKontextSettings()
+    assert settings.required_api_key().get_secret_value() == "canary-key"
+    assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+def test_variables_of_others_are_none_of_ours(monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_SOMETHING_ELSE", "1")
+    monkeypatch.setenv("ACCOUNT", "somebody")
+    assert FluxKontextSettings().account == "default"
