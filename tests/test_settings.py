@@ -16,6 +16,10 @@ NAMES = {
     "FLUX_KONTEXT_POLL_INITIAL_DELAY": ("poll_initial_delay", 1.5, 20.0),
     "FLUX_KONTEXT_POLL_INTERVAL": ("poll_interval", 0.5, 3.0),
     "FLUX_KONTEXT_POLL_TIMEOUT": ("poll_timeout", 60.0, 900.0),
+    "FLUX_KONTEXT_CONCURRENT_SUBMITS": ("concurrent_submits", 4, 16),
+    "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
+    "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
+    "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),
 }
 
 
@@ -51,6 +55,9 @@ def test_default_then_environment_then_argument(name, monkeypatch):
         ("POLL_INTERVAL", "0"),
         ("POLL_INTERVAL", "nan"),
         ("POLL_TIMEOUT", "0"),
+        ("CONCURRENT_SUBMITS", "0"),
+        ("PRICE_PRO", "-0.01"),
+        ("RESULT_DAYS", "0"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name_and_without_the_key(name, value, monkeypatch):
@@ -79,6 +86,11 @@ def test_the_advice_of_the_service_is_the_default_cadence():
 def test_a_cadence_out_of_range_is_none(wrong):
     with pytest.raises(ValidationError):
         PollingCadence(**wrong)
+
+
+def test_the_prices_are_told_by_mode(monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_PRICE_MAX", "0.1")
+    assert FluxKontextSettings().prices() == {"pro": 0.03, "max": 0.1}
 
 
 def test_a_missing_key_names_its_variable():

@@ -1,4 +1,4 @@
-"""The account allows less than we were told: all rows get through, and few requests are refused."""
+"""The account allows less than we were told: all rows get through, few requests are refused."""
 
 import asyncio
 import random

@@ -158,7 +158,7 @@ def test_a_key_that_cannot_be_one_is_refused_without_being_repeated(key):
 
 def test_a_key_may_come_as_a_secret_with_white_space_around():
     client = FluxKontextClient(SecretStr(f" {KEY}\n"))
-    assert client._http.headers["Authorization"] == BEARER
+    assert client._connections._make().headers["Authorization"] == BEARER
     assert KEY not in repr(client)
 
 
@@ -171,8 +171,11 @@ def test_a_key_may_come_as_a_secret_with_white_space_around():
         "ftp://service.test",
         "http://",
         "http://user:pw@a.test",
-    ]
-    + ["http://a.test/?q=1", "http://a.test/#x", "http://a.test:port", "http://a\n.b"],
+        "http://a.test/?q=1",
+        "http://a.test/#x",
+        "http://a.test:port",
+        "http://a\n.b",
+    ],
 )
 def test_a_base_url_that_cannot_be_one_is_refused(base_url):
     with pytest.raises(ConfigurationError, match="base URL"):

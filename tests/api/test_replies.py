@@ -87,8 +87,23 @@ def test_many_urls_are_kept_in_their_order():
 
 @pytest.mark.parametrize(
     "result_json",
-    [None, "", "not JSON", "{", "[" * 100_000, 7, {}, [], {"resultUrls": []}, {"resultUrls": URL}]
-    + [{"resultUrls": None}, {"resultUrls": [""]}, {"urls": [URL]}, "null", '"text"'],
+    [
+        None,
+        "",
+        "not JSON",
+        "{",
+        "[" * 100000,
+        7,
+        {},
+        [],
+        {"resultUrls": []},
+        {"resultUrls": URL},
+        {"resultUrls": None},
+        {"resultUrls": [""]},
+        {"urls": [URL]},
+        "null",
+        '"text"',
+    ],
 )
 def test_a_success_without_urls_is_asked_again(result_json):
     with pytest.raises(UnreadableReplyError, match="no result URL") as caught:
@@ -155,11 +170,10 @@ def test_nesting_of_any_depth_that_can_be_parsed_can_be_shown():
 def test_any_status_is_read_or_refused_by_name(data):
     try:
         status = read_status(data, task_id="task_1")
-    except UnreadableReplyError as error:
-        assert error.task_id == "task_1"
-    else:
-        assert status.state
-        status.model_dump_json()
+    except UnreadableReplyError:
+        return
+    assert status.state
+    status.model_dump_json()
 
 
 @given(ANYTHING, st.integers(100, 999))

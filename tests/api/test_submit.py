@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import httpx
 import pytest
@@ -177,11 +177,8 @@ async def test_a_service_that_comes_up_late_gets_the_request_once(monkeypatch):
 async def test_only_what_never_left_is_posted_again(error, posts):
     played = Played(error, ACCEPTED)
     async with make_client(transport=played) as client:
-        try:
+        with pytest.raises(ReplyLostError) if posts == 1 else nullcontext():
             await client.submit(REQUEST)
-        except ReplyLostError as lost:
-            assert posts == 1
-            assert not lost.not_accepted
         assert len(played.requests) == posts
 
 
@@ -362,10 +359,10 @@ async def test_the_check_passes_where_the_balance_is_not_told(play):
 
 
 async def test_the_check_says_that_the_key_is_wrong_or_nobody_there():
-    async with ScriptedServer(envelope(401, status=401)) as server:
-        async with make_client(server.url) as client:
-            with pytest.raises(RefusedError):
-                await client.check()
+    play = envelope(401, status=401)
+    async with ScriptedServer(play) as server, make_client(server.url) as client:
+        with pytest.raises(RefusedError):
+            await client.check()
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         async with make_client(f"http://127.0.0.1:{bound.getsockname()[1]}") as client:

@@ -184,7 +184,7 @@ async def test_a_failed_task_says_why(told, code, message, reason):
     error = caught.value
     assert (error.code, error.message, error.reason) == (code, message, reason)
     assert error.task_id == "task_1"
-    assert not (error.retryable or error.fatal or error.not_accepted)
+    assert {error.retryable, error.fatal, error.not_accepted} == {False}
 
 
 async def test_an_unknown_state_goes_on():
