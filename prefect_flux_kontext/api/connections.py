@@ -60,6 +60,7 @@ class Connections:
         self.timeout = timeout
         self._make = make
         self._pools: list[_Pool] = []
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,7 +69,8 @@ class Connections:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Close all connections, for good."""
+        self._closed = True
         for pool in self._pools:
             await pool.client.aclose()
 
@@ -84,6 +86,8 @@ class Connections:
             pool.busy -= 1
 
     def _roomy(self) -> _Pool:
+        if self._closed:  # a new pool would never be closed
+            raise RuntimeError("The client has been closed.")
         for pool in self._pools:
             if pool.busy < _POOL_SIZE:
                 return pool

@@ -101,7 +101,8 @@ class BatchSummary(BaseModel):
         if self.reasons:
             reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
             parts.append("why: " + ", ".join(f"{reason} {number}" for reason, number in reasons))
-        parts.append(f"${self.spent:.2f} spent")
+        if self.spent:
+            parts.append(f"${self.spent:.2f} spent")
         if self.seconds:
             new = self.stored - self.already_stored
             parts.append(f"{self.seconds:.1f} s, {new / self.seconds:.1f} images a second")

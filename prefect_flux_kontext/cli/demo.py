@@ -71,19 +71,20 @@ def run(options: argparse.Namespace) -> int:
         _write_manifest(manifest, f"{sandbox.url}/references", photos)
         print(f"The sandbox is at {sandbox.url}, Prefect at {server.url}. Restyling …", flush=True)
         report = _run_flow(manifest, pictures, server.environment | _account(sandbox.url))
-        spent = sandbox.service.bill()
+        bill = sandbox.service.bill()
     complete = all(path.exists() for row in rows for path in row.values())
     if complete:
         _draw_sheet(rows, sheet)
     print(f"""
 {report["summary"]}
-The sandbox's bill: {spent["accepted"]} tasks, ${spent["dollars"]} of play money.
+The sandbox's bill: {bill["accepted"]} tasks, ${float(bill["dollars"]):.2f} of play money.
 
 Look at      {sheet if complete else f"{pictures}: some are missing"}
 Pictures     {pictures}
 Manifest     {manifest}
 Run page     {server.url}/runs/flow-run/{report["flow_run_id"]}
-             once its server is up again: {server.command}
+             once its server is up again:
+             {server.command}
 
 Took {time.monotonic() - began:.0f} s. Everything that was started is stopped.""")
     return 0 if complete else 1

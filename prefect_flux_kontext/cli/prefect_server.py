@@ -92,7 +92,8 @@ def _environment_without_prefect() -> dict[str, str]:
 
 
 def _command(home: Path, start: list[str]) -> str:
-    return f"PREFECT_HOME={shlex.quote(str(home))} {shlex.join(start)}"
+    python = shlex.join([sys.executable, "-m", *start])
+    return f"PREFECT_HOME={shlex.quote(str(home))} {python}"
 
 
 def _free_port() -> int:
