@@ -41,17 +41,18 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server(home: Path) -> Iterator[PrefectServer]:
-    """Start `prefect server start` on a free port of loopback, and stop it afterwards.
+def prefect_server(home: Path, port: int | None = None) -> Iterator[PrefectServer]:
+    """Start `prefect server start` on loopback, and stop it afterwards.
 
     Args:
         home: Folder for its database, and for what it prints (`server.log`).
+        port: Port to listen on; None takes a free one.
 
     Raises:
         ConfigurationError: It does not start; the message says where its log is.
     """
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = port or _free_port()
     url = f"http://{_LOOPBACK}:{port}"
     environment = _environment_without_prefect() | {
         "PREFECT_HOME": str(home),
