@@ -1,10 +1,12 @@
 """The Prefect server is gone in the middle of a batch: what is saved, what is paid twice.
 
-    python -m tests.acceptance.prefect_outage 30
+    python benchmarks/prefect_outage.py 30
 
 A batch of 1,000 rows runs as a flow for about 80 s; after 20 s its server is stopped, and after
 so many seconds it is back on the same port with the same database. Then the batch is run again.
 """
+
+from __future__ import annotations
 
 import asyncio
 import csv
@@ -26,7 +28,7 @@ SLOTS = 100
 BEFORE = 20.0
 
 
-async def run_flow(manifest, output):
+async def run_flow(manifest: str, output: str) -> None:
     """Run the batch and print its summary as JSON."""
     from prefect_flux_kontext.flows import style_transfer_batch  # noqa: PLC0415 - heavy
 
@@ -34,19 +36,19 @@ async def run_flow(manifest, output):
     print(summary.model_dump_json(include={"stored", "rows", "spent"}))
 
 
-def flow(manifest, output, environment):
+def flow(manifest: Path, output: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """Start the batch as a flow in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--flow", str(manifest), str(output)]
+    command = [sys.executable, __file__, "--flow", str(manifest), str(output)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def stored_by_second(output, began):
+def stored_by_second(output: Path, began: float) -> list[int]:
     """How many images were in place at the end of each second."""
     seconds = [int(path.stat().st_mtime - began) for path in output.glob("*.jpg")]
     return [sum(at <= second for at in seconds) for second in range(max(seconds) + 1)]
 
 
-def measure(outage, folder):
+def measure(outage: float, folder: Path) -> None:
     """One outage; prints what came of the batch and of running it again."""
     output, manifest = folder / "out", folder / "manifest.csv"
     with running_sandbox(SandboxSettings(mean=8, slots=SLOTS, long_edge=64)) as sandbox:
@@ -87,7 +89,7 @@ def measure(outage, folder):
             print(f"  run again: {told['stored']} of {told['rows']} stored, {twice} paid twice")
 
 
-def pauses(saved):
+def pauses(saved: list[int]) -> list[tuple[int, int]]:
     """Seconds between which nothing was stored."""
     moves = [second for second in range(1, len(saved)) if saved[second] > saved[second - 1]]
     return list(itertools.pairwise(moves)) or [(0, 0)]
