@@ -76,8 +76,9 @@ class RequestBudget:
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._paused_until = max(self._paused_until, now + seconds)
-            # A pause shorter than the spacing must not let the next one through early.
-            self._next = max(self._paused_until + self._tolerance, self._last + self._spacing)
+            # Neither a pause shorter than the spacing nor a tolerance that is given back
+            # meanwhile must let the next one through early.
+            self._next = max(self._paused_until + self._burst, self._last + self._spacing)
             self._pauses += 1
 
     def slow_down(self) -> None:

@@ -9,16 +9,23 @@ import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
-from prefect_flux_kontext.errors import BatchStoppedError
-from prefect_flux_kontext.ledger.checkpoints import OpenWave, close_wave, open_waves
+from prefect_flux_kontext.errors import BatchStoppedError, LedgerError
+from prefect_flux_kontext.ledger.checkpoints import (
+    OpenWave,
+    close_wave,
+    forget_wave,
+    open_wave,
+    open_waves,
+)
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.states import OWED, State
 from prefect_flux_kontext.manifest.rows import Row
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
@@ -51,10 +58,12 @@ async def run_batch(
         LedgerError: The ledger cannot be reached.
     """
     summary = await run_waves(session, rows, run_wave, concurrent_tasks=concurrent_tasks)
-    await _write_failed(session)
-    left = await collect(session, run_wave, concurrent_tasks=concurrent_tasks)
-    if left.rows:
-        logger.info("Of rows that earlier runs left: %s.", left)
+    if session.submitter.stopped is None:
+        # Else the failed rows stay as they are: they may be what was to be run.
+        await _write_failed(session)
+        left = await collect(session, run_wave, concurrent_tasks=concurrent_tasks)
+        if left.rows:
+            logger.info("Of rows that earlier runs left: %s.", left)
     if session.submitter.stopped is not None:
         raise BatchStoppedError(f"{session.submitter.stopped} Until then: {summary}.")
     return summary
@@ -67,8 +76,10 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
         LedgerError: The ledger cannot be reached.
     """
     session.rows.submits = False
-    abandoned = [(wave, entries) async for wave, entries in _abandoned_waves(session.ledger)]
-    owed = [entry for _, entries in abandoned for entry in entries if entry.state in OWED]
+    ledger = session.ledger
+    abandoned = [wave async for wave in open_waves(ledger.store) if await _is_left(ledger, wave)]
+    entries, unreadable = await _read(ledger, {key for wave in abandoned for key in wave.keys})
+    owed = [entry for entry in entries if entry.state in OWED]
     # The oldest first: its result is the next to expire.
     owed.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
     _warn_of_expiry(owed, session.rows.options.result_days)
@@ -80,18 +91,47 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
     summary = await run_waves(
         session, rows, run_wave, concurrent_tasks=concurrent_tasks, first=_COLLECTING_FROM
     )
-    for wave, entries in abandoned:
-        # What they owed is in waves of our own by now.
-        known = [entry for entry in entries if entry.state not in OWED]
-        keys = [entry.key for entry in known]
-        await close_wave(session.ledger.store, wave.model_copy(update={"keys": keys}), known)
+    for key, error in unreadable.items():
+        summary.count(
+            RowOutcome(id=key, line=0, state="failed", reason=error.reason, message=error.message)
+        )
+    if abandoned and session.submitter.stopped is None:
+        # What they owed is in waves of our own by now, what cannot be read stays in theirs.
+        ended = [entry for entry in entries if entry.state not in OWED]
+        ours = OpenWave(name=f"{ledger.owner}-ended", owner=ledger.owner, keys=[])
+        await close_wave(ledger.store, ours, ended)
+        for wave in abandoned:
+            if keys := [key for key in wave.keys if key in unreadable]:
+                await open_wave(ledger.store, wave.model_copy(update={"keys": keys}))
+            else:
+                await forget_wave(ledger.store, wave)
     return summary
 
 
-async def _abandoned_waves(ledger: Ledger) -> AsyncIterator[tuple[OpenWave, Sequence[Entry]]]:
-    async for wave in open_waves(ledger.store):
-        if wave.owner != ledger.owner and not await is_alive(ledger.store, wave.owner):
-            yield wave, await asyncio.gather(*(ledger.read(key) for key in wave.keys))
+async def _is_left(ledger: Ledger, wave: OpenWave) -> bool:
+    """Whether the wave's run is gone; one that cannot be told may live."""
+    try:
+        return wave.owner != ledger.owner and not await is_alive(ledger.store, wave.owner)
+    except LedgerError as error:
+        logger.warning("Rows of an earlier run are left alone: %s", error)
+        return False
+
+
+async def _read(
+    ledger: Ledger, keys: Iterable[str]
+) -> tuple[Sequence[Entry], dict[str, LedgerError]]:
+    """Where rows stand, and what is wrong with the records of the others."""
+    unreadable: dict[str, LedgerError] = {}
+
+    async def read(key: str) -> Entry | None:
+        try:
+            return await ledger.read(key)
+        except LedgerError as error:
+            unreadable[key] = error
+            return None
+
+    read_all = await asyncio.gather(*map(read, sorted(keys)))
+    return [entry for entry in read_all if entry is not None], unreadable
 
 
 def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:

@@ -53,7 +53,7 @@ class FailurePolicy(BaseModel):
         """
         plain = _plain(code or "")
         if plain in map(_plain, self.stop):
-            return "stop"
+            return "retry" if asked_to_retry else "stop"
         if plain in map(_plain, self.never):
             return "leave"
         allowed = next((n for name, n in self.retry.items() if _plain(name) == plain), 0)

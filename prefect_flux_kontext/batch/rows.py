@@ -15,14 +15,18 @@ from prefect_flux_kontext.batch.policy import Breaker, FailurePolicy
 from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
+    DownloadError,
     FluxKontextError,
     GenerationFailedError,
+    LedgerError,
+    RefusedError,
     ReplyLostError,
     ServiceTroubleError,
     UnreadableReplyError,
 )
 from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.ledger.ledger import RowTakenError
+from prefect_flux_kontext.ledger.records import Stored
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.models import utc_now
@@ -36,9 +40,8 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.api.connections import Connections
     from prefect_flux_kontext.batch.submitting import Submitter
-    from prefect_flux_kontext.batch.summary import RowState
     from prefect_flux_kontext.ledger.ledger import Ledger
-    from prefect_flux_kontext.ledger.records import Ended, Entry
+    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import Row
     from prefect_flux_kontext.storage import OutputFolder
 
@@ -92,7 +95,7 @@ class RowRunner:
         output: OutputFolder,
         ledger: Ledger,
         submitter: Submitter,
-        stored: Mapping[str, Ended],
+        stored: Mapping[str, Stored],
         options: RowOptions,
     ) -> None:
         self.progress = BatchSummary(output=str(output))
@@ -107,7 +110,7 @@ class RowRunner:
         self._ledger = ledger
         self.options = options
         self._breaker = Breaker()
-        self._stored_now: set[str] = set()
+        self._ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
@@ -145,13 +148,19 @@ class RowRunner:
                     self.latest[key] = step
                     step = await self._step(row, step)
             except FluxKontextError as error:
-                return _outcome(row, key, "failed", error)
+                return self._unrecorded(row, key, error)
             except Exception as error:
                 # A surprise in one row must not cancel the paid rows beside it.
                 logger.exception("Row %s (line %d) met an unforeseen error.", row.id, row.line)
                 surprise = FluxKontextError(f"{type(error).__name__}: {error}")
-                return _outcome(row, key, "failed", surprise)
+                return self._unrecorded(row, key, surprise)
             return step
+
+    def _unrecorded(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
+        # The ledger may know more than we do, so the row stays among the unfinished ones.
+        last = self.latest.pop(key, None)
+        paid = last is not None and last.state is State.ACCEPTED
+        return RowOutcome.of(row, key, "outstanding" if paid else "failed", error)
 
     async def _step(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         """Bring the row one state further, or say what became of it."""
@@ -163,36 +172,40 @@ class RowRunner:
             case State.FAILED:
                 return await self._after_failure(row, entry)
             case State.STORED if entry.ended is not None:
-                return await self._deliver(row, entry.key, entry.ended)
+                return await self._deliver(row, entry.key, Stored.of(entry.ended))
             case _:
                 return await self._submit(row, entry)
 
     async def _submit(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         if not self.submits:
             only = BatchStoppedError("Only what is paid for already is collected.")
-            return _outcome(row, entry.key, "not_submitted", only)
+            return RowOutcome.of(row, entry.key, "not_submitted", only)
         try:
             return await self.submitter.submit(row, entry)
         except RowTakenError:
             return await self._ledger.read(entry.key)
         except _DOUBTFUL as error:
-            self.latest.pop(entry.key)  # the ledger knows more than we do
+            self.latest.pop(entry.key, None)  # the ledger knows more than we do
             return self._unknown(row, entry.key, error)
+        except LedgerError:
+            self._count(stored=False)
+            raise
         except FluxKontextError as error:
             if error.fatal:
                 self._stop(error)
-                return _outcome(row, entry.key, "not_submitted", error)
+                return RowOutcome.of(row, entry.key, "not_submitted", error)
             self._count(stored=False)
-            return _outcome(row, entry.key, "failed", error)
+            return RowOutcome.of(row, entry.key, "failed", error)
 
     async def _settle(self, row: Row, entry: Entry) -> Entry | RowOutcome:
-        entry = await self._ledger.settled(entry)
+        entry, gone = await self._ledger.settled(entry)
         if entry.state is not State.INTENT or entry.intent is None:
             return entry
-        if self.options.resubmit_unknown:
+        if self.options.resubmit_unknown and gone:
             given_up = FluxKontextError("Given up to be paid for again.", code="resubmitted")
             return await self._ledger.rejected(entry, given_up, by="person")
-        lost = ReplyLostError(f"The run that submitted it at {entry.intent.at:%F %T %Z} is gone.")
+        whose = "is gone" if gone else "does not know what came of it"
+        lost = ReplyLostError(f"The run that submitted it at {entry.intent.at:%F %T %Z} {whose}.")
         return self._unknown(row, entry.key, lost)
 
     def _unknown(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
@@ -202,7 +215,7 @@ class RowRunner:
             "--resubmit-unknown."
         )
         told = ReplyLostError(message, task_id=error.task_id, code=error.code)
-        return _outcome(row, key, "unknown", told)
+        return RowOutcome.of(row, key, "unknown", told)
 
     async def _collect(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         task = entry.task
@@ -214,23 +227,27 @@ class RowRunner:
             entry = await self._ledger.stored(entry, files, images)
         except GenerationFailedError as error:
             self._count(stored=False)
+            self._ended_now.add(entry.key)
+            entry = await self._ledger.failed(entry, error)
             self.submitter.outstanding.discard(entry.key)
-            return await self._ledger.failed(entry, error)
+            return entry
         except FluxKontextError as error:
             if error.fatal:
                 self._stop(error)
-            if self._expired(task.submitted_at):
-                gone = FluxKontextError(
+            gone = isinstance(error, DownloadError | RefusedError)
+            if gone and self._expired(task.submitted_at):
+                expired = FluxKontextError(
                     f"The result is gone: it was paid for on {task.submitted_at:%F}, and the "
                     f"service keeps results for {self.options.result_days:g} days. {error}",
                     task_id=task.task_id,
                     code="expired",
                 )
                 self.submitter.outstanding.discard(entry.key)
-                return await self._ledger.failed(entry, gone)
-            return _outcome(row, entry.key, "outstanding", error, task_id=task.task_id)
+                self._ended_now.add(entry.key)
+                return await self._ledger.failed(entry, expired)
+            return RowOutcome.of(row, entry.key, "outstanding", error, task_id=task.task_id)
         self.submitter.outstanding.discard(entry.key)
-        self._stored_now.add(entry.key)
+        self._ended_now.add(entry.key)
         self._count(stored=True)
         return entry
 
@@ -240,12 +257,9 @@ class RowRunner:
     async def _after_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         ended = entry.ended
         assert ended is not None  # noqa: S101 - this is what the state says
-        new = entry.intent is not None and entry.intent.owner == self._ledger.owner
-        decision = self.options.policy.decide(
-            ended.reason,
-            entry.failures,
-            asked_to_retry=self.options.retry_failed and not new,
-        )
+        new = entry.key in self._ended_now
+        again = self.options.retry_failed and not new
+        decision = self.options.policy.decide(ended.reason, entry.failures, asked_to_retry=again)
         failure = GenerationFailedError(
             ended.message or "The service gave no reason.",
             task_id=ended.task_id,
@@ -253,13 +267,13 @@ class RowRunner:
         )
         if decision == "retry" and self.submits:
             return await self._submit(row, entry)
-        if decision == "stop":
+        if decision == "stop" and new:
             self._stop(failure)
-        return _outcome(row, entry.key, "failed", failure)
+        return RowOutcome.of(row, entry.key, "failed", failure)
 
-    async def _deliver(self, row: Row, key: str, ended: Ended) -> RowOutcome:
+    async def _deliver(self, row: Row, key: str, stored: Stored) -> RowOutcome:
         uris = []
-        for number, file in enumerate(ended.files, start=1):
+        for number, file in enumerate(stored.files, start=1):
             name = image_name(row.id, number, PurePosixPath(file).suffix)
             known = name == file
             uris.append(self._output.uri(file) if known else await self._output.copy(file, name))
@@ -268,9 +282,9 @@ class RowRunner:
             line=row.line,
             key=key,
             state="stored",
-            task_id=ended.task_id,
+            task_id=stored.task_id,
             uris=uris,
-            already=key not in self._stored_now,
+            already=key not in self._ended_now,
         )
 
     def _count(self, *, stored: bool) -> None:
@@ -282,17 +296,3 @@ class RowRunner:
         if self.submitter.stopped is None:
             logger.error("The batch stops submitting: %s", error)
         self.submitter.stop(error)
-
-
-def _outcome(
-    row: Row, key: str, state: RowState, error: FluxKontextError, *, task_id: str | None = None
-) -> RowOutcome:
-    return RowOutcome(
-        id=row.id,
-        line=row.line,
-        key=key,
-        state=state,
-        reason=error.reason,
-        message=error.message,
-        task_id=task_id or error.task_id,
-    )

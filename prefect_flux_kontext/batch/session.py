@@ -14,6 +14,7 @@ from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import living_owner
+from prefect_flux_kontext.ledger.records import Stored
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.results import download_client
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.batch.rows import RowOptions
-    from prefect_flux_kontext.ledger.records import Ended
     from prefect_flux_kontext.settings import FluxKontextSettings
     from prefect_flux_kontext.storage import OutputFolder
 
@@ -84,8 +84,10 @@ async def batch_session(
                     )
 
 
-async def _stored(store: RecordStore) -> dict[str, Ended]:
+async def _stored(store: RecordStore) -> dict[str, Stored]:
     # A failed row may have gone on in a later attempt, so only what is stored is taken as read.
     return {
-        row.key: row.ended async for row in finished_rows(store) if row.ended.state == "stored"
+        row.key: Stored.of(row.ended)
+        async for row in finished_rows(store)
+        if row.ended.state == "stored"
     }

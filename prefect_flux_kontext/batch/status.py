@@ -44,9 +44,7 @@ async def ledger_status(store: RecordStore) -> LedgerStatus:
     """
     status = LedgerStatus()
     rows: dict[str, tuple[int, State, float]] = {}
-    async for row in finished_rows(store):
-        if row.attempt >= rows.get(row.key, (0,))[0]:
-            rows[row.key] = (row.attempt, State(row.ended.state), row.spent)
+    # Unfinished waves first: one that ends meanwhile is then in both rather than in neither.
     for entry in await _unfinished(store):
         state = entry.state
         if state is State.INTENT and entry.intent is not None:
@@ -57,6 +55,9 @@ async def ledger_status(store: RecordStore) -> LedgerStatus:
         elif state is State.ACCEPTED:
             status.outstanding.append(entry)
         rows[entry.key] = (entry.attempt, state, entry.spent)
+    async for row in finished_rows(store):
+        if row.attempt >= rows.get(row.key, (0,))[0]:
+            rows[row.key] = (row.attempt, State(row.ended.state), row.spent)
     status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
     status.states.update(state for _, state, _ in rows.values())
     status.spent = sum(spent for _, _, spent in rows.values())

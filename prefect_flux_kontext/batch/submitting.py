@@ -7,7 +7,12 @@ import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
-from prefect_flux_kontext.errors import BatchStoppedError, FluxKontextError, LedgerError
+from prefect_flux_kontext.errors import (
+    BatchStoppedError,
+    FluxKontextError,
+    LedgerError,
+    ReplyLostError,
+)
 from prefect_flux_kontext.ledger.records import Posted
 from prefect_flux_kontext.ledger.states import State
 
@@ -100,14 +105,27 @@ class Submitter:
             async with self._room:
                 self._check_going_on()
                 self._posting.add(work)
+                sent = False
                 try:
                     latest = await self._ledger.claim(row, latest)
+                    self._check_going_on()  # writing it took a while
+                    sent = True
                     yield
                 except FluxKontextError as error:
-                    if error.not_accepted and latest.state is State.INTENT:
+                    unsent = error.not_accepted or not sent
+                    if unsent and latest.state is State.INTENT:
                         latest = await self._ledger.rejected(latest, error)
                     self._posting.discard(work)
+                    if unsent and error.retryable:
+                        # It would else be waited out only to find the batch stopped.
+                        self._check_going_on()
                     raise
+                except Exception as error:
+                    if not sent:
+                        raise
+                    # Who knows how far it got.
+                    told = f"{type(error).__name__}: {error}"
+                    raise ReplyLostError(f"The submit met an unforeseen error: {told}") from None
 
         try:
             task = await self._client.submit(row.request, around_post=attempt)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.errors import FluxKontextError
+    from prefect_flux_kontext.manifest.rows import Row
 
 _TOLD = 100
 
@@ -27,6 +31,27 @@ class RowOutcome(BaseModel):
     )
     uris: list[str] = Field(default_factory=list)
     already: bool = Field(default=False, description="It was stored before this run.")
+
+    @classmethod
+    def of(
+        cls,
+        row: Row,
+        key: str,
+        state: RowState,
+        error: FluxKontextError,
+        *,
+        task_id: str | None = None,
+    ) -> Self:
+        """A row that is not stored, because of the error."""
+        return cls(
+            id=row.id,
+            line=row.line,
+            key=key,
+            state=state,
+            reason=error.reason,
+            message=error.message,
+            task_id=task_id or error.task_id,
+        )
 
 
 class BatchSummary(BaseModel):

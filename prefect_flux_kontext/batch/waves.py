@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.checkpoints import OpenWave, close_wave, open_wave
 from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.manifest.rows import Row
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.manifest.rows import RefusedRow
+
+logger = logging.getLogger(__name__)
 
 RunWave: TypeAlias = "Callable[[Wave], Awaitable[BatchSummary]]"
 
@@ -36,7 +40,7 @@ class Wave:
         """Run the rows between naming them in the ledger and writing what came of them.
 
         Raises:
-            LedgerError: The ledger cannot be reached.
+            LedgerError: The ledger cannot be written to; none of the rows was run.
         """
         ledger, runner = self._session.ledger, self._session.rows
         keys = {row_key(row.request) for row in self._rows if isinstance(row, Row)}
@@ -49,7 +53,11 @@ class Wave:
         await open_wave(ledger.store, wave)
         summary = await runner.run(self._rows)
         entries = [runner.latest.pop(key) for key in keys if key in runner.latest]
-        await close_wave(ledger.store, wave, entries)
+        try:
+            await close_wave(ledger.store, wave, entries)
+        except LedgerError as error:
+            # Its rows are all on record. Named as unfinished, they are read again, that is all.
+            logger.warning("Wave %d stays unfinished in the ledger: %s", self.number, error)
         return summary
 
 
@@ -81,10 +89,15 @@ async def run_waves(
     began = loop.time()
     summary = BatchSummary(output=str(session.output))
     room = asyncio.Semaphore(math.ceil(concurrent_tasks / WAVE_ROWS) + 2)
+    broken: list[LedgerError] = []
 
     async def run(wave: Wave) -> None:
         try:
             summary.add(await run_wave(wave))
+        except LedgerError as error:
+            # What the other waves have paid for is still to be stored.
+            session.submitter.stop(error)
+            broken.append(error)
         finally:
             room.release()
 
@@ -99,6 +112,8 @@ async def run_waves(
                 group.create_task(run(Wave(session, number, block)))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    if broken:
+        raise broken[0]
     summary.spent = session.submitter.spent
     summary.seconds = loop.time() - began
     return summary

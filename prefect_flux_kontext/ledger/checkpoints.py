@@ -73,6 +73,8 @@ async def open_wave(store: RecordStore, wave: OpenWave) -> None:
 async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry]) -> None:
     """Write the part of a wave, and keep it open for rows that are still owed something.
 
+    Only once for a wave: a second part of that name would replace the first.
+
     Args:
         store: The ledger's records.
         wave: The wave.
@@ -90,7 +92,16 @@ async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry
     if owed:
         await open_wave(store, wave.model_copy(update={"keys": owed}))
     else:
-        await store.remove(f"waves/{wave.name}.open.json")
+        await forget_wave(store, wave)
+
+
+async def forget_wave(store: RecordStore, wave: OpenWave) -> None:
+    """Name a wave no more: its rows are in other waves and parts.
+
+    Raises:
+        LedgerError: The ledger cannot be written to.
+    """
+    await store.remove(f"waves/{wave.name}.open.json")
 
 
 async def finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:

@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 
-# What signs a URL says who may read it and for how long, not what is there: AWS, Google Cloud,
-# Azure shared access signatures and CloudFront.
-_SIGNATURE = re.compile(
-    r"x-amz-.*|x-goog-.*|awsaccesskeyid|googleaccessid|signature|expires|key-pair-id|policy"
-    r"|sig|se|sp|sv|sr|st|spr|skoid|sktid|skt|ske|sks|skv",
-    re.IGNORECASE,
-)
+# What signs a URL says who may read it and for how long, not what is there. The plain names are
+# anybody's, and may well say what is there, unless the signature that they belong to is there too.
+_ALWAYS = re.compile(r"x-(amz|goog)-.*")  # AWS and Google Cloud
+_BESIDE = {
+    # AWS, Google Cloud and CloudFront
+    "signature": re.compile(
+        r"signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|hash-algorithm"
+    ),
+    # Azure shared access signatures
+    "sig": re.compile(r"sig|se|sp|sv|sr|ss|st|sip|spr|srt|sdd|skoid|sktid|skt|ske|sks|skv"),
+}
 
 
 def row_key(request: GenerationRequest) -> str:
@@ -38,11 +42,16 @@ def row_key(request: GenerationRequest) -> str:
 
 
 def url_identity(url: str) -> str:
-    """A URL without its signature and fragment."""
+    """A URL without its signature, password and fragment: it gives nobody access."""
     parts = urlsplit(url)
-    query = [
+    query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
+    names = {name.lower() for name, _ in query}
+    signs = [_ALWAYS, *(beside for name, beside in _BESIDE.items() if name in names)]
+    kept = [
         (name, value)
-        for name, value in parse_qsl(parts.query, keep_blank_values=True)
-        if not _SIGNATURE.fullmatch(name)
+        for name, value in query
+        if not any(sign.fullmatch(name.lower()) for sign in signs)
     ]
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query), ""))
+    host = parts.netloc.rpartition("@")[2]
+    told = urlencode(kept, errors="surrogateescape")
+    return urlunsplit((parts.scheme, host, parts.path, told, ""))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.ledger.keys import url_identity
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.records import Ended, Entry, Intent, Posted
 from prefect_flux_kontext.ledger.states import MOVES, State
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.rows import Row
-    from prefect_flux_kontext.models import StoredImage
+    from prefect_flux_kontext.models import GenerationRequest, StoredImage
 
 R = TypeVar("R", bound=BaseModel)
 
 _LOOK_AGAIN = 2.0
+_LONGEST_SILENCE = 180.0
+"""Seconds after which a living owner will not tell any more: no POST takes 120, and recording
+its outcome some. Two runs that lost a reply each would else wait for one another's end."""
 
 
 class RowTakenError(Exception):
@@ -64,18 +68,26 @@ class Ledger:
             if State.INTENT not in MOVES[entry.state]:
                 return entry
 
-    async def settled(self, entry: Entry) -> Entry:
-        """Wait while the intent's owner lives and is silent; what it came to, or the intent.
+    async def settled(self, entry: Entry) -> tuple[Entry, bool]:
+        """Wait while another run is paying for the row, and tell what it came to.
 
-        An entry that comes back as `intent` is `unknown`: nobody will write what became of it.
+        Returns:
+            The row, and whether it is certain that the intent's owner is gone. A row that comes
+            back as `intent` is `unknown`: nobody will write what became of it.
         """
+        waited = 0.0
         while entry.state is State.INTENT and entry.intent is not None:
-            alive = await is_alive(self.store, entry.intent.owner)
-            entry = await self.read(entry.key)
-            if not alive:
-                break
-            await asyncio.sleep(_LOOK_AGAIN)
-        return entry
+            ours = entry.intent.owner == self.owner  # a row is in one place at a time
+            gone = not ours and not await is_alive(self.store, entry.intent.owner)
+            before, entry = entry, await self.read(entry.key)
+            # Only now, for the owner may have told and gone between our two looks. And only of
+            # the attempt that it owned: another may have come after it.
+            if entry == before:
+                if ours or gone or waited >= _LONGEST_SILENCE:
+                    return entry, gone
+                await asyncio.sleep(_LOOK_AGAIN)
+                waited += _LOOK_AGAIN
+        return entry, False
 
     async def claim(self, row: Row, entry: Entry) -> Entry:
         """Write the intent to pay for the row's next attempt, before the POST.
@@ -92,7 +104,7 @@ class Ledger:
             nonce=secrets.token_urlsafe(24),
             row_id=row.id,
             line=row.line,
-            request=row.request,
+            request=_without_secrets(row.request),
             price=self._prices[row.request.mode],
         )
         claimed = entry.next_attempt(intent)
@@ -158,6 +170,16 @@ class Ledger:
 
 def _name(key: str, attempt: int, step: str) -> str:
     return f"rows/{key[:2]}/{key}.{attempt}.{step}.json"
+
+
+def _without_secrets(request: GenerationRequest) -> GenerationRequest:
+    return request.model_copy(
+        update={
+            "image_urls": [url_identity(url) for url in request.image_urls],
+            "callback_url": None,
+            "request_type": "async",
+        }
+    )
 
 
 def _check(entry: Entry, *steps: State) -> None:

@@ -7,7 +7,7 @@ An attempt to pay for a row leaves up to three records, each created once and ne
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -53,6 +53,18 @@ class Ended(_Record):
     images: list[StoredImage] = Field(default_factory=list)
     reason: str | None = None
     message: str | None = None
+
+
+class Stored(NamedTuple):
+    """What it takes to deliver a stored row: little, for a million are held at once."""
+
+    task_id: str
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, ended: Ended) -> Stored:
+        """From the record of a stored row."""
+        return cls(ended.task_id, tuple(ended.files))
 
 
 class Entry(BaseModel):

@@ -61,7 +61,9 @@ class RecordStore:
             LedgerError: The store could not be written to.
         """
         try:
-            await self._tried(name, lambda: _create(self._fs, self._path(name), data))
+            await self._tried(
+                name, lambda: _create(self._fs, self._path(name), data), FileExistsError
+            )
         except FileExistsError:
             return await self.read(name) == data
         return True
@@ -73,7 +75,9 @@ class RecordStore:
             LedgerError: The store could not be read.
         """
         try:
-            data: bytes = await self._tried(name, lambda: self._fs.cat_file(self._path(name)))
+            data: bytes = await self._tried(
+                name, lambda: self._fs.cat_file(self._path(name)), FileNotFoundError
+            )
         except FileNotFoundError:
             return None
         return data
@@ -93,7 +97,7 @@ class RecordStore:
             LedgerError: The store could not be written to.
         """
         try:
-            await self._tried(name, lambda: self._fs.rm_file(self._path(name)))
+            await self._tried(name, lambda: self._fs.rm_file(self._path(name)), FileNotFoundError)
         except FileNotFoundError:
             return
 
@@ -105,7 +109,9 @@ class RecordStore:
         """
         path = self._path(folder)
         try:
-            found = await self._tried(folder, lambda: self._fs.ls(path, detail=False))
+            found = await self._tried(
+                folder, lambda: self._fs.ls(path, detail=False), FileNotFoundError
+            )
         except FileNotFoundError:
             return []
         names = (str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found)
@@ -114,14 +120,19 @@ class RecordStore:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    async def _tried(self, name: str, action: Callable[[], T]) -> T:
+    async def _tried(
+        self,
+        name: str,
+        action: Callable[[], T],
+        *passes: type[FileExistsError | FileNotFoundError],
+    ) -> T:
         loop = asyncio.get_running_loop()
         attempt = 0
         while True:
             attempt += 1
             try:
                 return await loop.run_in_executor(_THREADS, action)
-            except (FileExistsError, FileNotFoundError):
+            except passes:
                 raise
             except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
                 told = f"{type(error).__name__}: {error}"

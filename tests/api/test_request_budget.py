@@ -5,7 +5,7 @@ import itertools
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.api.governor import RequestBudget
@@ -78,6 +78,7 @@ async def play(limit, steps):
 
 @settings(max_examples=150, deadline=None)
 @given(LIMITS, STEPS)
+@example(103, [("slow down", 0), ("pause", 1.0), ("speed up", 100), ("arrive", 1)])
 def test_no_minute_ever_holds_more_than_the_limit(limit, steps):
     through, pauses = on_virtual_time(play(limit, steps))
     assert fullest_minute(through) <= limit

@@ -100,6 +100,42 @@ def test_a_task_nobody_waits_for_frees_its_slot_after_a_minute():
     on_virtual_time(main())
 
 
+def test_a_task_accepted_while_many_wait_still_frees_its_slot_after_a_minute():
+    async def main():
+        gate, loop = TaskGate(2), asyncio.get_running_loop()
+        for _ in range(2):
+            await gate.enter()
+        waiters = [asyncio.create_task(gate.enter()) for _ in range(4)]
+        await asyncio.sleep(5)
+        gate.accepted("task_1")
+        await asyncio.sleep(5)
+        gate.accepted("task_2")
+        waiters[0].cancel()  # the first is the one that looks at the clock
+        began = loop.time()
+        for _ in range(2):
+            await asyncio.wait(waiters[1:], return_when=asyncio.FIRST_COMPLETED)
+            waiters = [waiter for waiter in waiters if not waiter.done()]
+        assert loop.time() - began <= 60
+        for waiter in waiters:
+            waiter.cancel()
+
+    on_virtual_time(main())
+
+
+def test_who_is_called_and_cancelled_at_once_hands_the_call_on():
+    async def main():
+        gate = TaskGate(1)
+        await gate.enter()
+        first, second = (asyncio.create_task(gate.enter()) for _ in range(2))
+        await asyncio.sleep(1)
+        gate.not_accepted()
+        first.cancel()
+        async with asyncio.timeout(1):
+            await second
+
+    on_virtual_time(main())
+
+
 def test_a_crowd_that_only_submits_goes_through_at_the_pace_of_the_slots():
     async def main():
         gate, loop, times = TaskGate(10), asyncio.get_running_loop(), []

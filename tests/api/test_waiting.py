@@ -141,7 +141,7 @@ async def test_a_new_task_may_be_unknown_for_a_minute():
     assert (await wait(played)).result_urls
 
 
-@pytest.mark.parametrize(("age", "most"), [(0, 80), (50, 20), (70, 1)])
+@pytest.mark.parametrize(("age", "most"), [(0, 91), (50, 41), (70, 1)])
 async def test_a_task_that_is_unknown_for_longer_is_not_there(age, most):
     played = Played(refusal(404))
     with pytest.raises(NotFoundError) as caught:

@@ -1,5 +1,6 @@
 """One real Prefect server for all tests here, and a sandbox for each."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,22 @@ def prefect_api(tmp_path_factory):
         tell_prefect_everything()
 
 
+def pytest_collection_modifyitems(items):
+    # Prefect's async engine leaves its own connection to its server to the garbage collector
+    # when a loop ends. Only here, so that a socket we leak elsewhere is still an error.
+    mark = pytest.mark.filterwarnings(
+        r"ignore:Exception ignored in. <socket\.socket:pytest.PytestUnraisableExceptionWarning"
+    )
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(mark)
+
+
 @pytest.fixture(autouse=True)
 def _use_the_server(prefect_api):
-    """Every test here talks to the one server."""
+    """Every test here talks to the one server, and leaves no garbage for others to warn of."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -85,5 +99,5 @@ def account_in_environment(sandbox, monkeypatch):
 @pytest.fixture
 def reference(sandbox):
     """The URL of a picture that the sandbox serves."""
-    name = sorted(path.name for path in PHOTOS.iterdir() if path.suffix == ".jpg")[0]
+    name = min(path.name for path in PHOTOS.iterdir() if path.suffix == ".jpg")
     return f"{sandbox.url}/references/{name}"

@@ -9,6 +9,7 @@ import sys
 import prefect.plugins
 import pytest
 from prefect.blocks.core import Block
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentCreate
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
@@ -31,8 +32,6 @@ class TestTheBlockKeepsPrefectsStandards(BlockStandardTestSuite):
     def test_has_a_valid_image(self, block):
         # The suite's own version of this test downloads the picture; nothing here leaves
         # loopback. It is the picture of a Block of Prefect's, which Prefect has tested.
-        from prefect.blocks.system import Secret
-
         assert block._logo_url == Secret._logo_url
         assert str(block._logo_url).startswith("https://")
 

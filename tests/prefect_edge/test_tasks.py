@@ -1,16 +1,11 @@
 """The three tasks work alone, in anyone's flow, and never pay twice."""
 
-import asyncio
 import json
 
 import anyio
-import httpx
 import pytest
-import uvicorn
-from prefect import flow, get_client
+from prefect import flow
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.exceptions import FailedRun
 
 from prefect_flux_kontext import (
     GenerationRequest,
@@ -21,15 +16,14 @@ from prefect_flux_kontext import (
     wait_for_generation,
 )
 from prefect_flux_kontext.errors import (
-    ConfigurationError,
     GenerationFailedError,
     GenerationTimeoutError,
-    InvalidImageError,
     ServiceTroubleError,
+    StorageError,
     UnauthorizedError,
 )
 from prefect_flux_kontext.tasks import _may_pass
-from tests.prefect_edge.conftest import KEY, QUICK
+from tests.prefect_edge.conftest import QUICK
 from tests.support.one_answer import server_that_answers
 from tests.support.pictures import picture
 
@@ -152,36 +146,45 @@ async def test_a_submit_in_doubt_is_sent_once_and_said_to_be_in_doubt(account):
         assert service.posts == 1
 
 
-async def test_what_may_pass_is_retried_by_prefect_and_what_may_not_is_not(tmp_path):
-    html = b"<html>moved</html>"
-    gone = tmp_path / "a file"
-    gone.write_text("in the way")
-    persist = persist_images.with_options(retries=1, retry_delay_seconds=0)
-    async with server_that_answers(200, html) as host:
+async def fetched_to(output):
+    """Persist a good result to a bad output: how often it was fetched, and the error."""
+    async with server_that_answers(200, picture("jpeg")) as host:
         result = GenerationResult(task_id="t", result_urls=[host.url])
 
         @flow
-        async def ends_in(task, *arguments):
-            state = await task(*arguments, return_state=True)
-            async with get_client() as client:
-                run = await client.read_task_run(state.state_details.task_run_id)
-            return run.run_count, await state.aresult(raise_on_failure=False)
+        async def persists():
+            task = persist_images.with_options(retries=2, retry_delay_seconds=0)
+            return await task(result, output)
 
-        # The result itself is retried inside; here only Prefect's decision is looked at.
-        runs, error = await ends_in(persist, result, "nope://x")
-        assert (runs, type(error)) == (1, ConfigurationError)
-        runs, error = await ends_in(persist, result, f"{gone}")
-        assert runs == 2
-        assert error.task_id == "t"
+        state = await persists(return_state=True)
+        return host.gets, await state.aresult(raise_on_failure=False)
+
+
+async def test_what_may_pass_is_retried_by_prefect(tmp_path):
+    (tmp_path / "t.jpg" / "in the way").mkdir(parents=True)
+    fetched, error = await fetched_to(str(tmp_path))
+    assert fetched == 3
+    assert isinstance(error, StorageError)
+
+
+async def test_what_will_never_do_is_not_retried_by_prefect(account):
+    @flow
+    async def waits(base_url):
+        there = account.model_copy(update={"base_url": base_url})
+        wait = wait_for_generation.with_options(retries=2, retry_delay_seconds=0)
+        return await wait(GenerationTask(task_id="task_x"), there, QUICK)
+
+    async with server_that_answers(401, b'{"code": 401, "message": "no"}') as service:
+        with pytest.raises(UnauthorizedError):
+            await waits(service.url)
+        assert service.gets == 1
 
 
 async def test_a_failed_generation_raises_with_its_code_and_message(account, sandbox):
     @flow
     async def fails(**how):
         task = await submit_generation(GenerationRequest(prompt="nsfw"), account)
-        return await wait_for_generation.with_options(retry_delay_seconds=0)(
-            task, account, QUICK
-        )
+        return await wait_for_generation.with_options(retry_delay_seconds=0)(task, account, QUICK)
 
     with pytest.raises(GenerationFailedError, match="content rules") as caught:
         await fails()

@@ -1,0 +1,244 @@
+"""Whether a batch kept its promise, from three sources that know nothing of one another.
+
+The service's own list of accepted tasks, the ledger read as plain JSON files, and the images.
+Nothing in here imports the ledger or the batch.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import fsspec
+from PIL import Image
+
+_EXTENSION = {"jpeg": "jpg", "png": "png"}
+
+
+@dataclass
+class Attempt:
+    intent: dict
+    posted: dict | None = None
+    ended: dict | None = None
+
+    @property
+    def given_up(self):
+        """A person said that it may be paid for again."""
+        return self.posted is not None and self.posted["by"] == "person"
+
+
+@dataclass
+class Findings:
+    problems: list[str] = field(default_factory=list)
+    rows: int = 0
+    stored: int = 0
+    failed: int = 0
+    unknown: int = 0
+    paid_twice: int = 0
+    lost: int = 0
+    missing: int = 0
+    leftover_parts: int = 0
+
+    def __str__(self):
+        return "; ".join(self.problems) or "kept"
+
+
+@dataclass
+class PlainLedger:
+    """The ledger's files, as anybody could read them."""
+
+    attempts: dict[str, list[Attempt]]
+    in_parts: dict[str, dict]
+    in_markers: set[str]
+    files: dict[str, bytes]
+
+    @classmethod
+    def read(cls, files):
+        records = defaultdict(dict)
+        in_parts, in_markers = {}, set()
+        for name, data in files.items():
+            folder, *rest = name.split("/")
+            if folder == "rows":
+                key, number, step, _ = rest[-1].split(".")
+                records[key].setdefault(int(number), {})[step] = json.loads(data)
+            elif folder == "waves" and name.endswith(".jsonl"):
+                for line in map(json.loads, data.splitlines()):
+                    if line["attempt"] >= in_parts.get(line["key"], line)["attempt"]:
+                        in_parts[line["key"]] = line
+            elif folder == "waves":
+                in_markers.update(json.loads(data)["keys"])
+        attempts = {
+            key: [Attempt(**by_number[number]) for number in range(1, len(by_number) + 1)]
+            for key, by_number in records.items()
+        }
+        return cls(attempts, in_parts, in_markers, files)
+
+
+def read_all(url):
+    """Every file below an output, by its name there."""
+    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    fs.invalidate_cache()
+    root = root.rstrip("/")
+    return {path[len(root) + 1 :]: fs.cat_file(path) for path in fs.find(root)}
+
+
+def check(rows, records, output, origin=None, *, canary=None, killed=True, complete=True):
+    """Check the invariants I1 to I6 of a batch.
+
+    Args:
+        rows: The manifest: (id, prompt), where equal prompts are equal rows.
+        records: The service's accepted tasks.
+        output: URL of the output.
+        origin: Gives the bytes that the service serves for a task id; None does not look.
+        canary: A key that must be in no file.
+        killed: Whether half-written hidden files may be left, as `kill -9` leaves them.
+        complete: Whether nothing may be outstanding or unsubmitted any more.
+    """
+    found = Findings(rows=len(rows))
+    files = read_all(output)
+    ledger = PlainLedger.read(
+        {
+            name.removeprefix("_ledger/"): data
+            for name, data in files.items()
+            if name.startswith("_ledger/") and not name.endswith(".part")
+        }
+    )
+    by_prompt = {
+        attempts[0].intent["request"]["prompt"]: key for key, attempts in ledger.attempts.items()
+    }
+    tasks = defaultdict(list)
+    for record in records:
+        tasks[record["prompt"]].append(record)
+    for prompt, accepted in tasks.items():
+        if prompt not in by_prompt:
+            found.lost += len(accepted)
+            found.problems.append(f"{prompt!r} is paid for and in no record")
+    for prompt, key in by_prompt.items():
+        _check_money(found, ledger, key, tasks[prompt])
+        _check_named(found, ledger, key, tasks[prompt])
+    expected = {"failed.csv"}
+    for row_id, prompt in rows:
+        _check_row(found, ledger.attempts.get(by_prompt.get(prompt)), files, row_id, complete)
+    for key, attempts in ledger.attempts.items():
+        expected |= _check_images(found, key, attempts[-1], files, origin)
+    expected |= {f"{row_id}.{kind}" for row_id, _ in rows for kind in _EXTENSION.values()}
+    for name, data in files.items():
+        if canary and canary.encode() in data:
+            found.problems.append(f"the key is in {name}")
+        if name.endswith(".part"):
+            found.leftover_parts += 1
+            if not killed:
+                found.problems.append(f"half a file is left: {name}")
+        elif not name.startswith("_ledger/") and name not in expected:
+            found.problems.append(f"nobody asked for {name}")
+    return found
+
+
+def _check_money(found, ledger, key, tasks):
+    attempts = ledger.attempts[key]
+    ours = {a.posted["task_id"] for a in attempts if a.posted and a.posted.get("task_id")}
+    given_up = sum(a.given_up for a in attempts)
+    doubtful = sum(a.posted is None and a.ended is None for a in attempts)
+    failed = sum(a.ended is not None and a.ended["state"] == "failed" for a in attempts)
+    unaccounted = [task for task in tasks if task["taskId"] not in ours]
+    # A record of what was accepted may be lost to an outage when its image is stored.
+    ended = {a.ended["task_id"] for a in attempts if a.ended}
+    unaccounted = [task for task in unaccounted if task["taskId"] not in ended]
+    if len(tasks) > 1 + failed + given_up:
+        found.paid_twice += len(tasks) - 1 - failed - given_up
+        found.problems.append(f"{key} is paid for {len(tasks)} times")
+    if len(unaccounted) > given_up + doubtful:
+        found.lost += len(unaccounted) - given_up - doubtful
+        found.problems.append(f"{key}: the ledger knows nothing of {unaccounted}")
+    for attempt in attempts[:-1]:
+        if attempt.posted is None and attempt.ended is None:
+            found.problems.append(f"{key} was paid for again while an attempt was in doubt")
+    if invented := ours - {task["taskId"] for task in tasks}:
+        found.problems.append(f"{key}: the service knows nothing of {invented}")
+
+
+def _check_named(found, ledger, key, tasks):
+    """What is owed is named in an unfinished wave, what has ended in a wave or a part."""
+    last = ledger.attempts[key][-1]
+    part = ledger.in_parts.get(key)
+    if key in ledger.in_markers:
+        return
+    if last.ended is None and (last.posted is None or last.posted["state"] == "accepted"):
+        found.lost += bool(tasks)
+        found.problems.append(f"{key} is owed something, and no unfinished wave names it")
+    if last.ended is not None and (part is None or part["ended"]["state"] != last.ended["state"]):
+        found.problems.append(f"{key} has ended, and neither wave nor part says so")
+    if part is not None and last.ended is not None:
+        paid = sum(a.intent["price"] for a in ledger.attempts[key] if a.ended or _accepted(a))
+        if abs(part["spent"] - paid) > 1e-9:
+            found.problems.append(f"{key}: its part says ${part['spent']}, its records ${paid}")
+
+
+def _accepted(attempt):
+    return attempt.posted is not None and attempt.posted["state"] == "accepted"
+
+
+def _check_row(found, attempts, files, row_id, complete):
+    if attempts is None:
+        if complete:
+            found.missing += 1
+            found.problems.append(f"row {row_id} has no record at all")
+        return
+    last = attempts[-1]
+    if last.ended is not None and last.ended["state"] == "stored":
+        found.stored += 1
+        kind = _EXTENSION[last.ended["images"][0]["format"]]
+        image = files.get(f"{row_id}.{kind}")
+        if complete and (image is None or _sha256(image) != last.ended["images"][0]["sha256"]):
+            found.missing += 1
+            found.problems.append(f"row {row_id} is stored and has not got its image")
+    elif last.ended is not None or (last.posted and last.posted["state"] == "rejected"):
+        found.failed += 1
+        if not (last.ended or last.posted).get("reason"):
+            found.problems.append(f"row {row_id} failed without a reason")
+    elif last.posted is None:
+        found.unknown += 1
+    elif complete:
+        found.missing += 1
+        found.problems.append(f"row {row_id} is paid for and was not collected")
+
+
+def _check_images(found, key, attempt, files, origin):
+    if attempt.ended is None or attempt.ended["state"] != "stored":
+        return set()
+    for name, image in zip(attempt.ended["files"], attempt.ended["images"], strict=True):
+        data = files.get(name)
+        if data is None:
+            found.lost += 1
+            found.problems.append(f"{key}: {name} is gone")
+            continue
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+        if (_sha256(data), len(data)) != (image["sha256"], image["size"]):
+            found.lost += 1
+            found.problems.append(f"{key}: {name} is not what was stored")
+        if origin is not None and data != origin(attempt.ended["task_id"], image["format"]):
+            found.problems.append(f"{key}: {name} is not what the service serves")
+    return set(attempt.ended["files"])
+
+
+def money(files_of_ledger):
+    """Dollars of the attempts that the ledger takes for accepted."""
+    ledger = PlainLedger.read(files_of_ledger)
+    return sum(
+        attempt.intent["price"]
+        for attempts in ledger.attempts.values()
+        for attempt in attempts
+        if attempt.ended or _accepted(attempt)
+    )
+
+
+def ids_in(failed_csv):
+    """The ids of a `failed.csv`."""
+    return [line["id"] for line in csv.DictReader(io.StringIO(failed_csv.decode()))]
+
+
+def _sha256(data):
+    return hashlib.sha256(data).hexdigest()

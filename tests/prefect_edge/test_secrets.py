@@ -1,0 +1,130 @@
+"""The key is nowhere: not in the server's database, not in its files, logs, results, outputs."""
+
+import base64
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefect_flux_kontext.cli.prefect_server import prefect_server
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+
+GOOD = "canary-good-7f3a9c51e2"
+WRONG = "canary-wrong-7f3a9c51e2"
+SAVED = "canary-saved-7f3a9c51e2"
+
+# In a process of its own: it logs at DEBUG from the start, and has told the server all it has to
+# tell when it ends.
+PROGRAM = """
+import asyncio, os, sys
+from prefect import flow
+from prefect_flux_kontext import *
+from prefect_flux_kontext.flows import style_transfer, style_transfer_batch
+
+manifest, output, url, good, wrong, saved = sys.argv[1:]
+quick = PollingCadence(initial_delay=0, interval=0.05)
+block = FluxKontextCredentials(api_key=good, base_url=url)
+bad = FluxKontextCredentials(api_key=wrong, base_url=url)
+nobody = FluxKontextCredentials(api_key=wrong, base_url="http://127.0.0.1:1")
+
+@flow(persist_result=True)
+async def own(account: FluxKontextCredentials, prompt: str):
+    task = await submit_generation(GenerationRequest(prompt=prompt), account)
+    result = await wait_for_generation.with_options(persist_result=True)(task, account, quick)
+    return await persist_images(result, output)
+
+@flow
+def own_sync(account, prompt):
+    task = submit_generation.submit(GenerationRequest(prompt=prompt), account)
+    return wait_for_generation.submit(task, account, quick).result()
+
+async def main():
+    ended = []
+    async def run(flow, *arguments, **how):
+        state = await flow(*arguments, **how, return_state=True)
+        ended.append(state.type.value)
+    os.environ |= {"FLUX_KONTEXT_API_KEY": good, "FLUX_KONTEXT_BASE_URL": url}
+    await FluxKontextCredentials(api_key=saved, base_url=url).asave("canary")
+    for account in (block, "canary", None, bad):
+        await run(style_transfer, "oil", output, credentials=account, cadence=quick)
+        await run(style_transfer_batch, manifest, output, credentials=account, cadence=quick)
+    await run(style_transfer_batch, manifest, output, credentials=nobody, cadence=quick)
+    for account in (block, bad):
+        await run(own, account, "oil")
+        await run(own, account, "nsfw")
+    os.environ["FLUX_KONTEXT_API_KEY"] = wrong
+    await run(style_transfer, "oil", output, cadence=quick)
+    print(*ended)
+
+asyncio.run(main())
+for account in (block, bad):
+    print(own_sync(account, "oil", return_state=True).type.value)
+"""
+
+
+def forms(secret):
+    """The secret in plain and as any of the three alignments of base64 shows it."""
+    yield secret.encode()
+    yield secret.encode("utf-16-le")
+    for shift in range(3):
+        text = base64.b64encode(bytes(shift) + secret.encode()).rstrip(b"=")
+        yield text[2 if shift else 0 : -1][2:]
+
+
+@pytest.mark.timeout(180)
+def test_the_key_shows_up_nowhere(tmp_path):
+    home, output, manifest = tmp_path / "prefect", tmp_path / "out", tmp_path / "m.csv"
+    with manifest.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("id", "image", "prompt"), ("a", "", "oil"), ("b", "", "nsfw"), ("c", "x", "oil")]
+        )
+    # This one alone would be let in to by both keys: the wrong one is refused by name.
+    with (
+        running_sandbox(SandboxSettings(mean=0.05, long_edge=64, api_key=GOOD)) as sandbox,
+        prefect_server(home) as server,
+    ):
+        arguments = [str(manifest), str(output), sandbox.url, GOOD, WRONG, SAVED]
+        environment = server.environment | {
+            "PREFECT_LOGGING_LEVEL": "DEBUG",
+            "PREFECT_LOGGING_ROOT_LEVEL": "DEBUG",
+            "PREFECT_LOGGING_EXTRA_LOGGERS": "prefect_flux_kontext,httpx,httpcore,asyncio",
+        }
+        program = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert program.returncode == 0, program.stderr[-3_000:]
+        assert sandbox.service.bill()["accepted"] > 5
+    ended = program.stdout.split()
+    assert ended.count("COMPLETED") >= 6
+    assert ended.count("FAILED") >= 6
+    (tmp_path / "stdout").write_text(program.stdout)
+    (tmp_path / "stderr").write_text(program.stderr)
+    assert "DEBUG" in program.stderr
+    assert "401" in program.stderr
+
+    database = (home / "prefect.db").read_bytes()
+    # The search is no use unless it would find what is there: names and messages in the clear.
+    for there in (b"style-transfer-batch", b"CONTENT_VIOLATION", b"flux-kontext-credentials"):
+        assert there in database
+    leaks = [
+        (str(path.relative_to(tmp_path)), form)
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+        for form in (form for secret in (GOOD, WRONG, SAVED) for form in forms(secret))
+        if form in path.read_bytes()
+    ]
+    assert leaks == []
+
+
+def test_the_search_would_find_a_key_in_base64():
+    for before in (b"", b"a", b"ab", b"abc"):
+        coded = base64.b64encode(before + GOOD.encode() + b" after")
+        assert any(form in coded for form in forms(GOOD))
