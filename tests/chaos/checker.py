@@ -52,7 +52,7 @@ class PlainLedger:
     attempts: dict[str, list[Attempt]]
     in_parts: dict[str, dict]
     in_markers: set[str]
-    files: dict[str, bytes]
+    without_intent: list[str]
 
     @classmethod
     def read(cls, files):
@@ -70,10 +70,14 @@ class PlainLedger:
             elif folder == "waves":
                 in_markers.update(json.loads(data)["keys"])
         attempts = {
-            key: [Attempt(**by_number[number]) for number in range(1, len(by_number) + 1)]
+            key: [Attempt(**by_number[n]) for n in sorted(by_number) if "intent" in by_number[n]]
             for key, by_number in records.items()
         }
-        return cls(attempts, in_parts, in_markers, files)
+        attempts = {key: known for key, known in attempts.items() if known}
+        without_intent = [
+            f"{key}.{n}" for key in records for n in records[key] if "intent" not in records[key][n]
+        ]
+        return cls(attempts, in_parts, in_markers, without_intent)
 
 
 def read_all(url):
@@ -118,6 +122,7 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
     for prompt, key in by_prompt.items():
         _check_money(found, ledger, key, tasks[prompt])
         _check_named(found, ledger, key, tasks[prompt])
+    found.problems += [f"{name} was paid for without an intent" for name in ledger.without_intent]
     expected = {"failed.csv"}
     for row_id, prompt in rows:
         _check_row(found, ledger.attempts.get(by_prompt.get(prompt)), files, row_id, complete)

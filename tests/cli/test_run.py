@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
 KEY = "key-of-the-tests"
-COMMAND = [sys.executable, "-m", "prefect_flux_kontext.cli"]
+COMMAND = Path(sys.executable).parent / "flux-kontext"
 
 
 @pytest.fixture
@@ -56,9 +57,7 @@ def test_all_stored_is_status_0(sandbox, manifest, output, capsys, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == {"row-0.jpg", "row-1.jpg"}
 
 
-def test_some_failed_is_status_1_and_each_is_told_with_its_line(
-    sandbox, manifest, output, capsys
-):
+def test_some_failed_is_status_1_and_each_is_told_with_its_line(sandbox, manifest, output, capsys):
     assert main(["run", manifest("a lighthouse", "nsfw", ""), output]) == 1
     told = capsys.readouterr().out
     assert "1 of 3 rows stored; 2 failed" in told
@@ -162,7 +161,7 @@ async def test_without_a_terminal_a_plain_line_comes_every_ten_seconds(capsys):
 
 def start(arguments, environment=None, **popen):
     return subprocess.Popen(
-        [*COMMAND, *arguments],
+        [COMMAND, *arguments],
         stderr=subprocess.PIPE,
         start_new_session=True,
         env=os.environ | (environment or {}),

@@ -46,13 +46,12 @@ async def main():
         ended.append(state.type.value)
     os.environ |= {"FLUX_KONTEXT_API_KEY": good, "FLUX_KONTEXT_BASE_URL": url}
     await FluxKontextCredentials(api_key=saved, base_url=url).asave("canary")
-    for account in (block, "canary", None, bad):
+    for account in (block, "canary", bad):
         await run(style_transfer, "oil", output, credentials=account, cadence=quick)
+    for account in (block, None, bad, nobody):
         await run(style_transfer_batch, manifest, output, credentials=account, cadence=quick)
-    await run(style_transfer_batch, manifest, output, credentials=nobody, cadence=quick)
-    for account in (block, bad):
-        await run(own, account, "oil")
-        await run(own, account, "nsfw")
+    await run(own, block, "oil")
+    await run(own, block, "nsfw")
     os.environ["FLUX_KONTEXT_API_KEY"] = wrong
     await run(style_transfer, "oil", output, cadence=quick)
     print(*ended)
@@ -94,10 +93,10 @@ def test_the_key_shows_up_nowhere(prefect_api, tmp_path):
             check=False,
         )
         assert program.returncode == 0, program.stderr[-3_000:]
-        assert sandbox.service.bill()["accepted"] > 5
+        assert sandbox.service.bill()["accepted"] >= 5
     ended = program.stdout.split()
-    assert ended.count("COMPLETED") >= 6
-    assert ended.count("FAILED") >= 6
+    assert ended.count("COMPLETED") >= 4
+    assert ended.count("FAILED") >= 5
     (tmp_path / "stdout").write_text(program.stdout)
     (tmp_path / "stderr").write_text(program.stderr)
     assert "DEBUG" in program.stderr
