@@ -122,5 +122,5 @@ def test_a_cadence_that_would_never_ask_is_refused(monkeypatch):
 def test_all_variables_that_are_wrong_are_named_at_once(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_POLL_INTERVAL", "soon")
     monkeypatch.setenv("FLUX_KONTEXT_CONCURRENT_TASKS", "0")
-    with pytest.raises(ConfigurationError, match="CONCURRENT_TASKS.*; .*POLL_INTERVAL"):
+    with pytest.raises(ConfigurationError, match=r"CONCURRENT_TASKS.*; .*POLL_INTERVAL"):
         FluxKontextSettings()

@@ -75,7 +75,10 @@ class PlainLedger:
         }
         attempts = {key: known for key, known in attempts.items() if known}
         without_intent = [
-            f"{key}.{n}" for key in records for n in records[key] if "intent" not in records[key][n]
+            f"{key}.{n}"
+            for key in records
+            for n in records[key]
+            if "intent" not in records[key][n]
         ]
         return cls(attempts, in_parts, in_markers, without_intent)
 
@@ -129,6 +132,11 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
     for key, attempts in ledger.attempts.items():
         expected |= _check_images(found, key, attempts[-1], files, origin)
     expected |= {f"{row_id}.{kind}" for row_id, _ in rows for kind in _EXTENSION.values()}
+    _check_files(found, files, expected, canary, killed)
+    return found
+
+
+def _check_files(found, files, expected, canary, killed):
     for name, data in files.items():
         if canary and canary.encode() in data:
             found.problems.append(f"the key is in {name}")
@@ -138,7 +146,6 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
                 found.problems.append(f"half a file is left: {name}")
         elif not name.startswith("_ledger/") and name not in expected:
             found.problems.append(f"nobody asked for {name}")
-    return found
 
 
 def _check_money(found, ledger, key, tasks):

@@ -158,7 +158,7 @@ class Batch:
         # Batches of one test may share the service; each has prompts of its own.
         prompts = {prompt for _, prompt in self.lines}
         records = [r for r in self.service.service.records() if r["prompt"] in prompts]
-        with httpx.Client(trust_env=False, verify=False) as http:  # noqa: S501 - loopback
+        with httpx.Client(trust_env=False, verify=False) as http:
 
             def origin(task_id, kind):
                 name = {"jpeg": "jpg", "png": "png"}[kind]

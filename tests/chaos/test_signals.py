@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +44,9 @@ def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
         assert found.unknown == 0
         owed = batch.accepted - found.stored
         assert owed > 0
-        assert re.search(rf"{owed} rows are paid for and not yet stored", ended.said), ended.said
+        told = re.search(r"(\d+) rows are paid for and not yet stored", ended.said)
+        # A row that was just being recorded as stored is told as owed.
+        assert owed <= int(told[1]) <= owed + 16, ended.said
         assert f"flux-kontext collect file://{batch.output}" in ended.said
         paid = batch.accepted
         collected = batch.command("collect")
@@ -62,7 +65,7 @@ def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_not
     batch.until(lambda: batch.accepted >= 5, sleeper)
     sleeper.send(signal.SIGSTOP)
     other = batch.start_run()
-    batch.until(lambda: len(os.listdir(batch.output)) > 25, other, seconds=60)
+    batch.until(lambda: len(list(Path(batch.output).iterdir())) > 25, other, seconds=60)
     sleeper.send(signal.SIGCONT)
     assert [sleeper.end().status, other.end().status] == [0, 0]
     assert batch.accepted == 40
@@ -71,10 +74,10 @@ def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_not
 
 @pytest.mark.parametrize("refusal", ["unauthorized", "no_balance"])
 def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, refusal):
-    script = {("submit", n): refusal for n in range(20, 1000)}
+    script = {("submit", n): refusal for n in range(20, 200)}
     with fault_proxy(service.url, script=script) as proxy:
         batch = Batch(service, tmp_path, url=proxy.url)
-        batch.write(lines(300))
+        batch.write(lines(100))
         stopped = batch.run()
         assert stopped.status == 2
         assert stopped.said.count("flux-kontext: ") == 1
@@ -82,7 +85,7 @@ def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, r
         assert proxy.numbers["submit"] < 20 + 8
         proxy.script.clear()
         assert batch.run().status == 0
-        assert batch.accepted == 300
+        assert batch.accepted == 100
         assert_kept(batch)
 
 
@@ -92,8 +95,9 @@ def test_a_full_disk_pays_for_nothing_that_it_cannot_record(service, tmp_path):
     full = batch.run(file_limit=120)  # enough for a sign of life, too little for an intent
     assert batch.accepted == 0, full
     assert full.status != 0
-    images = batch.run(file_limit=900)  # enough for records, too little for images
-    assert "could not be stored" in images.said or "refused" in images.said, images
+    images = batch.run(file_limit=1_300)  # enough for records, too little for images
+    assert "The output refused" in images.said, images
+    assert batch.accepted == 30
     found = batch.check(killed=False, complete=False)
     assert not found.problems, found
     assert batch.run().status == 0
@@ -124,10 +128,7 @@ def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path)
         }
         for number, bomb in enumerate(
             [
-                ("create", "before", 4),
-                ("create", "after", 4),
-                ("create", "after", 7),
-                ("replace", "after", 2),
+                ("create", "after", 3),
                 ("request", "after", 4),
                 ("image", "after", 2),
             ]
@@ -136,9 +137,9 @@ def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path)
             folder.mkdir()
             output = f"{bucket}/batch {number}/"
             batch = Batch(service, folder, output=output, **access)
-            batch.write(lines(8, start=1000 * number))
+            batch.write(lines(4, start=1000 * number))
             batch.run(bomb=bomb)
             batch.run()
             found = batch.check()
             assert not found.problems, (bomb, str(found))
-            assert found.stored + found.unknown == 8
+            assert found.stored + found.unknown == 4

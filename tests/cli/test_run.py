@@ -140,7 +140,6 @@ class Progress:
 
     def __init__(self):
         self.progress = BatchSummary(output="out")
-        self.submitted = 0
 
 
 @pytest.mark.anyio
@@ -149,13 +148,13 @@ async def test_without_a_terminal_a_plain_line_comes_every_ten_seconds(capsys):
     runner = Progress()
     async with shown(runner, 40):
         await asyncio.sleep(5)
-        runner.progress.rows, runner.progress.stored, runner.submitted = 5, 5, 9
+        runner.progress.rows, runner.progress.stored, runner.progress.spent = 5, 5, 0.27
         await asyncio.sleep(10)
         runner.progress.rows, runner.progress.failed = 8, 3
         await asyncio.sleep(10)
     assert capsys.readouterr().out.splitlines() == [
-        "5 of 40 rows done: 5 stored, 0 failed, 9 submitted",
-        "8 of 40 rows done: 5 stored, 3 failed, 9 submitted",
+        "5 of 40 rows done: 5 stored, 0 failed, $0.27 spent",
+        "8 of 40 rows done: 5 stored, 3 failed, $0.27 spent",
     ]
 
 
@@ -211,5 +210,5 @@ def test_ctrl_c_leaves_130_and_no_traceback(sandbox, manifest, output, monkeypat
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 130
-    assert err == b"flux-kontext: interrupted\n"
-    assert b"Traceback" not in out
+    assert err.endswith(b"flux-kontext: interrupted\n")
+    assert b"Traceback" not in out + err

@@ -38,8 +38,8 @@ REQUESTS = st.builds(
     extra=st.dictionaries(WORDS, st.integers() | TEXT, max_size=2),
 )
 SIGNATURES = [
-    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AK%2F20&X-Amz-Date={n}&X-Amz-Expires=60"
-    "&X-Amz-SignedHeaders=host&X-Amz-Security-Token=t{n}&X-Amz-Signature={n}",
+    "X-Amz-Algorithm=AWS4&X-Amz-Credential=AK%2F20&X-Amz-Date={n}&X-Amz-Signature={n}",
+    "X-Amz-Expires=60&X-Amz-SignedHeaders=host&X-Amz-Security-Token=t{n}&X-Amz-Signature={n}",
     "X-Goog-Algorithm=GOOG4&X-Goog-Credential=c&X-Goog-Date={n}&X-Goog-Signature={n}",
     "AWSAccessKeyId=AK&Expires={n}&Signature=s{n}",
     "GoogleAccessId=a&Expires={n}&Signature=s{n}",

@@ -1,5 +1,6 @@
 """Who lives: at hand by process, elsewhere by heartbeat; a doubt is never death."""
 
+import asyncio
 import json
 import os
 import socket
@@ -9,11 +10,12 @@ import time
 
 import pytest
 
-from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.errors import FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger import owners
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import is_alive, living_owner
 from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.ledger.store import RecordStore, _place
 from prefect_flux_kontext.manifest.rows import make_row
 
 pytestmark = pytest.mark.anyio
@@ -37,12 +39,18 @@ async def test_nobody_is_dead(store):
     assert not await is_alive(store, "nobody")
 
 
-async def test_a_killed_process_is_dead_at_once(store):
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+@pytest.fixture
+def process():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        yield running
+        running.kill()
+
+
+async def test_a_killed_process_is_dead_at_once(store, process):
     await sign(store, pid=process.pid, started=owners._process_started(process.pid))
     assert await is_alive(store, "them")
     process.kill()
-    process.communicate()
+    process.wait()
     assert not await is_alive(store, "them")
 
 
@@ -79,22 +87,16 @@ async def test_an_outage_is_not_death(store, faulty):
 
 
 async def test_the_heart_beats_and_survives_an_outage(tmp_path, monkeypatch, faulty):
-    import asyncio  # noqa: PLC0415
-
-    from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
-
     monkeypatch.setattr(owners, "_BEAT", 0.001)
     store = RecordStore(str(tmp_path))
     async with living_owner(store) as owner:
         first = await store.read(f"owners/{owner}.json")
         monkeypatch.setattr("prefect_flux_kontext.ledger.store._place", _refuse(3))
         while await store.read(f"owners/{owner}.json") == first:
-            await asyncio.sleep(0.01)
+            pass
 
 
 def _refuse(times):
-    from prefect_flux_kontext.ledger.store import _place  # noqa: PLC0415
-
     left = [4 * times]
 
     def place(path, data, *, exclusively):
@@ -128,8 +130,6 @@ async def test_our_own_intent_is_unknown_at_once_though_we_live(claimed):
 
 @pytest.mark.virtual_time
 async def test_a_living_owner_is_waited_for(claimed):
-    import asyncio  # noqa: PLC0415
-
     theirs, ours, _, entry = claimed
     waiting = asyncio.create_task(ours.settled(entry))
     await asyncio.sleep(30)
@@ -162,7 +162,7 @@ async def test_what_a_dying_owner_wrote_last_is_seen(claimed, store, monkeypatch
 
 async def test_the_death_of_one_owner_says_nothing_of_the_next_attempt(claimed, store):
     """Two runs pay again for an unknown row: the slower must not give up the quicker's."""
-    theirs, ours, row, entry = claimed
+    _, ours, row, entry = claimed
     await store.remove("owners/them.json")
     async with living_owner(store) as quicker:
         ledger = Ledger(store, quicker, PRICES)
@@ -174,6 +174,4 @@ async def test_the_death_of_one_owner_says_nothing_of_the_next_attempt(claimed, 
 
 
 def _given_up():
-    from prefect_flux_kontext.errors import FluxKontextError  # noqa: PLC0415
-
     return FluxKontextError("again", code="resubmitted")

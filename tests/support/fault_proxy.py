@@ -8,6 +8,7 @@ submit paid for, one `before` does not.
 import asyncio
 import contextlib
 import random
+import re
 import socket
 import struct
 import threading
@@ -75,14 +76,9 @@ class FaultProxy:
 
     async def _one(self, reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
-        length = 0
-        for line in head.split(b"\r\n"):
-            if line.lower().startswith(b"content-length:"):
-                length = int(line.split(b":")[1])
-        body = await reader.readexactly(length)
-        kind = "submit" if head.startswith(b"POST") else "status"
-        kind = "download" if b" /results/" in head.split(b"\r\n")[0] else kind
-        kind = "other" if b"/current-balance" in head.split(b"\r\n")[0] else kind
+        length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+        body = await reader.readexactly(int(length[1]) if length else 0)
+        kind = _kind(head.split(b"\r\n")[0])
         self.numbers[kind] += 1
         fault = self._fault(kind, self.numbers[kind])
         self.log.append((kind, self.numbers[kind], fault))
@@ -95,22 +91,22 @@ class FaultProxy:
             reply = await self._forward(head, body)
             if kind == "submit" and self.slow:
                 await asyncio.sleep(self.slow)
-            match fault:
-                case "reset_after":
-                    return _reset(writer)
-                case "closed_after":
-                    return False
-                case "hang_after":
-                    await asyncio.sleep(self.hang)
-                    return False
-                case "half":
-                    reply = reply[: len(reply) // 2]
-                case "trouble_after":
-                    return await _answer(writer, fault)
-            writer.write(reply)
-            await writer.drain()
+            return await self._spoil(fault, reply, writer)
         finally:
             self.posts_under_way -= kind == "submit"
+
+    async def _spoil(self, fault, reply, writer):
+        """Pass the service's reply on, or what is left of it; whether the connection stays."""
+        if fault == "trouble_after":
+            return await _answer(writer, fault)
+        if fault == "reset_after":
+            return _reset(writer)
+        if fault == "hang_after":
+            await asyncio.sleep(self.hang)
+        if fault in ("hang_after", "closed_after"):
+            return False
+        writer.write(reply[: len(reply) // 2] if fault == "half" else reply)
+        await writer.drain()
         return fault != "half"
 
     async def _forward(self, head, body):
@@ -125,6 +121,14 @@ class FaultProxy:
         reply = await reader.read(-1)
         writer.close()
         return reply.replace(b"connection: close\r\n", b"", 1)
+
+
+def _kind(first_line):
+    if first_line.startswith(b"POST"):
+        return "submit"
+    if b" /results/" in first_line:
+        return "download"
+    return "status" if b"/statusTask/" in first_line else "other"
 
 
 async def _answer(writer, fault):
