@@ -150,13 +150,7 @@ async def style_transfer_batch(
     rows = Manifest(manifest, prompt)
     check = await asyncio.to_thread(rows.check)
     logger.info("%d rows from %s, %d of them refused.", check.rows, manifest, check.refused)
-    settings = FluxKontextSettings()
-    options = RowOptions(
-        cadence=cadence or settings.cadence(),
-        policy=failure_policy or FailurePolicy(),
-        resubmit_unknown=resubmit_unknown,
-        result_days=settings.result_days,
-    )
+    options = _options(cadence, failure_policy, resubmit_unknown=resubmit_unknown)
     async with _opened(output, credentials, options) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     logger.info("%s.", summary)
@@ -191,13 +185,7 @@ async def retry_failed(
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    settings = FluxKontextSettings()
-    options = RowOptions(
-        cadence=cadence or settings.cadence(),
-        policy=failure_policy or FailurePolicy(),
-        retry_failed=True,
-        result_days=settings.result_days,
-    )
+    options = _options(cadence, failure_policy, retry_failed=True)
     rows = Manifest(OutputFolder(output).uri(FAILED_ROWS), prompt)
     await asyncio.to_thread(rows.check)
     async with _opened(output, credentials, options) as (session, slots):
@@ -226,12 +214,28 @@ async def collect_batch(
         ConfigurationError: Credentials or output are wrong.
         LedgerError: The record of what was paid cannot be read.
     """
-    settings = FluxKontextSettings()
-    options = RowOptions(cadence=cadence or settings.cadence(), result_days=settings.result_days)
+    options = _options(cadence, None)
     async with _opened(output, credentials, options) as (session, slots):
         summary = await collect(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
+
+
+def _options(
+    cadence: PollingCadence | None,
+    policy: FailurePolicy | None,
+    *,
+    resubmit_unknown: bool = False,
+    retry_failed: bool = False,
+) -> RowOptions:
+    settings = FluxKontextSettings()
+    return RowOptions(
+        cadence=cadence or settings.cadence(),
+        policy=policy or FailurePolicy(),
+        resubmit_unknown=resubmit_unknown,
+        retry_failed=retry_failed,
+        result_days=settings.result_days,
+    )
 
 
 @asynccontextmanager

@@ -119,7 +119,7 @@ async def persist_images(
         result: What `wait_for_generation` returned.
         output: Folder or prefix on any fsspec filesystem: `out/`, `s3://bucket/prefix`, ….
         name: File name without extension; None takes the task id. A second image of the same
-            result gets `-2` after it, and so on.
+            result gets `~2` after it, and so on.
 
     Returns:
         For each image its URI, kind, size in bytes, sha256, width and height in pixels.

@@ -83,11 +83,11 @@ class TestOnVirtualTime:
         stored = await persist(host, result("a", "b", "c"), tmp_path)
         assert [image.uri.rpartition("/")[2] for image in stored] == [
             "cat.jpg",
-            "cat-2.jpg",
-            "cat-3.jpg",
+            "cat~2.jpg",
+            "cat~3.jpg",
         ]
         assert [image.width for image in stored] == [64, 80, 96]
-        assert {path.name for path in tmp_path.iterdir()} == {"cat.jpg", "cat-2.jpg", "cat-3.jpg"}
+        assert {path.name for path in tmp_path.iterdir()} == {"cat.jpg", "cat~2.jpg", "cat~3.jpg"}
 
     @pytest.mark.parametrize(
         "wrong",

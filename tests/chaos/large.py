@@ -83,7 +83,11 @@ class Place:
         self.folder = folder
         self.service = service
         self.bucket = bucket
-        self.access = access or {}
+        # Fewer polls than in the small tests: two cores serve all of it.
+        self.environment = {
+            "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.6",
+            "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
+        } | (access or {})
         self.number = 0
 
     def batch(self, rows, url=None):
@@ -91,7 +95,7 @@ class Place:
         folder = self.folder / f"{self.number}"
         folder.mkdir(parents=True)
         output = f"{self.bucket}/{self.folder.name}/{self.number}" if self.bucket else None
-        batch = Batch(self.service, folder, output, url, **self.access)
+        batch = Batch(self.service, folder, output, url, **self.environment)
         name = f"{self.folder.name} {self.number}"
         batch.write([(f"row-{n}", f"{name} lighthouse {n}") for n in range(rows)])
         return batch
@@ -216,7 +220,7 @@ def simulation(line, scale):
 
 
 SCENARIOS = {
-    "random-local": lambda *a: at_random(*a, batches=8, rows=1_000, kills=14),
+    "random-local": lambda *a: at_random(*a, batches=9, rows=1_000, kills=14),
     "steps-local": at_every_step,
     "two-together": lambda *a: together(*a, starts=2),
     "five-together": lambda *a: together(*a, starts=5),

@@ -14,7 +14,10 @@ from prefect_flux_kontext.ledger.checkpoints import (
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.manifest.rows import make_row
 
-pytestmark = pytest.mark.anyio
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.parametrize("root", ["disk", "memory"], indirect=True),
+]
 WAVE = OpenWave(name="run-000001", owner="o", keys=["k1", "k2", "k3", "k4", "k5"])
 FAILED = GenerationFailedError("no", task_id="task_1", code="GENERATION_FAILED")
 

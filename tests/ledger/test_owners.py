@@ -18,7 +18,7 @@ from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.ledger.store import RecordStore, _place
 from prefect_flux_kontext.manifest.rows import make_row
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("root", ["disk"], indirect=True)]
 PRICES = {"pro": 0.03, "max": 0.06}
 
 
