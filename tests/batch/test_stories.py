@@ -84,6 +84,20 @@ def test_a_reordered_renamed_and_extended_manifest_pays_only_for_what_is_new():
     live(main)
 
 
+def test_ids_that_move_to_other_rows_give_each_row_its_own_image_and_lose_none():
+    shifted = [(f"r{n}", prompt) for n, (_, prompt) in enumerate([("new", "new"), *LINES])]
+    swapped = [(i, p) for (i, _), (_, p) in zip(LINES, reversed(LINES), strict=True)]
+
+    async def main(world):
+        for lines in (LINES, shifted, swapped, LINES):
+            summary = await in_process(world, None, manifest(lines))
+            assert summary.complete, str(summary)
+        assert world.posts == 11
+        await everything_kept(world, [*LINES, *shifted, *swapped])
+
+    live(main)
+
+
 @pytest.mark.parametrize("block", [1, 4, 100], ids=["across waves", "mixed", "within a wave"])
 def test_equal_rows_are_paid_for_once_and_each_gets_its_image(monkeypatch, block):
     lines = [(f"{i}-{n}", p) for n in range(3) for i, p in LINES[:4]]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import fsspec
 import httpx
 
+from prefect_flux_kontext import atomic
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.api.governor import Governor
@@ -28,7 +29,7 @@ from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.ledger import ledger as ledger_module
-from prefect_flux_kontext.ledger import owners, store
+from prefect_flux_kontext.ledger import owners
 from prefect_flux_kontext.manifest.rows import make_row
 from prefect_flux_kontext.sandbox.app import Sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -235,7 +236,7 @@ def simulated(world):
         return f"{world.dice.getrandbits(8 * number):0{2 * number}x}"
 
     chance = types.SimpleNamespace(token_hex=hexes, token_urlsafe=hexes)
-    for module in (owners, ledger_module, store):
+    for module in (owners, ledger_module, atomic):
         put(module, "secrets", chance)
     put(owners, "os", types.SimpleNamespace(getpid=lambda: _process.get().number))
     put(owners, "_process_started", world_started(world))

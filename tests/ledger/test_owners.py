@@ -10,12 +10,12 @@ import time
 
 import pytest
 
+from prefect_flux_kontext.atomic import place as place_whole
 from prefect_flux_kontext.errors import FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger import owners
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import is_alive, living_owner
 from prefect_flux_kontext.ledger.states import State
-from prefect_flux_kontext.ledger.store import RecordStore, _place
 from prefect_flux_kontext.manifest.rows import make_row
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("root", ["disk"], indirect=True)]
@@ -86,12 +86,11 @@ async def test_an_outage_is_not_death(store, faulty):
         await is_alive(store, "them")
 
 
-async def test_the_heart_beats_and_survives_an_outage(tmp_path, monkeypatch, faulty):
+async def test_the_heart_beats_and_survives_an_outage(store, monkeypatch):
     monkeypatch.setattr(owners, "_BEAT", 0.001)
-    store = RecordStore(str(tmp_path))
     async with living_owner(store) as owner:
         first = await store.read(f"owners/{owner}.json")
-        monkeypatch.setattr("prefect_flux_kontext.ledger.store._place", _refuse(3))
+        monkeypatch.setattr("prefect_flux_kontext.ledger.store.place", _refuse(3))
         while await store.read(f"owners/{owner}.json") == first:
             pass
 
@@ -103,7 +102,7 @@ def _refuse(times):
         if left[0]:
             left[0] -= 1
             raise OSError(5, "no")
-        _place(path, data, exclusively=exclusively)
+        place_whole(path, data, exclusively=exclusively)
 
     return place
 

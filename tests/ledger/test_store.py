@@ -130,7 +130,7 @@ async def test_a_creation_whose_reply_was_lost_is_not_ours_where_another_was_fir
 def _lose_replies_of_the_disk(monkeypatch, times):
     from prefect_flux_kontext.ledger import store as module  # noqa: PLC0415
 
-    place, left = module._place, [times]
+    place, left = module.place, [times]
     monkeypatch.setattr(module, "jittered", lambda *_, **__: 0)
 
     def lost(path, data, *, exclusively):
@@ -143,7 +143,7 @@ def _lose_replies_of_the_disk(monkeypatch, times):
             left[0] -= 1
             raise OSError(5, "no reply")
 
-    monkeypatch.setattr(module, "_place", lost)
+    monkeypatch.setattr(module, "place", lost)
 
 
 @pytest.mark.parametrize("error", OUTAGES, ids=lambda error: type(error).__name__)
@@ -162,7 +162,7 @@ async def test_what_cannot_be_written_is_a_ledger_error_that_names_the_record(
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("prefect_flux_kontext.ledger.store._place", refuse)
+    monkeypatch.setattr("prefect_flux_kontext.ledger.store.place", refuse)
     faulty(store, {"pipe_file"}, error)
     with pytest.raises(LedgerError, match=r"rows/1\.json"):
         await store.create("rows/1.json", b"1")
