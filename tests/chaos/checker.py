@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import fsspec
 from PIL import Image
 
+
 @dataclass
 class Attempt:
     intent: dict
@@ -36,7 +37,7 @@ class Findings:
     paid_twice: int = 0
     lost: int = 0
     missing: int = 0
-    leftover_parts: int = 0
+    left_behind: int = 0
 
     def __str__(self):
         return "; ".join(self.problems) or "kept"
@@ -97,7 +98,7 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
         output: URL of the output.
         origin: Gives the bytes that the service serves for a task id; None does not look.
         canary: A key that must be in no file.
-        killed: Whether half-written hidden files may be left, as `kill -9` leaves them.
+        killed: Whether hidden helper files may be left, as `kill -9` leaves them.
         complete: Whether nothing may be outstanding or unsubmitted any more.
     """
     found = Findings(rows=len(rows))
@@ -145,10 +146,10 @@ def _check_files(found, files, expected, canary, killed):
     for name, data in files.items():
         if canary and canary.encode() in data:
             found.problems.append(f"the key is in {name}")
-        if name.endswith(".part"):
-            found.leftover_parts += 1
+        if name.endswith(".part") or ".probe-" in name:
+            found.left_behind += 1
             if not killed:
-                found.problems.append(f"half a file is left: {name}")
+                found.problems.append(f"a helper's file is left: {name}")
         elif not name.startswith("_ledger/") and name not in expected:
             found.problems.append(f"nobody asked for {name}")
 
