@@ -27,7 +27,7 @@ from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage import OutputFolder
 from tests.chaos.checker import ids_in, read_all
-from tests.chaos.simulation import Wire, checked, in_process, manifest, simulate
+from tests.chaos.simulation import Wire, _process, checked, in_process, manifest, simulate
 
 LINES = [(f"r{n}", f"row number {n}") for n in range(10)]
 QUICK = SandboxSettings(mean=0.5, long_edge=16)
@@ -116,7 +116,7 @@ def test_an_equal_row_after_a_lost_reply_is_unknown_and_waits_for_nobody():
     lines = [("a", "same"), ("b", "same"), *LINES]
 
     async def main(world):
-        summary = await in_process(world, 500, manifest(lines))
+        summary = await in_process(world, 100, manifest(lines))
         assert (summary.unknown, summary.stored) == (2, 10)
         await everything_kept(world, lines)
 
@@ -137,15 +137,24 @@ def test_an_equal_row_after_a_lost_reply_is_not_paid_for_again_by_the_users_word
 
 
 def test_two_runs_that_lost_a_reply_each_do_not_wait_for_one_another():
+    unlucky = set()
+
+    def hook(kind, _request, _number):
+        process = _process.get()
+        if kind != "submit" or process.number in unlucky:
+            return None
+        unlucky.add(process.number)
+        return "lost_reply"
+
     async def main(world):
         both = [in_process(world, 5_000, manifest(order)) for order in (LINES, LINES[::-1])]
         summaries = await asyncio.gather(*both)
         assert all(summary is not None for summary in summaries)
-        assert sum(summary.unknown for summary in summaries) >= 2
+        assert [summary.unknown for summary in summaries] == [2, 2]
         found = await everything_kept(world, LINES)
         assert found.unknown == 2
 
-    live(main, hook=on("submit", "lost_reply", 1, 2))
+    live(main, hook=hook)
 
 
 def test_unknown_rows_are_held_until_a_person_says_to_pay_again():
@@ -233,16 +242,31 @@ def test_a_stopped_run_leaves_what_earlier_runs_have_paid_for_to_be_collected():
     live(main, settings=SLOW)
 
 
-def test_a_collection_that_is_refused_takes_nothing_off_the_list():
+def test_a_collection_that_is_refused_takes_nothing_off_the_list(monkeypatch):
     async def main(world):
-        await in_process(world, 20, manifest(LINES[:5]))
+        first = await in_process(world, None, manifest(LINES))
+        assert first.outstanding == 10
+        # More waves than are under way at once, so that some are not even begun.
+        monkeypatch.setattr("prefect_flux_kontext.batch.waves.WAVE_ROWS", 1)
         world.hook = on("status", "unauthorized")
         await in_process(world, None, [], only_collect=True)
         world.hook = None
         await everything_kept(world, LINES, complete=False)
-        assert (await in_process(world, None, [], only_collect=True)).stored == 5
+        assert (await in_process(world, None, [], only_collect=True)).stored == 10
 
-    live(main, settings=SLOW)
+    live(main, hook=on("download", "download_trouble"))
+
+
+@pytest.mark.xfail(reason="images are written apart after a look, and not exclusively")
+def test_two_manifests_with_the_same_ids_run_at_once_lose_no_image():
+    others = [(row_id, f"{prompt} in another style") for row_id, prompt in LINES]
+
+    async def main(world):
+        runs = [in_process(world, None, manifest(lines)) for lines in (LINES, others)]
+        await asyncio.gather(*runs)
+        await everything_kept(world, [*LINES, *others])
+
+    live(main)
 
 
 def test_settling_a_row_later_loses_no_other_row_from_the_count():
