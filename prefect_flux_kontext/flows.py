@@ -20,6 +20,7 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.given import ManifestSource
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.manifest.rows import problems_of_reference
 from prefect_flux_kontext.models import (
@@ -111,10 +112,11 @@ async def style_transfer(
 
 @flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])
 async def style_transfer_batch(
-    manifest: str,
+    manifest: ManifestSource,
     output: str,
     credentials: FluxKontextCredentials | str | None = None,
     prompt: str | None = None,
+    columns: dict[str, str] | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
     resubmit_unknown: bool = False,
@@ -126,11 +128,14 @@ async def style_transfer_batch(
     for what is new and collects what was left.
 
     Args:
-        manifest: Path or fsspec URL of a CSV file with the columns `id`, `image`, `prompt` and,
-            where wanted, `mode`, `aspect_ratio`, `output_format`, `provider`.
+        manifest: Path or fsspec URL of a CSV, TSV, JSON Lines or Parquet file with the columns
+            `id`, `image` (or `images`), `prompt` and, where wanted, `mode`, `aspect_ratio`,
+            `output_format`, `provider`. Or the rows themselves: a list of dicts, or a table that
+            speaks Arrow's interface.
         output: Folder or prefix to store to, on any fsspec filesystem.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
         prompt: The prompt for rows that have none of their own.
+        columns: The manifest's own names for columns, such as `{"image": "photo_url"}`.
         cadence: When to ask how a task is doing; none for the environment's cadence.
         failure_policy: What to do for each fail code; none for the defaults.
         resubmit_unknown: Pay again for rows whose submit's reply was lost. They may be paid
@@ -147,9 +152,9 @@ async def style_transfer_batch(
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
     logger = get_run_logger()
-    rows = Manifest(manifest, prompt)
+    rows = Manifest(manifest, prompt, columns or {})
     check = await asyncio.to_thread(rows.check)
-    logger.info("%d rows from %s, %d of them refused.", check.rows, manifest, check.refused)
+    logger.info("%d rows from %s, %d of them refused.", check.rows, rows.url, check.refused)
     settings = FluxKontextSettings()
     options = RowOptions(
         cadence=cadence or settings.cadence(),

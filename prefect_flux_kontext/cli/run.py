@@ -25,12 +25,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run = commands.add_parser(
         "run",
         help="restyle every image of a manifest",
-        description="Restyle every image of a CSV manifest and store the results. Run again, it "
+        description="Restyle every image of a manifest and store the results. Run again, it "
         f"pays only for what is new and collects what was left. {_EXIT_STATUS}",
     )
-    run.add_argument("manifest", metavar="MANIFEST", help="CSV file, a path or fsspec URL")
+    run.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help="CSV, TSV, JSON Lines or Parquet file, a path or fsspec URL",
+    )
     run.add_argument("output", metavar="OUTPUT", help="folder or prefix to store to")
     run.add_argument("--prompt", help="the prompt for rows that have none of their own")
+    run.add_argument(
+        "--columns",
+        type=column_names,
+        default={},
+        metavar="IMAGE=PHOTO_URL,…",
+        help="the manifest's own names for columns: image=photo_url,prompt=text",
+    )
     run.add_argument(
         "--resubmit-unknown",
         action="store_true",
@@ -58,6 +69,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     collect.set_defaults(func=lambda options: _report(_collect(options)))
 
 
+def column_names(text: str) -> dict[str, str]:
+    """`image=photo_url,prompt=text` as the manifest's own names for columns.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(meant.strip() and name.strip() for meant, _, name in pairs):
+        raise ValueError(text)
+    return {meant.strip(): name.strip() for meant, _, name in pairs}
+
+
 def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     try:
         summary = asyncio.run(batch)
@@ -75,7 +98,7 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
 async def _run(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
 
-    manifest = Manifest(options.manifest, options.prompt)
+    manifest = Manifest(options.manifest, options.prompt, options.columns)
     return await _batch(manifest, options.output, resubmit_unknown=options.resubmit_unknown)
 
 

@@ -124,10 +124,16 @@ def test_quotes_commas_and_line_ends_inside_a_cell_belong_to_it(manifest):
         (b"id,image,prompt,Mode\n", "a column 'Mode'; spell it `mode`"),
         (b"id,image,prompt,Aspect-Ratio\n", "spell it `aspect_ratio`"),
         (b"id,image,prompt,output format\n", "spell it `output_format`"),
-        (f'id,image,prompt\n1,{URL},"oil\n2,{URL},x\n'.encode(), r"[Ll]ine 3 .*unexpected end"),
+        (
+            f'id,image,prompt\n1,{URL},"oil\n2,{URL},x\n'.encode(),
+            r"Line 3 .*unexpected end.*begins on line 2",
+        ),
         (f'id,image,prompt\n1,{URL},"oil"x\n'.encode(), "[Ll]ine 2 .*is not CSV"),
         (GOOD.encode("utf-16"), "[Ll]ine 1 .*not in UTF-8; save the manifest as UTF-8"),
-        (GOOD.encode("utf-16-be"), "neither a column"),
+        (GOOD.encode("utf-16-be"), "NUL characters, as UTF-16 does"),
+        (GOOD.replace(",", ";").encode(), "separated by semicolons; separate them by commas"),
+        (f"1,{URL},oil\n".encode(), "no line of column names; put one first"),
+        (b"<!DOCTYPE html>\n<html>404</html>\n", "looks like a page of HTML"),
         (f"id,image,prompt\n1,{URL},été\n".encode("latin-1"), "[Ll]ine 2 .*not in UTF-8"),
         (GOOD.encode() + f"x,{URL},été\n".encode("latin-1"), "[Ll]ine 4 .*not in UTF-8"),
         (b"\x1f\x8b\x08\x00" + bytes(range(256)), "not in UTF-8|is not CSV"),
@@ -174,14 +180,14 @@ def test_a_row_with_too_many_cells_fails_alone(manifest):
     assert made.check().rows == 2
 
 
-def test_a_row_with_too_few_cells_lacks_what_they_would_hold(manifest):
-    made = manifest(f"id,image,prompt,mode\na,{URL}\nb,{URL},pencil\n")
-    assert refused(made) == {(2, "prompt is missing: give the row one, or a prompt for all rows")}
+def test_a_row_with_too_few_cells_is_refused_for_some_may_be_in_the_wrong_column(manifest):
+    made = manifest(f"id,image,prompt,mode\na,{URL},oil\nb,{URL},pencil,\n")
+    assert refused(made) == {(2, "3 cells where there are 4 columns")}
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("cat", "cat"), ("cat", "CAT"), (" cat", "cat "), ("Straße", "Straße")],
+    [("cat", "cat"), ("cat", "CAT"), (" cat", "cat "), ("Straße", "Straße"), ("é", "e\u0301")],
 )
 def test_an_id_given_twice_is_refused_the_second_time_with_the_first_line(manifest, first, second):
     rows = list(manifest(f"id,image,prompt\n{first},{URL},a\n{second},{URL},b\n").rows())

@@ -4,6 +4,7 @@ import csv
 import json
 
 import anyio
+import polars as pl
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -286,3 +287,33 @@ class TestDeployment:
         )
         summary = await style_transfer_batch(**parameters)
         assert summary.stored == 1
+
+
+class TestManifestsInFlows:
+    async def test_rows_are_given_directly_with_names_of_their_own(
+        self, account, reference, tmp_path
+    ):
+        summary = await style_transfer_batch(
+            [{"sku": 1, "photo": reference}, {"sku": 2, "photo": reference}],
+            str(tmp_path),
+            credentials=account,
+            prompt="oil",
+            columns={"id": "sku", "image": "photo"},
+            cadence=CADENCE,
+        )
+        assert (summary.rows, summary.stored) == (2, 2)
+        assert {path.name for path in tmp_path.glob("*.jpg")} == {"1.jpg", "2.jpg"}
+
+    async def test_a_table_is_not_written_into_prefects_database(self, account, tmp_path):
+        table = pl.DataFrame({"id": ["a"], "prompt": ["a canary of a prompt"]})
+        state = await style_transfer_batch(
+            table, str(tmp_path), credentials=account, cadence=CADENCE, return_state=True
+        )
+        assert (await state.aresult()).stored == 1
+        async with get_client() as client:
+            run = await client.read_flow_run(state.state_details.flow_run_id)
+        assert run.parameters["manifest"] == "<DataFrame>"
+
+    async def test_something_else_is_no_manifest(self, tmp_path):
+        with pytest.raises(ParameterTypeError, match="a list of dicts or a table"):
+            await style_transfer_batch(7, str(tmp_path))
