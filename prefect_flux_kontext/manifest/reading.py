@@ -26,7 +26,6 @@ MOST_ROWS = 1_000_000
 """Rows of a manifest, so that a trap of a few bytes is not read for ever: at $0.03 a row a
 million cost $30,000."""
 
-_PROBLEMS_TOLD = 20
 _TABS = (".tsv", ".tab")
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
@@ -85,23 +84,6 @@ class Manifest:
                     )
                 yield row
 
-    def check(self) -> ManifestCheck:
-        """Read it once from end to end, before anything is paid.
-
-        Raises:
-            ManifestError: It cannot be read to its end, or has no rows.
-        """
-        check = ManifestCheck()
-        for row in self.rows():
-            check.rows += 1
-            if isinstance(row, RefusedRow):
-                check.refused += 1
-                if len(check.problems) < _PROBLEMS_TOLD:
-                    check.problems.append(row)
-        if not check.rows:
-            raise ManifestError(f"The manifest {self.url} has no rows.")
-        return check
-
     def _lines(self) -> Iterator[Line]:
         unknown = set(self.columns) - COLUMNS
         if unknown:
@@ -122,12 +104,3 @@ class Manifest:
         if kind in _JSON_LINES:
             return json_lines(given, self.columns)
         return delimited_lines(given, self.columns, "\t" if kind in _TABS else ",")
-
-
-@dataclass
-class ManifestCheck:
-    """What a manifest holds: rows in all, how many are refused, and the first of those."""
-
-    rows: int = 0
-    refused: int = 0
-    problems: list[RefusedRow] = field(default_factory=list)

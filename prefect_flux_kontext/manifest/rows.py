@@ -145,11 +145,11 @@ def problems_of_reference(image: str) -> list[str]:
         # A URL parser would leave them out without a word.
         return [f"image {image[:100]!r} holds a character that cannot be seen"]
     parts = _parts(image)
-    if parts.scheme in ("http", "https") and parts.hostname:
+    host = parts.hostname
+    if parts.scheme in ("http", "https") and host:
         if parts.username is not None or parts.password is not None:
-            host = parts.netloc.rpartition("@")[2]
             return [f"image at {host} has a user name or password in its URL; sign it otherwise"]
-        if parts.hostname.startswith("169.254.") or parts.hostname.startswith("[fe80:"):
+        if host.startswith(("169.254.", "fe80:")):
             return [f"image {image[:100]!r} is at a link-local address, which nobody else reaches"]
         return []
     told = (

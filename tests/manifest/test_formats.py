@@ -18,6 +18,7 @@ from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest import opening, reading
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.manifest.rows import RefusedRow, Row
+from tests.support.plans import plan_of
 
 URL = "http://references.test/cat.jpg"
 ROWS = [
@@ -70,7 +71,7 @@ def refused(manifest):
 
 def problem(manifest):
     with pytest.raises(ManifestError) as caught:
-        manifest.check()
+        plan_of(manifest)
     assert manifest.url in caught.value.message
     return caught.value.message
 
@@ -117,7 +118,7 @@ def test_columns_have_the_manifests_own_names():
 )
 def test_names_of_columns_that_cannot_be_meant_are_refused(manifest, columns, told):
     with pytest.raises(ManifestError, match=told):
-        manifest("m.csv", CSV, columns=columns).check()
+        plan_of(manifest("m.csv", CSV, columns=columns))
 
 
 def test_a_name_that_no_object_has_is_refused(manifest):
@@ -170,7 +171,7 @@ def test_a_broken_line_in_the_middle_is_told_and_the_others_are_read(manifest, l
     ((number, reason),) = refused(made)
     assert number == 2
     assert told in reason
-    assert made.check().rows == 3
+    assert plan_of(made).rows == 3
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_a_chain_of_filesystems_is_refused():
 
 def test_what_is_no_manifest_at_all_is_refused():
     with pytest.raises(ManifestError, match="not int"):
-        Manifest(7).check()
+        plan_of(Manifest(7))
 
 
 def test_a_little_parquet_file_that_holds_gigabytes_is_refused_in_little_memory(tmp_path):
@@ -247,7 +248,7 @@ def test_without_the_extra_it_is_told_what_to_install(tmp_path, module, name, ex
         f"import sys; sys.modules[{module!r}] = None\n"
         "from prefect_flux_kontext.manifest.reading import Manifest\n"
         "try:\n"
-        f"    Manifest({str(tmp_path / name)!r}).check()\n"
+        f"    list(Manifest({str(tmp_path / name)!r}).rows())\n"
         "except Exception as error:\n"
         "    print(error)"
     )

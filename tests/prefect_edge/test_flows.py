@@ -138,6 +138,7 @@ class TestABatch:
             str(output),
             credentials=account,
             prompt="as a poster",
+            skip_invalid=True,
             cadence=CADENCE,
             return_state=True,
         )
@@ -184,15 +185,27 @@ class TestABatch:
         first, second = sorted(runs, key=lambda run: run.name)
         assert second.start_time < first.end_time
 
-    async def test_a_manifest_of_refused_rows_alone_pays_nothing_and_says_why(
+    async def test_while_a_row_is_invalid_nothing_is_submitted(self, account, sandbox, tmp_path):
+        rows = [("a", "a.jpg", "oil"), ("b", "", ""), ("c", "", "a lighthouse")]
+        with pytest.raises(ManifestError, match=r"2 of 3 rows .* line 2: .*; line 3: ") as caught:
+            await style_transfer_batch(
+                write_manifest(tmp_path / "m.csv", rows),
+                str(tmp_path / "out"),
+                credentials=account,
+            )
+        assert "--skip-invalid" in caught.value.message
+        assert sandbox.service.bill()["accepted"] == 0
+
+    async def test_invalid_rows_alone_are_no_run_even_when_they_are_skipped(
         self, account, sandbox, tmp_path
     ):
-        summary = await style_transfer_batch(
-            write_manifest(tmp_path / "m.csv", [("a", "a.jpg", "oil"), ("b", "", "")]),
-            str(tmp_path / "out"),
-            credentials=account,
-        )
-        assert (summary.rows, summary.failed, summary.reasons) == (2, 2, {"refused": 2})
+        with pytest.raises(ManifestError, match="1 of 1 rows"):
+            await style_transfer_batch(
+                write_manifest(tmp_path / "m.csv", [("a", "a.jpg", "oil")]),
+                str(tmp_path / "out"),
+                credentials=account,
+                skip_invalid=True,
+            )
         assert sandbox.service.bill()["accepted"] == 0
 
     @pytest.mark.parametrize(
