@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.logging import get_logger
 from pydantic import NonNegativeFloat
 
@@ -17,7 +16,6 @@ from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.session import batch_session, ledger_store
 from prefect_flux_kontext.batch.status import ledger_status
 from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
 from prefect_flux_kontext.manifest.given import ManifestSource
@@ -34,7 +32,12 @@ from prefect_flux_kontext.models import (
 from prefect_flux_kontext.plans import ask_for_approval, planned
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage import OutputFolder
-from prefect_flux_kontext.tasks import persist_images, submit_generation, wait_for_generation
+from prefect_flux_kontext.tasks import (
+    persist_images,
+    run_wave,
+    submit_generation,
+    wait_for_generation,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -163,13 +166,8 @@ async def style_transfer_batch(
             reached or the plan was not approved; the rest was not submitted.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    settings = FluxKontextSettings()
-    options = RowOptions(
-        cadence=cadence or settings.cadence(),
-        policy=failure_policy or FailurePolicy(),
-        resubmit_unknown=resubmit_unknown,
-        result_days=settings.result_days,
-        budget_usd=budget_usd,
+    options = _options(
+        cadence, failure_policy, resubmit_unknown=resubmit_unknown, budget_usd=budget_usd
     )
     rows = Manifest(manifest, prompt, columns or {})
     account = await resolve_credentials(credentials)
@@ -223,14 +221,7 @@ async def retry_failed(
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    settings = FluxKontextSettings()
-    options = RowOptions(
-        cadence=cadence or settings.cadence(),
-        policy=failure_policy or FailurePolicy(),
-        retry_failed=True,
-        result_days=settings.result_days,
-        budget_usd=budget_usd,
-    )
+    options = _options(cadence, failure_policy, retry_failed=True, budget_usd=budget_usd)
     rows = Manifest(OutputFolder(output).uri(FAILED_ROWS), prompt)
     account = await resolve_credentials(credentials)
     # A row that was skipped as invalid stands there too, and must not stop the others.
@@ -261,13 +252,31 @@ async def collect_batch(
         ConfigurationError: Credentials or output are wrong.
         LedgerError: The record of what was paid cannot be read.
     """
-    settings = FluxKontextSettings()
-    options = RowOptions(cadence=cadence or settings.cadence(), result_days=settings.result_days)
+    options = _options(cadence, None)
     account = await resolve_credentials(credentials)
     async with _opened(output, account, options) as (session, slots):
         summary = await collect(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
+
+
+def _options(
+    cadence: PollingCadence | None,
+    policy: FailurePolicy | None,
+    *,
+    resubmit_unknown: bool = False,
+    retry_failed: bool = False,
+    budget_usd: float | None = None,
+) -> RowOptions:
+    settings = FluxKontextSettings()
+    return RowOptions(
+        cadence=cadence or settings.cadence(),
+        policy=policy or FailurePolicy(),
+        resubmit_unknown=resubmit_unknown,
+        retry_failed=retry_failed,
+        result_days=settings.result_days,
+        budget_usd=budget_usd,
+    )
 
 
 @asynccontextmanager
@@ -279,21 +288,3 @@ async def _opened(
     settings = FluxKontextSettings()
     async with batch_session(account.get_client(), folder, options, settings) as session:
         yield session, account.concurrent_tasks
-
-
-@task(name="wave", task_run_name="wave-{wave.number}", retries=0, cache_policy=NO_CACHE)
-async def run_wave(wave: Wave) -> BatchSummary:
-    """Run a block of rows as one task run: one for each image would drown the server."""
-    logger = get_run_logger()
-    summary = await wave.run()
-    for row in summary.failures:
-        logger.warning(
-            "Row %s (line %d, task %s) is %s: %s",
-            row.id,
-            row.line,
-            row.task_id,
-            row.state,
-            row.message,
-        )
-    logger.info("Wave %d: %s.", wave.number, summary)
-    return summary

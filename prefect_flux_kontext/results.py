@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import httpx
 
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
 from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_context
-from prefect_flux_kontext.errors import DownloadError, InvalidImageError
+from prefect_flux_kontext.errors import DownloadError, InvalidImageError, StorageError
 from prefect_flux_kontext.images import EXTENSIONS, ImageInfo, inspect_image
 from prefect_flux_kontext.models import StoredImage
 from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prefect_flux_kontext.models import GenerationResult
     from prefect_flux_kontext.storage import OutputFolder
 
@@ -42,21 +45,36 @@ def download_client(transport: httpx.AsyncBaseTransport | None = None) -> Connec
     )
 
 
-def image_name(name: str, number: int, extension: str) -> str:
-    """The file name of a result's image, counted from 1: `cat.jpg`, `cat-2.jpg`, …."""
-    return f"{safe_name(name)}{'' if number == 1 else f'-{number}'}{extension}"
+def image_names(name: str, number: int, extension: str, key: str | None) -> list[str]:
+    """The file names a result's image may have, the wanted one first.
+
+    `cat.jpg`, and where that is another row's image already, `cat~1a2b3c4d.jpg` after the row
+    key. A second image of the same result is `cat~2.jpg`, and so on. No row id is spelled with a
+    tilde, so no name is that of another row.
+    """
+    stem = safe_name(name)
+    which = "" if number == 1 else f"~{number}"
+    apart = [] if key is None else [f"{stem}~{key[:8]}{which}{extension}"]
+    return [f"{stem}{which}{extension}", *apart]
 
 
 async def persist_result(
-    result: GenerationResult, output: OutputFolder, http: Connections, *, name: str
+    result: GenerationResult,
+    output: OutputFolder,
+    http: Connections,
+    *,
+    name: str,
+    key: str | None = None,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and put it in its place.
 
     Args:
         result: What came of the task.
         output: Where the images go.
-        http: A client made by `download_client`.
-        name: File name without extension; a second image gets `-2` after it, and so on.
+        http: Connections made by `download_client`.
+        name: File name without extension; a second image gets `~2` after it, and so on.
+        key: The row key, for which no other row's image is written over; None writes over
+            what has that name.
 
     Returns:
         One record for each image, in the order of the result's URLs.
@@ -69,10 +87,10 @@ async def persist_result(
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
         data, image = await _download(result, url, http)
-        file_name = image_name(name, number, f".{EXTENSIONS[image.format]}")
+        names = image_names(name, number, f".{EXTENSIONS[image.format]}", key)
         stored.append(
             StoredImage(
-                uri=await output.write(file_name, data),
+                uri=await output.write_apart(names, data),
                 task_id=result.task_id,
                 format=image.format,
                 size=len(data),
@@ -82,6 +100,27 @@ async def persist_result(
             )
         )
     return stored
+
+
+async def name_stored(
+    files: Sequence[str], output: OutputFolder, *, name: str, key: str
+) -> list[str]:
+    """Give a row the images that are stored for its key already, and return their URIs.
+
+    Raises:
+        StorageError: One of them is gone, or the filesystem refused.
+    """
+    uris = []
+    for number, file in enumerate(files, start=1):
+        names = image_names(name, number, PurePosixPath(file).suffix, key)
+        if file in names:
+            uris.append(output.uri(file))
+            continue
+        image = await output.read(file)
+        if image is None:
+            raise StorageError(f"{output.uri(file)} was stored for this row and is gone.")
+        uris.append(await output.write_apart(names, image))
+    return uris
 
 
 async def _download(

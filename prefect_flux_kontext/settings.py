@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, SecretStr
+from typing import Any
+
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefect_flux_kontext.api.cadence import PollingCadence
@@ -10,7 +12,11 @@ from prefect_flux_kontext.errors import ConfigurationError
 
 
 class FluxKontextSettings(BaseSettings):
-    """What the environment says. Arguments and saved Blocks win over it."""
+    """What the environment says. Arguments and saved Blocks win over it.
+
+    Raises:
+        ConfigurationError: A variable cannot be what it says; all of them are named at once.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="FLUX_KONTEXT_", extra="ignore", env_ignore_empty=True
@@ -46,6 +52,17 @@ class FluxKontextSettings(BaseSettings):
         default=15.0, gt=0, description="Days for which the service keeps a result."
     )
 
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            problems = error.errors(include_input=False, include_url=False)
+            told = "; ".join(
+                f"FLUX_KONTEXT_{str(problem['loc'][0]).upper()}: {problem['msg']}"
+                for problem in problems
+            )
+            raise ConfigurationError(f"The environment is not usable: {told}.") from None
+
     def prices(self) -> dict[str, float]:
         """Dollars for an image, by mode."""
         return {"pro": self.price_pro, "max": self.price_max}
@@ -65,8 +82,13 @@ class FluxKontextSettings(BaseSettings):
 
     def cadence(self) -> PollingCadence:
         """The polling cadence that the environment asks for."""
-        return PollingCadence(
-            initial_delay=self.poll_initial_delay,
-            interval=self.poll_interval,
-            timeout=self.poll_timeout,
-        )
+        try:
+            return PollingCadence(
+                initial_delay=self.poll_initial_delay,
+                interval=self.poll_interval,
+                timeout=self.poll_timeout,
+            )
+        except ValidationError:
+            raise ConfigurationError(
+                "FLUX_KONTEXT_POLL_TIMEOUT must be longer than FLUX_KONTEXT_POLL_INITIAL_DELAY."
+            ) from None

@@ -9,12 +9,16 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from prefect_flux_kontext.atomic import place
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _LONGEST_NAME = 80
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -88,22 +92,39 @@ class OutputFolder:
         """The name of a file that `write` put here, by its URI."""
         return uri.removeprefix(f"{self}/")
 
-    async def copy(self, source: str, target: str) -> str:
-        """Give a file here a second name, unless it has that already, and return its URI.
+    async def write_apart(self, names: Sequence[str], data: bytes) -> str:
+        """Put a file under the first name that is free or holds these bytes, and return its URI.
+
+        Args:
+            names: From the wanted name to one that nothing else has, which is written over.
+            data: The whole file.
 
         Raises:
-            StorageError: The file cannot be read, or the filesystem refused.
+            StorageError: The filesystem refused.
         """
-        there = self._path(target)
+        for name in names[:-1]:
+            there = await self.read(name)
+            if there is None:
+                return await self.write(name, data)
+            if there == data:
+                return self.uri(name)
+        return await self.write(names[-1], data)
+
+    async def read(self, name: str) -> bytes | None:
+        """The bytes of a file, or None where there is none.
+
+        Raises:
+            StorageError: The filesystem refused.
+        """
         try:
-            if not await asyncio.to_thread(self._fs.exists, there):
-                data = await asyncio.to_thread(self._fs.cat_file, self._path(source))
-                await self.write(target, data)
-        except OSError as error:
+            data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
             raise StorageError(
-                f"{source} in {self} cannot be copied to {target}: {type(error).__name__}: {error}"
+                f"{self.uri(name)} cannot be read: {type(error).__name__}: {error}"
             ) from None
-        return self.uri(target)
+        return data
 
     async def remove(self, name: str) -> None:
         """Remove a file, if there is one.
@@ -133,26 +154,7 @@ class OutputFolder:
 
 def _write(fs: Any, path: str, data: bytes) -> None:
     if isinstance(fs, LocalFileSystem):
-        _write_local(Path(path), data)
+        place(Path(path), data)
     else:
         # One PUT: an object store shows the object whole or not at all.
         fs.pipe_file(path, data)
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

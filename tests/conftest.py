@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import pytest
+from hypothesis import settings
 
 from tests.support.virtual_time import VirtualTimeLoop
 
@@ -23,6 +24,11 @@ os.environ |= {
     # Tasks run outside of flows too; Prefect would warn that their logs go nowhere.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
+
+
+# A slow machine is no failure.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_configure(config):

@@ -1,7 +1,6 @@
 """Results are fetched until they are right, checked, stored once, and never cost the key."""
 
 import asyncio
-import base64
 import gzip
 import hashlib
 from contextlib import asynccontextmanager
@@ -84,11 +83,11 @@ class TestOnVirtualTime:
         stored = await persist(host, result("a", "b", "c"), tmp_path)
         assert [image.uri.rpartition("/")[2] for image in stored] == [
             "cat.jpg",
-            "cat-2.jpg",
-            "cat-3.jpg",
+            "cat~2.jpg",
+            "cat~3.jpg",
         ]
         assert [image.width for image in stored] == [64, 80, 96]
-        assert {path.name for path in tmp_path.iterdir()} == {"cat.jpg", "cat-2.jpg", "cat-3.jpg"}
+        assert {path.name for path in tmp_path.iterdir()} == {"cat.jpg", "cat~2.jpg", "cat~3.jpg"}
 
     @pytest.mark.parametrize(
         "wrong",
@@ -205,12 +204,15 @@ class TestOnVirtualTime:
             await persist(host, result("a"), tmp_path)
         assert len(host.requests) == 1
 
-    async def test_the_result_host_gets_no_key_and_no_cookie_of_another(self, tmp_path):
+    async def test_the_result_host_gets_no_key_and_no_cookie_of_another(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
         host = Host(a=[(200, JPEG, {"Set-Cookie": "a=1; Domain=other.test"})], b=[ok(JPEG)])
         await persist(host, result("a", "b"), tmp_path)
         for request in host.requests:
-            names = {name for name, _ in request["headers"]}
-            assert names <= {
+            assert "canary-key" not in str(request)
+            assert {name for name, _ in request["headers"]} <= {
                 b"host",
                 b"accept",
                 b"accept-encoding",
@@ -304,12 +306,3 @@ class TestOverRealConnections:
         async with download_client() as http:
             with pytest.raises(DownloadError):
                 await _fetch(http, "http://127.0.0.1:-1/", last=True)
-
-
-def test_the_download_client_holds_no_key(monkeypatch):
-    monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
-    client = download_client()
-    held = repr(client.headers.raw)
-    assert "canary-key" not in held
-    assert base64.b64encode(b"canary-key").decode() not in held
-    assert "authorization" not in client.headers

@@ -63,7 +63,7 @@ def test_default_then_environment_then_argument(name, monkeypatch):
 def test_a_value_out_of_range_is_refused_by_name_and_without_the_key(name, value, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
     monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value)
-    with pytest.raises(ValidationError, match=name.lower()) as caught:
+    with pytest.raises(ConfigurationError, match=name) as caught:
         FluxKontextSettings()
     assert "canary" not in str(caught.value)
 
@@ -109,3 +109,18 @@ def test_variables_of_others_are_none_of_ours(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_SOMETHING_ELSE", "1")
     monkeypatch.setenv("ACCOUNT", "somebody")
     assert FluxKontextSettings().account == "default"
+
+
+def test_a_cadence_that_would_never_ask_is_refused(monkeypatch):
+    with pytest.raises(ValidationError, match="longer than initial_delay"):
+        PollingCadence(initial_delay=20, timeout=15)
+    monkeypatch.setenv("FLUX_KONTEXT_POLL_TIMEOUT", "15")
+    with pytest.raises(ConfigurationError, match="POLL_TIMEOUT must be longer"):
+        FluxKontextSettings().cadence()
+
+
+def test_all_variables_that_are_wrong_are_named_at_once(monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_POLL_INTERVAL", "soon")
+    monkeypatch.setenv("FLUX_KONTEXT_CONCURRENT_TASKS", "0")
+    with pytest.raises(ConfigurationError, match=r"CONCURRENT_TASKS.*; .*POLL_INTERVAL"):
+        FluxKontextSettings()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class PollingCadence(BaseModel):
@@ -21,3 +23,9 @@ class PollingCadence(BaseModel):
     timeout: float = Field(
         default=900.0, gt=0, description="Seconds to wait in all, by the clock."
     )
+
+    @model_validator(mode="after")
+    def _there_is_a_first_look(self) -> Self:
+        if self.timeout <= self.initial_delay:
+            raise ValueError("timeout must be longer than initial_delay, or nothing is ever asked")
+        return self

@@ -41,8 +41,9 @@ def checked_base_url(base_url: str) -> str:
         or url.query
         or url.fragment
     ):
+        without_password = base_url.rpartition("@")[2]
         raise ConfigurationError(
-            f"The base URL {base_url!r} is not of the form https://host[:port]. Set "
+            f"The base URL {without_password!r} is not of the form https://host[:port]. Set "
             "FLUX_KONTEXT_BASE_URL or the Block's base_url."
         )
     return base_url.rstrip("/")

@@ -44,10 +44,11 @@ async def wait_until_ended(
             for all the same: wait again for the same task id later.
         RefusedError: The service refuses to tell (4xx).
     """
+    troubles: list[ApiError] = []
     client.governor.tasks.watched(task.task_id)
     try:
         async with asyncio.timeout(cadence.timeout):
-            status = await _last_status(client, task, cadence)
+            status = await _last_status(client, task, cadence, troubles)
     except TimeoutError:
         timed_out = True
     else:
@@ -56,8 +57,9 @@ async def wait_until_ended(
         client.governor.tasks.ended(task.task_id)
     if timed_out:
         raise GenerationTimeoutError(
-            f"Task {task.task_id} did not end within {cadence.timeout:g} s. It is paid for and "
-            "may still end: wait for the same task id again, which costs nothing.",
+            f"Task {task.task_id} did not end within {cadence.timeout:g} s"
+            f"{f', and the last answer was {troubles[-1]}' if troubles else ''}. It is paid for "
+            "and may still end: wait for the same task id again, which costs nothing.",
             task_id=task.task_id,
         )
     if status.state == "failed":
@@ -78,12 +80,15 @@ async def wait_until_ended(
 
 
 async def _last_status(
-    client: FluxKontextClient, task: GenerationTask, cadence: PollingCadence
+    client: FluxKontextClient,
+    task: GenerationTask,
+    cadence: PollingCadence,
+    troubles: list[ApiError],
 ) -> TaskStatus:
+    """Ask until it has ended; `troubles` holds what went wrong since the last good answer."""
     age = max(0.0, (utc_now() - task.submitted_at).total_seconds())
     began = asyncio.get_running_loop().time()
     await asyncio.sleep(max(0.0, cadence.initial_delay - age))
-    troubles = 0
     while True:
         try:
             status = await client.status(task.task_id)
@@ -92,11 +97,11 @@ async def _last_status(
             unknown_yet = isinstance(error, NotFoundError) and age + waited < _UNKNOWN_AT_FIRST
             if not (error.retryable or unknown_yet):
                 raise
-            troubles += 1
+            troubles.append(error)
             logger.debug("Task %s: asking again after %s", task.task_id, error)
-            await asyncio.sleep(max(cadence.interval, jittered(troubles)))
+            await asyncio.sleep(max(cadence.interval, jittered(len(troubles))))
         else:
             if status.state in ("success", "failed"):
                 return status
-            troubles = 0
+            troubles.clear()
             await asyncio.sleep(cadence.interval)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -30,7 +29,7 @@ from prefect_flux_kontext.ledger.records import GIVEN_UP, Stored
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.results import image_name, persist_result
+from prefect_flux_kontext.results import name_stored, persist_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -224,7 +223,9 @@ class RowRunner:
         self.submitter.outstanding.add(entry.key)
         try:
             result = await wait_until_ended(self._client, task, self.options.cadence)
-            images = await persist_result(result, self._output, self._http, name=row.id)
+            images = await persist_result(
+                result, self._output, self._http, name=row.id, key=entry.key
+            )
             files = [self._output.relative(image.uri) for image in images]
             entry = await self._ledger.stored(entry, files, images)
         except GenerationFailedError as error:
@@ -274,11 +275,7 @@ class RowRunner:
         return RowOutcome.of(row, entry.key, "failed", failure)
 
     async def _deliver(self, row: Row, key: str, stored: Stored) -> RowOutcome:
-        uris = []
-        for number, file in enumerate(stored.files, start=1):
-            name = image_name(row.id, number, PurePosixPath(file).suffix)
-            known = name == file
-            uris.append(self._output.uri(file) if known else await self._output.copy(file, name))
+        uris = await name_stored(stored.files, self._output, name=row.id, key=key)
         return RowOutcome(
             id=row.id,
             line=row.line,

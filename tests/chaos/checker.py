@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import fsspec
 from PIL import Image
 
-_EXTENSION = {"jpeg": "jpg", "png": "png"}
-
 
 @dataclass
 class Attempt:
@@ -39,7 +37,7 @@ class Findings:
     paid_twice: int = 0
     lost: int = 0
     missing: int = 0
-    leftover_parts: int = 0
+    left_behind: int = 0
 
     def __str__(self):
         return "; ".join(self.problems) or "kept"
@@ -52,7 +50,7 @@ class PlainLedger:
     attempts: dict[str, list[Attempt]]
     in_parts: dict[str, dict]
     in_markers: set[str]
-    files: dict[str, bytes]
+    without_intent: list[str]
 
     @classmethod
     def read(cls, files):
@@ -70,10 +68,17 @@ class PlainLedger:
             elif folder == "waves":
                 in_markers.update(json.loads(data)["keys"])
         attempts = {
-            key: [Attempt(**by_number[number]) for number in range(1, len(by_number) + 1)]
+            key: [Attempt(**by_number[n]) for n in sorted(by_number) if "intent" in by_number[n]]
             for key, by_number in records.items()
         }
-        return cls(attempts, in_parts, in_markers, files)
+        attempts = {key: known for key, known in attempts.items() if known}
+        without_intent = [
+            f"{key}.{n}"
+            for key in records
+            for n in records[key]
+            if "intent" not in records[key][n]
+        ]
+        return cls(attempts, in_parts, in_markers, without_intent)
 
 
 def read_all(url):
@@ -93,7 +98,7 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
         output: URL of the output.
         origin: Gives the bytes that the service serves for a task id; None does not look.
         canary: A key that must be in no file.
-        killed: Whether half-written hidden files may be left, as `kill -9` leaves them.
+        killed: Whether hidden helper files may be left, as `kill -9` leaves them.
         complete: Whether nothing may be outstanding or unsubmitted any more.
     """
     found = Findings(rows=len(rows))
@@ -118,22 +123,35 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
     for prompt, key in by_prompt.items():
         _check_money(found, ledger, key, tasks[prompt])
         _check_named(found, ledger, key, tasks[prompt])
+    found.problems += [f"{name} was paid for without an intent" for name in ledger.without_intent]
     expected = {"failed.csv"}
     for row_id, prompt in rows:
-        _check_row(found, ledger.attempts.get(by_prompt.get(prompt)), files, row_id, complete)
+        key = by_prompt.get(prompt)
+        # The second where the first is another row's, from a manifest with the same ids.
+        names = [
+            f"{name}.{kind}"
+            for name in (row_id, f"{row_id}~{str(key)[:8]}")
+            for kind in ("jpg", "png")
+        ]
+        expected.update(names)
+        images = [files[name] for name in names if name in files]
+        _check_row(found, ledger.attempts.get(key), images, row_id, complete)
     for key, attempts in ledger.attempts.items():
         expected |= _check_images(found, key, attempts[-1], files, origin)
-    expected |= {f"{row_id}.{kind}" for row_id, _ in rows for kind in _EXTENSION.values()}
+    _check_files(found, files, expected, canary, killed)
+    return found
+
+
+def _check_files(found, files, expected, canary, killed):
     for name, data in files.items():
         if canary and canary.encode() in data:
             found.problems.append(f"the key is in {name}")
-        if name.endswith(".part"):
-            found.leftover_parts += 1
+        if name.endswith(".part") or ".probe-" in name:
+            found.left_behind += 1
             if not killed:
-                found.problems.append(f"half a file is left: {name}")
+                found.problems.append(f"a helper's file is left: {name}")
         elif not name.startswith("_ledger/") and name not in expected:
             found.problems.append(f"nobody asked for {name}")
-    return found
 
 
 def _check_money(found, ledger, key, tasks):
@@ -180,7 +198,7 @@ def _accepted(attempt):
     return attempt.posted is not None and attempt.posted["state"] == "accepted"
 
 
-def _check_row(found, attempts, files, row_id, complete):
+def _check_row(found, attempts, images, row_id, complete):
     if attempts is None:
         if complete:
             found.missing += 1
@@ -189,9 +207,8 @@ def _check_row(found, attempts, files, row_id, complete):
     last = attempts[-1]
     if last.ended is not None and last.ended["state"] == "stored":
         found.stored += 1
-        kind = _EXTENSION[last.ended["images"][0]["format"]]
-        image = files.get(f"{row_id}.{kind}")
-        if complete and (image is None or _sha256(image) != last.ended["images"][0]["sha256"]):
+        sha256 = last.ended["images"][0]["sha256"]
+        if complete and sha256 not in map(_sha256, images):
             found.missing += 1
             found.problems.append(f"row {row_id} is stored and has not got its image")
     elif last.ended is not None or (last.posted and last.posted["state"] == "rejected"):

@@ -18,16 +18,18 @@ from dataclasses import dataclass, field
 import fsspec
 import httpx
 
-from prefect_flux_kontext.api.client import FluxKontextClient
+from prefect_flux_kontext import atomic
 from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.api.governor import Governor
 from prefect_flux_kontext.batch import session as session_module
 from prefect_flux_kontext.batch import waves
 from prefect_flux_kontext.batch.batch import collect, run_batch
+from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.ledger import ledger as ledger_module
-from prefect_flux_kontext.ledger import owners, store
+from prefect_flux_kontext.ledger import owners
 from prefect_flux_kontext.manifest.rows import make_row
 from prefect_flux_kontext.sandbox.app import Sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -41,7 +43,7 @@ _process = contextvars.ContextVar("process", default=None)
 _numbers = itertools.count()
 
 
-class Killed(BaseException):  # noqa: N818 - as KeyboardInterrupt: nobody is to catch it
+class Killed(BaseException):
     """The process is no more; whatever it still tries has no effect."""
 
 
@@ -64,6 +66,18 @@ WIRE = (
     "download_trouble",
 )
 DISK = ("refused", "written_but_unanswered")
+
+
+_REFUSALS = {
+    "trouble_before": (503, {}, 503),
+    "status_trouble": (503, {}, 503),
+    "download_trouble": (503, {}, 503),
+    "limited": (429, {"Retry-After": "1"}, 429),
+    "limited_for_long": (429, {"Retry-After": "300"}, 429),
+    "limited_in_200": (200, {}, 429),
+    "unauthorized": (401, {}, 401),
+    "no_balance": (402, {}, 402),
+}
 
 
 class SimLoop(VirtualTimeLoop):
@@ -119,10 +133,10 @@ class World:
             try:
                 if fault != "refused":
                     outcome = func(*args)
-                if fault is not None:
-                    raise OSError(5, "the disk says no")
             except Exception as raised:  # noqa: BLE001 - it is handed to who waits
                 error = raised
+            if fault is not None:
+                error = OSError(5, "the disk says no")
             loop.call_later(self.dice.uniform(0, 0.05), finish, outcome, error)
 
         def finish(outcome, error):
@@ -182,19 +196,13 @@ class Wire(httpx.AsyncBaseTransport):
         fault = world.wire_fault(kind, request)
         await asyncio.sleep(world.dice.uniform(0, 0.1))
         _check_alive(process)
-        match fault:
-            case "unconnected":
-                raise httpx.ConnectError("refused")
-            case "trouble_before" | "status_trouble" | "download_trouble":
-                return httpx.Response(503)
-            case "limited":
-                return httpx.Response(429, headers={"Retry-After": "1"})
-            case "limited_in_200":
-                return httpx.Response(200, json={"code": 429, "message": "slow", "data": None})
-            case "unauthorized":
-                return httpx.Response(401, json={"code": 401, "message": "who?", "data": None})
-            case "no_balance":
-                return httpx.Response(402, json={"code": 402, "message": "broke", "data": None})
+        if fault == "unconnected":
+            raise httpx.ConnectError("refused")
+        if fault in _REFUSALS:
+            await asyncio.sleep(fault == "limited_for_long")
+            status, headers, code = _REFUSALS[fault]
+            envelope = {"code": code, "message": fault, "data": None}
+            return httpx.Response(status, headers=headers, json=envelope)
         if kind == "submit":
             world.posts += 1
             world.log.append(("submit", json.loads(request.content)["input"]["prompt"]))
@@ -228,7 +236,7 @@ def simulated(world):
         return f"{world.dice.getrandbits(8 * number):0{2 * number}x}"
 
     chance = types.SimpleNamespace(token_hex=hexes, token_urlsafe=hexes)
-    for module in (owners, ledger_module, store):
+    for module in (owners, ledger_module, atomic):
         put(module, "secrets", chance)
     put(owners, "os", types.SimpleNamespace(getpid=lambda: _process.get().number))
     put(owners, "_process_started", world_started(world))
@@ -236,7 +244,7 @@ def simulated(world):
     put(
         session_module,
         "download_client",
-        lambda: httpx.AsyncClient(transport=Wire(world), timeout=30),
+        lambda: httpx.AsyncClient(transport=Wire(world), timeout=30, verify=False),
     )
     before = random.getstate()
     random.seed(world.dice.random())
@@ -259,7 +267,7 @@ def world_started(world):
     return started
 
 
-async def run(world, rows, *, only_collect=False, resubmit=False, retry=False):
+async def run(world, rows, *, only_collect=False, resubmit=False, retry=False, policy=None):
     """One run of the batch, in the process of the present context."""
     governor = Governor(requests_per_minute=60_000, concurrent_tasks=6)
     client = FluxKontextClient(
@@ -267,6 +275,7 @@ async def run(world, rows, *, only_collect=False, resubmit=False, retry=False):
     )
     options = RowOptions(
         cadence=PollingCadence(initial_delay=1, interval=1, timeout=600),
+        policy=policy or FailurePolicy(),
         resubmit_unknown=resubmit,
         retry_failed=retry,
     )
@@ -323,7 +332,9 @@ def simulate(main, seed, faults=None, settings=None, *, hook=None):
 async def served(world, task_ids):
     """What the service serves for each task, asked outside of any process."""
     pictures = {}
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=world.sandbox.app)) as http:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=world.sandbox.app), verify=False
+    ) as http:
         for task_id in task_ids:
             for kind in ("jpg", "png"):
                 reply = await http.get(f"http://sandbox.test/results/{task_id}/1.{kind}")

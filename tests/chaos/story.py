@@ -1,5 +1,6 @@
 """A random batch with random troubles, made of a seed: what the simulation runs thousands of."""
 
+import asyncio
 import random
 
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -43,8 +44,6 @@ def story(seed):
 
 
 async def _live(world, dice, lines, faults, rounds):
-    import asyncio  # noqa: PLC0415
-
     kills = 0
     for _ in range(rounds):
         runs = []

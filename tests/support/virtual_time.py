@@ -43,5 +43,13 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._thread_done)
         return future
 
+    async def shutdown_default_executor(self, *timeout):
+        # It waits for a thread of its own, since Python 3.12 with a time-out.
+        self.threads_at_work += 1
+        try:
+            await super().shutdown_default_executor(*timeout)
+        finally:
+            self.threads_at_work -= 1
+
     def _thread_done(self, _future):
         self.threads_at_work -= 1

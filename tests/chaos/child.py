@@ -1,0 +1,88 @@
+"""A batch's process: the command line as it is, with a bomb inside where one is wanted."""
+
+import json
+import os
+import resource
+import signal
+import sys
+
+
+def _explode(when, number, at):
+    """Wrap an async function so that the process kills itself at its n-th call."""
+    calls = [0]
+
+    def wrap(function):
+        async def wrapped(*args, **how):
+            calls[0] += 1
+            mine = calls[0] == number
+            if mine and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            outcome = await function(*args, **how)
+            if mine and when == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return outcome
+
+        return wrapped
+
+    owner, name = at
+    setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def _place(point):
+    import httpx  # noqa: PLC0415
+
+    from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
+    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
+
+    return {
+        "create": (RecordStore, "create"),
+        "replace": (RecordStore, "replace"),
+        "remove": (RecordStore, "remove"),
+        "read": (RecordStore, "read"),
+        "image": (OutputFolder, "write"),
+        "request": (httpx.AsyncHTTPTransport, "handle_async_request"),
+    }[point]
+
+
+def main(arguments, environment, log, bomb=None, file_limit=None):
+    """Run the command line and leave with its exit status.
+
+    Args:
+        arguments: Of the command line.
+        environment: Variables to set.
+        log: File for what it prints.
+        bomb: What to die at: (point, "before" or "after", n-th call).
+        file_limit: Bytes that no file may pass, as on a full disk.
+    """
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    if file_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    import fsspec.config  # noqa: PLC0415
+
+    fsspec.config.set_conf_env(fsspec.config.conf)
+    from prefect_flux_kontext.api import client  # noqa: PLC0415
+    from prefect_flux_kontext.cli import main as command_line  # noqa: PLC0415
+    from prefect_flux_kontext.ledger import store  # noqa: PLC0415
+
+    # Trouble is made often here, so patience is short.
+    patient = store.jittered
+    store.jittered = lambda attempt, **how: patient(attempt, **how) / 20
+    client.jittered = lambda attempt, **how: patient(attempt, **how) / 20
+    if bomb is not None:
+        point, when, number = bomb
+        _explode(when, number, _place(point))
+    status = command_line(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(*json.loads(sys.argv[1]))

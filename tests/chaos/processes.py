@@ -1,0 +1,174 @@
+"""A batch in processes of its own, which can be killed, beside a sandbox that counts the money."""
+
+import contextlib
+import csv
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tests.chaos import child
+from tests.chaos.checker import check
+
+KEY = "canary-7f3a9c51e2d84b06"
+_LONGEST = 120
+
+# Processes are forked from one that has imported all there is, so a start takes milliseconds.
+_fork = multiprocessing.get_context("forkserver")
+_fork.set_forkserver_preload(
+    [
+        "tests.chaos.child",
+        "s3fs",
+        "prefect_flux_kontext.cli.progress",
+        "prefect_flux_kontext.batch.batch",
+        "prefect_flux_kontext.settings",
+        "prefect_flux_kontext.manifest.reading",
+    ]
+)
+
+
+@dataclass
+class Ended:
+    """A process that is no more: its exit status (negative for a signal) and what it said."""
+
+    status: int
+    said: str
+
+
+class Started:
+    """A process that runs a command."""
+
+    def __init__(self, process, log):
+        self._process = process
+        self._log = log
+        self.pid = process.pid
+
+    def send(self, number):
+        """Send it a signal, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def lives_for(self, seconds):
+        """Wait so long at most; whether it still lives."""
+        self._process.join(seconds)
+        return self._process.is_alive()
+
+    def end(self):
+        """Wait for its end."""
+        if self.lives_for(_LONGEST):
+            self._process.kill()
+            self._process.join()
+            raise AssertionError(f"it hangs:\n{self.said()}")
+        status = self._process.exitcode
+        self._process.close()
+        return Ended(status, self.said())
+
+    def kill(self):
+        """`kill -9`."""
+        self.send(signal.SIGKILL)
+        return self.end()
+
+    def said(self):
+        return self._log.read_text() if self._log.exists() else ""
+
+
+class Batch:
+    """A manifest, an output and the service, and the commands on them.
+
+    Args:
+        service: The sandbox, as `running_sandbox` gives it.
+        folder: For the manifest and the logs.
+        output: Where images go.
+        url: Where the commands reach the service; none for the sandbox itself.
+        environment: Further variables of the processes.
+    """
+
+    def __init__(self, service, folder, output=None, url=None, **environment):
+        self.service = service
+        self.folder = Path(folder)
+        self.output = output or str(self.folder / "out")
+        self.manifest = self.folder / "manifest.csv"
+        self.kills = 0
+        self.lines = []
+        self._logs = 0
+        self.environment = {
+            "FLUX_KONTEXT_BASE_URL": url or service.url,
+            "FLUX_KONTEXT_API_KEY": KEY,
+            "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.05",
+            "FLUX_KONTEXT_POLL_INTERVAL": "0.1",
+            "FLUX_KONTEXT_CONCURRENT_SUBMITS": "8",
+            "FLUX_KONTEXT_REQUESTS_PER_MINUTE": "1000000",
+            **environment,
+        }
+
+    def write(self, lines, name="manifest.csv"):
+        """Write a manifest of (id, prompt); rows that were there before are still checked."""
+        path = self.folder / name
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "prompt"])
+            writer.writerows(lines)
+        self.lines = list(dict.fromkeys([*self.lines, *lines]))
+        return path
+
+    def start(self, *command, bomb=None, file_limit=None, **environment):
+        self._logs += 1
+        log = self.folder / f"log-{self._logs}.txt"
+        process = _fork.Process(
+            target=child.main,
+            args=(
+                list(map(str, command)),
+                self.environment | environment,
+                str(log),
+                bomb,
+                file_limit,
+            ),
+        )
+        process.start()
+        return Started(process, log)
+
+    def start_run(self, *options, **how):
+        return self.start("run", self.manifest, self.output, *options, **how)
+
+    def run(self, *options, **how):
+        return self.start_run(*options, **how).end()
+
+    def command(self, name, *options, **how):
+        """`collect`, `status`, `resolve` or `retry-failed` on the output."""
+        return self.start(name, self.output, *options, **how).end()
+
+    def run_and_kill(self, after, *options):
+        """`kill -9` after so many seconds, unless it has ended before."""
+        running = self.start_run(*options)
+        if running.lives_for(after):
+            self.kills += 1
+            return running.kill()
+        return running.end()
+
+    @property
+    def accepted(self):
+        return self.service.service.bill()["accepted"]
+
+    def check(self, **how):
+        """The invariants, from the three sources."""
+        # Batches of one test may share the service; each has prompts of its own.
+        prompts = {prompt for _, prompt in self.lines}
+        records = [r for r in self.service.service.records() if r["prompt"] in prompts]
+        with httpx.Client(trust_env=False, verify=False) as http:
+
+            def origin(task_id, kind):
+                name = {"jpeg": "jpg", "png": "png"}[kind]
+                return http.get(f"{self.service.url}/results/{task_id}/1.{name}").content
+
+            return check(self.lines, records, self.output, origin, canary=KEY, **how)
+
+    def until(self, condition, running, seconds=30):
+        """Wait until something is so, looking at it all the time."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert running.lives_for(0.002), running.said()
+            assert time.monotonic() < end, running.said()

@@ -1,0 +1,109 @@
+"""`kill -9` wherever it hurts, then the same command again: nothing paid twice, nothing lost."""
+
+import random
+
+import pytest
+
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.processes import Batch
+from tests.support.fault_proxy import fault_proxy
+
+QUICK = SandboxSettings(mean=0.3, long_edge=16, fail_rate=0.0)
+TROUBLE = {
+    "submit": {
+        "reset_after": 0.01,
+        "trouble_after": 0.01,
+        "trouble_before": 0.01,
+        "reset_before": 0.01,
+        "limited": 0.02,
+        "limited_in_200": 0.02,
+    },
+    "status": {"trouble_before": 0.02, "closed_after": 0.02},
+    "download": {"trouble_before": 0.02, "half": 0.02},
+}
+
+
+def lines(number, start=0):
+    return [(f"row-{n}", f"lighthouse number {n}") for n in range(start, start + number)]
+
+
+@pytest.fixture
+def service():
+    with running_sandbox(QUICK) as sandbox:
+        yield sandbox
+
+
+def assert_kept(batch):
+    found = batch.check()
+    assert not found.problems, found
+    assert found.stored + found.failed + found.unknown == found.rows
+    return found
+
+
+def test_a_batch_killed_at_random_moments_is_finished_by_the_same_command(service, tmp_path):
+    dice = random.Random(1)
+    with fault_proxy(service.url, seed=1, rates=TROUBLE) as proxy:
+        batch = Batch(service, tmp_path, url=proxy.url)
+        batch.write(lines(150))
+        for _ in range(8):
+            batch.run_and_kill(dice.uniform(0.1, 0.6))
+        proxy.rates.clear()
+        batch.run()
+        assert batch.kills >= 4
+        found = assert_kept(batch)
+        assert found.unknown <= 8 * batch.kills + 6
+        before = batch.accepted
+        batch.run()
+        assert batch.accepted == before
+
+
+POINTS = [
+    (point, when, number)
+    for point, numbers in {
+        "create": (1, 4, 7),
+        "replace": (2, 3),
+        "remove": (1, 2),
+        "image": (2,),
+        "request": (2, 4),
+    }.items()
+    for when in ("before", "after")
+    for number in numbers
+]
+
+
+def test_a_batch_killed_at_any_of_its_steps_is_finished_by_the_same_command(service, tmp_path):
+    for number, bomb in enumerate(POINTS):
+        folder = tmp_path / "-".join(map(str, bomb))
+        folder.mkdir()
+        batch = Batch(service, folder)
+        batch.write(lines(3, start=1000 * number))
+        batch.run(bomb=bomb)
+        ended = batch.run()
+        found = batch.check()
+        assert not found.problems, (bomb, found, ended.said)
+        assert found.unknown <= 3
+        assert (ended.status == 0) == (found.unknown == 0), (bomb, ended)
+
+
+def test_two_runs_started_together_never_both_pay_for_a_row(service, tmp_path):
+    batch = Batch(service, tmp_path)
+    batch.write(lines(60))
+    both = [batch.start_run() for _ in range(2)]
+    assert [running.end().status for running in both] == [0, 0]
+    assert batch.accepted == 60
+    assert assert_kept(batch).stored == 60
+
+
+def test_five_runs_of_which_some_are_killed_never_pay_for_a_row_twice(service, tmp_path):
+    batch = Batch(service, tmp_path)
+    batch.write(lines(60))
+    dice = random.Random(5)
+    running = [batch.start_run() for _ in range(5)]
+    for victim in running[:3]:
+        victim.lives_for(dice.uniform(0.05, 0.3))
+        victim.kill()
+    for survivor in running[3:]:
+        survivor.end()
+    batch.run()
+    assert_kept(batch)

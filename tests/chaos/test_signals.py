@@ -1,0 +1,145 @@
+"""Stopping, sleeping, refusing accounts and full disks, with real processes."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.processes import Batch
+from tests.chaos.test_kills import assert_kept, lines
+from tests.support.fault_proxy import fault_proxy
+from tests.support.s3 import s3_server
+
+QUICK = SandboxSettings(mean=0.3, long_edge=16)
+
+
+@pytest.fixture
+def service():
+    with running_sandbox(QUICK) as sandbox:
+        yield sandbox
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("accepted", [1, 20])
+def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
+    service, tmp_path, number, status, accepted
+):
+    with fault_proxy(service.url, slow=0.05) as proxy:
+        batch = Batch(service, tmp_path, url=proxy.url)
+        batch.write(lines(80))
+        running = batch.start_run()
+        batch.until(lambda: batch.accepted >= accepted, running)
+        running.send(number)
+        before = batch.accepted
+        ended = running.end()
+        assert ended.status == status, ended
+        # Of the eight POSTs at once some were already counted when the signal was sent.
+        assert batch.accepted - before <= 8
+        found = batch.check(killed=False, complete=False)
+        assert not found.problems, found
+        assert found.unknown == 0
+        owed = batch.accepted - found.stored
+        assert owed > 0
+        told = re.search(r"(\d+) rows are paid for and not yet stored", ended.said)
+        # A row that was just being recorded as stored is told as owed.
+        assert owed <= int(told[1]) <= owed + 16, ended.said
+        assert f"flux-kontext collect file://{batch.output}" in ended.said
+        paid = batch.accepted
+        collected = batch.command("collect")
+        assert (collected.status, batch.accepted) == (0, paid), collected
+        assert batch.run().status == 0
+        assert batch.accepted == 80
+        assert assert_kept(batch).stored == 80
+
+
+def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_nothing(
+    service, tmp_path
+):
+    batch = Batch(service, tmp_path)
+    batch.write(lines(40))
+    sleeper = batch.start_run()
+    batch.until(lambda: batch.accepted >= 5, sleeper)
+    sleeper.send(signal.SIGSTOP)
+    other = batch.start_run()
+    batch.until(lambda: len(list(Path(batch.output).iterdir())) > 25, other, seconds=60)
+    sleeper.send(signal.SIGCONT)
+    assert [sleeper.end().status, other.end().status] == [0, 0]
+    assert batch.accepted == 40
+    assert assert_kept(batch).stored == 40
+
+
+@pytest.mark.parametrize("refusal", ["unauthorized", "no_balance"])
+def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, refusal):
+    script = {("submit", n): refusal for n in range(20, 200)}
+    with fault_proxy(service.url, script=script) as proxy:
+        batch = Batch(service, tmp_path, url=proxy.url)
+        batch.write(lines(100))
+        stopped = batch.run()
+        assert stopped.status == 2
+        assert stopped.said.count("flux-kontext: ") == 1
+        assert batch.accepted == 19
+        assert proxy.numbers["submit"] < 20 + 8
+        proxy.script.clear()
+        assert batch.run().status == 0
+        assert batch.accepted == 100
+        assert_kept(batch)
+
+
+def test_a_full_disk_pays_for_nothing_that_it_cannot_record(service, tmp_path):
+    batch = Batch(service, tmp_path)
+    batch.write(lines(30))
+    full = batch.run(file_limit=120)  # enough for a sign of life, too little for an intent
+    assert batch.accepted == 0, full
+    assert full.status != 0
+    images = batch.run(file_limit=1_300)  # enough for records, too little for images
+    assert "The output refused" in images.said, images
+    assert batch.accepted == 30
+    found = batch.check(killed=False, complete=False)
+    assert not found.problems, found
+    assert batch.run().status == 0
+    assert batch.accepted == 30
+    assert assert_kept(batch).stored == 30
+
+
+@pytest.mark.parametrize("output", ["relative", "with spaces/and more/", "ünïcode#?%20"])
+def test_an_output_may_be_named_in_any_way(service, tmp_path, output):
+    place = tmp_path / "place"
+    place.mkdir()
+    given = os.path.relpath(place / output) if output == "relative" else f"{place}/{output}"
+    batch = Batch(service, tmp_path, output=given)
+    batch.write(lines(6))
+    batch.run(bomb=("image", "before", 3))
+    assert batch.run().status == 0
+    batch.output = str(place / output)
+    assert batch.accepted == 6
+    assert assert_kept(batch).stored == 6
+
+
+def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path):
+    with s3_server() as (bucket, client):
+        access = {
+            "FSSPEC_S3_ENDPOINT_URL": client.meta.endpoint_url,
+            "FSSPEC_S3_KEY": "testing",
+            "FSSPEC_S3_SECRET": "testing",
+        }
+        for number, bomb in enumerate(
+            [
+                ("create", "after", 3),
+                ("request", "after", 4),
+                ("image", "after", 2),
+            ]
+        ):
+            folder = tmp_path / f"{number}"
+            folder.mkdir()
+            output = f"{bucket}/batch {number}/"
+            batch = Batch(service, folder, output=output, **access)
+            batch.write(lines(4, start=1000 * number))
+            batch.run(bomb=bomb)
+            batch.run()
+            found = batch.check()
+            assert not found.problems, (bomb, str(found))
+            assert found.stored + found.unknown == 4

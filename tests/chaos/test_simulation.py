@@ -1,0 +1,208 @@
+"""Seeded simulations on virtual time, a sweep of single faults, and whether the checker sees."""
+
+import asyncio
+
+import pytest
+
+from prefect_flux_kontext import errors
+from prefect_flux_kontext.batch import submitting, waves
+from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.ledger import ledger as ledger_module
+from prefect_flux_kontext.ledger.ledger import Ledger
+from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.simulation import checked, in_process, manifest, simulate
+from tests.chaos.story import story
+
+SEEDS = 60
+LINES = [("a", "one"), ("b", "two"), ("c", "three"), ("d", "two")]
+QUICK = SandboxSettings(mean=0.5, long_edge=16)
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, 20))
+def test_no_seed_breaks_the_promise(first):
+    for seed in range(first, first + 20):
+        found, _, _ = story(seed)
+        assert not found.problems, f"seed {seed}: {found}"
+
+
+def test_the_same_seed_makes_the_same_decisions():
+    assert story(7) == story(7)
+
+
+def sweep(kind, fault, number, *, last=None):
+    """A batch whose n-th call of a kind goes wrong, and its re-run."""
+
+    def hook(seen, _what, count):
+        hit = count == number if last is None else number <= count <= last
+        return fault if seen == kind and hit else None
+
+    reached = []
+
+    async def main(world):
+        await in_process(world, None, manifest(LINES))
+        reached.append(world.numbers[kind] >= number)
+        world.hook = None
+        found = await checked(world, LINES, complete=False)
+        assert not found.problems, (kind, fault, number, str(found))
+        await in_process(world, None, manifest(LINES))
+        return await checked(world, LINES)
+
+    found = simulate(main, number, None, QUICK, hook=hook)
+    assert not found.problems, (kind, fault, number, str(found))
+    return reached[0], found
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "may_be_held"),
+    [
+        ("submit", "lost_reply", True),
+        ("submit", "trouble_after", True),
+        ("submit", "trouble_before", True),
+        ("submit", "unconnected", False),
+        ("submit", "limited", False),
+        ("submit", "limited_in_200", False),
+        ("submit", "unauthorized", False),
+        ("submit", "no_balance", False),
+        ("status", "status_trouble", False),
+        ("download", "download_trouble", False),
+        ("disk", "refused", False),
+        ("disk", "written_but_unanswered", False),
+    ],
+)
+def test_whichever_call_fails_nothing_is_paid_twice_or_lost(kind, fault, may_be_held):
+    number, reached, held = 1, True, 0
+    while reached:
+        reached, found = sweep(kind, fault, number)
+        held += found.unknown
+        number += 1
+    assert number > 4
+    assert (held > 0) == may_be_held
+
+
+@pytest.mark.parametrize("fault", ["refused", "written_but_unanswered"])
+def test_a_ledger_that_is_away_for_a_while_costs_nothing(fault):
+    for number in range(1, 70, 3):
+        sweep("disk", fault, number, last=number + 12)
+
+
+# What each safeguard is for: without it, the checker must find something.
+
+
+def stories_find(seeds=range(25)):
+    """Whether one of the seeds tells that the promise is broken."""
+    for seed in seeds:
+        try:
+            found, _, _ = story(seed)
+        except Exception as error:  # noqa: BLE001 - an upset is a finding too
+            return f"{type(error).__name__}: {error}"
+        if found.problems:
+            return str(found)
+    return None
+
+
+def test_without_an_intent_before_the_post_the_harness_sees_it(monkeypatch):
+    create, accepted = Ledger._create, Ledger.accepted
+
+    async def but_the_intent(self, entry, step, record):
+        return step == "intent" or await create(self, entry, step, record)
+
+    async def written_after(self, entry, task_id, *, by=None):
+        await create(self, entry, "intent", entry.intent)
+        return await accepted(self, entry, task_id, by=by)
+
+    monkeypatch.setattr(Ledger, "_create", but_the_intent)
+    monkeypatch.setattr(Ledger, "accepted", written_after)
+    assert "paid" in (stories_find() or "")
+
+
+def test_without_exclusive_creation_the_harness_sees_it(monkeypatch):
+    async def overwrite(self, name, data):
+        await self.replace(name, data)
+        return True
+
+    monkeypatch.setattr(RecordStore, "create", overwrite)
+    assert stories_find()
+
+
+def test_if_an_outage_reads_as_absence_the_harness_sees_it(monkeypatch):
+    """Exclusive creation stops a second payment even then. What is lost is a paid image.
+
+    A collecting run takes the row for one that nobody has paid for, and names it no more.
+    """
+    read = RecordStore.read
+    outage = []
+
+    def during_an_outage(answer):
+        async def read_or_not(self, name):
+            return answer(name) if outage and name.startswith("rows/") else await read(self, name)
+
+        return read_or_not
+
+    def raises(name):
+        raise LedgerError(f"{name} could not be reached")
+
+    async def main(world):
+        await in_process(world, 2, manifest(LINES))
+        assert world.posts
+        outage.append(True)
+        await in_process(world, None, [], only_collect=True)
+        outage.clear()
+        return await checked(world, LINES, complete=False)
+
+    slow = SandboxSettings(mean=60, long_edge=16)
+    monkeypatch.setattr(RecordStore, "read", during_an_outage(raises))
+    assert not simulate(main, 3, None, slow).problems
+    monkeypatch.setattr(RecordStore, "read", during_an_outage(lambda _name: None))
+    assert "no unfinished wave names it" in str(simulate(main, 3, None, slow))
+
+
+def test_if_every_owner_reads_as_dead_paying_again_for_unknown_rows_is_seen(monkeypatch):
+    async def dead(_store, _owner):
+        return False
+
+    async def main(world):
+        runs = [in_process(world, None, manifest(LINES), resubmit=True) for _ in range(4)]
+        await asyncio.gather(*runs)
+        return len(list(world.sandbox.service.records()))
+
+    honest = [simulate(main, seed, None, QUICK) for seed in range(5)]
+    monkeypatch.setattr(ledger_module, "is_alive", dead)
+    careless = [simulate(main, seed, None, QUICK) for seed in range(5)]
+    assert set(honest) == {3}
+    assert max(careless) > 3
+
+
+@pytest.mark.parametrize("error", ["ReplyLostError", "ServiceTroubleError"])
+def test_if_a_doubtful_reply_is_taken_for_a_refusal_the_harness_sees_it(monkeypatch, error):
+    monkeypatch.setattr(getattr(errors, error), "not_accepted", True)
+    assert "knows nothing" in (stories_find() or "")
+
+
+def test_without_a_gate_before_the_post_a_stopped_batch_pays_on(monkeypatch):
+    def count(main):
+        return [simulate(main, seed, None, QUICK) for seed in range(6)]
+
+    async def main(world):
+        lines = [(f"r{n}", f"row {n}") for n in range(40)]
+
+        def hook(kind, _request, number):
+            return "no_balance" if kind == "submit" and number == 5 else None
+
+        world.hook = hook
+        await in_process(world, None, manifest(lines))
+        return world.posts
+
+    gated = count(main)
+    monkeypatch.setattr(submitting.Submitter, "_check_going_on", lambda _self: None)
+    monkeypatch.setattr(submitting.Submitter, "stop", lambda _self, _why: None)
+    assert max(gated) < 5 + 3
+    assert min(count(main)) > max(gated)
+
+
+def test_if_paid_rows_are_not_named_the_harness_sees_it(monkeypatch):
+    async def unnamed(_store, _wave):
+        return
+
+    monkeypatch.setattr(waves, "open_wave", unnamed)
+    assert "no unfinished wave names it" in (stories_find() or "")

@@ -1,0 +1,128 @@
+"""`flux-kontext demo`: the main job end to end, and nothing left behind, however it ends."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.images import inspect_image
+
+COMMAND = Path(sys.executable).parent / "flux-kontext"
+
+
+def processes_of(folder):
+    """The processes whose environment or command names the folder."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            told = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            found += [process.name] if str(folder).encode() in told else []
+    return found
+
+
+@pytest.mark.timeout(180)
+def test_the_demo_restyles_thirty_pictures_and_leaves_only_them_and_the_record(tmp_path):
+    # A space in the path, files of the user's own, and settings meant for another account.
+    folder = tmp_path / "my demo"
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "pictures" / "holiday.jpg").write_text("not ours")
+    outside = {
+        "FLUX_KONTEXT_REQUESTS_PER_MINUTE": "1",
+        "FLUX_KONTEXT_POLL_TIMEOUT": "0.1",
+        "PREFECT_API_KEY": "of-another-server",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:////no/such/database",
+        "HTTP_PROXY": "http://127.0.0.1:1",
+    }
+    ran = subprocess.run(
+        [COMMAND, "demo", folder],
+        env=os.environ | outside,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stdout + ran.stderr
+    assert "30 of 30 rows stored" in ran.stdout
+    assert "30 tasks, $0.9" in ran.stdout
+
+    pictures = sorted((folder / "pictures").glob("*-*.jpg"))
+    assert len(pictures) == 30
+    for picture in pictures:
+        inspect_image(picture.read_bytes(), expected="jpeg")
+    assert len({picture.read_bytes() for picture in pictures}) == 30
+    with Image.open(folder / "contact-sheet.png") as sheet:
+        assert sheet.size == (6 * 256, 6 * 216)
+    assert (folder / "pictures" / "holiday.jpg").read_text() == "not ours"
+    assert processes_of(folder) == []
+
+    page = re.search(r"(http://127\.0\.0\.1:\d+)/runs/flow-run/([0-9a-f-]{36})", ran.stdout)
+    again = ran.stdout.partition("once its server is up again:")[2].split("\n")[1].strip()
+    assert shlex.split(again)[0] == f"PREFECT_HOME={folder / 'prefect'}"
+    server = subprocess.Popen(
+        ["/bin/sh", "-c", f"exec env {again}"],
+        env=os.environ
+        | {"PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "PREFECT_HOME": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        state = None
+        while state is None:
+            assert server.poll() is None
+            time.sleep(0.2)
+            try:
+                run = httpx.get(f"{page[1]}/api/flow_runs/{page[2]}", trust_env=False)
+                state = run.json()["state"]["type"]
+            except httpx.TransportError:
+                continue
+    finally:
+        server.terminate()
+        server.wait()
+    assert state == "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    ("number", "stream", "after", "status"),
+    [
+        (signal.SIGINT, "stderr", "Beginning flow run", 130),
+        (signal.SIGTERM, "stdout", "Starting a Prefect server", 143),
+    ],
+)
+def test_a_demo_that_is_stopped_stops_all_it_has_started(number, stream, after, status, tmp_path):
+    with subprocess.Popen(
+        [COMMAND, "demo", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As a terminal does: Ctrl-C reaches the whole group.
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as demo:
+        while after not in getattr(demo, stream).readline():
+            assert demo.poll() is None
+        while not processes_of(tmp_path / "prefect"):
+            time.sleep(0.05)
+        os.killpg(demo.pid, number)
+        out, err = demo.communicate()
+    assert demo.returncode == status, err
+    assert "Traceback" not in out + err
+    assert processes_of(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_used_is_status_2(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    assert main(["demo", str(file)]) == 2
+    assert f"The folder {file} cannot be used" in capsys.readouterr().err

@@ -1,0 +1,214 @@
+"""`flux-kontext run`: exit status, what goes where, progress, and Ctrl-C."""
+
+import asyncio
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.cli.progress import shown
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+
+KEY = "key-of-the-tests"
+COMMAND = Path(sys.executable).parent / "flux-kontext"
+
+
+@pytest.fixture
+def sandbox(monkeypatch):
+    with running_sandbox(SandboxSettings(mean=0.1, long_edge=64, api_key=KEY)) as running:
+        monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
+        monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", running.url)
+        monkeypatch.setenv("FLUX_KONTEXT_POLL_INITIAL_DELAY", "0")
+        monkeypatch.setenv("FLUX_KONTEXT_POLL_INTERVAL", "0.05")
+        yield running
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    def write(*prompts):
+        path = tmp_path / "manifest.csv"
+        lines = [f"row-{number},{prompt}" for number, prompt in enumerate(prompts)]
+        path.write_text("\n".join(["id,prompt", *lines]))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def output(tmp_path):
+    return str(tmp_path / "out")
+
+
+def test_all_stored_is_status_0(sandbox, manifest, output, capsys, tmp_path):
+    assert main(["run", manifest("a lighthouse", "a harbour"), output]) == 0
+    told = capsys.readouterr()
+    assert "2 of 2 rows stored" in told.out
+    assert str(tmp_path / "out") in told.out
+    assert told.err == ""
+    assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == {"row-0.jpg", "row-1.jpg"}
+
+
+def test_some_failed_is_status_1_and_each_is_told_with_its_line(sandbox, manifest, output, capsys):
+    assert main(["run", manifest("a lighthouse", "nsfw", ""), output, "--skip-invalid"]) == 1
+    told = capsys.readouterr().out
+    assert "1 of 3 rows stored; 2 failed" in told
+    assert "line 3, row-1: " in told
+    assert "CONTENT_VIOLATION" in told
+    assert "line 4, row-2: " in told
+
+
+def test_the_prompt_for_all_rows_is_an_option(sandbox, tmp_path, output, capsys):
+    path = tmp_path / "m.csv"
+    path.write_text(f"id,image\na,{sandbox.url}/references/rocket.jpg\n")
+    assert main(["run", str(path), output, "--prompt", "as watercolour"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        (["{m}", "{o}"], {"FLUX_KONTEXT_API_KEY": ""}, "No API key: set FLUX_KONTEXT_API_KEY"),
+        (["{m}", "{o}"], {"FLUX_KONTEXT_API_KEY": "wrong"}, "Check the API key"),
+        (["{m}", "{o}"], {"FLUX_KONTEXT_BASE_URL": "http://127.0.0.1:1"}, "Could not connect"),
+        (["{m}", "{o}"], {"FLUX_KONTEXT_BASE_URL": "nonsense"}, "FLUX_KONTEXT_BASE_URL"),
+        (["{m}", "{o}"], {"FLUX_KONTEXT_POLL_INTERVAL": "soon"}, "FLUX_KONTEXT_POLL_INTERVAL"),
+        (["{m}", "{o}"], {"FLUX_KONTEXT_CONCURRENT_TASKS": "0"}, "CONCURRENT_TASKS"),
+        (["/none.csv", "{o}"], {}, "There is no manifest at /none.csv"),
+        (["{m}", "{m}"], {}, "cannot be written to"),
+        (["{m}", "nope://x"], {}, "Protocol not known"),
+    ],
+)
+def test_what_cannot_start_is_status_2_with_one_line_on_stderr_and_nothing_paid(
+    arguments, environment, told, sandbox, manifest, output, capsys, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    path = manifest("a lighthouse")
+    assert main(["run", *(text.format(m=path, o=output) for text in arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" or printed.out.endswith("or more\n"), "no more than the plan"
+    assert printed.err.startswith("flux-kontext: ")
+    assert told in printed.err
+    assert printed.err.count("\n") == 1
+    assert sandbox.service.bill()["accepted"] == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["run"], ["run", "m.csv"]])
+def test_a_wrong_command_line_is_status_2_with_its_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "usage: flux-kontext" in printed.err
+
+
+def test_the_key_is_printed_nowhere(sandbox, manifest, output, capsys, monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
+    assert main(["run", manifest("a lighthouse"), output]) == 2
+    printed = capsys.readouterr()
+    assert "canary-key" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_loads_neither_prefect_nor_a_server_nor_pillow(arguments):
+    program = (
+        "import sys\n"
+        "from prefect_flux_kontext.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'prefect', 'starlette', 'PIL', 'uvicorn', 'httpx', 'fsspec', 's3fs', 'rich'}\n"
+        "print('loaded', sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr == "loaded []\n"
+    assert ran.stdout
+
+
+class Progress:
+    """What the progress display looks at."""
+
+    def __init__(self):
+        self.progress = BatchSummary(output="out")
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_without_a_terminal_a_plain_line_comes_every_ten_seconds(capsys):
+    runner = Progress()
+    async with shown(runner, 40):
+        await asyncio.sleep(5)
+        runner.progress.rows, runner.progress.stored, runner.progress.spent = 5, 5, 0.27
+        await asyncio.sleep(10)
+        runner.progress.rows, runner.progress.failed = 8, 3
+        await asyncio.sleep(10)
+    assert capsys.readouterr().out.splitlines() == [
+        "5 of 40 rows done: 5 stored, 0 failed, $0.27 spent",
+        "8 of 40 rows done: 5 stored, 3 failed, $0.27 spent",
+    ]
+
+
+def start(arguments, environment=None, **popen):
+    return subprocess.Popen(
+        [COMMAND, *arguments],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | (environment or {}),
+        **popen,
+    )
+
+
+def read_terminal(master, process):
+    """All that a process writes to its terminal."""
+    shown = b""
+    while True:
+        ready, _, _ = select.select([master], [], [], 0.1)
+        try:
+            piece = os.read(master, 65_536) if ready else b""
+        except OSError:  # how Linux says that nobody has the other end any more
+            return shown
+        shown += piece
+        if not piece and process.poll() is not None:
+            return shown
+
+
+def test_on_a_terminal_a_bar_moves(sandbox, manifest, output):
+    master, terminal = pty.openpty()
+    arguments = ["run", manifest("a lighthouse", "a harbour"), output]
+    with start(arguments, {"TERM": "xterm", "COLUMNS": "120"}, stdout=terminal) as process:
+        os.close(terminal)
+        shown = read_terminal(master, process)
+        os.close(master)
+        errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert b"restyling" in shown
+    assert b"2/2" in shown
+    assert b"\x1b[" in shown
+    assert b"2 of 2 rows stored" in shown
+
+
+def test_ctrl_c_leaves_130_and_no_traceback(sandbox, manifest, output, monkeypatch):
+    # The rows never end by themselves: their first look is an hour away.
+    monkeypatch.setenv("FLUX_KONTEXT_POLL_INITIAL_DELAY", "3600")
+    monkeypatch.setenv("FLUX_KONTEXT_POLL_TIMEOUT", "7200")
+    with start(
+        ["run", manifest(*(f"number {n}" for n in range(20))), output], stdout=subprocess.PIPE
+    ) as process:
+        while sandbox.service.bill()["accepted"] < 20:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130
+    assert err.endswith(b"flux-kontext: interrupted\n")
+    assert b"Traceback" not in out + err

@@ -1,0 +1,225 @@
+"""Records on every kind of filesystem: who creates one, who reads it, what an outage is."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.ledger.ledger import Ledger
+from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.manifest.rows import make_row
+
+pytestmark = pytest.mark.anyio
+
+OUTAGES = [
+    OSError(5, "input/output error"),
+    OSError(28, "no space left on device"),
+    PermissionError(13, "forbidden"),
+    ConnectionResetError(104, "reset"),
+    TimeoutError("slow"),
+    RuntimeError("SlowDown"),
+]
+STEPS = ["intent", "posted", "ended"]
+
+
+async def test_a_record_is_created_once_and_read_back(store):
+    assert await store.read("rows/aa/1.json") is None
+    assert await store.create("rows/aa/1.json", b"one")
+    assert not await store.create("rows/aa/1.json", b"two")
+    assert await store.read("rows/aa/1.json") == b"one"
+    assert await store.names("rows/aa") == ["1.json"]
+
+
+async def test_a_record_is_replaced_and_removed(store):
+    await store.replace("owners/1.json", b"one")
+    await store.replace("owners/1.json", b"two")
+    assert await store.read("owners/1.json") == b"two"
+    await store.remove("owners/1.json")
+    await store.remove("owners/1.json")
+    assert await store.read("owners/1.json") is None
+    assert await store.names("owners") == []
+
+
+async def test_a_folder_that_is_not_there_is_empty(store):
+    assert await store.names("waves") == []
+
+
+def test_of_16_threads_exactly_one_creates_each_record(root):
+    """Each thread has its own event loop and store, as a process would."""
+
+    names = 10 if root.startswith("s3") else 50  # the server of the tests is slow
+
+    def race(who):
+        async def create_all():
+            store = RecordStore(root)
+            return [
+                number
+                for number in range(names)
+                if await store.create(f"rows/aa/{number}.json", f"{who}".encode())
+            ]
+
+        return asyncio.run(create_all())
+
+    with ThreadPoolExecutor(16) as threads:
+        won = list(threads.map(race, range(16)))
+    assert sorted(number for numbers in won for number in numbers) == list(range(names))
+
+    async def contents():
+        store = RecordStore(root)
+        return [int(await store.read(f"rows/aa/{number}.json")) for number in range(names)]
+
+    winners = asyncio.run(contents())
+    assert [number in won[winner] for number, winner in enumerate(winners)] == [True] * names
+
+
+def test_of_two_processes_exactly_one_creates_each_record(tmp_path):
+    code = (
+        "import asyncio, json, os, sys\n"
+        "from prefect_flux_kontext.ledger.store import RecordStore\n"
+        "async def main():\n"
+        "    store = RecordStore(sys.argv[1])\n"
+        "    mine = b'%d' % os.getpid()\n"
+        "    won = [n for n in range(200) if await store.create(f'{n}.json', mine)]\n"
+        "    print(json.dumps(won))\n"
+        "input()\n"
+        "asyncio.run(main())\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    won = [json.loads(process.communicate()[0]) for process in both]
+    assert sorted(won[0] + won[1]) == list(range(200))
+    assert not list(tmp_path.glob(".*"))
+
+
+async def test_a_creation_whose_reply_was_lost_is_known_to_be_ours(store, faulty, monkeypatch):
+    if isinstance(store._fs, LocalFileSystem):
+        _lose_replies_of_the_disk(monkeypatch, times=2)
+    else:
+        faulty(store, {"pipe_file"}, ConnectionResetError("lost"), effect=True, times=2)
+    assert await store.create("1.json", b"ours")
+    assert await store.read("1.json") == b"ours"
+
+
+async def test_a_creation_whose_reply_was_lost_is_not_ours_where_another_was_first(
+    store, faulty, monkeypatch
+):
+    await store.create("1.json", b"theirs")
+    if isinstance(store._fs, LocalFileSystem):
+        _lose_replies_of_the_disk(monkeypatch, times=2)
+    else:
+        faulty(store, {"pipe_file"}, ConnectionResetError("lost"), effect=True, times=2)
+    assert not await store.create("1.json", b"ours")
+    assert await store.read("1.json") == b"theirs"
+
+
+def _lose_replies_of_the_disk(monkeypatch, times):
+    from prefect_flux_kontext.ledger import store as module  # noqa: PLC0415
+
+    place, left = module.place, [times]
+    monkeypatch.setattr(module, "jittered", lambda *_, **__: 0)
+
+    def lost(path, data, *, exclusively):
+        try:
+            place(path, data, exclusively=exclusively)
+        except FileExistsError:
+            if not left[0]:
+                raise
+        if left[0]:
+            left[0] -= 1
+            raise OSError(5, "no reply")
+
+    monkeypatch.setattr(module, "place", lost)
+
+
+@pytest.mark.parametrize("error", OUTAGES, ids=lambda error: type(error).__name__)
+async def test_an_outage_is_never_absence(store, faulty, error):
+    faulty(store, {"cat_file", "ls"}, error)
+    with pytest.raises(LedgerError, match=r"1\.json could not be reached after 4 attempts"):
+        await store.read("1.json")
+    with pytest.raises(LedgerError, match="waves"):
+        await store.names("waves")
+
+
+@pytest.mark.parametrize("error", [*OUTAGES, FileNotFoundError("no such bucket")])
+async def test_what_cannot_be_written_is_a_ledger_error_that_names_the_record(
+    store, faulty, monkeypatch, error
+):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("prefect_flux_kontext.ledger.store.place", refuse)
+    faulty(store, {"pipe_file"}, error)
+    with pytest.raises(LedgerError, match=r"rows/1\.json"):
+        await store.create("rows/1.json", b"1")
+    with pytest.raises(LedgerError, match=r"rows/1\.json"):
+        await store.replace("rows/1.json", b"1")
+
+
+async def test_a_hiccup_is_tried_again(store, faulty):
+    await store.create("1.json", b"one")
+    hiccup = faulty(store, {"cat_file"}, TimeoutError("slow"), times=3)
+    assert await store.read("1.json") == b"one"
+    assert hiccup.times == 0
+
+
+@pytest.mark.parametrize("root", ["disk"], indirect=True)
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"key":', b"null", b"[]", b"\0" * 64, b"{}"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_damaged_record_stops_its_row_and_is_named(store, step, damage):
+    ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
+    row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
+    entry = await ledger.claim(row, await ledger.read("k" * 32))
+    name = f"rows/kk/{'k' * 32}.1.{step}.json"
+    await store.replace(name, damage)
+    with pytest.raises(LedgerError, match="is damaged") as refused:
+        await ledger.read(entry.key)
+    assert f"{store}/{name}" in str(refused.value)
+
+
+async def test_a_torn_record_stops_its_row_wherever_it_is_torn(tmp_path):
+    store = RecordStore(str(tmp_path))
+    ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
+    row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
+    entry = await ledger.claim(row, await ledger.read("k" * 32))
+    file = tmp_path / f"rows/kk/{entry.key}.1.intent.json"
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(LedgerError, match="is damaged"):
+            await ledger.read(entry.key)
+
+
+async def test_only_one_of_many_claims_an_attempt(root):
+    row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
+    ledgers = [Ledger(RecordStore(root), f"o{n}", {"pro": 0.03}) for n in range(8)]
+    entry = await ledgers[0].read("k" * 32)
+    claims = await asyncio.gather(
+        *(ledger.claim(row, entry) for ledger in ledgers), return_exceptions=True
+    )
+    won = [claim for claim in claims if not isinstance(claim, Exception)]
+    assert [type(claim).__name__ for claim in claims].count("RowTakenError") == 7
+    assert await ledgers[0].read("k" * 32) == won[0]
+
+
+async def test_the_first_outcome_of_a_post_stands(store):
+    ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
+    row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
+    entry = await ledger.claim(row, await ledger.read("k" * 32))
+    assert (await ledger.accepted(entry, "task_1")).posted.task_id == "task_1"
+    assert (await ledger.accepted(entry, "task_2", by="person")).posted.task_id == "task_1"
+    assert (await ledger.read(entry.key)).posted.task_id == "task_1"
