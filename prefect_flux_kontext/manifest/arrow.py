@@ -38,7 +38,7 @@ def parquet_lines(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
             if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
         ]
         file.seek(0)
-        table = pq.ParquetFile(file, read_dictionary=texts)
+        table = pq.ParquetFile(file, read_dictionary=texts, pre_buffer=False)
         for number in range(table.num_row_groups):
             size = table.metadata.row_group(number).total_byte_size
             if size > _LARGEST_GROUP:

@@ -108,4 +108,6 @@ def _told(error: Exception) -> str:
         return "the line is nested too deeply"
     if isinstance(error, json.JSONDecodeError):
         return f"the line is not JSON: {error.msg} at character {error.colno}"
+    if "integer string conversion" in str(error):
+        return "the line holds a number of thousands of digits"
     return f"the line cannot be taken: {str(error)[:200]}"
