@@ -71,9 +71,10 @@ def _lines(
     columns = Columns(url, names, renamed).names
     number = 0
     for batch in batches:
-        for name, column in zip(columns, batch.columns, strict=True):
-            _check_length(pa, column, name, url, number)
-        taken = [_values(pa, column) for column in batch.columns]
+        taken = [
+            _values(pa, column, f"{name}, between rows {number + 1} and {number + _BATCH}", url)
+            for name, column in zip(columns, batch.columns, strict=True)
+        ]
         for values in zip(*taken, strict=True):
             number += 1
             cells, problem = as_cells(dict(zip(columns, values, strict=True)))
@@ -81,28 +82,30 @@ def _lines(
                 yield Line(number, cells, problem)
 
 
-def _values(pa: Any, column: Any) -> list[Any]:
-    if pa.types.is_dictionary(column.type):
-        words = column.dictionary.to_pylist()
-        return [None if at is None else words[at] for at in column.indices.to_pylist()]
-    values: list[Any] = column.to_pylist()
-    return values
+def _values(pa: Any, column: Any, where: str, url: str) -> list[Any]:
+    if not pa.types.is_dictionary(column.type):
+        _check_length(pa, column, where, url)
+        values: list[Any] = column.to_pylist()
+        return values
+    # Only the words of this batch: a dictionary has those of the whole row group.
+    used = column.indices.unique().drop_null()
+    words = column.dictionary.take(used)
+    _check_length(pa, words, where, url)
+    of = dict(zip(used.to_pylist(), words.to_pylist(), strict=True))
+    return [of.get(at) for at in column.indices.to_pylist()]
 
 
-def _check_length(pa: Any, column: Any, name: str, url: str, number: int) -> None:
+def _check_length(pa: Any, column: Any, where: str, url: str) -> None:
     """Refuse cells of megabytes before a thousand copies of them are made."""
     import pyarrow.compute as pc  # noqa: PLC0415 - an extra
 
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
     if len(column) and any(is_text(column.type) for is_text in texts):
         longest = pc.max(pc.binary_length(column)).as_py() or 0
         if longest > 4 * LONGEST_CELL:
             raise ManifestError(
-                f"The manifest {url} has a cell of {longest:,} bytes in {name}, between rows "
-                f"{number + 1} and {number + _BATCH}; a cell has at most {LONGEST_CELL:,} "
-                "characters."
+                f"The manifest {url} has a cell of {longest:,} bytes in {where}; a cell has at "
+                f"most {LONGEST_CELL:,} characters."
             )
 
 
