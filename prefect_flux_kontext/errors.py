@@ -22,6 +22,7 @@
     ├── LedgerError                  a record of what was paid cannot be trusted
     ├── InvalidImageError            the bytes are not a whole image of the promised kind
     └── BatchStoppedError            the batch ended before its rows did
+        └── BudgetReachedError           the next image would have passed the budget
 
 Three questions a caller may ask of each: was the request known not to be accepted
 (`not_accepted`), may the same request be made again later (`retryable`), and is there no
@@ -190,3 +191,7 @@ class BatchStoppedError(FluxKontextError):
     """The batch ended before its rows did; the message counts what is left."""
 
     fatal = True
+
+
+class BudgetReachedError(BatchStoppedError):
+    """The next image would have cost more than the budget has left; it was not submitted."""

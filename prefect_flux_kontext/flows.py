@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.logging import get_logger
+from pydantic import NonNegativeFloat
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.batch.batch import FAILED_ROWS, collect, run_batch
@@ -17,9 +16,9 @@ from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.session import batch_session, ledger_store
 from prefect_flux_kontext.batch.status import ledger_status
 from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
-from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
+from prefect_flux_kontext.manifest.given import ManifestSource
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.manifest.rows import problems_of_reference
 from prefect_flux_kontext.models import (
@@ -30,9 +29,15 @@ from prefect_flux_kontext.models import (
     Provider,
     StoredImage,
 )
+from prefect_flux_kontext.plans import ask_for_approval, planned
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage import OutputFolder
-from prefect_flux_kontext.tasks import persist_images, submit_generation, wait_for_generation
+from prefect_flux_kontext.tasks import (
+    persist_images,
+    run_wave,
+    submit_generation,
+    wait_for_generation,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -111,49 +116,77 @@ async def style_transfer(
 
 @flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])
 async def style_transfer_batch(
-    manifest: str,
+    manifest: ManifestSource,
     output: str,
     credentials: FluxKontextCredentials | str | None = None,
     prompt: str | None = None,
+    columns: dict[str, str] | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
     resubmit_unknown: bool = False,
+    skip_invalid: bool = False,
+    budget_usd: NonNegativeFloat | None = None,
+    approve_above_usd: NonNegativeFloat | None = None,
+    dry_run: bool = False,
 ) -> BatchSummary:
     """Restyle every image of a manifest, paying for each row once, whatever dies.
 
-    Rows run in waves of 250, one task run each; waves overlap and keep the account's limits
-    together. A bad row fails alone and is counted with its reason. Running it again pays only
-    for what is new and collects what was left.
+    First comes the plan: what is valid, what is new, what it costs. Then rows run in waves of
+    250, one task run each; waves overlap and keep the account's limits together. Running it
+    again pays only for what is new and collects what was left.
 
     Args:
-        manifest: Path or fsspec URL of a CSV file with the columns `id`, `image`, `prompt` and,
-            where wanted, `mode`, `aspect_ratio`, `output_format`, `provider`.
+        manifest: Path or fsspec URL of a CSV, TSV, JSON Lines or Parquet file with the columns
+            `id`, `image` (or `images`), `prompt` and, where wanted, `mode`, `aspect_ratio`,
+            `output_format`, `provider`. Or the rows themselves: a list of dicts, or a table that
+            speaks Arrow's interface.
         output: Folder or prefix to store to, on any fsspec filesystem.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
         prompt: The prompt for rows that have none of their own.
+        columns: The manifest's own names for columns, such as `{"image": "photo_url"}`.
         cadence: When to ask how a task is doing; none for the environment's cadence.
         failure_policy: What to do for each fail code; none for the defaults.
         resubmit_unknown: Pay again for rows whose submit's reply was lost. They may be paid
             for already.
+        skip_invalid: Run the other rows where some are invalid; else nothing is submitted.
+        budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
+            paid for; the row that would pass it ends the run.
+        approve_above_usd: Pause for a person's approval, on the page of the flow run, when the
+            plan costs more dollars than this. The run then costs at most what was approved.
+        dry_run: Stop after the plan; rows that would be paid count as not submitted.
 
     Returns:
         How many rows were stored, how many failed and why, and what is still owed.
 
     Raises:
-        ManifestError: The manifest cannot be read; nothing was submitted.
-        ConfigurationError: Credentials or output are wrong; nothing was submitted.
-        BatchStoppedError: The service refuses the account, or nearly all rows fail; the rest
-            was not submitted.
+        ManifestError: The manifest cannot be read or has invalid rows; nothing was submitted.
+        ConfigurationError: Credentials or output are wrong, or another run is paying into an
+            output with a budget; nothing was submitted.
+        BatchStoppedError: The service refuses the account, nearly all rows fail, the budget is
+            reached or the plan was not approved; the rest was not submitted.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    logger = get_run_logger()
-    rows = Manifest(manifest, prompt)
-    check = await asyncio.to_thread(rows.check)
-    logger.info("%d rows from %s, %d of them refused.", check.rows, manifest, check.refused)
-    options = _options(cadence, failure_policy, resubmit_unknown=resubmit_unknown)
-    async with _opened(output, credentials, options) as (session, slots):
+    options = _options(
+        cadence, failure_policy, resubmit_unknown=resubmit_unknown, budget_usd=budget_usd
+    )
+    rows = Manifest(manifest, prompt, columns or {})
+    account = await resolve_credentials(credentials)
+    plan = await planned(rows, output, account, options)
+    plan.check(skip_invalid=skip_invalid)
+    if dry_run:
+        return plan.summary(output)
+    if approve_above_usd is not None:
+        if plan.price > approve_above_usd:
+            await ask_for_approval(plan)
+            if (await planned(rows, output, account, options)).digest != plan.digest:
+                raise BatchStoppedError(
+                    "What is to be paid has changed since the plan that was approved, so nothing "
+                    "was submitted. Run it again to approve the new plan."
+                )
+        options = plan.capped(options, approve_above_usd)
+    async with _opened(output, account, options) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
-    logger.info("%s.", summary)
+    get_run_logger().info("%s.", summary)
     return summary
 
 
@@ -164,6 +197,7 @@ async def retry_failed(
     prompt: str | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
+    budget_usd: NonNegativeFloat | None = None,
 ) -> BatchSummary:
     """Run the failed rows of a batch once more, and nothing else.
 
@@ -176,6 +210,8 @@ async def retry_failed(
         prompt: The prompt for rows that have none of their own.
         cadence: When to ask how a task is doing; none for the environment's cadence.
         failure_policy: What to do for each fail code; none for the defaults.
+        budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
+            paid for; the row that would pass it ends the run.
 
     Returns:
         What became of them.
@@ -185,10 +221,12 @@ async def retry_failed(
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    options = _options(cadence, failure_policy, retry_failed=True)
+    options = _options(cadence, failure_policy, retry_failed=True, budget_usd=budget_usd)
     rows = Manifest(OutputFolder(output).uri(FAILED_ROWS), prompt)
-    await asyncio.to_thread(rows.check)
-    async with _opened(output, credentials, options) as (session, slots):
+    account = await resolve_credentials(credentials)
+    # A row that was skipped as invalid stands there too, and must not stop the others.
+    (await planned(rows, output, account, options)).check(skip_invalid=True)
+    async with _opened(output, account, options) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
@@ -215,7 +253,8 @@ async def collect_batch(
         LedgerError: The record of what was paid cannot be read.
     """
     options = _options(cadence, None)
-    async with _opened(output, credentials, options) as (session, slots):
+    account = await resolve_credentials(credentials)
+    async with _opened(output, account, options) as (session, slots):
         summary = await collect(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
@@ -227,6 +266,7 @@ def _options(
     *,
     resubmit_unknown: bool = False,
     retry_failed: bool = False,
+    budget_usd: float | None = None,
 ) -> RowOptions:
     settings = FluxKontextSettings()
     return RowOptions(
@@ -235,34 +275,16 @@ def _options(
         resubmit_unknown=resubmit_unknown,
         retry_failed=retry_failed,
         result_days=settings.result_days,
+        budget_usd=budget_usd,
     )
 
 
 @asynccontextmanager
 async def _opened(
-    output: str, credentials: FluxKontextCredentials | str | None, options: RowOptions
+    output: str, account: FluxKontextCredentials, options: RowOptions
 ) -> AsyncIterator[tuple[Session, int]]:
-    account = await resolve_credentials(credentials)
     folder = OutputFolder(output)
     await folder.check_writable()
     settings = FluxKontextSettings()
     async with batch_session(account.get_client(), folder, options, settings) as session:
         yield session, account.concurrent_tasks
-
-
-@task(name="wave", task_run_name="wave-{wave.number}", retries=0, cache_policy=NO_CACHE)
-async def run_wave(wave: Wave) -> BatchSummary:
-    """Run a block of rows as one task run: one for each image would drown the server."""
-    logger = get_run_logger()
-    summary = await wave.run()
-    for row in summary.failures:
-        logger.warning(
-            "Row %s (line %d, task %s) is %s: %s",
-            row.id,
-            row.line,
-            row.task_id,
-            row.state,
-            row.message,
-        )
-    logger.info("Wave %d: %s.", wave.number, summary)
-    return summary

@@ -24,6 +24,11 @@ _LONGEST_NAME = 80
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
+def is_reserved(name: str) -> bool:
+    """Whether Windows keeps the name for itself, whatever its extension."""
+    return _RESERVED.fullmatch(name) is not None
+
+
 def safe_name(text: str) -> str:
     """A file name made from any text: no folders, no surprises, at most 93 characters.
 

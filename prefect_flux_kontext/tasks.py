@@ -1,14 +1,16 @@
-"""The three tasks for your own flows: submit, wait, persist."""
+"""The three tasks for your own flows, submit, wait and persist, and the task of a batch's wave."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import FluxKontextError
 from prefect_flux_kontext.models import (
@@ -134,3 +136,21 @@ async def persist_images(
         return await persist_result(
             result, OutputFolder(output), http, name=name or result.task_id
         )
+
+
+@task(name="wave", task_run_name="wave-{wave.number}", retries=0, cache_policy=NO_CACHE)
+async def run_wave(wave: Wave) -> BatchSummary:
+    """Run a block of rows as one task run: one for each image would drown the server."""
+    logger = get_run_logger()
+    summary = await wave.run()
+    for row in summary.failures:
+        logger.warning(
+            "Row %s (line %d, task %s) is %s: %s",
+            row.id,
+            row.line,
+            row.task_id,
+            row.state,
+            row.message,
+        )
+    logger.info("Wave %d: %s.", wave.number, summary)
+    return summary

@@ -76,6 +76,7 @@ def test_a_refusal_is_known_not_to_be_accepted_and_so_is_what_was_never_sent(kin
 def test_what_stops_a_batch():
     assert {kind.__name__ for kind in KINDS if kind.fatal} == {
         "BatchStoppedError",
+        "BudgetReachedError",
         "ConfigurationError",
         "InsufficientBalanceError",
         "ManifestError",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
-from prefect_flux_kontext.errors import BatchStoppedError, LedgerError
+from prefect_flux_kontext.errors import BatchStoppedError, BudgetReachedError, LedgerError
 from prefect_flux_kontext.ledger.checkpoints import (
     OpenWave,
     close_wave,
@@ -65,7 +65,10 @@ async def run_batch(
         if left.rows:
             logger.info("Of rows that earlier runs left: %s.", left)
     if session.submitter.stopped is not None:
-        raise BatchStoppedError(f"{session.submitter.stopped} Until then: {summary}.")
+        kind = BatchStoppedError
+        if isinstance(session.submitter.stopped, BudgetReachedError):
+            kind = BudgetReachedError
+        raise kind(f"{session.submitter.stopped} Until then: {summary}.")
     return summary
 
 

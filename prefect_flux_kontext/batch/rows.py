@@ -25,7 +25,7 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.ledger.ledger import RowTakenError
-from prefect_flux_kontext.ledger.records import Stored
+from prefect_flux_kontext.ledger.records import GIVEN_UP, Stored
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.models import utc_now
@@ -59,6 +59,7 @@ class RowOptions:
         resubmit_unknown: Pay again for rows that may be paid for already.
         retry_failed: Pay again for rows that have failed.
         result_days: Days for which the service keeps a result.
+        budget_usd: Dollars that the output may cost over all its runs; None for no cap.
     """
 
     cadence: PollingCadence
@@ -66,6 +67,7 @@ class RowOptions:
     resubmit_unknown: bool = False
     retry_failed: bool = False
     result_days: float = 15.0
+    budget_usd: float | None = None
 
 
 class RowRunner:
@@ -201,7 +203,7 @@ class RowRunner:
         if entry.state is not State.INTENT or entry.intent is None:
             return entry
         if self.options.resubmit_unknown and gone:
-            given_up = FluxKontextError("Given up to be paid for again.", code="resubmitted")
+            given_up = FluxKontextError("Given up to be paid for again.", code=GIVEN_UP)
             return await self._ledger.rejected(entry, given_up, by="person")
         whose = "is gone" if gone else "does not know what came of it"
         lost = ReplyLostError(f"The run that submitted it at {entry.intent.at:%F %T %Z} {whose}.")

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.rows import RowRunner
 from prefect_flux_kontext.batch.submitting import Submitter
 from prefect_flux_kontext.errors import BatchStoppedError
@@ -58,6 +59,7 @@ async def batch_session(
     However the block is left, POSTs that have begun are recorded before this returns.
 
     Raises:
+        ConfigurationError: There is a budget, and another run is paying into the output.
         LedgerError: The ledger cannot be read or written; nothing was paid.
         NotConnectedError: Nothing answers at the base URL.
         UnauthorizedError: The service does not know the key.
@@ -67,7 +69,8 @@ async def batch_session(
         await client.check()
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
-            submitter = Submitter(client, ledger, settings.concurrent_submits)
+            budget = await open_budget(store, owner, options)
+            submitter = Submitter(client, ledger, settings.concurrent_submits, budget)
             stored = await _stored(store)
             rows = RowRunner(client, http, output, ledger, submitter, stored, options)
             try:

@@ -45,7 +45,7 @@ async def ledger_status(store: RecordStore) -> LedgerStatus:
     status = LedgerStatus()
     rows: dict[str, tuple[int, State, float]] = {}
     # Unfinished waves first: one that ends meanwhile is then in both rather than in neither.
-    for entry in await _unfinished(store):
+    for entry in await unfinished_entries(store):
         state = entry.state
         if state is State.INTENT and entry.intent is not None:
             if not await is_alive(store, entry.intent.owner):
@@ -64,7 +64,12 @@ async def ledger_status(store: RecordStore) -> LedgerStatus:
     return status
 
 
-async def _unfinished(store: RecordStore) -> list[Entry]:
+async def unfinished_entries(store: RecordStore) -> list[Entry]:
+    """The rows of all unfinished waves, read one by one.
+
+    Raises:
+        LedgerError: One cannot be read or is damaged.
+    """
     ledger = Ledger(store, owner="", prices={})
     keys = {key async for wave in open_waves(store) for key in wave.keys}
     return await asyncio.gather(*(ledger.read(key) for key in sorted(keys)))

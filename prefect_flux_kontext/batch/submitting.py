@@ -7,6 +7,7 @@ import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
+from prefect_flux_kontext.batch.budget import Budget
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     FluxKontextError,
@@ -38,6 +39,7 @@ class Submitter:
         ledger: Where intents and outcomes go.
         posts_at_once: POSTs under way at once; apart from the tasks that run, because these are
             what a crash makes doubtful.
+        budget: What may be spent; None for no cap.
 
     Attributes:
         stopped: Why nothing is submitted any more.
@@ -46,13 +48,20 @@ class Submitter:
         outstanding: Keys of rows that are paid for and have not ended, so far as this run knows.
     """
 
-    def __init__(self, client: FluxKontextClient, ledger: Ledger, posts_at_once: int) -> None:
+    def __init__(
+        self,
+        client: FluxKontextClient,
+        ledger: Ledger,
+        posts_at_once: int,
+        budget: Budget | None = None,
+    ) -> None:
         self.stopped: FluxKontextError | None = None
         self.accepted = 0
         self.spent = 0.0
         self.outstanding: set[str] = set()
         self._client = client
         self._ledger = ledger
+        self._budget = budget or Budget(None)
         self._room = asyncio.Semaphore(posts_at_once)
         self._all: set[asyncio.Task[Entry]] = set()
         self._posting: set[asyncio.Task[Entry]] = set()
@@ -98,21 +107,24 @@ class Submitter:
     async def _submit(self, row: Row, entry: Entry) -> Entry:
         latest = entry
         work = cast("asyncio.Task[Entry]", asyncio.current_task())
+        price = self._ledger.price_of(row.request)
 
         @asynccontextmanager
         async def attempt() -> AsyncIterator[None]:
             nonlocal latest
             async with self._room:
                 self._check_going_on()
+                await self._budget.reserve(price)
                 self._posting.add(work)
-                sent = False
+                sent = owed = False
                 try:
                     latest = await self._ledger.claim(row, latest)
                     self._check_going_on()  # writing it took a while
-                    sent = True
+                    sent = owed = True
                     yield
                 except FluxKontextError as error:
                     unsent = error.not_accepted or not sent
+                    owed = not unsent
                     if unsent and latest.state is State.INTENT:
                         latest = await self._ledger.rejected(latest, error)
                     self._posting.discard(work)
@@ -126,6 +138,8 @@ class Submitter:
                     # Who knows how far it got.
                     told = f"{type(error).__name__}: {error}"
                     raise ReplyLostError(f"The submit met an unforeseen error: {told}") from None
+                finally:
+                    await self._budget.settle(price, given_back=not owed)
 
         try:
             task = await self._client.submit(row.request, around_post=attempt)

@@ -7,10 +7,13 @@ import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from prefect_flux_kontext.cli.plan import add_budget_argument, add_manifest_arguments, show_plan
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator, Coroutine
 
+    from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.manifest.reading import Manifest
@@ -25,18 +28,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run = commands.add_parser(
         "run",
         help="restyle every image of a manifest",
-        description="Restyle every image of a CSV manifest and store the results. Run again, it "
-        f"pays only for what is new and collects what was left. {_EXIT_STATUS}",
+        description="Restyle every image of a manifest and store the results, once the plan is "
+        "told and no row is invalid. Run again, it pays only for what is new and collects what "
+        f"was left. {_EXIT_STATUS}",
     )
-    run.add_argument("manifest", metavar="MANIFEST", help="CSV file, a path or fsspec URL")
-    run.add_argument("output", metavar="OUTPUT", help="folder or prefix to store to")
-    run.add_argument("--prompt", help="the prompt for rows that have none of their own")
+    add_manifest_arguments(run)
     run.add_argument(
-        "--resubmit-unknown",
-        action="store_true",
-        help="pay again for rows whose submit's reply was lost; they may be paid for already",
+        "--skip-invalid", action="store_true", help="run the other rows where some are invalid"
     )
-    run.set_defaults(func=lambda options: _report(_run(options)))
+    run.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    run.set_defaults(func=_run)
 
     retry = commands.add_parser(
         "retry-failed",
@@ -46,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     retry.add_argument("output", metavar="OUTPUT", help="the batch's output")
     retry.add_argument("--prompt", help="the prompt for rows that have none of their own")
+    add_budget_argument(retry)
     retry.set_defaults(func=lambda options: _report(_retry(options)))
 
     collect = commands.add_parser(
@@ -72,11 +74,22 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     return 0 if summary.complete else SOME_ROWS_FAILED
 
 
-async def _run(options: argparse.Namespace) -> BatchSummary:
+def _run(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        return asyncio.run(_dry(options))
+    return _report(_batch(_manifest(options), options.output, options))
+
+
+def _manifest(options: argparse.Namespace) -> Manifest:
     from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
 
-    manifest = Manifest(options.manifest, options.prompt)
-    return await _batch(manifest, options.output, resubmit_unknown=options.resubmit_unknown)
+    return Manifest(options.manifest, options.prompt, options.columns)
+
+
+async def _dry(options: argparse.Namespace) -> int:
+    plan = await show_plan(_manifest(options), options.output, _row_options(options))
+    plan.check(skip_invalid=options.skip_invalid)
+    return 0
 
 
 async def _retry(options: argparse.Namespace) -> BatchSummary:
@@ -85,22 +98,24 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
     manifest = Manifest(OutputFolder(options.output).uri(FAILED_ROWS), options.prompt)
-    return await _batch(manifest, options.output, retry_failed=True)
+    # A row that was skipped as invalid stands there too, and must not stop the others.
+    options.skip_invalid = options.retry_failed = True
+    return await _batch(manifest, options.output, options)
 
 
-async def _batch(
-    manifest: Manifest, output: str, *, resubmit_unknown: bool = False, retry_failed: bool = False
-) -> BatchSummary:
+async def _batch(manifest: Manifest, output: str, options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.batch.batch import run_batch  # noqa: PLC0415
     from prefect_flux_kontext.cli.progress import shown  # noqa: PLC0415
+    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
-    check = await asyncio.to_thread(manifest.check)
+    decided = _row_options(options)
+    # Else a wrong output would show as a ledger that cannot be read.
+    await OutputFolder(output).check_writable()
+    plan = await show_plan(manifest, output, decided)
+    plan.check(skip_invalid=options.skip_invalid)
     async with (
-        _session(output, resubmit_unknown=resubmit_unknown, retry_failed=retry_failed) as (
-            session,
-            slots,
-        ),
-        shown(session.rows, check.rows),
+        _session(output, decided) as (session, slots),
+        shown(session.rows, plan.rows),
     ):
         return await run_batch(
             session, manifest.rows(), lambda wave: wave.run(), concurrent_tasks=slots
@@ -110,16 +125,27 @@ async def _batch(
 async def _collect(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.batch.batch import collect  # noqa: PLC0415
 
-    async with _session(options.output) as (session, slots):
+    async with _session(options.output, _row_options(options)) as (session, slots):
         return await collect(session, lambda wave: wave.run(), concurrent_tasks=slots)
 
 
-@asynccontextmanager
-async def _session(
-    output: str, *, resubmit_unknown: bool = False, retry_failed: bool = False
-) -> AsyncIterator[tuple[Session, int]]:
-    from prefect_flux_kontext.api.client import FluxKontextClient  # noqa: PLC0415
+def _row_options(options: argparse.Namespace) -> RowOptions:
     from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+
+    settings = FluxKontextSettings()
+    return RowOptions(
+        cadence=settings.cadence(),
+        resubmit_unknown=getattr(options, "resubmit_unknown", False),
+        retry_failed=getattr(options, "retry_failed", False),
+        result_days=settings.result_days,
+        budget_usd=getattr(options, "budget", None),
+    )
+
+
+@asynccontextmanager
+async def _session(output: str, options: RowOptions) -> AsyncIterator[tuple[Session, int]]:
+    from prefect_flux_kontext.api.client import FluxKontextClient  # noqa: PLC0415
     from prefect_flux_kontext.batch.session import batch_session  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
@@ -133,12 +159,6 @@ async def _session(
     )
     folder = OutputFolder(output)
     await folder.check_writable()
-    options = RowOptions(
-        cadence=settings.cadence(),
-        resubmit_unknown=resubmit_unknown,
-        retry_failed=retry_failed,
-        result_days=settings.result_days,
-    )
     # Ctrl-C cancels by itself; SIGTERM, which ends containers, is to do the same.
     running = asyncio.current_task()
     if running is not None:

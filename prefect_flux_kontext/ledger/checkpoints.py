@@ -35,6 +35,7 @@ class FinishedRow(BaseModel):
     attempt: int
     spent: float
     failures: int
+    doubtful: float = 0.0
     ended: Ended
 
 
@@ -57,6 +58,7 @@ def _finished(entry: Entry) -> FinishedRow | None:
         attempt=entry.attempt,
         spent=entry.spent,
         failures=entry.failures,
+        doubtful=entry.doubtful,
         ended=entry.ended,
     )
 

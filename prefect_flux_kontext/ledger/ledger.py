@@ -46,6 +46,10 @@ class Ledger:
         self.owner = owner
         self._prices = prices
 
+    def price_of(self, request: GenerationRequest) -> float:
+        """Dollars for one image of the request."""
+        return self._prices[request.mode]
+
     async def read(self, key: str) -> Entry:
         """What the records say of a row.
 
@@ -105,7 +109,7 @@ class Ledger:
             row_id=row.id,
             line=row.line,
             request=_without_secrets(row.request),
-            price=self._prices[row.request.mode],
+            price=self.price_of(row.request),
         )
         claimed = entry.next_attempt(intent)
         if not await self._create(claimed, "intent", intent):

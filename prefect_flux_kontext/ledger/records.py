@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefect_flux_kontext.ledger.states import PAID, State
 from prefect_flux_kontext.models import GenerationRequest, GenerationTask, StoredImage, utc_now
 
+GIVEN_UP = "resubmitted"
+"""The reason of an attempt that a person has paid for again without knowing what came of it."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -75,6 +78,7 @@ class Entry(BaseModel):
         attempt: Number of the latest attempt; 0 where there is none.
         failed_before: Earlier attempts that were paid and failed.
         spent_before: Dollars of earlier attempts that were accepted.
+        doubtful_before: Dollars of earlier attempts that were given up without being known.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -86,6 +90,7 @@ class Entry(BaseModel):
     ended: Ended | None = None
     failed_before: int = 0
     spent_before: float = 0.0
+    doubtful_before: float = 0.0
 
     @property
     def state(self) -> State:
@@ -103,6 +108,12 @@ class Entry(BaseModel):
         return self.spent_before + (self.intent.price if paid and self.intent else 0.0)
 
     @property
+    def doubtful(self) -> float:
+        """Dollars of all attempts that were given up though they may have been accepted."""
+        given_up = self.posted is not None and self.posted.reason == GIVEN_UP
+        return self.doubtful_before + (self.intent.price if given_up and self.intent else 0.0)
+
+    @property
     def failures(self) -> int:
         """Attempts that were paid and failed."""
         return self.failed_before + (self.state is State.FAILED)
@@ -115,6 +126,7 @@ class Entry(BaseModel):
             intent=intent,
             failed_before=self.failures,
             spent_before=self.spent,
+            doubtful_before=self.doubtful,
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,14 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from pydantic import ValidationError
 
 from prefect_flux_kontext.models import GenerationRequest
+from prefect_flux_kontext.storage import is_reserved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_LONGEST_ID = 200
+# Control characters, and those that turn or hide the text around them.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 """The columns that go into the request as they are."""
@@ -61,12 +67,15 @@ def make_row(
     values: dict[str, Any] = {name: given[name] for name in PARAMETERS if name in given}
     if prompt is not None:
         values.setdefault("prompt", prompt)
-    image = given.get("image")
-    row_id = given.get("id") or _made_id(image, values)
-    problems = []
-    if image is not None:
-        values["image_urls"] = [image]
-        problems += problems_of_reference(image)
+    images, problems = _references(given)
+    row_id = given.get("id") or _made_id(images, values)
+    problems += _problems_of_id(given.get("id", ""))
+    if images:
+        values["image_urls"] = images
+        for image in images:
+            problems += problems_of_reference(image)
+    elif problems:
+        pass
     elif "prompt" not in given and prompt is not None:
         # Else a hole in the column of references would be paid for as text to image.
         problems.append("the row has neither an image nor a prompt of its own")
@@ -79,10 +88,48 @@ def make_row(
     return Row(id=row_id, line=line, request=request, cells=cells)
 
 
-def _made_id(image: str | None, values: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([image, values], sort_keys=True).encode()).hexdigest()[:12]
-    stem = PurePosixPath(unquote(_parts(image).path)).stem if image else ""
+def _references(given: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The references of a row, and what is wrong with their column."""
+    images = [given["image"]] if "image" in given else []
+    several = given.get("images")
+    if several is None:
+        return images, []
+    if images:
+        return images, ["the row has both `image` and `images`; give one of them"]
+    if not several.startswith("["):
+        return several.split(), []
+    try:
+        images = json.loads(several)
+    except (ValueError, RecursionError):
+        return [], [f"images {several[:60]!r} is not a list in JSON"]
+    if not all(isinstance(image, str) for image in images):
+        return [], [f"images {several[:60]!r} is not a list of texts"]
+    return images, []
+
+
+def _made_id(images: list[str], values: dict[str, Any]) -> str:
+    # As it was when a row had one reference at most, so that ids stay as they were.
+    told = images[0] if len(images) == 1 else images or None
+    digest = hashlib.sha256(json.dumps([told, values], sort_keys=True).encode()).hexdigest()[:12]
+    stem = PurePosixPath(unquote(_parts(images[0]).path)).stem if images else ""
     return f"{stem}-{digest}" if stem else digest
+
+
+def _problems_of_id(row_id: str) -> list[str]:
+    if len(row_id) > _LONGEST_ID:
+        return [
+            f"id has {len(row_id):,} characters, and names files; it has at most {_LONGEST_ID}"
+        ]
+    told = None
+    if sign := _UNSEEN.search(row_id):
+        told = f"holds a character that cannot be seen ({sign.group()!a})"
+    elif row_id.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", row_id):
+        told = "is an absolute path"
+    elif ".." in re.split(r"[/\\]", row_id):
+        told = "leads out of the output"
+    elif is_reserved(row_id):
+        told = "is reserved on Windows"
+    return [f"id {row_id!r:.80} {told}; ids name files"] if told else []
 
 
 def _parts(url: str) -> SplitResult:
@@ -94,8 +141,16 @@ def _parts(url: str) -> SplitResult:
 
 def problems_of_reference(image: str) -> list[str]:
     """Why the service could not fetch a reference image, as far as its URL tells."""
+    if _UNSEEN.search(image):
+        # A URL parser would leave them out without a word.
+        return [f"image {image[:100]!r} holds a character that cannot be seen"]
     parts = _parts(image)
-    if parts.scheme in ("http", "https") and parts.hostname:
+    host = parts.hostname
+    if parts.scheme in ("http", "https") and host:
+        if parts.username is not None or parts.password is not None:
+            return [f"image at {host} has a user name or password in its URL; sign it otherwise"]
+        if host.startswith(("169.254.", "fe80:")):
+            return [f"image {image[:100]!r} is at a link-local address, which nobody else reaches"]
         return []
     told = (
         f"image {image[:100]!r} is not an http or https URL, so the service cannot fetch it; "

@@ -10,6 +10,7 @@ import pytest
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.manifest.rows import RefusedRow, Row
+from tests.support.plans import plan_of
 from tests.support.s3 import s3_server
 
 URL = "http://references.test/cat.jpg"
@@ -30,7 +31,7 @@ def manifest(tmp_path):
 
 def problem(manifest):
     with pytest.raises(ManifestError) as caught:
-        manifest.check()
+        plan_of(manifest)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return caught.value.message
 
@@ -87,7 +88,7 @@ def test_every_column_goes_into_the_request(manifest):
 def test_what_spreadsheets_write_is_read_the_same(manifest, content):
     rows = list(manifest(content).rows())
     assert [(row.id, row.request.prompt) for row in rows] == [("cat", "oil"), ("dog", "pencil")]
-    check = manifest(content).check()
+    check = plan_of(manifest(content))
     assert (check.rows, check.refused, check.problems) == (2, 0, [])
 
 
@@ -124,10 +125,16 @@ def test_quotes_commas_and_line_ends_inside_a_cell_belong_to_it(manifest):
         (b"id,image,prompt,Mode\n", "a column 'Mode'; spell it `mode`"),
         (b"id,image,prompt,Aspect-Ratio\n", "spell it `aspect_ratio`"),
         (b"id,image,prompt,output format\n", "spell it `output_format`"),
-        (f'id,image,prompt\n1,{URL},"oil\n2,{URL},x\n'.encode(), r"[Ll]ine 3 .*unexpected end"),
+        (
+            f'id,image,prompt\n1,{URL},"oil\n2,{URL},x\n'.encode(),
+            r"Line 3 .*unexpected end.*begins on line 2",
+        ),
         (f'id,image,prompt\n1,{URL},"oil"x\n'.encode(), "[Ll]ine 2 .*is not CSV"),
         (GOOD.encode("utf-16"), "[Ll]ine 1 .*not in UTF-8; save the manifest as UTF-8"),
-        (GOOD.encode("utf-16-be"), "neither a column"),
+        (GOOD.encode("utf-16-be"), "NUL characters, as UTF-16 does"),
+        (GOOD.replace(",", ";").encode(), "separated by semicolons; separate them by commas"),
+        (f"1,{URL},oil\n".encode(), "no line of column names; put one first"),
+        (b"<!DOCTYPE html>\n<html>404</html>\n", "looks like a page of HTML"),
         (f"id,image,prompt\n1,{URL},été\n".encode("latin-1"), "[Ll]ine 2 .*not in UTF-8"),
         (GOOD.encode() + f"x,{URL},été\n".encode("latin-1"), "[Ll]ine 4 .*not in UTF-8"),
         (b"\x1f\x8b\x08\x00" + bytes(range(256)), "not in UTF-8|is not CSV"),
@@ -159,10 +166,10 @@ def test_a_manifest_that_cannot_be_opened_is_a_manifest_error(url, tmp_path):
     assert url in problem(Manifest(url))
 
 
-def test_the_check_counts_refused_rows_and_keeps_the_first_twenty(manifest):
+def test_the_plan_keeps_every_refused_row_of_thirty(manifest):
     lines = [f"{number},not a url,oil" for number in range(30)]
-    check = manifest("\n".join(["id,image,prompt", *lines, f"x,{URL},oil"])).check()
-    assert (check.rows, check.refused, len(check.problems)) == (31, 30, 20)
+    check = plan_of(manifest("\n".join(["id,image,prompt", *lines, f"x,{URL},oil"])))
+    assert (check.rows, check.refused, len(check.problems)) == (31, 30, 30)
     assert check.problems[0].line == 2
 
 
@@ -171,17 +178,17 @@ def test_a_row_with_too_many_cells_fails_alone(manifest):
     assert refused(made) == {
         (2, "1 cells more than there are columns; quote cells that hold commas")
     }
-    assert made.check().rows == 2
+    assert plan_of(made).rows == 2
 
 
-def test_a_row_with_too_few_cells_lacks_what_they_would_hold(manifest):
-    made = manifest(f"id,image,prompt,mode\na,{URL}\nb,{URL},pencil\n")
-    assert refused(made) == {(2, "prompt is missing: give the row one, or a prompt for all rows")}
+def test_a_row_with_too_few_cells_is_refused_for_some_may_be_in_the_wrong_column(manifest):
+    made = manifest(f"id,image,prompt,mode\na,{URL},oil\nb,{URL},pencil,\n")
+    assert refused(made) == {(2, "3 cells where there are 4 columns")}
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("cat", "cat"), ("cat", "CAT"), (" cat", "cat "), ("Straße", "Straße")],
+    [("cat", "cat"), ("cat", "CAT"), (" cat", "cat "), ("Straße", "Straße"), ("é", "e\u0301")],
 )
 def test_an_id_given_twice_is_refused_the_second_time_with_the_first_line(manifest, first, second):
     rows = list(manifest(f"id,image,prompt\n{first},{URL},a\n{second},{URL},b\n").rows())
@@ -211,13 +218,13 @@ def test_rows_can_be_read_again_from_the_start(manifest):
 
 def test_a_manifest_is_read_from_memory():
     fsspec.filesystem("memory").pipe_file("/manifests/a.csv", GOOD.encode())
-    assert Manifest("memory://manifests/a.csv").check().rows == 2
+    assert plan_of(Manifest("memory://manifests/a.csv")).rows == 2
 
 
 def test_a_manifest_is_read_from_s3_and_s3_errors_are_manifest_errors():
     with s3_server() as (bucket, client):
         client.put_object(Bucket="pictures", Key="in/a.csv", Body=GOOD.encode())
-        assert Manifest(f"{bucket}/in/a.csv").check().rows == 2
+        assert plan_of(Manifest(f"{bucket}/in/a.csv")).rows == 2
         assert "There is no manifest at" in problem(Manifest(f"{bucket}/in/none.csv"))
         assert "s3://no-bucket/a.csv" in problem(Manifest("s3://no-bucket/a.csv"))
 
@@ -241,19 +248,20 @@ def test_missing_s3_credentials_are_a_manifest_error(monkeypatch, tmp_path):
 def test_a_name_with_glob_characters_means_just_that_file(tmp_path):
     path = tmp_path / "a[1]*?.csv"
     path.write_text(GOOD)
-    assert Manifest(str(path)).check().rows == 2
+    assert plan_of(Manifest(str(path))).rows == 2
 
 
 CHECK = """
 import resource, sys
 from prefect_flux_kontext.manifest.reading import Manifest
+from tests.support.plans import plan_of
 
 def most_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-Manifest(sys.argv[1]).check()
+plan_of(Manifest(sys.argv[1]))
 before = most_memory()
-check = Manifest(sys.argv[2]).check()
+check = plan_of(Manifest(sys.argv[2]))
 print(check.rows, check.refused, most_memory() - before)
 """
 

@@ -90,6 +90,52 @@ def test_a_reference_that_the_service_cannot_fetch_is_refused_with_what_to_do(im
     assert "serve the file at a URL" in told
 
 
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        ("http://a.test/x\r\ny.jpg", "holds a character that cannot be seen"),
+        ("http://me:word@a.test/x.jpg", "image at a.test has a user name or password"),
+        ("http://169.254.169.254/latest", "is at a link-local address"),
+    ],
+)
+def test_a_reference_that_is_a_trap_is_refused(image, told):
+    (problem,) = problems_of_reference(image)
+    assert told in problem
+    assert "word@" not in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("a\0b", "cannot be seen"),
+        ("a\nb", "cannot be seen"),
+        ("a\u202egpj.exe", "cannot be seen"),
+        ("../../etc/passwd", "leads out of the output"),
+        ("a/../../b", "leads out of the output"),
+        ("/etc/passwd", "is an absolute path"),
+        ("C:\\temp", "is an absolute path"),
+        ("CON", "is reserved on Windows"),
+        ("x" * 5_000, "id has 5,000 characters"),
+    ],
+)
+def test_an_id_that_cannot_name_a_file_is_refused(given, told):
+    assert told in reason(id=given, prompt="x")
+
+
+def test_several_references_are_a_list_in_json_or_separated_by_spaces():
+    for text in (f'["{URL}", "http://a.test/b c.png"]', f"{URL}  http://a.test/b"):
+        assert len(make_row(2, {"images": text, "prompt": "x"}).request.image_urls) == 2
+
+
+@pytest.mark.parametrize("text", ["[", '["a"', "[1]", "[" * 100_000])
+def test_several_references_that_are_no_list_are_refused(text):
+    assert "is not a list" in reason(images=text, prompt="x")
+
+
+def test_one_reference_and_several_at_once_are_refused():
+    assert "both `image` and `images`" in reason(image=URL, images=URL, prompt="x")
+
+
 @pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x y.png", "http://[::1]:80/x?sig=1#f"])
 def test_a_reference_that_the_service_may_fetch_is_let_through(image):
     assert problems_of_reference(image) == []

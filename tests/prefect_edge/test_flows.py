@@ -4,6 +4,7 @@ import csv
 import json
 
 import anyio
+import polars as pl
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -137,6 +138,7 @@ class TestABatch:
             str(output),
             credentials=account,
             prompt="as a poster",
+            skip_invalid=True,
             cadence=CADENCE,
             return_state=True,
         )
@@ -183,15 +185,27 @@ class TestABatch:
         first, second = sorted(runs, key=lambda run: run.name)
         assert second.start_time < first.end_time
 
-    async def test_a_manifest_of_refused_rows_alone_pays_nothing_and_says_why(
+    async def test_while_a_row_is_invalid_nothing_is_submitted(self, account, sandbox, tmp_path):
+        rows = [("a", "a.jpg", "oil"), ("b", "", ""), ("c", "", "a lighthouse")]
+        with pytest.raises(ManifestError, match=r"2 of 3 rows .* line 2: .*; line 3: ") as caught:
+            await style_transfer_batch(
+                write_manifest(tmp_path / "m.csv", rows),
+                str(tmp_path / "out"),
+                credentials=account,
+            )
+        assert "--skip-invalid" in caught.value.message
+        assert sandbox.service.bill()["accepted"] == 0
+
+    async def test_invalid_rows_alone_are_no_run_even_when_they_are_skipped(
         self, account, sandbox, tmp_path
     ):
-        summary = await style_transfer_batch(
-            write_manifest(tmp_path / "m.csv", [("a", "a.jpg", "oil"), ("b", "", "")]),
-            str(tmp_path / "out"),
-            credentials=account,
-        )
-        assert (summary.rows, summary.failed, summary.reasons) == (2, 2, {"refused": 2})
+        with pytest.raises(ManifestError, match="1 of 1 rows"):
+            await style_transfer_batch(
+                write_manifest(tmp_path / "m.csv", [("a", "a.jpg", "oil")]),
+                str(tmp_path / "out"),
+                credentials=account,
+                skip_invalid=True,
+            )
         assert sandbox.service.bill()["accepted"] == 0
 
     @pytest.mark.parametrize(
@@ -286,3 +300,33 @@ class TestDeployment:
         )
         summary = await style_transfer_batch(**parameters)
         assert summary.stored == 1
+
+
+class TestManifestsInFlows:
+    async def test_rows_are_given_directly_with_names_of_their_own(
+        self, account, reference, tmp_path
+    ):
+        summary = await style_transfer_batch(
+            [{"sku": 1, "photo": reference}, {"sku": 2, "photo": reference}],
+            str(tmp_path),
+            credentials=account,
+            prompt="oil",
+            columns={"id": "sku", "image": "photo"},
+            cadence=CADENCE,
+        )
+        assert (summary.rows, summary.stored) == (2, 2)
+        assert {path.name for path in tmp_path.glob("*.jpg")} == {"1.jpg", "2.jpg"}
+
+    async def test_a_table_is_not_written_into_prefects_database(self, account, tmp_path):
+        table = pl.DataFrame({"id": ["a"], "prompt": ["a canary of a prompt"]})
+        state = await style_transfer_batch(
+            table, str(tmp_path), credentials=account, cadence=CADENCE, return_state=True
+        )
+        assert (await state.aresult()).stored == 1
+        async with get_client() as client:
+            run = await client.read_flow_run(state.state_details.flow_run_id)
+        assert run.parameters["manifest"] == "<DataFrame>"
+
+    async def test_something_else_is_no_manifest(self, tmp_path):
+        with pytest.raises(ParameterTypeError, match="a list of dicts or a table"):
+            await style_transfer_batch(7, str(tmp_path))

@@ -1,0 +1,140 @@
+"""Where every row of a ledger stands, for as many as there are, with little held in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from prefect_flux_kontext.batch.status import unfinished_entries
+from prefect_flux_kontext.ledger.checkpoints import finished_rows
+from prefect_flux_kontext.ledger.owners import is_alive
+from prefect_flux_kontext.ledger.states import State
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from prefect_flux_kontext.batch.rows import RowOptions
+    from prefect_flux_kontext.ledger.records import Entry
+    from prefect_flux_kontext.ledger.store import RecordStore
+
+_BLOCK = 1_000
+_CACHE_KIB = 16_384
+
+
+class Standing(StrEnum):
+    """What a run will do about a row."""
+
+    PAY = "to be paid"
+    STORED = "stored already"
+    OWED = "paid for already, to be collected"
+    UNKNOWN = "unknown: maybe paid for, not submitted again"
+    LEFT = "failed before, not paid for again"
+
+
+class _Known(NamedTuple):
+    key: str
+    attempt: int
+    standing: Standing
+    dollars: float
+
+
+class Standings:
+    """What the ledger says of each row key, in a private database in a temporary file."""
+
+    def __init__(self) -> None:
+        # Used by one thread at a time, though not always by the same one.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute(
+            "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, standing TEXT, "
+            "dollars REAL) WITHOUT ROWID"
+        )
+        self._database.execute("BEGIN")
+        self._empty = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._database.close()
+
+    def of(self, key: str) -> Standing:
+        """Where a row stands; one that the ledger does not know is to be paid."""
+        if self._empty:
+            return Standing.PAY
+        found = self._database.execute(
+            "SELECT standing FROM rows WHERE key = ?", (bytes.fromhex(key),)
+        ).fetchone()
+        return Standing(found[0]) if found else Standing.PAY
+
+    def dollars(self) -> float:
+        """Dollars for everything that was accepted or may have been, of whatever run."""
+        (total,) = self._database.execute("SELECT total(dollars) FROM rows").fetchone()
+        return float(total)
+
+    async def read(self, store: RecordStore, options: RowOptions) -> None:
+        """Read a ledger, in which a later attempt of a row may stand beside an earlier one.
+
+        Raises:
+            LedgerError: The ledger cannot be read or is damaged.
+        """
+        # Unfinished waves first: one that ends meanwhile is then in both rather than in neither.
+        entries = await unfinished_entries(store)
+        known = [await _of_entry(store, entry, options) for entry in entries]
+        async for row in finished_rows(store):
+            failed = row.ended.state == "failed"
+            standing = (
+                _after_failure(options, row.ended.reason, row.failures)
+                if failed
+                else Standing.STORED
+            )
+            known.append(_Known(row.key, row.attempt, standing, row.spent + row.doubtful))
+            if len(known) >= _BLOCK:
+                await asyncio.to_thread(self._add, known)
+                known = []
+        await asyncio.to_thread(self._add, known)
+
+    def _add(self, known: list[_Known]) -> None:
+        self._empty = self._empty and not known
+        self._database.executemany(
+            "INSERT INTO rows VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET attempt = "
+            "excluded.attempt, standing = excluded.standing, dollars = excluded.dollars "
+            "WHERE excluded.attempt >= attempt",
+            [(bytes.fromhex(row.key), *row[1:]) for row in known],
+        )
+
+
+async def _of_entry(store: RecordStore, entry: Entry, options: RowOptions) -> _Known:
+    dollars = entry.spent + entry.doubtful
+    match entry.state:
+        case State.INTENT if entry.intent is not None:
+            dollars += entry.intent.price
+            if await is_alive(store, entry.intent.owner):
+                standing = Standing.OWED
+            else:
+                again = options.resubmit_unknown
+                standing = Standing.PAY if again else Standing.UNKNOWN
+        case State.STORED:
+            standing = Standing.STORED
+        case State.FAILED:
+            reason = entry.ended.reason if entry.ended else None
+            standing = _after_failure(options, reason, entry.failures)
+        case State.ACCEPTED:
+            standing = Standing.OWED
+        case _:
+            standing = Standing.PAY
+    return _Known(entry.key, entry.attempt, standing, dollars)
+
+
+def _after_failure(options: RowOptions, reason: str | None, failures: int) -> Standing:
+    decision = options.policy.decide(reason, failures, asked_to_retry=options.retry_failed)
+    return Standing.PAY if decision == "retry" else Standing.LEFT

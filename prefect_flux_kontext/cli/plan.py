@@ -1,0 +1,134 @@
+"""`flux-kontext plan`, and what all commands that take a manifest have in common."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.batch.planning import Plan
+    from prefect_flux_kontext.batch.rows import RowOptions
+    from prefect_flux_kontext.manifest.reading import Manifest
+    from prefect_flux_kontext.manifest.rows import RefusedRow
+
+SOME_ROWS_INVALID = 1
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    plan = commands.add_parser(
+        "plan",
+        help="tell what a run would do and cost, and every row that is invalid",
+        description="Tell what a run would do and cost, and every row that is invalid. Asks the "
+        "service nothing. Exit status: 0 all rows are valid, 1 some are not, 2 the manifest or "
+        "the ledger cannot be read.",
+    )
+    add_manifest_arguments(plan)
+    plan.set_defaults(func=lambda options: asyncio.run(_plan(options)))
+
+
+def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what is to be done, and for how much."""
+    parser.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help="CSV, TSV, JSON Lines or Parquet file, a path or fsspec URL",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder or prefix to store to")
+    parser.add_argument("--prompt", help="the prompt for rows that have none of their own")
+    parser.add_argument(
+        "--columns",
+        type=column_names,
+        default={},
+        metavar="IMAGE=PHOTO_URL,…",
+        help="the manifest's own names for columns: image=photo_url,prompt=text",
+    )
+    parser.add_argument(
+        "--resubmit-unknown",
+        action="store_true",
+        help="pay again for rows whose submit's reply was lost; they may be paid for already",
+    )
+    add_budget_argument(parser)
+
+
+def add_budget_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the cap on what the output may cost."""
+    parser.add_argument(
+        "--budget",
+        type=dollars,
+        metavar="DOLLARS",
+        help="what OUTPUT may cost in all, earlier runs and what is doubtful included; never "
+        "passed",
+    )
+
+
+def column_names(text: str) -> dict[str, str]:
+    """`image=photo_url,prompt=text` as the manifest's own names for columns.
+
+    Raises:
+        ArgumentTypeError: It is not of that form.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(meant.strip() and name.strip() for meant, _, name in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like image=photo_url,prompt=text")
+    return {meant.strip(): name.strip() for meant, _, name in pairs}
+
+
+def dollars(text: str) -> float:
+    """An amount such as `25.00`.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    try:
+        amount = float(text.removeprefix("$"))
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of dollars")
+    return amount
+
+
+async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Plan:
+    """Make the plan and print it, below every row that is invalid.
+
+    Raises:
+        ManifestError: The manifest cannot be read to its end, or has no rows.
+        LedgerError: The ledger cannot be read or is damaged.
+    """
+    from prefect_flux_kontext.batch.planning import make_plan  # noqa: PLC0415
+    from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
+
+    def tell(row: RefusedRow) -> None:
+        print(f"  line {row.line}, {row.id!r:.80}: {row.reason}")
+
+    settings = FluxKontextSettings()
+    plan = await make_plan(
+        manifest,
+        ledger_store(OutputFolder(output)),
+        options,
+        prices=settings.prices(),
+        requests_per_minute=settings.requests_per_minute,
+        concurrent_tasks=settings.concurrent_tasks,
+        tell=tell,
+    )
+    print(plan, flush=True)
+    return plan
+
+
+async def _plan(options: argparse.Namespace) -> int:
+    from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+
+    manifest = Manifest(options.manifest, options.prompt, options.columns)
+    decided = RowOptions(
+        cadence=FluxKontextSettings().cadence(),
+        resubmit_unknown=options.resubmit_unknown,
+        budget_usd=options.budget,
+    )
+    plan = await show_plan(manifest, options.output, decided)
+    return SOME_ROWS_INVALID if plan.refused else 0

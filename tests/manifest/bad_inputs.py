@@ -1,0 +1,179 @@
+"""Bad manifests, one of each kind: what is in them and what a run must say of them.
+
+`docs/bad-input.md` is written from this table: `python -m tests.manifest.bad_inputs`.
+"""
+
+import gzip
+import io
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prefect_flux_kontext.errors import ManifestError
+from prefect_flux_kontext.manifest.reading import Manifest
+from tests.support.plans import plan_of
+
+URL = "https://pictures.example.com/cat.jpg"
+HEAD = "id,image,prompt\n"
+GOOD = f"good,{URL},oil\n"
+PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
+
+
+class Bad(NamedTuple):
+    """A bad manifest.
+
+    Attributes:
+        what: Names it.
+        name: Its file name.
+        content: Its bytes or text; None for no file at all.
+        told: A part of the message; None where the input is fine after all.
+    """
+
+    what: str
+    name: str
+    content: bytes | str | None
+    told: str | None
+
+
+def csv(what, row, told):
+    """A row of CSV between two good ones."""
+    return Bad(what, "m.csv", f"{HEAD}{GOOD}{row}\nlast,{URL},ink\n", told)
+
+
+def ident(what, text, told):
+    """An id."""
+    return csv(what, f'"{text}",{URL},pencil', told)
+
+
+def reference(what, url, told):
+    """A reference image."""
+    return csv(what, f'x,"{url}",pencil', told)
+
+
+def line(what, text, told):
+    """A line of JSON between two good ones."""
+    return Bad(what, "m.jsonl", f'{{"prompt": "a"}}\n{text}\n{{"prompt": "b"}}\n', told)
+
+
+def parquet(column):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"prompt": column}), file, compression="zstd")
+    return file.getvalue()
+
+
+_LONG = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), ["x" * 1_000_000])
+
+BAD = [
+    Bad("no such file", "none.csv", None, "There is no manifest at"),
+    Bad("an empty file", "m.csv", "", "names nothing"),
+    Bad("a header only", "m.csv", HEAD, "has no rows"),
+    Bad("no header", "m.csv", GOOD, "It seems to have no line of column names"),
+    Bad("a missing column", "m.csv", f"id,file\n1,{URL}\n", "neither a column `image` nor"),
+    Bad("a column twice", "m.csv", "id,prompt,prompt\n1,a,b\n", "has a column twice"),
+    Bad("a column in other letters", "m.csv", "ID,Prompt\n1,a\n", "spell it `id`"),
+    ident("an id twice", "good", "is on line 2 already"),
+    ident("ids equal but for case", "GOOD", "is on line 2 already"),
+    Bad(
+        "ids equal but for their Unicode form",
+        "m.csv",
+        f"{HEAD}caf\u00e9,{URL},a\ncafe\u0301,{URL},b\n",
+        "is on line 2 already",
+    ),
+    csv("a blank id", f",{URL},pencil", None),
+    ident("an id of spaces", "   ", None),
+    ident("an id that leads out", "../../etc/passwd", "leads out of the output"),
+    ident("an absolute id", "/etc/passwd", "is an absolute path"),
+    ident("a NUL in an id", "a\0b", "holds a NUL character"),
+    ident("a line end in an id", "a\nb", "cannot be seen"),
+    ident("an id of 5,000 characters", "x" * 5_000, "has at most 200"),
+    ident("an id that Windows reserves", "CON", "is reserved on Windows"),
+    ident("an id that turns the text around", "a\u202egpj", "cannot be seen"),
+    ident("an id that spreadsheets compute", "=cmd|' /C calc'!A0", None),
+    Bad("a byte order mark", "m.csv", (HEAD + GOOD).encode("utf-8-sig"), None),
+    Bad("UTF-16", "m.csv", (HEAD + GOOD).encode("utf-16"), "save the manifest as UTF-8"),
+    Bad("UTF-16 unmarked", "m.csv", (HEAD + GOOD).encode("utf-16-le"), "save the manifest as"),
+    Bad("Latin-1", "m.csv", f"{HEAD}x,{URL},\u00e9t\u00e9\n".encode("latin-1"), "not in UTF-8"),
+    csv("a row that is too short", f"x,{URL}", "2 cells where there are 3 columns"),
+    csv("a row that is too long", f"x,{URL},oil, thick", "1 cells more than there are"),
+    csv("a quote that never ends", f'x,{URL},"oil', "a quote that is never closed"),
+    Bad("semicolons", "m.csv", (HEAD + GOOD).replace(",", ";"), "separated by semicolons"),
+    csv("a cell of a megabyte", f"x,{URL},{'x' * 900_000}", "larger than field limit"),
+    csv("a cell of ten megabytes", f"x,{URL},{'x' * 10_000_000}", "more than 1,000,000 char"),
+    Bad("carriage returns alone", "m.csv", (HEAD + GOOD).replace("\n", "\r"), None),
+    Bad("an HTML error page", "m.csv", "<!DOCTYPE html>\n<p>403</p>\n", "a page of HTML"),
+    reference("a local file", "/data/cat.jpg", "not an http or https URL"),
+    reference("file:", "file:///etc/passwd", "not an http or https URL"),
+    reference("ftp:", "ftp://a.example.com/cat.jpg", "not an http or https URL"),
+    reference("a cloud's metadata service", "http://169.254.169.254/x", "link-local"),
+    reference("a password in a URL", "https://me:word@a.example.com/x", "user name or password"),
+    reference("no scheme", "pictures.example.com/cat.jpg", "not an http or https URL"),
+    reference("a line end in a URL", "https://a.example.com/\r\nx", "cannot be seen"),
+    line("a torn last line", '{"prompt": "x', "is not JSON"),
+    line("an array", '["x"]', "is not an object but list"),
+    line("NaN", '{"prompt": "x", "n": NaN}', "NaN is not JSON"),
+    line("a name twice", '{"prompt": "x", "prompt": "y"}', "it names prompt twice"),
+    line("100,000 levels", '{"prompt": "x", "n": ' + "[" * 100_000, "nested too deeply"),
+    Bad(
+        "a number and its text as ids",
+        "m.jsonl",
+        '{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n',
+        "is on line 1 already",
+    ),
+    line(
+        "a number of 5,000 digits", '{"id": ' + "1" * 5_000 + "}", "number of thousands of digits"
+    ),
+    line("half a character", '{"prompt": "\\ud800"}', "holds half a character"),
+    Bad("JSON over several lines", "m.json", '[\n{"prompt": "x"}\n]\n', "JSON over several"),
+    Bad(
+        "a truncated gzip", "m.csv.gz", gzip.compress((HEAD + GOOD).encode())[:-9], "end-of-stream"
+    ),
+    Bad("a gzip bomb", "m.csv.gz", gzip.compress(bytes(30_000_000)), "1,000,000 characters"),
+    Bad("a truncated Parquet", "m.parquet", parquet(["x"])[:-9], "cannot be read"),
+    Bad("a Parquet bomb", "m.parquet", parquet(_LONG), "a cell of 1,000,000 bytes"),
+    csv("an empty prompt", f"x,{URL},", "prompt is missing"),
+    csv("a prompt of 10,001 characters", f"x,{URL},{'x' * 10_001}", "at most 10000 characters"),
+    Bad("an unknown mode", "m.csv", "prompt,mode\nx,turbo\n", "should be 'pro' or 'max'"),
+    Bad("an unknown ratio", "m.csv", "prompt,aspect_ratio\nx,2:1\n", "should be '21:9'"),
+    Bad("an unknown format", "m.csv", "prompt,output_format\nx,gif\n", "'jpeg' or 'png'"),
+    Bad("an unknown provider", "m.csv", "prompt,provider\nx,best\n", "should be 'auto'"),
+]
+
+
+def message(bad, folder):
+    """What a run says of it before anything is submitted; None where it would go on."""
+    path = Path(folder) / bad.name
+    if bad.content is not None:
+        content = bad.content
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        plan_of(Manifest(str(path))).check(skip_invalid=False)
+    except ManifestError as error:
+        return error.message
+    return None
+
+
+def page():
+    """The table as a page."""
+    rows = []
+    for bad in BAD:
+        with tempfile.TemporaryDirectory() as folder:
+            told = message(bad, folder)
+            shown = "accepted" if told is None else told.replace(f"{folder}/", "")
+        shown = shown.partition(" Mend them")[0].partition("Mend them.")[0].strip()
+        shown = shown.replace("\n", " ").replace("|", "\\|")
+        rows.append(f"| {bad.what} | {shown if len(shown) < 400 else shown[:400] + '…'} |")
+    head = (
+        "# Bad input, and what is said of it\n\nEach of these is known before anything is "
+        "submitted, and in a run that skips invalid\nrows only the rows named are left out. "
+        "Ids that are accepted are made safe as file names.\nWritten from the table of "
+        "`tests/manifest/bad_inputs.py` by `python -m tests.manifest.bad_inputs`.\n\n"
+        "| input | message |\n|---|---|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

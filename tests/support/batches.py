@@ -1,0 +1,23 @@
+"""Whole batches against a sandbox, without Prefect."""
+
+from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.api.client import FluxKontextClient
+from prefect_flux_kontext.batch.batch import run_batch
+from prefect_flux_kontext.batch.rows import RowOptions
+from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.storage import OutputFolder
+
+KEY = "key-of-the-tests"
+QUICK = PollingCadence(initial_delay=0, interval=0.05, timeout=60)
+
+
+async def run(sandbox, manifest, output, **options):
+    """Run the manifest as one process would, and return its summary."""
+    client = FluxKontextClient(KEY, base_url=sandbox.url)
+    decided = RowOptions(cadence=QUICK, **options)
+    folder = OutputFolder(str(output))
+    async with batch_session(client, folder, decided, FluxKontextSettings()) as session:
+        return await run_batch(
+            session, manifest.rows(), lambda wave: wave.run(), concurrent_tasks=100
+        )

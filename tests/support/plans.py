@@ -1,0 +1,27 @@
+"""The plan of a manifest for an output where nothing was paid yet."""
+
+import asyncio
+import itertools
+
+from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.batch.planning import make_plan
+from prefect_flux_kontext.batch.rows import RowOptions
+from prefect_flux_kontext.ledger.store import RecordStore
+
+PRICES = {"pro": 0.03, "max": 0.06}
+_numbers = itertools.count()
+
+
+def plan_of(manifest, store=None, *, tell=None, **options):
+    """Make the plan at the limits of a full account."""
+    return asyncio.run(
+        make_plan(
+            manifest,
+            store or RecordStore(f"memory://nothing-paid-{next(_numbers)}"),
+            RowOptions(cadence=PollingCadence(), **options),
+            prices=PRICES,
+            requests_per_minute=10_000,
+            concurrent_tasks=1_000,
+            tell=tell,
+        )
+    )
