@@ -19,16 +19,20 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0: all rows stored. 1: some rows failed. 2: the run could not start. 130: interrupted.
+    0: all rows stored. 1: some rows not. 2: the run could not start. 130: interrupted.
     """
-    from prefect_flux_kontext.errors import FluxKontextError  # noqa: PLC0415 - keeps --help quick
+    # Imported here to keep --help quick.
+    from prefect_flux_kontext.errors import (  # noqa: PLC0415
+        BatchStoppedError,
+        FluxKontextError,
+    )
 
     options = _parser().parse_args(arguments)
     try:
         return int(options.func(options))
     except FluxKontextError as error:
         print(f"flux-kontext: {error}", file=sys.stderr)
-        return COULD_NOT_START
+        return run.SOME_ROWS_FAILED if isinstance(error, BatchStoppedError) else COULD_NOT_START
     except KeyboardInterrupt:
         print("flux-kontext: interrupted", file=sys.stderr)
         return INTERRUPTED

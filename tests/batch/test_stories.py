@@ -217,7 +217,7 @@ def test_what_a_killed_run_has_paid_for_is_collected_without_the_manifest():
 def test_a_row_that_many_killed_runs_have_left_is_collected_and_counted_once():
     async def main(world):
         for _ in range(4):
-            assert await in_process(world, 10, manifest(LINES)) is None
+            assert await in_process(world, 5, manifest(LINES)) is None
         paid = world.posts
         summary = await in_process(world, None, [], only_collect=True)
         assert (summary.rows, summary.stored) == (paid, paid)

@@ -80,7 +80,7 @@ def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, r
         batch = Batch(service, tmp_path, url=proxy.url)
         batch.write(lines(60))
         stopped = batch.run()
-        assert stopped.status == 2
+        assert stopped.status == 1
         assert stopped.said.count("flux-kontext: ") == 1
         assert batch.accepted == 19
         assert proxy.numbers["submit"] < 20 + 8
