@@ -14,7 +14,7 @@ test: .venv/installed-dev ## run all tests, with branch coverage
 	@$(BIN)/pytest --cov --cov-report=term
 
 chaos: .venv/installed-dev ## some 250 kills in 11,000 rows: nothing paid twice, nothing lost (20 minutes)
-	@$(BIN)/python -m tests.chaos.large
+	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large
 
 check: .venv/installed-dev ## linters and types
 	$(BIN)/ruff check

@@ -98,9 +98,23 @@ class Process:
     tasks: list = field(default_factory=list)
 
 
+class _Task(asyncio.Task):
+    """A task whose place in a set is by number, not by address: else no seed repeats itself."""
+
+    def __init__(self, work, **how):
+        self.number = next(_numbers)
+        super().__init__(work, **how)
+
+    def __hash__(self):
+        return self.number
+
+    def __eq__(self, other):
+        return self is other
+
+
 def _task(loop, work, context=None, **how):
     """Tasks belong to the process that has started them, so that they die with it."""
-    task = asyncio.Task(work, loop=loop, context=context, **how)
+    task = _Task(work, loop=loop, context=context, **how)
     process = (context or contextvars.copy_context()).get(_process)
     if process is not None:
         process.tasks.append(task)
