@@ -1,27 +1,50 @@
-"""Files on local disks that are whole from the moment they can be seen."""
+"""Files that are whole from the moment they can be seen, on any fsspec filesystem."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from typing import TYPE_CHECKING
+import threading
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+_MEMORY = threading.Lock()
 
 
-def place(path: Path, data: bytes, *, exclusively: bool = False) -> None:
-    """Write beside the place and then put it there.
-
-    Args:
-        path: The place; its folder is made.
-        data: The whole file.
-        exclusively: Refuse where there is a file already.
+def create_file(fs: Any, path: str, data: bytes) -> None:
+    """Put a file where there is none.
 
     Raises:
-        FileExistsError: There is one, and it was to be exclusive.
-        OSError: The filesystem refused.
+        FileExistsError: There is one.
+        Exception: Each filesystem has errors of its own.
     """
+    if isinstance(fs, LocalFileSystem):
+        _place(Path(path), data, exclusively=True)
+    elif isinstance(fs, MemoryFileSystem):
+        with _MEMORY:
+            fs.pipe_file(path, data, mode="create")
+    else:
+        fs.pipe_file(path, data, mode="create")
+
+
+def replace_file(fs: Any, path: str, data: bytes) -> None:
+    """Put a file in place, over an older one of that name.
+
+    Raises:
+        Exception: Each filesystem has errors of its own.
+    """
+    if isinstance(fs, LocalFileSystem):
+        _place(Path(path), data, exclusively=False)
+    else:
+        # One PUT: an object store shows the object whole or not at all.
+        fs.pipe_file(path, data)
+
+
+def _place(path: Path, data: bytes, *, exclusively: bool) -> None:
+    """Write beside the place and then put it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:

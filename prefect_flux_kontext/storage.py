@@ -8,17 +8,15 @@ import hashlib
 import os
 import re
 import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
-from prefect_flux_kontext.atomic import place
+from prefect_flux_kontext.atomic import create_file, replace_file
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _LONGEST_NAME = 80
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -74,15 +72,7 @@ class OutputFolder:
         Raises:
             StorageError: The filesystem refused; no half file is left to be seen.
         """
-        path = self._path(name)
-        try:
-            await asyncio.to_thread(_write, self._fs, path, data)
-        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-            raise StorageError(
-                f"The output refused {self._fs.unstrip_protocol(path)}: "
-                f"{type(error).__name__}: {error}"
-            ) from None
-        return str(self._fs.unstrip_protocol(path))
+        return await self._write(replace_file, name, data)
 
     def uri(self, name: str) -> str:
         """The URI of a file here."""
@@ -103,12 +93,23 @@ class OutputFolder:
             StorageError: The filesystem refused.
         """
         for name in names[:-1]:
-            there = await self.read(name)
-            if there is None:
-                return await self.write(name, data)
-            if there == data:
-                return self.uri(name)
+            try:
+                return await self._write(create_file, name, data)
+            except FileExistsError:
+                if await self.read(name) == data:
+                    return self.uri(name)
         return await self.write(names[-1], data)
+
+    async def _write(self, how: Callable[[Any, str, bytes], None], name: str, data: bytes) -> str:
+        try:
+            await asyncio.to_thread(how, self._fs, self._path(name), data)
+        except FileExistsError:
+            raise
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+            raise StorageError(
+                f"The output refused {self.uri(name)}: {type(error).__name__}: {error}"
+            ) from None
+        return self.uri(name)
 
     async def read(self, name: str) -> bytes | None:
         """The bytes of a file, or None where there is none.
@@ -150,11 +151,3 @@ class OutputFolder:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
-
-
-def _write(fs: Any, path: str, data: bytes) -> None:
-    if isinstance(fs, LocalFileSystem):
-        place(Path(path), data)
-    else:
-        # One PUT: an object store shows the object whole or not at all.
-        fs.pipe_file(path, data)

@@ -8,17 +8,13 @@ their fsspec filesystems) and, within one process, in memory.
 from __future__ import annotations
 
 import asyncio
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 
 from prefect_flux_kontext.api.backoff import jittered
-from prefect_flux_kontext.atomic import place
+from prefect_flux_kontext.atomic import create_file, replace_file
 from prefect_flux_kontext.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -30,7 +26,6 @@ T = TypeVar("T")
 # is 3 to 13 at a time.
 _THREADS = ThreadPoolExecutor(32, thread_name_prefix="flux-kontext-records")
 _ATTEMPTS = 4
-_MEMORY = threading.Lock()
 
 
 class RecordStore:
@@ -61,7 +56,7 @@ class RecordStore:
         """
         try:
             await self._tried(
-                name, lambda: _create(self._fs, self._path(name), data), FileExistsError
+                name, lambda: create_file(self._fs, self._path(name), data), FileExistsError
             )
         except FileExistsError:
             return await self.read(name) == data
@@ -87,7 +82,7 @@ class RecordStore:
         Raises:
             LedgerError: The store could not be written to.
         """
-        await self._tried(name, lambda: _replace(self._fs, self._path(name), data))
+        await self._tried(name, lambda: replace_file(self._fs, self._path(name), data))
 
     async def remove(self, name: str) -> None:
         """Remove a record; one that is gone already is as well.
@@ -141,20 +136,3 @@ class RecordStore:
                     f"attempts: {told}"
                 )
             await asyncio.sleep(jittered(attempt, base=0.5))
-
-
-def _create(fs: Any, path: str, data: bytes) -> None:
-    if isinstance(fs, LocalFileSystem):
-        place(Path(path), data, exclusively=True)
-    elif isinstance(fs, MemoryFileSystem):
-        with _MEMORY:
-            fs.pipe_file(path, data, mode="create")
-    else:
-        fs.pipe_file(path, data, mode="create")
-
-
-def _replace(fs: Any, path: str, data: bytes) -> None:
-    if isinstance(fs, LocalFileSystem):
-        place(Path(path), data, exclusively=False)
-    else:
-        fs.pipe_file(path, data)

@@ -186,10 +186,7 @@ class World:
         self.numbers[kind] += 1
         if self.hook is not None and (fault := self.hook(kind, request, self.numbers[kind])):
             return fault
-        if kind == "submit":
-            names = WIRE[:6]
-        else:
-            names = ("status_trouble",) if kind == "status" else ("download_trouble",)
+        names = {"submit": WIRE[:6], "status": WIRE[6:7], "download": WIRE[7:]}.get(kind, ())
         rates = {name: self.faults.wire.get(name, 0.0) for name in names}
         return self._throw(rates)
 
@@ -204,7 +201,7 @@ class Wire(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request):
         world, process = self._world, _process.get()
         path = request.url.path
-        kind = "submit" if request.method == "POST" else "status"
+        kind = {"generateTask": "submit", "statusTask": "status"}.get(path.split("/")[-2], "other")
         kind = "download" if path.startswith("/results/") else kind
         _check_alive(process)
         fault = world.wire_fault(kind, request)

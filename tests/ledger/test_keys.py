@@ -11,7 +11,7 @@ from prefect_flux_kontext.ledger.keys import row_key, url_identity
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.manifest.rows import Row, make_row
 from prefect_flux_kontext.models import GenerationRequest
 
 TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.strip())
@@ -146,12 +146,10 @@ async def test_a_record_holds_neither_signatures_nor_passwords_nor_callback_toke
     request = GenerationRequest(
         prompt="a cat", image_urls=[url], callback_url="https://us.test/s3cr3t-token"
     )
-    row = make_row(2, {"id": "cat", "prompt": "a cat", "image": url})
+    row = Row(id="cat", line=2, request=request)
     ledger = Ledger(RecordStore(str(tmp_path)), "o", {"pro": 0.03, "max": 0.06})
     key = row_key(request)
-    entry = await ledger.claim(
-        type(row)(id="cat", line=2, request=request, cells=row.cells), Entry(key=key)
-    )
+    entry = await ledger.claim(row, Entry(key=key))
     text = "".join(p.read_text() for p in tmp_path.rglob("*.json"))
     assert "s3cr3t" not in text
     assert "hunter2" not in text

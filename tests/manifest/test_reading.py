@@ -238,6 +238,8 @@ def test_missing_s3_credentials_are_a_manifest_error(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     # Nobody listens there, should it get so far.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    # Another test's store may still be open.
+    monkeypatch.delitem(fsspec.config.conf, "s3", raising=False)
     fsspec.filesystem("s3").clear_instance_cache()
     try:
         assert "credentials" in problem(Manifest("s3://bucket/a.csv"))
