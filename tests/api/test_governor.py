@@ -81,14 +81,26 @@ async def test_a_pause_keeps_everybody_back():
     assert first_after
 
 
-async def test_a_refused_status_slows_requests_down_and_a_refused_submit_does_not():
+async def test_statuses_refused_one_after_another_slow_requests_down_and_submits_do_not():
     governor = make_governor()
     spacing = governor.requests._spacing
-    governor.refused(None)
+    for _ in range(9):
+        governor.refused(None)
+        await asyncio.sleep(100)
     assert governor.requests._spacing == spacing
-    await asyncio.sleep(10)
     governor.refused(None, too_many_requests=True)
     assert governor.requests._spacing == 2 * spacing
+
+
+async def test_one_refusal_in_twenty_is_weather_and_slows_nothing_down():
+    governor = make_governor()
+    spacing = governor.requests._spacing
+    for _ in range(50):
+        for _ in range(19):
+            governor.heard()
+        await asyncio.sleep(100)
+        governor.refused(None, too_many_requests=True)
+    assert governor.requests._spacing == spacing
 
 
 def test_clients_of_one_account_share_a_governor():

@@ -79,3 +79,26 @@ async def test_a_narrow_account_is_kept_busy():
     bill = await run(200, slots=10)
     took = asyncio.get_running_loop().time() - began
     assert took < 200 / 10 * 30 * 1.3, f"{took:.0f} s for 200 rows in 10 slots: {bill}"
+
+
+class Weather(SlowLine):
+    """One request in twenty is refused, whatever the limits are."""
+
+    async def handle_async_request(self, request):
+        if self.dice.random() < 0.05:
+            return httpx.Response(429, json={"code": 429, "message": "too many"})
+        return await super().handle_async_request(request)
+
+
+async def test_refusals_at_random_do_not_shrink_the_account_to_a_few_tasks():
+    sandbox = Sandbox(SandboxSettings(mean=30))
+    async with make_client(transport=Weather(app=sandbox.app)) as client:
+
+        async def row(number):
+            task = await client.submit(GenerationRequest(prompt=f"row {number}"))
+            return await wait_until_ended(client, task, PollingCadence(timeout=86_400))
+
+        await asyncio.gather(*(row(number) for number in range(300)))
+    bill = sandbox.service.bill()
+    assert bill["accepted"] == 300
+    assert bill["peak_running"] > 50, bill

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.api.governor import RequestBudget
+from prefect_flux_kontext.api.request_budget import RequestBudget
 from tests.support.virtual_time import VirtualTimeLoop
 
 A_HAIR = 1e-6  # the loop's clock counts from a million, in floats

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.api.governor import TaskGate
+from prefect_flux_kontext.api.task_gate import TaskGate
 from tests.support.virtual_time import VirtualTimeLoop
 
 
