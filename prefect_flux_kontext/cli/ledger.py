@@ -88,8 +88,12 @@ async def _resolve(options: argparse.Namespace) -> int:
         return 1
     if options.accepted:
         entry = await ledger.accepted(entry, options.accepted)
-        print(f"Accepted. To collect its image: flux-kontext collect {options.output}")
+        told = f"Accepted. To collect its image: flux-kontext collect {options.output}"
     else:
         entry = await ledger.rejected(entry, FluxKontextError("A person's word.", code="resolved"))
-        print("Rejected. The next run submits it.")
+        told = "Rejected. The next run submits it."
+    if entry.posted is None or entry.posted.by != ledger.owner:
+        print(f"Row {options.key} was settled meanwhile: it is {entry.state}.", file=sys.stderr)
+        return 1
+    print(told)
     return 0
