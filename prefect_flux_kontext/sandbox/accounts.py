@@ -31,7 +31,7 @@ class RequestWindow:
             self._stamps.popleft()
         if len(self._stamps) < self._limit:
             return 0.0
-        return self._stamps[0] + _MINUTE - now
+        return self._stamps[0] - (now - _MINUTE)  # as above, or rounding lets one in
 
     def count(self, now: float) -> None:
         """Takes one request in."""
