@@ -1,7 +1,7 @@
 """Flows ready to run, to deploy, or to call from your own."""
 
-from __future__ import annotations
-
+# Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
+# code uses, and strings are none.
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
-async def tell_what_is_owed(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
+async def tell_what_is_owed(flow: Any, flow_run: "FlowRun", state: "State[Any]") -> None:  # noqa: ARG001
     """After a cancellation, log what the ledger says is paid for and not stored."""
     output = flow_run.parameters["output"]
     status = await ledger_status(ledger_store(OutputFolder(output)))
@@ -282,7 +282,7 @@ def _options(
 @asynccontextmanager
 async def _opened(
     output: str, account: FluxKontextCredentials, options: RowOptions
-) -> AsyncIterator[tuple[Session, int]]:
+) -> "AsyncIterator[tuple[Session, int]]":
     folder = OutputFolder(output)
     await folder.check_writable()
     settings = FluxKontextSettings()

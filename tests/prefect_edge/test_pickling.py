@@ -1,0 +1,29 @@
+"""`serve` pickles a flow for the process that runs it: its parameters are known there too."""
+
+import subprocess
+import sys
+
+import cloudpickle
+import pytest
+
+from prefect_flux_kontext import flows
+
+UNPICKLE = """
+import sys, cloudpickle
+flow = cloudpickle.loads(sys.stdin.buffer.read())
+given = {name: "text" for name in flow.parameters.required} | {"cadence": {"interval": 1}}
+print(sorted(flow.validate_parameters(given)))
+"""
+
+
+@pytest.mark.parametrize("name", flows.__all__)
+def test_a_flow_that_was_pickled_knows_its_parameters(name):
+    flow = getattr(flows, name)
+    told = subprocess.run(
+        [sys.executable, "-c", UNPICKLE],
+        input=cloudpickle.dumps(flow),
+        capture_output=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr.decode()
+    assert "'output'" in told.stdout.decode()
