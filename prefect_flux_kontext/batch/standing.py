@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -11,6 +10,7 @@ from prefect_flux_kontext.batch.status import unfinished_entries
 from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.scratch import scratch_database
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.store import RecordStore
 
 _BLOCK = 1_000
-_CACHE_KIB = 16_384
 
 
 class Standing(StrEnum):
@@ -44,16 +43,10 @@ class Standings:
     """What the ledger says of each row key, in a private database in a temporary file."""
 
     def __init__(self) -> None:
-        # Used by one thread at a time, though not always by the same one.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute(
+        self._database = scratch_database(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, standing TEXT, "
             "dollars REAL) WITHOUT ROWID"
         )
-        self._database.execute("BEGIN")
         self._empty = True
 
     def __enter__(self) -> Self:

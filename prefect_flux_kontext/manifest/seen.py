@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING, Self
 
+from prefect_flux_kontext.scratch import scratch_database
+
 if TYPE_CHECKING:
     from types import TracebackType
-
-_CACHE_KIB = 16_384
 
 
 class Seen:
@@ -22,13 +21,9 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        # Rows are read by one thread at a time, though not always by the same one.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute("CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)")
-        self._database.execute("BEGIN")
+        self._database = scratch_database(
+            "CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)"
+        )
 
     def __enter__(self) -> Self:
         return self

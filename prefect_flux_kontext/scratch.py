@@ -1,0 +1,23 @@
+"""A private database for what would not fit into memory, gone when it is closed."""
+
+from __future__ import annotations
+
+import sqlite3
+
+_CACHE_KIB = 16_384
+
+
+def scratch_database(table: str) -> sqlite3.Connection:
+    """Open a database that SQLite keeps in a temporary file, inside a transaction.
+
+    Args:
+        table: The statement that creates its table.
+    """
+    # Used by one thread at a time, though not always by the same one.
+    database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    database.execute("PRAGMA journal_mode = OFF")
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute(table)
+    database.execute("BEGIN")
+    return database
