@@ -87,7 +87,12 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
     owed.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
     _warn_of_expiry(owed, session.rows.options.result_days)
     rows = [
-        Row(id=entry.intent.row_id, line=entry.intent.line, request=entry.intent.request)
+        Row(
+            id=entry.intent.row_id,
+            line=entry.intent.line,
+            request=entry.intent.request,
+            key=entry.key,
+        )
         for entry in owed
         if entry.intent is not None
     ]

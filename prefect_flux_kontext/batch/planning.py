@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.standing import Standing, Standings
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.manifest.seen import Seen
 
@@ -200,7 +199,7 @@ def _read(
                 if tell is not None:
                     tell(row)
                 continue
-            key = row_key(row.request)
+            key = row.key
             if keys.first(key.encode(), plan.rows) != plan.rows:
                 plan.equal += 1
                 continue

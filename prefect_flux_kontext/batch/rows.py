@@ -23,7 +23,6 @@ from prefect_flux_kontext.errors import (
     ServiceTroubleError,
     UnreadableReplyError,
 )
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.ledger.ledger import RowTakenError
 from prefect_flux_kontext.ledger.records import GIVEN_UP, Stored
 from prefect_flux_kontext.ledger.states import State
@@ -129,7 +128,7 @@ class RowRunner:
                 id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
             )
         else:
-            outcome = await self._outcome(row, row_key(row.request))
+            outcome = await self._outcome(row, row.key)
         self.progress.count(outcome)
         self.progress.spent = self.submitter.spent
         if outcome.state == "failed":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.checkpoints import OpenWave, close_wave, open_wave
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.manifest.rows import Row
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class Wave:
             LedgerError: The ledger cannot be written to; none of the rows was run.
         """
         ledger, runner = self._session.ledger, self._session.rows
-        keys = {row_key(row.request) for row in self._rows if isinstance(row, Row)}
+        keys = {row.key for row in self._rows if isinstance(row, Row)}
         keys.difference_update(runner.stored)
         if not keys:
             return await runner.run(self._rows)

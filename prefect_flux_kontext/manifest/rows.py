@@ -12,6 +12,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import ValidationError
 
+from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.storage import is_reserved
 
@@ -34,12 +35,14 @@ class Row:
         id: Names the row and its images.
         line: Line of the manifest it ends on, from 1, with the header counted.
         request: What is to be made.
+        key: Names in the ledger what is paid for.
         cells: The line as it stands, so that it can be written again.
     """
 
     id: str
     line: int
     request: GenerationRequest
+    key: str
     cells: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,7 +88,7 @@ def make_row(
         problems += [_told(problem) for problem in error.errors()]
     if problems:
         return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=cells)
-    return Row(id=row_id, line=line, request=request, cells=cells)
+    return Row(id=row_id, line=line, request=request, key=row_key(request), cells=cells)
 
 
 def _references(given: Mapping[str, str]) -> tuple[list[str], list[str]]:

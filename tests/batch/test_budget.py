@@ -8,7 +8,6 @@ from prefect_flux_kontext.batch.budget import Budget, open_budget
 from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError, FluxKontextError
 from prefect_flux_kontext.ledger.checkpoints import OpenWave, open_wave
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import living_owner
 from prefect_flux_kontext.ledger.records import GIVEN_UP
@@ -68,7 +67,7 @@ async def test_rows_that_may_be_paid_for_count(tmp_path):
     entries = []
     for number in range(3):
         row = make_row(number, {"prompt": f"x {number}"})
-        entries.append(await ledger.claim(row, await ledger.read(row_key(row.request))))
+        entries.append(await ledger.claim(row, await ledger.read(row.key)))
     given_up = FluxKontextError("as a person says", code=GIVEN_UP)
     await ledger.rejected(entries[0], given_up, by="person")
     await ledger.rejected(entries[1], FluxKontextError("no", code=400))

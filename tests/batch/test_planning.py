@@ -8,7 +8,6 @@ from prefect_flux_kontext.batch.session import ledger_store
 from prefect_flux_kontext.batch.standing import Standing
 from prefect_flux_kontext.errors import FluxKontextError, ManifestError
 from prefect_flux_kontext.ledger.checkpoints import OpenWave, open_wave
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import living_owner
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -99,7 +98,7 @@ def test_rows_of_unfinished_waves_stand_where_their_records_say(tmp_path):
             keys = []
             for name in prompts[:4]:
                 row = make_row(1, {"prompt": name})
-                entry = await ledgers[name].read(row_key(row.request))
+                entry = await ledgers[name].read(row.key)
                 entry = await ledgers[name].claim(row, entry)
                 keys.append(entry.key)
                 if name == "accepted":

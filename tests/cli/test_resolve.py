@@ -5,7 +5,6 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -16,7 +15,7 @@ from prefect_flux_kontext.manifest.rows import make_row
 def unknown(tmp_path):
     """An output in which one row was claimed by a run that is gone; and the row's key."""
     row = make_row(2, {"id": "mug", "prompt": "in oil"})
-    key = row_key(row.request)
+    key = row.key
     ledger = Ledger(RecordStore(f"{tmp_path}/_ledger"), "gone", {"pro": 0.03})
     asyncio.run(ledger.claim(row, Entry(key=key)))
     return str(tmp_path), key, ledger

@@ -67,12 +67,13 @@ class FaultProxy:
         return None
 
     async def _serve(self, reader, writer):
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        try:
             while await self._one(reader, writer):
                 pass
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            await _closed(writer)
 
     async def _one(self, reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
@@ -117,9 +118,11 @@ class FaultProxy:
             for line in head.rstrip(b"\r\n").split(b"\r\n")
             if not line.lower().startswith(b"connection:")
         ]
-        writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body)
-        reply = await reader.read(-1)
-        writer.close()
+        try:
+            writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body)
+            reply = await reader.read(-1)
+        finally:
+            await _closed(writer)
         return reply.replace(b"connection: close\r\n", b"", 1)
 
 
@@ -129,6 +132,15 @@ def _kind(first_line):
     if b" /results/" in first_line:
         return "download"
     return "status" if b"/statusTask/" in first_line else "other"
+
+
+async def _closed(writer):
+    try:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    finally:
+        writer.transport.abort()
 
 
 async def _answer(writer, fault):
@@ -158,15 +170,19 @@ def fault_proxy(upstream, **how):
         ready.set()
         return server
 
+    async def end_all():
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        await asyncio.sleep(0)  # for the transports to let go of their sockets
+
     def serve():
         asyncio.set_event_loop(loop)
         server = loop.run_until_complete(start())
         loop.run_forever()
         server.close()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(end_all())
         loop.close()
 
     thread = threading.Thread(target=serve, name="fault-proxy")
