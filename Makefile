@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test chaos check format clean
+.PHONY: demo test chaos check docs format clean
 
 demo: .venv/installed ## restyle six photographs in five styles, look at demo/contact-sheet.png
 	@$(BIN)/flux-kontext demo demo
@@ -21,12 +21,15 @@ check: .venv/installed-dev ## linters and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: .venv/installed-dev ## build the documentation: docs/_build/index.html
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build
+
 format: .venv/installed-dev ## put the code into the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## forget the environment and what the demo made
-	rm -rf .venv demo dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo dist docs/_build docs/_generated .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; this one is %s. Name another: make PYTHON=python3.12" % sys.version.split()[0])'

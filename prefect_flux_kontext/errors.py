@@ -1,5 +1,7 @@
 """Everything that can go wrong, as one tree.
 
+::
+
     FluxKontextError
     ├── ConfigurationError           settings, credentials or arguments are wrong
     ├── ManifestError                the manifest cannot be read at all

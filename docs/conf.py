@@ -1,0 +1,31 @@
+"""How Sphinx makes the documentation: `make docs`, then open docs/_build/index.html."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from generated import write_settings
+
+import prefect_flux_kontext
+
+project = "prefect-flux-kontext"
+author = "The prefect-flux-kontext authors"
+release = prefect_flux_kontext.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+nitpicky = False
+
+html_theme = "furo"
+html_title = project
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+write_settings(Path(__file__).parent / "_generated" / "settings.md")
