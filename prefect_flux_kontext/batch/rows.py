@@ -223,7 +223,7 @@ class RowRunner:
         try:
             result = await wait_until_ended(self._client, task, self.options.cadence)
             images = await persist_result(
-                result, self._output, self._http, name=row.id, key=entry.key
+                result, self._output, self._http, name=row.name, key=entry.key
             )
             files = [self._output.relative(image.uri) for image in images]
             entry = await self._ledger.stored(entry, files, images)
@@ -274,7 +274,7 @@ class RowRunner:
         return RowOutcome.of(row, entry.key, "failed", failure)
 
     async def _deliver(self, row: Row, key: str, stored: Stored) -> RowOutcome:
-        uris = await name_stored(stored.files, self._output, name=row.id, key=key)
+        uris = await name_stored(stored.files, self._output, name=row.name, key=key)
         return RowOutcome(
             id=row.id,
             line=row.line,
