@@ -12,6 +12,10 @@ _LONGEST = 400
 _OURS = frozenset({"_ledger", "failed.csv"})
 """The batch's own, in the output's first folder."""
 
+# Most ids are so plain that nothing more needs to be asked of them.
+_PLAIN = re.compile(
+    r"(?!(?:con|prn|aux|nul|com\d|lpt\d)$)[a-z0-9][a-z0-9_-]{0,60}[a-z0-9]", re.IGNORECASE
+)
 # Control characters, and those that turn or hide the text around them.
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
@@ -19,6 +23,8 @@ IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 
 def problem_of_text(text: str) -> str | None:
     """Why a person's text cannot name a file, even when it is made safe."""
+    if _PLAIN.fullmatch(text):
+        return None
     if sign := UNSEEN.search(text):
         return f"holds a character that cannot be seen ({sign.group()!a})"
     if text.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", text):
@@ -35,6 +41,8 @@ def safe_part(text: str) -> str:
 
 def safe_path(text: str) -> str:
     """A name made of an id, which keeps its folders where it is a plain relative path."""
+    if _PLAIN.fullmatch(text):
+        return text
     parts = text.split("/")
     if len(parts) == 1 or not all(parts) or "." in parts:
         return safe_part(text)
@@ -43,6 +51,8 @@ def safe_path(text: str) -> str:
 
 def problem_of_name(name: str) -> str | None:
     """Why a name, each part of it safe, cannot be that of an image."""
+    if _PLAIN.fullmatch(name):
+        return None
     parts = name.split("/")
     if parts[0].casefold() in _OURS:
         return f"is that of the batch's own {parts[0]}"

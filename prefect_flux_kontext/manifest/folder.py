@@ -90,30 +90,37 @@ class Folder:
         while waiting:
             folder = waiting.pop()
             names, versions, inside = [], {}, []
-            for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
-                path = str(entry["name"]).rstrip("/")
-                name = path.removeprefix(f"{self.root}/{folder}")
-                if not name or "/" in name or name.startswith("."):
-                    continue
+            for name, entry in self._listed(folder):
                 if entry["type"] == "directory":
-                    if name != _LEDGER and path != self.output:
-                        inside.append(f"{folder}{name}/")
-                elif self.pattern is not None and not self.pattern.match(f"{folder}{name}"):
-                    continue
-                elif IMAGE_ENDING.search(name) and self._is_file(entry, path):
+                    inside.append(f"{folder}{name}/")
+                elif self._is_image(f"{folder}{name}", entry):
                     names.append(name)
                     if version := entry.get("ETag") or entry.get("etag"):
                         versions[name] = str(version).strip('"')
-                else:
-                    self.left_out += 1
             if folder.count("/") < self.deepest:
                 waiting += sorted(inside, reverse=True)
             if names:
                 yield folder, sorted(names), versions
 
-    def _is_file(self, entry: Mapping[str, Any], path: str) -> bool:
-        """Whether it is a file, or leads to one; what leads to a folder may lead round."""
-        return entry["type"] == "file" or bool(entry.get("islink") and self.fs.isfile(path))
+    def _listed(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """What is in a folder, without what is hidden, the output and any ledger."""
+        for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
+            path = str(entry["name"]).rstrip("/")
+            name = path.removeprefix(f"{self.root}/{folder}")
+            ours = path == self.output or name == _LEDGER
+            if name and "/" not in name and not name.startswith(".") and not ours:
+                yield name, entry
+
+    def _is_image(self, below: str, entry: Mapping[str, Any]) -> bool:
+        """Whether a file is an image by its name; counts those that are not."""
+        if self.pattern is not None and not self.pattern.match(below):
+            return False
+        # What leads to a folder may lead round.
+        linked = entry.get("islink") and self.fs.isfile(f"{self.root}/{below}")
+        if IMAGE_ENDING.search(below) and (entry["type"] == "file" or linked):
+            return True
+        self.left_out += 1
+        return False
 
 
 def folder_at(url: str, output: str | None) -> Folder | None:
@@ -158,7 +165,7 @@ def _inside(fs: Any, output: str | None) -> str | None:
         return None
     protocol = split_protocol(output)[0] or "file"
     known = [fs.protocol] if isinstance(fs.protocol, str) else list(fs.protocol)
-    return str(fs._strip_protocol(output)).rstrip("/") if protocol in known else None
+    return str(fsspec.core.url_to_fs(output)[1]).rstrip("/") if protocol in known else None
 
 
 def _ids(names: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.names import (
     IMAGE_ENDING,
-    UNSEEN,
     problem_of_name,
     problem_of_text,
     safe_part,
@@ -45,7 +44,9 @@ def parse_names(text: str) -> Names:
         for literal, column, spec, conversion in Formatter().parse(path):
             parts.append((literal, column))
             if column is not None and (spec or conversion or not _is_plain(column)):
-                told = f"{column}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
+                told = (
+                    f"{column}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
+                )
                 problems.append(f"`{{{told}}}` is not a column alone")
             if column == "ext":
                 problems.append("`{ext}` stands before its end")

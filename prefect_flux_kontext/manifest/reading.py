@@ -13,8 +13,8 @@ from prefect_flux_kontext.manifest.folder import Folder, folder_at
 from prefect_flux_kontext.manifest.given import given_lines, source
 from prefect_flux_kontext.manifest.json_lines import json_lines
 from prefect_flux_kontext.manifest.lines import COLUMNS
-from prefect_flux_kontext.manifest.opening import kind_of, told_as_manifest_error
 from prefect_flux_kontext.manifest.matrix import Recipe, make_recipe, rows_of_line
+from prefect_flux_kontext.manifest.opening import kind_of, told_as_manifest_error
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.manifest.seen import Seen
 

@@ -85,21 +85,17 @@ def make_row(
     """
     given = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: given[name] for name in PARAMETERS if name in given}
+    kept = cells
     if prompt is not None and "prompt" not in values:
         values["prompt"] = prompt
         # Else it would be another row when it is run again from the failed ones.
-        kept: Mapping[str, str] = {**cells, "prompt": prompt}
-    else:
-        kept = cells
+        kept = {**cells, "prompt": prompt}
     images, problems = _references(given)
     row_id = given.get("id") or _made_id(images, values)
     problems += _problems_of_id(given.get("id", ""))
-    if images:
-        for image in images:
-            problems += problems_of_reference(image)
-    elif problems:
-        pass
-    elif "prompt" not in given and (prompt is not None or style is not None):
+    for image in images:
+        problems += problems_of_reference(image)
+    if not (images or problems or "prompt" in given) and (prompt is not None or style is not None):
         # Else a hole in the column of references would be paid for as text to image.
         problems.append("the row has neither an image nor a prompt of its own")
     if style is not None or is_template(values.get("prompt", "")):
@@ -115,8 +111,7 @@ def make_row(
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        reason = "; ".join(dict.fromkeys(problems))
-        return RefusedRow(id=row_id, line=line, reason=reason, cells=cells)
+        return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=cells)
     if names is not None and "output" not in given:
         kept = {**kept, "output": name}
     return Row(

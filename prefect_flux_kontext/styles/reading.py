@@ -159,7 +159,7 @@ def _from_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc] # it ships no types
     """YAML as people write it: no aliases, of which bombs are made, and no name twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -170,7 +170,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         _without_twins([(repr(name), None) for name in names])
-        return super().construct_mapping(node, deep=deep)
+        made: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
+        return made
 
 
 def _without_twins(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -81,7 +81,9 @@ class Style(BaseModel):
     @property
     def parameters(self) -> dict[str, Any]:
         """What it sets in a request, without the prompt."""
-        return self.model_dump(exclude={"name", "prompt"}, exclude_none=True, exclude_defaults=True)
+        return self.model_dump(
+            exclude={"name", "prompt"}, exclude_none=True, exclude_defaults=True
+        )
 
     def text(self, prompt: str | None, cells: Mapping[str, str]) -> str:
         """The prompt for a row.

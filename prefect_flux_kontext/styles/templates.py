@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from jinja2 import StrictUndefined, nodes
+from jinja2 import StrictUndefined, Undefined, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 if TYPE_CHECKING:
@@ -72,17 +72,14 @@ _TOLD = {
 }
 
 
-class _Empty(StrictUndefined):
+class _Empty(Undefined):
     """A cell with nothing in it: false when it is asked for, refused when it is to be printed."""
 
     __slots__ = ()
-    __hash__ = StrictUndefined.__hash__
+    __hash__ = Undefined.__hash__
 
-    def __bool__(self) -> bool:
-        return False
-
-    def __len__(self) -> int:
-        return 0
+    def __str__(self) -> str:
+        raise jinja2.UndefinedError(self._undefined_message)
 
     def __eq__(self, other: object) -> bool:
         return other == ""
@@ -90,12 +87,9 @@ class _Empty(StrictUndefined):
     def __ne__(self, other: object) -> bool:
         return other != ""
 
-    def __contains__(self, part: object) -> bool:
-        return part == ""
-
 
 def _environment() -> SandboxedEnvironment:
-    made = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)  # noqa: S701 - no HTML
+    made = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
     made.filters = {name: made.filters[name] for name in _FILTERS}
     made.tests = {name: made.tests[name] for name in _TESTS}
     made.globals = {}
