@@ -146,7 +146,7 @@ async def run_wave(wave: Wave) -> BatchSummary:
     for row in summary.failures:
         logger.warning(
             "Row %s (line %d, task %s) is %s: %s",
-            row.id,
+            row.told,
             row.line,
             row.task_id,
             row.state,

@@ -124,9 +124,7 @@ class RowRunner:
 
     async def _run(self, row: Row | RefusedRow) -> RowOutcome:
         if isinstance(row, RefusedRow):
-            outcome = RowOutcome(
-                id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
-            )
+            outcome = RowOutcome.refused(row)
         else:
             outcome = await self._outcome(row, row.key)
         self.progress.count(outcome)
@@ -278,6 +276,7 @@ class RowRunner:
         return RowOutcome(
             id=row.id,
             line=row.line,
+            style=row.style,
             key=key,
             state="stored",
             task_id=stored.task_id,

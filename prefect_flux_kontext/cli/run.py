@@ -73,7 +73,7 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     except asyncio.CancelledError:
         return TERMINATED
     for row in summary.failures:
-        print(f"  line {row.line}, {row.id}: {row.message}")
+        print(f"  line {row.line}, {row.told}: {row.message}")
     unstored = summary.rows - summary.stored - summary.not_submitted
     if unstored > len(summary.failures):
         print(f"  … and {unstored - len(summary.failures)} more")

@@ -169,12 +169,13 @@ def _inside(fs: Any, output: str | None) -> str | None:
 
 
 def _ids(names: Sequence[str]) -> Iterator[str]:
-    """The names without extension, but with it where two would be equal."""
+    """The names without extension; where two would be equal, both with it: `cat-jpg`, `cat-png`."""
 
     def folded(name: str) -> str:
         return unicodedata.normalize("NFC", name).casefold()
 
     stems = [IMAGE_ENDING.sub("", name) for name in names]
-    taken = Counter(map(folded, stems)) + Counter(map(folded, names))
-    for name, stem in zip(names, stems, strict=True):
-        yield stem if stem and taken[folded(stem)] == 1 else name
+    longer = [IMAGE_ENDING.sub(r"-\1", name) for name in names]
+    taken = Counter(map(folded, stems)) + Counter(map(folded, longer))
+    for stem, long in zip(stems, longer, strict=True):
+        yield stem if stem and taken[folded(stem)] == 1 else long

@@ -14,6 +14,7 @@ from prefect_flux_kontext.names import (
     safe_part,
     safe_path,
 )
+from prefect_flux_kontext.storage import is_reserved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -111,6 +112,8 @@ def _given(output: str, kind: str) -> str:
             problem = "holds a backslash; folders are separated by slashes"
         elif any(not part.strip(". ") for part in parts):
             problem = "has a part that is empty"
+        elif any(map(is_reserved, parts)):
+            problem = "is reserved on Windows"
         elif max(map(len, parts)) > _LONGEST_PART and not all(map(_SPELLED.fullmatch, parts)):
             problem = f"has more than {_LONGEST_PART} characters between slashes"
         elif ending and _EXTENSIONS[ending[1].lower()] != kind:

@@ -140,6 +140,7 @@ def _restyled(values: dict[str, Any], style: Style | None, cells: Mapping[str, s
             where = f"style {style.name!r}"
             prompt = style.text(prompt, cells)
     except ValueError as error:
+        values.setdefault("prompt", "it is not missing, but wrong")
         return [f"{where}: {error}"]
     values["prompt"] = prompt
     if style is not None:

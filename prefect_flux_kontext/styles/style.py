@@ -51,12 +51,14 @@ class Style(BaseModel):
     @classmethod
     def _names_a_file(cls, name: str) -> str:
         problem = problem_of_text(name)
-        if "/" in name or "\\" in name:
+        if problem is None and ("/" in name or "\\" in name):
             problem = "holds a slash"
-        if is_style_file(name):
+        elif problem is None and is_style_file(name):
             problem = "looks like a file"
-        if problem or name != name.strip():
-            raise ValueError(f"the name {problem or 'begins or ends with a space'}")
+        elif problem is None and name != name.strip():
+            problem = "begins or ends with a space"
+        if problem:
+            raise ValueError(f"the name {problem}")
         return name
 
     @field_validator("prompt")

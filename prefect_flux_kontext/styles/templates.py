@@ -67,7 +67,9 @@ _TOLD = {
     "Import": "an import",
     "FromImport": "an import",
     "Extends": "`extends`",
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow", "Neg", "Pos"), "a sum"),
+    **dict.fromkeys(
+        ("Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow", "Neg", "Pos"), "arithmetic"
+    ),
     **dict.fromkeys(("List", "Tuple", "Dict"), "a list"),
 }
 
@@ -174,7 +176,8 @@ def _look_through(parsed: nodes.Template, columns: set[str]) -> None:
             )
         if isinstance(node, nodes.Name):
             columns.add(node.name)
-        waiting += [(child, depth + 1) for child in node.iter_child_nodes()]
+        inside = [(child, depth + 1) for child in node.iter_child_nodes()]
+        waiting += reversed(inside)  # so that the first problem is told
 
 
 def _problem_of(node: nodes.Node) -> str | None:
