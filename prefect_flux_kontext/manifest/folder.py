@@ -169,7 +169,7 @@ def _inside(fs: Any, output: str | None) -> str | None:
 
 
 def _ids(names: Sequence[str]) -> Iterator[str]:
-    """The names without extension; where two would be equal, both with it: `cat-jpg`, `cat-png`."""
+    """The names without extension; where two would be equal, with it: `cat-jpg`, `cat-png`."""
 
     def folded(name: str) -> str:
         return unicodedata.normalize("NFC", name).casefold()

@@ -1,5 +1,6 @@
 """Every image's name is known at plan time, stays in the output and is no other image's."""
 
+import contextlib
 from pathlib import PurePosixPath
 
 import pytest
@@ -204,10 +205,8 @@ ANY = st.text(max_size=30)
 def test_no_cells_whatsoever_lead_out_of_the_output(row_id, style, cell, template):
     row = make_row(2, {"id": row_id, "prompt": "x", "output": cell, "a": cell}, names=None)
     names = [] if isinstance(row, RefusedRow) else [row.name]
-    try:
+    with contextlib.suppress(ValueError):
         names.append(named(template, row_id, style, a=cell))
-    except ValueError as error:
-        assert str(error)
     for name in names:
         path = PurePosixPath("/out", name)
         assert PurePosixPath("/out") in path.parents
