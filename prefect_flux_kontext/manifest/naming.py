@@ -117,7 +117,7 @@ def _given(output: str, kind: str) -> str:
         elif max(map(len, parts)) > _LONGEST_PART and not all(map(_SPELLED.fullmatch, parts)):
             problem = f"has more than {_LONGEST_PART} characters between slashes"
         elif ending and _EXTENSIONS[ending[1].lower()] != kind:
-            problem = f"is not {kind}, which the row's output_format is"
+            problem = f"is not {kind}, which the row's output_format is; change one of them"
     if problem:
         raise ValueError(f"output {output!r:.80} {problem}")
     return "/".join(part if _SPELLED.fullmatch(part) else safe_part(part) for part in parts)
