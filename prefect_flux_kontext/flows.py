@@ -121,6 +121,8 @@ async def style_transfer_batch(
     credentials: FluxKontextCredentials | str | None = None,
     prompt: str | None = None,
     columns: dict[str, str] | None = None,
+    styles: str | list[str] | None = None,
+    output_names: str | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
     resubmit_unknown: bool = False,
@@ -137,13 +139,18 @@ async def style_transfer_batch(
 
     Args:
         manifest: Path or fsspec URL of a CSV, TSV, JSON Lines or Parquet file with the columns
-            `id`, `image` (or `images`), `prompt` and, where wanted, `mode`, `aspect_ratio`,
-            `output_format`, `provider`. Or the rows themselves: a list of dicts, or a table that
-            speaks Arrow's interface.
+            `id`, `image` (or `images`), `prompt` and, where wanted, `style`, `mode`,
+            `aspect_ratio`, `output_format`, `provider`, `output`. Or a folder, prefix or glob of
+            images. Or the rows themselves: a list of dicts, or a table that speaks Arrow's
+            interface.
         output: Folder or prefix to store to, on any fsspec filesystem.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
         prompt: The prompt for rows that have none of their own.
         columns: The manifest's own names for columns, such as `{"image": "photo_url"}`.
+        styles: Names of styles and paths of files of styles. Each row that names no style of its
+            own is made once in each of them.
+        output_names: Template of the images' names, such as `{style}/{id}.{ext}`, with any
+            column; none for `{id}/{style}.{ext}`, or `{id}.{ext}` for rows without a style.
         cadence: When to ask how a task is doing; none for the environment's cadence.
         failure_policy: What to do for each fail code; none for the defaults.
         resubmit_unknown: Pay again for rows whose submit's reply was lost. They may be paid
@@ -169,7 +176,7 @@ async def style_transfer_batch(
     options = _options(
         cadence, failure_policy, resubmit_unknown=resubmit_unknown, budget_usd=budget_usd
     )
-    rows = Manifest(manifest, prompt, columns or {})
+    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, output)
     account = await resolve_credentials(credentials)
     plan = await planned(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
@@ -195,6 +202,7 @@ async def retry_failed(
     output: str,
     credentials: FluxKontextCredentials | str | None = None,
     prompt: str | None = None,
+    styles: str | list[str] | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
     budget_usd: NonNegativeFloat | None = None,
@@ -208,6 +216,7 @@ async def retry_failed(
         output: The batch's output.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
         prompt: The prompt for rows that have none of their own.
+        styles: The files of styles that the batch was run with; the rows name their styles.
         cadence: When to ask how a task is doing; none for the environment's cadence.
         failure_policy: What to do for each fail code; none for the defaults.
         budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
@@ -222,7 +231,7 @@ async def retry_failed(
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
     options = _options(cadence, failure_policy, retry_failed=True, budget_usd=budget_usd)
-    rows = Manifest(OutputFolder(output).uri(FAILED_ROWS), prompt)
+    rows = Manifest(OutputFolder(output).uri(FAILED_ROWS), prompt, styles=styles)
     account = await resolve_credentials(credentials)
     # A row that was skipped as invalid stands there too, and must not stop the others.
     (await planned(rows, output, account, options)).check(skip_invalid=True)

@@ -15,7 +15,6 @@ from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_c
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, StorageError
 from prefect_flux_kontext.images import EXTENSIONS, ImageInfo, inspect_image
 from prefect_flux_kontext.models import StoredImage
-from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,13 +48,18 @@ def image_names(name: str, number: int, extension: str, key: str | None) -> list
     """The file names a result's image may have, the wanted one first.
 
     `cat.jpg`, and where that is another row's image already, `cat~1a2b3c4d.jpg` after the row
-    key. A second image of the same result is `cat~2.jpg`, and so on. No row id is spelled with a
-    tilde, so no name is that of another row.
+    key. A second image of the same result is `cat~2.jpg`, and so on. No row's name ends in a
+    tilde and so few digits, so no name is that of another row.
+
+    Args:
+        name: The row's name below the output, already safe.
+        number: Which image of the result, from 1.
+        extension: With its dot.
+        key: The row key; None where there is only the wanted name.
     """
-    stem = safe_name(name)
     which = "" if number == 1 else f"~{number}"
-    apart = [] if key is None else [f"{stem}~{key[:8]}{which}{extension}"]
-    return [f"{stem}{which}{extension}", *apart]
+    apart = [] if key is None else [f"{name}~{key[:8]}{which}{extension}"]
+    return [f"{name}{which}{extension}", *apart]
 
 
 async def persist_result(
@@ -72,7 +76,8 @@ async def persist_result(
         result: What came of the task.
         output: Where the images go.
         http: Connections made by `download_client`.
-        name: File name without extension; a second image gets `~2` after it, and so on.
+        name: Name below the output, already safe, without extension; a second image gets `~2`
+            after it, and so on.
         key: The row key, for which no other row's image is written over; None writes over
             what has that name.
 

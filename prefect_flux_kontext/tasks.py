@@ -21,7 +21,7 @@ from prefect_flux_kontext.models import (
 )
 from prefect_flux_kontext.results import download_client, persist_result
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage import OutputFolder, safe_name
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
@@ -134,7 +134,7 @@ async def persist_images(
     """
     async with download_client() as http:
         return await persist_result(
-            result, OutputFolder(output), http, name=name or result.task_id
+            result, OutputFolder(output), http, name=safe_name(name or result.task_id)
         )
 
 
@@ -146,7 +146,7 @@ async def run_wave(wave: Wave) -> BatchSummary:
     for row in summary.failures:
         logger.warning(
             "Row %s (line %d, task %s) is %s: %s",
-            row.id,
+            row.told,
             row.line,
             row.task_id,
             row.state,

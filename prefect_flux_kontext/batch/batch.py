@@ -23,6 +23,7 @@ from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.states import OWED, State
 from prefect_flux_kontext.manifest.rows import Row
 from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -92,6 +93,8 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
             line=entry.intent.line,
             request=entry.intent.request,
             key=entry.key,
+            name=entry.intent.name or safe_name(entry.intent.row_id),
+            style=entry.intent.style,
         )
         for entry in owed
         if entry.intent is not None

@@ -35,6 +35,7 @@ class Plan:
     Attributes:
         url: The manifest.
         rows: Rows in all, refused ones among them.
+        left_out: Files of a folder that are no images by their names.
         refused: Rows that are wrong.
         problems: The first thousand of them.
         equal: Rows that ask for what another row asks for: paid once.
@@ -50,6 +51,7 @@ class Plan:
 
     url: str
     rows: int = 0
+    left_out: int = 0
     refused: int = 0
     problems: list[RefusedRow] = field(default_factory=list)
     equal: int = 0
@@ -121,6 +123,8 @@ class Plan:
             *((self.standings[standing], str(standing)) for standing in Standing),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
+        if self.left_out:
+            lines.append(f"{self.left_out:>9,}  other files left out, told by their names")
         lines += [
             f"{number:>9,}  {told}" for number, told in counts if number or told == Standing.PAY
         ]
@@ -210,6 +214,7 @@ def _read(
                 digest.update(key.encode())
     if not plan.rows:
         raise ManifestError(f"The manifest {manifest.url} has no rows.")
+    plan.left_out = manifest.left_out
     plan.digest = digest.hexdigest()
 
 

@@ -124,9 +124,7 @@ class RowRunner:
 
     async def _run(self, row: Row | RefusedRow) -> RowOutcome:
         if isinstance(row, RefusedRow):
-            outcome = RowOutcome(
-                id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
-            )
+            outcome = RowOutcome.refused(row)
         else:
             outcome = await self._outcome(row, row.key)
         self.progress.count(outcome)
@@ -223,7 +221,7 @@ class RowRunner:
         try:
             result = await wait_until_ended(self._client, task, self.options.cadence)
             images = await persist_result(
-                result, self._output, self._http, name=row.id, key=entry.key
+                result, self._output, self._http, name=row.name, key=entry.key
             )
             files = [self._output.relative(image.uri) for image in images]
             entry = await self._ledger.stored(entry, files, images)
@@ -274,10 +272,11 @@ class RowRunner:
         return RowOutcome.of(row, entry.key, "failed", failure)
 
     async def _deliver(self, row: Row, key: str, stored: Stored) -> RowOutcome:
-        uris = await name_stored(stored.files, self._output, name=row.id, key=key)
+        uris = await name_stored(stored.files, self._output, name=row.name, key=key)
         return RowOutcome(
             id=row.id,
             line=row.line,
+            style=row.style,
             key=key,
             state="stored",
             task_id=stored.task_id,

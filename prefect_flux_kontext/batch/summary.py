@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
-    from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.manifest.rows import RefusedRow, Row
 
 _TOLD = 100
 
@@ -20,6 +20,7 @@ class RowOutcome(BaseModel):
 
     id: str
     line: int
+    style: str | None = None
     state: RowState
     key: str | None = Field(default=None, description="The row key: names it in the ledger.")
     reason: str | None = Field(
@@ -31,6 +32,23 @@ class RowOutcome(BaseModel):
     )
     uris: list[str] = Field(default_factory=list)
     already: bool = Field(default=False, description="It was stored before this run.")
+
+    @property
+    def told(self) -> str:
+        """The row as a person knows it."""
+        return f"{self.id} ({self.style})" if self.style else self.id
+
+    @classmethod
+    def refused(cls, row: RefusedRow) -> Self:
+        """A row that is wrong and costs nothing."""
+        return cls(
+            id=row.id,
+            line=row.line,
+            style=row.cells.get("style") or None,
+            state="failed",
+            reason="refused",
+            message=row.reason,
+        )
 
     @classmethod
     def of(
@@ -46,6 +64,7 @@ class RowOutcome(BaseModel):
         return cls(
             id=row.id,
             line=row.line,
+            style=row.style,
             key=key,
             state=state,
             reason=error.reason,

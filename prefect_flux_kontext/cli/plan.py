@@ -33,7 +33,8 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "manifest",
         metavar="MANIFEST",
-        help="CSV, TSV, JSON Lines or Parquet file, a path or fsspec URL",
+        help="CSV, TSV, JSON Lines or Parquet file, or a folder, prefix or glob of images; a "
+        "path or fsspec URL",
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder or prefix to store to")
     parser.add_argument("--prompt", help="the prompt for rows that have none of their own")
@@ -44,12 +45,46 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE=PHOTO_URL,…",
         help="the manifest's own names for columns: image=photo_url,prompt=text",
     )
+    add_style_argument(parser)
+    parser.add_argument(
+        "--names",
+        metavar="TEMPLATE",
+        help="names of the images, with any column; default: {id}/{style}.{ext}, or {id}.{ext} "
+        "for rows without a style",
+    )
     parser.add_argument(
         "--resubmit-unknown",
         action="store_true",
         help="pay again for rows whose submit's reply was lost; they may be paid for already",
     )
     add_budget_argument(parser)
+
+
+def add_style_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the styles for rows that name none."""
+    parser.add_argument(
+        "--style",
+        action="append",
+        default=[],
+        dest="styles",
+        metavar="NAME|FILE",
+        help="a style, or a YAML or JSON file of styles (see `flux-kontext styles`); give it "
+        "again for more: each row that names no style is made in each of them",
+    )
+
+
+def manifest_of(options: argparse.Namespace) -> Manifest:
+    """The manifest that the arguments say."""
+    from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
+
+    return Manifest(
+        options.manifest,
+        options.prompt,
+        options.columns,
+        styles=options.styles,
+        names=options.names,
+        output=options.output,
+    )
 
 
 def add_budget_argument(parser: argparse.ArgumentParser) -> None:
@@ -121,14 +156,12 @@ async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Pla
 
 async def _plan(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
-    from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
-    manifest = Manifest(options.manifest, options.prompt, options.columns)
     decided = RowOptions(
         cadence=FluxKontextSettings().cadence(),
         resubmit_unknown=options.resubmit_unknown,
         budget_usd=options.budget,
     )
-    plan = await show_plan(manifest, options.output, decided)
+    plan = await show_plan(manifest_of(options), options.output, decided)
     return SOME_ROWS_INVALID if plan.refused else 0

@@ -7,7 +7,13 @@ import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.cli.plan import add_budget_argument, add_manifest_arguments, show_plan
+from prefect_flux_kontext.cli.plan import (
+    add_budget_argument,
+    add_manifest_arguments,
+    add_style_argument,
+    manifest_of,
+    show_plan,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -47,6 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     retry.add_argument("output", metavar="OUTPUT", help="the batch's output")
     retry.add_argument("--prompt", help="the prompt for rows that have none of their own")
+    add_style_argument(retry)
     add_budget_argument(retry)
     retry.set_defaults(func=lambda options: _report(_retry(options)))
 
@@ -66,7 +73,7 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     except asyncio.CancelledError:
         return TERMINATED
     for row in summary.failures:
-        print(f"  line {row.line}, {row.id}: {row.message}")
+        print(f"  line {row.line}, {row.told}: {row.message}")
     unstored = summary.rows - summary.stored - summary.not_submitted
     if unstored > len(summary.failures):
         print(f"  … and {unstored - len(summary.failures)} more")
@@ -77,17 +84,11 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return asyncio.run(_dry(options))
-    return _report(_batch(_manifest(options), options.output, options))
-
-
-def _manifest(options: argparse.Namespace) -> Manifest:
-    from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
-
-    return Manifest(options.manifest, options.prompt, options.columns)
+    return _report(_batch(manifest_of(options), options.output, options))
 
 
 async def _dry(options: argparse.Namespace) -> int:
-    plan = await show_plan(_manifest(options), options.output, _row_options(options))
+    plan = await show_plan(manifest_of(options), options.output, _row_options(options))
     plan.check(skip_invalid=options.skip_invalid)
     return 0
 
@@ -97,7 +98,8 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
-    manifest = Manifest(OutputFolder(options.output).uri(FAILED_ROWS), options.prompt)
+    failed = OutputFolder(options.output).uri(FAILED_ROWS)
+    manifest = Manifest(failed, options.prompt, styles=options.styles)
     # A row that was skipped as invalid stands there too, and must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _batch(manifest, options.output, options)

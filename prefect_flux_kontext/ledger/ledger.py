@@ -108,6 +108,8 @@ class Ledger:
             nonce=secrets.token_urlsafe(24),
             row_id=row.id,
             line=row.line,
+            name=row.name,
+            style=row.style,
             request=_without_secrets(row.request),
             price=self.price_of(row.request),
         )

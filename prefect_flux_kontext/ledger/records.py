@@ -33,6 +33,10 @@ class Intent(_Record):
     nonce: str = Field(description="Tells this attempt's records from every other's.")
     row_id: str
     line: int
+    name: str | None = Field(
+        default=None, description="The row's name below the output; an old record has none."
+    )
+    style: str | None = None
     request: GenerationRequest
     price: float = Field(description="Dollars, by the prices that were set.")
 

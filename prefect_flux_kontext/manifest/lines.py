@@ -22,6 +22,8 @@ COLUMNS = frozenset(
         "aspect_ratio",
         "output_format",
         "provider",
+        "style",
+        "output",
     }
 )
 """The columns that mean something; all others are the user's own."""
@@ -37,11 +39,13 @@ class Line(NamedTuple):
         number: From 1, as an editor shows it; of a row of several lines the last.
         cells: Column name to text.
         problem: Why it cannot be a row, where that is known by now.
+        version: Tells what its image holds, where a listing says that (an ETag).
     """
 
     number: int
     cells: dict[str, str]
     problem: str | None = None
+    version: str | None = None
 
 
 class Columns:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,18 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from pydantic import ValidationError
 
 from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.manifest.naming import name_of
 from prefect_flux_kontext.models import GenerationRequest
-from prefect_flux_kontext.storage import is_reserved
+from prefect_flux_kontext.names import UNSEEN, problem_of_text
+from prefect_flux_kontext.styles.templates import is_template, template
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from prefect_flux_kontext.manifest.naming import Names
+    from prefect_flux_kontext.styles.style import Style
+
 _LONGEST_ID = 200
-# Control characters, and those that turn or hide the text around them.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 """The columns that go into the request as they are."""
@@ -36,14 +38,20 @@ class Row:
         line: Line of the manifest it ends on, from 1, with the header counted.
         request: What is to be made.
         key: Names in the ledger what is paid for.
-        cells: The line as it stands, so that it can be written again.
+        name: Its image below the output, without extension.
+        cells: The line, so written that it means the same by itself: with its prompt and style.
+        style: The name of its style, where it has one.
+        version: Tells what its image holds, where a listing says that (an ETag).
     """
 
     id: str
     line: int
     request: GenerationRequest
     key: str
+    name: str
     cells: Mapping[str, str] = field(default_factory=dict)
+    style: str | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,13 @@ class RefusedRow:
 
 
 def make_row(
-    line: int, cells: Mapping[str, str], *, prompt: str | None = None
+    line: int,
+    cells: Mapping[str, str],
+    *,
+    prompt: str | None = None,
+    style: Style | None = None,
+    names: Names | None = None,
+    version: str | None = None,
 ) -> Row | RefusedRow:
     """Make a row of the cells of one line.
 
@@ -65,30 +79,80 @@ def make_row(
         line: Line of the manifest.
         cells: Column name to text; empty text counts as not given.
         prompt: The prompt for rows that have none of their own.
+        style: What the row is to be restyled to; its own cells win over the style's parameters.
+        names: The template of output names.
+        version: Tells what its image holds, where a listing says that.
     """
     given = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: given[name] for name in PARAMETERS if name in given}
-    if prompt is not None:
-        values.setdefault("prompt", prompt)
+    kept = cells
+    if prompt is not None and "prompt" not in values:
+        values["prompt"] = prompt
+        # Else it would be another row when it is run again from the failed ones.
+        kept = {**cells, "prompt": prompt}
     images, problems = _references(given)
     row_id = given.get("id") or _made_id(images, values)
     problems += _problems_of_id(given.get("id", ""))
-    if images:
-        values["image_urls"] = images
-        for image in images:
-            problems += problems_of_reference(image)
-    elif problems:
-        pass
-    elif "prompt" not in given and prompt is not None:
+    for image in images:
+        problems += problems_of_reference(image)
+    if not (images or problems or "prompt" in given) and (prompt is not None or style is not None):
         # Else a hole in the column of references would be paid for as text to image.
         problems.append("the row has neither an image nor a prompt of its own")
+    if style is not None or is_template(values.get("prompt", "")):
+        problems += _restyled(values, style, cells)
+    if images:
+        values["image_urls"] = images
+    name, style_name = "", None if style is None else style.name
     try:
         request = GenerationRequest(**values)
+        name = name_of(row_id, style_name, cells, names, request.output_format)
     except ValidationError as error:
         problems += [_told(problem) for problem in error.errors()]
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=cells)
-    return Row(id=row_id, line=line, request=request, key=row_key(request), cells=cells)
+    if names is not None and "output" not in given:
+        kept = {**kept, "output": name}
+    return Row(
+        id=row_id,
+        line=line,
+        request=request,
+        key=row_key(request),
+        name=name,
+        cells=kept,
+        style=style_name,
+        version=version,
+    )
+
+
+def _restyled(values: dict[str, Any], style: Style | None, cells: Mapping[str, str]) -> list[str]:
+    """Put the prompt in its final form, and a style's parameters where the row has none.
+
+    Returns:
+        What is wrong with the templates.
+    """
+    where, prompt = "prompt", values.get("prompt")
+    try:
+        if prompt is not None and is_template(prompt):
+            prompt = _own(prompt, cells)
+        if style is not None:
+            where = f"style {style.name!r}"
+            prompt = style.text(prompt, cells)
+    except ValueError as error:
+        values.setdefault("prompt", "it is not missing, but wrong")
+        return [f"{where}: {error}"]
+    values["prompt"] = prompt
+    if style is not None:
+        values |= style.parameters | values
+    return []
+
+
+def _own(prompt: str, cells: Mapping[str, str]) -> str:
+    made = template(prompt)
+    if "prompt" in made.columns:
+        raise ValueError("a prompt cannot hold itself, `{{ prompt }}`")
+    return made.render(cells)
 
 
 def _references(given: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -123,15 +187,7 @@ def _problems_of_id(row_id: str) -> list[str]:
         return [
             f"id has {len(row_id):,} characters, and names files; it has at most {_LONGEST_ID}"
         ]
-    told = None
-    if sign := _UNSEEN.search(row_id):
-        told = f"holds a character that cannot be seen ({sign.group()!a})"
-    elif row_id.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", row_id):
-        told = "is an absolute path"
-    elif ".." in re.split(r"[/\\]", row_id):
-        told = "leads out of the output"
-    elif is_reserved(row_id):
-        told = "is reserved on Windows"
+    told = problem_of_text(row_id)
     return [f"id {row_id!r:.80} {told}; ids name files"] if told else []
 
 
@@ -144,7 +200,7 @@ def _parts(url: str) -> SplitResult:
 
 def problems_of_reference(image: str) -> list[str]:
     """Why the service could not fetch a reference image, as far as its URL tells."""
-    if _UNSEEN.search(image):
+    if UNSEEN.search(image):
         # A URL parser would leave them out without a word.
         return [f"image {image[:100]!r} holds a character that cannot be seen"]
     parts = _parts(image)

@@ -57,7 +57,7 @@ def test_the_demo_restyles_thirty_pictures_and_leaves_only_them_and_the_record(t
     assert "30 of 30 rows stored" in ran.stdout
     assert "30 tasks, $0.9" in ran.stdout
 
-    pictures = sorted((folder / "pictures").glob("*-*.jpg"))
+    pictures = sorted((folder / "pictures").glob("*/*.jpg"))
     assert len(pictures) == 30
     for picture in pictures:
         inspect_image(picture.read_bytes(), expected="jpeg")

@@ -146,7 +146,7 @@ async def test_a_record_holds_neither_signatures_nor_passwords_nor_callback_toke
     request = GenerationRequest(
         prompt="a cat", image_urls=[url], callback_url="https://us.test/s3cr3t-token"
     )
-    row = Row(id="cat", line=2, request=request, key=row_key(request))
+    row = Row(id="cat", line=2, request=request, key=row_key(request), name="cat")
     ledger = Ledger(RecordStore(str(tmp_path)), "o", {"pro": 0.03, "max": 0.06})
     key = row_key(request)
     entry = await ledger.claim(row, Entry(key=key))

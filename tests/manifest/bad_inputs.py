@@ -12,13 +12,14 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefect_flux_kontext.errors import ManifestError
+from prefect_flux_kontext.errors import FluxKontextError
 from prefect_flux_kontext.manifest.reading import Manifest
 from tests.support.plans import plan_of
 
 URL = "https://pictures.example.com/cat.jpg"
 HEAD = "id,image,prompt\n"
 GOOD = f"good,{URL},oil\n"
+TABLE = HEAD + GOOD
 PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
 
 
@@ -30,12 +31,18 @@ class Bad(NamedTuple):
         name: Its file name.
         content: Its bytes or text; None for no file at all.
         told: A part of the message; None where the input is fine after all.
+        style: The style for all rows: a name, or a file beside it.
+        styles: What is in that file.
+        names: The template of output names.
     """
 
     what: str
     name: str
     content: bytes | str | None
     told: str | None
+    style: str | None = None
+    styles: str | None = None
+    names: str | None = None
 
 
 def csv(what, row, told):
@@ -56,6 +63,27 @@ def reference(what, url, told):
 def line(what, text, told):
     """A line of JSON between two good ones."""
     return Bad(what, "m.jsonl", f'{{"prompt": "a"}}\n{text}\n{{"prompt": "b"}}\n', told)
+
+
+def output(what, text, told):
+    """An output name."""
+    head = HEAD.replace("\n", ",output\n")
+    return Bad(what, "m.csv", f"{head}good,{URL},oil,good\nx,{URL},ink,{text}\n", told)
+
+
+def names(what, text, told):
+    """A template of output names."""
+    return Bad(what, "m.csv", f"{HEAD}{GOOD}x,{URL},ink\n", told, names=text)
+
+
+def styles(what, text, told):
+    """A file of styles."""
+    return Bad(what, "m.csv", TABLE, told, style="own.yaml", styles=text)
+
+
+def template(what, text, told):
+    """A prompt that is a template."""
+    return Bad(what, "m.csv", f'id,mood,prompt\nx,,"{text}"\n', told)
 
 
 def parquet(column):
@@ -133,6 +161,40 @@ BAD = [
     Bad("a gzip bomb", "m.csv.gz", gzip.compress(bytes(30_000_000)), "1,000,000 characters"),
     Bad("a truncated Parquet", "m.parquet", parquet(["x"])[:-9], "cannot be read"),
     Bad("a Parquet bomb", "m.parquet", parquet(_LONG), "a cell of 1,000,000 bytes"),
+    output("an output name that leads out", "../../etc/passwd", "leads out of the output"),
+    output("an absolute output name", "/etc/passwd", "is an absolute path"),
+    output("an output name with a backslash", "a\\b", "holds a backslash"),
+    output("an output name that Windows reserves", "nul.jpg", "is reserved on Windows"),
+    output("an output name of 5,000 characters", "x" * 5_000, "more than 80 characters"),
+    output("an output name in the ledger", "_ledger/rows/x", "the batch's own _ledger"),
+    output("an output name of a file of ours", "failed.csv", "the batch's own failed.csv"),
+    output("an output name of another kind", "x.png", "is not jpeg"),
+    output("output names equal but for case", "GOOD.jpg", "is that of line 2 already"),
+    names("names by a column that is not there", "{sku}/{id}.{ext}", "need a column 'sku'"),
+    names("names that are no template", "../{id!r}.jpg", "cannot be used"),
+    names("one name for all rows", "all.{ext}", "is that of line 2 already"),
+    Bad("an unknown style", "m.csv", f"image,style\n{URL},watercolor\n", "did you mean"),
+    Bad("an unknown style for all rows", "m.csv", TABLE, "did you mean", style="watercolor"),
+    Bad("no such file of styles", "m.csv", TABLE, "There are no styles at", style="none.yaml"),
+    styles("styles that are a list", "- ink\n", "are not a mapping"),
+    styles("a style with an unknown field", "ink: {prompt: x, size: 9}", "no field `size`"),
+    styles("a style with an unknown ratio", "a: {prompt: x, aspect_ratio: '2:1'}", "'21:9'"),
+    styles("a style twice", "ink: x\nink: y\n", "it names 'ink' twice"),
+    styles("a style that leads out", "../ink: x\n", "the name leads out"),
+    styles("a bomb of YAML", "a: &a [x]\nb: &b [*a, *a]\nc: [*b]\n", "holds an alias"),
+    styles("an object in YAML", "a: !!python/object/apply:os.getcwd []", "could not determine"),
+    styles("styles of two megabytes", f"ink: {'x' * 2_000_000}", "more than 1,000,000 bytes"),
+    template("a template of a missing column", "{{ colour }}", "no column 'colour'; there are id"),
+    template("a template of an empty cell", "a {{ mood }} cat", "the column 'mood' is empty"),
+    template("an endless loop", "{% for x in range(9**9) %}x{% endfor %}", "holds a loop"),
+    template("a template that calls", "{{ lipsum() }}", "holds a call"),
+    template("a template that reaches inside", "{{ id.__class__ }}", "a look inside a value"),
+    template("a template of a gigabyte", "{{ 'x' * 10**9 }}", "holds arithmetic"),
+    template("a nested bomb", "{{ " + "(" * 9_000, "nested too deeply"),
+    template("a template that holds itself", "{{ prompt }}{{ prompt }}", "cannot hold itself"),
+    template("a template that is not closed", "a {{ colour", "cannot be read"),
+    Bad("a folder without images", "photos/", None, "There are no images at", style="oil"),
+    Bad("images without a prompt", "more/x.jpg", b"\xff\xd8", "need a prompt or styles"),
     csv("an empty prompt", f"x,{URL},", "prompt is missing"),
     csv("a prompt of 10,001 characters", f"x,{URL},{'x' * 10_001}", "at most 10000 characters"),
     Bad("an unknown mode", "m.csv", "prompt,mode\nx,turbo\n", "should be 'pro' or 'max'"),
@@ -145,14 +207,32 @@ BAD = [
 def message(bad, folder):
     """What a run says of it before anything is submitted; None where it would go on."""
     path = Path(folder) / bad.name
+    path.parent.mkdir(exist_ok=True)
     if bad.content is not None:
         content = bad.content
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if bad.name.endswith("/"):
+        path.mkdir()
+    if bad.styles is not None:
+        (Path(folder) / bad.style).write_text(bad.styles)
     try:
-        plan_of(Manifest(str(path))).check(skip_invalid=False)
-    except ManifestError as error:
+        made = Manifest(manifest_of(bad, folder), styles=style_of(bad, folder), names=bad.names)
+        plan_of(made).check(skip_invalid=False)
+    except FluxKontextError as error:
         return error.message
     return None
+
+
+def manifest_of(bad, folder):
+    """What to give as the manifest: of an image its folder."""
+    return str(Path(folder) / bad.name.removesuffix("x.jpg"))
+
+
+def style_of(bad, folder):
+    """What to give as the style: a file by its path."""
+    if bad.style is None or "." not in bad.style:
+        return bad.style
+    return str(Path(folder) / bad.style)
 
 
 def page():

@@ -1,0 +1,38 @@
+"""`flux-kontext styles`: what styles there are."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+_WIDTH = 96
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    styles = commands.add_parser(
+        "styles",
+        help="list the styles that there are, with their prompts",
+        description="List the styles that come with the package, or those of a file: a mapping "
+        "from names to prompts, or to `prompt`, `mode`, `aspect_ratio`, `output_format`, "
+        "`provider` and `extra`. A prompt may hold columns, such as {{ material }}.",
+    )
+    styles.add_argument("file", metavar="FILE", nargs="?", help="YAML or JSON, a path or URL")
+    styles.set_defaults(func=_styles)
+
+
+def _styles(options: argparse.Namespace) -> int:
+    from prefect_flux_kontext.styles.reading import (  # noqa: PLC0415
+        builtin_styles,
+        read_styles,
+    )
+
+    styles = builtin_styles().values() if options.file is None else read_styles(options.file)
+    for style in styles:
+        told = ", ".join(f"{name} {value}" for name, value in style.parameters.items())
+        print(f"{style.name}  ({told})" if told else style.name)
+        print(textwrap.indent(textwrap.fill(style.prompt, _WIDTH), "    "))
+    return 0

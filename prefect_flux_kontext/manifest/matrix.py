@@ -1,0 +1,70 @@
+"""The rows of a line: one, or one for each of the chosen styles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.naming import parse_names
+from prefect_flux_kontext.manifest.rows import RefusedRow, make_row
+from prefect_flux_kontext.styles.reading import Styles, chosen_styles, unknown_style
+from prefect_flux_kontext.styles.templates import is_template, template
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from prefect_flux_kontext.manifest.lines import Line
+    from prefect_flux_kontext.manifest.naming import Names
+    from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.styles.style import Style
+
+
+class Recipe(NamedTuple):
+    """What is the same for all rows of a manifest."""
+
+    prompt: str | None
+    styles: Styles
+    names: Names | None
+
+
+def make_recipe(
+    prompt: str | None, styles: str | Sequence[str] | None, names: str | None
+) -> Recipe:
+    """Look at what is given for all rows, before the first is read.
+
+    Raises:
+        ConfigurationError: The prompt is a template that cannot be used, there is no such style,
+            or the names are no template of names.
+    """
+    if prompt is not None and is_template(prompt):
+        try:
+            template(prompt)
+        except ValueError as error:
+            raise ConfigurationError(f"The prompt for all rows: {error}.") from None
+    return Recipe(prompt, chosen_styles(styles), None if names is None else parse_names(names))
+
+
+def rows_of_line(line: Line, recipe: Recipe) -> Iterator[Row | RefusedRow]:
+    """Make the rows of a line, in the order of the styles."""
+    own = line.cells.get("style", "").strip()
+    if not own:
+        for style in recipe.styles.chosen or (None,):
+            yield _row(line, recipe, style)
+    elif own in recipe.styles.known:
+        yield _row(line, recipe, recipe.styles.known[own])
+    else:
+        reason = f"there {unknown_style(own, recipe.styles.known)}"
+        yield _row(line._replace(problem=line.problem or reason), recipe, None)
+
+
+def _row(line: Line, recipe: Recipe, style: Style | None) -> Row | RefusedRow:
+    cells = line.cells if style is None else {**line.cells, "style": style.name}
+    row = make_row(
+        line.number,
+        cells,
+        prompt=recipe.prompt,
+        style=style,
+        names=recipe.names,
+        version=line.version,
+    )
+    return RefusedRow(row.id, line.number, line.problem, cells) if line.problem else row

@@ -1,0 +1,169 @@
+"""Rows in styles: each image in each style, the row's own words first, and nothing lost."""
+
+import pytest
+
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.manifest.rows import RefusedRow, Row
+from prefect_flux_kontext.styles.reading import builtin_styles
+from tests.support.plans import plan_of
+
+URL = "http://references.test/cat.jpg"
+OIL = builtin_styles()["oil"].prompt
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write a file of styles and tell where it is."""
+
+    def write(content):
+        path = tmp_path / "own.yaml"
+        path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def rows(*cells, **given):
+    return list(Manifest([{"image": URL, **row} for row in cells], **given).rows())
+
+
+def prompt(styles=None, default=None, **cells):
+    (row,) = rows(cells, styles=styles, prompt=default)
+    return row.request.prompt if isinstance(row, Row) else row.reason
+
+
+def test_every_row_is_made_in_every_style_in_the_order_given():
+    made = rows({"id": "b"}, {"id": "a"}, styles=["oil", "noir", "neon"])
+    assert [row.name for row in made] == [
+        f"{row}/{style}" for row in "ba" for style in ("oil", "noir", "neon")
+    ]
+    assert [(row.line, row.style) for row in made[:2]] == [(1, "oil"), (1, "noir")]
+    assert len({row.key for row in made}) == 3
+    again = rows({"id": "b"}, {"id": "a"}, styles=["oil", "noir", "neon"])
+    assert made == again
+
+
+def test_a_row_that_names_its_style_is_made_in_that_alone():
+    made = rows({"id": "a", "style": "neon"}, {"id": "b"}, {"id": "c", "style": " "}, styles="oil")
+    assert [row.style for row in made] == ["neon", "oil", "oil"]
+    (row,) = rows({"id": "a", "style": "oil"})
+    assert (row.request.prompt, row.name) == (OIL, "a/oil")
+
+
+def test_without_styles_rows_are_as_they_were():
+    (row,) = rows({"id": "a", "prompt": "x"})
+    assert (row.style, row.name, row.request.prompt) == (None, "a", "x")
+    assert row.cells == {"image": URL, "id": "a", "prompt": "x"}
+
+
+def test_an_unknown_style_refuses_its_row_and_tells_which_there_are():
+    told = prompt(style="watercolor")
+    assert told.startswith(
+        "there is no style 'watercolor', did you mean 'watercolour'? (there are"
+    )
+    with pytest.raises(ConfigurationError, match="no style 'inc'"):
+        rows({"id": "a"}, styles=["inc"])
+
+
+def test_a_rows_own_cells_win_over_the_style_and_the_style_over_the_defaults(file):
+    own = file("ink: {prompt: x, mode: max, aspect_ratio: '1:1', extra: {steps: 4}}")
+    first, second = rows({"id": "a"}, {"id": "b", "aspect_ratio": "3:4"}, styles=own)
+    assert first.request.model_dump(exclude_defaults=True) == {
+        "prompt": "x",
+        "image_urls": [URL],
+        "mode": "max",
+        "aspect_ratio": "1:1",
+        "extra": {"steps": 4},
+    }
+    assert (second.request.mode, second.request.aspect_ratio) == ("max", "3:4")
+    assert first.key != second.key
+
+
+def test_the_rows_prompt_goes_where_the_style_puts_it_or_after_it(file):
+    own = file("ink: 'Ink: {{ prompt }}, on {{ paper }}.'")
+    assert prompt(own, prompt="a cat", paper="rice") == "Ink: a cat, on rice."
+    assert prompt(own, "a dog", paper="rice") == "Ink: a dog, on rice."
+    assert prompt("oil", prompt="a cat") == f"{OIL}\na cat"
+    assert prompt("oil", "for all") == f"{OIL}\nfor all"
+    assert prompt("oil") == OIL
+
+
+def test_a_style_that_needs_what_the_row_has_not_refuses_it(file):
+    own = file("ink: 'Ink: {{ prompt }}, on {{ paper }}.'")
+    assert prompt(own, prompt="a cat") == (
+        "style 'ink': there is no column 'paper'; there are image, prompt, style"
+    )
+    assert prompt(own, paper="rice") == "style 'ink': the column 'prompt' is empty"
+
+
+def test_prompts_of_rows_and_for_all_rows_are_templates_over_every_column():
+    assert prompt(prompt="{{ mood }} cat", mood="calm") == "calm cat"
+    assert prompt(
+        None, "{{ mood|upper }} cat in {{ style|default('no style') }}", mood="calm"
+    ) == ("CALM cat in no style")
+    assert prompt("oil", "in {{ style }}") == f"{OIL}\nin oil"
+    assert prompt(prompt="100 % {mood}", mood="calm") == "100 % {mood}"
+
+
+def test_a_prompt_that_holds_itself_is_refused():
+    assert prompt(prompt="x {{ prompt }}") == (
+        "prompt: a prompt cannot hold itself, `{{ prompt }}`"
+    )
+
+
+def test_a_prompt_for_all_rows_that_is_no_template_is_told_once():
+    with pytest.raises(ConfigurationError, match="The prompt for all rows: the template holds"):
+        rows({"id": "a"}, prompt="{% for x in y %}{% endfor %}")
+
+
+def test_a_hole_in_the_references_is_not_paid_for_in_a_style():
+    (row,) = rows({"image": "", "id": "a"}, styles="oil")
+    assert row.reason == "the row has neither an image nor a prompt of its own"
+    (row,) = rows({"image": "", "prompt": "a lighthouse"}, styles="oil")
+    assert row.request.image_urls == []
+
+
+def test_a_made_id_is_the_same_in_every_style_and_without_one():
+    plain, *styled = [*rows({"prompt": "x"}), *rows({"prompt": "x"}, styles=["oil", "noir"])]
+    assert {row.id for row in styled} == {plain.id}
+
+
+def test_a_line_that_is_wrong_is_refused_in_every_style_with_its_reason():
+    made = rows({"id": "a", "mode": "turbo"}, styles=["oil", "noir"])
+    assert [row.cells["style"] for row in made] == ["oil", "noir"]
+    assert all("mode 'turbo'" in row.reason for row in made)
+
+
+def test_the_plan_prices_every_image_of_the_matrix(file):
+    made = Manifest(
+        [{"image": URL, "id": n} for n in range(10)],
+        styles=["oil", file("ink: {prompt: x, mode: max}")],
+    )
+    plan = plan_of(made)
+    # All ten ask for the same image in the same two styles.
+    assert (plan.rows, plan.equal, plan.to_pay) == (20, 18, 2)
+    assert plan.price == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize(
+    ("cells", "given"),
+    [
+        ({"id": "a"}, {"styles": ["oil", "noir"]}),
+        ({}, {"styles": "oil", "prompt": "{{ mood }} light"}),
+        ({"id": "b/c d"}, {"styles": "oil", "names": "{style}/{mood}/{id}.{ext}"}),
+        ({"prompt": "a cat"}, {"names": "{mood}/{id}.{ext}"}),
+        ({"id": "e", "output": "site/hero.jpg"}, {"prompt": "for all"}),
+        ({"id": "f", "style": "neon"}, {"prompt": "for all", "names": "{style}.{ext}"}),
+    ],
+)
+def test_a_rows_cells_make_the_same_row_by_themselves(cells, given):
+    for row in rows({"mood": "Très calm", **cells}, **given):
+        (again,) = Manifest([dict(row.cells)]).rows()
+        assert not isinstance(again, RefusedRow), again
+        assert (again.id, again.key, again.name, again.style) == (
+            row.id,
+            row.key,
+            row.name,
+            row.style,
+        )
