@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.manifest.reading import Manifest
     from prefect_flux_kontext.manifest.rows import RefusedRow
+    from prefect_flux_kontext.references.resolving import References
 
 SOME_ROWS_INVALID = 1
 
@@ -49,7 +50,17 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="pay again for rows whose submit's reply was lost; they may be paid for already",
     )
+    add_fit_argument(parser)
     add_budget_argument(parser)
+
+
+def add_fit_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what to do about reference images that are too large."""
+    parser.add_argument(
+        "--fit-references",
+        action="store_true",
+        help="shrink local and private reference images that are over 10 MB, and stage them",
+    )
 
 
 def add_budget_argument(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +99,21 @@ def dollars(text: str) -> float:
     if not 0 <= amount < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount of dollars")
     return amount
+
+
+def references_of(fit: bool) -> References:
+    """How reference images get to the service, as the environment says.
+
+    Raises:
+        ConfigurationError: The staging place is not usable.
+    """
+    from prefect_flux_kontext.references.resolving import References  # noqa: PLC0415
+    from prefect_flux_kontext.references.staging import staging_place  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+
+    settings = FluxKontextSettings()
+    staging = staging_place(settings.staging_url, settings.staging_public_url)
+    return References(staging, fit=fit, timeout=settings.poll_timeout)
 
 
 async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Plan:
@@ -129,6 +155,7 @@ async def _plan(options: argparse.Namespace) -> int:
         cadence=FluxKontextSettings().cadence(),
         resubmit_unknown=options.resubmit_unknown,
         budget_usd=options.budget,
+        references=references_of(options.fit_references),
     )
     plan = await show_plan(manifest, options.output, decided)
     return SOME_ROWS_INVALID if plan.refused else 0

@@ -7,7 +7,13 @@ import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.cli.plan import add_budget_argument, add_manifest_arguments, show_plan
+from prefect_flux_kontext.cli.plan import (
+    add_budget_argument,
+    add_fit_argument,
+    add_manifest_arguments,
+    references_of,
+    show_plan,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -47,6 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     retry.add_argument("output", metavar="OUTPUT", help="the batch's output")
     retry.add_argument("--prompt", help="the prompt for rows that have none of their own")
+    add_fit_argument(retry)
     add_budget_argument(retry)
     retry.set_defaults(func=lambda options: _report(_retry(options)))
 
@@ -97,7 +104,7 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
-    manifest = Manifest(OutputFolder(options.output).uri(FAILED_ROWS), options.prompt)
+    manifest = Manifest(OutputFolder(options.output).uri(FAILED_ROWS), options.prompt, folder=".")
     # A row that was skipped as invalid stands there too, and must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _batch(manifest, options.output, options)
@@ -140,6 +147,7 @@ def _row_options(options: argparse.Namespace) -> RowOptions:
         retry_failed=getattr(options, "retry_failed", False),
         result_days=settings.result_days,
         budget_usd=getattr(options, "budget", None),
+        references=references_of(getattr(options, "fit_references", False)),
     )
 
 

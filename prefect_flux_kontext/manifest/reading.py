@@ -15,6 +15,7 @@ from prefect_flux_kontext.manifest.lines import COLUMNS
 from prefect_flux_kontext.manifest.opening import kind_of, told_as_manifest_error
 from prefect_flux_kontext.manifest.rows import RefusedRow, Row, make_row
 from prefect_flux_kontext.manifest.seen import Seen
+from prefect_flux_kontext.references.kinds import folder_of
 from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
@@ -43,11 +44,14 @@ class Manifest:
             `output_format`, `provider`; others are kept.
         prompt: The prompt for rows without one.
         columns: The manifest's own names for columns, such as `{"image": "photo_url"}`.
+        folder: Where relative paths of references start. None: the manifest's own folder; a
+            manifest that is not local may then not name local files.
     """
 
     source: Any
     prompt: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    folder: str | None = None
 
     @property
     def url(self) -> str:
@@ -62,13 +66,15 @@ class Manifest:
         Raises:
             ManifestError: It cannot be read as a manifest, at the latest where it breaks.
         """
+        given = source(self.source)
+        folder = self.folder or folder_of(given)
         with told_as_manifest_error(self.url), Seen() as names:
-            for number, line in enumerate(self._lines(), start=1):
+            for number, line in enumerate(self._lines(given), start=1):
                 if number > MOST_ROWS:
                     raise ManifestError(
                         f"The manifest {self.url} has more than {MOST_ROWS:,} rows; divide it."
                     )
-                row = make_row(line.number, line.cells, prompt=self.prompt)
+                row = make_row(line.number, line.cells, prompt=self.prompt, folder=folder)
                 if line.problem:
                     row = RefusedRow(row.id, line.number, line.problem, line.cells)
                 name = unicodedata.normalize(
@@ -84,14 +90,13 @@ class Manifest:
                     )
                 yield row
 
-    def _lines(self) -> Iterator[Line]:
+    def _lines(self, given: Any) -> Iterator[Line]:
         unknown = set(self.columns) - COLUMNS
         if unknown:
             raise ManifestError(
                 f"There is no column {sorted(unknown)} to take another as; there are "
                 f"{', '.join(sorted(COLUMNS))}."
             )
-        given = source(self.source)
         if not isinstance(given, str):
             return given_lines(given, self.columns)
         if "::" in given:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.models import GenerationRequest
+from prefect_flux_kontext.references.kinds import located, problem_of_kind
 from prefect_flux_kontext.storage import is_reserved
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ class RefusedRow:
 
 
 def make_row(
-    line: int, cells: Mapping[str, str], *, prompt: str | None = None
+    line: int,
+    cells: Mapping[str, str],
+    *,
+    prompt: str | None = None,
+    folder: str | None = None,
 ) -> Row | RefusedRow:
     """Make a row of the cells of one line.
 
@@ -65,6 +70,7 @@ def make_row(
         line: Line of the manifest.
         cells: Column name to text; empty text counts as not given.
         prompt: The prompt for rows that have none of their own.
+        folder: Where relative paths of references start; None where local files are not allowed.
     """
     given = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: given[name] for name in PARAMETERS if name in given}
@@ -74,9 +80,11 @@ def make_row(
     row_id = given.get("id") or _made_id(images, values)
     problems += _problems_of_id(given.get("id", ""))
     if images:
-        values["image_urls"] = images
+        values["image_urls"] = [located(image, folder) for image in images]
+        if values["image_urls"] != images:
+            cells = {**cells, **_told_anew(given, values["image_urls"])}
         for image in images:
-            problems += problems_of_reference(image)
+            problems += problems_of_reference(image, folder)
     elif problems:
         pass
     elif "prompt" not in given and prompt is not None:
@@ -108,6 +116,11 @@ def _references(given: Mapping[str, str]) -> tuple[list[str], list[str]]:
     if not all(isinstance(image, str) for image in images):
         return [], [f"images {several[:60]!r} is not a list of texts"]
     return images, []
+
+
+def _told_anew(given: Mapping[str, str], images: list[str]) -> dict[str, str]:
+    # The failed rows are written elsewhere, where a relative path would start from there.
+    return {"image": images[0]} if "image" in given else {"images": json.dumps(images)}
 
 
 def _made_id(images: list[str], values: dict[str, Any]) -> str:
@@ -142,8 +155,13 @@ def _parts(url: str) -> SplitResult:
         return urlsplit("")
 
 
-def problems_of_reference(image: str) -> list[str]:
-    """Why the service could not fetch a reference image, as far as its URL tells."""
+def problems_of_reference(image: str, folder: str | None = None) -> list[str]:
+    """Why the service could not be given a reference image, as far as its text tells.
+
+    Args:
+        image: As it is written.
+        folder: Where relative paths start; None where local files are not allowed.
+    """
     if _UNSEEN.search(image):
         # A URL parser would leave them out without a word.
         return [f"image {image[:100]!r} holds a character that cannot be seen"]
@@ -155,11 +173,8 @@ def problems_of_reference(image: str) -> list[str]:
         if host.startswith(("169.254.", "fe80:")):
             return [f"image {image[:100]!r} is at a link-local address, which nobody else reaches"]
         return []
-    told = (
-        f"image {image[:100]!r} is not an http or https URL, so the service cannot fetch it; "
-        "serve the file at a URL (in rehearsals: `flux-kontext sandbox --references FOLDER`)"
-    )
-    return [told]
+    problem = problem_of_kind(image, folder)
+    return [problem] if problem else []
 
 
 def _told(problem: Any) -> str:
