@@ -104,6 +104,7 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
+    # A run of ours has written it, so it may name local files wherever it is.
     manifest = Manifest(OutputFolder(options.output).uri(FAILED_ROWS), options.prompt, folder=".")
     # A row that was skipped as invalid stands there too, and must not stop the others.
     options.skip_invalid = options.retry_failed = True

@@ -66,9 +66,9 @@ class Manifest:
         Raises:
             ManifestError: It cannot be read as a manifest, at the latest where it breaks.
         """
-        given = source(self.source)
-        folder = self.folder or folder_of(given)
         with told_as_manifest_error(self.url), Seen() as names:
+            given = source(self.source)
+            folder = self.folder or folder_of(given)
             for number, line in enumerate(self._lines(given), start=1):
                 if number > MOST_ROWS:
                     raise ManifestError(

@@ -98,7 +98,8 @@ def problem_of_kind(reference: str, folder: str | None) -> str | None:
     """
     shown = f"image {reference[:_SHOWN]!r}"
     kind = kind_of(reference)
-    if kind is None or kind is Kind.WEB or "::" in reference or reference.startswith("//"):
+    unknown = kind is None or kind is Kind.WEB or not reference.strip()
+    if unknown or "::" in reference or reference.startswith("//"):
         return (
             f"{shown} is not an http or https URL, nor in a bucket (s3:, gs:, abfs:, az:), nor a "
             "local file, so the service cannot fetch it"
