@@ -89,10 +89,9 @@ def _what_is_wrong(data: bytes, error: InvalidImageError) -> str:
         if sign.match(head):
             return f"is {kind} by its content; the service takes JPG, PNG and WebP"
     if size_of(data):
-        return f"is cut off or damaged: {error.message}"
-    if head.isascii() and b"\0" not in head:
-        return f"is text that starts with {head[:16]!r}; the service takes JPG, PNG and WebP"
-    return f"is no JPG, PNG or WebP: {error.message}"
+        return f"is cut off or damaged: {error.message.partition('; they start')[0].rstrip('.')}"
+    kind = "text" if head.isascii() and b"\0" not in head else "no image"
+    return f"is {kind} by its content; the service takes JPG, PNG and WebP"
 
 
 def _megabytes(size: int) -> str:
