@@ -4,7 +4,6 @@ import dataclasses
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry, known_implementations
 
 from prefect_flux_kontext.batch.references import checked, keyed
@@ -15,41 +14,11 @@ from prefect_flux_kontext.references import resolving
 from prefect_flux_kontext.references.identity import private_identity, version_of
 from prefect_flux_kontext.references.resolving import References
 from prefect_flux_kontext.references.staging import Staging
+from tests.references.conftest import SIGNATURE, Bucket
 from tests.support.pictures import picture
 from tests.support.s3 import s3_server
 
 STAGING = Staging("memory://staged", "https://pictures.test")
-
-
-class Bucket(MemoryFileSystem):
-    """A bucket of a cloud whose package is not installed, by the interface alone."""
-
-    protocol = "gs"
-    store = {}  # noqa: RUF012 - as in fsspec: one for all
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
-
-    def info(self, path, **how):
-        if "denied" in path:
-            raise PermissionError(path)
-        if "broken" in path:
-            raise OSError("no route to the bucket")
-        return super().info(path, **how) | {"etag": "v1"}
-
-    def sign(self, path, expiration):
-        return f"https://signed.test{path}?life={expiration}"
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    monkeypatch.setitem(_registry, "gs", Bucket)
-    monkeypatch.setattr(Bucket, "store", {})
-    fs = fsspec.filesystem("gs")
-    fs.pipe_file("photos/cat.jpg", picture())
-    return fs
 
 
 def manifest(*images, folder=None):
@@ -90,16 +59,21 @@ def test_the_key_of_a_file_is_that_of_its_content_wherever_it_is(tmp_path):
 
 
 def test_the_key_of_an_object_is_that_of_its_url_and_version():
+    seen = []
     with s3_server() as (url, client):
         for body in (b"a cat", b"a dog", b"a cat"):
             client.put_object(Bucket="pictures", Key="cat.jpg", Body=body)
             client.put_object(Bucket="pictures", Key="copy.jpg", Body=body)
             one, other = keys(manifest(f"{url}/cat.jpg", f"{url}/copy.jpg"))
             assert one != other
-            seen = [*locals().get("seen", []), one]
+            seen.append(one)
         assert seen[0] == seen[2] != seen[1]
         fs = fsspec.filesystem("s3")
-        (listed,) = [entry for entry in fs.ls("pictures", detail=True) if "cat" in entry["name"]]
+        (listed,) = [
+            entry
+            for entry in fs.ls("pictures", detail=True)
+            if entry["name"] == "pictures/cat.jpg"
+        ]
         # A listing and a look at the object itself tell the same version.
         assert version_of(listed) == version_of(fs.info("pictures/cat.jpg", refresh=True))
         request = next(manifest(f"{url}/cat.jpg").rows()).request
@@ -155,11 +129,11 @@ def test_everything_that_is_wrong_is_told_at_once_and_by_row(tmp_path, bucket):
         folder=tmp_path,
     )
     told = refused(rows)
+    too_large = "has 11.0 MB; the service takes 10 MB; shrink it, or use --fit-references"
     assert [reason.rpartition("' ")[2] for reason in told] == [
         "is text by its content; the service takes JPG, PNG and WebP",
         "is an empty file",
-        "has 11.0 MB; the service takes 10 MB; shrink it, or use --fit-references (in a flow, "
-        "fit_references)",
+        f"{too_large} (in a flow, fit_references)",
         "is a folder",
         "is not there",
         "is an SVG by its content; the service takes JPG, PNG and WebP",
@@ -186,8 +160,8 @@ def test_a_local_file_without_a_staging_place_is_refused_with_what_to_set(tmp_pa
 
 
 def test_a_large_object_that_would_be_shrunk_needs_a_staging_place(bucket):
-    bucket.pipe_file("photos/large.png", picture("png", size=(2_500, 1_800)))
-    rows = manifest("gs://photos/large.png")
+    bucket.pipe_file("photos/large.jpg", picture() + bytes(11_000_000))
+    rows = manifest("gs://photos/large.jpg")
     assert "the service takes 10 MB" in refused(rows)[0]
     assert "set FLUX_KONTEXT_STAGING_URL" in refused(rows, staging=None, fit=True)[0]
     assert refused(rows, fit=True) == []
@@ -219,7 +193,7 @@ async def _sent(references, reference, **how):
 async def test_an_object_is_signed_for_long_enough_each_time_it_is_sent(bucket):
     references = References(timeout=4_000)
     assert await _sent(references, "gs://photos/cat.jpg") == (
-        "https://signed.test/photos/cat.jpg?life=8000"
+        f"https://signed.test/photos/cat.jpg?life=8000&{SIGNATURE}"
     )
 
 
@@ -240,12 +214,12 @@ async def test_what_has_changed_since_the_plan_is_not_sent(tmp_path, bucket, whe
 
 @pytest.mark.anyio
 async def test_what_is_too_large_is_shrunk_and_staged_once(tmp_path, bucket):
-    large = picture("png", size=(2_500, 1_800))
-    (tmp_path / "large.png").write_bytes(large)
-    bucket.pipe_file("photos/large.png", large)
+    large = picture() + bytes(11_000_000)
+    (tmp_path / "large.jpg").write_bytes(large)
+    bucket.pipe_file("photos/large.jpg", large)
     references = References(Staging(str(tmp_path / "staged"), "https://p.test"), fit=True)
-    urls = {await _sent(references, str(tmp_path / "large.png"), doubted=n > 1) for n in range(3)}
-    urls |= {await _sent(references, "gs://photos/large.png")}
+    urls = {await _sent(references, str(tmp_path / "large.jpg"), doubted=n > 1) for n in range(3)}
+    urls |= {await _sent(references, "gs://photos/large.jpg")}
     (file,) = (tmp_path / "staged").iterdir()
     assert urls == {f"https://p.test/{file.name}"}
     assert file.suffix == ".jpg"
