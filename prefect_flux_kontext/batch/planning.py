@@ -15,7 +15,6 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.manifest.seen import Seen
-from prefect_flux_kontext.references.kinds import not_on_the_web
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,7 +222,7 @@ def _read(
 
 
 def _standing(standings: Standings, row: Row) -> Standing:
-    return standings.of(row.key, served=bool(not_on_the_web(row.request.image_urls)))
+    return standings.of(row.key, row.request.image_urls)
 
 
 def _span(seconds: float) -> str:

@@ -30,9 +30,12 @@ def keyed(rows: Iterable[Row | RefusedRow], references: References) -> Iterator[
     """
     for block in _blocks(rows):
         own = {image for row in block for image in _own(row)}
-        looks = references.look_at(sorted(own)) if own else {}
+        if not own:
+            yield from block
+            continue
+        looks = references.look_at(sorted(own))
         for row in block:
-            yield _keyed(row, looks) if looks else row
+            yield _keyed(row, looks)
 
 
 def checked(
@@ -51,8 +54,11 @@ def checked(
         read = {
             number: own
             for number, row in enumerate(block)
-            if isinstance(row, Row) and (own := _own(row)) and is_to_be_paid(row)
+            if (own := _own(row)) and isinstance(row, Row) and is_to_be_paid(row)
         }
+        if not read:
+            yield from block
+            continue
         flaws = references.flaws(sorted({image for own in read.values() for image in own}))
         for number, row in enumerate(block):
             yield _refused(row, [flaws[image] for image in read.get(number, ()) if image in flaws])

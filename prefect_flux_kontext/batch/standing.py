@@ -10,9 +10,11 @@ from prefect_flux_kontext.batch.status import unfinished_entries
 from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.references.kinds import not_on_the_web
 from prefect_flux_kontext.scratch import scratch_database
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
 
     from prefect_flux_kontext.batch.rows import RowOptions
@@ -61,19 +63,19 @@ class Standings:
     ) -> None:
         self._database.close()
 
-    def of(self, key: str, *, served: bool = False) -> Standing:
+    def of(self, key: str, references: Iterable[str] = ()) -> Standing:
         """Where a row stands; one that the ledger does not know is to be paid.
 
         Args:
             key: The row key.
-            served: A reference image of it is signed or staged by us.
+            references: Its reference images; those that we serve get a second chance.
         """
         if self._empty:
             return Standing.PAY
         found = self._database.execute(
             "SELECT standing, served FROM rows WHERE key = ?", (bytes.fromhex(key),)
         ).fetchone()
-        return Standing(found[served]) if found else Standing.PAY
+        return Standing(found[any(not_on_the_web(references))]) if found else Standing.PAY
 
     def dollars(self) -> float:
         """Dollars for everything that was accepted or may have been, of whatever run."""

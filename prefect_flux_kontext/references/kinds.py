@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # A letter and a colon are a drive of Windows, which is not a kind either.
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_PLAINLY_WEB = ("https://", "http://")
 _SHOWN = 100
 
 
@@ -61,7 +62,7 @@ def not_on_the_web(references: Iterable[str]) -> list[str]:
     return [
         reference
         for reference in references
-        if not reference.startswith(("https://", "http://")) and kind_of(reference) is not Kind.WEB
+        if not reference.startswith(_PLAINLY_WEB) and kind_of(reference) is not Kind.WEB
     ]
 
 
@@ -82,6 +83,8 @@ def folder_of(manifest: Any) -> str | None:
 
 def located(reference: str, folder: str | None) -> str:
     """The reference as fsspec spells it, with a local path made absolute."""
+    if reference.startswith(_PLAINLY_WEB):
+        return reference
     protocol = protocol_of(reference)
     if protocol not in ("", "file", "local"):
         web = kind_of(reference) is Kind.WEB
