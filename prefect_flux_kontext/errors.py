@@ -22,6 +22,7 @@
     ├── DownloadError                a result could not be fetched
     ├── StorageError                 the output refused a file
     ├── LedgerError                  a record of what was paid cannot be trusted
+    ├── ReferenceImageError          a reference image is not to be had, or not to be used
     ├── InvalidImageError            the bytes are not a whole image of the promised kind
     └── BatchStoppedError            the batch ended before its rows did
         └── BudgetReachedError           the next image would have passed the budget
@@ -181,6 +182,12 @@ class StorageError(FluxKontextError):
 
 class LedgerError(FluxKontextError):
     """A record of what was paid cannot be read, written or trusted; its row is not paid for."""
+
+
+class ReferenceImageError(FluxKontextError):
+    """A reference image is missing, has changed or is none; nothing was sent for its row."""
+
+    not_accepted = True
 
 
 class InvalidImageError(FluxKontextError):

@@ -3,6 +3,7 @@
 # Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
 # code uses, and strings are none.
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger
@@ -30,12 +31,16 @@ from prefect_flux_kontext.models import (
     StoredImage,
 )
 from prefect_flux_kontext.plans import ask_for_approval, planned
+from prefect_flux_kontext.references.kinds import located, not_on_the_web
+from prefect_flux_kontext.references.resolving import References
+from prefect_flux_kontext.references.staging import staging_place
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage import OutputFolder
 from prefect_flux_kontext.tasks import (
     persist_images,
     run_wave,
     submit_generation,
+    submit_own_reference,
     wait_for_generation,
 )
 
@@ -75,13 +80,15 @@ async def style_transfer(
     provider: Provider = "auto",
     name: str | None = None,
     cadence: PollingCadence | None = None,
+    fit_references: bool = False,
 ) -> list[StoredImage]:
     """Restyle one image, or make one from text alone.
 
     Args:
         prompt: What to make, 1 to 10,000 characters.
         output: Folder or prefix to store to, on any fsspec filesystem.
-        image: URL of the reference image; none makes the image from the prompt alone.
+        image: The reference image: a URL, an object in a bucket or a local file, which needs a
+            staging place; none makes the image from the prompt alone.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
         mode: `pro` for higher quality, `max` for balanced quality and speed.
         aspect_ratio: Width to height of the result.
@@ -89,6 +96,7 @@ async def style_transfer(
         provider: How the service routes the task.
         name: File name without extension; none takes the task id.
         cadence: When to ask how the task is doing; none for the environment's cadence.
+        fit_references: Shrink a local or private image that is over 10 MB.
 
     Returns:
         What was stored.
@@ -96,12 +104,13 @@ async def style_transfer(
     Raises:
         FluxKontextError: What went wrong; see the three tasks.
     """
-    if image is not None and (problems := problems_of_reference(image)):
+    folder = str(Path.cwd())
+    if image is not None and (problems := problems_of_reference(image, folder)):
         # The service would accept, bill and then fail it.
         raise ConfigurationError(*problems)
     request = GenerationRequest(
         prompt=prompt,
-        image_urls=[image] if image else [],
+        image_urls=[located(image, folder)] if image else [],
         mode=mode,
         aspect_ratio=aspect_ratio,
         output_format=output_format,
@@ -109,7 +118,11 @@ async def style_transfer(
     )
     account = await resolve_credentials(credentials)
     await OutputFolder(output).check_writable()
-    submitted = await submit_generation(request, account)
+    if not_on_the_web(request.image_urls):
+        references = _references(cadence or FluxKontextSettings().cadence(), fit=fit_references)
+        submitted = await submit_own_reference(request, references, account)
+    else:
+        submitted = await submit_generation(request, account)
     result = await wait_for_generation(submitted, account, cadence)
     return await persist_images(result, output, name)
 
@@ -127,6 +140,7 @@ async def style_transfer_batch(
     failure_policy: FailurePolicy | None = None,
     resubmit_unknown: bool = False,
     skip_invalid: bool = False,
+    fit_references: bool = False,
     budget_usd: NonNegativeFloat | None = None,
     approve_above_usd: NonNegativeFloat | None = None,
     dry_run: bool = False,
@@ -156,6 +170,7 @@ async def style_transfer_batch(
         resubmit_unknown: Pay again for rows whose submit's reply was lost. They may be paid
             for already.
         skip_invalid: Run the other rows where some are invalid; else nothing is submitted.
+        fit_references: Shrink local and private reference images that are over 10 MB.
         budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
             paid for; the row that would pass it ends the run.
         approve_above_usd: Pause for a person's approval, on the page of the flow run, when the
@@ -174,7 +189,11 @@ async def style_transfer_batch(
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
     options = _options(
-        cadence, failure_policy, resubmit_unknown=resubmit_unknown, budget_usd=budget_usd
+        cadence,
+        failure_policy,
+        resubmit_unknown=resubmit_unknown,
+        budget_usd=budget_usd,
+        fit_references=fit_references,
     )
     rows = Manifest(manifest, prompt, columns or {}, styles, output_names, output)
     account = await resolve_credentials(credentials)
@@ -205,6 +224,7 @@ async def retry_failed(
     styles: str | list[str] | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
+    fit_references: bool = False,
     budget_usd: NonNegativeFloat | None = None,
 ) -> BatchSummary:
     """Run the failed rows of a batch once more, and nothing else.
@@ -219,6 +239,7 @@ async def retry_failed(
         styles: The files of styles that the batch was run with; the rows name their styles.
         cadence: When to ask how a task is doing; none for the environment's cadence.
         failure_policy: What to do for each fail code; none for the defaults.
+        fit_references: Shrink local and private reference images that are over 10 MB.
         budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
             paid for; the row that would pass it ends the run.
 
@@ -230,8 +251,16 @@ async def retry_failed(
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    options = _options(cadence, failure_policy, retry_failed=True, budget_usd=budget_usd)
-    rows = Manifest(OutputFolder(output).uri(FAILED_ROWS), prompt, styles=styles)
+    options = _options(
+        cadence,
+        failure_policy,
+        retry_failed=True,
+        budget_usd=budget_usd,
+        fit_references=fit_references,
+    )
+    # A run of ours has written it, so it may name local files wherever it is.
+    failed = OutputFolder(output).uri(FAILED_ROWS)
+    rows = Manifest(failed, prompt, styles=styles, folder=".")
     account = await resolve_credentials(credentials)
     # A row that was skipped as invalid stands there too, and must not stop the others.
     (await planned(rows, output, account, options)).check(skip_invalid=True)
@@ -276,16 +305,25 @@ def _options(
     resubmit_unknown: bool = False,
     retry_failed: bool = False,
     budget_usd: float | None = None,
+    fit_references: bool = False,
 ) -> RowOptions:
     settings = FluxKontextSettings()
+    cadence = cadence or settings.cadence()
     return RowOptions(
-        cadence=cadence or settings.cadence(),
+        cadence=cadence,
         policy=policy or FailurePolicy(),
         resubmit_unknown=resubmit_unknown,
         retry_failed=retry_failed,
         result_days=settings.result_days,
         budget_usd=budget_usd,
+        references=_references(cadence, fit=fit_references),
     )
+
+
+def _references(cadence: PollingCadence, *, fit: bool) -> References:
+    settings = FluxKontextSettings()
+    staging = staging_place(settings.staging_url, settings.staging_public_url)
+    return References(staging, fit=fit, timeout=cadence.timeout)
 
 
 @asynccontextmanager

@@ -46,6 +46,13 @@ class FluxKontextSettings(BaseSettings):
     concurrent_submits: int = Field(
         default=16, ge=1, description="Submits under way at once: what a crash makes doubtful."
     )
+    staging_url: str | None = Field(
+        default=None,
+        description="Folder or bucket where local reference images are put for the service.",
+    )
+    staging_public_url: str | None = Field(
+        default=None, description="Where that is on the web; without it, URLs are signed."
+    )
     price_pro: float = Field(default=0.03, ge=0, description="Dollars for an image in `pro`.")
     price_max: float = Field(default=0.06, ge=0, description="Dollars for an image in `max`.")
     result_days: float = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger, task
@@ -19,11 +20,14 @@ from prefect_flux_kontext.models import (
     GenerationTask,
     StoredImage,
 )
+from prefect_flux_kontext.references.resolving import References
 from prefect_flux_kontext.results import download_client, persist_result
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage import OutputFolder, safe_name
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from prefect.client.schemas.objects import State, TaskRun
 
 
@@ -64,6 +68,30 @@ async def submit_generation(
     account = await resolve_credentials(credentials)
     async with account.get_client() as client:
         return await client.submit(request)
+
+
+@task(name="submit-own-reference", retries=0, cache_policy=NO_CACHE)
+async def submit_own_reference(
+    request: GenerationRequest, references: References, account: FluxKontextCredentials
+) -> GenerationTask:
+    """Submit one generation whose reference image is local or private.
+
+    It is staged or signed in here, so that no signed URL is ever a parameter or a result of a
+    task, which Prefect may keep.
+
+    Raises:
+        ReferenceImageError: The image is not to be used; nothing was sent.
+        StorageError: It could not be staged; nothing was sent.
+        ApiError: As `submit_generation`.
+    """
+    sending = await references.prepared(request)
+
+    @asynccontextmanager
+    async def signed_now() -> AsyncIterator[GenerationRequest]:
+        yield await sending()
+
+    async with account.get_client() as client:
+        return await client.submit(request, around_post=signed_now)
 
 
 @task(

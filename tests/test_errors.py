@@ -68,7 +68,8 @@ def test_a_refusal_is_known_not_to_be_accepted_and_so_is_what_was_never_sent(kin
         errors.RefusedError
         | errors.NotConnectedError
         | errors.ConfigurationError
-        | errors.ManifestError,
+        | errors.ManifestError
+        | errors.ReferenceImageError,
     )
     assert kind.not_accepted is known
 

@@ -17,6 +17,8 @@ NAMES = {
     "FLUX_KONTEXT_POLL_INTERVAL": ("poll_interval", 0.5, 3.0),
     "FLUX_KONTEXT_POLL_TIMEOUT": ("poll_timeout", 60.0, 900.0),
     "FLUX_KONTEXT_CONCURRENT_SUBMITS": ("concurrent_submits", 4, 16),
+    "FLUX_KONTEXT_STAGING_URL": ("staging_url", "s3://pictures/staged", None),
+    "FLUX_KONTEXT_STAGING_PUBLIC_URL": ("staging_public_url", "https://a.test", None),
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
     "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
     "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +30,12 @@ _LONGEST_TASK_ID = 200
 _LONGEST_MESSAGE = 500
 _SUCCESS = range(200, 300)
 _RATE_LIMITED = 429
+# A message may repeat the URL of a reference: from what signs it on, that is nobody's to read.
+_SIGNED = re.compile(
+    r"(?:[?&]|%3f|%26)(?:x-amz-|x-goog-|awsaccesskeyid=|googleaccessid=|signature=|sig=|sv=)"
+    r"[^\s\"'<>]*",
+    re.IGNORECASE,
+)
 
 _REFUSALS: dict[int, tuple[type[RefusedError], str]] = {
     400: (InvalidRequestError, "Correct the request; it costs nothing."),
@@ -225,7 +232,7 @@ def _glimpse(body: bytes, secret: str) -> str:
 
 def _text(value: Any, secret: str = "") -> str:
     """Anything from outside as text that can be shown; nothing for None."""
-    text = "" if value is None else str(value)
+    text = "" if value is None else _SIGNED.sub("…", str(value))
     # Before it is cut to length: half a secret is one too.
     return _clean(text.replace(secret, "***") if secret else text)
 

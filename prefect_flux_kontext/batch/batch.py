@@ -9,6 +9,7 @@ import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.batch.references import keyed
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import BatchStoppedError, BudgetReachedError, LedgerError
@@ -58,6 +59,7 @@ async def run_batch(
             all fail). What was submitted before is stored, or on record to be collected.
         LedgerError: The ledger cannot be reached.
     """
+    rows = keyed(rows, session.rows.options.references)
     summary = await run_waves(session, rows, run_wave, concurrent_tasks=concurrent_tasks)
     if session.submitter.stopped is None:
         # Else the failed rows stay as they are: they may be what was to be run.

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.batch.references import checked
 from prefect_flux_kontext.batch.standing import Standing, Standings
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.reading import Manifest
+    from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.references.resolving import References
 
 _KEPT = 1_000
 _TOLD = 20
@@ -177,7 +180,7 @@ async def make_plan(
             spent=standings.dollars(),
             budget=options.budget_usd,
         )
-        await asyncio.to_thread(_read, plan, manifest, standings, tell)
+        await asyncio.to_thread(_read, plan, manifest, standings, options.references, tell)
     looks = 1 + max(0.0, _GENERATION - options.cadence.initial_delay) / options.cadence.interval
     a_second = min(
         concurrent_tasks / _GENERATION, requests_per_minute / 60 / (1 + math.ceil(looks))
@@ -190,11 +193,16 @@ def _read(
     plan: Plan,
     manifest: Manifest,
     standings: Standings,
+    references: References,
     tell: Callable[[RefusedRow], None] | None,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
+
+    def is_to_be_paid(row: Row) -> bool:
+        return _standing(standings, row) is Standing.PAY
+
     with Seen() as keys:
-        for row in manifest.rows():
+        for row in checked(manifest.rows(), references, is_to_be_paid):
             plan.rows += 1
             if isinstance(row, RefusedRow):
                 plan.refused += 1
@@ -207,7 +215,7 @@ def _read(
             if keys.first(key.encode(), plan.rows) != plan.rows:
                 plan.equal += 1
                 continue
-            standing = standings.of(key)
+            standing = _standing(standings, row)
             plan.standings[standing] += 1
             if standing is Standing.PAY:
                 plan.modes[row.request.mode] += 1
@@ -216,6 +224,10 @@ def _read(
         raise ManifestError(f"The manifest {manifest.url} has no rows.")
     plan.left_out = manifest.left_out
     plan.digest = digest.hexdigest()
+
+
+def _standing(standings: Standings, row: Row) -> Standing:
+    return standings.of(row.key, row.request.image_urls)
 
 
 def _span(seconds: float) -> str:

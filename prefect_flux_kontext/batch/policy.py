@@ -25,6 +25,11 @@ class FailurePolicy(BaseModel):
         default={"GENERATION_FAILED": 1, "PROCESSING_TIMEOUT": 1, "MODEL_UNAVAILABLE": 1},
         description="Fail codes to pay for again, and how often at most.",
     )
+    serve_again: dict[str, int] = Field(
+        default={"INVALID_IMAGE_URL": 1, "IMAGE_DOWNLOAD_FAILED": 1},
+        description="Likewise for rows whose reference image we sign or stage: it is signed anew, "
+        "or what is staged is looked at, first.",
+    )
     stop: list[str] = Field(
         default=["INSUFFICIENT_CREDITS", "INSUFFICIENT_BALANCE"],
         description="Fail codes that end the batch for the rows not yet submitted.",
@@ -42,7 +47,12 @@ class FailurePolicy(BaseModel):
     )
 
     def decide(
-        self, code: str | None, failures: int, *, asked_to_retry: bool = False
+        self,
+        code: str | None,
+        failures: int,
+        *,
+        asked_to_retry: bool = False,
+        served: bool = False,
     ) -> Literal["leave", "retry", "stop"]:
         """What to do with a row.
 
@@ -50,13 +60,15 @@ class FailurePolicy(BaseModel):
             code: The fail code of its latest attempt.
             failures: How many of its attempts were paid and failed.
             asked_to_retry: A person wants failed rows tried once more.
+            served: A reference image of it is signed or staged by us.
         """
         plain = _plain(code or "")
         if plain in map(_plain, self.stop):
             return "retry" if asked_to_retry else "stop"
         if plain in map(_plain, self.never):
             return "leave"
-        allowed = next((n for name, n in self.retry.items() if _plain(name) == plain), 0)
+        codes = {**self.serve_again, **self.retry} if served else self.retry
+        allowed = next((n for name, n in codes.items() if _plain(name) == plain), 0)
         return "retry" if asked_to_retry or failures <= allowed else "leave"
 
 

@@ -18,6 +18,7 @@ from prefect_flux_kontext.errors import (
     FluxKontextError,
     GenerationFailedError,
     LedgerError,
+    ReferenceImageError,
     RefusedError,
     ReplyLostError,
     ServiceTroubleError,
@@ -28,6 +29,8 @@ from prefect_flux_kontext.ledger.records import GIVEN_UP, Stored
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.references.kinds import not_on_the_web
+from prefect_flux_kontext.references.resolving import References
 from prefect_flux_kontext.results import name_stored, persist_result
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ class RowOptions:
         retry_failed: Pay again for rows that have failed.
         result_days: Days for which the service keeps a result.
         budget_usd: Dollars that the output may cost over all its runs; None for no cap.
+        references: How reference images that are not on the web get to the service.
     """
 
     cadence: PollingCadence
@@ -67,6 +71,7 @@ class RowOptions:
     retry_failed: bool = False
     result_days: float = 15.0
     budget_usd: float | None = None
+    references: References = field(default_factory=References)
 
 
 class RowRunner:
@@ -192,7 +197,9 @@ class RowRunner:
             if error.fatal:
                 self._stop(error)
                 return RowOutcome.of(row, entry.key, "not_submitted", error)
-            self._count(stored=False)
+            if not isinstance(error, ReferenceImageError):
+                # A bad image has cost nothing, and says nothing of the other rows.
+                self._count(stored=False)
             return RowOutcome.of(row, entry.key, "failed", error)
 
     async def _settle(self, row: Row, entry: Entry) -> Entry | RowOutcome:
@@ -259,7 +266,12 @@ class RowRunner:
         assert ended is not None  # noqa: S101 - this is what the state says
         new = entry.key in self._ended_now
         again = self.options.retry_failed and not new
-        decision = self.options.policy.decide(ended.reason, entry.failures, asked_to_retry=again)
+        decision = self.options.policy.decide(
+            ended.reason,
+            entry.failures,
+            asked_to_retry=again,
+            served=bool(not_on_the_web(row.request.image_urls)),
+        )
         failure = GenerationFailedError(
             ended.message or "The service gave no reason.",
             task_id=ended.task_id,

@@ -70,7 +70,9 @@ async def batch_session(
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
-            submitter = Submitter(client, ledger, settings.concurrent_submits, budget)
+            submitter = Submitter(
+                client, ledger, settings.concurrent_submits, budget, options.references
+            )
             stored = await _stored(store)
             rows = RowRunner(client, http, output, ledger, submitter, stored, options)
             try:

@@ -10,9 +10,11 @@ from prefect_flux_kontext.batch.status import unfinished_entries
 from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.references.kinds import not_on_the_web
 from prefect_flux_kontext.scratch import scratch_database
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
 
     from prefect_flux_kontext.batch.rows import RowOptions
@@ -36,6 +38,7 @@ class _Known(NamedTuple):
     key: str
     attempt: int
     standing: Standing
+    served: Standing
     dollars: float
 
 
@@ -45,7 +48,7 @@ class Standings:
     def __init__(self) -> None:
         self._database = scratch_database(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, standing TEXT, "
-            "dollars REAL) WITHOUT ROWID"
+            "served TEXT, dollars REAL) WITHOUT ROWID"
         )
         self._empty = True
 
@@ -60,14 +63,19 @@ class Standings:
     ) -> None:
         self._database.close()
 
-    def of(self, key: str) -> Standing:
-        """Where a row stands; one that the ledger does not know is to be paid."""
+    def of(self, key: str, references: Iterable[str] = ()) -> Standing:
+        """Where a row stands; one that the ledger does not know is to be paid.
+
+        Args:
+            key: The row key.
+            references: Its reference images; those that we serve get a second chance.
+        """
         if self._empty:
             return Standing.PAY
         found = self._database.execute(
-            "SELECT standing FROM rows WHERE key = ?", (bytes.fromhex(key),)
+            "SELECT standing, served FROM rows WHERE key = ?", (bytes.fromhex(key),)
         ).fetchone()
-        return Standing(found[0]) if found else Standing.PAY
+        return Standing(found[any(not_on_the_web(references))]) if found else Standing.PAY
 
     def dollars(self) -> float:
         """Dollars for everything that was accepted or may have been, of whatever run."""
@@ -85,12 +93,12 @@ class Standings:
         known = [await _of_entry(store, entry, options) for entry in entries]
         async for row in finished_rows(store):
             failed = row.ended.state == "failed"
-            standing = (
+            stand = (
                 _after_failure(options, row.ended.reason, row.failures)
                 if failed
-                else Standing.STORED
+                else (Standing.STORED, Standing.STORED)
             )
-            known.append(_Known(row.key, row.attempt, standing, row.spent + row.doubtful))
+            known.append(_Known(row.key, row.attempt, *stand, row.spent + row.doubtful))
             if len(known) >= _BLOCK:
                 await asyncio.to_thread(self._add, known)
                 known = []
@@ -99,8 +107,9 @@ class Standings:
     def _add(self, known: list[_Known]) -> None:
         self._empty = self._empty and not known
         self._database.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET attempt = "
-            "excluded.attempt, standing = excluded.standing, dollars = excluded.dollars "
+            "INSERT INTO rows VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET attempt = "
+            "excluded.attempt, standing = excluded.standing, served = excluded.served, "
+            "dollars = excluded.dollars "
             "WHERE excluded.attempt >= attempt",
             [(bytes.fromhex(row.key), *row[1:]) for row in known],
         )
@@ -120,14 +129,21 @@ async def _of_entry(store: RecordStore, entry: Entry, options: RowOptions) -> _K
             standing = Standing.STORED
         case State.FAILED:
             reason = entry.ended.reason if entry.ended else None
-            standing = _after_failure(options, reason, entry.failures)
+            stand = _after_failure(options, reason, entry.failures)
+            return _Known(entry.key, entry.attempt, *stand, dollars)
         case State.ACCEPTED:
             standing = Standing.OWED
         case _:
             standing = Standing.PAY
-    return _Known(entry.key, entry.attempt, standing, dollars)
+    return _Known(entry.key, entry.attempt, standing, standing, dollars)
 
 
-def _after_failure(options: RowOptions, reason: str | None, failures: int) -> Standing:
-    decision = options.policy.decide(reason, failures, asked_to_retry=options.retry_failed)
-    return Standing.PAY if decision == "retry" else Standing.LEFT
+def _after_failure(
+    options: RowOptions, reason: str | None, failures: int
+) -> tuple[Standing, Standing]:
+    decisions = [
+        options.policy.decide(reason, failures, asked_to_retry=options.retry_failed, served=served)
+        for served in (False, True)
+    ]
+    plain, served = (Standing.PAY if told == "retry" else Standing.LEFT for told in decisions)
+    return plain, served

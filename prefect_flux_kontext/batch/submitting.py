@@ -16,6 +16,7 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.ledger.records import Posted
 from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.references.resolving import References
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.models import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Submitter:
         posts_at_once: POSTs under way at once; apart from the tasks that run, because these are
             what a crash makes doubtful.
         budget: What may be spent; None for no cap.
+        references: Has the rows' reference images where the service can fetch them.
 
     Attributes:
         stopped: Why nothing is submitted any more.
@@ -54,6 +57,7 @@ class Submitter:
         ledger: Ledger,
         posts_at_once: int,
         budget: Budget | None = None,
+        references: References | None = None,
     ) -> None:
         self.stopped: FluxKontextError | None = None
         self.accepted = 0
@@ -62,6 +66,7 @@ class Submitter:
         self._client = client
         self._ledger = ledger
         self._budget = budget or Budget(None)
+        self._references = references or References()
         self._room = asyncio.Semaphore(posts_at_once)
         self._all: set[asyncio.Task[Entry]] = set()
         self._posting: set[asyncio.Task[Entry]] = set()
@@ -88,6 +93,8 @@ class Submitter:
             RowTakenError: Another run was first; nothing was sent.
             BatchStoppedError: The batch was stopped; nothing was sent.
             LedgerError: The intent could not be recorded; nothing was sent.
+            ReferenceImageError: A reference image is not to be used any more; nothing was sent.
+            StorageError: A reference image could not be staged; nothing was sent.
             ApiError: See `FluxKontextClient.submit`; where it is `not_accepted`, that is on
                 record, else the row is doubtful.
         """
@@ -108,12 +115,14 @@ class Submitter:
         latest = entry
         work = cast("asyncio.Task[Entry]", asyncio.current_task())
         price = self._ledger.price_of(row.request)
+        sending = await self._references.prepared(row.request, doubted=entry.failures > 0)
 
         @asynccontextmanager
-        async def attempt() -> AsyncIterator[None]:
+        async def attempt() -> AsyncIterator[GenerationRequest]:
             nonlocal latest
             async with self._room:
                 self._check_going_on()
+                request = await sending()
                 await self._budget.reserve(price)
                 self._posting.add(work)
                 sent = owed = False
@@ -121,7 +130,7 @@ class Submitter:
                     latest = await self._ledger.claim(row, latest)
                     self._check_going_on()  # writing it took a while
                     sent = owed = True
-                    yield
+                    yield request
                 except FluxKontextError as error:
                     unsent = error.not_accepted or not sent
                     owed = not unsent

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.manifest.reading import Manifest
     from prefect_flux_kontext.manifest.rows import RefusedRow
+    from prefect_flux_kontext.references.resolving import References
 
 SOME_ROWS_INVALID = 1
 
@@ -57,6 +58,7 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="pay again for rows whose submit's reply was lost; they may be paid for already",
     )
+    add_fit_argument(parser)
     add_budget_argument(parser)
 
 
@@ -84,6 +86,15 @@ def manifest_of(options: argparse.Namespace) -> Manifest:
         styles=options.styles,
         names=options.names,
         output=options.output,
+    )
+
+
+def add_fit_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what to do about reference images that are too large."""
+    parser.add_argument(
+        "--fit-references",
+        action="store_true",
+        help="shrink local and private reference images that are over 10 MB, and stage them",
     )
 
 
@@ -125,6 +136,21 @@ def dollars(text: str) -> float:
     return amount
 
 
+def references_of(fit: bool) -> References:
+    """How reference images get to the service, as the environment says.
+
+    Raises:
+        ConfigurationError: The staging place is not usable.
+    """
+    from prefect_flux_kontext.references.resolving import References  # noqa: PLC0415
+    from prefect_flux_kontext.references.staging import staging_place  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+
+    settings = FluxKontextSettings()
+    staging = staging_place(settings.staging_url, settings.staging_public_url)
+    return References(staging, fit=fit, timeout=settings.poll_timeout)
+
+
 async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Plan:
     """Make the plan and print it, below every row that is invalid.
 
@@ -162,6 +188,7 @@ async def _plan(options: argparse.Namespace) -> int:
         cadence=FluxKontextSettings().cadence(),
         resubmit_unknown=options.resubmit_unknown,
         budget_usd=options.budget,
+        references=references_of(options.fit_references),
     )
     plan = await show_plan(manifest_of(options), options.output, decided)
     return SOME_ROWS_INVALID if plan.refused else 0

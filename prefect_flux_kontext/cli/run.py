@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.cli.plan import (
     add_budget_argument,
+    add_fit_argument,
     add_manifest_arguments,
     add_style_argument,
     manifest_of,
+    references_of,
     show_plan,
 )
 
@@ -54,6 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     retry.add_argument("output", metavar="OUTPUT", help="the batch's output")
     retry.add_argument("--prompt", help="the prompt for rows that have none of their own")
     add_style_argument(retry)
+    add_fit_argument(retry)
     add_budget_argument(retry)
     retry.set_defaults(func=lambda options: _report(_retry(options)))
 
@@ -99,7 +102,8 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
     failed = OutputFolder(options.output).uri(FAILED_ROWS)
-    manifest = Manifest(failed, options.prompt, styles=options.styles)
+    # A run of ours has written it, so it may name local files wherever it is.
+    manifest = Manifest(failed, options.prompt, styles=options.styles, folder=".")
     # A row that was skipped as invalid stands there too, and must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _batch(manifest, options.output, options)
@@ -142,6 +146,7 @@ def _row_options(options: argparse.Namespace) -> RowOptions:
         retry_failed=getattr(options, "retry_failed", False),
         result_days=settings.result_days,
         budget_usd=getattr(options, "budget", None),
+        references=references_of(getattr(options, "fit_references", False)),
     )
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prefect_flux_kontext.models import GenerationRequest
 
 _VERSION = 1
@@ -30,19 +32,30 @@ _BESIDE = {
 }
 
 
-def row_key(request: GenerationRequest) -> str:
-    """The key of a row: 32 hexadecimal digits from the references, the prompt and parameters."""
+def row_key(request: GenerationRequest, identities: Mapping[str, str] | None = None) -> str:
+    """The key of a row: 32 hexadecimal digits from the references, the prompt and parameters.
+
+    Args:
+        request: What is paid for.
+        identities: What references are known by that are more than their text: files, objects.
+    """
+    known = identities or {}
     paid_for = request.model_dump(
         mode="json", exclude={"image_urls", "callback_url", "request_type"}, exclude_none=True
     )
-    paid_for["references"] = [url_identity(url) for url in request.image_urls]
+    paid_for["references"] = [known.get(url) or url_identity(url) for url in request.image_urls]
     paid_for["version"] = _VERSION
     text = json.dumps(paid_for, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def url_identity(url: str) -> str:
-    """A URL without its signature, password and fragment: it gives nobody access."""
+    """A URL without its signature, password and fragment: it gives nobody access.
+
+    What is not on the web stays as it is: there, neither `#` nor `?` nor `@` has that meaning.
+    """
+    if not url.lower().startswith(("http:", "https:")):
+        return url
     parts = urlsplit(url)
     query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
     names = {name.lower() for name, _ in query}

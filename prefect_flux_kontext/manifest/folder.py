@@ -17,6 +17,7 @@ from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.lines import Line, problem_of
 from prefect_flux_kontext.manifest.opening import kind_of
 from prefect_flux_kontext.names import IMAGE_ENDING
+from prefect_flux_kontext.references.identity import version_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -95,8 +96,8 @@ class Folder:
                     inside.append(f"{folder}{name}/")
                 elif self._is_image(f"{folder}{name}", entry):
                     names.append(name)
-                    if version := entry.get("ETag") or entry.get("etag"):
-                        versions[name] = str(version).strip('"')
+                    if version := version_of(entry):
+                        versions[name] = version
             if folder.count("/") < self.deepest:
                 waiting += sorted(inside, reverse=True)
             if names:

@@ -20,11 +20,19 @@ if TYPE_CHECKING:
 
 
 class Recipe(NamedTuple):
-    """What is the same for all rows of a manifest."""
+    """What is the same for all rows of a manifest.
+
+    Attributes:
+        prompt: For rows that have none of their own.
+        styles: Those that are known, and those for rows that name none.
+        names: The template of output names.
+        folder: Where relative paths of references start; None where local files are not allowed.
+    """
 
     prompt: str | None
     styles: Styles
     names: Names | None
+    folder: str | None = None
 
 
 def make_recipe(
@@ -66,5 +74,6 @@ def _row(line: Line, recipe: Recipe, style: Style | None) -> Row | RefusedRow:
         style=style,
         names=recipe.names,
         version=line.version,
+        folder=recipe.folder,
     )
     return RefusedRow(row.id, line.number, line.problem, cells) if line.problem else row

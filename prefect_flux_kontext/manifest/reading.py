@@ -17,6 +17,7 @@ from prefect_flux_kontext.manifest.matrix import Recipe, make_recipe, rows_of_li
 from prefect_flux_kontext.manifest.opening import kind_of, told_as_manifest_error
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.manifest.seen import Seen
+from prefect_flux_kontext.references.kinds import folder_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ class Manifest:
             is made once in each of them.
         names: The template of output names, such as `{style}/{id}.{ext}`.
         output: Where the images go, so that those of a folder are not taken for new ones.
+        folder: Where relative paths of references start. None: the manifest's own folder; a
+            manifest that is not local may then not name local files.
     """
 
     source: Any
@@ -58,6 +61,7 @@ class Manifest:
     styles: str | Sequence[str] | None = None
     names: str | None = None
     output: str | None = None
+    folder: str | None = None
 
     @property
     def url(self) -> str:
@@ -81,7 +85,9 @@ class Manifest:
         recipe = self._recipe
         made = 0
         with told_as_manifest_error(self.url), Seen() as names:
-            for line in self._lines():
+            given = source(self.source)
+            recipe = recipe._replace(folder=self.folder or folder_of(given))
+            for line in self._lines(given):
                 for row in rows_of_line(line, recipe):
                     made += 1
                     if made > MOST_ROWS:
@@ -99,14 +105,13 @@ class Manifest:
         given = source(self.source)
         return folder_at(given, self.output) if isinstance(given, str) else None
 
-    def _lines(self) -> Iterator[Line]:
+    def _lines(self, given: Any) -> Iterator[Line]:
         unknown = set(self.columns) - COLUMNS
         if unknown:
             raise ManifestError(
                 f"There is no column {sorted(unknown)} to take another as; there are "
                 f"{', '.join(sorted(COLUMNS))}."
             )
-        given = source(self.source)
         if not isinstance(given, str):
             return given_lines(given, self.columns)
         if "::" in given:

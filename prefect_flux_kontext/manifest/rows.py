@@ -15,6 +15,7 @@ from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.manifest.naming import name_of
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.names import UNSEEN, problem_of_text
+from prefect_flux_kontext.references.kinds import located, problem_of_kind
 from prefect_flux_kontext.styles.templates import is_template, template
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def make_row(
     style: Style | None = None,
     names: Names | None = None,
     version: str | None = None,
+    folder: str | None = None,
 ) -> Row | RefusedRow:
     """Make a row of the cells of one line.
 
@@ -82,6 +84,7 @@ def make_row(
         style: What the row is to be restyled to; its own cells win over the style's parameters.
         names: The template of output names.
         version: Tells what its image holds, where a listing says that.
+        folder: Where relative paths of references start; None where local files are not allowed.
     """
     given = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: given[name] for name in PARAMETERS if name in given}
@@ -93,15 +96,17 @@ def make_row(
     images, problems = _references(given)
     row_id = given.get("id") or _made_id(images, values)
     problems += _problems_of_id(given.get("id", ""))
-    for image in images:
-        problems += problems_of_reference(image)
+    problems += [problem for image in images for problem in problems_of_reference(image, folder)]
+    found = [located(image, folder) for image in images]
+    if found != images:
+        kept = {**kept, **_told_anew(given, found)}
     if not (images or problems or "prompt" in given) and (prompt is not None or style is not None):
         # Else a hole in the column of references would be paid for as text to image.
         problems.append("the row has neither an image nor a prompt of its own")
     if style is not None or is_template(values.get("prompt", "")):
         problems += _restyled(values, style, cells)
     if images:
-        values["image_urls"] = images
+        values["image_urls"] = found
     name, style_name = "", None if style is None else style.name
     try:
         request = GenerationRequest(**values)
@@ -111,7 +116,7 @@ def make_row(
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=cells)
+        return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=kept)
     if names is not None and "output" not in given:
         kept = {**kept, "output": name}
     return Row(
@@ -174,6 +179,11 @@ def _references(given: Mapping[str, str]) -> tuple[list[str], list[str]]:
     return images, []
 
 
+def _told_anew(given: Mapping[str, str], images: list[str]) -> dict[str, str]:
+    # The failed rows are written elsewhere, where a relative path would start from there.
+    return {"image": images[0]} if "image" in given else {"images": json.dumps(images)}
+
+
 def _made_id(images: list[str], values: dict[str, Any]) -> str:
     # As it was when a row had one reference at most, so that ids stay as they were.
     told = images[0] if len(images) == 1 else images or None
@@ -198,8 +208,13 @@ def _parts(url: str) -> SplitResult:
         return urlsplit("")
 
 
-def problems_of_reference(image: str) -> list[str]:
-    """Why the service could not fetch a reference image, as far as its URL tells."""
+def problems_of_reference(image: str, folder: str | None = None) -> list[str]:
+    """Why the service could not be given a reference image, as far as its text tells.
+
+    Args:
+        image: As it is written.
+        folder: Where relative paths start; None where local files are not allowed.
+    """
     if UNSEEN.search(image):
         # A URL parser would leave them out without a word.
         return [f"image {image[:100]!r} holds a character that cannot be seen"]
@@ -211,11 +226,8 @@ def problems_of_reference(image: str) -> list[str]:
         if host.startswith(("169.254.", "fe80:")):
             return [f"image {image[:100]!r} is at a link-local address, which nobody else reaches"]
         return []
-    told = (
-        f"image {image[:100]!r} is not an http or https URL, so the service cannot fetch it; "
-        "serve the file at a URL (in rehearsals: `flux-kontext sandbox --references FOLDER`)"
-    )
-    return [told]
+    problem = problem_of_kind(image, folder)
+    return [problem] if problem else []
 
 
 def _told(problem: Any) -> str:

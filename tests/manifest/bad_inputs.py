@@ -5,7 +5,9 @@
 
 import gzip
 import io
+import re
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,11 @@ import pyarrow.parquet as pq
 
 from prefect_flux_kontext.errors import FluxKontextError
 from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.references.resolving import References
+from prefect_flux_kontext.references.staging import Staging
+from tests.support import pictures
 from tests.support.plans import plan_of
+from tests.support.served_folder import served_folder
 
 URL = "https://pictures.example.com/cat.jpg"
 HEAD = "id,image,prompt\n"
@@ -34,6 +40,8 @@ class Bad(NamedTuple):
         style: The style for all rows: a name, or a file beside it.
         styles: What is in that file.
         names: The template of output names.
+        picture: What is in the file `x.jpg` beside it, if there is one.
+        served: The manifest comes from the web.
     """
 
     what: str
@@ -43,6 +51,8 @@ class Bad(NamedTuple):
     style: str | None = None
     styles: str | None = None
     names: str | None = None
+    picture: bytes | None = None
+    served: bool = False
 
 
 def csv(what, row, told):
@@ -58,6 +68,11 @@ def ident(what, text, told):
 def reference(what, url, told):
     """A reference image."""
     return csv(what, f'x,"{url}",pencil', told)
+
+
+def picture_file(what, content, told):
+    """A file of an image beside the manifest."""
+    return reference(what, "x.jpg", told)._replace(picture=content)
 
 
 def line(what, text, told):
@@ -132,12 +147,31 @@ BAD = [
     csv("a cell of ten megabytes", f"x,{URL},{'x' * 10_000_000}", "more than 1,000,000 char"),
     Bad("carriage returns alone", "m.csv", (HEAD + GOOD).replace("\n", "\r"), None),
     Bad("an HTML error page", "m.csv", "<!DOCTYPE html>\n<p>403</p>\n", "a page of HTML"),
-    reference("a local file", "/data/cat.jpg", "not an http or https URL"),
-    reference("file:", "file:///etc/passwd", "not an http or https URL"),
+    reference("a local file that is not there", "/data/cat.jpg", "'/data/cat.jpg' is not there"),
+    reference("a local folder", "/etc", "is a folder"),
+    reference("file: of no image", "file:///etc/passwd", "is text by its content"),
+    reference(
+        "file: in a manifest from the web", "file:///etc/passwd", "is a local file, and"
+    )._replace(served=True),
+    reference("gist:", "gist://1/cat.jpg", "not an http or https URL"),
+    reference("data:", "data:image/png;base64,AAAA", "not an http or https URL"),
+    reference("filesystems in a chain", "zip://x.jpg::s3://a/b.zip", "not an http or https URL"),
+    picture_file("an empty image", b"", "is an empty file"),
+    picture_file("an image that is text", b"a cat, in words", "is text by its content"),
+    picture_file("an image that is a page of HTML", b"<!DOCTYPE html><p>403", "a page of HTML"),
+    picture_file("an SVG", b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG"),
+    picture_file("a GIF", pictures.picture("gif"), "is a GIF"),
+    picture_file("a truncated JPEG", pictures.picture()[:-1_000], "is cut off or damaged"),
+    picture_file("an image of 11 MB", bytes(11_000_000), "has 11.0 MB; the service takes 10 MB"),
+    picture_file(
+        "an image of 50,000 x 50,000 pixels",
+        pictures.png_that_claims(50_000, 50_000),
+        "has 50,000 x 50,000 pixels",
+    ),
     reference("ftp:", "ftp://a.example.com/cat.jpg", "not an http or https URL"),
     reference("a cloud's metadata service", "http://169.254.169.254/x", "link-local"),
     reference("a password in a URL", "https://me:word@a.example.com/x", "user name or password"),
-    reference("no scheme", "pictures.example.com/cat.jpg", "not an http or https URL"),
+    reference("no scheme", "pictures.example.com/cat.jpg", "example.com/cat.jpg' is not there"),
     reference("a line end in a URL", "https://a.example.com/\r\nx", "cannot be seen"),
     line("a torn last line", '{"prompt": "x', "is not JSON"),
     line("an array", '["x"]', "is not an object but list"),
@@ -215,9 +249,14 @@ def message(bad, folder):
         path.mkdir()
     if bad.styles is not None:
         (Path(folder) / bad.style).write_text(bad.styles)
+    if bad.picture is not None:
+        (Path(folder) / "x.jpg").write_bytes(bad.picture)
+    references = References(Staging(f"{folder}/staged", "https://staged.example.com"))
     try:
-        made = Manifest(manifest_of(bad, folder), styles=style_of(bad, folder), names=bad.names)
-        plan_of(made).check(skip_invalid=False)
+        with served_folder(folder) if bad.served else nullcontext() as served:
+            url = f"{served}/{bad.name}" if served else manifest_of(bad, folder)
+            made = Manifest(url, styles=style_of(bad, folder), names=bad.names)
+            plan_of(made, references=references).check(skip_invalid=False)
     except FluxKontextError as error:
         return error.message
     return None
@@ -242,6 +281,7 @@ def page():
         with tempfile.TemporaryDirectory() as folder:
             told = message(bad, folder)
             shown = "accepted" if told is None else told.replace(f"{folder}/", "")
+            shown = re.sub(r"http://127\.0\.0\.1:\d+/", "https://example.com/", shown)
         shown = shown.partition(" Mend them")[0].partition("Mend them.")[0].strip()
         shown = shown.replace("\n", " ").replace("|", "\\|")
         rows.append(f"| {bad.what} | {shown if len(shown) < 400 else shown[:400] + '…'} |")

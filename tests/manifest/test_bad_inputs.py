@@ -24,6 +24,8 @@ def test_no_bad_manifest_makes_a_request_that_is_paid(tmp_path, monkeypatch):
     with running_sandbox(SandboxSettings(mean=0.05, long_edge=16, api_key=key)) as sandbox:
         monkeypatch.setenv("FLUX_KONTEXT_API_KEY", key)
         monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", sandbox.url)
+        monkeypatch.setenv("FLUX_KONTEXT_STAGING_URL", str(tmp_path / "staged"))
+        monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", sandbox.url)
         for number, bad in enumerate(BAD):
             folder = tmp_path / str(number)
             folder.mkdir()

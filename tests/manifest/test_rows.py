@@ -1,5 +1,7 @@
 """One line of a manifest becomes a request, or a reason why not."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,7 +62,7 @@ def test_a_wrong_value_is_told_with_its_column_and_what_is_allowed(cells, told):
 
 
 def test_all_that_is_wrong_with_a_row_is_told_at_once():
-    told = reason(image="cat.jpg", mode="turbo")
+    told = reason(image="gist://cat.jpg", mode="turbo")
     assert told.count(";") >= 2
     for word in ("cat.jpg", "mode", "prompt"):
         assert word in told
@@ -69,11 +71,11 @@ def test_all_that_is_wrong_with_a_row_is_told_at_once():
 @pytest.mark.parametrize(
     "image",
     [
-        "cat.jpg",
-        "/data/cat.jpg",
         "C:\\cat.jpg",
-        "s3://bucket/cat.jpg",
-        "file:///etc/passwd",
+        "gist://1/cat.jpg",
+        "github://a:b@c/cat.jpg",
+        "hf://a/cat.jpg",
+        "zip://cat.jpg::s3://bucket/a.zip",
         "ftp://a.test/cat.jpg",
         "data:image/png;base64,AAAA",
         "http://",
@@ -87,7 +89,25 @@ def test_all_that_is_wrong_with_a_row_is_told_at_once():
 def test_a_reference_that_the_service_cannot_fetch_is_refused_with_what_to_do(image):
     told = reason(image=image, prompt="x")
     assert f"image {image!r} is not an http or https URL" in told
-    assert "serve the file at a URL" in told
+    assert "nor a local file, so the service cannot fetch it" in told
+
+
+@pytest.mark.parametrize("image", ["cat.jpg", "/etc/passwd", "file:///etc/passwd", "memory://x"])
+def test_a_local_file_is_refused_unless_the_manifest_is_local(image):
+    assert f"image {image!r} is a local file, and the manifest is not" in reason(
+        image=image, prompt="x"
+    )
+    assert isinstance(make_row(2, {"image": image, "prompt": "x"}, folder="/data"), Row)
+
+
+def test_a_relative_path_starts_from_the_folder_also_when_the_row_is_written_elsewhere():
+    row = make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/data")
+    assert row.request.image_urls == ["/data/a/cat.jpg"]
+    assert row.cells["image"] == "/data/a/cat.jpg"
+    several = make_row(2, {"images": f"{URL} file://cat.jpg", "prompt": "x"}, folder="/data")
+    assert json.loads(several.cells["images"]) == [URL, "/data/cat.jpg"]
+    # Else the same manifest in another folder would give its images other names.
+    assert row.id == make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/other").id
 
 
 @pytest.mark.parametrize(

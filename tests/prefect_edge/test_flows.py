@@ -22,7 +22,9 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.flows import style_transfer, style_transfer_batch
 from prefect_flux_kontext.images import inspect_image
+from prefect_flux_kontext.sandbox.settings import PHOTOS
 from tests.prefect_edge.conftest import QUICK, tell_prefect_everything
+from tests.support.served_folder import served_folder
 
 pytestmark = pytest.mark.anyio
 
@@ -84,13 +86,38 @@ class TestOneImage:
         assert caught.value.code == "CONTENT_VIOLATION"
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("image", ["", "cat.jpg", "/data/cat.jpg", "s3://bucket/cat.jpg"])
+    @pytest.mark.parametrize(
+        ("image", "told"),
+        [
+            ("", "not an http or https URL"),
+            ("gist://1/cat.jpg", "not an http or https URL"),
+            ("cat.jpg", "is not there"),
+            (str(PHOTOS / "cat.png"), "set FLUX_KONTEXT_STAGING_URL"),
+        ],
+    )
     async def test_a_reference_that_cannot_be_fetched_is_refused_unpaid(
-        self, image, account, sandbox, tmp_path
+        self, image, told, account, sandbox, tmp_path
     ):
-        with pytest.raises(ConfigurationError, match="not an http or https URL"):
+        with pytest.raises(FluxKontextError, match=told):
             await style_transfer("oil", str(tmp_path), image=image, credentials=account)
         assert sandbox.service.bill()["accepted"] == 0
+
+    async def test_a_local_reference_is_staged_so_that_the_service_gets_it(
+        self, account, sandbox, tmp_path, monkeypatch
+    ):
+        with served_folder(tmp_path / "staged") as public_url:
+            monkeypatch.setenv("FLUX_KONTEXT_STAGING_URL", str(tmp_path / "staged"))
+            monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", public_url)
+            (stored,) = await style_transfer(
+                "oil",
+                str(tmp_path / "out"),
+                image=str(PHOTOS / "cat.png"),
+                credentials=account,
+                cadence=QUICK,
+            )
+        assert stored.uri == f"file://{tmp_path}/out/{stored.task_id}.jpg"
+        assert len(list((tmp_path / "staged").iterdir())) == 1
+        assert sandbox.service.bill()["accepted"] == 1
 
     @pytest.mark.parametrize(
         ("wrong", "error"),
