@@ -34,7 +34,7 @@ class Folder:
 
     Attributes:
         url: As it was given, for messages.
-        fs: The filesystem, which remembers no listing.
+        fs: The filesystem.
         root: The folder's path there.
         pattern: What the paths below it are to match; None for all of them.
         deepest: Folders below one another that are looked into.
@@ -105,6 +105,8 @@ class Folder:
 
     def _listed(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """What is in a folder, without what is hidden, the output and any ledger."""
+        # A listing of before may be old by now, and all of them together large.
+        self.fs.invalidate_cache()
         for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
             path = str(entry["name"]).rstrip("/")
             name = path.removeprefix(f"{self.root}/{folder}")
@@ -140,8 +142,7 @@ def folder_at(url: str, output: str | None) -> Folder | None:
     kind, _ = kind_of(url)
     if not url.endswith("/") and not globs and kind in _TABLES:
         return None
-    # What was listed before may have changed since, and would be held in memory for good.
-    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    fs, path = fsspec.core.url_to_fs(url)
     path = str(path).rstrip("/")
     if globs and not fs.exists(path):
         root, below = _divided(path)

@@ -116,6 +116,8 @@ def make_row(
     except ValueError as error:
         problems.append(str(error))
     if problems:
+        # Without an image, a prompt of its own would make it another kind of row.
+        kept = kept if images else cells
         return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=kept)
     if names is not None and "output" not in given:
         kept = {**kept, "output": name}

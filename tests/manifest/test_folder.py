@@ -269,6 +269,8 @@ class Listing:
         if not at:
             return [{"name": f"root/{n}", "type": "directory"} for n in range(int(sys.argv[1]))]
         return [{"name": f"{path}/{n}.jpg", "type": "file"} for n in range(500)]
+    def invalidate_cache(self):
+        pass
     def unstrip_protocol(self, path):
         return "many://" + path
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,8 +95,8 @@ def test_a_parquet_file_is_read_with_rows_numbered_from_one(tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [ROWS, tuple(ROWS), pa.Table.from_pylist(ROWS), pl.DataFrame(ROWS)],
-    ids=["dicts", "tuple", "arrow", "polars"],
+    [ROWS, tuple(ROWS), pa.Table.from_pylist(ROWS), pl.DataFrame(ROWS), pd.DataFrame(ROWS)],
+    ids=["dicts", "tuple", "arrow", "polars", "pandas"],
 )
 def test_rows_are_given_directly_and_can_be_read_again(given):
     made = Manifest(given)

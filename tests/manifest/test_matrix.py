@@ -135,6 +135,13 @@ def test_a_line_that_is_wrong_is_refused_in_every_style_with_its_reason():
     assert all("mode 'turbo'" in row.reason for row in made)
 
 
+def test_a_refused_row_keeps_the_prompt_for_all_rows_where_it_has_an_image():
+    (row,) = rows({"id": "a", "mode": "turbo"}, prompt="in ink", styles="oil")
+    assert (row.cells["prompt"], row.cells["style"]) == ("in ink", "oil")
+    (row,) = rows({"id": "a", "image": ""}, prompt="in ink", styles="oil")
+    assert "prompt" not in row.cells
+
+
 def test_the_plan_prices_every_image_of_the_matrix(file):
     made = Manifest(
         [{"image": URL, "id": n} for n in range(10)],
