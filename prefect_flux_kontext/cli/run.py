@@ -11,7 +11,6 @@ from prefect_flux_kontext.cli.plan import (
     add_budget_argument,
     add_fit_argument,
     add_manifest_arguments,
-    references_of,
     show_plan,
 )
 
@@ -139,6 +138,7 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
 def _row_options(options: argparse.Namespace) -> RowOptions:
     from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.references.resolving import references_of  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
     settings = FluxKontextSettings()
@@ -148,7 +148,11 @@ def _row_options(options: argparse.Namespace) -> RowOptions:
         retry_failed=getattr(options, "retry_failed", False),
         result_days=settings.result_days,
         budget_usd=getattr(options, "budget", None),
-        references=references_of(getattr(options, "fit_references", False)),
+        references=references_of(
+            settings,
+            timeout=settings.poll_timeout,
+            fit=getattr(options, "fit_references", False),
+        ),
     )
 
 
