@@ -32,8 +32,7 @@ from prefect_flux_kontext.models import (
 )
 from prefect_flux_kontext.plans import ask_for_approval, planned
 from prefect_flux_kontext.references.kinds import located, not_on_the_web
-from prefect_flux_kontext.references.resolving import References
-from prefect_flux_kontext.references.staging import staging_place
+from prefect_flux_kontext.references.resolving import references_of
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage import OutputFolder
 from prefect_flux_kontext.tasks import (
@@ -119,7 +118,7 @@ async def style_transfer(
     account = await resolve_credentials(credentials)
     await OutputFolder(output).check_writable()
     if not_on_the_web(request.image_urls):
-        references = _references(cadence or FluxKontextSettings().cadence(), fit=fit_references)
+        references = _options(cadence, None, fit_references=fit_references).references
         submitted = await submit_own_reference(request, references, account)
     else:
         submitted = await submit_generation(request, account)
@@ -316,14 +315,8 @@ def _options(
         retry_failed=retry_failed,
         result_days=settings.result_days,
         budget_usd=budget_usd,
-        references=_references(cadence, fit=fit_references),
+        references=references_of(settings, timeout=cadence.timeout, fit=fit_references),
     )
-
-
-def _references(cadence: PollingCadence, *, fit: bool) -> References:
-    settings = FluxKontextSettings()
-    staging = staging_place(settings.staging_url, settings.staging_public_url)
-    return References(staging, fit=fit, timeout=cadence.timeout)
 
 
 @asynccontextmanager

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.manifest.reading import Manifest
     from prefect_flux_kontext.manifest.rows import RefusedRow
-    from prefect_flux_kontext.references.resolving import References
 
 SOME_ROWS_INVALID = 1
 
@@ -136,21 +135,6 @@ def dollars(text: str) -> float:
     return amount
 
 
-def references_of(fit: bool) -> References:
-    """How reference images get to the service, as the environment says.
-
-    Raises:
-        ConfigurationError: The staging place is not usable.
-    """
-    from prefect_flux_kontext.references.resolving import References  # noqa: PLC0415
-    from prefect_flux_kontext.references.staging import staging_place  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
-
-    settings = FluxKontextSettings()
-    staging = staging_place(settings.staging_url, settings.staging_public_url)
-    return References(staging, fit=fit, timeout=settings.poll_timeout)
-
-
 async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Plan:
     """Make the plan and print it, below every row that is invalid.
 
@@ -182,13 +166,17 @@ async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Pla
 
 async def _plan(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.references.resolving import references_of  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
+    settings = FluxKontextSettings()
     decided = RowOptions(
-        cadence=FluxKontextSettings().cadence(),
+        cadence=settings.cadence(),
         resubmit_unknown=options.resubmit_unknown,
         budget_usd=options.budget,
-        references=references_of(options.fit_references),
+        references=references_of(
+            settings, timeout=settings.poll_timeout, fit=options.fit_references
+        ),
     )
     plan = await show_plan(manifest_of(options), options.output, decided)
     return SOME_ROWS_INVALID if plan.refused else 0

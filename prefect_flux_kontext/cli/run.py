@@ -13,7 +13,6 @@ from prefect_flux_kontext.cli.plan import (
     add_manifest_arguments,
     add_style_argument,
     manifest_of,
-    references_of,
     show_plan,
 )
 
@@ -137,6 +136,7 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
 def _row_options(options: argparse.Namespace) -> RowOptions:
     from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.references.resolving import references_of  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
     settings = FluxKontextSettings()
@@ -146,7 +146,11 @@ def _row_options(options: argparse.Namespace) -> RowOptions:
         retry_failed=getattr(options, "retry_failed", False),
         result_days=settings.result_days,
         budget_usd=getattr(options, "budget", None),
-        references=references_of(getattr(options, "fit_references", False)),
+        references=references_of(
+            settings,
+            timeout=settings.poll_timeout,
+            fit=getattr(options, "fit_references", False),
+        ),
     )
 
 

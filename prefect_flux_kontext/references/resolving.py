@@ -23,12 +23,13 @@ from prefect_flux_kontext.references.kinds import Kind, kind_of, not_on_the_web,
 from prefect_flux_kontext.references.known import Known, Look
 from prefect_flux_kontext.references.locks import Locks
 from prefect_flux_kontext.references.signing import life_of_signatures, signed
-from prefect_flux_kontext.references.staging import NOT_SET, Staging
+from prefect_flux_kontext.references.staging import NOT_SET, Staging, staging_place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from prefect_flux_kontext.models import GenerationRequest
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
 _AT_ONCE = 16
 
@@ -187,6 +188,23 @@ class References:
                 "has changed since the plan, so nothing was submitted for its row; run it again"
             )
         return look
+
+
+def references_of(
+    settings: FluxKontextSettings, *, timeout: float, fit: bool = False
+) -> References:
+    """How references get to the service, as the environment says.
+
+    Args:
+        settings: Name the staging place.
+        timeout: Seconds after which the wait for a task is given up.
+        fit: Shrink what is too large.
+
+    Raises:
+        ConfigurationError: The staging place is not usable.
+    """
+    staging = staging_place(settings.staging_url, settings.staging_public_url)
+    return References(staging, fit=fit, timeout=timeout)
 
 
 def _look_at(reference: str) -> Look:

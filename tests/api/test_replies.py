@@ -13,7 +13,7 @@ from prefect_flux_kontext.api.replies import (
     read_status,
     read_task_id,
 )
-from prefect_flux_kontext.errors import ApiError, UnreadableReplyError
+from prefect_flux_kontext.errors import ApiError, RefusedError, UnreadableReplyError
 
 URL = "https://results.test/1.jpg"
 
@@ -213,3 +213,27 @@ def test_a_balance_is_read_in_its_likely_shapes(data, dollars):
 def test_a_balance_without_a_number_is_refused_by_name(data):
     with pytest.raises(UnreadableReplyError, match="no number"):
         read_balance(data)
+
+
+@pytest.mark.parametrize(
+    "signed",
+    [
+        "?X-Amz-Algorithm=AWS4&X-Amz-Signature=s3cr3t",
+        "?AWSAccessKeyId=AK&Signature=s3cr3t&Expires=1",
+        "?x-goog-algorithm=GOOG4&x-goog-signature=s3cr3t",
+        "?sv=2024-01-01&se=1&sr=b&sig=s3cr3t",
+        "?v=7&sig=s3cr3t",
+        "%3FX-Amz-Signature%3Ds3cr3t",
+    ],
+)
+def test_a_signed_url_that_a_message_repeats_is_cut_before_its_signature(signed):
+    told = f"https://bucket.test/cat.jpg{signed} cannot be fetched"
+    status = read_status(
+        {"taskId": "t", "state": "failed", "failMsg": told}, task_id="t"
+    ).fail_message
+    assert status.startswith("https://bucket.test/cat.jpg")
+    assert status.endswith("… cannot be fetched")
+    with pytest.raises(RefusedError) as caught:
+        read_envelope(400, json.dumps({"code": 400, "message": told}).encode())
+    for text in (status, str(caught.value)):
+        assert "s3cr3t" not in text

@@ -133,6 +133,13 @@ def test_what_only_looks_like_a_signature_tells_images_apart(one, other):
     assert url_identity(one) != url_identity(other)
 
 
+@pytest.mark.parametrize(
+    "reference", ["/data/a#1?v=2.jpg", "s3://bucket/a b?x#y", "abfs://container@account/a.jpg"]
+)
+def test_what_is_not_on_the_web_is_itself(reference):
+    assert url_identity(reference) == reference
+
+
 @given(URLS, st.sampled_from(SIGNATURES), st.booleans())
 def test_the_identity_of_an_identity_is_itself(url, signature, signed):
     if signed:
