@@ -29,11 +29,11 @@ def keyed(rows: Iterable[Row | RefusedRow], references: References) -> Iterator[
         references: Looks at them, many at a time.
     """
     for block in _blocks(rows):
-        own = dict.fromkeys(image for row in block for image in _own(row))
+        own = {image for row in block for image in _own(row)}
         if not own:
             yield from block
             continue
-        looks = references.look_at(own)
+        looks = references.look_at(sorted(own))
         for row in block:
             yield _keyed(row, looks)
 

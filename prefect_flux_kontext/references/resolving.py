@@ -13,12 +13,7 @@ from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.references.checks import LARGEST, check_image, needs_fitting
 from prefect_flux_kontext.references.fitting import fitted
 from prefect_flux_kontext.references.headers import format_of
-from prefect_flux_kontext.references.identity import (
-    content_of,
-    identity_of,
-    private_identity,
-    told_of,
-)
+from prefect_flux_kontext.references.identity import content_of, identity_of, told_of
 from prefect_flux_kontext.references.kinds import Kind, kind_of, not_on_the_web, opened
 from prefect_flux_kontext.references.known import Known, Look
 from prefect_flux_kontext.references.locks import Locks
@@ -26,7 +21,7 @@ from prefect_flux_kontext.references.signing import life_of_signatures, signed
 from prefect_flux_kontext.references.staging import NOT_SET, Staging, staging_place
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable
 
     from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.settings import FluxKontextSettings
@@ -58,16 +53,8 @@ class References:
         self._known = Known()
         self._locks = Locks()
 
-    def look_at(self, references: Mapping[str, str | None]) -> dict[str, Look]:
-        """What the references are known by, of which several are looked at at a time.
-
-        Args:
-            references: Each with its version where a listing has told it, which spares a request.
-        """
-        for reference, version in references.items():
-            is_told = version and kind_of(reference) is Kind.PRIVATE
-            if is_told and self._known.get(reference) is None:
-                self._known.put(reference, Look(private_identity(reference, version)))
+    def look_at(self, references: Iterable[str]) -> dict[str, Look]:
+        """What the references are known by, of which several are looked at at a time."""
         looks = {reference: self._known.get(reference) for reference in references}
         new = [reference for reference, look in looks.items() if look is None]
         for reference, look in zip(new, self._threads.map(_look_at, new), strict=True):

@@ -79,8 +79,6 @@ def test_the_key_of_an_object_is_that_of_its_url_and_version():
         request = next(manifest(f"{url}/cat.jpg").rows()).request
         identity = private_identity(f"{url}/cat.jpg", version_of(listed))
         assert row_key(request, {f"{url}/cat.jpg": identity}) == seen[2]
-        told = References().look_at({f"{url}/cat.jpg": version_of(listed)})
-        assert told[f"{url}/cat.jpg"].identity == identity
 
 
 def test_an_object_whose_store_tells_no_version_is_known_by_its_url():
@@ -174,14 +172,6 @@ def test_the_references_of_rows_that_are_not_to_be_paid_are_not_read(tmp_path):
     rows = manifest("text.jpg", folder=tmp_path)
     told = list(checked(rows.rows(), References(STAGING), lambda _row: False))
     assert isinstance(told[0], Row)
-
-
-def test_a_version_that_a_listing_has_told_spares_a_request(monkeypatch):
-    monkeypatch.setattr(resolving, "identity_of", None)
-    references = {"gs://photos/cat.jpg": "v7"}
-    assert References().look_at(references)["gs://photos/cat.jpg"].identity == (
-        "gs://photos/cat.jpg v7"
-    )
 
 
 def test_a_package_that_is_missing_is_told_by_name(monkeypatch):
