@@ -136,4 +136,5 @@ def _canvas(data: bytes, kind: bytes) -> bytes:
         width, height = width - 1, height - 1
     else:
         raise ValueError("no picture")
-    return struct.pack("<I", flags) + width.to_bytes(3, "little") + height.to_bytes(3, "little")
+    sides = struct.pack("<I", width)[:3] + struct.pack("<I", height)[:3]
+    return struct.pack("<I", flags) + sides

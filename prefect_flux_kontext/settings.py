@@ -51,6 +51,9 @@ class FluxKontextSettings(BaseSettings):
     result_days: float = Field(
         default=15.0, gt=0, description="Days for which the service keeps a result."
     )
+    ai_mark: bool = Field(
+        default=True, description="Mark images as made by AI, in XMP beside the pixels."
+    )
 
     def __init__(self, **given: Any) -> None:
         try:

@@ -12,6 +12,7 @@ from prefect_flux_kontext.api.waiting import wait_until_ended
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
+from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import FluxKontextError
 from prefect_flux_kontext.models import (
     GenerationRequest,
@@ -19,7 +20,7 @@ from prefect_flux_kontext.models import (
     GenerationTask,
     StoredImage,
 )
-from prefect_flux_kontext.results import download_client, persist_result
+from prefect_flux_kontext.results import persist_result
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage import OutputFolder
 
@@ -128,13 +129,17 @@ async def persist_images(
 
     Raises:
         DownloadError: A result URL could not be fetched.
-        InvalidImageError: It does not serve a whole image of the kind asked for.
+        InvalidImageError: It does not serve a whole image.
         ConfigurationError: The output is no usable folder.
         StorageError: The output refused the file.
     """
     async with download_client() as http:
         return await persist_result(
-            result, OutputFolder(output), http, name=name or result.task_id
+            result,
+            OutputFolder(output),
+            http,
+            name=name or result.task_id,
+            ai_mark=FluxKontextSettings().ai_mark,
         )
 
 
