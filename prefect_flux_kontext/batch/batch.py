@@ -161,7 +161,8 @@ async def _write_failed(session: Session) -> None:
     """Write the failed rows as a manifest that can be run again as it is."""
     failed = session.rows.unstored
     if not failed:
-        await session.output.remove(FAILED_ROWS)
+        if await session.output.read(FAILED_ROWS) is not None:
+            await session.output.remove(FAILED_ROWS)
         return
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
     columns = [name for name in columns if name not in _WHY]

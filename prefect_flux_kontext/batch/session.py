@@ -40,7 +40,7 @@ _IMAGES_IN_HAND = 64
 
 def ledger_store(output: OutputFolder) -> RecordStore:
     """Where the ledger of an output is: beside the images."""
-    return RecordStore(f"{output}/{LEDGER_FOLDER}")
+    return RecordStore(output.below(LEDGER_FOLDER))
 
 
 @dataclass(frozen=True)
