@@ -57,7 +57,8 @@ class OutputFolder:
     """A folder or prefix to write to, given as an fsspec URL or a local path.
 
     Args:
-        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`.
+        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`. Another folder is
+            taken as it is.
         storage_options: What the filesystem needs to know, as its fsspec implementation names
             it: for S3 `endpoint_url`, `key`, `secret`, `profile`, …. They are never told again.
 
@@ -71,11 +72,18 @@ class OutputFolder:
             or the options are not the filesystem's.
     """
 
+    fs: Any
+    root: str
+    options: dict[str, Any]
+
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: OutputFolder | str | os.PathLike[str],
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if isinstance(url, OutputFolder):
+            self.fs, self.root, self.options = url.fs, url.root, url.options
+            return
         location = os.fspath(url)
         if "::" in location or not location.strip():
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")

@@ -20,9 +20,9 @@ from prefect_flux_kontext.models import (
     GenerationTask,
     StoredImage,
 )
+from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
 from prefect_flux_kontext.results import persist_result
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
@@ -114,15 +114,21 @@ async def wait_for_generation(
     cache_policy=NO_CACHE,
 )
 async def persist_images(
-    result: GenerationResult, output: str, name: str | None = None
+    result: GenerationResult,
+    output: Output,
+    name: str | None = None,
+    storage_options: StorageOptions = None,
 ) -> list[StoredImage]:
     """Download the images of a result, check them, and put them in their place whole.
 
     Args:
         result: What `wait_for_generation` returned.
-        output: Folder or prefix on any fsspec filesystem: `out/`, `s3://bucket/prefix`, ….
+        output: Folder or prefix on any fsspec filesystem: `out/`, `s3://bucket/prefix`, …; or a
+            storage Block, or `block:` with the reference of one.
         name: File name without extension; None takes the task id. A second image of the same
             result gets `~2` after it, and so on.
+        storage_options: What the output's filesystem needs to know, or an AWS credentials Block;
+            None for the environment's.
 
     Returns:
         For each image its URI, kind, size in bytes, sha256, width and height in pixels.
@@ -136,7 +142,7 @@ async def persist_images(
     async with download_client() as http:
         return await persist_result(
             result,
-            OutputFolder(output),
+            await open_output(output, storage_options),
             http,
             name=name or result.task_id,
             ai_mark=FluxKontextSettings().ai_mark,

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
-from prefect_flux_kontext.errors import BatchStoppedError, BudgetReachedError, LedgerError
+from prefect_flux_kontext.errors import (
+    BatchStoppedError,
+    BudgetReachedError,
+    LedgerError,
+    ManifestError,
+)
 from prefect_flux_kontext.ledger.checkpoints import (
     OpenWave,
     close_wave,
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import RefusedRow
+    from prefect_flux_kontext.storage import OutputFolder
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +161,20 @@ def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:
                 entry.task.task_id,
                 left.total_seconds() / 86_400,
             )
+
+
+async def failed_rows(output: OutputFolder) -> list[dict[str, str]]:
+    """The failed rows of the last run, as a manifest of their own.
+
+    Raises:
+        ManifestError: There are none.
+        StorageError: They cannot be read.
+    """
+    data = await output.read(FAILED_ROWS)
+    if data is None:
+        raise ManifestError(f"There are no failed rows: there is no {output.uri(FAILED_ROWS)}.")
+    text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
+    return list(csv.DictReader(text, strict=True))
 
 
 async def _write_failed(session: Session) -> None:

@@ -40,7 +40,7 @@ class RecordStore:
     """
 
     def __init__(self, root: OutputFolder | str) -> None:
-        folder = root if isinstance(root, OutputFolder) else OutputFolder(root)
+        folder = OutputFolder(root)
         self._fs, self._root, self._options = folder.fs, folder.root.rstrip("/"), folder.options
 
     def __str__(self) -> str:
