@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import fsspec
+import fsspec.config
 
 from prefect_flux_kontext.api.backoff import jittered
 from prefect_flux_kontext.atomic import create_file, replace_file
@@ -27,6 +28,9 @@ T = TypeVar("T")
 # is slow to take images holds up neither records nor checks.
 _THREADS = ThreadPoolExecutor(16, thread_name_prefix="flux-kontext-images")
 _PROBE = ".probe"
+
+# Of botocore's own 10, images would take some from the ledger, whose writes hold up submits.
+_S3_CONNECTIONS = 48
 _LONGEST_NAME = 80
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -51,6 +55,15 @@ def safe_name(text: str) -> str:
         return text
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
     return f"{plain}~{digest}"
+
+
+def _pool(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """S3's options for as many connections as there are threads, where nobody says otherwise."""
+    if not url.startswith(("s3://", "s3a://")):
+        return {}
+    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    given = options.get("config_kwargs", configured)
+    return {"config_kwargs": {"max_pool_connections": _S3_CONNECTIONS, **given}}
 
 
 class OutputFolder:
@@ -89,7 +102,7 @@ class OutputFolder:
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
         self.options = dict(storage_options or {})
         # What another run has written is to be seen, so nothing that was listed is kept.
-        options = self.options | {"use_listings_cache": False}
+        options = self.options | {"use_listings_cache": False} | _pool(location, self.options)
         problem = None
         try:
             self.fs, root = fsspec.core.url_to_fs(location, **options)

@@ -16,6 +16,7 @@ from prefect_flux_kontext.errors import (
     BudgetReachedError,
     LedgerError,
     ManifestError,
+    StorageError,
 )
 from prefect_flux_kontext.ledger.checkpoints import (
     OpenWave,
@@ -171,18 +172,25 @@ async def failed_rows(output: OutputFolder) -> list[dict[str, str]]:
         StorageError: They cannot be read.
     """
     data = await output.read(FAILED_ROWS)
-    if data is None:
-        raise ManifestError(f"There are no failed rows: there is no {output.uri(FAILED_ROWS)}.")
+    if not data:
+        raise ManifestError(f"There are no failed rows: none are in {output.uri(FAILED_ROWS)}.")
     text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
     return list(csv.DictReader(text, strict=True))
+
+
+async def _forget_failed(output: OutputFolder) -> None:
+    if await output.read(FAILED_ROWS):
+        try:
+            await output.remove(FAILED_ROWS)
+        except StorageError:  # nothing may be removed there
+            await output.write(FAILED_ROWS, b"")
 
 
 async def _write_failed(session: Session) -> None:
     """Write the failed rows as a manifest that can be run again as it is."""
     failed = session.rows.unstored
     if not failed:
-        if await session.output.read(FAILED_ROWS) is not None:
-            await session.output.remove(FAILED_ROWS)
+        await _forget_failed(session.output)
         return
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
     columns = [name for name in columns if name not in _WHY]

@@ -18,6 +18,7 @@ from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import living_owner
 from prefect_flux_kontext.ledger.records import Stored
 from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.leftovers import sweep
 from prefect_flux_kontext.results import persist_result
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ async def batch_session(
         UnauthorizedError: The service does not know the key.
     """
     store = ledger_store(output)
+    await sweep(output)
+    await sweep(output.below(LEDGER_FOLDER), recursive=True)
     async with client, download_client() as http:
         await client.check()
         async with living_owner(store) as owner:
