@@ -47,8 +47,13 @@ def _valid_options(value: Any) -> Any:
     )
 
 
-Output = Annotated[Any, BeforeValidator(_valid_output), WithJsonSchema({"type": "string"})]
-"""The parameter of a flow that takes an output; a form offers text."""
+Output = Annotated[
+    Any,
+    BeforeValidator(_valid_output),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+]
+"""The parameter of a flow that takes an output: text, or an object by which Prefect refers to a
+Block."""
 
 StorageOptions = Annotated[
     Any,
