@@ -57,13 +57,16 @@ def safe_name(text: str) -> str:
     return f"{plain}~{digest}"
 
 
-def _pool(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """S3's options for as many connections as there are threads, where nobody says otherwise."""
+def _s3_defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What S3's filesystem is told where neither the options nor fsspec's settings say otherwise.
+
+    As many connections as there are threads, and one request to read a small file, not two.
+    """
     if not url.startswith(("s3://", "s3a://")):
         return {}
-    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    given = options.get("config_kwargs", configured)
-    return {"config_kwargs": {"max_pool_connections": _S3_CONNECTIONS, **given}}
+    given = {**fsspec.config.conf.get("s3", {}), **options}
+    connections = {"max_pool_connections": _S3_CONNECTIONS, **given.get("config_kwargs", {})}
+    return {"max_concurrency": given.get("max_concurrency", 1), "config_kwargs": connections}
 
 
 class OutputFolder:
@@ -102,7 +105,11 @@ class OutputFolder:
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
         self.options = dict(storage_options or {})
         # What another run has written is to be seen, so nothing that was listed is kept.
-        options = self.options | {"use_listings_cache": False} | _pool(location, self.options)
+        options = {
+            **self.options,
+            **_s3_defaults(location, self.options),
+            "use_listings_cache": False,
+        }
         problem = None
         try:
             self.fs, root = fsspec.core.url_to_fs(location, **options)

@@ -123,6 +123,13 @@ async def test_many_at_once_share_a_bounded_number_of_connections(proxy, output)
     assert 10 < proxy.most_connections < 2 * 48
 
 
+async def test_what_is_read_costs_one_request(proxy, output):
+    await output.write("cat.jpg", b"a cat")
+    assert await output.read("cat.jpg") == b"a cat"
+    assert await output.read("none.jpg") is None
+    assert proxy.numbers == {"put": 1, "get": 2}
+
+
 async def test_connections_are_as_many_as_the_options_say(proxy, tmp_path):
     few = options(proxy) | {"config_kwargs": {"max_pool_connections": 2}}
     output = OutputFolder(f"s3://pictures/{tmp_path.name}", few)
