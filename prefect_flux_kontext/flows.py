@@ -11,7 +11,7 @@ from prefect.logging import get_logger
 from pydantic import NonNegativeFloat
 
 from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.batch.batch import FAILED_ROWS, collect, run_batch
+from prefect_flux_kontext.batch.batch import collect, failed_rows, run_batch
 from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.session import batch_session, ledger_store
@@ -30,6 +30,7 @@ from prefect_flux_kontext.models import (
     Provider,
     StoredImage,
 )
+from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
 from prefect_flux_kontext.plans import ask_for_approval, planned
 from prefect_flux_kontext.references.kinds import located, not_on_the_web
 from prefect_flux_kontext.references.resolving import references_of
@@ -55,8 +56,9 @@ __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_ba
 
 async def tell_what_is_owed(flow: Any, flow_run: "FlowRun", state: "State[Any]") -> None:  # noqa: ARG001
     """After a cancellation, log what the ledger says is paid for and not stored."""
-    output = flow_run.parameters["output"]
-    status = await ledger_status(ledger_store(OutputFolder(output)))
+    given = flow_run.parameters
+    output = await open_output(given["output"], given.get("storage_options"))
+    status = await ledger_status(ledger_store(output))
     get_logger("prefect_flux_kontext").warning(
         "%s was cancelled. Paid for and not stored: %d rows; maybe paid for: %d. To collect them: "
         "flux-kontext collect %s",
@@ -70,7 +72,7 @@ async def tell_what_is_owed(flow: Any, flow_run: "FlowRun", state: "State[Any]")
 @flow(name="style-transfer")
 async def style_transfer(
     prompt: str,
-    output: str,
+    output: Output,
     image: str | None = None,
     credentials: FluxKontextCredentials | str | None = None,
     mode: Mode = "pro",
@@ -80,12 +82,13 @@ async def style_transfer(
     name: str | None = None,
     cadence: PollingCadence | None = None,
     fit_references: bool = False,
+    storage_options: StorageOptions = None,
 ) -> list[StoredImage]:
     """Restyle one image, or make one from text alone.
 
     Args:
         prompt: What to make, 1 to 10,000 characters.
-        output: Folder or prefix to store to, on any fsspec filesystem.
+        output: Folder or prefix to store to, on any fsspec filesystem; or `block:s3-bucket/NAME`.
         image: The reference image: a URL, an object in a bucket or a local file, which needs a
             staging place; none makes the image from the prompt alone.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
@@ -96,6 +99,8 @@ async def style_transfer(
         name: File name without extension; none takes the task id.
         cadence: When to ask how the task is doing; none for the environment's cadence.
         fit_references: Shrink a local or private image that is over 10 MB.
+        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
+            Prefect keeps them in the clear, so keys belong in a Block.
 
     Returns:
         What was stored.
@@ -116,7 +121,8 @@ async def style_transfer(
         provider=provider,
     )
     account = await resolve_credentials(credentials)
-    await OutputFolder(output).check_writable()
+    output = await open_output(output, storage_options)
+    await output.check_writable()
     if not_on_the_web(request.image_urls):
         references = _options(cadence, None, fit_references=fit_references).references
         submitted = await submit_own_reference(request, references, account)
@@ -129,7 +135,7 @@ async def style_transfer(
 @flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])
 async def style_transfer_batch(
     manifest: ManifestSource,
-    output: str,
+    output: Output,
     credentials: FluxKontextCredentials | str | None = None,
     prompt: str | None = None,
     columns: dict[str, str] | None = None,
@@ -143,6 +149,7 @@ async def style_transfer_batch(
     budget_usd: NonNegativeFloat | None = None,
     approve_above_usd: NonNegativeFloat | None = None,
     dry_run: bool = False,
+    storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Restyle every image of a manifest, paying for each row once, whatever dies.
 
@@ -156,7 +163,7 @@ async def style_transfer_batch(
             `aspect_ratio`, `output_format`, `provider`, `output`. Or a folder, prefix or glob of
             images. Or the rows themselves: a list of dicts, or a table that speaks Arrow's
             interface.
-        output: Folder or prefix to store to, on any fsspec filesystem.
+        output: Folder or prefix to store to, on any fsspec filesystem; or `block:s3-bucket/NAME`.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
         prompt: The prompt for rows that have none of their own.
         columns: The manifest's own names for columns, such as `{"image": "photo_url"}`.
@@ -175,6 +182,8 @@ async def style_transfer_batch(
         approve_above_usd: Pause for a person's approval, on the page of the flow run, when the
             plan costs more dollars than this. The run then costs at most what was approved.
         dry_run: Stop after the plan; rows that would be paid count as not submitted.
+        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
+            Prefect keeps them in the clear, so keys belong in a Block.
 
     Returns:
         How many rows were stored, how many failed and why, and what is still owed.
@@ -194,12 +203,13 @@ async def style_transfer_batch(
         budget_usd=budget_usd,
         fit_references=fit_references,
     )
-    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, output)
     account = await resolve_credentials(credentials)
+    output = await open_output(output, storage_options)
+    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
     plan = await planned(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
-        return plan.summary(output)
+        return plan.summary(str(output))
     if approve_above_usd is not None:
         if plan.price > approve_above_usd:
             await ask_for_approval(plan)
@@ -217,7 +227,7 @@ async def style_transfer_batch(
 
 @flow(name="retry-failed", on_cancellation=[tell_what_is_owed])
 async def retry_failed(
-    output: str,
+    output: Output,
     credentials: FluxKontextCredentials | str | None = None,
     prompt: str | None = None,
     styles: str | list[str] | None = None,
@@ -225,6 +235,7 @@ async def retry_failed(
     failure_policy: FailurePolicy | None = None,
     fit_references: bool = False,
     budget_usd: NonNegativeFloat | None = None,
+    storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Run the failed rows of a batch once more, and nothing else.
 
@@ -241,6 +252,8 @@ async def retry_failed(
         fit_references: Shrink local and private reference images that are over 10 MB.
         budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
             paid for; the row that would pass it ends the run.
+        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
+            Prefect keeps them in the clear, so keys belong in a Block.
 
     Returns:
         What became of them.
@@ -257,10 +270,9 @@ async def retry_failed(
         budget_usd=budget_usd,
         fit_references=fit_references,
     )
-    # A run of ours has written it, so it may name local files wherever it is.
-    failed = OutputFolder(output).uri(FAILED_ROWS)
-    rows = Manifest(failed, prompt, styles=styles, folder=".")
     account = await resolve_credentials(credentials)
+    output = await open_output(output, storage_options)
+    rows = Manifest(await failed_rows(output), prompt, styles=styles)
     # A row that was skipped as invalid stands there too, and must not stop the others.
     (await planned(rows, output, account, options)).check(skip_invalid=True)
     async with _opened(output, account, options) as (session, slots):
@@ -271,9 +283,10 @@ async def retry_failed(
 
 @flow(name="collect-batch")
 async def collect_batch(
-    output: str,
+    output: Output,
     credentials: FluxKontextCredentials | str | None = None,
     cadence: PollingCadence | None = None,
+    storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Wait for, download and store what ended runs have paid for; pays for nothing.
 
@@ -281,6 +294,8 @@ async def collect_batch(
         output: The batch's output.
         credentials: The account: a Block, the name of a saved one, or none for the environment.
         cadence: When to ask how a task is doing; none for the environment's cadence.
+        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
+            Prefect keeps them in the clear, so keys belong in a Block.
 
     Returns:
         What became of the rows that were owed something.
@@ -291,6 +306,7 @@ async def collect_batch(
     """
     options = _options(cadence, None)
     account = await resolve_credentials(credentials)
+    output = await open_output(output, storage_options)
     async with _opened(output, account, options) as (session, slots):
         summary = await collect(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
@@ -321,10 +337,9 @@ def _options(
 
 @asynccontextmanager
 async def _opened(
-    output: str, account: FluxKontextCredentials, options: RowOptions
+    output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
 ) -> "AsyncIterator[tuple[Session, int]]":
-    folder = OutputFolder(output)
-    await folder.check_writable()
+    await output.check_writable()
     settings = FluxKontextSettings()
-    async with batch_session(account.get_client(), folder, options, settings) as session:
+    async with batch_session(account.get_client(), output, options, settings) as session:
         yield session, account.concurrent_tasks

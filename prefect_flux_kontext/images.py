@@ -1,4 +1,4 @@
-"""Is this a whole image of the promised kind? Judged by its bytes, never by its name."""
+"""Is this a whole image, and of which kind? Judged by its bytes, never by its name."""
 
 from __future__ import annotations
 
@@ -28,18 +28,16 @@ class ImageInfo:
     height: int
 
 
-def inspect_image(data: bytes, *, expected: ImageFormat | None = None) -> ImageInfo:
+def inspect_image(data: bytes) -> ImageInfo:
     """Decode the whole image, in memory.
 
     Decoding alone accepts some truncated files, so the format's own end mark is looked for too.
 
     Args:
         data: The bytes of the file.
-        expected: The kind it must be; None allows JPEG, PNG and WebP.
 
     Raises:
-        InvalidImageError: It is no whole JPEG, PNG or WebP, not the expected kind, or larger
-            than 64 million pixels.
+        InvalidImageError: It is no whole JPEG, PNG or WebP, or larger than 64 million pixels.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
@@ -64,10 +62,6 @@ def inspect_image(data: bytes, *, expected: ImageFormat | None = None) -> ImageI
         )
     if not _has_its_end(data, kind):
         raise InvalidImageError(f"The {kind.upper()} is cut off after {len(data):,} bytes.")
-    if expected is not None and kind != expected:
-        raise InvalidImageError(
-            f"The image is a {kind.upper()}, not the {expected.upper()} asked."
-        )
     return ImageInfo(format=kind, width=width, height=height)
 
 

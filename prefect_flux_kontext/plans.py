@@ -13,13 +13,13 @@ from prefect_flux_kontext.batch.planning import make_plan
 from prefect_flux_kontext.batch.session import ledger_store
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.manifest.reading import Manifest
+    from prefect_flux_kontext.storage import OutputFolder
 
 WAIT_SECONDS = 24 * 3600
 LOOK_SECONDS = 5
@@ -27,7 +27,7 @@ _SHOWN = 16
 
 
 async def planned(
-    rows: Manifest, output: str, account: FluxKontextCredentials, options: RowOptions
+    rows: Manifest, output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
 ) -> Plan:
     """Make the plan and log it, with every invalid row that it has kept.
 
@@ -36,12 +36,11 @@ async def planned(
         ManifestError: The manifest cannot be read to its end, or has no rows.
         LedgerError: The ledger cannot be read or is damaged.
     """
-    folder = OutputFolder(output)
     # Else a wrong output would show as a ledger that cannot be read.
-    await folder.check_writable()
+    await output.check_writable()
     plan = await make_plan(
         rows,
-        ledger_store(folder),
+        ledger_store(output),
         options,
         prices=FluxKontextSettings().prices(),
         requests_per_minute=account.requests_per_minute,

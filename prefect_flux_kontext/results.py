@@ -4,44 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
+import logging
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-import httpx
-
-from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
-from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_context
-from prefect_flux_kontext.errors import DownloadError, InvalidImageError, StorageError
-from prefect_flux_kontext.images import EXTENSIONS, ImageInfo, inspect_image
+from prefect_flux_kontext.downloads import download_image
+from prefect_flux_kontext.errors import StorageError
+from prefect_flux_kontext.images import EXTENSIONS
 from prefect_flux_kontext.models import StoredImage
+from prefect_flux_kontext.provenance import ai_marked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from prefect_flux_kontext.api.connections import Connections
     from prefect_flux_kontext.models import GenerationResult
+    from prefect_flux_kontext.provenance import SourceType
     from prefect_flux_kontext.storage import OutputFolder
 
-_ATTEMPTS = 6
-_LARGEST_IMAGE = 50 * 2**20
-_LONGEST_DOWNLOAD = 300.0
-
-_TIMEOUTS = httpx.Timeout(connect=10, read=30, write=30, pool=None)
-
-
-def download_client(transport: httpx.AsyncBaseTransport | None = None) -> Connections:
-    """Connections for results, apart from the API's: no key in them, and no submit behind them."""
-    return Connections(
-        lambda: httpx.AsyncClient(
-            limits=POOL_LIMITS,
-            transport=transport,
-            verify=tls_context(),
-            headers={"Accept-Encoding": "identity"},
-            follow_redirects=True,
-            max_redirects=3,
-        ),
-        timeout=_TIMEOUTS,
-    )
+logger = logging.getLogger(__name__)
 
 
 def image_names(name: str, number: int, extension: str, key: str | None) -> list[str]:
@@ -69,8 +50,11 @@ async def persist_result(
     *,
     name: str,
     key: str | None = None,
+    ai_mark: bool = True,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and put it in its place.
+
+    A whole image of another kind than was asked for is stored too, as what it is: it is paid for.
 
     Args:
         result: What came of the task.
@@ -80,18 +64,29 @@ async def persist_result(
             after it, and so on.
         key: The row key, for which no other row's image is written over; None writes over
             what has that name.
+        ai_mark: Whether the image is marked as made by AI; see `provenance`.
 
     Returns:
         One record for each image, in the order of the result's URLs.
 
     Raises:
         DownloadError: A URL could not be fetched, after several attempts.
-        InvalidImageError: What it serves is not a whole image of the kind asked for.
+        InvalidImageError: What it serves is not a whole image.
         StorageError: The output refused the file.
     """
+    asked = result.request.output_format if result.request else None
+    source = _source(result) if ai_mark else None
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
-        data, image = await _download(result, url, http)
+        data, image = await download_image(url, http, task_id=result.task_id)
+        if asked not in (None, image.format):
+            logger.warning(
+                "Task %s was asked for a %s and has made a %s, which is stored as such.",
+                result.task_id,
+                str(asked).upper(),
+                image.format.upper(),
+            )
+        data, sha256 = await asyncio.to_thread(_finished, data, source)
         names = image_names(name, number, f".{EXTENSIONS[image.format]}", key)
         stored.append(
             StoredImage(
@@ -99,7 +94,7 @@ async def persist_result(
                 task_id=result.task_id,
                 format=image.format,
                 size=len(data),
-                sha256=await asyncio.to_thread(_sha256, data),
+                sha256=sha256,
                 width=image.width,
                 height=image.height,
             )
@@ -128,57 +123,13 @@ async def name_stored(
     return uris
 
 
-async def _download(
-    result: GenerationResult, url: str, http: Connections
-) -> tuple[bytes, ImageInfo]:
-    expected = result.request.output_format if result.request else None
-    attempt = 0
-    while True:
-        attempt += 1
-        failure: DownloadError | InvalidImageError
-        try:
-            data = await _fetch(http, url, last=attempt == _ATTEMPTS)
-            return data, await asyncio.to_thread(inspect_image, data, expected=expected)
-        except (DownloadError, InvalidImageError) as error:
-            failure = error
-        if attempt == _ATTEMPTS:
-            break
-        await asyncio.sleep(jittered(attempt))
-    raise type(failure)(
-        f"Task {result.task_id} is paid for, but its result {_without_secrets(url)} cannot be "
-        f"stored after {attempt} attempts: {failure.message}",
-        task_id=result.task_id,
-        code=failure.code,
-    )
+def _finished(data: bytes, source: SourceType | None) -> tuple[bytes, str]:
+    """The bytes to store, and their checksum."""
+    if source is not None:
+        data = ai_marked(data, source)
+    return data, hashlib.sha256(data).hexdigest()
 
 
-async def _fetch(http: Connections, url: str, *, last: bool) -> bytes:
-    data = bytearray()
-    wait = None
-    try:
-        async with asyncio.timeout(_LONGEST_DOWNLOAD), http.stream("GET", url) as response:
-            if response.status_code == httpx.codes.OK:
-                async for chunk in response.aiter_raw():
-                    data += chunk
-                    if len(data) > _LARGEST_IMAGE:
-                        break
-                else:
-                    return bytes(data)
-                told = f"it is larger than {_LARGEST_IMAGE:,} bytes"
-            else:
-                told = f"HTTP {response.status_code}"
-                wait = retry_after_seconds(response.headers.get("Retry-After"))
-    except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx
-        told = f"{type(error).__name__} after {len(data):,} bytes"
-    if wait and not last:
-        await asyncio.sleep(wait)
-    raise DownloadError(f"The download failed: {told}.")
-
-
-def _without_secrets(url: str) -> str:
-    """The URL without what may sign it: its query, its fragment, a password."""
-    return re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])[:200]
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _source(result: GenerationResult) -> SourceType:
+    restyled = result.request is not None and result.request.image_urls
+    return "compositeWithTrainedAlgorithmicMedia" if restyled else "trainedAlgorithmicMedia"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefect_flux_kontext.api.cadence import PollingCadence
@@ -58,6 +59,25 @@ class FluxKontextSettings(BaseSettings):
     result_days: float = Field(
         default=15.0, gt=0, description="Days for which the service keeps a result."
     )
+    storage_options: SecretStr | None = Field(
+        default=None,
+        description="What the output's filesystem needs to know, as a JSON object.",
+    )
+    ai_mark: bool = Field(
+        default=True, description="Mark images as made by AI, in XMP beside the pixels."
+    )
+
+    @field_validator("storage_options")
+    @classmethod
+    def _options_are_a_json_object(cls, options: SecretStr | None) -> SecretStr | None:
+        if options is not None:
+            try:
+                good = isinstance(json.loads(options.get_secret_value()), dict)
+            except (ValueError, RecursionError):
+                good = False
+            if not good:
+                raise ValueError("it is no JSON object")
+        return options
 
     def __init__(self, **given: Any) -> None:
         try:
@@ -73,6 +93,12 @@ class FluxKontextSettings(BaseSettings):
     def prices(self) -> dict[str, float]:
         """Dollars for an image, by mode."""
         return {"pro": self.price_pro, "max": self.price_max}
+
+    def fsspec_options(self) -> dict[str, Any]:
+        """What the output's filesystem needs to know; it may be secret."""
+        if self.storage_options is None:
+            return {}
+        return dict(json.loads(self.storage_options.get_secret_value()))
 
     def required_api_key(self) -> SecretStr:
         """The API key.

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import os
 import re
-import secrets
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import fsspec
+import fsspec.config
 
+from prefect_flux_kontext.api.backoff import jittered
 from prefect_flux_kontext.atomic import create_file, replace_file
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
+from prefect_flux_kontext.store_trouble import may_pass, told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+T = TypeVar("T")
+
+# Apart from the ledger's and from asyncio's own, of which a small machine has five: a store that
+# is slow to take images holds up neither records nor checks.
+_THREADS = ThreadPoolExecutor(16, thread_name_prefix="flux-kontext-images")
+_PROBE = ".probe"
+
+# Of botocore's own 10, images would take some from the ledger, whose writes hold up submits.
+_S3_CONNECTIONS = 48
 _LONGEST_NAME = 80
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -44,27 +57,76 @@ def safe_name(text: str) -> str:
     return f"{plain}~{digest}"
 
 
+def _s3_defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What S3's filesystem is told where neither the options nor fsspec's settings say otherwise.
+
+    As many connections as there are threads, and one request to read a small file, not two.
+    """
+    if not url.startswith(("s3://", "s3a://")):
+        return {}
+    given = {**fsspec.config.conf.get("s3", {}), **options}
+    connections = {"max_pool_connections": _S3_CONNECTIONS, **given.get("config_kwargs", {})}
+    return {"max_concurrency": given.get("max_concurrency", 1), "config_kwargs": connections}
+
+
 class OutputFolder:
     """A folder or prefix to write to, given as an fsspec URL or a local path.
 
     Args:
-        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`.
+        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`. Another folder is
+            taken as it is.
+        storage_options: What the filesystem needs to know, as its fsspec implementation names
+            it: for S3 `endpoint_url`, `key`, `secret`, `profile`, …. They are never told again.
+
+    Attributes:
+        fs: The fsspec filesystem.
+        root: The folder's path on it.
+        options: What the filesystem was given; it may be secret.
 
     Raises:
-        ConfigurationError: There is no such kind of filesystem here, or the URL chains several.
+        ConfigurationError: There is no such kind of filesystem here, or the URL chains several,
+            or the options are not the filesystem's.
     """
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    fs: Any
+    root: str
+    options: dict[str, Any]
+
+    def __init__(
+        self,
+        url: OutputFolder | str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(url, OutputFolder):
+            self.fs, self.root, self.options = url.fs, url.root, url.options
+            return
         location = os.fspath(url)
         if "::" in location or not location.strip():
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
+        self.options = dict(storage_options or {})
+        # What another run has written is to be seen, so nothing that was listed is kept.
+        options = {
+            **self.options,
+            **_s3_defaults(location, self.options),
+            "use_listings_cache": False,
+        }
+        problem = None
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(location)
+            self.fs, root = fsspec.core.url_to_fs(location, **options)
         except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-            raise ConfigurationError(f"The output {location!r} cannot be used: {error}") from None
+            problem = told(error, self.options)
+        if problem:
+            raise ConfigurationError(f"The output {location!r} cannot be used: {problem}")
+        self.root = str(root)
 
     def __str__(self) -> str:
-        return str(self._fs.unstrip_protocol(self._root))
+        return str(self.fs.unstrip_protocol(self.root))
+
+    def below(self, name: str) -> Self:
+        """A folder in this one, on the same filesystem."""
+        folder = copy.copy(self)
+        folder.root = self._path(name)
+        return folder
 
     async def write(self, name: str, data: bytes) -> str:
         """Put a whole file in place, over an older one of that name, and return its URI.
@@ -76,7 +138,7 @@ class OutputFolder:
 
     def uri(self, name: str) -> str:
         """The URI of a file here."""
-        return str(self._fs.unstrip_protocol(self._path(name)))
+        return str(self.fs.unstrip_protocol(self._path(name)))
 
     def relative(self, uri: str) -> str:
         """The name of a file that `write` put here, by its URI."""
@@ -94,22 +156,11 @@ class OutputFolder:
         """
         for name in names[:-1]:
             try:
-                return await self._write(create_file, name, data)
+                return await self._write(create_file, name, data, FileExistsError)
             except FileExistsError:
                 if await self.read(name) == data:
                     return self.uri(name)
         return await self.write(names[-1], data)
-
-    async def _write(self, how: Callable[[Any, str, bytes], None], name: str, data: bytes) -> str:
-        try:
-            await asyncio.to_thread(how, self._fs, self._path(name), data)
-        except FileExistsError:
-            raise
-        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-            raise StorageError(
-                f"The output refused {self.uri(name)}: {type(error).__name__}: {error}"
-            ) from None
-        return self.uri(name)
 
     async def read(self, name: str) -> bytes | None:
         """The bytes of a file, or None where there is none.
@@ -118,14 +169,13 @@ class OutputFolder:
             StorageError: The filesystem refused.
         """
         try:
-            data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name))
+            return await self._call(
+                f"{self.uri(name)} cannot be read",
+                lambda: bytes(self.fs.cat_file(self._path(name))),
+                FileNotFoundError,
+            )
         except FileNotFoundError:
             return None
-        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-            raise StorageError(
-                f"{self.uri(name)} cannot be read: {type(error).__name__}: {error}"
-            ) from None
-        return data
 
     async def remove(self, name: str) -> None:
         """Remove a file, if there is one.
@@ -134,20 +184,67 @@ class OutputFolder:
             StorageError: The filesystem refused.
         """
         with contextlib.suppress(FileNotFoundError):
-            await asyncio.to_thread(self._fs.rm_file, self._path(name))
+            await self._call(
+                f"{self.uri(name)} cannot be removed",
+                lambda: self.fs.rm_file(self._path(name)),
+                FileNotFoundError,
+            )
 
     async def check_writable(self) -> None:
-        """Write and remove a probe, so that a wrong output is known before anything is paid.
+        """Write a small file, so that a wrong output is known before anything is paid.
+
+        It is removed again, but nothing hangs on that: there are outputs where nobody may remove
+        anything. Its name is always the same, so at most one is ever left.
 
         Raises:
             ConfigurationError: The folder cannot be written to.
         """
-        probe = f".probe-{secrets.token_hex(6)}"
         try:
-            await self.write(probe, b"")
-            await asyncio.to_thread(self._fs.rm_file, self._path(probe))
-        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+            await self.write(_PROBE, b"")
+        except StorageError as error:
             raise ConfigurationError(f"{self} cannot be written to. {error}") from None
+        with contextlib.suppress(StorageError):
+            await self.remove(_PROBE)
+
+    async def _write(
+        self,
+        how: Callable[[Any, str, bytes], None],
+        name: str,
+        data: bytes,
+        *passes: type[FileExistsError],
+    ) -> str:
+        await self._call(
+            f"The output refused {self.uri(name)}",
+            lambda: how(self.fs, self._path(name), data),
+            *passes,
+        )
+        return self.uri(name)
+
+    async def _call(
+        self,
+        what: str,
+        action: Callable[[], T],
+        *passes: type[FileExistsError | FileNotFoundError],
+    ) -> T:
+        """Do it in a thread, and again while the store is only too busy or out of reach.
+
+        Raises:
+            StorageError: Instead of every error that does not pass.
+        """
+        loop = asyncio.get_running_loop()
+        began, attempt = loop.time(), 0
+        while True:
+            attempt += 1
+            try:
+                return await loop.run_in_executor(_THREADS, action)
+            except passes:
+                raise
+            except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+                again = may_pass(error, attempt, loop.time() - began)
+                problem = told(error, self.options)
+            if not again:
+                raise StorageError(f"{what}: {problem}")
+            await asyncio.sleep(jittered(attempt))
 
     def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
+        return f"{self.root.rstrip('/')}/{name}"

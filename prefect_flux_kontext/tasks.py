@@ -13,6 +13,7 @@ from prefect_flux_kontext.api.waiting import wait_until_ended
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
+from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import FluxKontextError
 from prefect_flux_kontext.models import (
     GenerationRequest,
@@ -20,10 +21,11 @@ from prefect_flux_kontext.models import (
     GenerationTask,
     StoredImage,
 )
+from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
 from prefect_flux_kontext.references.resolving import References
-from prefect_flux_kontext.results import download_client, persist_result
+from prefect_flux_kontext.results import persist_result
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder, safe_name
+from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -141,28 +143,38 @@ async def wait_for_generation(
     cache_policy=NO_CACHE,
 )
 async def persist_images(
-    result: GenerationResult, output: str, name: str | None = None
+    result: GenerationResult,
+    output: Output,
+    name: str | None = None,
+    storage_options: StorageOptions = None,
 ) -> list[StoredImage]:
     """Download the images of a result, check them, and put them in their place whole.
 
     Args:
         result: What `wait_for_generation` returned.
-        output: Folder or prefix on any fsspec filesystem: `out/`, `s3://bucket/prefix`, ….
+        output: Folder or prefix on any fsspec filesystem: `out/`, `s3://bucket/prefix`, …; or a
+            storage Block, or `block:` with the reference of one.
         name: File name without extension; None takes the task id. A second image of the same
             result gets `~2` after it, and so on.
+        storage_options: What the output's filesystem needs to know, or an AWS credentials Block;
+            None for the environment's.
 
     Returns:
         For each image its URI, kind, size in bytes, sha256, width and height in pixels.
 
     Raises:
         DownloadError: A result URL could not be fetched.
-        InvalidImageError: It does not serve a whole image of the kind asked for.
+        InvalidImageError: It does not serve a whole image.
         ConfigurationError: The output is no usable folder.
         StorageError: The output refused the file.
     """
     async with download_client() as http:
         return await persist_result(
-            result, OutputFolder(output), http, name=safe_name(name or result.task_id)
+            result,
+            await open_output(output, storage_options),
+            http,
+            name=safe_name(name or result.task_id),
+            ai_mark=FluxKontextSettings().ai_mark,
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import prefect_flux_kontext
 
-EDGE = ("cli", "credentials", "flows", "plans", "tasks")
+EDGE = ("cli", "credentials", "flows", "outputs", "plans", "tasks")
 """The modules that may import Prefect."""
 
 CORE = sorted(

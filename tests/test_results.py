@@ -3,20 +3,19 @@
 import asyncio
 import gzip
 import hashlib
-from contextlib import asynccontextmanager
 
 import httpx
 import pytest
 
+from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, StorageError
 from prefect_flux_kontext.models import GenerationRequest, GenerationResult
-from prefect_flux_kontext.results import _fetch, download_client, persist_result
+from prefect_flux_kontext.results import persist_result
 from prefect_flux_kontext.storage import OutputFolder, safe_name
 from tests.support.pictures import picture
 
 JPEG = picture("jpeg")
 HOST = "http://results.test"
-LARGEST = 50 * 2**20
 
 
 class Host:
@@ -51,9 +50,9 @@ def result(*paths, output_format="jpeg", query=""):
     )
 
 
-async def persist(host, what, output, name="cat"):
+async def persist(host, what, output, name="cat", *, ai_mark=False):
     async with download_client(httpx.ASGITransport(host)) as http:
-        return await persist_result(what, OutputFolder(output), http, name=name)
+        return await persist_result(what, OutputFolder(output), http, name=name, ai_mark=ai_mark)
 
 
 virtual = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -102,7 +101,6 @@ class TestOnVirtualTime:
             ok(b"<html>502 Bad Gateway</html>"),
             ok(JPEG[: len(JPEG) // 2]),
             ok(JPEG[:-1]),
-            ok(picture("png")),
             (200, gzip.compress(JPEG), {"Content-Encoding": "gzip"}),
         ],
         ids=[
@@ -116,7 +114,6 @@ class TestOnVirtualTime:
             "HTML",
             "half of it",
             "all but a byte",
-            "another kind",
             "squeezed unasked",
         ],
     )
@@ -189,6 +186,41 @@ class TestOnVirtualTime:
         assert stored.format == "webp"
         assert (tmp_path / "cat.webp").exists()
 
+    @pytest.mark.parametrize(("kind", "ending"), [("png", "png"), ("webp", "webp")])
+    async def test_a_whole_image_of_another_kind_than_asked_is_paid_and_so_it_is_stored(
+        self, kind, ending, tmp_path, caplog
+    ):
+        host = Host(a=[ok(picture(kind))])
+        (stored,) = await persist(host, result("a", output_format="jpeg"), tmp_path)
+        assert (stored.format, stored.uri) == (kind, f"file://{tmp_path}/cat.{ending}")
+        assert (tmp_path / f"cat.{ending}").read_bytes() == host.answers["/a"][0][1]
+        assert len(host.requests) == 1
+        (warning,) = caplog.messages
+        assert "task_1 was asked for a JPEG and has made a " + kind.upper() in warning
+
+    @pytest.mark.parametrize(
+        ("references", "source"),
+        [
+            ([], "trainedAlgorithmicMedia"),
+            ([f"{HOST}/reference.jpg"], "compositeWithTrainedAlgorithmicMedia"),
+        ],
+    )
+    async def test_an_image_is_marked_by_how_it_was_made_and_described_as_stored(
+        self, references, source, tmp_path
+    ):
+        what = result("a").model_copy(
+            update={"request": GenerationRequest(prompt="p", image_urls=references)}
+        )
+        (stored,) = await persist(Host(a=[ok(JPEG)]), what, tmp_path, ai_mark=True)
+        data = (tmp_path / "cat.jpg").read_bytes()
+        assert f"digitalsourcetype/{source}<".encode() in data
+        assert (stored.size, stored.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+    async def test_of_a_task_known_by_its_id_alone_it_is_told_that_ai_made_it(self, tmp_path):
+        what = GenerationResult(task_id="task_1", result_urls=[f"{HOST}/a"])
+        await persist(Host(a=[ok(JPEG)]), what, tmp_path, ai_mark=True)
+        assert b"digitalsourcetype/trainedAlgorithmicMedia<" in (tmp_path / "cat.jpg").read_bytes()
+
     async def test_a_hostile_name_stays_inside_the_output(self, tmp_path):
         output = tmp_path / "out"
         (stored,) = await persist(
@@ -236,73 +268,3 @@ class TestOnVirtualTime:
         async with download_client() as http:
             with pytest.raises(DownloadError, match="task_1"):
                 await persist_result(what, OutputFolder(tmp_path), http, name="cat")
-
-
-@asynccontextmanager
-async def raw_server(*pieces, forever=False):
-    """A server that answers each connection with the same bytes, then hangs up."""
-
-    async def answer(reader, writer):
-        try:
-            await reader.readuntil(b"\r\n\r\n")
-            for piece in pieces:
-                writer.write(piece)
-            while forever:
-                writer.write(bytes(2**20))
-                await writer.drain()
-            await writer.drain()
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-class TestOverRealConnections:
-    pytestmark = pytest.mark.anyio
-
-    async def test_an_endless_body_is_cut_at_the_cap(self):
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n"
-        async with raw_server(head, forever=True) as url, download_client() as http:
-            with pytest.raises(DownloadError, match=f"larger than {LARGEST:,} bytes"):
-                await _fetch(http, url, last=True)
-
-    @pytest.mark.parametrize(
-        "head",
-        [
-            f"HTTP/1.1 200 OK\r\nContent-Length: {len(JPEG) + 1}\r\n\r\n".encode(),
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % (len(JPEG) + 1),
-            b"no HTTP at all\r\n\r\n",
-            b"",
-        ],
-        ids=["shorter than promised", "chunk unfinished", "no HTTP", "nothing"],
-    )
-    async def test_a_connection_that_breaks_is_a_download_error(self, head):
-        async with raw_server(head, JPEG if head else b"") as url, download_client() as http:
-            with pytest.raises(DownloadError, match=r"RemoteProtocolError|ReadError"):
-                await _fetch(http, url, last=True)
-
-    async def test_nobody_there_is_a_download_error(self):
-        async with raw_server() as url:
-            pass
-        async with download_client() as http:
-            with pytest.raises(DownloadError, match="ConnectError"):
-                await _fetch(http, url, last=True)
-
-    async def test_redirects_are_followed_but_not_for_ever(self):
-        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG)
-        async with raw_server(head, JPEG) as there, download_client() as http:
-            moved = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n"
-            async with raw_server(moved % there.encode()) as url:
-                assert await _fetch(http, url, last=True) == JPEG
-            async with raw_server(moved % b"/again") as url:
-                with pytest.raises(DownloadError, match="TooManyRedirects"):
-                    await _fetch(http, url, last=True)
-
-    async def test_a_port_that_is_none_is_a_download_error(self):
-        async with download_client() as http:
-            with pytest.raises(DownloadError):
-                await _fetch(http, "http://127.0.0.1:-1/", last=True)

@@ -1,7 +1,7 @@
 """Settings: their names in the environment, their defaults, and who wins."""
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
@@ -22,12 +22,14 @@ NAMES = {
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
     "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
     "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),
+    "FLUX_KONTEXT_STORAGE_OPTIONS": ("storage_options", '{"key": "canary"}', None),
+    "FLUX_KONTEXT_AI_MARK": ("ai_mark", False, True),
 }
 
 
 def value_of(settings, field):
     value = getattr(settings, field)
-    return value.get_secret_value() if field == "api_key" and value else value
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def test_every_setting_has_its_name_in_the_table():
@@ -43,7 +45,9 @@ def test_default_then_environment_then_argument(name, monkeypatch):
     assert value_of(FluxKontextSettings(), field) == default
     monkeypatch.setenv(name, str(value))
     assert value_of(FluxKontextSettings(), field) == value
-    other = "other" if isinstance(value, str) else 7
+    other = type(value)(7)
+    if isinstance(value, str):
+        other = "{}" if value.startswith("{") else "other"
     assert value_of(FluxKontextSettings(**{field: other}), field) == other
 
 
@@ -104,6 +108,21 @@ def test_the_key_does_not_show(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
     settings = FluxKontextSettings()
     assert settings.required_api_key().get_secret_value() == "canary-key"
+    assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+@pytest.mark.parametrize("wrong", ["canary", "[1]", '"canary"', '{"key": "canary"', "{" * 99_999])
+def test_storage_options_that_are_no_object_are_refused_without_being_told(wrong, monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", wrong)
+    with pytest.raises(ConfigurationError, match=r"STORAGE_OPTIONS.*no JSON object") as caught:
+        FluxKontextSettings()
+    assert "canary" not in repr(caught.value)
+
+
+def test_storage_options_do_not_show(monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", '{"secret": "canary"}')
+    settings = FluxKontextSettings()
+    assert settings.fsspec_options() == {"secret": "canary"}
     assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.references import keyed
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
-from prefect_flux_kontext.errors import BatchStoppedError, BudgetReachedError, LedgerError
+from prefect_flux_kontext.errors import (
+    BatchStoppedError,
+    BudgetReachedError,
+    LedgerError,
+    ManifestError,
+    StorageError,
+)
 from prefect_flux_kontext.ledger.checkpoints import (
     OpenWave,
     close_wave,
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import RefusedRow
+    from prefect_flux_kontext.storage import OutputFolder
 
 logger = logging.getLogger(__name__)
 
@@ -162,11 +169,33 @@ def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:
             )
 
 
+async def failed_rows(output: OutputFolder) -> list[dict[str, str]]:
+    """The failed rows of the last run, as a manifest of their own.
+
+    Raises:
+        ManifestError: There are none.
+        StorageError: They cannot be read.
+    """
+    data = await output.read(FAILED_ROWS)
+    if not data:
+        raise ManifestError(f"There are no failed rows: none are in {output.uri(FAILED_ROWS)}.")
+    text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
+    return list(csv.DictReader(text, strict=True))
+
+
+async def _forget_failed(output: OutputFolder) -> None:
+    if await output.read(FAILED_ROWS):
+        try:
+            await output.remove(FAILED_ROWS)
+        except StorageError:  # nothing may be removed there
+            await output.write(FAILED_ROWS, b"")
+
+
 async def _write_failed(session: Session) -> None:
     """Write the failed rows as a manifest that can be run again as it is."""
     failed = session.rows.unstored
     if not failed:
-        await session.output.remove(FAILED_ROWS)
+        await _forget_failed(session.output)
         return
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
     columns = [name for name in columns if name not in _WHY]

@@ -31,20 +31,22 @@ from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.references.kinds import not_on_the_web
 from prefect_flux_kontext.references.resolving import References
-from prefect_flux_kontext.results import name_stored, persist_result
+from prefect_flux_kontext.results import name_stored
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from datetime import datetime
 
     from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.api.client import FluxKontextClient
-    from prefect_flux_kontext.api.connections import Connections
     from prefect_flux_kontext.batch.submitting import Submitter
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.models import GenerationResult, StoredImage
     from prefect_flux_kontext.storage import OutputFolder
+
+    Persist = Callable[[GenerationResult, str, str], Awaitable[list[StoredImage]]]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class RowRunner:
 
     Args:
         client: The service.
-        http: For downloads.
+        persist: Stores the images of a result, given with the row's id and key.
         output: Where images go.
         ledger: Where it stands what was paid for.
         submitter: Pays.
@@ -96,7 +98,7 @@ class RowRunner:
     def __init__(
         self,
         client: FluxKontextClient,
-        http: Connections,
+        persist: Persist,
         output: OutputFolder,
         ledger: Ledger,
         submitter: Submitter,
@@ -110,7 +112,7 @@ class RowRunner:
         self.stored = stored
         self.submitter = submitter
         self._client = client
-        self._http = http
+        self._persist = persist
         self._output = output
         self._ledger = ledger
         self.options = options
@@ -227,9 +229,7 @@ class RowRunner:
         self.submitter.outstanding.add(entry.key)
         try:
             result = await wait_until_ended(self._client, task, self.options.cadence)
-            images = await persist_result(
-                result, self._output, self._http, name=row.name, key=entry.key
-            )
+            images = await self._persist(result, row.name, entry.key)
             files = [self._output.relative(image.uri) for image in images]
             entry = await self._ledger.stored(entry, files, images)
         except GenerationFailedError as error:

@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.rows import RowRunner
 from prefect_flux_kontext.batch.submitting import Submitter
+from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import living_owner
 from prefect_flux_kontext.ledger.records import Stored
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.results import download_client
+from prefect_flux_kontext.leftovers import sweep
+from prefect_flux_kontext.results import persist_result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from prefect_flux_kontext.api.client import FluxKontextClient
-    from prefect_flux_kontext.batch.rows import RowOptions
+    from prefect_flux_kontext.api.connections import Connections
+    from prefect_flux_kontext.batch.rows import Persist, RowOptions
+    from prefect_flux_kontext.models import GenerationResult, StoredImage
     from prefect_flux_kontext.settings import FluxKontextSettings
     from prefect_flux_kontext.storage import OutputFolder
 
@@ -31,10 +35,13 @@ logger = logging.getLogger(__name__)
 
 LEDGER_FOLDER = "_ledger"
 
+_IMAGES_IN_HAND = 64
+"""Images that are downloaded, checked or stored at once: more would only fill the memory."""
+
 
 def ledger_store(output: OutputFolder) -> RecordStore:
     """Where the ledger of an output is: beside the images."""
-    return RecordStore(f"{output}/{LEDGER_FOLDER}")
+    return RecordStore(output.below(LEDGER_FOLDER))
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ async def batch_session(
         UnauthorizedError: The service does not know the key.
     """
     store = ledger_store(output)
+    await sweep(output)
+    await sweep(output.below(LEDGER_FOLDER), recursive=True)
     async with client, download_client() as http:
         await client.check()
         async with living_owner(store) as owner:
@@ -74,7 +83,8 @@ async def batch_session(
                 client, ledger, settings.concurrent_submits, budget, options.references
             )
             stored = await _stored(store)
-            rows = RowRunner(client, http, output, ledger, submitter, stored, options)
+            persist = _persister(output, http, ai_mark=settings.ai_mark)
+            rows = RowRunner(client, persist, output, ledger, submitter, stored, options)
             try:
                 yield Session(output, ledger, submitter, rows)
             finally:
@@ -87,6 +97,16 @@ async def batch_session(
                         len(submitter.outstanding),
                         output,
                     )
+
+
+def _persister(output: OutputFolder, http: Connections, *, ai_mark: bool) -> Persist:
+    room = asyncio.Semaphore(_IMAGES_IN_HAND)
+
+    async def persist(result: GenerationResult, name: str, key: str) -> list[StoredImage]:
+        async with room:
+            return await persist_result(result, output, http, name=name, key=key, ai_mark=ai_mark)
+
+    return persist
 
 
 async def _stored(store: RecordStore) -> dict[str, Stored]:

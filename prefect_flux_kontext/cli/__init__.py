@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext import __version__
 from prefect_flux_kontext.cli import demo, ledger, plan, run, sandbox, styles
+from prefect_flux_kontext.cli.outputs import opened_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = _parser().parse_args(arguments)
     try:
+        if "output" in options:
+            options.output = opened_output(options.output)
         return int(options.func(options))
     except FluxKontextError as error:
         print(f"flux-kontext: {error}", file=sys.stderr)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
+    from prefect_flux_kontext.storage import OutputFolder
+
 _ROWS_TOLD = 20
 
 
@@ -38,12 +40,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     resolve.set_defaults(func=lambda options: asyncio.run(_resolve(options)))
 
 
-async def _status(output: str) -> int:
+async def _status(output: OutputFolder) -> int:
     from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
     from prefect_flux_kontext.batch.status import ledger_status  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
-    status = await ledger_status(ledger_store(OutputFolder(output)))
+    status = await ledger_status(ledger_store(output))
     for state, rows in sorted(status.states.items()):
         print(f"{rows:>9,}  {state}")
     print(f"{f'${status.spent:,.2f}':>9}  spent")
@@ -73,9 +74,8 @@ async def _resolve(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.ledger.ledger import Ledger  # noqa: PLC0415
     from prefect_flux_kontext.ledger.owners import is_alive  # noqa: PLC0415
     from prefect_flux_kontext.ledger.states import State  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
-    store = ledger_store(OutputFolder(options.output))
+    store = ledger_store(options.output)
     ledger = Ledger(store, owner="person", prices={})
     entry = await ledger.read(options.key)
     if entry.state is not State.INTENT or entry.intent is None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.manifest.reading import Manifest
     from prefect_flux_kontext.manifest.rows import RefusedRow
+    from prefect_flux_kontext.storage import OutputFolder
 
 SOME_ROWS_INVALID = 1
 
@@ -84,7 +85,7 @@ def manifest_of(options: argparse.Namespace) -> Manifest:
         options.columns,
         styles=options.styles,
         names=options.names,
-        output=options.output,
+        output=str(options.output),
     )
 
 
@@ -135,7 +136,7 @@ def dollars(text: str) -> float:
     return amount
 
 
-async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Plan:
+async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOptions) -> Plan:
     """Make the plan and print it, below every row that is invalid.
 
     Raises:
@@ -145,7 +146,6 @@ async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Pla
     from prefect_flux_kontext.batch.planning import make_plan  # noqa: PLC0415
     from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
     def tell(row: RefusedRow) -> None:
         print(f"  line {row.line}, {row.id!r:.80}: {row.reason}")
@@ -153,7 +153,7 @@ async def show_plan(manifest: Manifest, output: str, options: RowOptions) -> Pla
     settings = FluxKontextSettings()
     plan = await make_plan(
         manifest,
-        ledger_store(OutputFolder(output)),
+        ledger_store(output),
         options,
         prices=settings.prices(),
         requests_per_minute=settings.requests_per_minute,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.manifest.reading import Manifest
+    from prefect_flux_kontext.storage import OutputFolder
 
 SOME_ROWS_FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -96,26 +97,24 @@ async def _dry(options: argparse.Namespace) -> int:
 
 
 async def _retry(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.batch import FAILED_ROWS  # noqa: PLC0415
+    from prefect_flux_kontext.batch.batch import failed_rows  # noqa: PLC0415
     from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
-    failed = OutputFolder(options.output).uri(FAILED_ROWS)
-    # A run of ours has written it, so it may name local files wherever it is.
-    manifest = Manifest(failed, options.prompt, styles=options.styles, folder=".")
+    manifest = Manifest(await failed_rows(options.output), options.prompt, styles=options.styles)
     # A row that was skipped as invalid stands there too, and must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _batch(manifest, options.output, options)
 
 
-async def _batch(manifest: Manifest, output: str, options: argparse.Namespace) -> BatchSummary:
+async def _batch(
+    manifest: Manifest, output: OutputFolder, options: argparse.Namespace
+) -> BatchSummary:
     from prefect_flux_kontext.batch.batch import run_batch  # noqa: PLC0415
     from prefect_flux_kontext.cli.progress import shown  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
     decided = _row_options(options)
     # Else a wrong output would show as a ledger that cannot be read.
-    await OutputFolder(output).check_writable()
+    await output.check_writable()
     plan = await show_plan(manifest, output, decided)
     plan.check(skip_invalid=options.skip_invalid)
     async with (
@@ -155,11 +154,12 @@ def _row_options(options: argparse.Namespace) -> RowOptions:
 
 
 @asynccontextmanager
-async def _session(output: str, options: RowOptions) -> AsyncIterator[tuple[Session, int]]:
+async def _session(
+    output: OutputFolder, options: RowOptions
+) -> AsyncIterator[tuple[Session, int]]:
     from prefect_flux_kontext.api.client import FluxKontextClient  # noqa: PLC0415
     from prefect_flux_kontext.batch.session import batch_session  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
     settings = FluxKontextSettings()
     client = FluxKontextClient(
@@ -168,11 +168,10 @@ async def _session(output: str, options: RowOptions) -> AsyncIterator[tuple[Sess
         requests_per_minute=settings.requests_per_minute,
         concurrent_tasks=settings.concurrent_tasks,
     )
-    folder = OutputFolder(output)
-    await folder.check_writable()
+    await output.check_writable()
     # Ctrl-C cancels by itself; SIGTERM, which ends containers, is to do the same.
     running = asyncio.current_task()
     if running is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-    async with batch_session(client, folder, options, settings) as session:
+    async with batch_session(client, output, options, settings) as session:
         yield session, settings.concurrent_tasks

@@ -100,10 +100,15 @@ async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry
 async def forget_wave(store: RecordStore, wave: OpenWave) -> None:
     """Name a wave no more: its rows are in other waves and parts.
 
+    Where nothing may be removed, it is left without rows.
+
     Raises:
         LedgerError: The ledger cannot be written to.
     """
-    await store.remove(f"waves/{wave.name}.open.json")
+    try:
+        await store.remove(f"waves/{wave.name}.open.json")
+    except LedgerError:
+        await open_wave(store, wave.model_copy(update={"keys": []}))
 
 
 async def finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
@@ -133,9 +138,11 @@ async def open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
     names = [name for name in await store.names("waves") if name.endswith(".open.json")]
     async for name, data in _contents(store, names):
         try:
-            yield OpenWave.model_validate_json(data)
+            wave = OpenWave.model_validate_json(data)
         except ValidationError:
             raise LedgerError(f"The ledger record {store}/waves/{name} is damaged.") from None
+        if wave.keys:
+            yield wave
 
 
 async def _contents(store: RecordStore, names: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:

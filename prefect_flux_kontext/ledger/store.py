@@ -11,11 +11,11 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-import fsspec
-
 from prefect_flux_kontext.api.backoff import jittered
 from prefect_flux_kontext.atomic import create_file, replace_file
 from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.store_trouble import may_pass, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,16 +31,17 @@ _ATTEMPTS = 4
 class RecordStore:
     """Records by name under one root.
 
-    Only "there is no such file" means absent. Everything else that goes wrong is tried a few
-    times and then raised, naming the record: an outage read as absence would be paid for.
+    Only "there is no such file" means absent. Everything else that goes wrong is tried four
+    times, or for a minute where the store is only too busy, and then raised, naming the record:
+    an outage read as absence would be paid for.
 
     Args:
-        root: Folder or prefix, as an fsspec URL or a local path.
+        root: The folder, or its fsspec URL or local path.
     """
 
-    def __init__(self, root: str) -> None:
-        self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
-        self._root = str(path).rstrip("/")
+    def __init__(self, root: OutputFolder | str) -> None:
+        folder = OutputFolder(root)
+        self._fs, self._root, self._options = folder.fs, folder.root.rstrip("/"), folder.options
 
     def __str__(self) -> str:
         return str(self._fs.unstrip_protocol(self._root))
@@ -88,12 +89,20 @@ class RecordStore:
         """Remove a record; one that is gone already is as well.
 
         Raises:
-            LedgerError: The store could not be written to.
+            LedgerError: The store could not be written to, or nothing may be removed there.
         """
         try:
-            await self._tried(name, lambda: self._fs.rm_file(self._path(name)), FileNotFoundError)
+            await self._tried(
+                name,
+                lambda: self._fs.rm_file(self._path(name)),
+                FileNotFoundError,
+                PermissionError,
+            )
         except FileNotFoundError:
             return
+        except PermissionError as error:
+            problem = told(error, self._options)
+            raise LedgerError(f"{self}/{name} may not be removed: {problem}") from None
 
     async def names(self, folder: str) -> list[str]:
         """The names of the records in a folder, sorted, without the folder.
@@ -118,10 +127,10 @@ class RecordStore:
         self,
         name: str,
         action: Callable[[], T],
-        *passes: type[FileExistsError | FileNotFoundError],
+        *passes: type[FileExistsError | FileNotFoundError | PermissionError],
     ) -> T:
         loop = asyncio.get_running_loop()
-        attempt = 0
+        began, attempt = loop.time(), 0
         while True:
             attempt += 1
             try:
@@ -129,10 +138,11 @@ class RecordStore:
             except passes:
                 raise
             except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-                told = f"{type(error).__name__}: {error}"
-            if attempt == _ATTEMPTS:
+                again = attempt < _ATTEMPTS or may_pass(error, attempt, loop.time() - began)
+                problem = told(error, self._options)
+            if not again:
                 raise LedgerError(
                     f"The ledger record {self}/{name} could not be reached after {attempt} "
-                    f"attempts: {told}"
+                    f"attempts: {problem}"
                 )
             await asyncio.sleep(jittered(attempt, base=0.5))

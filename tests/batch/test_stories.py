@@ -85,6 +85,25 @@ def test_a_reordered_renamed_and_extended_manifest_pays_only_for_what_is_new():
     live(main)
 
 
+def test_while_all_downloads_stall_submits_go_on_up_to_the_accounts_slots():
+    lines = [(f"r{n}", f"row number {n}") for n in range(40)]
+    stalled = True
+
+    async def main(world):
+        nonlocal stalled
+        waves.WAVE_ROWS = 100  # the end of the simulation puts it back
+        await in_process(world, 60, manifest(lines))
+        bill = world.sandbox.service.bill()
+        assert (world.posts, bill["peak_running"]) == (40, 6)
+        assert not [name for name in read_all(world.url) if name.endswith(".jpg")]
+        stalled = False
+        summary = await in_process(world, None, manifest(lines))
+        assert (summary.stored, world.posts) == (40, 40)
+        await everything_kept(world, lines)
+
+    live(main, hook=lambda kind, *_: "stalled" if kind == "download" and stalled else None)
+
+
 def test_ids_that_move_to_other_rows_give_each_row_its_own_image_and_lose_none():
     shifted = [(f"r{n}", prompt) for n, (_, prompt) in enumerate([("new", "new"), *LINES])]
     swapped = [(i, p) for (i, _), (_, p) in zip(LINES, reversed(LINES), strict=True)]

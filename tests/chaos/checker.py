@@ -231,12 +231,14 @@ def _check_images(found, key, attempt, files, origin):
             found.lost += 1
             found.problems.append(f"{key}: {name} is gone")
             continue
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
+        pixels = _pixels(data)
         if (_sha256(data), len(data)) != (image["sha256"], image["size"]):
             found.lost += 1
             found.problems.append(f"{key}: {name} is not what was stored")
-        if origin is not None and data != origin(attempt.ended["task_id"], image["format"]):
+        # The stored image is marked as made by AI, which is no matter of pixels.
+        if origin is not None and pixels != _pixels(
+            origin(attempt.ended["task_id"], image["format"])
+        ):
             found.problems.append(f"{key}: {name} is not what the service serves")
     return set(attempt.ended["files"])
 
@@ -255,6 +257,13 @@ def money(files_of_ledger):
 def ids_in(failed_csv):
     """The ids of a `failed.csv`."""
     return [line["id"] for line in csv.DictReader(io.StringIO(failed_csv.decode()))]
+
+
+def _pixels(data):
+    if data is None:
+        return None
+    with Image.open(io.BytesIO(data)) as picture:
+        return picture.format, picture.size, picture.tobytes()
 
 
 def _sha256(data):

@@ -207,6 +207,8 @@ class Wire(httpx.AsyncBaseTransport):
         fault = world.wire_fault(kind, request)
         await asyncio.sleep(world.dice.uniform(0, 0.1))
         _check_alive(process)
+        if fault == "stalled":
+            await asyncio.Event().wait()
         if fault == "unconnected":
             raise httpx.ConnectError("refused")
         if fault in _REFUSALS:

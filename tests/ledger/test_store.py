@@ -23,7 +23,7 @@ OUTAGES = [
     PermissionError(13, "forbidden"),
     ConnectionResetError(104, "reset"),
     TimeoutError("slow"),
-    RuntimeError("SlowDown"),
+    RuntimeError("strange"),
 ]
 STEPS = ["intent", "posted", "ended"]
 

@@ -16,7 +16,7 @@ async def run(sandbox, manifest, output, **options):
     """Run the manifest as one process would, and return its summary."""
     client = FluxKontextClient(KEY, base_url=sandbox.url)
     decided = RowOptions(cadence=QUICK, **options)
-    folder = OutputFolder(str(output))
+    folder = OutputFolder(output)
     async with batch_session(client, folder, decided, FluxKontextSettings()) as session:
         return await run_batch(
             session, manifest.rows(), lambda wave: wave.run(), concurrent_tasks=100

@@ -25,6 +25,9 @@ _BODIES = {
     "limited_in_200": (200, b'{"code": 429, "message": "too many requests", "data": null}'),
     "unauthorized": (401, b'{"code": 401, "message": "unauthorized", "data": null}'),
     "no_balance": (402, b'{"code": 402, "message": "balance too low", "data": null}'),
+    "slow_down": (503, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"),
+    "too_many": (429, b"<Error><Code>TooManyRequests</Code><Message>later</Message></Error>"),
+    "denied": (403, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"),
     "refused": (400, b'{"code": 400, "message": "invalid parameters", "data": null}'),
 }
 
@@ -35,10 +38,13 @@ class FaultProxy:
 
     Attributes:
         url: Where it listens.
-        rates: Share of requests of each kind (`submit`, `status`, `download`) for each fault.
+        rates: Share of requests of each kind (`submit`, `status`, `download`; of others, such as
+            those to an S3 server, the method in small letters) for each fault.
         script: The fault of the n-th request of a kind, from 1; it wins over the rates.
         slow: Seconds by which every submit's reply is held back.
         log: (kind, number, fault or None) of each request, as they came.
+        connections: Clients' connections that are open.
+        most_connections: How many were open at once, at most.
     """
 
     upstream: str
@@ -51,6 +57,8 @@ class FaultProxy:
     log: list[tuple[str, int, str | None]] = field(default_factory=list)
     numbers: Counter = field(default_factory=Counter)
     posts_under_way: int = 0
+    connections: int = 0
+    most_connections: int = 0
 
     def count(self, fault):
         """How often a fault has befallen a request."""
@@ -67,16 +75,21 @@ class FaultProxy:
         return None
 
     async def _serve(self, reader, writer):
+        self.connections += 1
+        self.most_connections = max(self.most_connections, self.connections)
         try:
             while await self._one(reader, writer):
                 pass
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            self.connections -= 1
             await _closed(writer)
 
     async def _one(self, reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
+        if re.search(rb"\r\nexpect: *100-continue", head, re.IGNORECASE):
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
         body = await reader.readexactly(int(length[1]) if length else 0)
         kind = _kind(head.split(b"\r\n")[0])
@@ -86,7 +99,7 @@ class FaultProxy:
         if fault == "reset_before":
             return _reset(writer)
         if fault in _BODIES and fault not in AFTER:
-            return await _answer(writer, fault)
+            return await _answer(writer, fault, body=kind != "head")
         self.posts_under_way += kind == "submit"
         try:
             reply = await self._forward(head, body)
@@ -116,7 +129,7 @@ class FaultProxy:
         lines = [
             line
             for line in head.rstrip(b"\r\n").split(b"\r\n")
-            if not line.lower().startswith(b"connection:")
+            if not line.lower().startswith((b"connection:", b"expect:"))
         ]
         try:
             writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body)
@@ -131,7 +144,9 @@ def _kind(first_line):
         return "submit"
     if b" /results/" in first_line:
         return "download"
-    return "status" if b"/statusTask/" in first_line else "other"
+    if b"/statusTask/" in first_line:
+        return "status"
+    return first_line.split(b" ")[0].decode().lower()
 
 
 async def _closed(writer):
@@ -143,10 +158,10 @@ async def _closed(writer):
         writer.transport.abort()
 
 
-async def _answer(writer, fault):
-    status, body = _BODIES[fault]
-    head = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+async def _answer(writer, fault, *, body=True):
+    status, told = _BODIES[fault]
+    head = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(told)}\r\n\r\n"
+    writer.write(head.encode() + told * body)
     await writer.drain()
     return True
 

@@ -9,8 +9,11 @@ from moto.server import ThreadedMotoServer
 
 
 @contextlib.contextmanager
-def s3_server():
+def s3_server(*, configured=True):
     """Serve an empty S3, and let every new `s3://` filesystem of this process use it.
+
+    Args:
+        configured: Else nobody here knows it but by its address, `client.meta.endpoint_url`.
 
     Yields:
         The bucket's URL and a boto3 client, to look at it from the outside.
@@ -21,7 +24,8 @@ def s3_server():
     access = {"endpoint_url": f"http://{host}:{port}"}
     secrets = {"key": "testing", "secret": "testing"}
     before = fsspec.config.conf.get("s3")
-    fsspec.config.conf["s3"] = access | secrets
+    if configured:
+        fsspec.config.conf["s3"] = access | secrets
     client = boto3.client(
         "s3",
         region_name="us-east-1",
@@ -36,7 +40,7 @@ def s3_server():
         client.close()
         fsspec.filesystem("s3").clear_instance_cache()
         if before is None:
-            del fsspec.config.conf["s3"]
+            fsspec.config.conf.pop("s3", None)
         else:
             fsspec.config.conf["s3"] = before
         server.stop()

@@ -127,11 +127,12 @@ def redirect(target, status=307):
     return reply(status, b"", location=target)
 
 
-def half_a_reply(status=200, body=b'{"code": 200, "data": {"taskId": "task_1"}}'):
+def half_a_reply(status=200, body=b'{"code": 200, "data": {"taskId": "task_1"}}', **headers):
     """The connection ends after half of the body that was announced."""
 
     async def play(writer):
-        writer.write(_head(status, {"Content-Length": len(body)}) + body[: len(body) // 2])
+        named = {"Content-Length": len(body), **headers}
+        writer.write(_head(status, named) + body[: len(body) // 2])
         await writer.drain()
         return False
 

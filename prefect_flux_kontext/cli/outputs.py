@@ -1,0 +1,27 @@
+"""The output that a command was given: a folder, a URL, or a saved Block of Prefect's."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.storage import OutputFolder
+
+_BLOCK = "block:"
+
+
+def opened_output(text: str) -> OutputFolder:
+    """The folder that is meant, with the filesystem's options from the environment or the Block.
+
+    Raises:
+        ConfigurationError: There is no such Block, or the filesystem cannot be used.
+    """
+    if text.startswith(_BLOCK):
+        from prefect_flux_kontext.outputs import open_output  # noqa: PLC0415 - loads Prefect
+
+        return asyncio.run(open_output(text))
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
+
+    return OutputFolder(text, FluxKontextSettings().fsspec_options())
