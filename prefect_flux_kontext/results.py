@@ -18,7 +18,7 @@ from prefect_flux_kontext.models import StoredImage
 from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from prefect_flux_kontext.models import GenerationResult
     from prefect_flux_kontext.storage import OutputFolder
@@ -65,6 +65,7 @@ async def persist_result(
     *,
     name: str,
     key: str | None = None,
+    show: Callable[[bytes], Awaitable[None]] | None = None,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and put it in its place.
 
@@ -75,6 +76,7 @@ async def persist_result(
         name: File name without extension; a second image gets `~2` after it, and so on.
         key: The row key, for which no other row's image is written over; None writes over
             what has that name.
+        show: Is given the bytes of the first image, once it is in its place.
 
     Returns:
         One record for each image, in the order of the result's URLs.
@@ -99,6 +101,8 @@ async def persist_result(
                 height=image.height,
             )
         )
+        if show is not None and number == 1:
+            await show(data)
     return stored
 
 

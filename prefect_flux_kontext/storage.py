@@ -8,15 +8,18 @@ import hashlib
 import os
 import re
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 
-from prefect_flux_kontext.atomic import create_file, replace_file
+from prefect_flux_kontext.atomic import copy_into_place, create_file, replace_file
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+T = TypeVar("T")
 
 _LONGEST_NAME = 80
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -100,7 +103,7 @@ class OutputFolder:
                     return self.uri(name)
         return await self.write(names[-1], data)
 
-    async def _write(self, how: Callable[[Any, str, bytes], None], name: str, data: bytes) -> str:
+    async def _write(self, how: Callable[[Any, str, T], None], name: str, data: T) -> str:
         try:
             await asyncio.to_thread(how, self._fs, self._path(name), data)
         except FileExistsError:
@@ -126,6 +129,32 @@ class OutputFolder:
                 f"{self.uri(name)} cannot be read: {type(error).__name__}: {error}"
             ) from None
         return data
+
+    async def put(self, name: str, source: Path) -> str:
+        """Put a file of this machine in place, over an older one, and return its URI.
+
+        Raises:
+            StorageError: The filesystem refused; no half file is left to be seen.
+        """
+        return await self._write(copy_into_place, name, source)
+
+    async def fetch(self, name: str, target: Path) -> bool:
+        """Copy a file to this machine; False where there is none.
+
+        Raises:
+            StorageError: The filesystem refused.
+        """
+        try:
+            await asyncio.to_thread(self._fs.get_file, self._path(name), str(target))
+        except FileNotFoundError:
+            # Some filesystems have made an empty one by then.
+            await asyncio.to_thread(target.unlink, missing_ok=True)
+            return False
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+            raise StorageError(
+                f"{self.uri(name)} cannot be read: {type(error).__name__}: {error}"
+            ) from None
+        return True
 
     async def remove(self, name: str) -> None:
         """Remove a file, if there is one.

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from prefect_flux_kontext.api.waiting import wait_until_ended
 from prefect_flux_kontext.batch.policy import Breaker, FailurePolicy
-from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
+from prefect_flux_kontext.batch.storing import wait_and_store
+from prefect_flux_kontext.batch.summary import BatchSummary, DoneRow, RowOutcome
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     DownloadError,
@@ -24,11 +25,11 @@ from prefect_flux_kontext.errors import (
     UnreadableReplyError,
 )
 from prefect_flux_kontext.ledger.ledger import RowTakenError
-from prefect_flux_kontext.ledger.records import GIVEN_UP, Stored
+from prefect_flux_kontext.ledger.records import GIVEN_UP
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.results import name_stored, persist_result
+from prefect_flux_kontext.results import name_stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.api.connections import Connections
     from prefect_flux_kontext.batch.submitting import Submitter
+    from prefect_flux_kontext.ledger.checkpoints import FinishedRow
     from prefect_flux_kontext.ledger.ledger import Ledger
-    from prefect_flux_kontext.ledger.records import Entry
+    from prefect_flux_kontext.ledger.records import Ended, Entry
     from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.report.pictures import Pictures
     from prefect_flux_kontext.storage import OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ class RowRunner:
         output: Where images go.
         ledger: Where it stands what was paid for.
         submitter: Pays.
-        stored: What earlier runs have stored, by row key.
+        pictures: Keeps small pictures for the gallery.
         options: What a person has decided.
 
     Attributes:
@@ -95,52 +98,56 @@ class RowRunner:
         output: OutputFolder,
         ledger: Ledger,
         submitter: Submitter,
-        stored: Mapping[str, Stored],
         options: RowOptions,
+        pictures: Pictures,
     ) -> None:
         self.progress = BatchSummary(output=str(output))
         self.unstored: list[tuple[Mapping[str, str], RowOutcome]] = []
         self.latest: dict[str, Entry] = {}
         self.submits = True
-        self.stored = stored
         self.submitter = submitter
-        self._client = client
-        self._http = http
         self._output = output
         self._ledger = ledger
         self.options = options
+        self._store = partial(wait_and_store, client, http, output, pictures, options.cadence)
         self._breaker = Breaker()
         self._ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def run(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
-        """Run rows and count what became of them; a bad row fails alone."""
-        counted = BatchSummary()
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(self._run(row)) for row in rows]
-        for row in running:
-            counted.count(row.result())
-        return counted
+    async def run(
+        self, rows: Sequence[Row | RefusedRow], stored: Mapping[str, FinishedRow]
+    ) -> list[DoneRow]:
+        """Run rows and tell what became of them; a bad row fails alone.
 
-    async def _run(self, row: Row | RefusedRow) -> RowOutcome:
+        Args:
+            rows: What is to be done.
+            stored: Those of them that earlier runs have stored, by row key.
+        """
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(self._run(row, stored)) for row in rows]
+        return [row.result() for row in running]
+
+    async def _run(self, row: Row | RefusedRow, stored: Mapping[str, FinishedRow]) -> DoneRow:
+        record: Entry | FinishedRow | None = None
         if isinstance(row, RefusedRow):
             outcome = RowOutcome(
                 id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
             )
         else:
-            outcome = await self._outcome(row, row.key)
+            record = stored.get(row.key)
+            outcome = await self._outcome(row, row.key, record.ended if record else None)
+            record = record or self.latest.get(row.key)
         self.progress.count(outcome)
         self.progress.spent = self.submitter.spent
         if outcome.state == "failed":
             self.unstored.append((row.cells, outcome))
-        return outcome
+        return DoneRow(row, outcome, record)
 
-    async def _outcome(self, row: Row, key: str) -> RowOutcome:
+    async def _outcome(self, row: Row, key: str, finished: Ended | None) -> RowOutcome:
         # Equal rows are paid for once: the second finds what the first has left.
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
             try:
-                finished = self.stored.get(key)
                 if finished is not None:
                     return await self._deliver(row, key, finished)
                 step: Entry | RowOutcome = await self._ledger.read(key)
@@ -172,7 +179,7 @@ class RowRunner:
             case State.FAILED:
                 return await self._after_failure(row, entry)
             case State.STORED if entry.ended is not None:
-                return await self._deliver(row, entry.key, Stored.of(entry.ended))
+                return await self._deliver(row, entry.key, entry.ended)
             case _:
                 return await self._submit(row, entry)
 
@@ -221,12 +228,9 @@ class RowRunner:
         task = entry.task
         self.submitter.outstanding.add(entry.key)
         try:
-            result = await wait_until_ended(self._client, task, self.options.cadence)
-            images = await persist_result(
-                result, self._output, self._http, name=row.id, key=entry.key
-            )
+            images, times = await self._store(row, entry)
             files = [self._output.relative(image.uri) for image in images]
-            entry = await self._ledger.stored(entry, files, images)
+            entry = await self._ledger.stored(entry, files, images, times)
         except GenerationFailedError as error:
             self._count(stored=False)
             self._ended_now.add(entry.key)
@@ -273,7 +277,7 @@ class RowRunner:
             self._stop(failure)
         return RowOutcome.of(row, entry.key, "failed", failure)
 
-    async def _deliver(self, row: Row, key: str, stored: Stored) -> RowOutcome:
+    async def _deliver(self, row: Row, key: str, stored: Ended) -> RowOutcome:
         uris = await name_stored(stored.files, self._output, name=row.id, key=key)
         return RowOutcome(
             id=row.id,

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.rows import RowRunner
+from prefect_flux_kontext.batch.stored import StoredRows
 from prefect_flux_kontext.batch.submitting import Submitter
 from prefect_flux_kontext.errors import BatchStoppedError
-from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import living_owner
-from prefect_flux_kontext.ledger.records import Stored
 from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.report.report import Report, reported
 from prefect_flux_kontext.results import download_client
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Session:
     ledger: Ledger
     submitter: Submitter
     rows: RowRunner
+    stored: StoredRows
+    report: Report
 
 
 @asynccontextmanager
@@ -71,26 +73,23 @@ async def batch_session(
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
             submitter = Submitter(client, ledger, settings.concurrent_submits, budget)
-            stored = await _stored(store)
-            rows = RowRunner(client, http, output, ledger, submitter, stored, options)
-            try:
-                yield Session(output, ledger, submitter, rows)
-            finally:
-                submitter.stop(BatchStoppedError("The batch is over."))
-                await asyncio.shield(submitter.drained())
-                if submitter.outstanding:
-                    logger.warning(
-                        "%d rows are paid for and not yet stored. To collect them: flux-kontext "
-                        "collect %s",
-                        len(submitter.outstanding),
-                        output,
-                    )
+            report = Report(output, store, owner, http, settings)
+            rows = RowRunner(client, http, output, ledger, submitter, options, report.pictures)
+            with StoredRows() as stored:
+                await stored.read(store)
+                async with reported(report):
+                    try:
+                        yield Session(output, ledger, submitter, rows, stored, report)
+                    finally:
+                        submitter.stop(BatchStoppedError("The batch is over."))
+                        await asyncio.shield(submitter.drained())
+                        _warn_of_what_is_owed(submitter, output)
 
 
-async def _stored(store: RecordStore) -> dict[str, Stored]:
-    # A failed row may have gone on in a later attempt, so only what is stored is taken as read.
-    return {
-        row.key: Stored.of(row.ended)
-        async for row in finished_rows(store)
-        if row.ended.state == "stored"
-    }
+def _warn_of_what_is_owed(submitter: Submitter, output: OutputFolder) -> None:
+    if submitter.outstanding:
+        logger.warning(
+            "%d rows are paid for and not yet stored. To collect them: flux-kontext collect %s",
+            len(submitter.outstanding),
+            output,
+        )

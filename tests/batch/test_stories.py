@@ -549,7 +549,7 @@ def test_status_counts_every_row_and_every_dollar():
     lines = [*LINES, ("bad", "nsfw")]
 
     async def main(world):
-        await in_process(world, 40, manifest(lines))
+        await in_process(world, 30, manifest(lines))
         status = await ledger_status(store_of(world))
         bill = world.sandbox.service.bill()
         known = status.states[State.ACCEPTED] + status.states[State.STORED]
