@@ -128,40 +128,40 @@ class RowRunner:
         return [row.result() for row in running]
 
     async def _run(self, row: Row | RefusedRow, stored: Mapping[str, FinishedRow]) -> DoneRow:
-        record: Entry | FinishedRow | None = None
         if isinstance(row, RefusedRow):
             outcome = RowOutcome(
                 id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
             )
+            done = DoneRow(row, outcome, None)
         else:
-            record = stored.get(row.key)
-            outcome = await self._outcome(row, row.key, record.ended if record else None)
-            record = record or self.latest.get(row.key)
+            done = await self._done(row, row.key, stored.get(row.key))
+            outcome = done.outcome
         self.progress.count(outcome)
         self.progress.spent = self.submitter.spent
         if outcome.state == "failed":
             self.unstored.append((row.cells, outcome))
-        return DoneRow(row, outcome, record)
+        return done
 
-    async def _outcome(self, row: Row, key: str, finished: Ended | None) -> RowOutcome:
+    async def _done(self, row: Row, key: str, finished: FinishedRow | None) -> DoneRow:
         # Equal rows are paid for once: the second finds what the first has left.
         lock = self._locks.setdefault(key, asyncio.Lock())
+        entry: Entry | None = None
         async with lock:
             try:
                 if finished is not None:
-                    return await self._deliver(row, key, finished)
+                    return DoneRow(row, await self._deliver(row, key, finished.ended), finished)
                 step: Entry | RowOutcome = await self._ledger.read(key)
                 while not isinstance(step, RowOutcome):
-                    self.latest[key] = step
+                    self.latest[key] = entry = step
                     step = await self._step(row, step)
             except FluxKontextError as error:
-                return self._unrecorded(row, key, error)
+                step = self._unrecorded(row, key, error)
             except Exception as error:
                 # A surprise in one row must not cancel the paid rows beside it.
                 logger.exception("Row %s (line %d) met an unforeseen error.", row.id, row.line)
                 surprise = FluxKontextError(f"{type(error).__name__}: {error}")
-                return self._unrecorded(row, key, surprise)
-            return step
+                step = self._unrecorded(row, key, surprise)
+        return DoneRow(row, step, entry)
 
     def _unrecorded(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
         # The ledger may know more than we do, so the row stays among the unfinished ones.

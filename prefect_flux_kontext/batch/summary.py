@@ -61,7 +61,7 @@ class DoneRow(NamedTuple):
 
     row: Row | RefusedRow
     outcome: RowOutcome
-    record: Entry | FinishedRow | None = None
+    record: Entry | FinishedRow | None
 
 
 class BatchSummary(BaseModel):

@@ -290,7 +290,7 @@ async def run(world, rows, *, only_collect=False, resubmit=False, retry=False, p
         resubmit_unknown=resubmit,
         retry_failed=retry,
     )
-    settings = FluxKontextSettings(concurrent_submits=3)
+    settings = FluxKontextSettings(concurrent_submits=3, gallery_images=0)
     async with batch_session(client, OutputFolder(world.url), options, settings) as session:
         if only_collect:
             return await collect(session, lambda wave: wave.run(), concurrent_tasks=6)

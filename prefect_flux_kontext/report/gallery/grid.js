@@ -52,7 +52,7 @@ const grid = (() => {
       "span",
       { class: "why" },
       element("b", {}, cell("reason", row) ?? STATES[state] ?? state),
-      element("span", {}, cell("message", row) ?? ""),
+      element("span", {}, (cell("message", row) ?? "").replace(/^Task \S+ failed: [^:]*: /, "")),
     );
   }
 

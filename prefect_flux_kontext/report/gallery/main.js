@@ -32,6 +32,7 @@
       "button",
       { type: "button", class: `chip ${state}`, "aria-pressed": "true" },
       STATES[state],
+      " ",
       element("span", {}, grouped.format(states.get(state))),
     );
     chip.addEventListener("click", () => {

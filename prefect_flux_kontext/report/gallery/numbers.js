@@ -25,7 +25,7 @@
   number(dollars(cost), "for all of it");
   if (perSecond) {
     number(fine.format(perSecond), "images a second");
-    number(duration(seconds), "the last run");
+    number(duration(seconds), "for the last run");
   }
 
   const SVG = "http://www.w3.org/2000/svg";

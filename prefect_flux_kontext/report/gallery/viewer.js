@@ -69,7 +69,7 @@ const viewer = (() => {
     figure.style.setProperty("--ratio", width ? width / height : 4 / 3);
     const both = stored && album.has(pictureOf.before[row]);
     figure.classList.toggle("both", both);
-    figure.classList.toggle("only-before", !stored);
+    figure.classList.toggle("only-before", !stored && album.has(pictureOf.before[row]));
     slider.hidden = !both;
     picture(byId("after"), row, "after");
     picture(byId("before"), row, "before");
