@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
 from prefect_flux_kontext.ledger.keys import url_identity
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.manifest.rows import Row
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-    from prefect_flux_kontext.batch.summary import DoneRow
+    from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.report.columns import Line
     from prefect_flux_kontext.storage import OutputFolder
 
@@ -51,6 +52,31 @@ def result_line(done: DoneRow, run: str, output: OutputFolder) -> Line:
         line["references"] = [url_identity(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | own_columns(row.cells)
     return {name: _plain(value) for name, value in line.items() if value not in (None, "")}
+
+
+def row_of(entry: Entry) -> Row:
+    """A row as the ledger knows it, without what else its manifest said."""
+    intent = entry.intent
+    assert intent is not None  # noqa: S101 - whatever was paid for has one
+    return Row(id=intent.row_id, line=intent.line, request=intent.request, key=entry.key)
+
+
+def ended_line(session: Session, entry: Entry) -> Line:
+    """The line of a row that has ended, whatever run saw it, from the ledger alone."""
+    row, ended = row_of(entry), entry.ended
+    assert ended is not None  # noqa: S101 - this is what it has ended with
+    outcome = RowOutcome(
+        id=row.id,
+        line=row.line,
+        key=entry.key,
+        state=ended.state,
+        reason=ended.reason,
+        message=ended.message,
+        task_id=ended.task_id,
+        uris=[session.output.uri(file) for file in ended.files],
+        already=ended.state == "stored" and entry.key not in session.rows.ended_now,
+    )
+    return result_line(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
 
 
 def style_of(cells: Mapping[str, str]) -> str | None:

@@ -33,7 +33,6 @@ from prefect_flux_kontext.results import name_stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from datetime import datetime
 
     from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.api.client import FluxKontextClient
@@ -89,6 +88,7 @@ class RowRunner:
         unstored: The lines of rows that failed, with what became of them.
         latest: Where the ledger says that the rows of unfinished waves stand, by row key.
         submits: Whether rows are paid for, or only what is paid for already is collected.
+        ended_now: Keys of the rows whose task ended in this run.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RowRunner:
         self.options = options
         self._store = partial(wait_and_store, client, http, output, pictures, options.cadence)
         self._breaker = Breaker()
-        self._ended_now: set[str] = set()
+        self.ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(
@@ -129,17 +129,16 @@ class RowRunner:
 
     async def _run(self, row: Row | RefusedRow, stored: Mapping[str, FinishedRow]) -> DoneRow:
         if isinstance(row, RefusedRow):
-            outcome = RowOutcome(
+            refused = RowOutcome(
                 id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
             )
-            done = DoneRow(row, outcome, None)
+            done = DoneRow(row, refused, None)
         else:
             done = await self._done(row, row.key, stored.get(row.key))
-            outcome = done.outcome
-        self.progress.count(outcome)
+        self.progress.count(done.outcome)
         self.progress.spent = self.submitter.spent
-        if outcome.state == "failed":
-            self.unstored.append((row.cells, outcome))
+        if done.outcome.state == "failed":
+            self.unstored.append((row.cells, done.outcome))
         return done
 
     async def _done(self, row: Row, key: str, finished: FinishedRow | None) -> DoneRow:
@@ -233,7 +232,7 @@ class RowRunner:
             entry = await self._ledger.stored(entry, files, images, times)
         except GenerationFailedError as error:
             self._count(stored=False)
-            self._ended_now.add(entry.key)
+            self.ended_now.add(entry.key)
             entry = await self._ledger.failed(entry, error)
             self.submitter.outstanding.discard(entry.key)
             return entry
@@ -241,7 +240,8 @@ class RowRunner:
             if error.fatal:
                 self._stop(error)
             gone = isinstance(error, DownloadError | RefusedError)
-            if gone and self._expired(task.submitted_at):
+            age = utc_now() - task.submitted_at
+            if gone and age > timedelta(days=self.options.result_days):
                 expired = FluxKontextError(
                     f"The result is gone: it was paid for on {task.submitted_at:%F}, and the "
                     f"service keeps results for {self.options.result_days:g} days. {error}",
@@ -249,21 +249,18 @@ class RowRunner:
                     code="expired",
                 )
                 self.submitter.outstanding.discard(entry.key)
-                self._ended_now.add(entry.key)
+                self.ended_now.add(entry.key)
                 return await self._ledger.failed(entry, expired)
             return RowOutcome.of(row, entry.key, "outstanding", error, task_id=task.task_id)
         self.submitter.outstanding.discard(entry.key)
-        self._ended_now.add(entry.key)
+        self.ended_now.add(entry.key)
         self._count(stored=True)
         return entry
-
-    def _expired(self, submitted_at: datetime) -> bool:
-        return utc_now() - submitted_at > timedelta(days=self.options.result_days)
 
     async def _after_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         ended = entry.ended
         assert ended is not None  # noqa: S101 - this is what the state says
-        new = entry.key in self._ended_now
+        new = entry.key in self.ended_now
         again = self.options.retry_failed and not new
         decision = self.options.policy.decide(ended.reason, entry.failures, asked_to_retry=again)
         failure = GenerationFailedError(
@@ -286,7 +283,7 @@ class RowRunner:
             state="stored",
             task_id=stored.task_id,
             uris=uris,
-            already=key not in self._ended_now,
+            already=key not in self.ended_now,
         )
 
     def _count(self, *, stored: bool) -> None:

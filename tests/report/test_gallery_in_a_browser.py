@@ -14,6 +14,7 @@ from tests.support.galleries import (
     outside,
     page_errors,
     running_browser,
+    until,
 )
 
 
@@ -64,9 +65,7 @@ def test_it_shows_what_was_made_and_why_rows_failed(opened):
     assert "CONTENT_VIOLATION" in page.locator(".card.failed").first.inner_text()
     assert page.locator("#histograms svg").count() == 2
     assert "median" in page.locator("#histograms svg").first.get_attribute("aria-label")
-    page.wait_for_function(
-        "[...document.querySelectorAll('.open img')].every(i => i.naturalWidth)"
-    )
+    until(page, "[...document.querySelectorAll('.open img')].every(i => i.naturalWidth)")
     page.locator(".card.failed .open").first.click()
     assert "CONTENT_VIOLATION The prompt breaks the rules." in page.locator("#why").inner_text()
     assert page.locator("#slider").is_hidden()
@@ -98,7 +97,7 @@ def test_what_the_slider_uncovers_is_the_reference(opened):
     page = opened([line(0)])
     page.locator(".open").click()
     page.locator("#before").wait_for()
-    page.wait_for_function("document.getElementById('after').naturalWidth > 0")
+    until(page, "document.getElementById('after').naturalWidth > 0")
     shot = Image.open(io.BytesIO(page.locator("#figure").screenshot())).convert("RGB")
     left, right = (shot.getpixel((shot.width * of // 4, shot.height // 4)) for of in (1, 3))
     assert left[0] > 200
@@ -111,7 +110,7 @@ def test_the_image_itself_takes_the_thumbnails_place(opened):
     (page.folder / "a b").mkdir()
     Image.new("RGB", (640, 480), "green").save(page.folder / "a b" / "ü#1.jpg")
     page.locator(".open").click()
-    page.wait_for_function("document.getElementById('after').naturalWidth === 640")
+    until(page, "document.getElementById('after').naturalWidth === 640")
 
 
 def test_rows_are_filtered_by_state_style_and_id(opened):
@@ -268,18 +267,18 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened, width):
 def test_ten_thousand_rows_scroll_with_few_cards_and_load_pictures_as_they_come(opened):
     page = opened([line(number) for number in range(10_000)])
     loaded = "[...document.querySelectorAll('.open img')].filter(i => i.naturalWidth).length"
-    page.wait_for_function(f"{loaded} > 10")
+    until(page, f"{loaded} > 10")
     files = len(list((page.folder / "_gallery").glob("run-*.js")))
     assert files > 200
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     page.evaluate("window.scrollTo(0, document.body.scrollHeight / 2)")
-    page.wait_for_function("document.querySelector('.card .id').textContent !== 'row-0'")
+    until(page, "document.querySelector('.card .id').textContent !== 'row-0'")
     page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
     page.get_by_text("row-9999", exact=True).wait_for()
-    page.wait_for_function(f"{loaded} > 5")
+    until(page, f"{loaded} > 5")
     assert page.locator(".card").count() < 100
     assert 1 <= len(requests) < 20
     page.locator("#search").fill("row-4321")
-    page.wait_for_function(f"{loaded} === 1")
+    until(page, f"{loaded} === 1")
     assert shown_ids(page) == ["row-4321"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import logging
 
 import httpx
 import pytest
@@ -43,7 +44,7 @@ def test_a_thumbnail_is_upright_and_tells_nothing_of_where_it_was_taken():
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", png_that_claims(50_000, 50_000)])
 def test_what_is_no_picture_or_a_bomb_has_no_thumbnail(data):
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises((OSError, ValueError, Image.DecompressionBombError)):
         thumbnail(data, 320)
 
 
@@ -114,6 +115,17 @@ async def test_a_reference_that_never_comes_is_left_at_the_end():
         await pictures.wait(5)
         assert asyncio.get_running_loop().time() - began == pytest.approx(5)
         pictures.close()
+
+
+@pytest.mark.anyio
+async def test_what_signs_a_reference_is_in_no_log(caplog):
+    async with connections(lambda _: httpx.Response(403)) as http:
+        pictures = Pictures(http, 10, references=True)
+        with caplog.at_level(logging.DEBUG):
+            pictures.want_references([f"{URL}?X-Amz-Signature=canary"])
+            await pictures.wait(10)
+    assert "HTTP Request: GET http://pictures.test/cat.jpg" in caplog.text
+    assert "canary" not in caplog.text
 
 
 def test_a_reference_is_known_however_its_url_is_signed():

@@ -129,3 +129,12 @@ def outside(requests, folder):
     """The requests that went anywhere but to the files of a folder."""
     here = (Path(folder).as_uri(), "data:", "blob:")
     return [url for url in requests if not url.startswith(here)]
+
+
+def until(page, expression):
+    """Wait until an expression is true; not in the page, whose policy evaluates no text."""
+    for _ in range(3_000):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(10)
+    pytest.fail(f"never true: {expression}")

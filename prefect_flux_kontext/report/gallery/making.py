@@ -136,5 +136,5 @@ def _sheet(rows: list[Line], after: list[str | None], pictures: dict[str, str]) 
     file = io.BytesIO()
     contact_sheet(
         [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    ).save(file, "PNG", optimize=True)
+    ).save(file, "PNG", compress_level=4)
     return file.getvalue()
