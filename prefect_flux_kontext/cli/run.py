@@ -61,6 +61,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
+    from prefect_flux_kontext.report.gallery.making import GALLERY  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+
     try:
         summary = asyncio.run(batch)
     except asyncio.CancelledError:
@@ -71,6 +74,8 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     if unstored > len(summary.failures):
         print(f"  … and {unstored - len(summary.failures)} more")
     print(f"{summary}\n{summary.output}")
+    if summary.rows and FluxKontextSettings().gallery_images:
+        print(f"{summary.output}/{GALLERY}")
     return 0 if summary.complete else SOME_ROWS_FAILED
 
 
