@@ -89,8 +89,8 @@ def measure(work: str, path: str) -> dict[str, float]:
         rows = (parquet.read_table if path.endswith("parquet") else csv.read_csv)(path).num_rows
     else:
         from prefect_flux_kontext.api.cadence import PollingCadence  # noqa: PLC0415
+        from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
         from prefect_flux_kontext.batch.planning import make_plan  # noqa: PLC0415
-        from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
         from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
         from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,30 @@ def replace_file(fs: Any, path: str, data: bytes) -> None:
         fs.pipe_file(path, data)
 
 
-def _place(path: Path, data: bytes, *, exclusively: bool) -> None:
+def copy_into_place(fs: Any, path: str, source: Path) -> None:
+    """Put a file of this machine in place, over an older one of that name; never held whole.
+
+    Raises:
+        Exception: Each filesystem has errors of its own.
+    """
+    if isinstance(fs, LocalFileSystem):
+        _place(Path(path), source, exclusively=False)
+    else:
+        # An object store shows the object once its last piece has come.
+        fs.put_file(str(source), path)
+
+
+def _place(path: Path, data: bytes | Path, *, exclusively: bool) -> None:
     """Write beside the place and then put it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         with part.open("xb") as file:
-            file.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if exclusively:

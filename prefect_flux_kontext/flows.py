@@ -12,8 +12,8 @@ from pydantic import NonNegativeFloat
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.batch.batch import collect, failed_rows, run_batch
+from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.policy import FailurePolicy
-from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.session import batch_session, ledger_store
 from prefect_flux_kontext.batch.status import ledger_status
 from prefect_flux_kontext.batch.summary import BatchSummary

@@ -15,8 +15,8 @@ from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.batch.planning import Plan
-    from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.manifest.reading import Manifest
     from prefect_flux_kontext.storage import OutputFolder

@@ -15,7 +15,7 @@ from prefect_flux_kontext.models import StoredImage
 from prefect_flux_kontext.provenance import ai_marked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from prefect_flux_kontext.api.connections import Connections
     from prefect_flux_kontext.models import GenerationResult
@@ -51,6 +51,7 @@ async def persist_result(
     name: str,
     key: str | None = None,
     ai_mark: bool = True,
+    show: Callable[[bytes], Awaitable[None]] | None = None,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and put it in its place.
 
@@ -65,6 +66,7 @@ async def persist_result(
         key: The row key, for which no other row's image is written over; None writes over
             what has that name.
         ai_mark: Whether the image is marked as made by AI; see `provenance`.
+        show: Is given the bytes of the first image, once it is in its place.
 
     Returns:
         One record for each image, in the order of the result's URLs.
@@ -99,6 +101,8 @@ async def persist_result(
                 height=image.height,
             )
         )
+        if show is not None and number == 1:
+            await show(data)
     return stored
 
 

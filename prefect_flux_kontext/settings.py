@@ -79,6 +79,13 @@ class FluxKontextSettings(BaseSettings):
                 raise ValueError("it is no JSON object")
         return options
 
+    gallery_images: int = Field(
+        default=10_000, ge=0, description="Rows that the gallery shows at most; 0 makes none."
+    )
+    gallery_references: bool = Field(
+        default=True, description="Fetch references, to show them as `before` in the gallery."
+    )
+
     def __init__(self, **given: Any) -> None:
         try:
             super().__init__(**given)

@@ -15,14 +15,16 @@ import fsspec
 import fsspec.config
 
 from prefect_flux_kontext.api.backoff import jittered
-from prefect_flux_kontext.atomic import create_file, replace_file
+from prefect_flux_kontext.atomic import copy_into_place, create_file, replace_file
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
 from prefect_flux_kontext.store_trouble import may_pass, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 T = TypeVar("T")
+Data = TypeVar("Data", bytes, "Path")
 
 # Apart from the ledger's and from asyncio's own, of which a small machine has five: a store that
 # is slow to take images holds up neither records nor checks.
@@ -177,6 +179,32 @@ class OutputFolder:
         except FileNotFoundError:
             return None
 
+    async def put(self, name: str, source: Path) -> str:
+        """Put a file of this machine in place, over an older one, and return its URI.
+
+        Raises:
+            StorageError: The filesystem refused; no half file is left to be seen.
+        """
+        return await self._write(copy_into_place, name, source)
+
+    async def fetch(self, name: str, target: Path) -> bool:
+        """Copy a file to this machine; False where there is none.
+
+        Raises:
+            StorageError: The filesystem refused.
+        """
+        try:
+            await self._call(
+                f"{self.uri(name)} cannot be read",
+                lambda: self.fs.get_file(self._path(name), str(target)),
+                FileNotFoundError,
+            )
+        except FileNotFoundError:
+            # Some filesystems have made an empty one by then.
+            await asyncio.to_thread(target.unlink, missing_ok=True)
+            return False
+        return True
+
     async def remove(self, name: str) -> None:
         """Remove a file, if there is one.
 
@@ -208,9 +236,9 @@ class OutputFolder:
 
     async def _write(
         self,
-        how: Callable[[Any, str, bytes], None],
+        how: Callable[[Any, str, Data], None],
         name: str,
-        data: bytes,
+        data: Data,
         *passes: type[FileExistsError],
     ) -> str:
         await self._call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import zlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -125,6 +126,21 @@ async def exchange(
             if response.status_code not in _REFUSALS:
                 raise  # a refusal is one without its body too
     return response.status_code, response.headers, _unpacked(bytes(body), response.headers)
+
+
+def _without_queries(record: logging.LogRecord) -> bool:
+    """Leave out of httpx's line for each request what may sign its URL."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            argument.copy_with(query=None, fragment=None, username=None, password=None)
+            if isinstance(argument, httpx.URL)
+            else argument
+            for argument in record.args
+        )
+    return True
+
+
+logging.getLogger("httpx").addFilter(_without_queries)
 
 
 def _unpacked(body: bytes, headers: httpx.Headers) -> bytes:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.references import keyed
+from prefect_flux_kontext.batch.result_lines import ended_line, row_of
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import (
@@ -28,9 +29,7 @@ from prefect_flux_kontext.ledger.checkpoints import (
 )
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.states import OWED, State
-from prefect_flux_kontext.manifest.rows import Row
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.storage import safe_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.waves import RunWave
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.manifest.rows import RefusedRow
+    from prefect_flux_kontext.manifest.rows import RefusedRow, Row
     from prefect_flux_kontext.storage import OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -96,21 +95,14 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
     # The oldest first: its result is the next to expire.
     owed.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
     _warn_of_expiry(owed, session.rows.options.result_days)
-    rows = [
-        Row(
-            id=entry.intent.row_id,
-            line=entry.intent.line,
-            request=entry.intent.request,
-            key=entry.key,
-            name=entry.intent.name or safe_name(entry.intent.row_id),
-            style=entry.intent.style,
-        )
-        for entry in owed
-        if entry.intent is not None
-    ]
+    rows = [row_of(entry) for entry in owed]
     summary = await run_waves(
         session, rows, run_wave, concurrent_tasks=concurrent_tasks, first=_COLLECTING_FROM
     )
+    # Of what had ended, its run may have died before the result manifest said so.
+    lines = [ended_line(session, entry) for entry in entries if entry.ended is not None]
+    if lines:
+        await session.report.add(_COLLECTING_FROM - 1, lines)
     for key, error in unreadable.items():
         summary.count(
             RowOutcome(id=key, line=0, state="failed", reason=error.reason, message=error.message)

@@ -10,7 +10,7 @@ from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError
 from prefect_flux_kontext.ledger.owners import is_alive
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.batch.rows import RowOptions
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.ledger.store import RecordStore
 
 

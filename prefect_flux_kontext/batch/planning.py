@@ -19,7 +19,7 @@ from prefect_flux_kontext.manifest.seen import Seen
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from prefect_flux_kontext.batch.rows import RowOptions
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.reading import Manifest
     from prefect_flux_kontext.manifest.rows import Row

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from prefect_flux_kontext.api.waiting import wait_until_ended
-from prefect_flux_kontext.batch.policy import Breaker, FailurePolicy
-from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
+from prefect_flux_kontext.batch.policy import Breaker
+from prefect_flux_kontext.batch.summary import BatchSummary, DoneRow, RowOutcome
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     DownloadError,
@@ -25,67 +23,38 @@ from prefect_flux_kontext.errors import (
     UnreadableReplyError,
 )
 from prefect_flux_kontext.ledger.ledger import RowTakenError
-from prefect_flux_kontext.ledger.records import GIVEN_UP, Stored
+from prefect_flux_kontext.ledger.records import GIVEN_UP
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.manifest.rows import RefusedRow
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.references.kinds import not_on_the_web
-from prefect_flux_kontext.references.resolving import References
 from prefect_flux_kontext.results import name_stored
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
-    from datetime import datetime
 
-    from prefect_flux_kontext.api.cadence import PollingCadence
-    from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.batch.submitting import Submitter
+    from prefect_flux_kontext.ledger.checkpoints import FinishedRow
     from prefect_flux_kontext.ledger.ledger import Ledger
-    from prefect_flux_kontext.ledger.records import Entry
+    from prefect_flux_kontext.ledger.records import Ended, Entry, Times
     from prefect_flux_kontext.manifest.rows import Row
-    from prefect_flux_kontext.models import GenerationResult, StoredImage
+    from prefect_flux_kontext.models import StoredImage
     from prefect_flux_kontext.storage import OutputFolder
-
-    Persist = Callable[[GenerationResult, str, str], Awaitable[list[StoredImage]]]
 
 logger = logging.getLogger(__name__)
 
 _DOUBTFUL = (ReplyLostError, ServiceTroubleError, UnreadableReplyError)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """What a person decides about the rows of a batch.
-
-    Attributes:
-        cadence: When to ask how a task is doing.
-        policy: What a failure means.
-        resubmit_unknown: Pay again for rows that may be paid for already.
-        retry_failed: Pay again for rows that have failed.
-        result_days: Days for which the service keeps a result.
-        budget_usd: Dollars that the output may cost over all its runs; None for no cap.
-        references: How reference images that are not on the web get to the service.
-    """
-
-    cadence: PollingCadence
-    policy: FailurePolicy = field(default_factory=FailurePolicy)
-    resubmit_unknown: bool = False
-    retry_failed: bool = False
-    result_days: float = 15.0
-    budget_usd: float | None = None
-    references: References = field(default_factory=References)
-
-
 class RowRunner:
     """Runs rows side by side, with one client, ledger and connection pool for all.
 
     Args:
-        client: The service.
-        persist: Stores the images of a result, given with the row's id and key.
+        store: Waits for an accepted row and stores its images.
         output: Where images go.
         ledger: Where it stands what was paid for.
         submitter: Pays.
-        stored: What earlier runs have stored, by row key.
         options: What a person has decided.
 
     Attributes:
@@ -93,73 +62,74 @@ class RowRunner:
         unstored: The lines of rows that failed, with what became of them.
         latest: Where the ledger says that the rows of unfinished waves stand, by row key.
         submits: Whether rows are paid for, or only what is paid for already is collected.
+        ended_now: Keys of the rows whose task ended in this run.
     """
 
     def __init__(
         self,
-        client: FluxKontextClient,
-        persist: Persist,
+        store: Callable[[Row, Entry], Awaitable[tuple[list[StoredImage], Times]]],
         output: OutputFolder,
         ledger: Ledger,
         submitter: Submitter,
-        stored: Mapping[str, Stored],
         options: RowOptions,
     ) -> None:
         self.progress = BatchSummary(output=str(output))
         self.unstored: list[tuple[Mapping[str, str], RowOutcome]] = []
         self.latest: dict[str, Entry] = {}
         self.submits = True
-        self.stored = stored
         self.submitter = submitter
-        self._client = client
-        self._persist = persist
+        self._store = store
         self._output = output
         self._ledger = ledger
         self.options = options
         self._breaker = Breaker()
-        self._ended_now: set[str] = set()
+        self.ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def run(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
-        """Run rows and count what became of them; a bad row fails alone."""
-        counted = BatchSummary()
+    async def run(
+        self, rows: Sequence[Row | RefusedRow], stored: Mapping[str, FinishedRow]
+    ) -> list[DoneRow]:
+        """Run rows and tell what became of them; a bad row fails alone.
+
+        Args:
+            rows: What is to be done.
+            stored: Those of them that earlier runs have stored, by row key.
+        """
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(self._run(row)) for row in rows]
-        for row in running:
-            counted.count(row.result())
-        return counted
+            running = [group.create_task(self._run(row, stored)) for row in rows]
+        return [row.result() for row in running]
 
-    async def _run(self, row: Row | RefusedRow) -> RowOutcome:
+    async def _run(self, row: Row | RefusedRow, stored: Mapping[str, FinishedRow]) -> DoneRow:
         if isinstance(row, RefusedRow):
-            outcome = RowOutcome.refused(row)
+            done = DoneRow(row, RowOutcome.refused(row), None)
         else:
-            outcome = await self._outcome(row, row.key)
-        self.progress.count(outcome)
+            done = await self._done(row, row.key, stored.get(row.key))
+        self.progress.count(done.outcome)
         self.progress.spent = self.submitter.spent
-        if outcome.state == "failed":
-            self.unstored.append((row.cells, outcome))
-        return outcome
+        if done.outcome.state == "failed":
+            self.unstored.append((row.cells, done.outcome))
+        return done
 
-    async def _outcome(self, row: Row, key: str) -> RowOutcome:
+    async def _done(self, row: Row, key: str, finished: FinishedRow | None) -> DoneRow:
         # Equal rows are paid for once: the second finds what the first has left.
         lock = self._locks.setdefault(key, asyncio.Lock())
+        entry: Entry | None = None
         async with lock:
             try:
-                finished = self.stored.get(key)
                 if finished is not None:
-                    return await self._deliver(row, key, finished)
+                    return DoneRow(row, await self._deliver(row, key, finished.ended), finished)
                 step: Entry | RowOutcome = await self._ledger.read(key)
                 while not isinstance(step, RowOutcome):
-                    self.latest[key] = step
+                    self.latest[key] = entry = step
                     step = await self._step(row, step)
             except FluxKontextError as error:
-                return self._unrecorded(row, key, error)
+                step = self._unrecorded(row, key, error)
             except Exception as error:
                 # A surprise in one row must not cancel the paid rows beside it.
                 logger.exception("Row %s (line %d) met an unforeseen error.", row.id, row.line)
                 surprise = FluxKontextError(f"{type(error).__name__}: {error}")
-                return self._unrecorded(row, key, surprise)
-            return step
+                step = self._unrecorded(row, key, surprise)
+        return DoneRow(row, step, entry)
 
     def _unrecorded(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
         # The ledger may know more than we do, so the row stays among the unfinished ones.
@@ -177,7 +147,7 @@ class RowRunner:
             case State.FAILED:
                 return await self._after_failure(row, entry)
             case State.STORED if entry.ended is not None:
-                return await self._deliver(row, entry.key, Stored.of(entry.ended))
+                return await self._deliver(row, entry.key, entry.ended)
             case _:
                 return await self._submit(row, entry)
 
@@ -228,13 +198,12 @@ class RowRunner:
         task = entry.task
         self.submitter.outstanding.add(entry.key)
         try:
-            result = await wait_until_ended(self._client, task, self.options.cadence)
-            images = await self._persist(result, row.name, entry.key)
+            images, times = await self._store(row, entry)
             files = [self._output.relative(image.uri) for image in images]
-            entry = await self._ledger.stored(entry, files, images)
+            entry = await self._ledger.stored(entry, files, images, times)
         except GenerationFailedError as error:
             self._count(stored=False)
-            self._ended_now.add(entry.key)
+            self.ended_now.add(entry.key)
             entry = await self._ledger.failed(entry, error)
             self.submitter.outstanding.discard(entry.key)
             return entry
@@ -242,7 +211,8 @@ class RowRunner:
             if error.fatal:
                 self._stop(error)
             gone = isinstance(error, DownloadError | RefusedError)
-            if gone and self._expired(task.submitted_at):
+            age = utc_now() - task.submitted_at
+            if gone and age > timedelta(days=self.options.result_days):
                 expired = FluxKontextError(
                     f"The result is gone: it was paid for on {task.submitted_at:%F}, and the "
                     f"service keeps results for {self.options.result_days:g} days. {error}",
@@ -250,21 +220,18 @@ class RowRunner:
                     code="expired",
                 )
                 self.submitter.outstanding.discard(entry.key)
-                self._ended_now.add(entry.key)
+                self.ended_now.add(entry.key)
                 return await self._ledger.failed(entry, expired)
             return RowOutcome.of(row, entry.key, "outstanding", error, task_id=task.task_id)
         self.submitter.outstanding.discard(entry.key)
-        self._ended_now.add(entry.key)
+        self.ended_now.add(entry.key)
         self._count(stored=True)
         return entry
-
-    def _expired(self, submitted_at: datetime) -> bool:
-        return utc_now() - submitted_at > timedelta(days=self.options.result_days)
 
     async def _after_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         ended = entry.ended
         assert ended is not None  # noqa: S101 - this is what the state says
-        new = entry.key in self._ended_now
+        new = entry.key in self.ended_now
         again = self.options.retry_failed and not new
         decision = self.options.policy.decide(
             ended.reason,
@@ -283,7 +250,7 @@ class RowRunner:
             self._stop(failure)
         return RowOutcome.of(row, entry.key, "failed", failure)
 
-    async def _deliver(self, row: Row, key: str, stored: Stored) -> RowOutcome:
+    async def _deliver(self, row: Row, key: str, stored: Ended) -> RowOutcome:
         uris = await name_stored(stored.files, self._output, name=row.name, key=key)
         return RowOutcome(
             id=row.id,
@@ -293,7 +260,7 @@ class RowRunner:
             state="stored",
             task_id=stored.task_id,
             uris=uris,
-            already=key not in self._ended_now,
+            already=key not in self.ended_now,
         )
 
     def _count(self, *, stored: bool) -> None:

@@ -10,33 +10,28 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.rows import RowRunner
+from prefect_flux_kontext.batch.stored import StoredRows
+from prefect_flux_kontext.batch.storing import storing
 from prefect_flux_kontext.batch.submitting import Submitter
 from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import BatchStoppedError
-from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.owners import living_owner
-from prefect_flux_kontext.ledger.records import Stored
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.leftovers import sweep
-from prefect_flux_kontext.results import persist_result
+from prefect_flux_kontext.report.report import Report, reported
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from prefect_flux_kontext.api.client import FluxKontextClient
-    from prefect_flux_kontext.api.connections import Connections
-    from prefect_flux_kontext.batch.rows import Persist, RowOptions
-    from prefect_flux_kontext.models import GenerationResult, StoredImage
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.settings import FluxKontextSettings
     from prefect_flux_kontext.storage import OutputFolder
 
 logger = logging.getLogger(__name__)
 
 LEDGER_FOLDER = "_ledger"
-
-_IMAGES_IN_HAND = 64
-"""Images that are downloaded, checked or stored at once: more would only fill the memory."""
 
 
 def ledger_store(output: OutputFolder) -> RecordStore:
@@ -52,6 +47,8 @@ class Session:
     ledger: Ledger
     submitter: Submitter
     rows: RowRunner
+    stored: StoredRows
+    report: Report
 
 
 @asynccontextmanager
@@ -82,37 +79,26 @@ async def batch_session(
             submitter = Submitter(
                 client, ledger, settings.concurrent_submits, budget, options.references
             )
-            stored = await _stored(store)
-            persist = _persister(output, http, ai_mark=settings.ai_mark)
-            rows = RowRunner(client, persist, output, ledger, submitter, stored, options)
-            try:
-                yield Session(output, ledger, submitter, rows)
-            finally:
-                submitter.stop(BatchStoppedError("The batch is over."))
-                await asyncio.shield(submitter.drained())
-                if submitter.outstanding:
-                    logger.warning(
-                        "%d rows are paid for and not yet stored. To collect them: flux-kontext "
-                        "collect %s",
-                        len(submitter.outstanding),
-                        output,
-                    )
+            report = Report(output, store, owner, http, settings)
+            store_row = storing(
+                client, http, output, report.pictures, options.cadence, ai_mark=settings.ai_mark
+            )
+            rows = RowRunner(store_row, output, ledger, submitter, options)
+            with StoredRows() as stored:
+                await stored.read(store)
+                async with reported(report):
+                    try:
+                        yield Session(output, ledger, submitter, rows, stored, report)
+                    finally:
+                        submitter.stop(BatchStoppedError("The batch is over."))
+                        await asyncio.shield(submitter.drained())
+                        _warn_of_what_is_owed(submitter, output)
 
 
-def _persister(output: OutputFolder, http: Connections, *, ai_mark: bool) -> Persist:
-    room = asyncio.Semaphore(_IMAGES_IN_HAND)
-
-    async def persist(result: GenerationResult, name: str, key: str) -> list[StoredImage]:
-        async with room:
-            return await persist_result(result, output, http, name=name, key=key, ai_mark=ai_mark)
-
-    return persist
-
-
-async def _stored(store: RecordStore) -> dict[str, Stored]:
-    # A failed row may have gone on in a later attempt, so only what is stored is taken as read.
-    return {
-        row.key: Stored.of(row.ended)
-        async for row in finished_rows(store)
-        if row.ended.state == "stored"
-    }
+def _warn_of_what_is_owed(submitter: Submitter, output: OutputFolder) -> None:
+    if submitter.outstanding:
+        logger.warning(
+            "%d rows are paid for and not yet stored. To collect them: flux-kontext collect %s",
+            len(submitter.outstanding),
+            output,
+        )

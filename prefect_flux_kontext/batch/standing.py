@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from prefect_flux_kontext.batch.rows import RowOptions
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
+    from prefect_flux_kontext.ledger.checkpoints import FinishedRow
+    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import RefusedRow, Row
 
 _TOLD = 100
@@ -71,6 +73,14 @@ class RowOutcome(BaseModel):
             message=error.message,
             task_id=task_id or error.task_id,
         )
+
+
+class DoneRow(NamedTuple):
+    """A row, what became of it, and what the ledger says of it where that is known."""
+
+    row: Row | RefusedRow
+    outcome: RowOutcome
+    record: Entry | FinishedRow | None
 
 
 class BatchSummary(BaseModel):

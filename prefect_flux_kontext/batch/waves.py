@@ -8,6 +8,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, TypeAlias
 
+from prefect_flux_kontext.batch.result_lines import result_line
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.checkpoints import OpenWave, close_wave, open_wave
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from prefect_flux_kontext.batch.session import Session
+    from prefect_flux_kontext.batch.summary import DoneRow
     from prefect_flux_kontext.manifest.rows import RefusedRow
 
 logger = logging.getLogger(__name__)
@@ -43,20 +45,30 @@ class Wave:
         """
         ledger, runner = self._session.ledger, self._session.rows
         keys = {row.key for row in self._rows if isinstance(row, Row)}
-        keys.difference_update(runner.stored)
+        stored = await self._session.stored.of(keys)
+        keys.difference_update(stored)
         if not keys:
-            return await runner.run(self._rows)
+            return await self._told(await runner.run(self._rows, stored))
         wave = OpenWave(
             name=f"{ledger.owner}-{self.number:06}", owner=ledger.owner, keys=sorted(keys)
         )
         await open_wave(ledger.store, wave)
-        summary = await runner.run(self._rows)
+        done = await runner.run(self._rows, stored)
         entries = [runner.latest.pop(key) for key in keys if key in runner.latest]
         try:
             await close_wave(ledger.store, wave, entries)
         except LedgerError as error:
             # Its rows are all on record. Named as unfinished, they are read again, that is all.
             logger.warning("Wave %d stays unfinished in the ledger: %s", self.number, error)
+        return await self._told(done)
+
+    async def _told(self, done: list[DoneRow]) -> BatchSummary:
+        summary = BatchSummary()
+        for row in done:
+            summary.count(row.outcome)
+        session = self._session
+        lines = (result_line(row, session.ledger.owner, session.output) for row in done)
+        await session.report.add(self.number, lines)
         return summary
 
 

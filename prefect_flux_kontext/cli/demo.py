@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
 The sandbox's bill: {bill["accepted"]} tasks, ${float(bill["dollars"]):.2f} of play money.
 
 Look at      {sheet if complete else f"{pictures}: some are missing"}
+Gallery      {(pictures / "gallery.html").as_uri()}
 Pictures     {pictures}
 Manifest     {manifest}
 Run page     {server.url}/runs/flow-run/{report["flow_run_id"]}
@@ -129,4 +130,4 @@ def _row_of(photo: Path, pictures: Path) -> dict[str, Path]:
 def _draw_sheet(rows: Sequence[dict[str, Path]], path: Path) -> None:
     from prefect_flux_kontext.report.contact_sheet import contact_sheet  # noqa: PLC0415
 
-    contact_sheet(rows).save(path)
+    contact_sheet([list(row.items()) for row in rows]).save(path)

@@ -7,8 +7,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.batch.planning import Plan
-    from prefect_flux_kontext.batch.rows import RowOptions
     from prefect_flux_kontext.manifest.reading import Manifest
     from prefect_flux_kontext.manifest.rows import RefusedRow
     from prefect_flux_kontext.storage import OutputFolder
@@ -165,7 +165,7 @@ async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOption
 
 
 async def _plan(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
     from prefect_flux_kontext.references.resolving import references_of  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator, Coroutine
 
-    from prefect_flux_kontext.batch.rows import RowOptions
+    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.manifest.reading import Manifest
@@ -71,6 +71,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
+    from prefect_flux_kontext.report.gallery.making import GALLERY  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+
     try:
         summary = asyncio.run(batch)
     except asyncio.CancelledError:
@@ -81,6 +84,8 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     if unstored > len(summary.failures):
         print(f"  … and {unstored - len(summary.failures)} more")
     print(f"{summary}\n{summary.output}")
+    if summary.rows and FluxKontextSettings().gallery_images:
+        print(f"{summary.output}/{GALLERY}")
     return 0 if summary.complete else SOME_ROWS_FAILED
 
 
@@ -134,7 +139,7 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
 
 def _row_options(options: argparse.Namespace) -> RowOptions:
-    from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
     from prefect_flux_kontext.references.resolving import references_of  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.keys import url_identity
 from prefect_flux_kontext.ledger.owners import is_alive
-from prefect_flux_kontext.ledger.records import Ended, Entry, Intent, Posted
+from prefect_flux_kontext.ledger.records import Ended, Entry, Intent, Posted, Times
 from prefect_flux_kontext.ledger.states import MOVES, State
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=BaseModel)
 
+_UNTIMED = Times()
 _LOOK_AGAIN = 2.0
 _LONGEST_SILENCE = 180.0
 """Seconds after which a living owner will not tell any more: no POST takes 120, and recording
@@ -132,18 +133,37 @@ class Ledger:
         )
         return await self._post(entry, posted)
 
-    async def stored(self, entry: Entry, files: list[str], images: list[StoredImage]) -> Entry:
+    async def stored(
+        self,
+        entry: Entry,
+        files: list[str],
+        images: list[StoredImage],
+        times: Times = _UNTIMED,
+    ) -> Entry:
         """Record that the row's images are in their place."""
         _check(entry, State.SUCCEEDED, State.STORED)
-        task_id = entry.task.task_id
-        ended = Ended(state="stored", task_id=task_id, files=files, images=images)
+        task = entry.task
+        ended = Ended(
+            state="stored",
+            task_id=task.task_id,
+            files=files,
+            images=images,
+            submitted_at=task.submitted_at,
+            **times._asdict(),
+        )
         return await self._end(entry, ended)
 
     async def failed(self, entry: Entry, error: FluxKontextError) -> Entry:
         """Record that the service gave up on the attempt."""
         _check(entry, State.FAILED)
-        task_id = entry.task.task_id
-        ended = Ended(state="failed", task_id=task_id, reason=error.reason, message=error.message)
+        task = entry.task
+        ended = Ended(
+            state="failed",
+            task_id=task.task_id,
+            reason=error.reason,
+            message=error.message,
+            submitted_at=task.submitted_at,
+        )
         return await self._end(entry, ended)
 
     async def _post(self, entry: Entry, posted: Posted) -> Entry:

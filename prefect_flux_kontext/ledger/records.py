@@ -51,6 +51,15 @@ class Posted(_Record):
     message: str | None = None
 
 
+class Times(NamedTuple):
+    """When a task ended and what took how long; None where it is not known."""
+
+    completed_at: datetime | None = None
+    generation_seconds: float | None = None
+    waiting_seconds: float | None = None
+    download_seconds: float | None = None
+
+
 class Ended(_Record):
     """Nothing more is to come of the attempt. For a stored row, also its image's sidecar."""
 
@@ -60,18 +69,15 @@ class Ended(_Record):
     images: list[StoredImage] = Field(default_factory=list)
     reason: str | None = None
     message: str | None = None
-
-
-class Stored(NamedTuple):
-    """What it takes to deliver a stored row: little, for a million are held at once."""
-
-    task_id: str
-    files: tuple[str, ...]
-
-    @classmethod
-    def of(cls, ended: Ended) -> Stored:
-        """From the record of a stored row."""
-        return cls(ended.task_id, tuple(ended.files))
+    submitted_at: datetime | None = Field(default=None, description="When it was accepted.")
+    completed_at: datetime | None = Field(default=None, description="By the service's clock.")
+    generation_seconds: float | None = Field(default=None, description="By the service's count.")
+    waiting_seconds: float | None = Field(
+        default=None, description="From being accepted until its end was noticed."
+    )
+    download_seconds: float | None = Field(
+        default=None, description="To download, check and store the images."
+    )
 
 
 class Entry(BaseModel):

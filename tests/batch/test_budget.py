@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.batch.budget import Budget, open_budget
-from prefect_flux_kontext.batch.rows import RowOptions
+from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError, FluxKontextError
 from prefect_flux_kontext.ledger.checkpoints import OpenWave, open_wave
 from prefect_flux_kontext.ledger.ledger import Ledger

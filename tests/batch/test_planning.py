@@ -127,7 +127,7 @@ def test_what_a_person_was_not_asked_for_is_capped():
 
 
 def plan_options(**how):
-    from prefect_flux_kontext.batch.rows import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
     from tests.support.batches import QUICK  # noqa: PLC0415
 
     return RowOptions(cadence=QUICK, **how)

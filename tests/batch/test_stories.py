@@ -234,6 +234,25 @@ def test_what_a_killed_run_has_paid_for_is_collected_without_the_manifest():
     live(main, settings=SLOW)
 
 
+def test_the_result_manifest_learns_of_what_killed_runs_have_stored():
+    async def main(world):
+        # Killed when a row is stored whose wave has not ended.
+        assert await in_process(world, 90, manifest(LINES)) is None
+        await in_process(world, None, [], only_collect=True)
+        files = read_all(world.url)
+        lines = [json.loads(line) for line in files["results.jsonl"].splitlines()]
+        stored = {line["id"] for line in lines if line["state"] == "stored"}
+        assert stored == {name[:-4] for name in files if name.endswith(".jpg")}
+        assert any(line["already"] for line in lines)
+        assert {line["source"] for line in lines} == {"manifest", "ledger"}
+        await in_process(world, None, manifest(LINES))
+        lines = list(map(json.loads, read_all(world.url)["results.jsonl"].splitlines()))
+        assert [line["state"] for line in lines] == ["stored"] * 10
+        assert {line["source"] for line in lines} == {"manifest"}
+
+    live(main, settings=SLOW)
+
+
 def test_a_row_that_many_killed_runs_have_left_is_collected_and_counted_once():
     async def main(world):
         for _ in range(4):
@@ -568,7 +587,7 @@ def test_status_counts_every_row_and_every_dollar():
     lines = [*LINES, ("bad", "nsfw")]
 
     async def main(world):
-        await in_process(world, 40, manifest(lines))
+        await in_process(world, 30, manifest(lines))
         status = await ledger_status(store_of(world))
         bill = world.sandbox.service.bill()
         known = status.states[State.ACCEPTED] + status.states[State.STORED]

@@ -124,7 +124,7 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
         _check_money(found, ledger, key, tasks[prompt])
         _check_named(found, ledger, key, tasks[prompt])
     found.problems += [f"{name} was paid for without an intent" for name in ledger.without_intent]
-    expected = {"failed.csv"}
+    expected = {"failed.csv", "results.jsonl", "results.parquet", "gallery.html"}
     for row_id, prompt in rows:
         key = by_prompt.get(prompt)
         # The second where the first is another row's, from a manifest with the same ids.
@@ -138,8 +138,23 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
         _check_row(found, ledger.attempts.get(key), images, row_id, complete)
     for key, attempts in ledger.attempts.items():
         expected |= _check_images(found, key, attempts[-1], files, origin)
+    _check_results(found, files, ledger)
     _check_files(found, files, expected, canary, killed)
     return found
+
+
+def _check_results(found, files, ledger):
+    """The result manifest names each row once, and says of no row what the ledger does not."""
+    lines = [json.loads(line) for line in files.get("results.jsonl", b"").splitlines()]
+    if len({line["id"] for line in lines}) < len(lines):
+        found.problems.append("the result manifest has a row twice")
+    for line in lines:
+        if line["state"] == "stored":
+            ended = ledger.attempts[line["key"]][-1].ended
+            if ended is None or ended["images"][0]["sha256"] != line["sha256"]:
+                found.problems.append(f"the result manifest makes up an image of {line['id']}")
+            if _sha256(files.get(line["file"], b"")) != line["sha256"]:
+                found.problems.append(f"{line['file']} is not what the result manifest says")
 
 
 def _check_files(found, files, expected, canary, killed):
@@ -150,7 +165,7 @@ def _check_files(found, files, expected, canary, killed):
             found.left_behind += 1
             if not killed:
                 found.problems.append(f"a helper's file is left: {name}")
-        elif not name.startswith("_ledger/") and name not in expected:
+        elif not name.startswith(("_ledger/", "_results/", "_gallery/")) and name not in expected:
             found.problems.append(f"nobody asked for {name}")
 
 

@@ -25,8 +25,8 @@ from prefect_flux_kontext.api.governor import Governor
 from prefect_flux_kontext.batch import session as session_module
 from prefect_flux_kontext.batch import waves
 from prefect_flux_kontext.batch.batch import collect, run_batch
+from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.policy import FailurePolicy
-from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.ledger import ledger as ledger_module
 from prefect_flux_kontext.ledger import owners
@@ -292,7 +292,7 @@ async def run(world, rows, *, only_collect=False, resubmit=False, retry=False, p
         resubmit_unknown=resubmit,
         retry_failed=retry,
     )
-    settings = FluxKontextSettings(concurrent_submits=3)
+    settings = FluxKontextSettings(concurrent_submits=3, gallery_images=0)
     async with batch_session(client, OutputFolder(world.url), options, settings) as session:
         if only_collect:
             return await collect(session, lambda wave: wave.run(), concurrent_tasks=6)

@@ -64,6 +64,10 @@ def test_the_demo_restyles_thirty_pictures_and_leaves_only_them_and_the_record(t
     assert len({picture.read_bytes() for picture in pictures}) == 30
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sheet.size == (6 * 256, 6 * 216)
+    gallery = folder / "pictures" / "gallery.html"
+    assert f"Gallery      {gallery.as_uri()}" in ran.stdout
+    # Thirty images, and the six photographs that they were made of.
+    assert gallery.read_text().count("data:image/webp") == 36
     assert (folder / "pictures" / "holiday.jpg").read_text() == "not ours"
     assert processes_of(folder) == []
 

@@ -53,6 +53,7 @@ def test_all_stored_is_status_0(sandbox, manifest, output, capsys, tmp_path):
     told = capsys.readouterr()
     assert "2 of 2 rows stored" in told.out
     assert str(tmp_path / "out") in told.out
+    assert told.out.endswith(f"{(tmp_path / 'out' / 'gallery.html').as_uri()}\n")
     assert told.err == ""
     assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == {"row-0.jpg", "row-1.jpg"}
 

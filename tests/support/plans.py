@@ -4,8 +4,8 @@ import asyncio
 import itertools
 
 from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.planning import make_plan
-from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.ledger.store import RecordStore
 
 PRICES = {"pro": 0.03, "max": 0.06}

@@ -1,0 +1,85 @@
+// What the batch came to: numbers, and how long things took.
+
+(() => {
+  const { states, dollars: cost, seconds, perSecond, recorded, times } = data.numbers;
+  const all = Object.values(states).reduce((sum, number) => sum + number, 0);
+
+  byId("title").textContent = data.title;
+  document.title = `${data.title}: gallery`;
+  const told = [`${grouped.format(all)} ${all === 1 ? "row" : "rows"}`];
+  if (data.rows < all) told.push(`the first ${grouped.format(data.rows)} are shown`);
+  if (recorded) {
+    const at = new Date(recorded);
+    told.push(at.toLocaleString("en-GB", { dateStyle: "long", timeStyle: "short" }));
+  }
+  byId("recorded").textContent = told.join(" · ");
+
+  const number = (value, name, kind = "") =>
+    byId("numbers").append(
+      element("div", { class: kind }, element("dt", {}, name), element("dd", {}, value)),
+    );
+  number(grouped.format(states.stored ?? 0), "images");
+  for (const state of ["failed", "unknown", "outstanding", "not_submitted"]) {
+    if (states[state]) number(grouped.format(states[state]), STATES[state], state);
+  }
+  number(dollars(cost), "for all of it");
+  if (perSecond) {
+    number(fine.format(perSecond), "images a second");
+    number(duration(seconds), "for the last run");
+  }
+
+  const SVG = "http://www.w3.org/2000/svg";
+  const WIDTH = 480;
+  const HEIGHT = 64;
+
+  function shape(tag, attributes) {
+    const made = document.createElementNS(SVG, tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  }
+
+  function histogram(name, { start, width, bars, median, p95 }) {
+    const highest = Math.max(...bars);
+    const step = WIDTH / bars.length;
+    const end = start + width * bars.length;
+    const summary = `median ${duration(median)}, 95 of 100 within ${duration(p95)}`;
+    const drawn = shape("svg", {
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      preserveAspectRatio: "none",
+      role: "img",
+      "aria-label": `${name}: ${summary}`,
+    });
+    bars.forEach((count, place) => {
+      const height = count && Math.max(2, (count / highest) * HEIGHT);
+      const bar = shape("rect", {
+        x: place * step + step * 0.06,
+        y: HEIGHT - height,
+        width: step * 0.88,
+        height,
+        rx: 1.5,
+      });
+      const title = shape("title", {});
+      const from = start + place * width;
+      title.textContent = `${fine.format(from)} to ${fine.format(from + width)} s: ${grouped.format(count)}`;
+      bar.append(title);
+      drawn.append(bar);
+    });
+    byId("histograms").append(
+      element(
+        "figure",
+        {},
+        element("figcaption", {}, element("b", {}, name), element("span", {}, summary)),
+        drawn,
+        element(
+          "div",
+          { class: "axis", "aria-hidden": "true" },
+          element("span", {}, duration(start)),
+          element("span", {}, duration(end)),
+        ),
+      ),
+    );
+  }
+
+  if (times.generation) histogram("Generation, by the service's count", times.generation);
+  if (times.waiting) histogram("Waiting, from submit to result", times.waiting);
+})();

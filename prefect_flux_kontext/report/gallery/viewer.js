@@ -1,0 +1,156 @@
+// One row at a time, with a slider between before and after.
+
+const viewer = (() => {
+  const dialog = byId("viewer");
+  const figure = byId("figure");
+  const slider = byId("slider");
+  let at = 0;
+
+  const address = (file) => file.split("/").map(encodeURIComponent).join("/");
+
+  function fact(name, value) {
+    if (value === null || value === "") return;
+    byId("facts").append(element("dt", {}, name), element("dd", {}, value));
+  }
+
+  function link(url) {
+    if (!/^https?:\/\//i.test(url)) return url;
+    return element("a", { href: url, target: "_blank", rel: "noopener noreferrer" }, url);
+  }
+
+  function facts(row) {
+    byId("facts").replaceChildren();
+    const seconds = (name) => {
+      const value = cell(`${name}_seconds`, row);
+      return value === null ? null : duration(value);
+    };
+    const [width, height, bytes] = ["width", "height", "bytes"].map((name) => cell(name, row));
+    const size = bytes > 1e6 ? `${fine.format(bytes / 1e6)} MB` : `${fine.format((bytes ?? 0) / 1e3)} kB`;
+    const file = cell("file", row);
+    fact("Prompt", cell("prompt", row));
+    fact("Style", cell("style", row));
+    if (file) fact("Image", element("a", { href: address(file), target: "_blank" }, file));
+    if (width) fact("Size", `${width} × ${height} px, ${size}`);
+    for (const url of cell("references", row) ?? []) fact("Reference", link(url));
+    fact("Asked for", ["mode", "aspect_ratio", "output_format", "provider"]
+      .map((name) => cell(name, row)).filter(Boolean).join(", "));
+    fact("Waiting", seconds("waiting"));
+    fact("Generation", seconds("generation"));
+    fact("Download", seconds("download"));
+    const price = cell("price", row);
+    const attempts = cell("attempts", row);
+    if (price !== null) fact("Price", dollars(price) + (attempts > 1 ? ` for ${attempts} attempts` : ""));
+    fact("Task", cell("task_id", row));
+    fact("Line", String(cell("line", row)));
+    for (const [name, values] of Object.entries(own)) {
+      if (!["image", "images"].includes(name)) fact(name, values[row] ?? null);
+    }
+  }
+
+  function split(percent) {
+    slider.value = percent;
+    figure.style.setProperty("--split", `${percent}%`);
+  }
+
+  function picture(image, row, which) {
+    image.removeAttribute("src");
+    image.hidden = true;
+    album.show(pictureOf[which][row], (url) => {
+      if (grid.row(at) !== row || !url) return;
+      if (!image.hidden) return; // the image itself was quicker
+      image.src = url;
+      image.hidden = false;
+    });
+  }
+
+  function pictures(row) {
+    const stored = cell("state", row) === "stored";
+    const [width, height] = [cell("width", row), cell("height", row)];
+    figure.style.setProperty("--ratio", width ? width / height : 4 / 3);
+    const both = stored && album.has(pictureOf.before[row]);
+    figure.classList.toggle("both", both);
+    figure.classList.toggle("only-before", !stored && album.has(pictureOf.before[row]));
+    slider.hidden = !both;
+    picture(byId("after"), row, "after");
+    picture(byId("before"), row, "before");
+    byId("after").alt = stored ? `${cell("id", row)}, after` : "";
+    byId("before").alt = both ? `${cell("id", row)}, before` : "";
+    byId("missing").textContent = stored || album.has(pictureOf.before[row]) ? "" : "No image";
+    if (stored && cell("file", row)) sharpen(row);
+  }
+
+  // The thumbnail is there at once, and the image itself in its place when it has come.
+  function sharpen(row) {
+    const image = new Image();
+    image.src = address(cell("file", row));
+    image.decode().then(() => {
+      if (dialog.open && grid.row(at) === row) {
+        byId("after").src = image.src;
+        byId("after").hidden = false;
+      }
+    }, () => {});
+  }
+
+  function show(place) {
+    if (place < 0 || place >= grid.length()) return;
+    at = place;
+    const row = grid.row(at);
+    const state = cell("state", row);
+    byId("viewed").textContent = cell("id", row);
+    byId("place").textContent = `${grouped.format(at + 1)} of ${grouped.format(grid.length())}`;
+    byId("pick").checked = redo.has(row);
+    byId("previous").disabled = at === 0;
+    byId("next").disabled = at === grid.length() - 1;
+    const why = byId("why");
+    why.hidden = state === "stored";
+    why.className = state;
+    why.replaceChildren(
+      element("b", {}, [STATES[state] ?? state, cell("reason", row)].filter(Boolean).join(": ")),
+      " ",
+      cell("message", row) ?? "",
+    );
+    pictures(row);
+    facts(row);
+    split(50);
+  }
+
+  function move(event) {
+    const side = figure.getBoundingClientRect();
+    split(Math.min(100, Math.max(0, ((event.clientX - side.left) / side.width) * 100)));
+  }
+
+  slider.addEventListener("input", () => split(slider.value));
+  figure.addEventListener("pointerdown", (event) => {
+    if (!figure.classList.contains("both") || event.button) return;
+    event.preventDefault();
+    figure.setPointerCapture(event.pointerId);
+    slider.focus({ preventScroll: true });
+    move(event);
+  });
+  figure.addEventListener("pointermove", (event) => {
+    if (figure.hasPointerCapture(event.pointerId)) move(event);
+  });
+  byId("previous").addEventListener("click", () => show(at - 1));
+  byId("next").addEventListener("click", () => show(at + 1));
+  byId("close").addEventListener("click", () => dialog.close());
+  byId("pick").addEventListener("change", () => redo.set(grid.row(at), byId("pick").checked));
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  dialog.addEventListener("close", () => grid.focus(at));
+  dialog.addEventListener("keydown", (event) => {
+    if (event.target === slider && event.key.startsWith("Arrow")) return;
+    if (event.key === "ArrowLeft") show(at - 1);
+    else if (event.key === "ArrowRight") show(at + 1);
+    else return;
+    event.preventDefault();
+  });
+
+  return {
+    open(place) {
+      show(place);
+      dialog.showModal();
+      byId("close").focus();
+    },
+  };
+})();

@@ -1,0 +1,148 @@
+"""One line for each row, as it stands: the result manifest from its last state and new parts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Any, Self
+
+from prefect_flux_kontext.report.columns import COLUMNS, parquet_schema
+from prefect_flux_kontext.report.parts import as_json
+from prefect_flux_kontext.scratch import scratch_database
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from prefect_flux_kontext.report.columns import Line
+
+_BLOCK = 5_000
+_KEPT_OF_THE_MANIFEST = ("line", "style", "source")
+
+
+class NewLines:
+    """Lines that are to be merged, in a private database in a temporary file.
+
+    Attributes:
+        own: The names of your own columns that were seen, in the order of their first line.
+    """
+
+    def __init__(self) -> None:
+        self.own: dict[str, None] = {}
+        self._database = scratch_database(
+            "CREATE TABLE lines (number INTEGER PRIMARY KEY, name TEXT UNIQUE, line TEXT)"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._database.close()
+
+    def add(self, data: bytes) -> None:
+        """Add the lines of a part."""
+        for line in map(json.loads, data.splitlines()):
+            known = self._line_of(_name(line))
+            self._database.execute(
+                "INSERT INTO lines (name, line) VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET line = excluded.line",
+                (_name(line), as_json(newer(known, line) if known else line)),
+            )
+
+    def write(self, earlier: Path, merged: Path) -> int:
+        """Write the earlier lines as the new ones have changed them, and then the other new ones.
+
+        Args:
+            earlier: The result manifest as it was; there may be none.
+            merged: Where to write it as it is.
+
+        Returns:
+            How many lines there are.
+        """
+        lines = 0
+        with merged.open("w", encoding="ascii") as file:
+            for line in read_lines(earlier):
+                new = self._line_of(_name(line))
+                now = newer(line, new) if new else line
+                self._see(now)
+                file.write(as_json(now))
+                lines += 1
+                self._database.execute("DELETE FROM lines WHERE name = ?", (_name(line),))
+            for (text,) in self._database.execute("SELECT line FROM lines ORDER BY number"):
+                self._see(json.loads(text))
+                file.write(text)
+                lines += 1
+        return lines
+
+    def _line_of(self, name: str) -> Line | None:
+        found = self._database.execute("SELECT line FROM lines WHERE name = ?", (name,)).fetchone()
+        line: Line | None = json.loads(found[0]) if found else None
+        return line
+
+    def _see(self, line: Line) -> None:
+        self.own.update(dict.fromkeys(name for name in line if name not in COLUMNS))
+
+
+def _name(line: Line) -> str:
+    """What a row is known by from run to run."""
+    return json.dumps([line["id"], line.get("style")])
+
+
+def newer(one: Line, other: Line) -> Line:
+    """How a row stands, by two lines of it.
+
+    The later stands. But a line that was made of the ledger alone tells only of the request that
+    its run has paid for: it changes nothing when the row asks for something else by now, and
+    leaves the columns of the manifest as they are.
+    """
+    old, new = sorted((one, other), key=lambda line: str(line["recorded_at"]))
+    if new["source"] == "manifest":
+        return new
+    if old.get("key") != new.get("key"):
+        return old
+    own = {name: value for name, value in old.items() if name not in COLUMNS}
+    kept = {name: old[name] for name in _KEPT_OF_THE_MANIFEST if name in old}
+    return new | kept | own
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a result manifest on this machine; none where there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from map(json.loads, file)
+
+
+def write_parquet(lines: Path, parquet: Path, own: dict[str, None]) -> bool:
+    """Write a result manifest as Parquet, a block of rows at a time.
+
+    Returns:
+        Whether it was written: it takes the extra `parquet`.
+    """
+    try:
+        import pyarrow as pa  # noqa: PLC0415
+        import pyarrow.parquet as pq  # noqa: PLC0415
+    except ImportError:
+        return False
+    schema = parquet_schema(own)
+    rows = read_lines(lines)
+    with pq.ParquetWriter(parquet, schema, compression="zstd") as writer:
+        while block := list(itertools.islice(rows, _BLOCK)):
+            columns = [_values(block, field.name) for field in schema]
+            arrays = [
+                pa.array(values, pa.string()).cast(field.type)
+                if pa.types.is_timestamp(field.type)
+                else pa.array(values, field.type)
+                for values, field in zip(columns, schema, strict=True)
+            ]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+    return True
+
+
+def _values(block: list[Line], name: str) -> list[Any]:
+    return [line.get(name) for line in block]
