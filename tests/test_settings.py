@@ -20,6 +20,8 @@ NAMES = {
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
     "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
     "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),
+    "FLUX_KONTEXT_GALLERY_IMAGES": ("gallery_images", 100, 10_000),
+    "FLUX_KONTEXT_GALLERY_REFERENCES": ("gallery_references", False, True),
 }
 
 
@@ -41,7 +43,7 @@ def test_default_then_environment_then_argument(name, monkeypatch):
     assert value_of(FluxKontextSettings(), field) == default
     monkeypatch.setenv(name, str(value))
     assert value_of(FluxKontextSettings(), field) == value
-    other = "other" if isinstance(value, str) else 7
+    other = {str: "other", bool: not value}.get(type(value), 7)
     assert value_of(FluxKontextSettings(**{field: other}), field) == other
 
 
