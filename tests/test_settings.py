@@ -24,6 +24,8 @@ NAMES = {
     "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),
     "FLUX_KONTEXT_STORAGE_OPTIONS": ("storage_options", '{"key": "canary"}', None),
     "FLUX_KONTEXT_AI_MARK": ("ai_mark", False, True),
+    "FLUX_KONTEXT_GALLERY_IMAGES": ("gallery_images", 100, 10_000),
+    "FLUX_KONTEXT_GALLERY_REFERENCES": ("gallery_references", False, True),
 }
 
 
@@ -45,9 +47,9 @@ def test_default_then_environment_then_argument(name, monkeypatch):
     assert value_of(FluxKontextSettings(), field) == default
     monkeypatch.setenv(name, str(value))
     assert value_of(FluxKontextSettings(), field) == value
-    other = type(value)(7)
-    if isinstance(value, str):
-        other = "{}" if value.startswith("{") else "other"
+    other = {str: "other", bool: not value}.get(type(value), 7)
+    if str(value).startswith("{"):
+        other = "{}"
     assert value_of(FluxKontextSettings(**{field: other}), field) == other
 
 
