@@ -133,7 +133,9 @@ class FluxKontextClient:
         self,
         request: GenerationRequest,
         *,
-        around_post: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        around_post: Callable[
+            [], AbstractAsyncContextManager[GenerationRequest | None]
+        ] = nullcontext,
     ) -> GenerationTask:
         """Submit a generation; from the reply on it is billed.
 
@@ -144,7 +146,8 @@ class FluxKontextClient:
         Args:
             request: What to make.
             around_post: Makes a context for each POST, entered when the limits allow it: the
-                last moment to raise and send nothing. What went wrong is raised inside it.
+                last moment to raise and send nothing, or to yield another request to be sent.
+                What went wrong is raised inside it.
 
         Raises:
             RefusedError: The service refused it (4xx): not accepted, costs nothing.
@@ -237,12 +240,14 @@ class FluxKontextClient:
         path: str,
         *,
         task_id: str | None = None,
-        around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        around: Callable[[], AbstractAsyncContextManager[GenerationRequest | None]] = nullcontext,
         **how: Any,
     ) -> _Read:
         """Send one request when the budget allows it, and read the reply's `data`."""
         await self.governor.requests.take()
-        async with around():
+        async with around() as instead:
+            if instead is not None:
+                how["json"] = instead.body()
             sent_at = asyncio.get_running_loop().time()
             try:
                 status, headers, body = await exchange(self._connections, method, path, **how)

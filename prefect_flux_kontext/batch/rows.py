@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.doubtful import Doubtful
 from prefect_flux_kontext.batch.policy import Breaker, FailurePolicy
 from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
 from prefect_flux_kontext.errors import (
@@ -24,23 +25,23 @@ from prefect_flux_kontext.errors import (
     UnreadableReplyError,
 )
 from prefect_flux_kontext.ledger.ledger import RowTakenError
-from prefect_flux_kontext.ledger.records import GIVEN_UP, Stored
+from prefect_flux_kontext.ledger.records import Stored
 from prefect_flux_kontext.ledger.states import State
-from prefect_flux_kontext.manifest.rows import RefusedRow
+from prefect_flux_kontext.manifest.rows import RefusedRow, Row
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.results import name_stored, persist_result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.api.connections import Connections
     from prefect_flux_kontext.batch.submitting import Submitter
+    from prefect_flux_kontext.callbacks.mode import CallbackMode
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.manifest.rows import Row
     from prefect_flux_kontext.storage import OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class RowRunner:
         output: Where images go.
         ledger: Where it stands what was paid for.
         submitter: Pays.
+        called: Tells what callbacks say.
         stored: What earlier runs have stored, by row key.
         options: What a person has decided.
 
@@ -95,6 +97,7 @@ class RowRunner:
         output: OutputFolder,
         ledger: Ledger,
         submitter: Submitter,
+        called: CallbackMode,
         stored: Mapping[str, Stored],
         options: RowOptions,
     ) -> None:
@@ -104,31 +107,53 @@ class RowRunner:
         self.submits = True
         self.stored = stored
         self.submitter = submitter
+        self.called = called
         self._client = client
         self._http = http
         self._output = output
         self._ledger = ledger
         self.options = options
+        self._doubtful = Doubtful(
+            ledger, called, submitter, output, resubmit_unknown=options.resubmit_unknown
+        )
         self._breaker = Breaker()
         self._ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def run(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
-        """Run rows and count what became of them; a bad row fails alone."""
+    async def run(
+        self, rows: Sequence[Row | RefusedRow], on_quiet: Callable[[], None] = lambda: None
+    ) -> BatchSummary:
+        """Run rows and count what became of them; a bad row fails alone.
+
+        `on_quiet` is called once, when the rows that are left hold no slot: they only wait to be
+        called back about a submit whose reply was lost.
+        """
         counted = BatchSummary()
+        busy = len(rows)
+
+        def quiet() -> None:
+            nonlocal busy
+            busy -= 1
+            if busy == 0:
+                on_quiet()
+
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(self._run(row)) for row in rows]
+            running = [group.create_task(self._run(row, quiet)) for row in rows]
         for row in running:
             counted.count(row.result())
         return counted
 
-    async def _run(self, row: Row | RefusedRow) -> RowOutcome:
+    async def _run(self, row: Row | RefusedRow, quiet: Callable[[], None]) -> RowOutcome:
         if isinstance(row, RefusedRow):
             outcome = RowOutcome(
                 id=row.id, line=row.line, state="failed", reason="refused", message=row.reason
             )
         else:
             outcome = await self._outcome(row, row.key)
+        quiet()
+        if isinstance(row, Row):
+            while outcome.state == "unknown" and await self.called.called(row.key):
+                outcome = await self._outcome(row, row.key)
         self.progress.count(outcome)
         self.progress.spent = self.submitter.spent
         if outcome.state == "failed":
@@ -166,7 +191,7 @@ class RowRunner:
         """Bring the row one state further, or say what became of it."""
         match entry.state:
             case State.INTENT:
-                return await self._settle(row, entry)
+                return await self._doubtful.settle(row, entry)
             case State.ACCEPTED:
                 return await self._collect(row, entry)
             case State.FAILED:
@@ -186,7 +211,7 @@ class RowRunner:
             return await self._ledger.read(entry.key)
         except _DOUBTFUL as error:
             self.latest.pop(entry.key, None)  # the ledger knows more than we do
-            return self._unknown(row, entry.key, error)
+            return self._doubtful.unknown(row, error)
         except LedgerError:
             self._count(stored=False)
             raise
@@ -197,37 +222,21 @@ class RowRunner:
             self._count(stored=False)
             return RowOutcome.of(row, entry.key, "failed", error)
 
-    async def _settle(self, row: Row, entry: Entry) -> Entry | RowOutcome:
-        entry, gone = await self._ledger.settled(entry)
-        if entry.state is not State.INTENT or entry.intent is None:
-            return entry
-        if self.options.resubmit_unknown and gone:
-            given_up = FluxKontextError("Given up to be paid for again.", code=GIVEN_UP)
-            return await self._ledger.rejected(entry, given_up, by="person")
-        whose = "is gone" if gone else "does not know what came of it"
-        lost = ReplyLostError(f"The run that submitted it at {entry.intent.at:%F %T %Z} {whose}.")
-        return self._unknown(row, entry.key, lost)
-
-    def _unknown(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
-        message = (
-            f"{error.message} The row may be paid for, so it is not submitted again. Settle it "
-            f"with `flux-kontext resolve {self._output} {key}`, or pay again with "
-            "--resubmit-unknown."
-        )
-        told = ReplyLostError(message, task_id=error.task_id, code=error.code)
-        return RowOutcome.of(row, key, "unknown", told)
-
     async def _collect(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         task = entry.task
         self.submitter.outstanding.add(entry.key)
         try:
-            result = await wait_until_ended(self._client, task, self.options.cadence)
+            cadence = self.options.cadence
+            pauses = self.called.pauses(entry, cadence)
+            result = await wait_until_ended(self._client, task, cadence, pauses)
+            self.called.ended(entry)
             images = await persist_result(
                 result, self._output, self._http, name=row.id, key=entry.key
             )
             files = [self._output.relative(image.uri) for image in images]
             entry = await self._ledger.stored(entry, files, images)
         except GenerationFailedError as error:
+            self.called.ended(entry)
             self._count(stored=False)
             self._ended_now.add(entry.key)
             entry = await self._ledger.failed(entry, error)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.rows import RowRunner
 from prefect_flux_kontext.batch.submitting import Submitter
+from prefect_flux_kontext.callbacks.mode import callback_mode
+from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.ledger import Ledger
@@ -53,13 +55,22 @@ async def batch_session(
     output: OutputFolder,
     options: RowOptions,
     settings: FluxKontextSettings,
+    callbacks: CallbackOptions | None = None,
 ) -> AsyncIterator[Session]:
     """Open what a batch needs.
 
     However the block is left, POSTs that have begun are recorded before this returns.
 
+    Args:
+        client: The service.
+        output: Where images and the ledger go.
+        options: What a person has decided about the rows.
+        settings: The environment's.
+        callbacks: How the batch is called back; None to poll.
+
     Raises:
-        ConfigurationError: There is a budget, and another run is paying into the output.
+        ConfigurationError: There is a budget, and another run is paying into the output; or
+            callbacks cannot be received.
         LedgerError: The ledger cannot be read or written; nothing was paid.
         NotConnectedError: Nothing answers at the base URL.
         UnauthorizedError: The service does not know the key.
@@ -70,21 +81,24 @@ async def batch_session(
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
-            submitter = Submitter(client, ledger, settings.concurrent_submits, budget)
             stored = await _stored(store)
-            rows = RowRunner(client, http, output, ledger, submitter, stored, options)
-            try:
-                yield Session(output, ledger, submitter, rows)
-            finally:
-                submitter.stop(BatchStoppedError("The batch is over."))
-                await asyncio.shield(submitter.drained())
-                if submitter.outstanding:
-                    logger.warning(
-                        "%d rows are paid for and not yet stored. To collect them: flux-kontext "
-                        "collect %s",
-                        len(submitter.outstanding),
-                        output,
-                    )
+            async with callback_mode(callbacks or CallbackOptions(), client, ledger) as called:
+                submitter = Submitter(
+                    client, ledger, settings.concurrent_submits, budget, called.request
+                )
+                rows = RowRunner(client, http, output, ledger, submitter, called, stored, options)
+                try:
+                    yield Session(output, ledger, submitter, rows)
+                finally:
+                    submitter.stop(BatchStoppedError("The batch is over."))
+                    await asyncio.shield(submitter.drained())
+                    if submitter.outstanding:
+                        logger.warning(
+                            "%d rows are paid for and not yet stored. To collect them: "
+                            "flux-kontext collect %s",
+                            len(submitter.outstanding),
+                            output,
+                        )
 
 
 async def _stored(store: RecordStore) -> dict[str, Stored]:

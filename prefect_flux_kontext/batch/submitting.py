@@ -18,12 +18,13 @@ from prefect_flux_kontext.ledger.records import Posted
 from prefect_flux_kontext.ledger.states import State
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.models import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Submitter:
         posts_at_once: POSTs under way at once; apart from the tasks that run, because these are
             what a crash makes doubtful.
         budget: What may be spent; None for no cap.
+        prepare: Makes of a row's request, and the attempt that was claimed, what is sent.
 
     Attributes:
         stopped: Why nothing is submitted any more.
@@ -54,6 +56,7 @@ class Submitter:
         ledger: Ledger,
         posts_at_once: int,
         budget: Budget | None = None,
+        prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
     ) -> None:
         self.stopped: FluxKontextError | None = None
         self.accepted = 0
@@ -62,6 +65,7 @@ class Submitter:
         self._client = client
         self._ledger = ledger
         self._budget = budget or Budget(None)
+        self._prepare = prepare or (lambda request, _entry: request)
         self._room = asyncio.Semaphore(posts_at_once)
         self._all: set[asyncio.Task[Entry]] = set()
         self._posting: set[asyncio.Task[Entry]] = set()
@@ -110,7 +114,7 @@ class Submitter:
         price = self._ledger.price_of(row.request)
 
         @asynccontextmanager
-        async def attempt() -> AsyncIterator[None]:
+        async def attempt() -> AsyncIterator[GenerationRequest]:
             nonlocal latest
             async with self._room:
                 self._check_going_on()
@@ -120,8 +124,9 @@ class Submitter:
                 try:
                     latest = await self._ledger.claim(row, latest)
                     self._check_going_on()  # writing it took a while
+                    request = self._prepare(row.request, latest)
                     sent = owed = True
-                    yield
+                    yield request
                 except FluxKontextError as error:
                     unsent = error.not_accepted or not sent
                     owed = not unsent
@@ -148,9 +153,7 @@ class Submitter:
             self._posting.discard(work)
 
     async def _record(self, entry: Entry, task_id: str) -> Entry:
-        self.accepted += 1
-        self.outstanding.add(entry.key)
-        self.spent += entry.intent.price if entry.intent else 0.0
+        self.count(entry)
         try:
             recorded = await self._ledger.accepted(entry, task_id)
         except LedgerError as error:
@@ -175,6 +178,12 @@ class Submitter:
                 task_id,
             )
         return recorded
+
+    def count(self, entry: Entry) -> None:
+        """Count a row of this run as accepted."""
+        self.accepted += 1
+        self.outstanding.add(entry.key)
+        self.spent += entry.intent.price if entry.intent else 0.0
 
     def _check_going_on(self) -> None:
         if self.stopped is not None:
