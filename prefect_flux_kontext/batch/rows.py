@@ -152,7 +152,8 @@ class RowRunner:
             outcome = await self._outcome(row, row.key)
         quiet()
         if isinstance(row, Row):
-            while outcome.state == "unknown" and await self.called.called(row.key):
+            while outcome.state == "unknown" and self.called.may_be_called(row.key):
+                await self.called.news(row.key)
                 outcome = await self._outcome(row, row.key)
         self.progress.count(outcome)
         self.progress.spent = self.submitter.spent

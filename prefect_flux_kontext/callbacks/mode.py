@@ -68,6 +68,8 @@ async def callback_mode(
             yield mode
         finally:
             watching.cancel()
+            await asyncio.wait({watching})
+            await watcher.remove_ended()
 
 
 class CallbackMode:
@@ -156,12 +158,11 @@ class CallbackMode:
         """Whether there is still hope that a callback settles the row."""
         return self._left(key) > 0
 
-    async def called(self, key: str) -> bool:
-        """Wait until something new is heard of a row; False where the time for it is over."""
+    async def news(self, key: str) -> None:
+        """Wait until something new is heard of a row, or the time for it is over."""
         expected = self._hints.latest(key)
-        if expected is None:
-            return False
-        return await self._hints.wait(expected[0], self._left(key))
+        if expected is not None:
+            await self._hints.wait(expected[0], self._left(key))
 
     async def clear(self, owners: Iterable[str]) -> None:
         """Remove what was heard for ended runs, unless one of their rows is still unknown."""

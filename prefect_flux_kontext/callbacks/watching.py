@@ -50,7 +50,7 @@ class Watcher:
             await asyncio.sleep(_EVERY)
             for owner in (self._owner, *self._claimed):
                 await self._look(owner)
-            await self._remove_ended()
+            await self.remove_ended()
 
     async def claim(self, attempt: Attempt) -> None:
         """Tell the row what was heard of an attempt that an ended run has made."""
@@ -72,6 +72,18 @@ class Watcher:
                 self._hints.hear(attempt, callback.task_id)
             else:
                 self._unclaimed[attempt].append(callback.task_id)
+
+    async def remove_ended(self) -> None:
+        """Remove the files of which every row has ended."""
+        files = self._files[self._owner]
+        over = [name for name, told in files.items() if all(map(self._hints.is_over, told))]
+        for name in over:
+            try:
+                await self._inbox.remove(self._owner, name)
+            except LedgerError as error:
+                logger.warning("A record of callbacks stays where it is: %s", error)
+                return
+            del files[name]
 
     async def clear(self, owners: Iterable[str]) -> None:
         """Remove what ended runs were told: what they owed is settled, or the run's own by now."""
@@ -103,14 +115,3 @@ class Watcher:
             return
         if name not in self._files[owner]:  # received here meanwhile
             self.kept(owner, name, callbacks)
-
-    async def _remove_ended(self) -> None:
-        files = self._files[self._owner]
-        over = [name for name, told in files.items() if all(map(self._hints.is_over, told))]
-        for name in over:
-            try:
-                await self._inbox.remove(self._owner, name)
-            except LedgerError as error:
-                logger.warning("A record of callbacks stays where it is: %s", error)
-                return
-            del files[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def _receive(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
     where = options.inbox or f"{ledger_store(OutputFolder(options.output))}/{INBOX_FOLDER}"
-    inbox = Inbox(RecordStore(where))
+    folder = OutputFolder(where)
+    asyncio.run(folder.check_writable())
+    inbox = Inbox(RecordStore(str(folder)))
     receiver = create_receiver(inbox, FluxKontextSettings().callback_secret)
 
     def announce(url: str) -> None:
