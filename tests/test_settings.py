@@ -1,7 +1,7 @@
 """Settings: their names in the environment, their defaults, and who wins."""
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
@@ -20,12 +20,18 @@ NAMES = {
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
     "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
     "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),
+    "FLUX_KONTEXT_CALLBACK_URL": ("callback_url", "https://example.com/hooks", None),
+    "FLUX_KONTEXT_CALLBACK_SECRET": ("callback_secret", "canary-secret", None),
+    "FLUX_KONTEXT_CALLBACK_LISTEN": ("callback_listen", "127.0.0.1:8780", None),
+    "FLUX_KONTEXT_CALLBACK_INBOX": ("callback_inbox", "s3://bucket/inbox", None),
+    "FLUX_KONTEXT_CALLBACK_SWEEP": ("callback_sweep", 90.0, 60.0),
+    "FLUX_KONTEXT_CALLBACK_GRACE": ("callback_grace", 0.0, 300.0),
 }
 
 
 def value_of(settings, field):
     value = getattr(settings, field)
-    return value.get_secret_value() if field == "api_key" and value else value
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def test_every_setting_has_its_name_in_the_table():
@@ -58,6 +64,8 @@ def test_default_then_environment_then_argument(name, monkeypatch):
         ("CONCURRENT_SUBMITS", "0"),
         ("PRICE_PRO", "-0.01"),
         ("RESULT_DAYS", "0"),
+        ("CALLBACK_SWEEP", "0"),
+        ("CALLBACK_GRACE", "-1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name_and_without_the_key(name, value, monkeypatch):
