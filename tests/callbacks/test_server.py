@@ -143,7 +143,7 @@ async def test_kill_9_under_load_loses_no_callback_that_was_answered_with_200(tm
     answered = set()
     numbers = iter(range(1_000_000))
 
-    async def call(http, url):
+    async def call(http, url, enough, busy):
         while True:
             number = next(numbers)
             try:
@@ -152,15 +152,16 @@ async def test_kill_9_under_load_loses_no_callback_that_was_answered_with_200(tm
                 return
             if reply.status_code == 200:
                 answered.add(f"task_{number}")
+            if len(answered) >= enough:
+                busy.set()
 
     for kill in range(5):
         process, url = await asyncio.to_thread(started, tmp_path)
         try:
             async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
-                before = len(answered)
-                callers = [asyncio.create_task(call(http, url)) for _ in range(20)]
-                while len(answered) < before + 20 + 30 * kill:
-                    await asyncio.sleep(0.01)
+                busy, enough = asyncio.Event(), len(answered) + 20 + 30 * kill
+                callers = [asyncio.create_task(call(http, url, enough, busy)) for _ in range(20)]
+                await busy.wait()
                 process.kill()
                 await asyncio.gather(*callers)
         finally:
