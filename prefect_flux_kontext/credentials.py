@@ -62,6 +62,12 @@ class FluxKontextCredentials(CredentialsBlock):
         "FLUX_KONTEXT_CONCURRENT_TASKS, else 1,000.",
     )
 
+    callback_secret: SecretStr | None = Field(
+        default_factory=lambda: FluxKontextSettings().callback_secret,
+        description="What the tokens in callback URLs are made with, the same for batches and "
+        "their receiver. Unset: FLUX_KONTEXT_CALLBACK_SECRET.",
+    )
+
     def get_client(self) -> FluxKontextClient:
         """A new client for the account, for the event loop it is used on.
 

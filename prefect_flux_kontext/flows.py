@@ -17,6 +17,7 @@ from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.session import batch_session, ledger_store
 from prefect_flux_kontext.batch.status import ledger_status
 from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.callbacks.options import callback_options
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
 from prefect_flux_kontext.manifest.given import ManifestSource
@@ -148,6 +149,7 @@ async def style_transfer_batch(
     fit_references: bool = False,
     budget_usd: NonNegativeFloat | None = None,
     approve_above_usd: NonNegativeFloat | None = None,
+    callback_url: str | None = None,
     dry_run: bool = False,
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
@@ -181,6 +183,8 @@ async def style_transfer_batch(
             paid for; the row that would pass it ends the run.
         approve_above_usd: Pause for a person's approval, on the page of the flow run, when the
             plan costs more dollars than this. The run then costs at most what was approved.
+        callback_url: Where the service is to call when an image is ready, in place of polling;
+            none for FLUX_KONTEXT_CALLBACK_URL.
         dry_run: Stop after the plan; rows that would be paid count as not submitted.
         storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
             Prefect keeps them in the clear, so keys belong in a Block.
@@ -219,7 +223,7 @@ async def style_transfer_batch(
                     "was submitted. Run it again to approve the new plan."
                 )
         options = plan.capped(options, approve_above_usd)
-    async with _opened(output, account, options) as (session, slots):
+    async with _opened(output, account, options, callback_url) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
@@ -307,7 +311,7 @@ async def collect_batch(
     options = _options(cadence, None)
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
-    async with _opened(output, account, options) as (session, slots):
+    async with _opened(output, account, options, listens=False) as (session, slots):
         summary = await collect(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
@@ -337,9 +341,18 @@ def _options(
 
 @asynccontextmanager
 async def _opened(
-    output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
+    output: OutputFolder,
+    account: FluxKontextCredentials,
+    options: RowOptions,
+    callback_url: str | None = None,
+    *,
+    listens: bool = True,
 ) -> "AsyncIterator[tuple[Session, int]]":
     await output.check_writable()
     settings = FluxKontextSettings()
-    async with batch_session(account.get_client(), output, options, settings) as session:
+    callbacks = callback_options(
+        settings, url=callback_url, secret=account.callback_secret, listens=listens
+    )
+    client = account.get_client()
+    async with batch_session(client, output, options, settings, callbacks) as session:
         yield session, account.concurrent_tasks

@@ -86,6 +86,29 @@ class FluxKontextSettings(BaseSettings):
         default=True, description="Fetch references, to show them as `before` in the gallery."
     )
 
+    callback_url: str | None = Field(
+        default=None,
+        description="Public URL of the receiver of callbacks. Unset: poll.",
+    )
+    callback_secret: SecretStr | None = Field(
+        default=None, description="What the tokens in callback URLs are made with."
+    )
+    callback_listen: str | None = Field(
+        default=None,
+        description="host:port of a receiver in the batch's own process, if any.",
+    )
+    callback_inbox: str | None = Field(
+        default=None, description="Where callbacks are kept. Unset: in the output's own ledger."
+    )
+    callback_sweep: float = Field(
+        default=60.0, gt=0, description="Seconds between looks at a row that is not called back."
+    )
+    callback_grace: float = Field(
+        default=300.0,
+        ge=0,
+        description="Seconds that a row whose submit's reply was lost waits for its callback.",
+    )
+
     def __init__(self, **given: Any) -> None:
         try:
             super().__init__(**given)

@@ -26,6 +26,12 @@ NAMES = {
     "FLUX_KONTEXT_AI_MARK": ("ai_mark", False, True),
     "FLUX_KONTEXT_GALLERY_IMAGES": ("gallery_images", 100, 10_000),
     "FLUX_KONTEXT_GALLERY_REFERENCES": ("gallery_references", False, True),
+    "FLUX_KONTEXT_CALLBACK_URL": ("callback_url", "https://example.com/hooks", None),
+    "FLUX_KONTEXT_CALLBACK_SECRET": ("callback_secret", "canary-secret", None),
+    "FLUX_KONTEXT_CALLBACK_LISTEN": ("callback_listen", "127.0.0.1:8780", None),
+    "FLUX_KONTEXT_CALLBACK_INBOX": ("callback_inbox", "s3://bucket/inbox", None),
+    "FLUX_KONTEXT_CALLBACK_SWEEP": ("callback_sweep", 90.0, 60.0),
+    "FLUX_KONTEXT_CALLBACK_GRACE": ("callback_grace", 0.0, 300.0),
 }
 
 
@@ -66,6 +72,8 @@ def test_default_then_environment_then_argument(name, monkeypatch):
         ("CONCURRENT_SUBMITS", "0"),
         ("PRICE_PRO", "-0.01"),
         ("RESULT_DAYS", "0"),
+        ("CALLBACK_SWEEP", "0"),
+        ("CALLBACK_GRACE", "-1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name_and_without_the_key(name, value, monkeypatch):

@@ -150,6 +150,12 @@ def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
     )
 
 
+def read_callback(body: bytes) -> str | None:
+    """The task that a callback tells of, or None: whatever else it says, the status tells."""
+    envelope = _as_dict(_json(body))
+    return _task_id(envelope.get("data")) or _task_id(envelope) or None
+
+
 def read_balance(data: Any, *, secret: str = "") -> float:
     """The dollars in a balance reply, whichever of the likely shapes it has.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prefect_flux_kontext.api.backoff import jittered
 from prefect_flux_kontext.errors import (
@@ -26,14 +26,48 @@ _UNKNOWN_AT_FIRST = 60.0
 """Seconds for which a new task may still be unknown to the service that accepted it."""
 
 
+class Pauses(Protocol):
+    """The pauses of one wait; who knows when the task ends may cut them short."""
+
+    async def before_first_look(self, age: float) -> None:
+        """Wait before the first look at a task that was submitted `age` seconds ago."""
+
+    async def before_next_look(self) -> None:
+        """Wait after a look that found the task still running."""
+
+
+class Polling:
+    """Pauses of fixed lengths: nobody tells us anything."""
+
+    def __init__(self, cadence: PollingCadence) -> None:
+        self._cadence = cadence
+
+    async def before_first_look(self, age: float) -> None:
+        """Wait until `initial_delay` seconds after the submit."""
+        await asyncio.sleep(max(0.0, self._cadence.initial_delay - age))
+
+    async def before_next_look(self) -> None:
+        """Wait `interval` seconds."""
+        await asyncio.sleep(self._cadence.interval)
+
+
 async def wait_until_ended(
-    client: FluxKontextClient, task: GenerationTask, cadence: PollingCadence
+    client: FluxKontextClient,
+    task: GenerationTask,
+    cadence: PollingCadence,
+    pauses: Pauses | None = None,
 ) -> GenerationResult:
     """Wait for a task to end, holding no thread.
 
     The first look comes `cadence.initial_delay` seconds after the submit, further ones every
     `cadence.interval`. A status request that fails in a way that may pass (5xx, a lost or
     unreadable reply) is asked again with growing pauses.
+
+    Args:
+        client: The service.
+        task: What to wait for.
+        cadence: When to look, and when to give up.
+        pauses: Other pauses between looks than the cadence's.
 
     Returns:
         The result, with at least one URL.
@@ -48,7 +82,9 @@ async def wait_until_ended(
     client.governor.tasks.watched(task.task_id)
     try:
         async with asyncio.timeout(cadence.timeout):
-            status = await _last_status(client, task, cadence, troubles)
+            status = await _last_status(
+                client, task, cadence, troubles, pauses or Polling(cadence)
+            )
     except TimeoutError:
         timed_out = True
     else:
@@ -84,11 +120,12 @@ async def _last_status(
     task: GenerationTask,
     cadence: PollingCadence,
     troubles: list[ApiError],
+    pauses: Pauses,
 ) -> TaskStatus:
     """Ask until it has ended; `troubles` holds what went wrong since the last good answer."""
     age = max(0.0, (utc_now() - task.submitted_at).total_seconds())
     began = asyncio.get_running_loop().time()
-    await asyncio.sleep(max(0.0, cadence.initial_delay - age))
+    await pauses.before_first_look(age)
     while True:
         try:
             status = await client.status(task.task_id)
@@ -104,4 +141,4 @@ async def _last_status(
             if status.state in ("success", "failed"):
                 return status
             troubles.clear()
-            await asyncio.sleep(cadence.interval)
+            await pauses.before_next_look()

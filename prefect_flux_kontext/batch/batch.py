@@ -89,7 +89,8 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
     """
     session.rows.submits = False
     ledger = session.ledger
-    abandoned = [wave async for wave in open_waves(ledger.store) if await _is_left(ledger, wave)]
+    others = [wave async for wave in open_waves(ledger.store) if wave.owner != ledger.owner]
+    abandoned = [wave for wave in others if await _is_left(ledger, wave)]
     entries, unreadable = await _read(ledger, {key for wave in abandoned for key in wave.keys})
     owed = [entry for entry in entries if entry.state in OWED]
     # The oldest first: its result is the next to expire.
@@ -117,13 +118,16 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
                 await open_wave(ledger.store, wave.model_copy(update={"keys": keys}))
             else:
                 await forget_wave(ledger.store, wave)
+        if others == abandoned:  # else a living run may still wait to be told of such rows
+            made_by = {entry.intent.owner for entry in owed if entry.intent is not None}
+            await session.rows.called.clear(made_by | {wave.owner for wave in abandoned})
     return summary
 
 
 async def _is_left(ledger: Ledger, wave: OpenWave) -> bool:
     """Whether the wave's run is gone; one that cannot be told may live."""
     try:
-        return wave.owner != ledger.owner and not await is_alive(ledger.store, wave.owner)
+        return not await is_alive(ledger.store, wave.owner)
     except LedgerError as error:
         logger.warning("Rows of an earlier run are left alone: %s", error)
         return False

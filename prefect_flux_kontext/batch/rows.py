@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from prefect_flux_kontext.batch.doubtful import Doubtful
 from prefect_flux_kontext.batch.policy import Breaker
 from prefect_flux_kontext.batch.summary import BatchSummary, DoneRow, RowOutcome
 from prefect_flux_kontext.errors import (
@@ -23,9 +24,8 @@ from prefect_flux_kontext.errors import (
     UnreadableReplyError,
 )
 from prefect_flux_kontext.ledger.ledger import RowTakenError
-from prefect_flux_kontext.ledger.records import GIVEN_UP
 from prefect_flux_kontext.ledger.states import State
-from prefect_flux_kontext.manifest.rows import RefusedRow
+from prefect_flux_kontext.manifest.rows import RefusedRow, Row
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.references.kinds import not_on_the_web
 from prefect_flux_kontext.results import name_stored
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.batch.submitting import Submitter
+    from prefect_flux_kontext.callbacks.mode import CallbackMode
     from prefect_flux_kontext.ledger.checkpoints import FinishedRow
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Ended, Entry, Times
-    from prefect_flux_kontext.manifest.rows import Row
     from prefect_flux_kontext.models import StoredImage
     from prefect_flux_kontext.storage import OutputFolder
 
@@ -55,6 +55,7 @@ class RowRunner:
         output: Where images go.
         ledger: Where it stands what was paid for.
         submitter: Pays.
+        called: Tells what callbacks say.
         options: What a person has decided.
 
     Attributes:
@@ -71,6 +72,7 @@ class RowRunner:
         output: OutputFolder,
         ledger: Ledger,
         submitter: Submitter,
+        called: CallbackMode,
         options: RowOptions,
     ) -> None:
         self.progress = BatchSummary(output=str(output))
@@ -79,31 +81,58 @@ class RowRunner:
         self.submits = True
         self.submitter = submitter
         self._store = store
+        self.called = called
         self._output = output
         self._ledger = ledger
         self.options = options
+        self._doubtful = Doubtful(
+            ledger, called, submitter, output, resubmit_unknown=options.resubmit_unknown
+        )
         self._breaker = Breaker()
         self.ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(
-        self, rows: Sequence[Row | RefusedRow], stored: Mapping[str, FinishedRow]
+        self,
+        rows: Sequence[Row | RefusedRow],
+        stored: Mapping[str, FinishedRow],
+        on_quiet: Callable[[], None] = lambda: None,
     ) -> list[DoneRow]:
         """Run rows and tell what became of them; a bad row fails alone.
 
         Args:
             rows: What is to be done.
             stored: Those of them that earlier runs have stored, by row key.
+            on_quiet: Called once, when the rows that are left hold no slot: they only wait to be
+                called back about a submit whose reply was lost.
         """
+        busy = len(rows)
+
+        def quiet() -> None:
+            nonlocal busy
+            busy -= 1
+            if busy == 0:
+                on_quiet()
+
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(self._run(row, stored)) for row in rows]
+            running = [group.create_task(self._run(row, stored, quiet)) for row in rows]
         return [row.result() for row in running]
 
-    async def _run(self, row: Row | RefusedRow, stored: Mapping[str, FinishedRow]) -> DoneRow:
+    async def _run(
+        self,
+        row: Row | RefusedRow,
+        stored: Mapping[str, FinishedRow],
+        quiet: Callable[[], None],
+    ) -> DoneRow:
         if isinstance(row, RefusedRow):
             done = DoneRow(row, RowOutcome.refused(row), None)
         else:
             done = await self._done(row, row.key, stored.get(row.key))
+        quiet()
+        if isinstance(row, Row):
+            while done.outcome.state == "unknown" and self.called.may_be_called(row.key):
+                await self.called.news(row.key)
+                done = await self._done(row, row.key, None)
         self.progress.count(done.outcome)
         self.progress.spent = self.submitter.spent
         if done.outcome.state == "failed":
@@ -141,7 +170,7 @@ class RowRunner:
         """Bring the row one state further, or say what became of it."""
         match entry.state:
             case State.INTENT:
-                return await self._settle(row, entry)
+                return await self._doubtful.settle(row, entry)
             case State.ACCEPTED:
                 return await self._collect(row, entry)
             case State.FAILED:
@@ -161,7 +190,7 @@ class RowRunner:
             return await self._ledger.read(entry.key)
         except _DOUBTFUL as error:
             self.latest.pop(entry.key, None)  # the ledger knows more than we do
-            return self._unknown(row, entry.key, error)
+            return self._doubtful.unknown(row, error)
         except LedgerError:
             self._count(stored=False)
             raise
@@ -174,26 +203,6 @@ class RowRunner:
                 self._count(stored=False)
             return RowOutcome.of(row, entry.key, "failed", error)
 
-    async def _settle(self, row: Row, entry: Entry) -> Entry | RowOutcome:
-        entry, gone = await self._ledger.settled(entry)
-        if entry.state is not State.INTENT or entry.intent is None:
-            return entry
-        if self.options.resubmit_unknown and gone:
-            given_up = FluxKontextError("Given up to be paid for again.", code=GIVEN_UP)
-            return await self._ledger.rejected(entry, given_up, by="person")
-        whose = "is gone" if gone else "does not know what came of it"
-        lost = ReplyLostError(f"The run that submitted it at {entry.intent.at:%F %T %Z} {whose}.")
-        return self._unknown(row, entry.key, lost)
-
-    def _unknown(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
-        message = (
-            f"{error.message} The row may be paid for, so it is not submitted again. Settle it "
-            f"with `flux-kontext resolve {self._output} {key}`, or pay again with "
-            "--resubmit-unknown."
-        )
-        told = ReplyLostError(message, task_id=error.task_id, code=error.code)
-        return RowOutcome.of(row, key, "unknown", told)
-
     async def _collect(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         task = entry.task
         self.submitter.outstanding.add(entry.key)
@@ -202,6 +211,7 @@ class RowRunner:
             files = [self._output.relative(image.uri) for image in images]
             entry = await self._ledger.stored(entry, files, images, times)
         except GenerationFailedError as error:
+            self.called.ended(entry)
             self._count(stored=False)
             self.ended_now.add(entry.key)
             entry = await self._ledger.failed(entry, error)

@@ -13,6 +13,8 @@ from prefect_flux_kontext.batch.rows import RowRunner
 from prefect_flux_kontext.batch.stored import StoredRows
 from prefect_flux_kontext.batch.storing import storing
 from prefect_flux_kontext.batch.submitting import Submitter
+from prefect_flux_kontext.callbacks.mode import callback_mode
+from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.ledger import Ledger
@@ -57,13 +59,22 @@ async def batch_session(
     output: OutputFolder,
     options: RowOptions,
     settings: FluxKontextSettings,
+    callbacks: CallbackOptions | None = None,
 ) -> AsyncIterator[Session]:
     """Open what a batch needs.
 
     However the block is left, POSTs that have begun are recorded before this returns.
 
+    Args:
+        client: The service.
+        output: Where images and the ledger go.
+        options: What a person has decided about the rows.
+        settings: The environment's.
+        callbacks: How the batch is called back; None to poll.
+
     Raises:
-        ConfigurationError: There is a budget, and another run is paying into the output.
+        ConfigurationError: There is a budget, and another run is paying into the output; or
+            callbacks cannot be received.
         LedgerError: The ledger cannot be read or written; nothing was paid.
         NotConnectedError: Nothing answers at the base URL.
         UnauthorizedError: The service does not know the key.
@@ -76,17 +87,31 @@ async def batch_session(
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
-            submitter = Submitter(
-                client, ledger, settings.concurrent_submits, budget, options.references
-            )
             report = Report(output, store, owner, http, settings)
-            store_row = storing(
-                client, http, output, report.pictures, options.cadence, ai_mark=settings.ai_mark
-            )
-            rows = RowRunner(store_row, output, ledger, submitter, options)
             with StoredRows() as stored:
                 await stored.read(store)
-                async with reported(report):
+                async with (
+                    callback_mode(callbacks or CallbackOptions(), client, ledger) as called,
+                    reported(report),
+                ):
+                    submitter = Submitter(
+                        client,
+                        ledger,
+                        settings.concurrent_submits,
+                        budget,
+                        options.references,
+                        called.request,
+                    )
+                    store_row = storing(
+                        client,
+                        http,
+                        output,
+                        report.pictures,
+                        called,
+                        options.cadence,
+                        ai_mark=settings.ai_mark,
+                    )
+                    rows = RowRunner(store_row, output, ledger, submitter, called, options)
                     try:
                         yield Session(output, ledger, submitter, rows, stored, report)
                     finally:

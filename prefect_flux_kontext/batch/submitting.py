@@ -19,7 +19,7 @@ from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.references.resolving import References
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.ledger.ledger import Ledger
@@ -43,6 +43,7 @@ class Submitter:
             what a crash makes doubtful.
         budget: What may be spent; None for no cap.
         references: Has the rows' reference images where the service can fetch them.
+        prepare: Makes of a row's request, and the attempt that was claimed, what is sent.
 
     Attributes:
         stopped: Why nothing is submitted any more.
@@ -58,6 +59,7 @@ class Submitter:
         posts_at_once: int,
         budget: Budget | None = None,
         references: References | None = None,
+        prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
     ) -> None:
         self.stopped: FluxKontextError | None = None
         self.accepted = 0
@@ -67,6 +69,7 @@ class Submitter:
         self._ledger = ledger
         self._budget = budget or Budget(None)
         self._references = references or References()
+        self._prepare = prepare or (lambda request, _entry: request)
         self._room = asyncio.Semaphore(posts_at_once)
         self._all: set[asyncio.Task[Entry]] = set()
         self._posting: set[asyncio.Task[Entry]] = set()
@@ -129,6 +132,7 @@ class Submitter:
                 try:
                     latest = await self._ledger.claim(row, latest)
                     self._check_going_on()  # writing it took a while
+                    request = self._prepare(request, latest)
                     sent = owed = True
                     yield request
                 except FluxKontextError as error:
@@ -157,9 +161,7 @@ class Submitter:
             self._posting.discard(work)
 
     async def _record(self, entry: Entry, task_id: str) -> Entry:
-        self.accepted += 1
-        self.outstanding.add(entry.key)
-        self.spent += entry.intent.price if entry.intent else 0.0
+        self.count(entry)
         try:
             recorded = await self._ledger.accepted(entry, task_id)
         except LedgerError as error:
@@ -184,6 +186,12 @@ class Submitter:
                 task_id,
             )
         return recorded
+
+    def count(self, entry: Entry) -> None:
+        """Count a row of this run as accepted."""
+        self.accepted += 1
+        self.outstanding.add(entry.key)
+        self.spent += entry.intent.price if entry.intent else 0.0
 
     def _check_going_on(self) -> None:
         if self.stopped is not None:

@@ -32,10 +32,23 @@ WAVE_ROWS = 250
 class Wave:
     """A block of rows and its number, from 1. No dataclass: Prefect would look into it."""
 
-    def __init__(self, session: Session, number: int, rows: list[Row | RefusedRow]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        number: int,
+        rows: list[Row | RefusedRow],
+        room: asyncio.Semaphore | None = None,
+    ) -> None:
         self.number = number
         self._session = session
         self._rows = rows
+        self._room: asyncio.Semaphore | None = room
+
+    def make_room(self) -> None:
+        """Let the next wave begin: none of the rows holds a slot, though some may still wait."""
+        if self._room is not None:
+            self._room.release()
+            self._room = None
 
     async def run(self) -> BatchSummary:
         """Run the rows between naming them in the ledger and writing what came of them.
@@ -48,12 +61,12 @@ class Wave:
         stored = await self._session.stored.of(keys)
         keys.difference_update(stored)
         if not keys:
-            return await self._told(await runner.run(self._rows, stored))
+            return await self._told(await runner.run(self._rows, stored, self.make_room))
         wave = OpenWave(
             name=f"{ledger.owner}-{self.number:06}", owner=ledger.owner, keys=sorted(keys)
         )
         await open_wave(ledger.store, wave)
-        done = await runner.run(self._rows, stored)
+        done = await runner.run(self._rows, stored, self.make_room)
         entries = [runner.latest.pop(key) for key in keys if key in runner.latest]
         try:
             await close_wave(ledger.store, wave, entries)
@@ -110,7 +123,7 @@ async def run_waves(
             session.submitter.stop(error)
             broken.append(error)
         finally:
-            room.release()
+            wave.make_room()
 
     source = iter(rows)
     try:
@@ -120,7 +133,7 @@ async def run_waves(
                 block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
                 if not block or session.submitter.stopped:
                     break
-                group.create_task(run(Wave(session, number, block)))
+                group.create_task(run(Wave(session, number, block, room)))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     if broken:

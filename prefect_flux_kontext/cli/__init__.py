@@ -7,7 +7,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext import __version__
-from prefect_flux_kontext.cli import demo, gallery, ledger, plan, run, sandbox, styles
+from prefect_flux_kontext.cli import (
+    demo,
+    gallery,
+    ledger,
+    plan,
+    receive,
+    run,
+    sandbox,
+    styles,
+)
 from prefect_flux_kontext.cli.outputs import opened_output
 
 if TYPE_CHECKING:
@@ -49,6 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (plan, run, ledger, gallery, styles, sandbox, demo):
+    for command in (plan, run, ledger, gallery, styles, receive, sandbox, demo):
         command.add_parser(commands)
     return parser

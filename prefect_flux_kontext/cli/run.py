@@ -44,6 +44,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument(
         "--skip-invalid", action="store_true", help="run the other rows where some are invalid"
     )
+    run.add_argument(
+        "--callback-url",
+        metavar="URL",
+        help="be called back there when an image is ready, instead of polling; see the settings "
+        "FLUX_KONTEXT_CALLBACK_…",
+    )
     run.add_argument("--dry-run", action="store_true", help="stop after the plan")
     run.set_defaults(func=_run)
 
@@ -122,8 +128,9 @@ async def _batch(
     await output.check_writable()
     plan = await show_plan(manifest, output, decided)
     plan.check(skip_invalid=options.skip_invalid)
+    url = getattr(options, "callback_url", None)
     async with (
-        _session(output, decided) as (session, slots),
+        _session(output, decided, callback_url=url) as (session, slots),
         shown(session.rows, plan.rows),
     ):
         return await run_batch(
@@ -134,7 +141,8 @@ async def _batch(
 async def _collect(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.batch.batch import collect  # noqa: PLC0415
 
-    async with _session(options.output, _row_options(options)) as (session, slots):
+    decided = _row_options(options)
+    async with _session(options.output, decided, listens=False) as (session, slots):
         return await collect(session, lambda wave: wave.run(), concurrent_tasks=slots)
 
 
@@ -160,13 +168,19 @@ def _row_options(options: argparse.Namespace) -> RowOptions:
 
 @asynccontextmanager
 async def _session(
-    output: OutputFolder, options: RowOptions
+    output: OutputFolder,
+    options: RowOptions,
+    *,
+    callback_url: str | None = None,
+    listens: bool = True,
 ) -> AsyncIterator[tuple[Session, int]]:
     from prefect_flux_kontext.api.client import FluxKontextClient  # noqa: PLC0415
     from prefect_flux_kontext.batch.session import batch_session  # noqa: PLC0415
+    from prefect_flux_kontext.callbacks.options import callback_options  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
     settings = FluxKontextSettings()
+    callbacks = callback_options(settings, url=callback_url, listens=listens)
     client = FluxKontextClient(
         settings.required_api_key(),
         base_url=settings.base_url,
@@ -178,5 +192,5 @@ async def _session(
     running = asyncio.current_task()
     if running is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-    async with batch_session(client, output, options, settings) as session:
+    async with batch_session(client, output, options, settings, callbacks) as session:
         yield session, settings.concurrent_tasks

@@ -40,11 +40,15 @@ class RecordStore:
     """
 
     def __init__(self, root: OutputFolder | str) -> None:
-        folder = OutputFolder(root)
+        self._folder = folder = OutputFolder(root)
         self._fs, self._root, self._options = folder.fs, folder.root.rstrip("/"), folder.options
 
     def __str__(self) -> str:
         return str(self._fs.unstrip_protocol(self._root))
+
+    def below(self, name: str) -> RecordStore:
+        """The records of a folder in this one, on the same filesystem."""
+        return RecordStore(self._folder.below(name))
 
     async def create(self, name: str, data: bytes) -> bool:
         """Create a record, whole or not at all; False where there is one of that name already.

@@ -26,7 +26,7 @@ _LOOK_AGAIN = 1.0
 
 def results_store(output: OutputFolder) -> RecordStore:
     """Where the parts of an output's result manifest are: beside the images."""
-    return RecordStore(f"{output}/_results")
+    return RecordStore(output.below("_results"))
 
 
 def as_json(line: Line) -> str:

@@ -58,7 +58,7 @@ async def test_registering_the_package_registers_just_our_block(prefect_api):
         schema = await client.read_block_schema_by_checksum(checksum)
     assert schema.version == prefect_flux_kontext.__version__
     assert schema.fields["required"] == ["api_key"]
-    assert schema.fields["secret_fields"] == ["api_key"]
+    assert schema.fields["secret_fields"] == ["api_key", "callback_secret"]
 
 
 def test_the_schema_does_not_depend_on_the_environment(monkeypatch):

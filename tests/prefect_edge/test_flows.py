@@ -2,6 +2,7 @@
 
 import csv
 import json
+import socket
 
 import anyio
 import polars as pl
@@ -10,6 +11,7 @@ from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import parameter_schema
+from pydantic import SecretStr
 
 from prefect_flux_kontext import FluxKontextCredentials
 from prefect_flux_kontext.errors import (
@@ -145,6 +147,25 @@ class TestOneImage:
 
 
 class TestABatch:
+    async def test_it_can_be_called_back_with_the_secret_of_the_block(
+        self, account, sandbox, tmp_path, monkeypatch
+    ):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", address)
+        secretive = account.model_copy(update={"callback_secret": SecretStr("s" * 32)})
+        summary = await style_transfer_batch(
+            [{"id": "a", "prompt": "a lighthouse"}],
+            str(tmp_path),
+            credentials=secretive,
+            cadence=CADENCE,
+            callback_url=f"http://{address}/hooks",
+        )
+        assert summary.stored == 1
+        (record,) = sandbox.service.records()
+        assert record["callback_url"].startswith(f"http://{address}/hooks/")
+
     async def test_good_rows_are_stored_and_bad_rows_fail_alone_with_their_reason(
         self, account, sandbox, reference, tmp_path
     ):

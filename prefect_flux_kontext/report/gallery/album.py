@@ -43,7 +43,7 @@ class Album:
 
     def __init__(self, output: OutputFolder) -> None:
         self.places: dict[str, str] = {}
-        self._store = RecordStore(f"{output}/{ALBUM_FOLDER}")
+        self._store = RecordStore(output.below(ALBUM_FOLDER))
         self._written: dict[str, list[str]] = {}
 
     async def add(self, name: str, pictures: Mapping[str, bytes]) -> None:

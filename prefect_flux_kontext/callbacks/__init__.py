@@ -1,0 +1,1 @@
+"""Being called by the service when a task ends: addresses, receiver, inbox, and what they wake."""

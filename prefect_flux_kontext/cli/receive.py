@@ -1,0 +1,65 @@
+"""`flux-kontext receive`: a receiver of callbacks as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+_GREETING = """\
+Callbacks are received on {url} and kept in {inbox}
+
+The service has to reach it by https, so put a proxy with TLS in front. Batches are told by
+FLUX_KONTEXT_CALLBACK_URL where, and have the same FLUX_KONTEXT_CALLBACK_SECRET.
+Stop with Ctrl-C.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    receive = commands.add_parser(
+        "receive",
+        help="receive the callbacks of batches that run elsewhere, or later",
+        description="Receive callbacks and answer them when they are durable in the batch's "
+        "ledger, or in an inbox for any number of outputs. Needs FLUX_KONTEXT_CALLBACK_SECRET, "
+        "but neither the API key nor a batch that runs.",
+    )
+    where = receive.add_mutually_exclusive_group(required=True)
+    where.add_argument("output", metavar="OUTPUT", nargs="?", help="the batch's output")
+    where.add_argument(
+        "--inbox",
+        metavar="FOLDER",
+        help="folder or prefix for the callbacks of all batches that have it as their "
+        "FLUX_KONTEXT_CALLBACK_INBOX",
+    )
+    receive.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    receive.add_argument(
+        "--port", type=int, default=8780, help="port, 0 for a free one (default: %(default)s)"
+    )
+    receive.set_defaults(func=_receive)
+
+
+def _receive(options: argparse.Namespace) -> int:
+    from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
+    from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox  # noqa: PLC0415
+    from prefect_flux_kontext.callbacks.receiver import create_receiver  # noqa: PLC0415
+    from prefect_flux_kontext.callbacks.server import serve  # noqa: PLC0415
+    from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
+    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
+
+    where = options.inbox or f"{ledger_store(OutputFolder(options.output))}/{INBOX_FOLDER}"
+    folder = OutputFolder(where)
+    asyncio.run(folder.check_writable())
+    inbox = Inbox(RecordStore(str(folder)))
+    receiver = create_receiver(inbox, FluxKontextSettings().callback_secret)
+
+    def announce(url: str) -> None:
+        print(_GREETING.format(url=url, inbox=inbox), flush=True)
+
+    serve(receiver, options.host, options.port, announce)
+    return 0

@@ -1,0 +1,64 @@
+"""`kill -9` of a batch in callback mode, at random moments, while replies to submits are lost.
+
+Without callbacks each lost reply and each kill leaves rows unknown. With them, what was paid for
+is found again, and only what was never accepted stays in doubt.
+"""
+
+import random
+import socket
+
+import pytest
+
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.processes import Batch
+from tests.support.fault_proxy import fault_proxy
+
+ROWS = [(f"row-{n}", f"lighthouse number {n}") for n in range(150)]
+LOST = {"submit": {"reset_after": 0.05, "trouble_after": 0.05, "trouble_before": 0.02}}
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_a_killed_batch_has_paid_for_is_found_by_its_callbacks(seed, tmp_path):
+    dice = random.Random(seed)
+    port = free_port()
+    settings = SandboxSettings(mean=0.5, long_edge=16, callback_delay_scale=0.02)
+    with (
+        running_sandbox(settings) as service,
+        fault_proxy(service.url, seed=seed, rates=LOST) as proxy,
+    ):
+        batch = Batch(
+            service,
+            tmp_path,
+            url=proxy.url,
+            FLUX_KONTEXT_CALLBACK_URL=f"http://127.0.0.1:{port}/hooks",
+            FLUX_KONTEXT_CALLBACK_SECRET="canary-7f3a9c51e2d84b06-secret",
+            FLUX_KONTEXT_CALLBACK_SWEEP="1",
+            FLUX_KONTEXT_CALLBACK_GRACE="2",
+        )
+        batch.write(ROWS)
+        receiver = batch.start("receive", batch.output, "--port", port)
+        batch.until(lambda: "Callbacks are received" in receiver.said(), receiver)
+        for _ in range(6):
+            batch.run_and_kill(dice.uniform(0.3, 1.5))
+        batch.run()
+        # On a busy machine a callback may come after the row was given up: it counts all the same.
+        batch.until(lambda: every_callback_ended(service), receiver)
+        collected = batch.command("collect")
+        receiver.kill()
+        found = batch.check()
+        assert not found.problems, found
+        assert batch.kills
+        assert proxy.count("reset_after") + proxy.count("trouble_after") > 3
+        assert found.stored == batch.accepted, collected.said
+
+
+def every_callback_ended(service):
+    bill = service.service.bill()
+    return sum(bill["callbacks"].values()) == bill["accepted"]

@@ -1,0 +1,182 @@
+"""The receiver on real sockets: slow clients, a crowd, kill -9, and a batch's own receiver."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from prefect_flux_kontext.api.client import FluxKontextClient
+from prefect_flux_kontext.batch.batch import run_batch
+from prefect_flux_kontext.batch.rows import RowOptions
+from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.callbacks import server as server_module
+from prefect_flux_kontext.callbacks.inbox import Inbox
+from prefect_flux_kontext.callbacks.options import CallbackOptions
+from prefect_flux_kontext.callbacks.receiver import create_receiver
+from prefect_flux_kontext.callbacks.server import served
+from prefect_flux_kontext.callbacks.tokens import Attempt, token_for
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.storage import OutputFolder
+from tests.callbacks.called_batch import manifest
+from tests.support.batches import KEY, QUICK
+
+pytestmark = pytest.mark.anyio
+
+SECRET = "a-secret-of-the-tests-0123456789"
+OWNER = "0123456789abcdef"
+
+
+def token(number):
+    return token_for(SECRET.encode(), Attempt(OWNER, f"{number:032x}", 1))
+
+
+def envelope(number):
+    return {"code": 200, "data": {"taskId": f"task_{number}", "state": "success"}}
+
+
+async def kept_in(folder):
+    inbox = Inbox(RecordStore(str(folder)))
+    names = await inbox.names(OWNER)
+    return {told.task_id for name in names for told in await inbox.read(OWNER, name)}
+
+
+async def read_to_the_end(reader):
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", b"POST / HTTP/1.1\r\nHost: a\r\n", b"POST"],
+    ids=["nothing", "half a head", "half a line"],
+)
+async def test_a_request_that_does_not_begin_in_time_is_hung_up_on(tmp_path, monkeypatch, begun):
+    monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
+    async with served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(begun)
+        assert await read_to_the_end(reader) == b""
+        writer.close()
+
+
+async def test_a_head_that_drips_in_after_a_good_request_is_hung_up_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
+    async with served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"POST /x HT")
+        assert await read_to_the_end(reader) == b""
+        writer.close()
+
+
+async def test_a_hundred_callbacks_at_once_are_all_kept(tmp_path):
+    async with (
+        served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
+        replies = await asyncio.gather(
+            *(http.post(f"{url}/{token(n)}", json=envelope(n)) for n in range(100))
+        )
+    assert {reply.status_code for reply in replies} == {200}
+    assert await kept_in(tmp_path) == {f"task_{n}" for n in range(100)}
+
+
+async def test_a_port_that_is_taken_is_told_before_anything_is_paid(tmp_path):
+    receiver = create_receiver(str(tmp_path), SECRET)
+    async with served(receiver, "127.0.0.1", 0) as url:
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port}"):
+            async with served(receiver, "127.0.0.1", port):
+                pass
+
+
+async def test_a_batch_that_receives_its_own_callbacks_polls_nothing(tmp_path):
+    # A port that is free now; the batch has to know it before it listens.
+    async with served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
+        pass
+    port = int(url.rpartition(":")[2])
+    callbacks = CallbackOptions(url=f"{url}/hooks", secret=SECRET, listen=("127.0.0.1", port))
+    with running_sandbox(SandboxSettings(mean=0.5, long_edge=16)) as sandbox:
+        client = FluxKontextClient(KEY, base_url=sandbox.url)
+        async with batch_session(
+            client,
+            OutputFolder(str(tmp_path / "out")),
+            RowOptions(cadence=QUICK),
+            FluxKontextSettings(),
+            callbacks,
+        ) as session:
+            summary = await run_batch(
+                session, manifest(30), lambda wave: wave.run(), concurrent_tasks=100
+            )
+        bill = sandbox.service.bill()
+    assert summary.stored == bill["accepted"] == bill["status_requests"] == 30
+    assert not list((tmp_path / "out").rglob("_ledger/callbacks/*/*"))
+
+
+def started(folder):
+    """`flux-kontext receive` in a process of its own, and its URL."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect_flux_kontext", "receive", "--inbox", folder, "--port=0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "FLUX_KONTEXT_CALLBACK_SECRET": SECRET},
+    )
+    return process, re.search(r"http://\S+", process.stdout.readline())[0]
+
+
+async def test_kill_9_under_load_loses_no_callback_that_was_answered_with_200(tmp_path):
+    answered = set()
+    numbers = iter(range(1_000_000))
+
+    async def call(http, url, enough, busy):
+        while True:
+            number = next(numbers)
+            try:
+                reply = await http.post(f"{url}/{token(number)}", json=envelope(number))
+            except httpx.HTTPError:
+                return
+            if reply.status_code == 200:
+                answered.add(f"task_{number}")
+            if len(answered) >= enough:
+                busy.set()
+
+    for kill in range(5):
+        process, url = await asyncio.to_thread(started, tmp_path)
+        try:
+            async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
+                busy, enough = asyncio.Event(), len(answered) + 20 + 30 * kill
+                callers = [asyncio.create_task(call(http, url, enough, busy)) for _ in range(20)]
+                await busy.wait()
+                process.kill()
+                await asyncio.gather(*callers)
+        finally:
+            process.kill()
+            process.communicate()
+    assert len(answered) > 300
+    assert answered - await kept_in(tmp_path) == set()
+
+
+async def test_sigterm_ends_the_receiver_cleanly(tmp_path):
+    process, url = await asyncio.to_thread(started, tmp_path)
+    async with httpx.AsyncClient(trust_env=False) as http:
+        assert (await http.post(f"{url}/{token(1)}", json=envelope(1))).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    out, _ = await asyncio.to_thread(process.communicate)
+    assert process.returncode == 0
+    assert SECRET not in out
+    assert json.dumps(sorted(await kept_in(tmp_path))) == '["task_1"]'

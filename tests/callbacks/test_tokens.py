@@ -1,0 +1,49 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_flux_kontext.callbacks.tokens import Attempt, checked_secret, named_by, token_for
+from prefect_flux_kontext.errors import ConfigurationError
+
+SECRET = b"a-secret-of-the-tests-0123456789"
+ATTEMPT = Attempt("0123456789abcdef", "0123456789abcdef" * 2, 3)
+
+digits = st.text("0123456789abcdef", min_size=16, max_size=16)
+attempts = st.builds(
+    Attempt, digits, st.builds("".join, st.tuples(digits, digits)), st.integers(1, 999_999)
+)
+
+
+@given(attempts)
+def test_a_token_names_its_attempt(attempt):
+    assert named_by(SECRET, token_for(SECRET, attempt)) == attempt
+
+
+@given(attempts, st.integers(0, 200), st.characters())
+def test_a_token_that_is_changed_anywhere_names_nothing(attempt, place, other):
+    token = token_for(SECRET, attempt)
+    place %= len(token)
+    changed = token[:place] + other + token[place + 1 :]
+    assert named_by(SECRET, changed) == (attempt if changed == token else None)
+
+
+@given(st.text())
+def test_any_text_is_no_token(text):
+    assert named_by(SECRET, text) is None
+
+
+def test_another_secret_makes_other_tokens():
+    assert named_by(SECRET[::-1], token_for(SECRET, ATTEMPT)) is None
+
+
+def test_a_token_stands_in_a_url_as_it_is():
+    token = token_for(SECRET, ATTEMPT)
+    assert token.startswith("0123456789abcdef.0123456789abcdef0123456789abcdef.3.")
+    assert len(token) < 120
+    assert set(token) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
+
+
+@pytest.mark.parametrize("secret", [None, "", "short", " " * 40])
+def test_a_secret_that_can_be_guessed_is_refused_with_what_to_do(secret):
+    with pytest.raises(ConfigurationError, match="openssl rand -hex 32"):
+        checked_secret(secret)
