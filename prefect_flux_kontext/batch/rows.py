@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.deferral import Deferral
 from prefect_flux_kontext.batch.policy import Breaker, FailurePolicy
 from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
 from prefect_flux_kontext.errors import (
@@ -32,7 +33,6 @@ from prefect_flux_kontext.results import name_stored, persist_result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from datetime import datetime
 
     from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.api.client import FluxKontextClient
@@ -59,6 +59,7 @@ class RowOptions:
         retry_failed: Pay again for rows that have failed.
         result_days: Days for which the service keeps a result.
         budget_usd: Dollars that the output may cost over all its runs; None for no cap.
+        deferred: Submit all rows and leave results to be collected.
     """
 
     cadence: PollingCadence
@@ -67,6 +68,7 @@ class RowOptions:
     retry_failed: bool = False
     result_days: float = 15.0
     budget_usd: float | None = None
+    deferred: bool = False
 
 
 class RowRunner:
@@ -109,15 +111,16 @@ class RowRunner:
         self._output = output
         self._ledger = ledger
         self.options = options
+        self.deferral = Deferral(on=options.deferred)
         self._breaker = Breaker()
         self._ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
         """Run rows and count what became of them; a bad row fails alone."""
-        counted = BatchSummary()
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(self._run(row)) for row in rows]
+        counted = BatchSummary()
         for row in running:
             counted.count(row.result())
         return counted
@@ -129,6 +132,7 @@ class RowRunner:
             )
         else:
             outcome = await self._outcome(row, row.key)
+        self.deferral.submitted(row)
         self.progress.count(outcome)
         self.progress.spent = self.submitter.spent
         if outcome.state == "failed":
@@ -138,10 +142,11 @@ class RowRunner:
     async def _outcome(self, row: Row, key: str) -> RowOutcome:
         # Equal rows are paid for once: the second finds what the first has left.
         lock = self._locks.setdefault(key, asyncio.Lock())
+        if lock.locked():
+            self.deferral.submitted(row)
         async with lock:
             try:
-                finished = self.stored.get(key)
-                if finished is not None:
+                if (finished := self.stored.get(key)) is not None:
                     return await self._deliver(row, key, finished)
                 step: Entry | RowOutcome = await self._ledger.read(key)
                 while not isinstance(step, RowOutcome):
@@ -152,8 +157,8 @@ class RowRunner:
             except Exception as error:
                 # A surprise in one row must not cancel the paid rows beside it.
                 logger.exception("Row %s (line %d) met an unforeseen error.", row.id, row.line)
-                surprise = FluxKontextError(f"{type(error).__name__}: {error}")
-                return self._unrecorded(row, key, surprise)
+                told = FluxKontextError(f"{type(error).__name__}: {error}")
+                return self._unrecorded(row, key, told)
             return step
 
     def _unrecorded(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
@@ -221,7 +226,8 @@ class RowRunner:
         task = entry.task
         self.submitter.outstanding.add(entry.key)
         try:
-            result = await wait_until_ended(self._client, task, self.options.cadence)
+            async with self.deferral.waiting(row):
+                result = await wait_until_ended(self._client, task, self.options.cadence)
             images = await persist_result(
                 result, self._output, self._http, name=row.id, key=entry.key
             )
@@ -237,7 +243,7 @@ class RowRunner:
             if error.fatal:
                 self._stop(error)
             gone = isinstance(error, DownloadError | RefusedError)
-            if gone and self._expired(task.submitted_at):
+            if gone and task.submitted_at + timedelta(days=self.options.result_days) < utc_now():
                 expired = FluxKontextError(
                     f"The result is gone: it was paid for on {task.submitted_at:%F}, and the "
                     f"service keeps results for {self.options.result_days:g} days. {error}",
@@ -252,9 +258,6 @@ class RowRunner:
         self._ended_now.add(entry.key)
         self._count(stored=True)
         return entry
-
-    def _expired(self, submitted_at: datetime) -> bool:
-        return utc_now() - submitted_at > timedelta(days=self.options.result_days)
 
     async def _after_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         ended = entry.ended

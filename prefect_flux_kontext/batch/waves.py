@@ -34,6 +34,12 @@ class Wave:
         self.number = number
         self._session = session
         self._rows = rows
+        session.rows.deferral.expect(rows)
+
+    @property
+    def batch(self) -> BatchSummary:
+        """What became of all rows of the batch so far."""
+        return self._session.rows.progress
 
     async def run(self) -> BatchSummary:
         """Run the rows between naming them in the ledger and writing what came of them.
@@ -107,6 +113,7 @@ async def run_waves(
                 await room.acquire()
                 block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
                 if not block or session.submitter.stopped:
+                    session.rows.deferral.all_read()
                     break
                 group.create_task(run(Wave(session, number, block)))
     except BaseExceptionGroup as errors:
