@@ -51,6 +51,10 @@ class FluxKontextSettings(BaseSettings):
     result_days: float = Field(
         default=15.0, gt=0, description="Days for which the service keeps a result."
     )
+    public_urls: dict[str, str] = Field(
+        default_factory=dict,
+        description="Where a browser finds what is stored, as JSON: output prefix to http(s) URL.",
+    )
 
     def __init__(self, **given: Any) -> None:
         try:

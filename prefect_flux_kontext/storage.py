@@ -127,6 +127,19 @@ class OutputFolder:
             ) from None
         return data
 
+    async def exists(self, name: str) -> bool:
+        """Whether a file is there.
+
+        Raises:
+            StorageError: The filesystem refused.
+        """
+        try:
+            return bool(await asyncio.to_thread(self._fs.exists, self._path(name)))
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+            raise StorageError(
+                f"{self.uri(name)} cannot be looked for: {type(error).__name__}: {error}"
+            ) from None
+
     async def remove(self, name: str) -> None:
         """Remove a file, if there is one.
 

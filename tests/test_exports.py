@@ -9,7 +9,21 @@ import pytest
 
 import prefect_flux_kontext
 
-EDGE = ("cli", "credentials", "flows", "plans", "tasks")
+EDGE = (
+    "artifacts",
+    "automations",
+    "cancellation",
+    "cli",
+    "credentials",
+    "events",
+    "flows",
+    "logs",
+    "plans",
+    "running",
+    "single",
+    "suspending",
+    "tasks",
+)
 """The modules that may import Prefect."""
 
 CORE = sorted(
