@@ -14,8 +14,9 @@ from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.rows import RowOptions
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.cancellation import tell_what_is_owed
-from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
+from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.forms import Account, Output, Prompt
 from prefect_flux_kontext.manifest.given import ManifestSource
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.plans import ask_for_approval, planned
@@ -37,9 +38,9 @@ __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_ba
 @flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])
 async def style_transfer_batch(
     manifest: ManifestSource,
-    output: str,
-    credentials: FluxKontextCredentials | str | None = None,
-    prompt: str | None = None,
+    output: Output,
+    credentials: Account = None,
+    prompt: Prompt = None,
     columns: dict[str, str] | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
@@ -132,9 +133,9 @@ async def style_transfer_batch(
 
 @flow(name="retry-failed", on_cancellation=[tell_what_is_owed])
 async def retry_failed(
-    output: str,
-    credentials: FluxKontextCredentials | str | None = None,
-    prompt: str | None = None,
+    output: Output,
+    credentials: Account = None,
+    prompt: Prompt = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
     budget_usd: NonNegativeFloat | None = None,
@@ -175,8 +176,8 @@ async def retry_failed(
 
 @flow(name="collect-batch")
 async def collect_batch(
-    output: str,
-    credentials: FluxKontextCredentials | str | None = None,
+    output: Output,
+    credentials: Account = None,
     cadence: PollingCadence | None = None,
 ) -> BatchSummary:
     """Wait for, download and store what ended runs have paid for; pays for nothing.

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Iterator
 
 _CORE = logging.getLogger("prefect_flux_kontext")
 
 
 class _IntoTheRun(logging.Handler):
     """Hands a record of the core's to the logger of the run in whose context it was made."""
+
+    batches = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -27,21 +29,29 @@ class _IntoTheRun(logging.Handler):
             run.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
 
 
-@asynccontextmanager
-async def core_logs() -> AsyncIterator[None]:
-    """Log what the core says in the flow run while the block runs.
+_handler = _IntoTheRun()
 
-    Where the core's logger has handlers of its own (PREFECT_LOGGING_EXTRA_LOGGERS), it keeps to
+
+@contextmanager
+def core_logs() -> Iterator[None]:
+    """Log what the core says in the flow run while the block runs, and nowhere else.
+
+    Where the core's logger has handlers already (PREFECT_LOGGING_EXTRA_LOGGERS), it keeps to
     them.
     """
-    if _CORE.handlers:
+    if _CORE.handlers and not _handler.batches:
         yield
         return
-    handler, level = _IntoTheRun(), _CORE.level
-    _CORE.addHandler(handler)
-    _CORE.setLevel(get_run_logger().getEffectiveLevel())
+    if not _handler.batches:
+        _CORE.addHandler(_handler)
+        _CORE.setLevel(get_run_logger().getEffectiveLevel())
+        _CORE.propagate = False
+    _handler.batches += 1
     try:
         yield
     finally:
-        _CORE.removeHandler(handler)
-        _CORE.setLevel(level)
+        _handler.batches -= 1
+        if not _handler.batches:
+            _CORE.removeHandler(_handler)
+            _CORE.setLevel(logging.NOTSET)
+            _CORE.propagate = True

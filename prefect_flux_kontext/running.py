@@ -59,12 +59,12 @@ async def opened(
     folder = OutputFolder(output)
     await folder.check_writable()
     settings = FluxKontextSettings()
-    async with (
-        core_logs(),
-        batch_session(account.get_client(), folder, options, settings) as session,
-        _told(session, settings, plan, alert_above_usd, suspends=suspends),
-    ):
-        yield session, account.concurrent_tasks
+    with core_logs():
+        async with (
+            batch_session(account.get_client(), folder, options, settings) as session,
+            _told(session, settings, plan, alert_above_usd, suspends=suspends),
+        ):
+            yield session, account.concurrent_tasks
 
 
 @asynccontextmanager

@@ -6,8 +6,9 @@
 from prefect import flow
 
 from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
+from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.forms import Account, Output
 from prefect_flux_kontext.manifest.rows import problems_of_reference
 from prefect_flux_kontext.models import (
     AspectRatio,
@@ -24,9 +25,9 @@ from prefect_flux_kontext.tasks import persist_images, submit_generation, wait_f
 @flow(name="style-transfer")
 async def style_transfer(
     prompt: str,
-    output: str,
+    output: Output,
     image: str | None = None,
-    credentials: FluxKontextCredentials | str | None = None,
+    credentials: Account = None,
     mode: Mode = "pro",
     aspect_ratio: AspectRatio = "16:9",
     output_format: OutputFormat = "jpeg",

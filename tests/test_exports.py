@@ -17,6 +17,7 @@ EDGE = (
     "credentials",
     "events",
     "flows",
+    "forms",
     "logs",
     "plans",
     "running",

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext import __version__
-from prefect_flux_kontext.cli import demo, ledger, plan, run, sandbox
+from prefect_flux_kontext.cli import demo, events, ledger, plan, run, sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (plan, run, ledger, sandbox, demo):
+    for command in (plan, run, ledger, events, sandbox, demo):
         command.add_parser(commands)
     return parser
