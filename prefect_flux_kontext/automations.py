@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prefect.automations import Automation
 from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.events.actions import SendNotification
-from prefect.events.schemas.automations import EventTrigger
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
 
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.events import RESULTS_EXPIRING, SPEND_ABOVE
@@ -44,18 +43,21 @@ async def create_automations(notify: str) -> list[str]:
         for automation in automations:
             known = await client.read_automations_by_name(automation.name)
             if known:
-                await client.update_automation(known[0].id, automation)
+                # Prefect sends what was set, so all has to be; off stays off.
+                told = automation.model_dump(exclude={"owner_resource"})
+                told["enabled"] = known[0].enabled
+                await client.update_automation(known[0].id, AutomationCore.model_validate(told))
             else:
                 await client.create_automation(automation)
     return [automation.name for automation in automations]
 
 
-def _automations(block_id: UUID) -> list[Automation]:
+def _automations(block_id: UUID) -> list[AutomationCore]:
     def notification(subject: str, body: str) -> SendNotification:
         return SendNotification(block_document_id=block_id, subject=subject, body=body)
 
     return [
-        Automation(
+        AutomationCore(
             name="flux-kontext, a batch failed",
             description="A run of one of our flows failed, crashed or took too long.",
             trigger=EventTrigger(
@@ -76,7 +78,7 @@ def _automations(block_id: UUID) -> list[Automation]:
                 )
             ],
         ),
-        Automation(
+        AutomationCore(
             name="flux-kontext, spend above",
             description="A batch has spent more than its alert_above_usd.",
             trigger=EventTrigger(expect={SPEND_ABOVE}),
@@ -88,7 +90,7 @@ def _automations(block_id: UUID) -> list[Automation]:
                 )
             ],
         ),
-        Automation(
+        AutomationCore(
             name="flux-kontext, results close to expiry",
             description="Results that are paid for and not stored will be gone in a few days.",
             trigger=EventTrigger(expect={RESULTS_EXPIRING}),
