@@ -1,146 +1,49 @@
-"""Flows ready to run, to deploy, or to call from your own."""
+"""Flows over whole manifests, ready to run, to deploy, or to call from your own."""
 
 # Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
 # code uses, and strings are none.
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from typing import Literal
 
 from prefect import flow, get_run_logger
-from prefect.logging import get_logger
 from pydantic import NonNegativeFloat
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.batch.batch import collect, failed_rows, run_batch
 from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.policy import FailurePolicy
-from prefect_flux_kontext.batch.session import batch_session, ledger_store
-from prefect_flux_kontext.batch.status import ledger_status
 from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.callbacks.options import callback_options
-from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
-from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
+from prefect_flux_kontext.cancellation import tell_what_is_owed
+from prefect_flux_kontext.credentials import resolve_credentials
+from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.forms import Account, Prompt, StyleNames
 from prefect_flux_kontext.manifest.given import ManifestSource
 from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.manifest.rows import problems_of_reference
-from prefect_flux_kontext.models import (
-    AspectRatio,
-    GenerationRequest,
-    Mode,
-    OutputFormat,
-    Provider,
-    StoredImage,
-)
 from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
 from prefect_flux_kontext.plans import ask_for_approval, planned
-from prefect_flux_kontext.references.kinds import located, not_on_the_web
 from prefect_flux_kontext.references.resolving import references_of
+from prefect_flux_kontext.running import opened, tell_of_expiry
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
-from prefect_flux_kontext.tasks import (
-    persist_images,
-    run_wave,
-    submit_generation,
-    submit_own_reference,
-    wait_for_generation,
+from prefect_flux_kontext.single import style_transfer
+from prefect_flux_kontext.suspending import (
+    check_can_suspend,
+    resume_suspended,
+    suspend,
+    was_resumed,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from prefect.client.schemas.objects import FlowRun, State
-
-    from prefect_flux_kontext.batch.session import Session
+from prefect_flux_kontext.tasks import run_wave
 
 __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
-
-
-async def tell_what_is_owed(flow: Any, flow_run: "FlowRun", state: "State[Any]") -> None:  # noqa: ARG001
-    """After a cancellation, log what the ledger says is paid for and not stored."""
-    given = flow_run.parameters
-    output = await open_output(given["output"], given.get("storage_options"))
-    status = await ledger_status(ledger_store(output))
-    get_logger("prefect_flux_kontext").warning(
-        "%s was cancelled. Paid for and not stored: %d rows; maybe paid for: %d. To collect them: "
-        "flux-kontext collect %s",
-        flow_run.name,
-        len(status.outstanding),
-        len(status.unknown),
-        output,
-    )
-
-
-@flow(name="style-transfer")
-async def style_transfer(
-    prompt: str,
-    output: Output,
-    image: str | None = None,
-    credentials: FluxKontextCredentials | str | None = None,
-    mode: Mode = "pro",
-    aspect_ratio: AspectRatio = "16:9",
-    output_format: OutputFormat = "jpeg",
-    provider: Provider = "auto",
-    name: str | None = None,
-    cadence: PollingCadence | None = None,
-    fit_references: bool = False,
-    storage_options: StorageOptions = None,
-) -> list[StoredImage]:
-    """Restyle one image, or make one from text alone.
-
-    Args:
-        prompt: What to make, 1 to 10,000 characters.
-        output: Folder or prefix to store to, on any fsspec filesystem; or `block:s3-bucket/NAME`.
-        image: The reference image: a URL, an object in a bucket or a local file, which needs a
-            staging place; none makes the image from the prompt alone.
-        credentials: The account: a Block, the name of a saved one, or none for the environment.
-        mode: `pro` for higher quality, `max` for balanced quality and speed.
-        aspect_ratio: Width to height of the result.
-        output_format: Kind of the result.
-        provider: How the service routes the task.
-        name: File name without extension; none takes the task id.
-        cadence: When to ask how the task is doing; none for the environment's cadence.
-        fit_references: Shrink a local or private image that is over 10 MB.
-        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
-            Prefect keeps them in the clear, so keys belong in a Block.
-
-    Returns:
-        What was stored.
-
-    Raises:
-        FluxKontextError: What went wrong; see the three tasks.
-    """
-    folder = str(Path.cwd())
-    if image is not None and (problems := problems_of_reference(image, folder)):
-        # The service would accept, bill and then fail it.
-        raise ConfigurationError(*problems)
-    request = GenerationRequest(
-        prompt=prompt,
-        image_urls=[located(image, folder)] if image else [],
-        mode=mode,
-        aspect_ratio=aspect_ratio,
-        output_format=output_format,
-        provider=provider,
-    )
-    account = await resolve_credentials(credentials)
-    output = await open_output(output, storage_options)
-    await output.check_writable()
-    if not_on_the_web(request.image_urls):
-        references = _options(cadence, None, fit_references=fit_references).references
-        submitted = await submit_own_reference(request, references, account)
-    else:
-        submitted = await submit_generation(request, account)
-    result = await wait_for_generation(submitted, account, cadence)
-    return await persist_images(result, output, name)
 
 
 @flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])
 async def style_transfer_batch(
     manifest: ManifestSource,
     output: Output,
-    credentials: FluxKontextCredentials | str | None = None,
-    prompt: str | None = None,
+    credentials: Account = None,
+    prompt: Prompt = None,
     columns: dict[str, str] | None = None,
-    styles: str | list[str] | None = None,
+    styles: StyleNames = None,
     output_names: str | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
@@ -151,6 +54,8 @@ async def style_transfer_batch(
     approve_above_usd: NonNegativeFloat | None = None,
     callback_url: str | None = None,
     dry_run: bool = False,
+    wait: Literal["poll", "suspend", "collect"] = "poll",
+    alert_above_usd: NonNegativeFloat | None = None,
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Restyle every image of a manifest, paying for each row once, whatever dies.
@@ -186,6 +91,13 @@ async def style_transfer_batch(
         callback_url: Where the service is to call when an image is ready, in place of polling;
             none for FLUX_KONTEXT_CALLBACK_URL.
         dry_run: Stop after the plan; rows that would be paid count as not submitted.
+        wait: `poll` waits for every result in this process. `suspend` submits all rows, then
+            suspends the flow run, so that no process and no worker slot is held, and stores the
+            results once it is resumed; it needs a deployment and is no subflow. `collect` submits
+            all rows and ends; `collect_batch` stores the results. Where there are more rows than
+            the account has slots, both store results until the last row is submitted.
+        alert_above_usd: Emit the event `flux-kontext.batch.spend-above` once this run has spent
+            more dollars than this.
         storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
             Prefect keeps them in the clear, so keys belong in a Block.
 
@@ -200,12 +112,16 @@ async def style_transfer_batch(
             reached or the plan was not approved; the rest was not submitted.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
+    if wait == "suspend":
+        check_can_suspend()
+    suspends = wait == "suspend" and not was_resumed()
     options = _options(
         cadence,
         failure_policy,
         resubmit_unknown=resubmit_unknown,
         budget_usd=budget_usd,
         fit_references=fit_references,
+        deferred=suspends or wait == "collect",
     )
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
@@ -223,18 +139,28 @@ async def style_transfer_batch(
                     "was submitted. Run it again to approve the new plan."
                 )
         options = plan.capped(options, approve_above_usd)
-    async with _opened(output, account, options, callback_url) as (session, slots):
+    async with opened(
+        output,
+        account,
+        options,
+        plan,
+        callback_url=callback_url,
+        alert_above_usd=alert_above_usd,
+        suspends=suspends,
+    ) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
+    if suspends and summary.outstanding:
+        await suspend()
     return summary
 
 
 @flow(name="retry-failed", on_cancellation=[tell_what_is_owed])
 async def retry_failed(
     output: Output,
-    credentials: FluxKontextCredentials | str | None = None,
-    prompt: str | None = None,
-    styles: str | list[str] | None = None,
+    credentials: Account = None,
+    prompt: Prompt = None,
+    styles: StyleNames = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
     fit_references: bool = False,
@@ -278,8 +204,9 @@ async def retry_failed(
     output = await open_output(output, storage_options)
     rows = Manifest(await failed_rows(output), prompt, styles=styles)
     # A row that was skipped as invalid stands there too, and must not stop the others.
-    (await planned(rows, output, account, options)).check(skip_invalid=True)
-    async with _opened(output, account, options) as (session, slots):
+    plan = await planned(rows, output, account, options)
+    plan.check(skip_invalid=True)
+    async with opened(output, account, options, plan) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
@@ -288,11 +215,13 @@ async def retry_failed(
 @flow(name="collect-batch")
 async def collect_batch(
     output: Output,
-    credentials: FluxKontextCredentials | str | None = None,
+    credentials: Account = None,
     cadence: PollingCadence | None = None,
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Wait for, download and store what ended runs have paid for; pays for nothing.
+
+    When all is stored, the flow runs that are suspended for it are resumed.
 
     Args:
         output: The batch's output.
@@ -311,9 +240,13 @@ async def collect_batch(
     options = _options(cadence, None)
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
-    async with _opened(output, account, options, listens=False) as (session, slots):
+    async with opened(output, account, options, listens=False) as (session, slots):
         summary = await collect(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
+    if summary.outstanding:
+        await tell_of_expiry(output)
+    elif resumed := await resume_suspended(output):
+        get_run_logger().info("Resumed what waited for these results: %s.", resumed)
     return summary
 
 
@@ -325,6 +258,7 @@ def _options(
     retry_failed: bool = False,
     budget_usd: float | None = None,
     fit_references: bool = False,
+    deferred: bool = False,
 ) -> RowOptions:
     settings = FluxKontextSettings()
     cadence = cadence or settings.cadence()
@@ -335,24 +269,6 @@ def _options(
         retry_failed=retry_failed,
         result_days=settings.result_days,
         budget_usd=budget_usd,
+        deferred=deferred,
         references=references_of(settings, timeout=cadence.timeout, fit=fit_references),
     )
-
-
-@asynccontextmanager
-async def _opened(
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    callback_url: str | None = None,
-    *,
-    listens: bool = True,
-) -> "AsyncIterator[tuple[Session, int]]":
-    await output.check_writable()
-    settings = FluxKontextSettings()
-    callbacks = callback_options(
-        settings, url=callback_url, secret=account.callback_secret, listens=listens
-    )
-    client = account.get_client()
-    async with batch_session(client, output, options, settings, callbacks) as session:
-        yield session, account.concurrent_tasks

@@ -50,7 +50,12 @@ def _valid_options(value: Any) -> Any:
 Output = Annotated[
     Any,
     BeforeValidator(_valid_output),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "string"}, {"type": "object"}],
+            "examples": ["s3://my-bucket/restyled", "/data/restyled", "block:s3-bucket/mine"],
+        }
+    ),
 ]
 """The parameter of a flow that takes an output: text, or an object by which Prefect refers to a
 Block."""

@@ -109,6 +109,11 @@ class FluxKontextSettings(BaseSettings):
         description="Seconds that a row whose submit's reply was lost waits for its callback.",
     )
 
+    public_urls: dict[str, str] = Field(
+        default_factory=dict,
+        description="Where a browser finds what is stored, as JSON: output prefix to http(s) URL.",
+    )
+
     def __init__(self, **given: Any) -> None:
         try:
             super().__init__(**given)

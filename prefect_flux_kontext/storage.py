@@ -205,6 +205,17 @@ class OutputFolder:
             return False
         return True
 
+    async def exists(self, name: str) -> bool:
+        """Whether a file is there.
+
+        Raises:
+            StorageError: The filesystem refused.
+        """
+        return await self._call(
+            f"{self.uri(name)} cannot be looked for",
+            lambda: bool(self.fs.exists(self._path(name))),
+        )
+
     async def remove(self, name: str) -> None:
         """Remove a file, if there is one.
 

@@ -10,11 +10,13 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.deferral import LEFT
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import FluxKontextError
+from prefect_flux_kontext.events import ROWS_FAILED, WAVE_FINISHED, counts, tell, told_rows
 from prefect_flux_kontext.models import (
     GenerationRequest,
     GenerationResult,
@@ -183,7 +185,8 @@ async def run_wave(wave: Wave) -> BatchSummary:
     """Run a block of rows as one task run: one for each image would drown the server."""
     logger = get_run_logger()
     summary = await wave.run()
-    for row in summary.failures:
+    failures = [row for row in summary.failures if row.reason != LEFT]
+    for row in failures:
         logger.warning(
             "Row %s (line %d, task %s) is %s: %s",
             row.told,
@@ -193,4 +196,11 @@ async def run_wave(wave: Wave) -> BatchSummary:
             row.message,
         )
     logger.info("Wave %d: %s.", wave.number, summary)
+    batch = wave.batch
+    told = {"output": batch.output, "wave": wave.number}
+    if failures:
+        rows = {"rows": told_rows(failures), "reasons": summary.reasons}
+        tell(ROWS_FAILED, batch.output, {**told, **rows})
+    spent = {"batch_spent_usd": round(batch.spent, 6), "batch_rows": batch.rows}
+    tell(WAVE_FINISHED, batch.output, {**told, **counts(summary), **spent})
     return summary

@@ -9,7 +9,23 @@ import pytest
 
 import prefect_flux_kontext
 
-EDGE = ("cli", "credentials", "flows", "outputs", "plans", "tasks")
+EDGE = (
+    "artifacts",
+    "automations",
+    "cancellation",
+    "cli",
+    "credentials",
+    "events",
+    "flows",
+    "forms",
+    "logs",
+    "outputs",
+    "plans",
+    "running",
+    "single",
+    "suspending",
+    "tasks",
+)
 """The modules that may import Prefect."""
 
 CORE = sorted(

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 FAILED_ROWS = "failed.csv"
 _WHY = ("failed_reason", "failed_message")
 _WARN_BEFORE = timedelta(days=3)
+_TOLD = 20
 _COLLECTING_FROM = 500_001
 """Numbers of the waves that collect, apart from those of the manifest's waves."""
 
@@ -70,6 +71,7 @@ async def run_batch(
     if session.submitter.stopped is None:
         # Else the failed rows stay as they are: they may be what was to be run.
         await _write_failed(session)
+    if session.submitter.stopped is None and not session.rows.options.deferred:
         left = await collect(session, run_wave, concurrent_tasks=concurrent_tasks)
         if left.rows:
             logger.info("Of rows that earlier runs left: %s.", left)
@@ -151,18 +153,27 @@ async def _read(
 
 
 def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:
+    soon = expiring(owed, result_days)
+    for entry, left in soon[:_TOLD]:
+        logger.warning(
+            "Row %s (task %s) is paid for and its result expires in %.1f days.",
+            entry.key,
+            entry.task.task_id,
+            left.total_seconds() / 86_400,
+        )
+    if len(soon) > _TOLD:
+        logger.warning("So do the results of %d more rows.", len(soon) - _TOLD)
+
+
+def expiring(owed: Sequence[Entry], result_days: float) -> list[tuple[Entry, timedelta]]:
+    """The rows whose results are gone in three days or less, and how long each still lives."""
     ends = timedelta(days=result_days)
-    for entry in owed:
-        if entry.state is not State.ACCEPTED:
-            continue
-        left = entry.task.submitted_at + ends - utc_now()
-        if left < _WARN_BEFORE:
-            logger.warning(
-                "Row %s (task %s) is paid for and its result expires in %.1f days.",
-                entry.key,
-                entry.task.task_id,
-                left.total_seconds() / 86_400,
-            )
+    left = [
+        (entry, entry.task.submitted_at + ends - utc_now())
+        for entry in owed
+        if entry.state is State.ACCEPTED
+    ]
+    return [(entry, lives) for entry, lives in left if lives < _WARN_BEFORE]
 
 
 async def failed_rows(output: OutputFolder) -> list[dict[str, str]]:

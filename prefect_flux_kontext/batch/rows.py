@@ -33,6 +33,7 @@ from prefect_flux_kontext.results import name_stored
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from prefect_flux_kontext.batch.deferral import Deferral
     from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.batch.submitting import Submitter
     from prefect_flux_kontext.callbacks.mode import CallbackMode
@@ -56,6 +57,7 @@ class RowRunner:
         ledger: Where it stands what was paid for.
         submitter: Pays.
         called: Tells what callbacks say.
+        deferral: Lets rows wait for their results, or leaves these to be collected.
         options: What a person has decided.
 
     Attributes:
@@ -73,6 +75,7 @@ class RowRunner:
         ledger: Ledger,
         submitter: Submitter,
         called: CallbackMode,
+        deferral: Deferral,
         options: RowOptions,
     ) -> None:
         self.progress = BatchSummary(output=str(output))
@@ -88,6 +91,7 @@ class RowRunner:
         self._doubtful = Doubtful(
             ledger, called, submitter, output, resubmit_unknown=options.resubmit_unknown
         )
+        self.deferral = deferral
         self._breaker = Breaker()
         self.ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -128,6 +132,7 @@ class RowRunner:
             done = DoneRow(row, RowOutcome.refused(row), None)
         else:
             done = await self._done(row, row.key, stored.get(row.key))
+        self.deferral.submitted(row)
         quiet()
         if isinstance(row, Row):
             while done.outcome.state == "unknown" and self.called.may_be_called(row.key):
@@ -143,6 +148,8 @@ class RowRunner:
         # Equal rows are paid for once: the second finds what the first has left.
         lock = self._locks.setdefault(key, asyncio.Lock())
         entry: Entry | None = None
+        if lock.locked():
+            self.deferral.submitted(row)
         async with lock:
             try:
                 if finished is not None:
@@ -156,8 +163,8 @@ class RowRunner:
             except Exception as error:
                 # A surprise in one row must not cancel the paid rows beside it.
                 logger.exception("Row %s (line %d) met an unforeseen error.", row.id, row.line)
-                surprise = FluxKontextError(f"{type(error).__name__}: {error}")
-                step = self._unrecorded(row, key, surprise)
+                told = FluxKontextError(f"{type(error).__name__}: {error}")
+                step = self._unrecorded(row, key, told)
         return DoneRow(row, step, entry)
 
     def _unrecorded(self, row: Row, key: str, error: FluxKontextError) -> RowOutcome:
@@ -221,8 +228,7 @@ class RowRunner:
             if error.fatal:
                 self._stop(error)
             gone = isinstance(error, DownloadError | RefusedError)
-            age = utc_now() - task.submitted_at
-            if gone and age > timedelta(days=self.options.result_days):
+            if gone and task.submitted_at + timedelta(days=self.options.result_days) < utc_now():
                 expired = FluxKontextError(
                     f"The result is gone: it was paid for on {task.submitted_at:%F}, and the "
                     f"service keeps results for {self.options.result_days:g} days. {error}",

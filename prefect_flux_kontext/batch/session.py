@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.budget import open_budget
+from prefect_flux_kontext.batch.deferral import Deferral
 from prefect_flux_kontext.batch.rows import RowRunner
 from prefect_flux_kontext.batch.stored import StoredRows
 from prefect_flux_kontext.batch.storing import storing
@@ -102,16 +103,20 @@ async def batch_session(
                         options.references,
                         called.request,
                     )
+                    deferral = Deferral(on=options.deferred)
                     store_row = storing(
                         client,
                         http,
                         output,
                         report.pictures,
                         called,
+                        deferral,
                         options.cadence,
                         ai_mark=settings.ai_mark,
                     )
-                    rows = RowRunner(store_row, output, ledger, submitter, called, options)
+                    rows = RowRunner(
+                        store_row, output, ledger, submitter, called, deferral, options
+                    )
                     try:
                         yield Session(output, ledger, submitter, rows, stored, report)
                     finally:

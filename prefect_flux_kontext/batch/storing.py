@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.api.connections import Connections
+    from prefect_flux_kontext.batch.deferral import Deferral
     from prefect_flux_kontext.callbacks.mode import CallbackMode
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.rows import Row
@@ -33,6 +34,7 @@ def storing(
     output: OutputFolder,
     pictures: Pictures,
     called: CallbackMode,
+    deferral: Deferral,
     cadence: PollingCadence,
     *,
     ai_mark: bool,
@@ -45,6 +47,7 @@ def storing(
         output: Where the images go.
         pictures: Keeps small ones for the gallery.
         called: Tells what callbacks say.
+        deferral: Ends waits that are left to be collected.
         cadence: When to ask how a task is doing.
         ai_mark: Whether images are marked as made by AI.
     """
@@ -53,7 +56,8 @@ def storing(
     async def store(row: Row, entry: Entry) -> tuple[list[StoredImage], Times]:
         task = entry.task
         pictures.want_references(row.request.image_urls)
-        result = await wait_until_ended(client, task, cadence, called.pauses(entry, cadence))
+        async with deferral.waiting(row):
+            result = await wait_until_ended(client, task, cadence, called.pauses(entry, cadence))
         called.ended(entry)
         waited = max(0.0, (utc_now() - task.submitted_at).total_seconds())
         loop = asyncio.get_running_loop()

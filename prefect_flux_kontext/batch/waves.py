@@ -43,6 +43,12 @@ class Wave:
         self._session = session
         self._rows = rows
         self._room: asyncio.Semaphore | None = room
+        session.rows.deferral.expect(rows)
+
+    @property
+    def batch(self) -> BatchSummary:
+        """What became of all rows of the batch so far."""
+        return self._session.rows.progress
 
     def make_room(self) -> None:
         """Let the next wave begin: none of the rows holds a slot, though some may still wait."""
@@ -132,6 +138,7 @@ async def run_waves(
                 await room.acquire()
                 block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
                 if not block or session.submitter.stopped:
+                    session.rows.deferral.all_read()
                     break
                 group.create_task(run(Wave(session, number, block, room)))
     except BaseExceptionGroup as errors:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext import __version__
 from prefect_flux_kontext.cli import (
     demo,
+    events,
     gallery,
     ledger,
     plan,
@@ -58,6 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (plan, run, ledger, gallery, styles, receive, sandbox, demo):
+    for command in (plan, run, ledger, gallery, styles, receive, events, sandbox, demo):
         command.add_parser(commands)
     return parser

@@ -62,7 +62,10 @@ ManifestSource = Annotated[
     Any,
     BeforeValidator(_valid),
     WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+        {
+            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}],
+            "examples": ["s3://my-bucket/manifest.csv", "/data/manifest.parquet"],
+        }
     ),
 ]
 """The parameter of a flow that takes a manifest; a form offers text or a list of objects."""

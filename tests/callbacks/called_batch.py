@@ -16,7 +16,7 @@ from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.api.governor import Governor
 from prefect_flux_kontext.batch import session as session_module
 from prefect_flux_kontext.batch.batch import collect, run_batch
-from prefect_flux_kontext.batch.rows import RowOptions
+from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.receiver import create_receiver

@@ -15,7 +15,7 @@ import pytest
 
 from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.batch.batch import run_batch
-from prefect_flux_kontext.batch.rows import RowOptions
+from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.receiver import create_receiver

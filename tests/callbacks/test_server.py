@@ -13,7 +13,7 @@ import pytest
 
 from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.batch.batch import run_batch
-from prefect_flux_kontext.batch.rows import RowOptions
+from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.callbacks import server as server_module
 from prefect_flux_kontext.callbacks.inbox import Inbox

@@ -280,9 +280,19 @@ def world_started(world):
     return started
 
 
-async def run(world, rows, *, only_collect=False, resubmit=False, retry=False, policy=None):
+async def run(
+    world,
+    rows,
+    *,
+    only_collect=False,
+    resubmit=False,
+    retry=False,
+    policy=None,
+    deferred=False,
+    slots=6,
+):
     """One run of the batch, in the process of the present context."""
-    governor = Governor(requests_per_minute=60_000, concurrent_tasks=6)
+    governor = Governor(requests_per_minute=60_000, concurrent_tasks=slots)
     client = FluxKontextClient(
         CANARY, base_url="http://sandbox.test", transport=Wire(world), governor=governor
     )
@@ -291,12 +301,13 @@ async def run(world, rows, *, only_collect=False, resubmit=False, retry=False, p
         policy=policy or FailurePolicy(),
         resubmit_unknown=resubmit,
         retry_failed=retry,
+        deferred=deferred,
     )
     settings = FluxKontextSettings(concurrent_submits=3, gallery_images=0)
     async with batch_session(client, OutputFolder(world.url), options, settings) as session:
         if only_collect:
-            return await collect(session, lambda wave: wave.run(), concurrent_tasks=6)
-        return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=6)
+            return await collect(session, lambda wave: wave.run(), concurrent_tasks=slots)
+        return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
 
 
 async def in_process(world, lives, *args, stops=False, **how):

@@ -61,7 +61,8 @@ def pytest_collection_modifyitems(items):
     # Prefect's async engine leaves its own connection to its server to the garbage collector
     # when a loop ends. Only here, so that a socket we leak elsewhere is still an error.
     mark = pytest.mark.filterwarnings(
-        r"ignore:Exception ignored in. <socket\.socket:pytest.PytestUnraisableExceptionWarning"
+        r"ignore:Exception ignored in. <(socket\.socket|function _SelectorTransport\.__del__)"
+        ":pytest.PytestUnraisableExceptionWarning"
     )
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):

@@ -1,0 +1,79 @@
+"""Submitting everything now and storing it later: who waits, for how long, and what it costs."""
+
+import pytest
+
+from prefect_flux_kontext.batch.deferral import LEFT
+from prefect_flux_kontext.batch.session import ledger_store
+from prefect_flux_kontext.batch.status import ledger_status
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from prefect_flux_kontext.storage import OutputFolder
+from tests.chaos.simulation import checked, in_process, manifest, simulate
+
+LINES = [(f"r{n}", f"row number {n}") for n in range(30)]
+
+
+def live(main, **settings):
+    return simulate(main, 1, None, SandboxSettings(mean=40, long_edge=16, **settings))
+
+
+async def status_of(world):
+    return await ledger_status(ledger_store(OutputFolder(world.url)))
+
+
+def test_all_rows_are_submitted_and_none_is_waited_for():
+    async def main(world):
+        summary = await in_process(world, None, manifest(LINES), deferred=True, slots=100)
+        assert (summary.rows, summary.outstanding) == (30, 30)
+        assert summary.reasons == {LEFT: 30}
+        assert world.numbers["download"] == 0
+        assert world.sandbox.service.bill()["accepted"] == 30
+        assert len((await status_of(world)).outstanding) == 30
+
+    live(main)
+
+
+def test_a_later_run_stores_them_and_pays_nothing():
+    async def main(world):
+        await in_process(world, None, manifest(LINES), deferred=True, slots=100)
+        summary = await in_process(world, None, manifest(LINES))
+        assert (summary.stored, summary.spent) == (30, 0)
+        assert world.sandbox.service.bill()["accepted"] == 30
+        assert not (await checked(world, LINES, killed=False)).problems
+
+    live(main)
+
+
+@pytest.mark.parametrize("slots", [1, 7, 30])
+def test_with_fewer_slots_than_rows_results_are_stored_until_the_last_is_submitted(slots):
+    async def main(world):
+        summary = await in_process(world, None, manifest(LINES), deferred=True, slots=slots)
+        assert summary.rows == 30
+        assert 0 < summary.outstanding <= slots
+        assert summary.stored == 30 - summary.outstanding
+        assert world.sandbox.service.bill()["accepted"] == 30
+        again = await in_process(world, None, manifest(LINES), slots=slots)
+        assert (again.stored, again.spent) == (30, 0)
+
+    live(main, slots=slots)
+
+
+def test_equal_rows_do_not_hold_the_batch_up():
+    async def main(world):
+        lines = [("a", "the same"), ("b", "the same"), ("c", "another")]
+        summary = await in_process(world, None, manifest(lines), deferred=True)
+        assert summary.outstanding == 3
+        assert world.numbers["download"] == 0
+        assert world.sandbox.service.bill()["accepted"] == 2
+
+    live(main)
+
+
+def test_rows_that_earlier_runs_left_are_left_alone():
+    async def main(world):
+        await in_process(world, None, manifest(LINES), deferred=True, slots=100)
+        summary = await in_process(world, None, manifest([("new", "another row")]), deferred=True)
+        assert (summary.rows, summary.outstanding) == (1, 1)
+        assert world.numbers["download"] == 0
+        assert len((await status_of(world)).outstanding) == 31
+
+    live(main)
