@@ -51,6 +51,7 @@ async def test_what_is_made_and_what_is_restyled_is_marked_as_such(sandbox, tmp_
 async def test_the_mark_can_be_switched_off(sandbox, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_AI_MARK", "false")
     await run(sandbox, rows(sandbox), tmp_path)
-    for record in await ended(tmp_path):
-        served = httpx.get(f"{sandbox.url}/results/{record.task_id}/1.jpg").content
-        assert (tmp_path / record.files[0]).read_bytes() == served
+    async with httpx.AsyncClient() as http:
+        for record in await ended(tmp_path):
+            served = await http.get(f"{sandbox.url}/results/{record.task_id}/1.jpg")
+            assert (tmp_path / record.files[0]).read_bytes() == served.content
