@@ -1,0 +1,37 @@
+"""What a person decides about the rows of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.batch.policy import FailurePolicy
+from prefect_flux_kontext.references.resolving import References
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.api.cadence import PollingCadence
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """What a person decides about the rows of a batch.
+
+    Attributes:
+        cadence: When to ask how a task is doing.
+        policy: What a failure means.
+        resubmit_unknown: Pay again for rows that may be paid for already.
+        retry_failed: Pay again for rows that have failed.
+        result_days: Days for which the service keeps a result.
+        budget_usd: Dollars that the output may cost over all its runs; None for no cap.
+        deferred: Submit all rows and leave results to be collected.
+        references: How reference images that are not on the web get to the service.
+    """
+
+    cadence: PollingCadence
+    policy: FailurePolicy = field(default_factory=FailurePolicy)
+    resubmit_unknown: bool = False
+    retry_failed: bool = False
+    result_days: float = 15.0
+    budget_usd: float | None = None
+    deferred: bool = False
+    references: References = field(default_factory=References)
