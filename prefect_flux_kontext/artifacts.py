@@ -69,9 +69,12 @@ async def moving_progress(
 
 async def _move(batch: BatchSummary, rows: int, tick: Callable[[], None]) -> None:
     shown: UUID | None = None
+    told_of = 0
 
     async def update() -> None:
-        if shown is not None:
+        nonlocal told_of
+        if shown is not None and batch.rows != told_of:
+            told_of = batch.rows
             percent = 100 * min(1, batch.rows / max(rows, 1))
             told = f"{batch.rows:,} of {rows:,} rows: {batch}"
             await _tried(aupdate_progress_artifact(shown, percent, told))

@@ -106,11 +106,7 @@ async def announce_manifest(manifest: str, output: str | None, payload: dict[str
         ConfigurationError: The URL holds a secret, or Prefect's API does not answer.
     """
     event = _arrival(manifest, output, payload)
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise ConfigurationError(
-            "Nobody to announce it to: set PREFECT_API_URL to the address of Prefect's API."
-        )
+    url = required_api_url()
     try:
         async with get_events_client(reconnection_attempts=0, checkpoint_every=1) as client:
             await client.emit(event)
@@ -118,6 +114,19 @@ async def announce_manifest(manifest: str, output: str | None, payload: dict[str
         raise ConfigurationError(
             f"The announcement did not reach Prefect at {url}: {type(error).__name__}: {error}"
         ) from error
+
+
+def required_api_url() -> str:
+    """The address of Prefect's API, for what is of no use without.
+
+    Raises:
+        ConfigurationError: None is set. Prefect would start a server of its own, which nobody
+            else listens to.
+    """
+    url = PREFECT_API_URL.value()
+    if not url:
+        raise ConfigurationError("Set PREFECT_API_URL to the address of Prefect's API.")
+    return str(url)
 
 
 def _arrival(manifest: str, output: str | None, payload: dict[str, Any]) -> Event:

@@ -73,6 +73,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"nothing. {_EXIT_STATUS}",
     )
     collect.add_argument("output", metavar="OUTPUT", help="the batch's output")
+    collect.add_argument(
+        "--resume",
+        action="store_true",
+        help="when all is stored, resume the flow runs that are suspended for it, at "
+        "PREFECT_API_URL",
+    )
     collect.set_defaults(func=lambda options: _report(_collect(options)))
 
 
@@ -142,8 +148,17 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.batch.batch import collect  # noqa: PLC0415
 
     decided = _row_options(options)
+    if options.resume:
+        from prefect_flux_kontext.events import required_api_url  # noqa: PLC0415
+        from prefect_flux_kontext.suspending import resume_suspended  # noqa: PLC0415
+
+        required_api_url()
     async with _session(options.output, decided, listens=False) as (session, slots):
-        return await collect(session, lambda wave: wave.run(), concurrent_tasks=slots)
+        summary = await collect(session, lambda wave: wave.run(), concurrent_tasks=slots)
+    if options.resume and not summary.outstanding:
+        for flow_run_id in await resume_suspended(options.output):
+            print(f"Resumed flow run {flow_run_id}")
+    return summary
 
 
 def _row_options(options: argparse.Namespace) -> RowOptions:

@@ -1,10 +1,14 @@
 """What a batch tells Prefect: events, artifacts, an asset, logs; few of each, and no secrets."""
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_flux_kontext import events
+from prefect_flux_kontext.artifacts import browser_url, moving_progress, show_summary
+from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import BudgetReachedError
 from prefect_flux_kontext.flows import collect_batch, retry_failed, style_transfer_batch
+from prefect_flux_kontext.storage import OutputFolder
 from tests.prefect_edge.conftest import QUICK
 from tests.prefect_edge.records import artifacts, logs, our_events
 
@@ -172,3 +176,38 @@ class TestLogs:
             style_transfer_batch, rows(5), str(tmp_path), credentials=account, wait="collect"
         )
         assert not any(line.startswith("Row ") for line in await logs(run_id))
+
+
+class TestWithoutPrefectsApi:
+    @pytest.fixture(autouse=True)
+    def _nobody_answers(self):
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+            yield
+
+    async def test_a_summary_that_cannot_be_written_fails_nothing(self, tmp_path):
+        await show_summary(BatchSummary(rows=1), OutputFolder(tmp_path), "stored", {})
+
+    async def test_progress_that_cannot_be_shown_fails_nothing_and_still_ticks(self):
+        ticks = []
+        async with moving_progress(BatchSummary(rows=1), 1, lambda: ticks.append(1)):
+            pass
+        assert ticks == [1]
+
+
+class TestWhereABrowserFindsIt:
+    @pytest.mark.parametrize(
+        ("uri", "url"),
+        [
+            ("https://pictures.example.com/a.png", "https://pictures.example.com/a.png"),
+            ("s3://bucket/deep/out/a b.png", "https://deep.example.com/out/a%20b.png"),
+            ("s3://bucket/out/a.png", "https://cdn.example.com/all/out/a.png"),
+            ("s3://bucket-2/out/a.png", None),
+            ("file:///data/a.png", None),
+        ],
+    )
+    def test_the_longest_prefix_counts(self, uri, url):
+        urls = {
+            "s3://bucket": "https://cdn.example.com/all/",
+            "s3://bucket/deep/": "https://deep.example.com",
+        }
+        assert browser_url(uri, urls) == url
