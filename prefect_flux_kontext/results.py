@@ -12,7 +12,13 @@ import httpx
 
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
 from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_context
-from prefect_flux_kontext.errors import DownloadError, InvalidImageError, StorageError
+from prefect_flux_kontext.errors import (
+    DownloadError,
+    InvalidImageError,
+    RefusedUrlError,
+    StorageError,
+)
+from prefect_flux_kontext.guarded import Guard, GuardedTransport
 from prefect_flux_kontext.images import EXTENSIONS, ImageInfo, inspect_image
 from prefect_flux_kontext.models import StoredImage
 from prefect_flux_kontext.storage import safe_name
@@ -30,13 +36,20 @@ _LONGEST_DOWNLOAD = 300.0
 _TIMEOUTS = httpx.Timeout(connect=10, read=30, write=30, pool=None)
 
 
-def download_client(transport: httpx.AsyncBaseTransport | None = None) -> Connections:
-    """Connections for results, apart from the API's: no key in them, and no submit behind them."""
+def download_client(
+    transport: httpx.AsyncBaseTransport | None = None, *, base_url: str | None = None
+) -> Connections:
+    """Connections for results, apart from the API's: no key in them, and no submit behind them.
+
+    Args:
+        transport: Another way to reach the results than the network, for tests.
+        base_url: The configured service. Results are fetched from the public internet, and from
+            a private network only if the service is there itself.
+    """
+    guard = Guard(base_url)
     return Connections(
         lambda: httpx.AsyncClient(
-            limits=POOL_LIMITS,
-            transport=transport,
-            verify=tls_context(),
+            transport=transport or GuardedTransport(guard, limits=POOL_LIMITS, tls=tls_context()),
             headers={"Accept-Encoding": "identity"},
             follow_redirects=True,
             max_redirects=3,
@@ -81,6 +94,7 @@ async def persist_result(
 
     Raises:
         DownloadError: A URL could not be fetched, after several attempts.
+        RefusedUrlError: A URL leads where no download may go; it was not asked.
         InvalidImageError: What it serves is not a whole image of the kind asked for.
         StorageError: The output refused the file.
     """
@@ -136,12 +150,13 @@ async def _download(
             return data, await asyncio.to_thread(inspect_image, data, expected=expected)
         except (DownloadError, InvalidImageError) as error:
             failure = error
-        if attempt == _ATTEMPTS:
+        if attempt == _ATTEMPTS or not failure.retryable:
             break
         await asyncio.sleep(jittered(attempt))
+    tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
     raise type(failure)(
         f"Task {result.task_id} is paid for, but its result {_without_secrets(url)} cannot be "
-        f"stored after {attempt} attempts: {failure.message}",
+        f"stored after {tried}: {failure.message}",
         task_id=result.task_id,
         code=failure.code,
     )
@@ -163,6 +178,8 @@ async def _fetch(http: Connections, url: str, *, last: bool) -> bytes:
             else:
                 told = f"HTTP {response.status_code}"
                 wait = retry_after_seconds(response.headers.get("Retry-After"))
+    except RefusedUrlError:
+        raise
     except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx
         told = f"{type(error).__name__} after {len(data):,} bytes"
     if wait and not last:

@@ -16,6 +16,7 @@ from tests.support.pictures import picture
 
 JPEG = picture("jpeg")
 HOST = "http://results.test"
+LOCAL = "http://127.0.0.1"
 LARGEST = 50 * 2**20
 
 
@@ -266,7 +267,7 @@ class TestOverRealConnections:
 
     async def test_an_endless_body_is_cut_at_the_cap(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n"
-        async with raw_server(head, forever=True) as url, download_client() as http:
+        async with raw_server(head, forever=True) as url, download_client(base_url=LOCAL) as http:
             with pytest.raises(DownloadError, match=f"larger than {LARGEST:,} bytes"):
                 await _fetch(http, url, last=True)
 
@@ -281,20 +282,21 @@ class TestOverRealConnections:
         ids=["shorter than promised", "chunk unfinished", "no HTTP", "nothing"],
     )
     async def test_a_connection_that_breaks_is_a_download_error(self, head):
-        async with raw_server(head, JPEG if head else b"") as url, download_client() as http:
+        answer = (head, JPEG if head else b"")
+        async with raw_server(*answer) as url, download_client(base_url=LOCAL) as http:
             with pytest.raises(DownloadError, match=r"RemoteProtocolError|ReadError"):
                 await _fetch(http, url, last=True)
 
     async def test_nobody_there_is_a_download_error(self):
         async with raw_server() as url:
             pass
-        async with download_client() as http:
+        async with download_client(base_url=LOCAL) as http:
             with pytest.raises(DownloadError, match="ConnectError"):
                 await _fetch(http, url, last=True)
 
     async def test_redirects_are_followed_but_not_for_ever(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG)
-        async with raw_server(head, JPEG) as there, download_client() as http:
+        async with raw_server(head, JPEG) as there, download_client(base_url=LOCAL) as http:
             moved = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n"
             async with raw_server(moved % there.encode()) as url:
                 assert await _fetch(http, url, last=True) == JPEG
@@ -303,6 +305,6 @@ class TestOverRealConnections:
                     await _fetch(http, url, last=True)
 
     async def test_a_port_that_is_none_is_a_download_error(self):
-        async with download_client() as http:
+        async with download_client(base_url=LOCAL) as http:
             with pytest.raises(DownloadError):
                 await _fetch(http, "http://127.0.0.1:-1/", last=True)

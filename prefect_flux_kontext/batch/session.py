@@ -65,7 +65,7 @@ async def batch_session(
         UnauthorizedError: The service does not know the key.
     """
     store = ledger_store(output)
-    async with client, download_client() as http:
+    async with client, download_client(base_url=client.base_url) as http:
         await client.check()
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())

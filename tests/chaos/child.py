@@ -31,6 +31,7 @@ def _explode(when, number, at):
 def _place(point):
     import httpx  # noqa: PLC0415
 
+    from prefect_flux_kontext.guarded import GuardedTransport  # noqa: PLC0415
     from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
@@ -41,6 +42,7 @@ def _place(point):
         "read": (RecordStore, "read"),
         "image": (OutputFolder, "write"),
         "request": (httpx.AsyncHTTPTransport, "handle_async_request"),
+        "download": (GuardedTransport, "handle_async_request"),
     }[point]
 
 
