@@ -43,8 +43,9 @@ class Guard:
     """Knows where connections may go.
 
     Args:
-        base_url: The configured service. Where it is on a private network itself, such as a
-            sandbox on loopback, so may its results be, on the same; None allows none.
+        base_url: The configured service, whose own host is always allowed. Where it is on a
+            private network, such as a sandbox on loopback, so may its results be, on the same.
+            One of https by name is taken for public and not resolved to find out.
         resolve: Gives the addresses of a name.
     """
 
@@ -63,7 +64,7 @@ class Guard:
         found = await self._addresses(host, port)
         for address in found:
             kind = not_public(address)
-            if kind is not None and (kind == METADATA or kind not in await self._own_kinds()):
+            if kind == METADATA or not (kind is None or await self._is_own(host, kind)):
                 raise RefusedUrlError(
                     f"The URL leads to {host[:100]}, and so to {address} ({kind}), which is no "
                     "address of the public internet; nothing was sent there."
@@ -79,14 +80,21 @@ class Guard:
             raise OSError(f"{host[:100]} has no address")
         return [address for address in found if address is not None]
 
-    async def _own_kinds(self) -> set[str]:
+    async def _is_own(self, host: str, kind: str) -> bool:
+        """Whether it is the service's host, or an address of a kind that the service has."""
         if self._base is None:
-            return set()
+            return False
+        if host == self._base.host:
+            return True
+        if literal(self._base.host) is None and self._base.scheme == "https":
+            return False
         if self._own is None:
-            port = self._base.port or _PORTS.get(self._base.scheme, 0)
-            found = await self._addresses(self._base.host, port)
+            try:
+                found = await self._addresses(self._base.host, self._base.port or 80)
+            except OSError:
+                return False
             self._own = {kind for kind in map(not_public, found) if kind is not None}
-        return self._own
+        return kind in self._own
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):

@@ -230,6 +230,10 @@ LOCAL = [
     ("http://inside.test:8765", "http://127.0.0.1/a.jpg", False),
     ("http://169.254.1.1", "http://169.254.169.254/", False),
     ("https://cdn.test", "http://10.0.0.1/a.jpg", False),
+    ("https://inside.test", "https://inside.test/a.jpg", True),
+    ("https://inside.test", "http://10.9.9.9/a.jpg", False),
+    ("http://unknown.test", "http://10.9.9.9/a.jpg", False),
+    ("https://metadata.test", "https://metadata.test/", False),
     ("http://cdn.test", "http://cdn.test/a.jpg", True),
 ]
 
@@ -244,6 +248,14 @@ async def test_a_service_on_a_private_network_may_have_its_results_there(base_ur
             with pytest.raises(RefusedUrlError):
                 await http.get(url)
     assert len(network.connected) == allowed
+
+
+async def test_a_service_of_https_is_not_resolved_to_find_out_where_it_is():
+    names = Names()
+    async with guarded(Network(), names, "https://unknown.test") as http:
+        with pytest.raises(RefusedUrlError):
+            await http.get("http://10.0.0.1/a.jpg")
+    assert names.asked == []
 
 
 async def test_a_refusal_says_what_leads_where_and_keeps_the_query():
