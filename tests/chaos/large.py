@@ -45,7 +45,7 @@ def simulation(line, scale):
                 tell(f"     seed {seed}: {problem}")
 
 
-SIMULATION = f"{SIMULATED} on virtual time, 10,000 seeds"
+SIMULATION = f"{SIMULATED} on virtual time, a seed each run"
 
 
 def main():
@@ -81,7 +81,7 @@ def main():
                     place = Place(Path(folder) / f"{number}", service, *where)
                     SCENARIOS[name](place, line, dice, options.scale)
             tell(f"{name}: {line}, {time.monotonic() - began:.0f} s")
-    text = as_table(table, minutes=(time.monotonic() - began) / 60)
+    text = as_table(table, scale=options.scale, minutes=(time.monotonic() - began) / 60)
     tell(text)
     if options.write:
         write_table(text)

@@ -131,8 +131,8 @@ def at_random(place, line, dice, scale, *, batches, rows, kills):
 def each_fault(place, line, dice, scale, *, kind, rows=500):
     """A batch under each fault of a kind alone, killed once."""
     for fault in [fault for fault in ALL if fault.startswith(f"{kind}:")]:
-        # A key that is refused is refused from some moment on.
-        planned = [f"{fault}@{rows // 10}-"] if fault in STOPPING else shares([fault], 0.05)
+        # A key that is refused is refused from some moment on; the others befall at least once.
+        planned = [f"{fault}@10-"] if fault in STOPPING else [f"{fault}@5", *shares([fault], 0.05)]
         place.weather(dice, planned)
         batch = place.batch(round(rows * scale))
         batch.run_and_kill(dice.uniform(0.3, 2))

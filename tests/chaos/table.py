@@ -18,7 +18,7 @@ _COLUMNS = {
 }
 
 
-def as_table(lines, *, minutes):
+def as_table(lines, *, scale, minutes):
     """The lines of a run by scenario, with their sum, as Markdown."""
     real = [line for name, line in lines.items() if not name.startswith(SIMULATED)]
     sums = {column: sum(getattr(line, column) for line in real) for column in _COLUMNS}
@@ -29,7 +29,8 @@ def as_table(lines, *, minutes):
         ["**sum of what was not simulated**", *(f"**{number:,}**" for number in sums.values())],
     ]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{text}\n\nOne run of {minutes:.0f} minutes."
+    size = "" if scale == 1 else f" at {scale:.0%} of the full size"
+    return f"{text}\n\nOne run{size} of {minutes:.0f} minutes."
 
 
 def write_table(text):
