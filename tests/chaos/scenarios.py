@@ -26,7 +26,15 @@ TROUBLE = (
     "download:half=0.01",
     "download:reset=0.01",
 )
-STEPS = {"create": 12, "replace": 3, "remove": 2, "read": 8, "image": 3, "request": 12}
+STEPS = {
+    "create": 12,
+    "replace": 3,
+    "remove": 2,
+    "read": 8,
+    "image": 3,
+    "request": 9,
+    "download": 3,
+}
 
 
 def tell(text):

@@ -69,6 +69,7 @@ POINTS = [
         "remove": (1, 2),
         "image": (2,),
         "request": (2, 4),
+        "download": (2,),
     }.items()
     for when in ("before", "after")
     for number in numbers

@@ -63,3 +63,24 @@ def test_whatever_befalls_what_is_free_costs_no_row(service, tmp_path, kind):
     run_until_done(batch, at_most=4)
     assert batch.accepted == 40
     assert assert_kept(batch).stored == 40
+
+
+@pytest.mark.parametrize(
+    ("fault", "rows"), [("status:foreign-result-url", 4), ("download:redirect-away@2", 1)]
+)
+def test_a_row_whose_result_is_refused_is_outstanding_and_the_others_go_on(
+    service, tmp_path, fault, rows
+):
+    service.weather.change(FaultPlan(faults=[fault]))
+    batch = Batch(service, tmp_path)
+    batch.write(lines(4))
+    first = batch.run()
+    assert first.status == 1
+    assert f"{4 - rows} of 4 rows stored" in first.said
+    assert f"{rows} outstanding (paid for, not yet stored)" in first.said
+    assert f"RefusedUrlError {rows}" in first.said
+    assert "not of http or https" in first.said
+    service.weather.change(FaultPlan())
+    assert batch.run().status == 0
+    assert batch.accepted == 4
+    assert assert_kept(batch).stored == 4
