@@ -10,7 +10,8 @@ import httpx
 
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
 from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_context
-from prefect_flux_kontext.errors import DownloadError, InvalidImageError
+from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
+from prefect_flux_kontext.guarded import Guard, GuardedTransport
 from prefect_flux_kontext.images import ImageInfo, inspect_image
 
 _ATTEMPTS = 6
@@ -22,13 +23,20 @@ _TIMEOUTS = httpx.Timeout(connect=10, read=_LONGEST_STALL, write=30, pool=None)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
-def download_client(transport: httpx.AsyncBaseTransport | None = None) -> Connections:
-    """Connections for results, apart from the API's: no key in them, and no submit behind them."""
+def download_client(
+    transport: httpx.AsyncBaseTransport | None = None, *, base_url: str | None = None
+) -> Connections:
+    """Connections for results, apart from the API's: no key in them, and no submit behind them.
+
+    Args:
+        transport: Another way to reach the results than the network, for tests.
+        base_url: The configured service. Results are fetched from the public internet, and from
+            a private network only if the service is there itself.
+    """
+    guard = Guard(base_url)
     return Connections(
         lambda: httpx.AsyncClient(
-            limits=POOL_LIMITS,
-            transport=transport,
-            verify=tls_context(),
+            transport=transport or GuardedTransport(guard, limits=POOL_LIMITS, tls=tls_context()),
             headers={"Accept-Encoding": "identity"},
             follow_redirects=True,
             max_redirects=3,
@@ -66,6 +74,7 @@ async def download_image(url: str, http: Connections, *, task_id: str) -> tuple[
 
     Raises:
         DownloadError: The URL could not be fetched.
+        RefusedUrlError: It leads where no download may go; it was not asked.
         InvalidImageError: It serves no whole image.
     """
     partial = _Partial()
@@ -80,12 +89,13 @@ async def download_image(url: str, http: Connections, *, task_id: str) -> tuple[
             return data, await asyncio.to_thread(inspect_image, data)
         except (DownloadError, InvalidImageError) as error:
             failure = error
-        if attempt == _ATTEMPTS:
+        if attempt == _ATTEMPTS or not failure.retryable:
             break
         await asyncio.sleep(jittered(attempt))
+    tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
     raise type(failure)(
         f"Task {task_id} is paid for, but its result {_without_secrets(url)} cannot be stored "
-        f"after {attempt} attempts: {failure.message}",
+        f"after {tried}: {failure.message}",
         task_id=task_id,
         code=failure.code,
     )
@@ -115,6 +125,8 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
                     return
             else:
                 wait = retry_after_seconds(response.headers.get("Retry-After"))
+    except RefusedUrlError:
+        raise
     except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx
         told = f"{type(error).__name__} after {len(partial.data):,} bytes"
     if wait and not last:

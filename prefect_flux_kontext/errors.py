@@ -20,6 +20,7 @@
     ├── GenerationFailedError        the service gave up on the task and says why
     ├── GenerationTimeoutError       the task did not end before our deadline
     ├── DownloadError                a result could not be fetched
+    │   └── RefusedUrlError          its URL leads where no download may go
     ├── StorageError                 the output refused a file
     ├── LedgerError                  a record of what was paid cannot be trusted
     ├── ReferenceImageError          a reference image is not to be had, or not to be used
@@ -172,6 +173,12 @@ class DownloadError(FluxKontextError):
     """A result could not be fetched; the task stays paid and can be persisted again."""
 
     retryable = True
+
+
+class RefusedUrlError(DownloadError):
+    """A result's URL leads where no download may go: another scheme, this machine, its network."""
+
+    retryable = False
 
 
 class StorageError(FluxKontextError):

@@ -162,6 +162,9 @@ class GenerationResult(BaseModel):
     generation_seconds: float | None = Field(
         default=None, description="Seconds the service spent, by its own count."
     )
+    base_url: str | None = Field(
+        default=None, description="The service that told it, whose private network may serve it."
+    )
 
 
 class StoredImage(BaseModel):

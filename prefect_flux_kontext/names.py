@@ -9,7 +9,17 @@ from prefect_flux_kontext.storage import is_reserved, safe_name
 
 _LONGEST_PART = 200
 _LONGEST = 400
-_OURS = frozenset({"_ledger", "failed.csv"})
+_OURS = frozenset(
+    {
+        "_ledger",
+        "_results",
+        "_gallery",
+        "failed.csv",
+        "gallery.html",
+        "results.jsonl",
+        "results.parquet",
+    }
+)
 """The batch's own, in the output's first folder."""
 
 # Most ids are so plain that nothing more needs to be asked of them.

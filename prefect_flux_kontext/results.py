@@ -73,6 +73,7 @@ async def persist_result(
 
     Raises:
         DownloadError: A URL could not be fetched, after several attempts.
+        RefusedUrlError: A URL leads where no download may go; it was not asked.
         InvalidImageError: What it serves is not a whole image.
         StorageError: The output refused the file.
     """

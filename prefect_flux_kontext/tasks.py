@@ -166,11 +166,13 @@ async def persist_images(
 
     Raises:
         DownloadError: A result URL could not be fetched.
+        RefusedUrlError: A result URL leads where no download may go.
         InvalidImageError: It does not serve a whole image.
         ConfigurationError: The output is no usable folder.
         StorageError: The output refused the file.
     """
-    async with download_client() as http:
+    base_url = result.base_url or FluxKontextSettings().base_url
+    async with download_client(base_url=base_url) as http:
         return await persist_result(
             result,
             await open_output(output, storage_options),

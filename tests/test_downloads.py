@@ -1,6 +1,7 @@
 """An image is fetched until it is whole, gone on with where that is safe, and never for ever."""
 
 import asyncio
+import functools
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from tests.support.scripted_server import ScriptedServer, half_a_reply, reply
 
 JPEG, OTHER = picture("jpeg"), picture("jpeg", size=(90, 70))
 HALF = len(JPEG) // 2
+local_client = functools.partial(download_client, base_url="http://127.0.0.1")
 LARGEST = 50 * 2**20
 STRONG, WEAK = '"version-1"', 'W/"version-1"'
 
@@ -232,7 +234,10 @@ class TestOverRealConnections:
 
     async def test_an_endless_body_is_cut_at_the_cap(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n"
-        async with raw_server(head, forever=True) as url, download_client() as http:
+        async with (
+            raw_server(head, forever=True) as url,
+            local_client() as http,
+        ):
             with pytest.raises(DownloadError, match=f"larger than {LARGEST:,} bytes"):
                 await fetched(http, url)
 
@@ -247,20 +252,26 @@ class TestOverRealConnections:
         ids=["shorter than promised", "chunk unfinished", "no HTTP", "nothing"],
     )
     async def test_a_connection_that_breaks_is_a_download_error(self, head):
-        async with raw_server(head, JPEG if head else b"") as url, download_client() as http:
+        async with (
+            raw_server(head, JPEG if head else b"") as url,
+            local_client() as http,
+        ):
             with pytest.raises(DownloadError, match=r"RemoteProtocolError|ReadError"):
                 await fetched(http, url)
 
     async def test_nobody_there_is_a_download_error(self):
         async with raw_server() as url:
             pass
-        async with download_client() as http:
+        async with local_client() as http:
             with pytest.raises(DownloadError, match="ConnectError"):
                 await fetched(http, url)
 
     async def test_redirects_are_followed_but_not_for_ever(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG)
-        async with raw_server(head, JPEG) as there, download_client() as http:
+        async with (
+            raw_server(head, JPEG) as there,
+            local_client() as http,
+        ):
             moved = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n"
             async with raw_server(moved % there.encode()) as url:
                 assert await fetched(http, url) == JPEG
@@ -269,7 +280,7 @@ class TestOverRealConnections:
                     await fetched(http, url)
 
     async def test_a_port_that_is_none_is_a_download_error(self):
-        async with download_client() as http:
+        async with local_client() as http:
             with pytest.raises(DownloadError):
                 await fetched(http, "http://127.0.0.1:-1/")
 
@@ -278,7 +289,7 @@ class TestOverRealConnections:
         partial = _Partial()
         async with (
             ScriptedServer(half_a_reply(200, JPEG, etag=STRONG), rest) as server,
-            download_client() as http,
+            local_client() as http,
         ):
             with pytest.raises(DownloadError, match=f"after {HALF:,} bytes"):
                 await fetched(http, server.url, partial)
@@ -305,7 +316,10 @@ class TestTheLoop:
         noted(downloads, "inspect_image")
         noted(results, "ai_marked")
         noted(storage, "create_file")
-        async with ScriptedServer(reply(200, JPEG)) as server, download_client() as http:
+        async with (
+            ScriptedServer(reply(200, JPEG)) as server,
+            local_client() as http,
+        ):
             what = GenerationResult(task_id="task_1", result_urls=[server.url])
             output = OutputFolder(tmp_path)
             # Certificates and modules are read once in a process, at the first request.

@@ -16,6 +16,7 @@ from tests.support.pictures import picture
 
 JPEG = picture("jpeg")
 HOST = "http://results.test"
+LOCAL = "http://127.0.0.1"
 
 
 class Host:
@@ -265,6 +266,6 @@ class TestOnVirtualTime:
     )
     async def test_a_url_that_is_none_is_a_download_error(self, url, tmp_path):
         what = GenerationResult(task_id="task_1", result_urls=[url])
-        async with download_client() as http:
+        async with download_client(base_url="http://127.0.0.1") as http:
             with pytest.raises(DownloadError, match="task_1"):
                 await persist_result(what, OutputFolder(tmp_path), http, name="cat")

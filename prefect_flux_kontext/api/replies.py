@@ -28,6 +28,7 @@ from prefect_flux_kontext.models import TaskStatus
 
 _LONGEST_TASK_ID = 200
 _LONGEST_MESSAGE = 500
+_MOST_RESULTS = 100
 _SUCCESS = range(200, 300)
 _RATE_LIMITED = 429
 # A message may repeat the URL of a reference: from what signs it on, that is nobody's to read.
@@ -121,7 +122,7 @@ def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
 
     Raises:
         UnreadableReplyError: It is about another task, has no state, or says `success` without
-            a result URL; asking again may help.
+            a result URL, or with too many; asking again may help.
     """
     data = _as_dict(data)
     told = data.get("taskId")
@@ -137,6 +138,12 @@ def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
     if state == "success" and not result_urls:
         raise UnreadableReplyError(
             "The task succeeded, but its resultJson holds no result URL.", task_id=task_id
+        )
+    if len(result_urls) > _MOST_RESULTS:
+        raise UnreadableReplyError(
+            f"The task succeeded with {len(result_urls):,} result URLs; one task has no more than "
+            f"{_MOST_RESULTS} images.",
+            task_id=task_id,
         )
     return TaskStatus(
         task_id=task_id,

@@ -112,6 +112,7 @@ async def wait_until_ended(
         submitted_at=task.submitted_at,
         completed_at=status.completed_at,
         generation_seconds=status.generation_seconds,
+        base_url=client.base_url,
     )
 
 

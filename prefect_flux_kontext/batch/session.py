@@ -83,7 +83,7 @@ async def batch_session(
     store = ledger_store(output)
     await sweep(output)
     await sweep(output.below(LEDGER_FOLDER), recursive=True)
-    async with client, download_client() as http:
+    async with client, download_client(base_url=client.base_url) as http:
         await client.check()
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())

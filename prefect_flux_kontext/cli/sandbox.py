@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ Flux Kontext sandbox: {url}
   export FLUX_KONTEXT_API_KEY={key}
 
 What was paid: {url}/sandbox/bill
+The weather:   {url}/sandbox/faults
 References:    {url}/references
 Stop with Ctrl-C.
 """
@@ -46,6 +48,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             metavar=name.rsplit("_", 1)[-1].upper(),
             help=f"{field.description}{default}",
         )
+    parser.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND:FAULT=SHARE@FIRST-LAST",
+        help="a fault on demand, such as submit:lost-reply=0.02; can be repeated; "
+        "`--fault help` lists them",
+    )
+    parser.add_argument(
+        "--faults", type=Path, metavar="FILE", help="a plan of faults, JSON or YAML"
+    )
     parser.set_defaults(func=run)
 
 
@@ -55,8 +68,14 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 after a clean stop, 2 when it could not start.
     """
-    from prefect_flux_kontext.sandbox.server import serve  # noqa: PLC0415 - slow to import
+    # Slow to import.
+    from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, load_plan  # noqa: PLC0415
+    from prefect_flux_kontext.sandbox.faults.registry import described  # noqa: PLC0415
+    from prefect_flux_kontext.sandbox.server import serve  # noqa: PLC0415
 
+    if "help" in args.fault:
+        print(described())
+        return 0
     given = {name: getattr(args, name) for name in SandboxSettings.model_fields}
     try:
         settings = SandboxSettings.model_validate(
@@ -68,11 +87,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"flux-kontext sandbox: --{option}: {first['msg']}", file=sys.stderr)
         return 2
 
+    try:
+        plan = load_plan(args.faults, args.fault, settings.seed)
+    except BadPlanError as error:
+        print(f"flux-kontext sandbox: --fault: {error}", file=sys.stderr)
+        return 2
+
     def announce(url: str) -> None:
         print(_GREETING.format(url=url, key=settings.api_key or "sandbox"), flush=True)
 
     try:
-        serve(settings, args.host, args.port, announce)
+        serve(settings, args.host, args.port, announce, plan)
     except OSError as error:
         address = f"{args.host}:{args.port}"
         print(f"flux-kontext sandbox: cannot listen on {address}: {error}", file=sys.stderr)

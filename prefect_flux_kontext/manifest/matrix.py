@@ -55,25 +55,28 @@ def make_recipe(
 def rows_of_line(line: Line, recipe: Recipe) -> Iterator[Row | RefusedRow]:
     """Make the rows of a line, in the order of the styles."""
     own = line.cells.get("style", "").strip()
-    if not own:
+    if line.problem:
+        row = _row(line, recipe, None)
+        # What is left of a line that cannot be read must never be paid for as if it were all.
+        yield RefusedRow(row.id, line.number, line.problem, {"id": row.id})
+    elif not own:
         for style in recipe.styles.chosen or (None,):
             yield _row(line, recipe, style)
     elif own in recipe.styles.known:
         yield _row(line, recipe, recipe.styles.known[own])
     else:
+        row = _row(line, recipe, None)
         reason = f"there {unknown_style(own, recipe.styles.known)}"
-        yield _row(line._replace(problem=line.problem or reason), recipe, None)
+        yield RefusedRow(row.id, line.number, reason, line.cells)
 
 
 def _row(line: Line, recipe: Recipe, style: Style | None) -> Row | RefusedRow:
-    cells = line.cells if style is None else {**line.cells, "style": style.name}
-    row = make_row(
+    return make_row(
         line.number,
-        cells,
+        line.cells if style is None else {**line.cells, "style": style.name},
         prompt=recipe.prompt,
         style=style,
         names=recipe.names,
         version=line.version,
         folder=recipe.folder,
     )
-    return RefusedRow(row.id, line.number, line.problem, cells) if line.problem else row

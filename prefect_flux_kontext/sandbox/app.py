@@ -12,11 +12,15 @@ from urllib.parse import quote
 import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from prefect_flux_kontext.sandbox.callbacks import Courier
 from prefect_flux_kontext.sandbox.contract import MODEL, Refusal, failure, success
+from prefect_flux_kontext.sandbox.faults.endpoint import faults_endpoint
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
+from prefect_flux_kontext.sandbox.faults.weather import Weather, Weathered
 from prefect_flux_kontext.sandbox.lifecycle import Lifecycle
 from prefect_flux_kontext.sandbox.references import BadReferenceError, References
 from prefect_flux_kontext.sandbox.service import Service
@@ -44,12 +48,14 @@ class Sandbox:
 
     Attributes:
         settings: How it behaves.
+        weather: What goes wrong, in front of the service.
         service: The state machine, for those who share the process.
         app: The ASGI application. It works without its lifespan being run.
     """
 
-    def __init__(self, settings: SandboxSettings) -> None:
+    def __init__(self, settings: SandboxSettings, plan: FaultPlan | None = None) -> None:
         self.settings = settings
+        self.weather = Weather(plan or FaultPlan())
         self.app = Starlette(
             # The two that matter for speed come first.
             routes=[
@@ -62,7 +68,9 @@ class Sandbox:
                 Route("/sandbox/bill", self._bill),
                 Route("/sandbox/tasks", self._tasks),
                 Route("/sandbox/reset", self._reset, methods=["POST"]),
+                faults_endpoint(self.weather),
             ],
+            middleware=[Middleware(Weathered, self.weather)],
             exception_handlers={Refusal: _refused, HTTPException: _unserved},
             lifespan=self._lifespan,
         )
@@ -71,7 +79,7 @@ class Sandbox:
         self._references = References(own, settings.fetch_timeout)
         self._studio = Studio(self._references, settings.long_edge)
         courier = Courier(settings.callback_timeout, settings.callback_delay_scale)
-        self._lifecycle = Lifecycle(self.service, self._references, courier)
+        self._lifecycle = Lifecycle(self.service, self._references, courier, self.weather)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -83,6 +91,7 @@ class Sandbox:
         _check_model(request)
         body = await request.body()
         task = self.service.submit(key, _json(body), _base_url(request))
+        self.weather.accepted(task.task_id)
         self._lifecycle.begin(task)
         return JSONResponse(success({"taskId": task.task_id}))
 
@@ -149,13 +158,16 @@ class Sandbox:
         return key
 
 
-def create_app(settings: SandboxSettings | None = None) -> Starlette:
+def create_app(
+    settings: SandboxSettings | None = None, plan: FaultPlan | None = None
+) -> Starlette:
     """The sandbox as an ASGI application, for a server or for `httpx.ASGITransport`.
 
     Args:
         settings: How it behaves; without them, as the real service does.
+        plan: What goes wrong; without one, nothing.
     """
-    return Sandbox(settings or SandboxSettings()).app
+    return Sandbox(settings or SandboxSettings(), plan).app
 
 
 def _check_model(request: Request) -> None:

@@ -6,9 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.sandbox.contract import success
+from prefect_flux_kontext.sandbox.faults.callbacks import deliver
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.sandbox.callbacks import Courier
+    from prefect_flux_kontext.sandbox.faults.weather import Weather
     from prefect_flux_kontext.sandbox.references import References
     from prefect_flux_kontext.sandbox.service import Service
     from prefect_flux_kontext.sandbox.tasks import Task
@@ -22,10 +24,13 @@ class Lifecycle:
     A task that needs neither costs nothing here: its state follows from the clock.
     """
 
-    def __init__(self, service: Service, references: References, courier: Courier) -> None:
+    def __init__(
+        self, service: Service, references: References, courier: Courier, weather: Weather
+    ) -> None:
         self._service = service
         self._references = references
         self._courier = courier
+        self._weather = weather
         self._lives: set[asyncio.Task[None]] = set()
 
     def begin(self, task: Task) -> None:
@@ -50,6 +55,10 @@ class Lifecycle:
         if submission.request_type == "callback" and submission.callback_url:
             # A loop may wake a sleeper within its clock's resolution before the time.
             await asyncio.sleep(max(0.0, task.ready_at - self._service.now()) + _A_HAIR)
+            if self._weather.fate(task.task_id) == "never-ends":
+                return
             envelope = success(task.status(self._service.now(), self._service.epoch))
-            delivered = await self._courier.deliver(submission.callback_url, envelope)
+            delivered = await deliver(
+                self._weather, self._courier, submission.callback_url, envelope
+            )
             self._service.callback_ended(delivered=delivered)

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import struct
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_flux_kontext.sandbox.app import Sandbox
+from prefect_flux_kontext.sandbox.faults.exchange import CONNECTION
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from starlette.applications import Starlette
+    from starlette.types import Receive, Scope, Send
 
+    from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
+    from prefect_flux_kontext.sandbox.faults.weather import Weather
     from prefect_flux_kontext.sandbox.service import Service
 
 _BACKLOG = 4_096
@@ -37,11 +44,13 @@ class RunningSandbox:
         url: Its base URL, without a slash at the end.
         settings: How it behaves.
         service: Its state machine; `service.bill()` tells what was paid.
+        weather: What goes wrong; it can be changed from any thread.
     """
 
     url: str
     settings: SandboxSettings
     service: Service
+    weather: Weather
 
 
 def serve(
@@ -49,6 +58,7 @@ def serve(
     host: str,
     port: int,
     announce: Callable[[str], None] | None = None,
+    plan: FaultPlan | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM.
 
@@ -57,6 +67,7 @@ def serve(
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         announce: Called with the base URL as soon as it can be reached.
+        plan: What goes wrong; without one, nothing.
 
     Raises:
         OSError: When the address cannot be listened on.
@@ -64,23 +75,24 @@ def serve(
     with _listen(host, port) as listener:
         if announce:
             announce(_url(listener))
-        asyncio.run(_serve_until_signalled(_server(Sandbox(settings).app), listener))
+        asyncio.run(_serve_until_signalled(_server(Sandbox(settings, plan).app), listener))
 
 
 @contextmanager
 def running_sandbox(
-    settings: SandboxSettings | None = None, port: int = 0
+    settings: SandboxSettings | None = None, port: int = 0, plan: FaultPlan | None = None
 ) -> Iterator[RunningSandbox]:
     """Serves on loopback from a thread with its own event loop, and stops at the end.
 
     Args:
         settings: How the sandbox behaves; without them, as the real service does.
         port: Port to listen on; 0 takes a free one.
+        plan: What goes wrong; without one, nothing.
 
     Raises:
         OSError: When the port is taken.
     """
-    sandbox = Sandbox(settings or SandboxSettings())
+    sandbox = Sandbox(settings or SandboxSettings(), plan)
     with _listen("127.0.0.1", port) as listener:
         server = _server(sandbox.app)
         thread = threading.Thread(
@@ -89,7 +101,8 @@ def running_sandbox(
         # Nobody has to wait for it to start: the socket listens, the kernel queues.
         thread.start()
         try:
-            yield RunningSandbox(_url(listener), sandbox.settings, sandbox.service)
+            url = _url(listener)
+            yield RunningSandbox(url, sandbox.settings, sandbox.service, sandbox.weather)
         finally:
             server.should_exit = True
             thread.join()
@@ -102,11 +115,33 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Protocol(H11Protocol):
+    """Lets the application end the connection that a request came on, as an ASGI extension."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        control = {"reset": partial(_reset, transport), "close": transport.close}
+        inner = self.app
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["extensions"] = {**scope.get("extensions", {}), CONNECTION: control}
+            await inner(scope, receive, send)
+
+        self.app = app
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    # Closed without waiting, a socket that lingers for no time sends a reset.
+    linger = struct.pack("ii", 1, 0)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
+
+
 def _server(app: Starlette) -> _Server:
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="on",
         log_config=None,

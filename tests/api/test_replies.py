@@ -176,6 +176,19 @@ def test_any_status_is_read_or_refused_by_name(data):
     status.model_dump_json()
 
 
+@pytest.mark.parametrize(
+    ("number", "taken"), [(1, True), (100, True), (101, False), (10**5, False)]
+)
+def test_a_result_of_absurdly_many_urls_is_refused(number, taken):
+    urls = json.dumps({"resultUrls": ["https://example.com/1.jpg"] * number})
+    data = {"taskId": "t", "state": "success", "resultJson": urls}
+    if taken:
+        assert len(read_status(data, task_id="t").result_urls) == number
+    else:
+        with pytest.raises(UnreadableReplyError, match=f"{number:,} result URLs"):
+            read_status(data, task_id="t")
+
+
 @given(ANYTHING, st.integers(100, 999))
 def test_any_envelope_is_read_or_refused_by_name(value, status):
     body = json.dumps(value).encode()

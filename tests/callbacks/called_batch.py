@@ -63,7 +63,7 @@ class CalledBatch:
         self.monkeypatch.setattr(
             session_module,
             "download_client",
-            lambda: httpx.AsyncClient(transport=self._app, verify=False),
+            lambda **_: httpx.AsyncClient(transport=self._app, verify=False),
         )
 
     async def deliver(self, url, envelope):

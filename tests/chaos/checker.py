@@ -10,6 +10,7 @@ import io
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 import fsspec
 from PIL import Image
@@ -38,6 +39,8 @@ class Findings:
     lost: int = 0
     missing: int = 0
     left_behind: int = 0
+    paid: Decimal = Decimal(0)
+    on_record: Decimal = Decimal(0)
 
     def __str__(self):
         return "; ".join(self.problems) or "kept"
@@ -123,6 +126,8 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
     for prompt, key in by_prompt.items():
         _check_money(found, ledger, key, tasks[prompt])
         _check_named(found, ledger, key, tasks[prompt])
+    if found.paid != found.on_record:
+        found.problems.append(f"${found.paid} were paid, ${found.on_record} are on record")
     found.problems += [f"{name} was paid for without an intent" for name in ledger.without_intent]
     expected = {"failed.csv", "results.jsonl", "results.parquet", "gallery.html"}
     for row_id, prompt in rows:
@@ -179,6 +184,11 @@ def _check_money(found, ledger, key, tasks):
     # A record of what was accepted may be lost to an outage when its image is stored.
     ended = {a.ended["task_id"] for a in attempts if a.ended}
     unaccounted = [task for task in unaccounted if task["taskId"] not in ended]
+    found.paid += sum(Decimal(task["price"]) for task in tasks)
+    found.on_record += sum(Decimal(task["price"]) for task in unaccounted)
+    found.on_record += sum(
+        Decimal(str(a.intent["price"])) for a in attempts if a.ended or _accepted(a)
+    )
     if len(tasks) > 1 + failed + given_up:
         found.paid_twice += len(tasks) - 1 - failed - given_up
         found.problems.append(f"{key} is paid for {len(tasks)} times")

@@ -31,6 +31,7 @@ def _explode(when, number, at):
 def _place(point):
     import httpx  # noqa: PLC0415
 
+    from prefect_flux_kontext.guarded import GuardedTransport  # noqa: PLC0415
     from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
@@ -41,6 +42,7 @@ def _place(point):
         "read": (RecordStore, "read"),
         "image": (OutputFolder, "write"),
         "request": (httpx.AsyncHTTPTransport, "handle_async_request"),
+        "download": (GuardedTransport, "handle_async_request"),
     }[point]
 
 
@@ -67,14 +69,15 @@ def main(arguments, environment, log, bomb=None, file_limit=None):
     import fsspec.config  # noqa: PLC0415
 
     fsspec.config.set_conf_env(fsspec.config.conf)
+    from prefect_flux_kontext import results  # noqa: PLC0415
     from prefect_flux_kontext.api import client  # noqa: PLC0415
     from prefect_flux_kontext.cli import main as command_line  # noqa: PLC0415
     from prefect_flux_kontext.ledger import store  # noqa: PLC0415
 
     # Trouble is made often here, so patience is short.
     patient = store.jittered
-    store.jittered = lambda attempt, **how: patient(attempt, **how) / 20
-    client.jittered = lambda attempt, **how: patient(attempt, **how) / 20
+    for module in (store, client, results):
+        module.jittered = lambda attempt, **how: patient(attempt, **how) / 20
     if bomb is not None:
         point, when, number = bomb
         _explode(when, number, _place(point))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from tests.chaos import child
 from tests.chaos.checker import check
 
@@ -76,6 +77,16 @@ class Started:
         return self._log.read_text() if self._log.exists() else ""
 
 
+@contextlib.contextmanager
+def calm(service):
+    """Fine weather for a while, in which nothing is counted."""
+    weather = service.weather
+    plan, numbers = weather.plan, weather.numbers.copy()
+    weather.plan = FaultPlan()
+    yield
+    weather.plan, weather.numbers = plan, numbers
+
+
 class Batch:
     """A manifest, an output and the service, and the commands on them.
 
@@ -83,11 +94,10 @@ class Batch:
         service: The sandbox, as `running_sandbox` gives it.
         folder: For the manifest and the logs.
         output: Where images go.
-        url: Where the commands reach the service; none for the sandbox itself.
         environment: Further variables of the processes.
     """
 
-    def __init__(self, service, folder, output=None, url=None, **environment):
+    def __init__(self, service, folder, output=None, **environment):
         self.service = service
         self.folder = Path(folder)
         self.output = output or str(self.folder / "out")
@@ -96,7 +106,7 @@ class Batch:
         self.lines = []
         self._logs = 0
         self.environment = {
-            "FLUX_KONTEXT_BASE_URL": url or service.url,
+            "FLUX_KONTEXT_BASE_URL": service.url,
             "FLUX_KONTEXT_API_KEY": KEY,
             "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.05",
             "FLUX_KONTEXT_POLL_INTERVAL": "0.1",
@@ -158,7 +168,7 @@ class Batch:
         # Batches of one test may share the service; each has prompts of its own.
         prompts = {prompt for _, prompt in self.lines}
         records = [r for r in self.service.service.records() if r["prompt"] in prompts]
-        with httpx.Client(trust_env=False, verify=False) as http:
+        with calm(self.service), httpx.Client(trust_env=False, verify=False) as http:
 
             def origin(task_id, kind):
                 name = {"jpeg": "jpg", "png": "png"}[kind]

@@ -257,7 +257,7 @@ def simulated(world):
     put(
         session_module,
         "download_client",
-        lambda: httpx.AsyncClient(transport=Wire(world), timeout=30, verify=False),
+        lambda **_: httpx.AsyncClient(transport=Wire(world), timeout=30, verify=False),
     )
     before = random.getstate()
     random.seed(world.dice.random())

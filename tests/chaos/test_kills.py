@@ -4,24 +4,27 @@ import random
 
 import pytest
 
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.processes import Batch
-from tests.support.fault_proxy import fault_proxy
 
 QUICK = SandboxSettings(mean=0.3, long_edge=16, fail_rate=0.0)
-TROUBLE = {
-    "submit": {
-        "reset_after": 0.01,
-        "trouble_after": 0.01,
-        "trouble_before": 0.01,
-        "reset_before": 0.01,
-        "limited": 0.005,
-        "limited_in_200": 0.005,
-    },
-    "status": {"trouble_before": 0.02, "closed_after": 0.02},
-    "download": {"trouble_before": 0.02, "half": 0.02},
-}
+TROUBLE = FaultPlan(
+    seed=1,
+    faults=[
+        "submit:lost-reply=0.01",
+        "submit:trouble-after=0.01",
+        "submit:unavailable=0.01",
+        "submit:reset=0.01",
+        "submit:limited=0.005",
+        "submit:limited-in-200=0.005",
+        "status:unavailable=0.02",
+        "status:closed=0.02",
+        "download:unavailable=0.02",
+        "download:half=0.02",
+    ],
+)
 
 
 def lines(number, start=0):
@@ -43,19 +46,19 @@ def assert_kept(batch):
 
 def test_a_batch_killed_at_random_moments_is_finished_by_the_same_command(service, tmp_path):
     dice = random.Random(1)
-    with fault_proxy(service.url, seed=1, rates=TROUBLE) as proxy:
-        batch = Batch(service, tmp_path, url=proxy.url)
-        batch.write(lines(80))
-        for _ in range(6):
-            batch.run_and_kill(dice.uniform(0.1, 0.6))
-        proxy.rates.clear()
-        batch.run()
-        assert batch.kills >= 3
-        found = assert_kept(batch)
-        assert found.unknown <= 8 * batch.kills + 6
-        before = batch.accepted
-        batch.run()
-        assert batch.accepted == before
+    service.weather.change(TROUBLE)
+    batch = Batch(service, tmp_path)
+    batch.write(lines(80))
+    for _ in range(6):
+        batch.run_and_kill(dice.uniform(0.1, 0.6))
+    service.weather.change(FaultPlan())
+    batch.run()
+    assert batch.kills >= 3
+    found = assert_kept(batch)
+    assert found.unknown <= 8 * batch.kills + 6
+    before = batch.accepted
+    batch.run()
+    assert batch.accepted == before
 
 
 POINTS = [
@@ -66,6 +69,7 @@ POINTS = [
         "remove": (1, 2),
         "image": (2,),
         "request": (2, 4),
+        "download": (2,),
     }.items()
     for when in ("before", "after")
     for number in numbers

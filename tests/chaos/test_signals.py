@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.processes import Batch
 from tests.chaos.test_kills import assert_kept, lines
-from tests.support.fault_proxy import fault_proxy
 from tests.support.s3 import s3_server
 
 QUICK = SandboxSettings(mean=0.3, long_edge=16)
@@ -29,32 +29,32 @@ def service():
 def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
     service, tmp_path, number, status, accepted
 ):
-    with fault_proxy(service.url, slow=0.05) as proxy:
-        batch = Batch(service, tmp_path, url=proxy.url)
-        batch.write(lines(50))
-        running = batch.start_run()
-        batch.until(lambda: batch.accepted >= accepted, running)
-        running.send(number)
-        before = batch.accepted
-        ended = running.end()
-        assert ended.status == status, ended
-        # Of the eight POSTs at once some were already counted when the signal was sent.
-        assert batch.accepted - before <= 8
-        found = batch.check(killed=False, complete=False)
-        assert not found.problems, found
-        assert found.unknown == 0
-        owed = batch.accepted - found.stored
-        assert owed > 0
-        told = re.search(r"(\d+) rows are paid for and not yet stored", ended.said)
-        # A row that was just being recorded as stored is told as owed.
-        assert owed <= int(told[1]) <= owed + 16, ended.said
-        assert f"flux-kontext collect file://{batch.output}" in ended.said
-        paid = batch.accepted
-        collected = batch.command("collect")
-        assert (collected.status, batch.accepted) == (0, paid), collected
-        assert batch.run().status == 0
-        assert batch.accepted == 50
-        assert assert_kept(batch).stored == 50
+    service.weather.change(FaultPlan(faults=["submit:slow"], slow=0.05))
+    batch = Batch(service, tmp_path)
+    batch.write(lines(50))
+    running = batch.start_run()
+    batch.until(lambda: batch.accepted >= accepted, running)
+    running.send(number)
+    before = batch.accepted
+    ended = running.end()
+    assert ended.status == status, ended
+    # Of the eight POSTs at once some were already counted when the signal was sent.
+    assert batch.accepted - before <= 8
+    found = batch.check(killed=False, complete=False)
+    assert not found.problems, found
+    assert found.unknown == 0
+    owed = batch.accepted - found.stored
+    assert owed > 0
+    told = re.search(r"(\d+) rows are paid for and not yet stored", ended.said)
+    # A row that was just being recorded as stored is told as owed.
+    assert owed <= int(told[1]) <= owed + 16, ended.said
+    assert f"flux-kontext collect file://{batch.output}" in ended.said
+    paid = batch.accepted
+    collected = batch.command("collect")
+    assert (collected.status, batch.accepted) == (0, paid), collected
+    assert batch.run().status == 0
+    assert batch.accepted == 50
+    assert assert_kept(batch).stored == 50
 
 
 def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_nothing(
@@ -73,21 +73,20 @@ def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_not
     assert assert_kept(batch).stored == 20
 
 
-@pytest.mark.parametrize("refusal", ["unauthorized", "no_balance"])
+@pytest.mark.parametrize("refusal", ["unauthorized", "no-balance"])
 def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, refusal):
-    script = {("submit", n): refusal for n in range(20, 200)}
-    with fault_proxy(service.url, script=script) as proxy:
-        batch = Batch(service, tmp_path, url=proxy.url)
-        batch.write(lines(60))
-        stopped = batch.run()
-        assert stopped.status == 1
-        assert stopped.said.count("flux-kontext: ") == 1
-        assert batch.accepted == 19
-        assert proxy.numbers["submit"] < 20 + 8
-        proxy.script.clear()
-        assert batch.run().status == 0
-        assert batch.accepted == 60
-        assert_kept(batch)
+    service.weather.change(FaultPlan(faults=[f"submit:{refusal}@20-"]))
+    batch = Batch(service, tmp_path)
+    batch.write(lines(60))
+    stopped = batch.run()
+    assert stopped.status == 1
+    assert stopped.said.count("flux-kontext: ") == 1
+    assert batch.accepted == 19
+    assert service.weather.numbers["submit"] < 20 + 8
+    service.weather.change(FaultPlan())
+    assert batch.run().status == 0
+    assert batch.accepted == 60
+    assert_kept(batch)
 
 
 def test_a_full_disk_pays_for_nothing_that_it_cannot_record(tmp_path):

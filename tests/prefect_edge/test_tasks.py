@@ -149,7 +149,7 @@ async def test_a_submit_in_doubt_is_sent_once_and_said_to_be_in_doubt(account):
 async def fetched_to(output):
     """Persist a good result to a bad output: how often it was fetched, and the error."""
     async with server_that_answers(200, picture("jpeg")) as host:
-        result = GenerationResult(task_id="t", result_urls=[host.url])
+        result = GenerationResult(task_id="t", result_urls=[host.url], base_url=host.url)
 
         @flow
         async def persists():

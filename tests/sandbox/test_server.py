@@ -115,6 +115,38 @@ def test_every_setting_is_an_option_with_a_help_text(capsys):
         assert field.description in shown
 
 
+def test_the_command_lists_the_faults_and_starts_nothing(capsys):
+    args = parsed("--fault", "help")
+    assert args.func(args) == 0
+    out = capsys.readouterr().out
+    assert "\nsubmit: " in f"\n{out}"
+    assert "lost-reply " in out
+    assert "callback: " in out
+
+
+@pytest.mark.parametrize("words", [["--fault", "submit:rain"], ["--faults", "/no/such/plan"]])
+def test_the_command_refuses_a_plan_of_faults_it_cannot_use(words, capsys):
+    args = parsed(*words)
+    assert args.func(args) == 2
+    assert words[1] in capsys.readouterr().err
+
+
+def test_the_command_starts_in_the_weather_that_is_asked_for(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("slow: 1\nfaults: ['status:html=0.1']\n")
+    faults = ["--fault", "submit:limited@2", "--faults", str(file), "--seed", "4"]
+    arguments = [sys.executable, "-c", RUN, "sandbox", "--port", "0", *faults]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        url = process.stdout.readline().split()[-1]
+        plan = httpx.get(f"{url}/sandbox/faults").json()["plan"]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert (plan["seed"], plan["slow"]) == (4, 1)
+    assert plan["faults"] == ["submit:limited@2", "status:html=0.1"]
+
+
 def test_the_sandbox_shares_no_code_with_the_client_side():
     script = (
         "import sys, prefect_flux_kontext.sandbox.server as _\n"

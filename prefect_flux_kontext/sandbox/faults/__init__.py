@@ -1,0 +1,1 @@
+"""Faults on demand: what can befall requests, tasks and callbacks, by a seeded plan."""

@@ -1,0 +1,66 @@
+"""Faults of callbacks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from prefect_flux_kontext.sandbox.faults.registry import FAULTS, befalls
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.sandbox.callbacks import Courier
+    from prefect_flux_kontext.sandbox.contract import JsonObject
+    from prefect_flux_kontext.sandbox.faults.weather import Weather
+
+
+async def deliver(weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+    """Deliver a callback in the present weather; False when it never arrived."""
+    fault, _ = weather.befalls("callback")
+    if fault is None:
+        return await courier.deliver(url, envelope)
+    delivered: bool = await FAULTS["callback"][fault](weather, courier, url, envelope)
+    return delivered
+
+
+@befalls("callback")
+async def lost(_weather: Weather, _courier: Courier, _url: str, _envelope: JsonObject) -> bool:
+    """It is never delivered."""
+    return False
+
+
+@befalls("callback")
+async def doubled(_weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+    """It is delivered twice."""
+    first = await courier.deliver(url, envelope)
+    return await courier.deliver(url, envelope) or first
+
+
+@befalls("callback")
+async def late(weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+    """It is delivered `late` seconds late."""
+    await asyncio.sleep(weather.plan.late)
+    return await courier.deliver(url, envelope)
+
+
+@befalls("callback")
+async def forged(_weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+    """Before it comes a stranger's, at the right URL, with another task and result."""
+    await courier.deliver(url, _strangers())
+    return await courier.deliver(url, envelope)
+
+
+@befalls("callback")
+async def misdirected(_weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+    """Before it comes a stranger's, at a URL whose last part was guessed."""
+    where = urlsplit(url)
+    guessed = where.path.rpartition("/")[0] + "/guessed"
+    await courier.deliver(urlunsplit(where._replace(path=guessed)), _strangers())
+    return await courier.deliver(url, envelope)
+
+
+def _strangers() -> JsonObject:
+    result = json.dumps({"resultUrls": ["file:///etc/hostname"]})
+    data = {"taskId": "task_ffffffffffffffff", "state": "success", "resultJson": result}
+    return {"code": 200, "message": "success", "data": data}

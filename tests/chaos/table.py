@@ -1,0 +1,41 @@
+"""The table of docs/reliability.md, which the run itself writes."""
+
+import re
+from pathlib import Path
+
+_PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+_BEGIN, _END = "<!-- written by make chaos -->", "<!-- end -->"
+SIMULATED = "simulated"
+_COLUMNS = {
+    "runs": "runs",
+    "rows": "rows",
+    "kills": "kills",
+    "paid_twice": "paid twice",
+    "lost": "lost",
+    "missing": "missing",
+    "problems": "other findings",
+    "unknown_held": "unknown, held",
+}
+
+
+def as_table(lines, *, scale, minutes):
+    """The lines of a run by scenario, with their sum, as Markdown."""
+    real = [line for name, line in lines.items() if not name.startswith(SIMULATED)]
+    sums = {column: sum(getattr(line, column) for line in real) for column in _COLUMNS}
+    rows = [
+        ["scenario", *_COLUMNS.values()],
+        ["---"] * (len(_COLUMNS) + 1),
+        *([name, *(f"{getattr(line, c):,}" for c in _COLUMNS)] for name, line in lines.items()),
+        ["**sum of what was not simulated**", *(f"**{number:,}**" for number in sums.values())],
+    ]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    size = "" if scale == 1 else f" at {scale:.0%} of the full size"
+    return f"{text}\n\nOne run{size} of {minutes:.0f} minutes."
+
+
+def write_table(text):
+    """Put it between the page's marks."""
+    page = _PAGE.read_text()
+    marks = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    assert marks.search(page), f"no marks in {_PAGE}"
+    _PAGE.write_text(marks.sub(lambda _: f"{_BEGIN}\n{text}\n{_END}", page, count=1))
