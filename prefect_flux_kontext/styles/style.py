@@ -80,7 +80,7 @@ class Style(BaseModel):
     def _template(self) -> Template:
         return template(self.prompt)
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, Any]:
         """What it sets in a request, without the prompt."""
         return self.model_dump(
