@@ -13,6 +13,7 @@ import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -71,7 +72,11 @@ class Sandbox:
                 faults_endpoint(self.weather),
             ],
             middleware=[Middleware(Weathered, self.weather)],
-            exception_handlers={Refusal: _refused, HTTPException: _unserved},
+            exception_handlers={
+                Refusal: _refused,
+                HTTPException: _unserved,
+                ClientDisconnect: _left,
+            },
             lifespan=self._lifespan,
         )
         own = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
@@ -211,6 +216,11 @@ async def _refused(_request: Request, refusal: Exception) -> Response:
     if refusal.retry_after is not None:
         headers["Retry-After"] = str(refusal.retry_after)
     return JSONResponse(failure(refusal), status_code=refusal.code, headers=headers)
+
+
+async def _left(_request: Request, _error: Exception) -> Response:
+    # A client that is killed in the middle of a request is nothing to print a traceback for.
+    return Response(status_code=400)
 
 
 async def _unserved(request: Request, error: Exception) -> Response:

@@ -131,6 +131,8 @@ class _Protocol(H11Protocol):
 
 
 def _reset(transport: asyncio.Transport) -> None:
+    if transport.is_closing():
+        return  # the client was faster
     # Closed without waiting, a socket that lingers for no time sends a reset.
     linger = struct.pack("ii", 1, 0)
     transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from prefect_flux_kontext.cli import sandbox as command
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.sandbox.helpers import KEY, STATUS, SUBMIT
@@ -47,6 +48,18 @@ def test_a_running_sandbox_serves_the_whole_way_over_http():
         assert sandbox.settings is settings
     with pytest.raises(httpx.ConnectError):
         httpx.get(sandbox.url)
+
+
+@pytest.mark.parametrize("faults", [[], ["submit:no-task-id"], ["submit:reset"]])
+def test_a_client_that_leaves_in_the_middle_of_a_request_leaves_no_trace(faults, caplog):
+    with running_sandbox(plan=FaultPlan(faults=faults)) as sandbox:
+        port = int(sandbox.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(f"POST {SUBMIT} HTTP/1.1\r\nHost: x\r\n".encode())
+            client.sendall(b"Authorization: Bearer k\r\nContent-Length: 99\r\n\r\n{")
+        reply = httpx.get(f"{sandbox.url}/sandbox/bill", trust_env=False)
+        assert reply.json()["accepted"] == 0
+    assert caplog.text == ""
 
 
 def test_two_sandboxes_run_side_by_side_and_share_nothing():

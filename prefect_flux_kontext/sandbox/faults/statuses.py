@@ -20,10 +20,10 @@ _ENDED = ("completeTime", "costTime", "resultJson", "failCode", "failMsg")
 async def _changed(exchange: Exchange, change: Callable[[dict[str, Any]], None]) -> None:
     """Answer what the service does, with its `data` changed; refusals are passed on."""
     reply = await exchange.served()
-    told = json.loads(reply.body)
     if reply.status != 200:  # noqa: PLR2004 - HTTP's word for success
         await exchange.pass_on(reply)
         return
+    told = json.loads(reply.body)
     change(told["data"])
     await exchange.data(told["data"])
 
