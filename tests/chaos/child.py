@@ -40,7 +40,7 @@ def _place(point):
         "replace": (RecordStore, "replace"),
         "remove": (RecordStore, "remove"),
         "read": (RecordStore, "read"),
-        "image": (OutputFolder, "write"),
+        "image": (OutputFolder, "write_apart"),
         "request": (httpx.AsyncHTTPTransport, "handle_async_request"),
         "download": (GuardedTransport, "handle_async_request"),
     }[point]
