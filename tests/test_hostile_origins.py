@@ -13,7 +13,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from prefect_flux_kontext import results as downloading
+from prefect_flux_kontext import downloads as downloading
 from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.models import GenerationResult
@@ -180,7 +180,7 @@ def _one_attempt(monkeypatch):
 async def persist(origin, output):
     async with ScriptedServer(origin) as server, download_client(base_url=server.url) as http:
         result = GenerationResult(task_id="task_1", result_urls=[f"{server.url}/?key=canary"])
-        return await persist_result(result, OutputFolder(output), http, name="cat")
+        return await persist_result(result, OutputFolder(output), http, name="cat", ai_mark=False)
 
 
 @pytest.mark.parametrize("name", ORIGINS)
@@ -202,7 +202,7 @@ async def test_an_origin_gives_a_whole_image_or_one_clear_error(name, tmp_path):
 
 @pytest.mark.parametrize("name", SLOW)
 async def test_an_origin_that_takes_its_time_is_left(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloading, "_LONGEST_DOWNLOAD", 0.5)
+    monkeypatch.setattr(downloading, "_LONGEST_ATTEMPT", 0.5)
     with pytest.raises(DownloadError, match="TimeoutError"):
         await persist(SLOW[name], tmp_path)
     assert list(tmp_path.iterdir()) == []
