@@ -69,14 +69,14 @@ def main(arguments, environment, log, bomb=None, file_limit=None):
     import fsspec.config  # noqa: PLC0415
 
     fsspec.config.set_conf_env(fsspec.config.conf)
-    from prefect_flux_kontext import results  # noqa: PLC0415
+    from prefect_flux_kontext import downloads, storage  # noqa: PLC0415
     from prefect_flux_kontext.api import client  # noqa: PLC0415
     from prefect_flux_kontext.cli import main as command_line  # noqa: PLC0415
     from prefect_flux_kontext.ledger import store  # noqa: PLC0415
 
     # Trouble is made often here, so patience is short.
     patient = store.jittered
-    for module in (store, client, results):
+    for module in (store, storage, client, downloads):
         module.jittered = lambda attempt, **how: patient(attempt, **how) / 20
     if bomb is not None:
         point, when, number = bomb
