@@ -98,6 +98,9 @@ async def _told(
             yield
         outcome = "stored" if batch.complete else "incomplete"
     finally:
+        # A submit that is under way may yet turn out to be paid for.
+        await asyncio.shield(session.submitter.drained())
+        batch.spent = session.submitter.spent
         batch.seconds = asyncio.get_running_loop().time() - began
         ended = events.BATCH_FINISHED
         if suspends and outcome != "stopped" and batch.outstanding:

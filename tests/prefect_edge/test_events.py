@@ -1,6 +1,10 @@
 """What a batch tells Prefect: events, artifacts, an asset, logs; few of each, and no secrets."""
 
+import asyncio
+
 import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_flux_kontext import events
@@ -75,6 +79,28 @@ async def test_a_stopped_batch_says_so_with_what_it_has_done(account, tmp_path):
     text = (await artifacts(run_id))["markdown"].data
     assert "# Stopped" in text
     assert "3 of 9" in text
+
+
+async def test_a_cancelled_batch_says_so_too(account, sandbox, tmp_path):
+    name = f"cancelled-{tmp_path.name}"
+    slow = {"initial_delay": 60.0, "interval": 1.0, "timeout": 90.0}
+    flow = style_transfer_batch.with_options(flow_run_name=name)
+    running = asyncio.create_task(flow(rows(3), str(tmp_path), credentials=account, cadence=slow))
+    for _ in range(1_200):
+        if sandbox.service.bill()["accepted"] == 3:
+            break
+        await asyncio.sleep(0.05)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    async with get_client() as client:
+        by_name = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
+        (found,) = await client.read_flow_runs(flow_run_filter=by_name)
+    told = {event["event"]: event for event in await our_events(found.id, events.BATCH_FINISHED)}
+    finished = told[events.BATCH_FINISHED]
+    assert finished["payload"]["outcome"] == "stopped"
+    assert finished["resource"]["flux-kontext.outstanding"] == "yes"
+    assert "# Stopped" in (await artifacts(found.id))["markdown"].data
 
 
 async def test_nothing_new_is_no_new_asset(account, tmp_path):
