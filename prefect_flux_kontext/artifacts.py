@@ -26,7 +26,6 @@ from prefect_flux_kontext.report.gallery.making import CONTACT_SHEET, GALLERY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-    from uuid import UUID
 
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.storage import OutputFolder
@@ -68,11 +67,13 @@ async def moving_progress(
 
 
 async def _move(batch: BatchSummary, rows: int, tick: Callable[[], None]) -> None:
-    shown: UUID | None = None
+    told = f"{rows:,} rows to {batch.output}"
+    creating = asyncio.create_task(_tried(acreate_progress_artifact(0, PROGRESS, told)))
     told_of = 0
 
     async def update() -> None:
         nonlocal told_of
+        shown = await asyncio.shield(creating)
         if shown is not None and batch.rows != told_of:
             told_of = batch.rows
             percent = 100 * min(1, batch.rows / max(rows, 1))
@@ -81,9 +82,6 @@ async def _move(batch: BatchSummary, rows: int, tick: Callable[[], None]) -> Non
 
     try:
         while True:
-            if shown is None:
-                told = f"{rows:,} rows to {batch.output}"
-                shown = await _tried(acreate_progress_artifact(0, PROGRESS, told))
             await asyncio.sleep(UPDATE_SECONDS)
             tick()
             await update()

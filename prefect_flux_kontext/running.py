@@ -18,6 +18,7 @@ from prefect_flux_kontext.batch.status import ledger_status
 from prefect_flux_kontext.callbacks.options import callback_options
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.logs import core_logs
+from prefect_flux_kontext.report.report import reported
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
@@ -94,7 +95,11 @@ async def _told(
     outcome = "stopped"
     rows = plan.rows if plan is not None else 0
     try:
-        async with moving_progress(batch, rows, _alarm(session, alert_above_usd, flow)):
+        async with (
+            # Here already, because the summary links to gallery and result manifest.
+            reported(session.report),
+            moving_progress(batch, rows, _alarm(session, alert_above_usd, flow)),
+        ):
             yield
         outcome = "stored" if batch.complete else "incomplete"
     finally:

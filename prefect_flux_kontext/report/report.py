@@ -88,6 +88,7 @@ class Report:
         """Bring result manifest and gallery up to date, if there is anything new."""
         try:
             if self._added:
+                self._added = False
                 await self.pictures.wait(_FOR_REFERENCES)
                 await self._keep_pictures("last")
                 await bring_up_to_date(

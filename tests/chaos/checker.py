@@ -136,7 +136,7 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
         names = [
             f"{name}.{kind}"
             for name in (row_id, f"{row_id}~{str(key)[:8]}")
-            for kind in ("jpg", "png")
+            for kind in ("jpg", "png", "webp")
         ]
         expected.update(names)
         images = [files[name] for name in names if name in files]
@@ -288,7 +288,7 @@ def _pixels(data):
     if data is None:
         return None
     with Image.open(io.BytesIO(data)) as picture:
-        return picture.format, picture.size, picture.tobytes()
+        return picture.size, picture.convert("RGB").tobytes()
 
 
 def _sha256(data):

@@ -165,14 +165,13 @@ class TestArtifacts:
     async def test_files_are_linked_where_a_browser_finds_them(
         self, account, tmp_path, monkeypatch
     ):
-        (tmp_path / "contact-sheet.png").write_bytes(b"")
         urls = f'{{"file://{tmp_path.parent}": "https://pictures.example.com/all/"}}'
         monkeypatch.setenv("FLUX_KONTEXT_PUBLIC_URLS", urls)
         _, run_id = await run(style_transfer_batch, rows(1), str(tmp_path), credentials=account)
         shown = await artifacts(run_id)
-        url = f"https://pictures.example.com/all/{tmp_path.name}/contact-sheet.png"
+        url = f"https://pictures.example.com/all/{tmp_path.name}/_gallery/contact-sheet.png"
         assert shown["image"].data == url
-        assert f"[contact-sheet.png]({url})" in shown["markdown"].data
+        assert f"[_gallery/contact-sheet.png]({url})" in shown["markdown"].data
 
     async def test_collecting_and_retrying_are_summed_up_too(self, account, tmp_path):
         wrong = [{"id": "rude", "prompt": "nsfw"}]

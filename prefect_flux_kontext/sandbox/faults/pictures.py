@@ -98,7 +98,7 @@ def _webp(image: bytes) -> bytes:
 
     out = io.BytesIO()
     with Image.open(io.BytesIO(image)) as picture:
-        picture.save(out, "WEBP")
+        picture.save(out, "WEBP", lossless=True)
     return out.getvalue()
 
 
