@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.cli.outputs import opened_output
+
 if TYPE_CHECKING:
     import argparse
 
@@ -44,18 +46,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _receive(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
+    from prefect_flux_kontext.batch.session import LEDGER_FOLDER  # noqa: PLC0415
     from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox  # noqa: PLC0415
     from prefect_flux_kontext.callbacks.receiver import create_receiver  # noqa: PLC0415
     from prefect_flux_kontext.callbacks.server import serve  # noqa: PLC0415
     from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
 
-    where = options.inbox or f"{ledger_store(OutputFolder(options.output))}/{INBOX_FOLDER}"
-    folder = OutputFolder(where)
+    if options.inbox:
+        folder = opened_output(options.inbox)
+    else:
+        folder = options.output.below(LEDGER_FOLDER).below(INBOX_FOLDER)
     asyncio.run(folder.check_writable())
-    inbox = Inbox(RecordStore(str(folder)))
+    inbox = Inbox(RecordStore(folder))
     receiver = create_receiver(inbox, FluxKontextSettings().callback_secret)
 
     def announce(url: str) -> None:

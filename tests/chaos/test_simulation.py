@@ -166,11 +166,9 @@ def test_if_every_owner_reads_as_dead_paying_again_for_unknown_rows_is_seen(monk
         await asyncio.gather(*runs)
         return len(list(world.sandbox.service.records()))
 
-    honest = [simulate(main, seed, None, QUICK) for seed in range(3)]
+    assert {simulate(main, seed, None, QUICK) for seed in range(3)} == {3}
     monkeypatch.setattr(ledger_module, "is_alive", dead)
-    careless = [simulate(main, seed, None, QUICK) for seed in range(3)]
-    assert set(honest) == {3}
-    assert max(careless) > 3
+    assert any(simulate(main, seed, None, QUICK) > 3 for seed in range(200))
 
 
 @pytest.mark.parametrize("error", ["ReplyLostError", "ServiceTroubleError"])
