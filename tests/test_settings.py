@@ -56,7 +56,7 @@ def test_default_then_environment_then_argument(name, monkeypatch):
     assert value_of(FluxKontextSettings(), field) == default
     monkeypatch.setenv(name, json.dumps(value) if isinstance(value, dict) else str(value))
     assert value_of(FluxKontextSettings(), field) == value
-    other = {str: "other", bool: not value, dict: {}}.get(type(value), 7)
+    other = {str: "other", bool: not value, dict: {"s3://b": "other"}}.get(type(value), 7)
     if isinstance(value, str) and value.startswith("{"):
         other = "{}"
     assert value_of(FluxKontextSettings(**{field: other}), field) == other
