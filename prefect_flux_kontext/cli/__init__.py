@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = _parser().parse_args(arguments)
     try:
-        if "output" in options:
+        if getattr(options, "output", None) is not None:
             options.output = opened_output(options.output)
         return int(options.func(options))
     except FluxKontextError as error:
