@@ -1,4 +1,4 @@
-"""When all that an output is owed was called back: once, later again, and not while a run lives."""
+"""When all that an output is owed was called back: once, later again, never while a run lives."""
 
 import asyncio
 import logging

@@ -1,0 +1,119 @@
+"""The receiver resumes what waits for an output's results, and tells Prefect of them."""
+
+import asyncio
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from prefect_flux_kontext import events
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.flows import style_transfer_batch
+from tests.prefect_edge.conftest import KEY
+from tests.prefect_edge.deployed import run_once, running_worker, state_names
+from tests.prefect_edge.records import post
+from tests.prefect_edge.test_deployments import ROOT
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
+
+SECRET = "a-secret-of-the-tests-0123456789"
+POOL = "received"
+
+
+@pytest.fixture
+def environment(prefect_api, sandbox):
+    """What the worker and the receiver have in common."""
+    return prefect_api.environment | {
+        "FLUX_KONTEXT_API_KEY": KEY,
+        "FLUX_KONTEXT_BASE_URL": sandbox.url,
+        "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0",
+        "FLUX_KONTEXT_POLL_INTERVAL": "0.1",
+        "FLUX_KONTEXT_CALLBACK_SECRET": SECRET,
+        "PYTHONPATH": str(ROOT),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+    }
+
+
+@pytest.fixture
+def receiver(environment, tmp_path):
+    """The URL of `flux-kontext receive --resume` for the output."""
+    command = ["receive", str(tmp_path / "out"), "--resume", "--port=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect_flux_kontext", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield re.search(r"http://\S+", process.stdout.readline())[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 0
+
+
+async def ready_events(output):
+    """The events that tell that the output's results are there, once there is one."""
+    wanted = {
+        "event": {"name": [events.RESULTS_READY]},
+        "resource": {"id": [f"flux-kontext.output.file://{output}"]},
+    }
+    for _ in range(300):
+        found = (await post("/events/filter", {"filter": wanted}))["events"]
+        if found:
+            return found
+        await asyncio.sleep(0.1)
+    raise AssertionError("no such event")
+
+
+async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_once(
+    environment, receiver, sandbox, tmp_path
+):
+    shutil.copytree(ROOT / "flows", tmp_path / "flows")
+    output, manifest = tmp_path / "out", tmp_path / "manifest.csv"
+    lines = [f"row-{number},a harbour {number}" for number in range(20)]
+    manifest.write_text("\n".join(["id,prompt", *lines]))
+    told = environment | {"FLUX_KONTEXT_CALLBACK_URL": receiver}
+    await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "prefect", "work-pool", "create", POOL, "--type", "process"],
+        env=environment,
+        check=True,
+    )
+    flow = await style_transfer_batch.from_source(
+        str(tmp_path), "flows/nightly_prefix.py:nightly_prefix"
+    )
+    await flow.deploy("called-back", work_pool_name=POOL, print_next_steps=False)
+    with running_worker(POOL, tmp_path, told):
+        run = await run_deployment(
+            "style-transfer-batch/called-back",
+            parameters={"manifest": str(manifest), "output": str(output), "wait": "suspend"},
+            timeout=0,
+        )
+        await run_once(run.id, "Suspended", "Resuming")
+        run = await run_once(run.id, "Completed")
+    names = await state_names(run.id)
+    assert names.count("Running") == 2
+    assert names.index("Suspended") < names.index("Resuming") < names.index("Completed")
+    assert len(list(output.glob("*.jpg"))) == 20
+    assert sandbox.service.bill()["accepted"] == 20
+    (event,) = await ready_events(output)
+    assert event["payload"] == {"output": f"file://{output}", "rows": 20}
+
+
+def test_without_an_address_of_prefect_no_receiver_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
+    with temporary_settings({PREFECT_API_URL: None}):
+        assert main(["receive", str(tmp_path), "--port=0", "--resume"]) == 2
+    assert "PREFECT_API_URL" in capsys.readouterr().err
+
+
+def test_what_to_resume_is_known_for_one_output_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
+    assert main(["receive", "--inbox", str(tmp_path), "--port=0", "--resume"]) == 2
+    assert "name OUTPUT in place of --inbox" in capsys.readouterr().err
