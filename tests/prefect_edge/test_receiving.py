@@ -11,13 +11,20 @@ import pytest
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_flux_kontext import events
+from prefect_flux_kontext import events, receiving
+from prefect_flux_kontext.batch.session import ledger_store
+from prefect_flux_kontext.batch.status import unfinished_entries
+from prefect_flux_kontext.callbacks import awaited
+from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Callback, Inbox
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.flows import style_transfer_batch
-from tests.prefect_edge.conftest import KEY
+from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.suspending import resume_suspended
+from tests.prefect_edge.conftest import KEY, QUICK
 from tests.prefect_edge.deployed import run_once, running_worker, state_names
 from tests.prefect_edge.records import post
 from tests.prefect_edge.test_deployments import ROOT
+from tests.prefect_edge.test_suspending import suspended
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
 
@@ -104,6 +111,36 @@ async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_
     assert sandbox.service.bill()["accepted"] == 20
     (event,) = await ready_events(output)
     assert event["payload"] == {"output": f"file://{output}", "rows": 20}
+
+
+async def test_who_is_suspended_a_moment_later_is_found_and_the_event_comes_once(
+    account, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(awaited, "_QUIET", 0)
+    monkeypatch.setattr(awaited, "_AGAIN", 0)
+    how = {"credentials": account, "cadence": QUICK, "wait": "collect"}
+    await style_transfer_batch([{"id": "a", "prompt": "a lighthouse"}], str(tmp_path), **how)
+    output = OutputFolder(str(tmp_path))
+    (entry,) = await unfinished_entries(ledger_store(output))
+    inbox = Inbox(ledger_store(output).below(INBOX_FOLDER))
+    callback = Callback(owner=entry.intent.owner, key=entry.key, number=entry.attempt)
+    looks, found = [], asyncio.Event()
+
+    async def looked(output):
+        looks.append(output)
+        if len(looks) == 2:
+            await suspended(output)
+        resumed = await resume_suspended(output)
+        if resumed:
+            found.set()
+        return resumed
+
+    monkeypatch.setattr(receiving, "resume_suspended", looked)
+    async with receiving.resuming(output, inbox):
+        await inbox.keep(callback)
+        await found.wait()
+    assert len(looks) == 2
+    assert len(await ready_events(tmp_path)) == 1
 
 
 def test_without_an_address_of_prefect_no_receiver_starts(tmp_path, monkeypatch, capsys):
