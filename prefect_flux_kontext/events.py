@@ -31,6 +31,7 @@ SPEND_ABOVE = "flux-kontext.batch.spend-above"
 BATCH_SUSPENDED = "flux-kontext.batch.suspended"
 BATCH_FINISHED = "flux-kontext.batch.finished"
 RESULTS_EXPIRING = "flux-kontext.results.expiring"
+RESULTS_READY = "flux-kontext.results.ready"
 MANIFEST_ARRIVED = "flux-kontext.manifest.arrived"
 ASSET_STORED = "prefect.asset.materialization.succeeded"
 """Prefect's own name: what `@materialize` emits, without the task run that it costs."""
@@ -47,13 +48,26 @@ def tell(event: str, output: str, payload: dict[str, Any], **labels: str) -> Non
         payload: What is worth knowing; JSON.
         **labels: What triggers may match, as `flux-kontext.<label>`.
     """
-    resource = {
+    named = {f"flux-kontext.{name}": value for name, value in labels.items()}
+    _emit(event, _resource(output) | named, payload)
+
+
+async def tell_surely(event: str, output: str, payload: dict[str, Any]) -> None:
+    """Like `tell`, and sure that the event has reached Prefect; for processes outside of a flow.
+
+    Raises:
+        ConfigurationError: Prefect's API is not set or does not answer.
+    """
+    told = Event(event=event, resource=Resource(_resource(output)), payload=payload)
+    await _send(told, f"event {event}")
+
+
+def _resource(output: str) -> dict[str, str]:
+    return {
         "prefect.resource.id": f"flux-kontext.output.{output}",
         "prefect.resource.name": output,
         "flux-kontext.output": output,
-        **{f"flux-kontext.{name}": value for name, value in labels.items()},
     }
-    _emit(event, resource, payload)
 
 
 def tell_asset(key: str, payload: dict[str, Any]) -> None:
@@ -105,14 +119,17 @@ async def announce_manifest(manifest: str, output: str | None, payload: dict[str
     Raises:
         ConfigurationError: The URL holds a secret, or Prefect's API does not answer.
     """
-    event = _arrival(manifest, output, payload)
+    await _send(_arrival(manifest, output, payload), "announcement")
+
+
+async def _send(event: Event, what: str) -> None:
     url = required_api_url()
     try:
         async with get_events_client(reconnection_attempts=0, checkpoint_every=1) as client:
             await client.emit(event)
     except Exception as error:
         raise ConfigurationError(
-            f"The announcement did not reach Prefect at {url}: {type(error).__name__}: {error}"
+            f"The {what} did not reach Prefect at {url}: {type(error).__name__}: {error}"
         ) from error
 
 

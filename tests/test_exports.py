@@ -21,6 +21,7 @@ EDGE = (
     "logs",
     "outputs",
     "plans",
+    "receiving",
     "running",
     "single",
     "suspending",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -15,6 +15,7 @@ from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from starlette.applications import Starlette
 
@@ -27,7 +28,13 @@ _KEEP_ALIVE_SECONDS = 30
 _LAST_REQUESTS_SECONDS = 5
 
 
-def serve(app: Starlette, host: str, port: int, announce: Callable[[str], None]) -> None:
+def serve(
+    app: Starlette,
+    host: str,
+    port: int,
+    announce: Callable[[str], None],
+    beside: AbstractAsyncContextManager[None] | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
@@ -35,6 +42,7 @@ def serve(app: Starlette, host: str, port: int, announce: Callable[[str], None])
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         announce: Called with the URL as soon as it can be reached.
+        beside: What runs on the same loop meanwhile.
 
     Raises:
         ConfigurationError: The address cannot be listened on.
@@ -45,7 +53,7 @@ def serve(app: Starlette, host: str, port: int, announce: Callable[[str], None])
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stopped.set)
-        async with served(app, host, port) as url:
+        async with beside or nullcontext(), served(app, host, port) as url:
             announce(url)
             await stopped.wait()
 

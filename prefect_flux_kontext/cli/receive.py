@@ -42,6 +42,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     receive.add_argument(
         "--port", type=int, default=8780, help="port, 0 for a free one (default: %(default)s)"
     )
+    receive.add_argument(
+        "--resume",
+        action="store_true",
+        help="when all results of OUTPUT were called back, resume the flow runs that are "
+        "suspended for it, at PREFECT_API_URL",
+    )
     receive.set_defaults(func=_receive)
 
 
@@ -50,19 +56,29 @@ def _receive(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox  # noqa: PLC0415
     from prefect_flux_kontext.callbacks.receiver import create_receiver  # noqa: PLC0415
     from prefect_flux_kontext.callbacks.server import serve  # noqa: PLC0415
+    from prefect_flux_kontext.errors import ConfigurationError  # noqa: PLC0415
     from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
-    if options.inbox:
-        folder = opened_output(options.inbox)
+    if options.inbox is None:
+        folder = options.output.below(f"{LEDGER_FOLDER}/{INBOX_FOLDER}")
+    elif options.resume:
+        raise ConfigurationError(
+            "--resume looks into the ledger of one output: name OUTPUT in place of --inbox."
+        )
     else:
-        folder = options.output.below(LEDGER_FOLDER).below(INBOX_FOLDER)
+        folder = opened_output(options.inbox)
     asyncio.run(folder.check_writable())
     inbox = Inbox(RecordStore(folder))
     receiver = create_receiver(inbox, FluxKontextSettings().callback_secret)
+    beside = None
+    if options.resume:
+        from prefect_flux_kontext.receiving import resuming  # noqa: PLC0415 - loads Prefect
+
+        beside = resuming(options.output, inbox)
 
     def announce(url: str) -> None:
         print(_GREETING.format(url=url, inbox=inbox), flush=True)
 
-    serve(receiver, options.host, options.port, announce)
+    serve(receiver, options.host, options.port, announce, beside)
     return 0

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.prefect_edge.conftest import KEY
+from tests.prefect_edge.deployed import run_once, running_worker, state_names
 
 ROOT = Path(__file__).parents[2]
 POOL = "flux-kontext"
@@ -85,24 +85,8 @@ def place(prefect_api, tmp_path_factory):
         place = Place(folder, environment, sandbox)
         place.ran("prefect", "work-pool", "create", POOL, "--type", "process")
         place.ran("prefect", "deploy", "--all")
-        with (folder / "worker.log").open("wb") as log:
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL],
-                cwd=folder,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                yield place
-            finally:
-                worker.send_signal(signal.SIGTERM)
-                try:
-                    worker.wait(60)
-                except subprocess.TimeoutExpired:
-                    os.killpg(worker.pid, signal.SIGKILL)
-                    worker.wait()
+        with running_worker(POOL, folder, environment):
+            yield place
 
 
 async def newest_run(flow, output):
@@ -117,23 +101,6 @@ async def newest_run(flow, output):
                     return run
             await anyio.sleep(0.1)
     raise AssertionError(f"no run of {flow} into {output}")
-
-
-async def run_once(run_id, *names):
-    """A run once it is in a state of one of the names."""
-    async with get_client() as client:
-        for _ in range(1_800):
-            run = await client.read_flow_run(run_id)
-            if run.state_name in names:
-                return run
-            assert not run.state.is_final(), f"{run.state_name}: {run.state.message}"
-            await anyio.sleep(0.1)
-    raise AssertionError(f"still {run.state_name}")
-
-
-async def state_names(run_id):
-    async with get_client() as client:
-        return [state.name for state in await client.read_flow_run_states(run_id)]
 
 
 async def gone(pid):
