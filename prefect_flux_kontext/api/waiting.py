@@ -7,13 +7,14 @@ import logging
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.api.backoff import jittered
+from prefect_flux_kontext.api.looks import Looks
 from prefect_flux_kontext.errors import (
     ApiError,
     GenerationFailedError,
     GenerationTimeoutError,
     NotFoundError,
 )
-from prefect_flux_kontext.models import GenerationResult, utc_now
+from prefect_flux_kontext.models import GenerationResult
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.api.cadence import PollingCadence
@@ -45,16 +46,16 @@ async def wait_until_ended(
         RefusedError: The service refuses to tell (4xx).
     """
     troubles: list[ApiError] = []
-    client.governor.tasks.watched(task.task_id)
+    looks = Looks(client.governor, task, cadence)
     try:
         async with asyncio.timeout(cadence.timeout):
-            status = await _last_status(client, task, cadence, troubles)
+            status = await _last_status(client, task, cadence, looks, troubles)
     except TimeoutError:
         timed_out = True
     else:
         timed_out = False
     finally:
-        client.governor.tasks.ended(task.task_id)
+        looks.over()
     if timed_out:
         raise GenerationTimeoutError(
             f"Task {task.task_id} did not end within {cadence.timeout:g} s"
@@ -83,25 +84,25 @@ async def _last_status(
     client: FluxKontextClient,
     task: GenerationTask,
     cadence: PollingCadence,
+    looks: Looks,
     troubles: list[ApiError],
 ) -> TaskStatus:
     """Ask until it has ended; `troubles` holds what went wrong since the last good answer."""
-    age = max(0.0, (utc_now() - task.submitted_at).total_seconds())
-    began = asyncio.get_running_loop().time()
-    await asyncio.sleep(max(0.0, cadence.initial_delay - age))
+    pause = looks.pause()
     while True:
+        await asyncio.sleep(pause)
         try:
             status = await client.status(task.task_id)
         except ApiError as error:
-            waited = asyncio.get_running_loop().time() - began
-            unknown_yet = isinstance(error, NotFoundError) and age + waited < _UNKNOWN_AT_FIRST
+            unknown_yet = isinstance(error, NotFoundError) and looks.age < _UNKNOWN_AT_FIRST
             if not (error.retryable or unknown_yet):
                 raise
             troubles.append(error)
             logger.debug("Task %s: asking again after %s", task.task_id, error)
-            await asyncio.sleep(max(cadence.interval, jittered(len(troubles))))
+            pause = max(cadence.interval, jittered(len(troubles)))
         else:
+            looks.looked(status)
             if status.state in ("success", "failed"):
                 return status
             troubles.clear()
-            await asyncio.sleep(cadence.interval)
+            pause = looks.pause()

@@ -1,0 +1,77 @@
+"""How many of the tasks we watch still run at the service, as far as can be told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from prefect_flux_kontext.api.latency_curve import LatencyCurve
+
+_ENOUGH = 200
+"""Tasks that must have ended before their curve is trusted with submits."""
+
+_STALE = 0.2
+"""Seconds for which a count is used before it is made again."""
+
+
+@dataclass(slots=True)
+class Watched:
+    """A task that somebody waits for.
+
+    Attributes:
+        began: Loop time at which its submit was answered.
+        curve: How long tasks of its kind take; None where nothing is known.
+        reached: Age in seconds at which it was last seen to run.
+    """
+
+    began: float
+    curve: LatencyCurve | None = None
+    reached: float = 0.0
+
+
+class RunningEstimate:
+    """Counts each watched task as much as it is likely to run.
+
+    A task's end is noticed seconds after it has come, and meanwhile its slot is free. Of a
+    thousand tasks it is well known how many have ended, though not which.
+
+    Attributes:
+        mean: Tasks that are expected to run.
+        deviation: Standard deviation of how many really do.
+    """
+
+    def __init__(self) -> None:
+        self.mean = self.deviation = 0.0
+        self._counted_at = -math.inf
+
+    def refresh(self, watched: Collection[Watched], now: float, ahead: float) -> None:
+        """Count them as they will be `ahead` seconds from now, unless it was just done."""
+        if now < self._counted_at + _STALE:
+            return
+        self._counted_at = now
+        at = now + ahead + _STALE / 2
+        mean = variance = 0.0
+        for task in watched:
+            share = _running_share(task, at)
+            mean += share
+            variance += share * (1 - share)
+        self.mean, self.deviation = mean, math.sqrt(variance)
+
+    def one_more(self) -> None:
+        """Another task is watched, which has only just begun."""
+        self.mean += 1
+
+
+def _running_share(task: Watched, at: float) -> float:
+    curve = task.curve
+    if curve is None or curve.known < _ENOUGH:
+        return 1.0
+    shares, per_second = curve.table()
+    last = len(shares) - 1
+    reached = shares[min(last, int(task.reached * per_second))]
+    share = shares[min(last, int((at - task.began) * per_second))]
+    return share / reached if share < reached else 1.0
