@@ -135,8 +135,8 @@ async def run(scenario: Scenario, images: int) -> dict[str, float]:
 def figures(
     account: SimulatedAccount, scenario: Scenario, tasks: list[Any], delays: list[float]
 ) -> dict[str, float]:
-    """What the service saw, after the slots were first filled and before they ran empty."""
-    first = tasks[min(scenario.slots, len(tasks) // 4)].accepted_at
+    """What the service saw, after each slot was filled twice and before they ran empty."""
+    first = tasks[min(2 * scenario.slots, len(tasks) // 2)].accepted_at
     last = tasks[-1].accepted_at
     busy = sum(min(task.ready_at, last) - max(task.accepted_at, first) for task in tasks if task.ready_at > first)
     bill = account.service.bill()

@@ -16,7 +16,7 @@ _PRIOR = 0.05
 count only for ages that no task has reached."""
 
 _CELLS = 400
-_RARE = 0.002
+_FEW, _RARE = 0.1, 0.002
 _REBUILD_AFTER = 25
 
 
@@ -86,8 +86,7 @@ class LatencyCurve:
         """
         self._refresh()
         if not self._table:
-            few = bisect.bisect_left(range(_BINS - 1), -_RARE, key=lambda k: -self._survival[k])
-            step = _EDGES[few] / _CELLS
+            step = min(self._age_at(_RARE), 2 * self._age_at(_FEW)) / _CELLS
             self._table = [self._survival_at(cell * step) for cell in range(_CELLS)]
             self._per_second = 1 / step
         return self._table, self._per_second
@@ -129,6 +128,11 @@ class LatencyCurve:
         self._survival, self._area = survival, areas
         self._table: list[float] = []
         self._per_second = 0.0
+
+    def _age_at(self, share: float) -> float:
+        """The age that no more than this share of tasks reaches."""
+        index = bisect.bisect_left(self._survival, -share, hi=_BINS - 1, key=lambda left: -left)
+        return _EDGES[index]
 
     def _survival_at(self, age: float) -> float:
         return _between(self._survival, age)

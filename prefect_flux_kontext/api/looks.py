@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _ENOUGH = 20
 """Tasks that must have ended before the configured cadence gives way to what was learned."""
 
-_PATIENCE = 0.85
+_PATIENCE = 1.0
 """Intervals for which an ended task may be expected to go unnoticed."""
 
 _LONGEST = 1 / 3

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.api.latency_curve import LatencyCurve
 
-_ENOUGH = 200
+_ENOUGH = 50
 """Tasks that must have ended before their curve is trusted with submits."""
 
 _STALE = 0.2
@@ -72,6 +72,6 @@ def _running_share(task: Watched, at: float) -> float:
         return 1.0
     shares, per_second = curve.table()
     last = len(shares) - 1
-    reached = shares[min(last, int(task.reached * per_second))]
-    share = shares[min(last, int((at - task.began) * per_second))]
+    reached = shares[min(last, round(task.reached * per_second))]
+    share = shares[min(last, round((at - task.began) * per_second))]
     return share / reached if share < reached else 1.0

@@ -21,8 +21,9 @@ _SHORTEST_HOLD, _LONGEST_HOLD = 1.0, 30.0
 """Seconds without growth after a refused submit. They double while submits are refused with no
 more tasks running than before, up to one mean generation, in which slots come free."""
 
-_CAUTION = 2.5
-"""Standard deviations that the count of likely running tasks stays below the limit."""
+_LEAST_CAUTION, _MOST_CAUTION, _MORE_CAUTION, _LESS_CAUTION = 2.0, 30.0, 1.5, 1 / 1_000
+"""Standard deviations that the count of likely running tasks stays below the limit; times so
+much after each refusal, and for each accepted submit by so much of the difference back."""
 
 _LOOK_AGAIN = 0.2
 """Seconds after which tasks may be taken to have ended that nobody has seen to end."""
@@ -50,6 +51,7 @@ class TaskGate:
         self._refusals = RecentRefusals()
         self._refused_at = self._grow_from = self._closed_until = -math.inf
         self._hold = _SHORTEST_HOLD
+        self._caution = _LEAST_CAUTION
         self._refused_with = 0.0
         self._posting = 0
         self._most_posting = _FIRST_POSTS
@@ -101,6 +103,7 @@ class TaskGate:
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._refusals.heard()
+            self._caution -= _LESS_CAUTION * (self._caution - _LEAST_CAUTION)
             self._posting -= 1
             self._most_posting = min(_MOST_POSTS, self._most_posting + 1)
             if task_id not in self._watched:
@@ -170,6 +173,7 @@ class TaskGate:
         self._refused_with = self._proven()
         self._limit = max(1, min(self._limit, math.floor(self._refused_with)))
         if another:
+            self._caution = min(_MOST_CAUTION, _MORE_CAUTION * self._caution)
             self._refused_at = now
             self._grow_from = now + self._hold
             self._closed_until = now + jittered(1)
@@ -181,7 +185,7 @@ class TaskGate:
         free = self._limit - self.running
         if free <= 0 and self._watched:
             self._estimate.refresh(self._watched.values(), now, self.round_trip)
-            likely = self._estimate.mean + _CAUTION * self._estimate.deviation
+            likely = self._estimate.mean + self._caution * self._estimate.deviation
             if likely < len(self._watched):
                 seen_by_none = len(self._watched) - math.ceil(likely)
                 free += seen_by_none
