@@ -40,7 +40,7 @@ USUAL = LatencyCurve(MEAN, SPREAD)
 
 def drifting(since: float, dice: random.Random) -> float:
     """Tasks take three times as long from the 90th second to the 270th."""
-    return USUAL.draw(dice) * (3 if 90 <= since < 270 else 1)
+    return USUAL.draw(dice) * (3 if int(since) in range(90, 270) else 1)
 
 
 def sloping(since: float, dice: random.Random) -> float:
@@ -50,12 +50,12 @@ def sloping(since: float, dice: random.Random) -> float:
 
 def with_stragglers(_since: float, dice: random.Random) -> float:
     """One task in twenty takes five times as long."""
-    return USUAL.draw(dice) * (5 if dice.random() < 0.05 else 1)
+    return USUAL.draw(dice) * dice.choices((1, 5), (95, 5))[0]
 
 
 def two_humps(_since: float, dice: random.Random) -> float:
     """Half of the tasks take about 12 s, half about 48 s."""
-    return LatencyCurve(*((12, 0.1) if dice.random() < 0.5 else (48, 0.1))).draw(dice)
+    return LatencyCurve(dice.choice((12, 48)), 0.1).draw(dice)
 
 
 def fast(_since: float, dice: random.Random) -> float:
@@ -66,7 +66,8 @@ def fast(_since: float, dice: random.Random) -> float:
 def stalled(since: float, dice: random.Random) -> float:
     """Nothing ends from the 120th second to the 180th."""
     seconds = USUAL.draw(dice)
-    return seconds + 60 if since < 120 <= since + seconds else seconds
+    begins, lasts = 120, 60
+    return seconds + lasts if since < begins <= since + seconds else seconds
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Scenario:
 
     @property
     def slots(self) -> int:
+        """Slots that are ours."""
         return self.account.get("slots", 1_000) - self.others
 
 
@@ -138,21 +140,27 @@ def figures(
     """What the service saw, after each slot was filled twice and before they ran empty."""
     first = tasks[min(2 * scenario.slots, len(tasks) // 2)].accepted_at
     last = tasks[-1].accepted_at
-    busy = sum(min(task.ready_at, last) - max(task.accepted_at, first) for task in tasks if task.ready_at > first)
+    busy = sum(
+        min(task.ready_at, last) - max(task.accepted_at, first)
+        for task in tasks
+        if task.ready_at > first
+    )
+    accepted = sum(first < task.accepted_at <= last for task in tasks)
     bill = account.service.bill()
     refused = bill["submits_refused"]
-    by_service = sum(refused.values()) + bill["statuses_refused"]
-    n = len(tasks)
+    submits = len(tasks) + sum(refused.values())
+    by_limits = sum(refused.values()) + bill["statuses_refused"]
+    requests = submits + bill["status_requests"]
     quantiles = statistics.quantiles(delays, n=20)
     return {
         "slots used": busy / (last - first) / scenario.slots,
-        "images a second": sum(first < task.accepted_at <= last for task in tasks) / (last - first),
-        "requests an image": (bill["status_requests"] + sum(refused.values()) + account.refused_at_random + len(tasks)) / n,
+        "images a second": accepted / (last - first),
+        "requests an image": (requests + account.refused_at_random) / len(tasks),
         "submits refused: slots": refused["slots"],
         "submits refused: requests": refused["requests"],
         "statuses refused": bill["statuses_refused"],
-        "submits refused %": 100 * sum(refused.values()) / (n + sum(refused.values())),
-        "refused %": 100 * by_service / (n + by_service + bill["status_requests"]),
+        "submits refused %": 100 * sum(refused.values()) / submits,
+        "refused %": 100 * by_limits / requests,
         "unnoticed p50": quantiles[9],
         "unnoticed p95": quantiles[18],
         "peak running": bill["peak_running"],

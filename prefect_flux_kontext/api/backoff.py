@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 
 LONGEST_RETRY_AFTER = 300.0
 
-_WEIGHT, _MANY = 0.1, 0.25
+_WEIGHT, _MANY = 0.1, 0.4
 """Of the last ten answers or so, the share of refusals that says that a limit was passed. A
 service that refuses one in twenty at random would else slow us down for ever."""
 
@@ -57,7 +57,7 @@ class RecentRefusals:
 
     @property
     def many(self) -> bool:
-        """Whether of the last answers three in a row, or as good as that, were refusals."""
+        """Whether of the last answers five in a row, or as good as that, were refusals."""
         return self._share > _MANY
 
     def refused(self) -> None:

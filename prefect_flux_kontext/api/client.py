@@ -223,9 +223,7 @@ class FluxKontextClient:
             logger.debug("The balance is not to be had: %s", error)
             return None
 
-    async def _ask_until_allowed(
-        self, read: Callable[..., _Read], path: str, **how: Any
-    ) -> _Read:
+    async def _ask_until_allowed(self, read: Callable[..., _Read], path: str, **how: Any) -> _Read:
         for refused in itertools.count(1):
             try:
                 return await self._ask(read, "GET", path, **how)

@@ -39,6 +39,7 @@ class LatencyCurve:
         self._ended = [0.0] * _BINS
         self._entered = [0.0] * (_BINS + 1)  # tasks that pass whole bins from here on, or not
         self._part = [0.0] * _BINS  # seconds in the bins they do not pass whole
+        self._table: list[float] = []
         self._rebuild()
 
     def still_running(self, since: float, age: float) -> None:
@@ -126,8 +127,7 @@ class LatencyCurve:
             survival.append(running)
             areas.append(area)
         self._survival, self._area = survival, areas
-        self._table: list[float] = []
-        self._per_second = 0.0
+        self._table, self._per_second = [], 0.0
 
     def _age_at(self, share: float) -> float:
         """The age that no more than this share of tasks reaches."""

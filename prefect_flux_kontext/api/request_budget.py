@@ -78,7 +78,7 @@ class RequestBudget:
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._paused_until = max(self._paused_until, now + seconds)
-            self._next = max(self._next, self._paused_until + self._burst)
+            self._next = max(self._next, self._paused_until + self._tolerance)
 
     def slow_down(self) -> None:
         """Halve the rate: the account's limit is lower than we were told, or others share it."""
@@ -97,7 +97,7 @@ class RequestBudget:
 
     def _wait(self, now: float) -> float:
         """Seconds until the next request may be sent, seen from now."""
-        return self._next - self._tolerance - now
+        return max(self._next - self._tolerance, self._paused_until) - now
 
     def _send(self, now: float) -> None:
         self._next = max(self._next, now) + self._spacing

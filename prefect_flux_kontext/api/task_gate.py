@@ -17,20 +17,26 @@ if TYPE_CHECKING:
 _ASSUMED_RUNNING = 60.0
 """Seconds a task that nobody waits for here is taken to hold its slot: twice the mean."""
 
-_SHORTEST_HOLD, _LONGEST_HOLD = 1.0, 30.0
-"""Seconds without growth after a refused submit. They double while submits are refused with no
-more tasks running than before, up to one mean generation, in which slots come free."""
+_SHORTEST_HOLD, _LONGEST_HOLD, _RARELY = 1.0, 120.0, 10.0
+"""Seconds without growth after a refused submit. They double with each refusal that follows
+another within ten times as long, and halve with each that comes later."""
 
-_LEAST_CAUTION, _MOST_CAUTION, _MORE_CAUTION, _LESS_CAUTION = 2.0, 30.0, 1.5, 1 / 1_000
-"""Standard deviations that the count of likely running tasks stays below the limit; times so
-much after each refusal, and for each accepted submit by so much of the difference back."""
+_CAUTION = 2.0
+"""Standard deviations that the count of likely running tasks stays below the limit."""
+
+_ONCE_BITTEN, _FORGIVEN = 1.5, 1 / 600
+"""Where that was refused, it stays so many times as far away as it was, and each accepted submit
+brings it nearer again by so much."""
 
 _LOOK_AGAIN = 0.2
 """Seconds after which tasks may be taken to have ended that nobody has seen to end."""
 
-_FIRST_POSTS, _MOST_POSTS = 8, 64
-"""POSTs under way at once to begin with: all of them are refused where the limit is lower
-than we think, and in doubt when the process is killed."""
+_FIRST_POSTS, _UNSURE_POSTS, _MOST_POSTS = 8, 16, 32
+"""POSTs under way at once: to begin with, when they count on tasks that have likely ended, and
+at most. All of them are refused where the limit is lower than we think."""
+
+_SAME = 0.1
+"""Part by which two counts of tasks may differ that stand for the same limit."""
 
 
 class TaskGate:
@@ -48,11 +54,11 @@ class TaskGate:
         self.slots = slots
         self.round_trip = 0.0
         self._limit = slots
+        self._ceiling = math.inf  # tasks that ran when a limit was last met
         self._refusals = RecentRefusals()
         self._refused_at = self._grow_from = self._closed_until = -math.inf
         self._hold = _SHORTEST_HOLD
-        self._caution = _LEAST_CAUTION
-        self._refused_with = 0.0
+        self._missed = 0.0  # tasks by which the count of likely running ones was wrong
         self._posting = 0
         self._most_posting = _FIRST_POSTS
         self._estimate = RunningEstimate()
@@ -103,14 +109,14 @@ class TaskGate:
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._refusals.heard()
-            self._caution -= _LESS_CAUTION * (self._caution - _LEAST_CAUTION)
+            self._missed *= 1 - _FORGIVEN
             self._posting -= 1
             self._most_posting = min(_MOST_POSTS, self._most_posting + 1)
             if task_id not in self._watched:
                 self._unwatched.setdefault(task_id, now + _ASSUMED_RUNNING)
             proven = self._proven()
-            if proven > self._refused_with:
-                self._hold = _SHORTEST_HOLD
+            if proven > (1 + _SAME) * self._ceiling + 1:
+                self._ceiling = math.inf
             grown = self._limit + 1 if now >= self._grow_from else self._limit
             self._limit = min(self.slots, max(grown, math.floor(proven)))
         self._wake(now)
@@ -124,7 +130,7 @@ class TaskGate:
     def refused(self, *, entered_at: float | None = None) -> None:
         """A submit got 429: room is for what runs, for a while.
 
-        But not for a single refusal that the number of tasks does not explain.
+        But not for a single refusal that no limit explains.
 
         Args:
             entered_at: Loop time at which its slot was taken; None takes the present.
@@ -134,8 +140,14 @@ class TaskGate:
             self._posting -= 1
             self._refusals.refused()
             overbooked = self.running - self._posting > self._limit
-            if overbooked or self._refusals.many:
-                self._shrink(now, another=entered_at is None or entered_at > self._refused_at)
+            another = entered_at is None or entered_at > self._refused_at
+            grown_again = now >= self._grow_from or not another
+            where_before = grown_again and self._proven() >= (1 - _SAME) * self._ceiling
+            if overbooked or where_before or self._refusals.many:
+                self._shrink(now, overbooked=overbooked, another=another)
+            elif not grown_again:
+                # With no more tasks than were accepted before: so it was no limit before.
+                self._grow_from = now
         self._wake(now)
 
     def watched(
@@ -167,29 +179,37 @@ class TaskGate:
             self._unwatched.pop(task_id, None)
         self._wake(asyncio.get_running_loop().time())
 
-    def _shrink(self, now: float, *, another: bool) -> None:
+    def _shrink(self, now: float, *, overbooked: bool, another: bool) -> None:
         self._most_posting = _FIRST_POSTS
         self._estimate.refresh(self._watched.values(), now, self.round_trip)
-        self._refused_with = self._proven()
-        self._limit = max(1, min(self._limit, math.floor(self._refused_with)))
+        proven = self._proven()
+        if overbooked:
+            # The count of likely ends was wrong, or else it is the limit: one thing at a time.
+            if another:
+                self._missed = max(self._missed, _ONCE_BITTEN * (self._limit - proven))
+        else:
+            self._ceiling = max(1.0, proven)
+            self._limit = min(self._limit, math.floor(self._ceiling))
+            if another:
+                often = now < self._refused_at + _RARELY * self._hold
+                longer = 2 * self._hold if often else self._hold / 2
+                self._hold = min(_LONGEST_HOLD, max(_SHORTEST_HOLD, longer))
+                self._grow_from = now + self._hold
         if another:
-            self._caution = min(_MOST_CAUTION, _MORE_CAUTION * self._caution)
             self._refused_at = now
-            self._grow_from = now + self._hold
             self._closed_until = now + jittered(1)
-            self._hold = min(_LONGEST_HOLD, 2 * self._hold)
 
     def _room(self, now: float) -> int:
         if now < self._closed_until:
             return 0
-        free = self._limit - self.running
+        free, posts = self._limit - self.running, self._most_posting
         if free <= 0 and self._watched:
             self._estimate.refresh(self._watched.values(), now, self.round_trip)
-            likely = self._estimate.mean + self._caution * self._estimate.deviation
-            if likely < len(self._watched):
-                seen_by_none = len(self._watched) - math.ceil(likely)
-                free += seen_by_none
-        return min(free, self._most_posting - self._posting)
+            margin = max(_CAUTION * self._estimate.deviation, self._missed)
+            likely = self._estimate.mean + margin
+            free += max(0, len(self._watched) - math.ceil(likely))
+            posts = min(posts, _UNSURE_POSTS)
+        return min(free, posts - self._posting)
 
     def _proven(self) -> float:
         """Tasks that run at the service, for all we know."""

@@ -38,7 +38,6 @@ class SimulatedAccount:
         self.refuse = refuse
         self.refused_at_random = 0
         self.first_request = None
-        self.submits_refused_at = []
         if curve is not None:
             self.service._curve = SimpleNamespace(draw=lambda dice: curve(self.since(), dice))
 
@@ -71,19 +70,20 @@ class SimulatedAccount:
         await asyncio.sleep(self.dice.uniform(*self.line))
         yield reply
 
+    def _throw_dice(self):
+        if self.dice.random() < self.refuse:
+            self.refused_at_random += 1
+            raise Refusal(429, "too many requests", "by the dice")
+
     def _reply(self, method, payload, params):
         try:
-            if self.dice.random() < self.refuse:
-                self.refused_at_random += 1
-                raise Refusal(429, "too many requests", "by the dice")
+            self._throw_dice()
             if method == "POST":
                 data = {"taskId": self.service.submit(KEY, payload, URL).task_id}
             else:
                 task = self.service.status(KEY, params["taskId"])
                 data = task.status(self.service.now(), self.service.epoch)
         except Refusal as refusal:
-            if method == "POST":
-                self.submits_refused_at.append(round(self.since(), 1))
             headers = {}
             if refusal.retry_after is not None:
                 headers["Retry-After"] = str(refusal.retry_after)
