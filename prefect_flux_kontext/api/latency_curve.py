@@ -15,6 +15,9 @@ _PRIOR = 0.05
 """Tasks we pretend to have seen, with ends as likely at 10 to 20 s as at 100 to 200 s. They
 count only for ages that no task has reached."""
 
+_LEFT = 0.01
+"""Least share of tasks that is taken to survive a bin: the ages after it must have some."""
+
 _CELLS = 400
 _FEW, _RARE = 0.1, 0.002
 _REBUILD_AFTER = 25
@@ -37,8 +40,9 @@ class LatencyCurve:
         self._weight = 1.0
         self._new = 0
         self._ended = [0.0] * _BINS
-        self._entered = [0.0] * (_BINS + 1)  # tasks that pass whole bins from here on, or not
-        self._part = [0.0] * _BINS  # seconds in the bins they do not pass whole
+        self._entered = [
+            0.0
+        ] * _BINS  # tasks that were watched from here on, less those until here
         self._table: list[float] = []
         self._rebuild()
 
@@ -95,34 +99,32 @@ class LatencyCurve:
     def _reached(self, since: float, age: float) -> None:
         weight, first, last = self._weight, _bin(since), _bin(age)
         self._entered[first] += weight
-        self._part[first] -= weight * (since - _EDGES[first])
         self._entered[last] -= weight
-        self._part[last] += weight * (age - _EDGES[last])
         self._weight *= 1 + 1 / _MEMORY
         self._new += 1
 
     def _refresh(self) -> None:
-        if self._new >= _REBUILD_AFTER:
+        if self._new > min(_REBUILD_AFTER, self.known // 10):
             self._rebuild()
 
     def _rebuild(self) -> None:
         self._new = 0
         if self._weight > 1e9:  # noqa: PLR2004 - long before floats lose the small ones
-            for values in (self._ended, self._entered, self._part):
+            for values in (self._ended, self._entered):
                 values[:] = [value / self._weight for value in values]
             self._weight = 1.0
         prior = _PRIOR * self._weight
-        running, passing = 1.0, 0.0
-        area = 0.0
+        running, reached, area = 1.0, 0.0, 0.0
         survival, areas = [1.0], [0.0]
         for index in range(_BINS - 1):
             width = _EDGES[index + 1] - _EDGES[index]
-            passing += self._entered[index]
-            seconds = max(0.0, passing * width + self._part[index]) + prior * width
-            expected = prior * width / _EDGES[index + 1]
-            rate = (self._ended[index] + expected) / seconds
-            left = running * math.exp(-rate * width)
-            area += (running - left) / rate
+            came, ended = self._entered[index], self._ended[index]
+            # Who came or went within the bin was there for half of it, on the average.
+            there = max(reached + (came + ended) / 2, ended)
+            reached += came
+            share = (ended + prior * width / _EDGES[index + 1]) / (there + prior)
+            left = running * (1 - min(share, 1 - _LEFT))
+            area += (running + left) / 2 * width
             running = left
             survival.append(running)
             areas.append(area)

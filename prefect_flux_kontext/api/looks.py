@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _ENOUGH = 20
 """Tasks that must have ended before the configured cadence gives way to what was learned."""
 
-_PATIENCE = 1.0
-"""Intervals for which an ended task may be expected to go unnoticed."""
+_PATIENCE = 1.2
+"""Intervals that an ended task may be expected to have gone unnoticed when it is looked at."""
 
 _LONGEST = 1 / 3
 """Longest pause between looks, as a share of the task's age: stragglers are not forgotten."""
@@ -26,8 +26,8 @@ class Looks:
     """The looks at one task, and what they teach about others of its mode.
 
     Until enough tasks have ended, looks come at the configured cadence. From then on the next
-    look comes when the task is expected to have been over for most of an interval: the interval
-    is what a look may cost. It stays the shortest pause between two looks; the first may come
+    look comes when the task is expected to have been over for about an interval: that
+    is what a look may cost. The interval stays the shortest pause between two looks; the first may come
     before `initial_delay` where tasks are known to end sooner.
 
     Args:
