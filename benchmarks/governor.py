@@ -16,10 +16,13 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.sandbox.latency import LatencyCurve
 from tests.support.simulated_account import SimulatedAccount
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.batch.waves import Wave
     from prefect_flux_kontext.models import GenerationTask
 
     Wait = Callable[[FluxKontextClient, GenerationTask], Awaitable[object]]
@@ -126,8 +130,21 @@ async def run(scenario: Scenario, images: int) -> dict[str, float]:
     async with asyncio.TaskGroup() as group:
         others = group.create_task(other_client(account, scenario.others))
         client = account.client()
+
+        async def wave(wave: Wave) -> BatchSummary:
+            async def row(number: int) -> None:
+                await image(client, number)
+                wave._row_ended()  # noqa: SLF001
+
+            await asyncio.gather(*map(row, wave._rows))  # type: ignore[arg-type]  # noqa: SLF001
+            return BatchSummary()
+
         began = loop.time()
-        await asyncio.gather(*(image(client, number) for number in range(images)))
+        session: Any = SimpleNamespace(
+            output="", submitter=SimpleNamespace(stopped=None, spent=0.0)
+        )
+        rows: Any = range(images)
+        await run_waves(session, rows, wave, concurrent_tasks=1_000)
         took = loop.time() - began
         others.cancel()
     tasks = [task for task in account.tasks if task.task_id in ours]

@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 _ENOUGH = 20
 """Tasks that must have ended before the configured cadence gives way to what was learned."""
 
-_PATIENCE = 1.2
-"""Intervals that an ended task may be expected to have gone unnoticed when it is looked at."""
+_PATIENCE, _IMPATIENCE = 1.25, 0.5
+"""Intervals that an ended task may be expected to have gone unnoticed when it is looked at: where
+requests are scarce, and where there are plenty."""
+
+_SCARCE = 6.0
+"""Seconds between two looks at a task, if all requests were looks, from which on they are scarce.
+At the limits of 1,000 tasks and 10,000 requests a minute they are."""
 
 _LONGEST = 1 / 3
 """Longest pause between looks, as a share of the task's age: stragglers are not forgotten."""
@@ -26,9 +31,10 @@ class Looks:
     """The looks at one task, and what they teach about others of its mode.
 
     Until enough tasks have ended, looks come at the configured cadence. From then on the next
-    look comes when the task is expected to have been over for about an interval: that
-    is what a look may cost. The interval stays the shortest pause between two looks; the first may come
-    before `initial_delay` where tasks are known to end sooner.
+    look comes when the task, by now, is expected to have been over for about an interval: half of
+    one where the account has requests to spare, a little more than one where it has none. The
+    interval stays the shortest pause between two looks. The first look may come before
+    `initial_delay` where tasks are known to end sooner.
 
     Args:
         governor: The account's; it keeps what was learned.
@@ -37,6 +43,7 @@ class Looks:
     """
 
     def __init__(self, governor: Governor, task: GenerationTask, cadence: PollingCadence) -> None:
+        self._governor = governor
         self._gate = governor.tasks
         self._task_id = task.task_id
         self._cadence = cadence
@@ -61,9 +68,8 @@ class Looks:
             shortest = max(0.0, min(cadence.interval, cadence.initial_delay) - age)
         if self._curve.known < _ENOUGH:
             return cadence.interval if self._runs_at else max(0.0, cadence.initial_delay - age)
-        ripe = self._runs_at + self._curve.time_to_look(
-            self._runs_at, _PATIENCE * cadence.interval
-        )
+        patience = self._patience() * cadence.interval
+        ripe = self._runs_at + self._curve.time_to_look(self._runs_at, patience)
         # The task had begun half a round trip before we knew, and a look takes half of one.
         pause = ripe - age - self._gate.round_trip
         if self._runs_at:
@@ -86,6 +92,10 @@ class Looks:
         if took is None:
             took = (self._runs_at + age) / 2
         self._curve.ended(self._runs_at, min(max(took, self._runs_at), age))
+
+    def _patience(self) -> float:
+        share = self._gate.running * self._governor.requests.spacing / _SCARCE
+        return max(_IMPATIENCE, min(_PATIENCE, _PATIENCE * share))
 
     def over(self) -> None:
         """Nobody waits for it any more."""

@@ -39,6 +39,11 @@ class RequestBudget:
         self._others: _Queue = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def spacing(self) -> float:
+        """Seconds between two requests, as things stand."""
+        return self._spacing
+
     async def take(self, *, first: bool = False) -> None:
         """Wait until one more request may be sent.
 

@@ -31,7 +31,7 @@ from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.results import name_stored, persist_result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from prefect_flux_kontext.api.cadence import PollingCadence
@@ -113,11 +113,20 @@ class RowRunner:
         self._ended_now: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def run(self, rows: Sequence[Row | RefusedRow]) -> BatchSummary:
+    async def run(
+        self, rows: Sequence[Row | RefusedRow], row_ended: Callable[[], None]
+    ) -> BatchSummary:
         """Run rows and count what became of them; a bad row fails alone."""
         counted = BatchSummary()
+
+        async def run(row: Row | RefusedRow) -> RowOutcome:
+            try:
+                return await self._run(row)
+            finally:
+                row_ended()
+
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(self._run(row)) for row in rows]
+            running = [group.create_task(run(row)) for row in rows]
         for row in running:
             counted.count(row.result())
         return counted

@@ -55,7 +55,15 @@ async def test_the_first_look_comes_when_the_task_has_likely_ended():
 
 
 async def test_tasks_that_are_known_to_be_fast_are_looked_at_before_the_configured_delay():
-    assert look_at(make_governor(takes=5)).pause() == about(8, off=1)
+    assert look_at(make_governor(takes=5)).pause() == about(6.5, off=1)
+
+
+async def test_looks_are_rarer_where_requests_are_scarce():
+    governor = make_governor(takes=30)
+    soon = look_at(governor).pause()
+    for number in range(1_000):
+        governor.tasks.watched(f"other_{number}")
+    assert look_at(governor).pause() > soon + 1
 
 
 async def test_no_look_follows_another_sooner_than_the_interval():
