@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _ENOUGH = 20
 """Tasks that must have ended before the configured cadence gives way to what was learned."""
 
-_PATIENCE, _IMPATIENCE = 1.25, 0.5
+_PATIENCE, _IMPATIENCE = 1.25, 0.7
 """Intervals that an ended task may be expected to have gone unnoticed when it is looked at: where
 requests are scarce, and where there are plenty."""
 

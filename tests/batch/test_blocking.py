@@ -43,8 +43,8 @@ async def test_no_call_of_a_batch_blocks(packed, tmp_path, no_blocking_calls):
         manifest = tmp_path / packed
 
         def write():
-            opened = gzip.open(manifest, "wt") if packed.endswith("gz") else manifest.open("w")
-            with opened as file:
+            opener = gzip.open if packed.endswith("gz") else open
+            with opener(manifest, "wt") as file:
                 writer = csv.writer(file)
                 writer.writerow(["id", "image", "prompt"])
                 image = f"{sandbox.url}/references/cat.png"
