@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 
 LONGEST_RETRY_AFTER = 300.0
 
-_WEIGHT, _MANY = 0.1, 0.4
+_WEIGHT, _SOME, _MANY = 0.1, 0.15, 0.4
 """Of the last ten answers or so, the share of refusals that says that a limit was passed. A
 service that refuses one in twenty at random would else slow us down for ever."""
 
@@ -59,6 +59,11 @@ class RecentRefusals:
     def many(self) -> bool:
         """Whether of the last answers five in a row, or as good as that, were refusals."""
         return self._share > _MANY
+
+    @property
+    def some(self) -> bool:
+        """Whether of the last answers two in a row, or as good as that, were refusals."""
+        return self._share > _SOME
 
     def refused(self) -> None:
         """A request was refused with 429."""

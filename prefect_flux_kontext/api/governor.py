@@ -69,7 +69,8 @@ class Governor:
             self._streak += 1
             # Zero is no advice: who follows it is refused again at once.
             seconds = retry_after or jittered(self._streak)
-            if self._refusals.many and not submit:
+            # Who says how long to wait counts our requests, and does not throw dice.
+            if not submit and (self._refusals.some if retry_after else self._refusals.many):
                 self.requests.slow_down()
         else:
             return

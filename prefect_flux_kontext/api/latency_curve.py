@@ -85,14 +85,14 @@ class LatencyCurve:
         return low - age + (high - low) * (patience - before) / (late(index) - before)
 
     def table(self) -> tuple[list[float], float]:
-        """Shares of tasks that reach equidistant ages, and cells a second.
+        """Shares of tasks that reach the middles of equal stretches of age, and such a second.
 
         It ends where only few are left; for what is older, nothing can be told.
         """
         self._refresh()
         if not self._table:
             step = min(self._age_at(_RARE), 2 * self._age_at(_FEW)) / _CELLS
-            self._table = [self._survival_at(cell * step) for cell in range(_CELLS)]
+            self._table = [self._survival_at((cell + 0.5) * step) for cell in range(_CELLS)]
             self._per_second = 1 / step
         return self._table, self._per_second
 

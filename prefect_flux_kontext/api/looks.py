@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 _ENOUGH = 20
 """Tasks that must have ended before the configured cadence gives way to what was learned."""
 
-_PATIENCE, _IMPATIENCE = 1.25, 0.7
-"""Intervals that an ended task may be expected to have gone unnoticed when it is looked at: where
-requests are scarce, and where there are plenty."""
+_LEAST = 0.7
+"""Intervals that an ended task may be expected to have gone unnoticed when it is looked at."""
 
-_SCARCE = 6.0
-"""Seconds between two looks at a task, if all requests were looks, from which on they are scarce.
-At the limits of 1,000 tasks and 10,000 requests a minute they are."""
+_PRICE = 0.54
+"""The same where requests are scarce, in rounds: the time in which all tasks that run could be
+asked once, were all requests looks. A round takes 6 to 7 s at the account's limits."""
 
 _LONGEST = 1 / 3
 """Longest pause between looks, as a share of the task's age: stragglers are not forgotten."""
@@ -31,10 +30,9 @@ class Looks:
     """The looks at one task, and what they teach about others of its mode.
 
     Until enough tasks have ended, looks come at the configured cadence. From then on the next
-    look comes when the task, by now, is expected to have been over for about an interval: half of
-    one where the account has requests to spare, a little more than one where it has none. The
-    interval stays the shortest pause between two looks. The first look may come before
-    `initial_delay` where tasks are known to end sooner.
+    look comes when the task, by now, is expected to have been over for most of an interval, or for
+    longer where requests are scarce. The interval stays the shortest pause between two looks. The
+    first look may come before `initial_delay` where tasks are known to end sooner.
 
     Args:
         governor: The account's; it keeps what was learned.
@@ -68,7 +66,8 @@ class Looks:
             shortest = max(0.0, min(cadence.interval, cadence.initial_delay) - age)
         if self._curve.known < _ENOUGH:
             return cadence.interval if self._runs_at else max(0.0, cadence.initial_delay - age)
-        patience = self._patience() * cadence.interval
+        round_of_looks = self._gate.running * self._governor.requests.spacing
+        patience = max(_LEAST * cadence.interval, _PRICE * round_of_looks)
         ripe = self._runs_at + self._curve.time_to_look(self._runs_at, patience)
         # The task had begun half a round trip before we knew, and a look takes half of one.
         pause = ripe - age - self._gate.round_trip
@@ -92,10 +91,6 @@ class Looks:
         if took is None:
             took = (self._runs_at + age) / 2
         self._curve.ended(self._runs_at, min(max(took, self._runs_at), age))
-
-    def _patience(self) -> float:
-        share = self._gate.running * self._governor.requests.spacing / _SCARCE
-        return max(_IMPATIENCE, min(_PATIENCE, _PATIENCE * share))
 
     def over(self) -> None:
         """Nobody waits for it any more."""

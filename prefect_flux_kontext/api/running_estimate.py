@@ -55,10 +55,22 @@ class RunningEstimate:
         self._counted_at = now
         at = now + ahead + _STALE / 2
         mean = variance = 0.0
-        for task in watched:
-            share = _running_share(task, at)
-            mean += share
-            variance += share * (1 - share)
+        curve: LatencyCurve | None = None
+        shares, per_second, last = [1.0], 0.0, 0
+        for task in watched:  # a thousand of them, several times a second
+            if task.curve is not curve:
+                curve = task.curve
+                shares, per_second, last = _table(curve)
+            cell = int((at - task.began) * per_second)
+            share = shares[cell] if cell < last else shares[last]
+            if task.reached:
+                cell = int(task.reached * per_second)
+                share /= shares[cell] if cell < last else shares[last]
+            if share < 1:
+                mean += share
+                variance += share * (1 - share)
+            else:
+                mean += 1
         self.mean, self.deviation = mean, math.sqrt(variance)
 
     def one_more(self) -> None:
@@ -66,12 +78,9 @@ class RunningEstimate:
         self.mean += 1
 
 
-def _running_share(task: Watched, at: float) -> float:
-    curve = task.curve
+def _table(curve: LatencyCurve | None) -> tuple[list[float], float, int]:
+    """Shares of tasks that reach an age, cells a second, and the last cell."""
     if curve is None or curve.known < _ENOUGH:
-        return 1.0
+        return [1.0], 0.0, 0
     shares, per_second = curve.table()
-    last = len(shares) - 1
-    reached = shares[min(last, round(task.reached * per_second))]
-    share = shares[min(last, round((at - task.began) * per_second))]
-    return share / reached if share < reached else 1.0
+    return shares, per_second, len(shares) - 1

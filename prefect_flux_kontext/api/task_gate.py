@@ -21,10 +21,10 @@ _SHORTEST_HOLD, _LONGEST_HOLD, _RARELY = 1.0, 120.0, 10.0
 """Seconds without growth after a refused submit. They double with each refusal that follows
 another within ten times as long, and halve with each that comes later."""
 
-_CAUTION = 2.3
+_CAUTION = 2.0
 """Standard deviations that the count of likely running tasks stays below the limit."""
 
-_ONCE_BITTEN, _FORGIVEN = 1.5, 1 / 600
+_ONCE_BITTEN, _FORGIVEN = 1.5, 1 / 2_000
 """Where that was refused, it stays so many times as far away as it was, and each accepted submit
 brings it nearer again by so much."""
 
