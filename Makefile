@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test chaos check docs format clean
+.PHONY: demo test chaos bench check docs format clean
 
 demo: .venv/installed ## restyle six photographs in five styles, look at demo/contact-sheet.png
 	@$(BIN)/flux-kontext demo demo
@@ -15,6 +15,10 @@ test: .venv/installed-dev ## run all tests, with branch coverage
 
 chaos: .venv/installed-dev ## 350 kills, 50,000 rows, every fault, and write docs/reliability.md (an hour)
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write
+
+bench: .venv/installed-dev ## measure all that docs/performance.md tells (an hour; nothing else should run)
+	@$(BIN)/python -m benchmarks.governor
+	@$(BIN)/python benchmarks/run.py --page docs/performance.md $(BENCH)
 
 check: .venv/installed-dev ## linters and types
 	$(BIN)/ruff check

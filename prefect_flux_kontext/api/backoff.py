@@ -8,6 +8,10 @@ from email.utils import parsedate_to_datetime
 
 LONGEST_RETRY_AFTER = 300.0
 
+_WEIGHT, _SOME, _MANY = 0.1, 0.15, 0.4
+"""Of the last ten answers or so, the share of refusals that says that a limit was passed. A
+service that refuses one in twenty at random would else slow us down for ever."""
+
 
 def jittered(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float:
     """Seconds to wait before trying again: full jitter below a doubling ceiling.
@@ -43,3 +47,28 @@ def retry_after_seconds(header: str | None) -> float | None:
     if not seconds >= 0:  # negative, or not a number
         return None
     return min(seconds, LONGEST_RETRY_AFTER)
+
+
+class RecentRefusals:
+    """Tells a run of refusals, which a limit makes, from single ones, which are weather."""
+
+    def __init__(self) -> None:
+        self._share = 0.0
+
+    @property
+    def many(self) -> bool:
+        """Whether of the last answers five in a row, or as good as that, were refusals."""
+        return self._share > _MANY
+
+    @property
+    def some(self) -> bool:
+        """Whether of the last answers two in a row, or as good as that, were refusals."""
+        return self._share > _SOME
+
+    def refused(self) -> None:
+        """A request was refused with 429."""
+        self._share += _WEIGHT * (1 - self._share)
+
+    def heard(self) -> None:
+        """A request was answered otherwise."""
+        self._share *= 1 - _WEIGHT

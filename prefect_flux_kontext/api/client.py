@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
@@ -158,9 +159,10 @@ class FluxKontextClient:
         """
         gate = self.governor.tasks
         body = request.body()
-        unconnected = 0
+        unconnected = refused = 0
         while True:
             await gate.enter()
+            entered_at = asyncio.get_running_loop().time()
             task_id = None
             limited = False
             try:
@@ -169,6 +171,7 @@ class FluxKontextClient:
                 )
             except RateLimitedError:
                 limited = True
+                refused += 1
             except NotConnectedError:
                 unconnected += 1
                 if unconnected == _CONNECT_ATTEMPTS:
@@ -177,13 +180,12 @@ class FluxKontextClient:
                 if task_id is not None:
                     gate.accepted(task_id)
                 elif limited:
-                    gate.refused()
+                    gate.refused(entered_at=entered_at)
                 else:
                     gate.not_accepted()
             if task_id is not None:
                 return GenerationTask(task_id=task_id, request=request)
-            if not limited:
-                await asyncio.sleep(jittered(unconnected))
+            await asyncio.sleep(jittered(refused if limited else unconnected))
 
     async def status(self, task_id: str) -> TaskStatus:
         """Ask how a task is doing. Costs one request of the account's budget.
@@ -191,17 +193,12 @@ class FluxKontextClient:
         Raises:
             ApiError: The request went wrong; where the error is `retryable`, ask again.
         """
-        while True:
-            try:
-                return await self._ask(
-                    functools.partial(read_status, task_id=task_id),
-                    "GET",
-                    _STATUS,
-                    task_id=task_id,
-                    params={"taskId": task_id},
-                )
-            except RateLimitedError:
-                continue  # the governor keeps the next request back
+        return await self._ask_until_allowed(
+            functools.partial(read_status, task_id=task_id),
+            _STATUS,
+            task_id=task_id,
+            params={"taskId": task_id},
+        )
 
     async def balance(self) -> float:
         """The account's balance in dollars.
@@ -209,11 +206,7 @@ class FluxKontextClient:
         Raises:
             ApiError: The request went wrong, or the reply holds no number.
         """
-        while True:
-            try:
-                return await self._ask(read_balance, "GET", _BALANCE)
-            except RateLimitedError:
-                continue
+        return await self._ask_until_allowed(read_balance, _BALANCE)
 
     async def check(self) -> float | None:
         """Make sure that the service is there and knows the key, before anything is paid.
@@ -233,6 +226,15 @@ class FluxKontextClient:
             logger.debug("The balance is not to be had: %s", error)
             return None
 
+    async def _ask_until_allowed(self, read: Callable[..., _Read], path: str, **how: Any) -> _Read:
+        for refused in itertools.count(1):
+            try:
+                return await self._ask(read, "GET", path, **how)
+            except RateLimitedError as error:
+                if not error.retry_after:  # else the governor keeps all requests back
+                    await asyncio.sleep(jittered(refused))
+        raise AssertionError  # the count has no end
+
     async def _ask(
         self,
         read: Callable[..., _Read],
@@ -244,11 +246,13 @@ class FluxKontextClient:
         **how: Any,
     ) -> _Read:
         """Send one request when the budget allows it, and read the reply's `data`."""
-        await self.governor.requests.take()
+        submit = method == "POST"
+        await self.governor.requests.take(first=submit)
         async with around() as instead:
             if instead is not None:
                 how["json"] = instead.body()
-            sent_at = asyncio.get_running_loop().time()
+            loop = asyncio.get_running_loop()
+            sent_at = loop.time()
             try:
                 status, headers, body = await exchange(self._connections, method, path, **how)
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
@@ -260,15 +264,12 @@ class FluxKontextClient:
                         status, body, retry_after=retry_after, task_id=task_id, secret=self._key
                     )
                 except RateLimitedError:
-                    # Only a submit can be one task too many.
-                    self.governor.refused(
-                        retry_after, sent_at=sent_at, too_many_requests=method == "GET"
-                    )
+                    self.governor.refused(retry_after, sent_at=sent_at, submit=submit)
                     raise
                 except ApiError:
-                    self.governor.heard()
+                    self.governor.heard(after=loop.time() - sent_at)
                     raise
-                self.governor.heard()
+                self.governor.heard(after=loop.time() - sent_at)
                 return read(data, secret=self._key)
             # Raised here, outside the handler: httpx's error carries the key in its request.
             raise failure

@@ -12,20 +12,21 @@ import hashlib
 import logging
 import math
 import threading
+from collections import defaultdict
 
-from prefect_flux_kontext.api.backoff import jittered
+from prefect_flux_kontext.api.backoff import RecentRefusals, jittered
+from prefect_flux_kontext.api.latency_curve import LatencyCurve
 from prefect_flux_kontext.api.request_budget import RequestBudget
 from prefect_flux_kontext.api.task_gate import TaskGate
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT, _TOO_MANY_REFUSED = 0.1, 0.3
-"""Of the last ten answers or so, the share of refusals that says that our rate is too high. A
-service that refuses one in twenty at random would else slow us down for ever."""
+_WEIGHT = 0.05
+"""Of one request in the running mean of how long requests take."""
 
 
 class Governor:
-    """The account's request budget and task gate, and what a 429 does to them.
+    """The account's request budget and task gate, what a 429 does to them, and what was learned.
 
     Args:
         requests_per_minute: The account's limit of requests, submits and polls together.
@@ -36,46 +37,57 @@ class Governor:
         self.limits = (requests_per_minute, concurrent_tasks)
         self.requests = RequestBudget(requests_per_minute)
         self.tasks = TaskGate(concurrent_tasks)
+        self._curves: defaultdict[str, LatencyCurve] = defaultdict(LatencyCurve)
+        self._refusals = RecentRefusals()
         self._streak = 0
-        self._refused_share = 0.0
         self._paused_until = -math.inf
 
+    def curve(self, mode: str) -> LatencyCurve:
+        """How long tasks of a mode take, as far as this process has seen."""
+        return self._curves[mode]
+
     def refused(
-        self,
-        retry_after: float | None,
-        *,
-        sent_at: float | None = None,
-        too_many_requests: bool = False,
+        self, retry_after: float | None, *, sent_at: float | None = None, submit: bool = False
     ) -> None:
         """A 429 came: all stay away for as long as the service asks, or by backoff.
 
+        Where the service does not say how long, a single refusal holds nobody back but who was
+        refused, and that of a submit says nothing of the requests: it may be a task too many.
         Requests that were under way when the first of them was refused are one refusal.
 
         Args:
             retry_after: Seconds the service asks to wait, where it says so.
             sent_at: Loop time at which the request was sent; None takes the present.
-            too_many_requests: Whether it can only be the limit of requests, not that of tasks.
+            submit: Whether it was a submit.
         """
         now = asyncio.get_running_loop().time()
+        if not submit:
+            self._refusals.refused()
         if (now if sent_at is None else sent_at) < self._paused_until:
             seconds = retry_after or 0.0
-        else:
+        elif retry_after or (self._refusals.many and not submit):
             self._streak += 1
-            self._refused_share += _WEIGHT * (1 - self._refused_share)
             # Zero is no advice: who follows it is refused again at once.
             seconds = retry_after or jittered(self._streak)
-            if too_many_requests and self._refused_share > _TOO_MANY_REFUSED:
+            # Who says how long to wait counts our requests, and does not throw dice.
+            if not submit and (self._refusals.some if retry_after else self._refusals.many):
                 self.requests.slow_down()
+        else:
+            return
         if now + seconds > self._paused_until:
             self._paused_until = now + seconds
             self.requests.pause(seconds)
             logger.info("Rate limited by the service (429): requests pause for %.1f s.", seconds)
 
-    def heard(self) -> None:
-        """A request was answered: the next backoff starts small again."""
+    def heard(self, *, after: float) -> None:
+        """A request was answered, so many seconds after it was sent.
+
+        The next backoff starts small again.
+        """
         self._streak = 0
-        self._refused_share *= 1 - _WEIGHT
+        self._refusals.heard()
         self.requests.speed_up()
+        self.tasks.round_trip += _WEIGHT * (after - self.tasks.round_trip)
 
 
 _governors: dict[str, Governor] = {}

@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import threading
 from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.api.backoff import RecentRefusals, jittered
+from prefect_flux_kontext.api.running_estimate import RunningEstimate, Watched
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.api.latency_curve import LatencyCurve
 
 _ASSUMED_RUNNING = 60.0
 """Seconds a task that nobody waits for here is taken to hold its slot: twice the mean."""
 
-_SHORTEST_HOLD, _LONGEST_HOLD = 1.0, 30.0
-"""Seconds without growth after a refused submit. They double while submits are refused with no
-more tasks running than before, up to one mean generation, in which slots come free."""
+_SHORTEST_HOLD, _LONGEST_HOLD, _RARELY = 1.0, 120.0, 10.0
+"""Seconds without growth after a refused submit. They double with each refusal that follows
+another within ten times as long, and halve with each that comes later."""
 
-_FIRST_POSTS = 8
-"""POSTs under way at once to begin with: all of them are refused where the limit is lower
-than we think, and in doubt when the process is killed."""
+_CAUTION = 2.0
+"""Standard deviations that the count of likely running tasks stays below the limit."""
+
+_ONCE_BITTEN, _FORGIVEN = 1.5, 1 / 2_000
+"""Where that was refused, it stays so many times as far away as it was, and each accepted submit
+brings it nearer again by so much."""
+
+_LOOK_AGAIN = 0.2
+"""Seconds after which tasks may be taken to have ended that nobody has seen to end."""
+
+_FIRST_POSTS, _UNSURE_POSTS, _MOST_POSTS = 8, 16, 32
+"""POSTs under way at once: to begin with, when they count on tasks that have likely ended, and
+at most. All of them are refused where the limit is lower than we think."""
+
+_SAME = 0.1
+"""Part by which two counts of tasks may differ that stand for the same limit."""
 
 
 class TaskGate:
     """Room for so many tasks running at the service at once.
 
     A slot is taken before the POST and bound to the task id after it. Who waits for the task
-    frees the slot when it ends; a task nobody waits for here is taken to end by itself.
+    frees the slot when it ends; a task nobody waits for here is taken to end by itself. Where it
+    is known how long tasks take, those that wait for a look are counted by how likely they run.
+
+    Attributes:
+        round_trip: Seconds from sending a request to its answer, as a running mean.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
+        self.round_trip = 0.0
         self._limit = slots
-        self._grow_from = -math.inf
+        self._ceiling = math.inf  # tasks that ran when a limit was last met
+        self._refusals = RecentRefusals()
+        self._refused_at = self._grow_from = self._closed_until = -math.inf
         self._hold = _SHORTEST_HOLD
-        self._refused_with = 0
+        self._missed = 0.0  # tasks by which the count of likely running ones was wrong
         self._posting = 0
         self._most_posting = _FIRST_POSTS
-        self._watched: set[str] = set()
+        self._estimate = RunningEstimate()
+        self._watched: dict[str, Watched] = {}
         self._unwatched: dict[str, float] = {}  # when each is taken to end, soonest first
         self._queue: OrderedDict[object, tuple[asyncio.Future[None], asyncio.AbstractEventLoop]]
         self._queue = OrderedDict()
@@ -55,7 +82,7 @@ class TaskGate:
                 with self._lock:
                     now = loop.time()
                     self._forget_ended(now)
-                    if self._room() > 0:
+                    if self._room(now) > 0:
                         self._posting += 1
                         return
                     called_in_vain = queued and place not in self._queue
@@ -63,69 +90,140 @@ class TaskGate:
                     self._queue[place] = (woken, loop)
                     if called_in_vain:
                         self._queue.move_to_end(place, last=False)
-                    # A slot that comes free by itself calls nobody, so the first in the queue
-                    # looks again when one does, and the others in case the first is gone.
-                    look_again = now + _ASSUMED_RUNNING
-                    if self._unwatched and next(iter(self._queue)) is place:
-                        look_again = next(iter(self._unwatched.values()))
+                    first = next(iter(self._queue)) is place
+                    seconds = self._until_it_may_open(now) if first else _ASSUMED_RUNNING
                 queued = True
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(look_again):
-                        await woken
+                alarm = loop.call_later(seconds, _finish, woken)
+                try:
+                    await woken
+                finally:
+                    alarm.cancel()
         finally:
             if queued:
                 with self._lock:
                     self._queue.pop(place, None)
-                self._wake()  # the next is the first now, or was not called but this one
+                self._wake(loop.time())  # the next is the first, or was not called but this one
 
     def accepted(self, task_id: str) -> None:
         """The POST was accepted: the slot is the task's, until it ends or is taken to."""
         now = asyncio.get_running_loop().time()
         with self._lock:
+            self._refusals.heard()
+            self._missed *= 1 - _FORGIVEN
             self._posting -= 1
-            self._most_posting += 1
+            self._most_posting = min(_MOST_POSTS, self._most_posting + 1)
             if task_id not in self._watched:
                 self._unwatched.setdefault(task_id, now + _ASSUMED_RUNNING)
-            proven = self.running - self._posting
-            if proven > self._refused_with:
-                self._hold = _SHORTEST_HOLD
+            proven = self._proven()
+            if proven > (1 + _SAME) * self._ceiling + 1:
+                self._ceiling = math.inf
             grown = self._limit + 1 if now >= self._grow_from else self._limit
-            self._limit = min(self.slots, max(grown, proven))
-        self._wake()
+            self._limit = min(self.slots, max(grown, math.floor(proven)))
+        self._wake(now)
 
     def not_accepted(self) -> None:
         """The POST was not accepted: its slot is free."""
         with self._lock:
             self._posting -= 1
-        self._wake()
+        self._wake(asyncio.get_running_loop().time())
 
-    def refused(self) -> None:
-        """A submit got 429: room is for what runs now, and for no more during a while."""
+    def refused(self, *, entered_at: float | None = None) -> None:
+        """A submit got 429: room is for what runs, for a while.
+
+        But not for a single refusal that no limit explains.
+
+        Args:
+            entered_at: Loop time at which its slot was taken; None takes the present.
+        """
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._posting -= 1
-            self._most_posting = _FIRST_POSTS
-            self._refused_with = self.running - self._posting
-            self._limit = max(1, min(self._limit, self._refused_with))
-            self._grow_from = now + self._hold
-            self._hold = min(_LONGEST_HOLD, 2 * self._hold)
-        self._wake()
+            self._refusals.refused()
+            overbooked = self.running - self._posting > self._limit
+            another = entered_at is None or entered_at > self._refused_at
+            grown_again = now >= self._grow_from or not another
+            where_before = grown_again and self._proven() >= (1 - _SAME) * self._ceiling
+            if overbooked or where_before or self._refusals.many:
+                self._shrink(now, overbooked=overbooked, another=another)
+            elif not grown_again:
+                # With no more tasks than were accepted before: so it was no limit before.
+                self._grow_from = now
+        self._wake(now)
 
-    def watched(self, task_id: str) -> None:
-        """Somebody waits for this task: it holds a slot until `ended`."""
+    def watched(
+        self, task_id: str, *, curve: LatencyCurve | None = None, age: float = 0.0
+    ) -> None:
+        """Somebody waits for this task: it holds a slot until `ended`.
+
+        Args:
+            task_id: The task.
+            curve: How long such tasks take. Without one, it holds its slot for good.
+            age: Seconds since it was submitted.
+        """
+        now = asyncio.get_running_loop().time()
         with self._lock:
             self._unwatched.pop(task_id, None)
-            self._watched.add(task_id)
+            self._watched[task_id] = Watched(now - age, curve)
+            self._estimate.one_more()
+
+    def runs(self, task_id: str, age: float) -> None:
+        """The task was seen to run, at so many seconds after its submit."""
+        with self._lock:
+            if task_id in self._watched:
+                self._watched[task_id].reached = age
 
     def ended(self, task_id: str) -> None:
         """The task is over, or nobody waits for it any more: its slot is free."""
         with self._lock:
-            self._watched.discard(task_id)
+            self._watched.pop(task_id, None)
             self._unwatched.pop(task_id, None)
-        self._wake()
+        self._wake(asyncio.get_running_loop().time())
 
-    def _room(self) -> int:
-        return min(self._limit - self.running, self._most_posting - self._posting)
+    def _shrink(self, now: float, *, overbooked: bool, another: bool) -> None:
+        self._most_posting = _FIRST_POSTS
+        self._estimate.refresh(self._watched.values(), now, self.round_trip)
+        proven = self._proven()
+        if overbooked:
+            # The count of likely ends was wrong, or else it is the limit: one thing at a time.
+            if another:
+                self._missed = max(self._missed, _ONCE_BITTEN * (self._limit - proven))
+        else:
+            self._ceiling = max(1.0, proven)
+            self._limit = min(self._limit, math.floor(self._ceiling))
+            if another:
+                often = now < self._refused_at + _RARELY * self._hold
+                longer = 2 * self._hold if often else self._hold / 2
+                self._hold = min(_LONGEST_HOLD, max(_SHORTEST_HOLD, longer))
+                self._grow_from = now + self._hold
+        if another:
+            self._refused_at = now
+            self._closed_until = now + jittered(1)
+
+    def _room(self, now: float) -> int:
+        if now < self._closed_until:
+            return 0
+        free, posts = self._limit - self.running, self._most_posting
+        if free <= 0 and self._watched:
+            self._estimate.refresh(self._watched.values(), now, self.round_trip)
+            margin = max(_CAUTION * self._estimate.deviation, self._missed)
+            likely = self._estimate.mean + margin
+            free += max(0, len(self._watched) - math.ceil(likely))
+            posts = min(posts, _UNSURE_POSTS)
+        return min(free, posts - self._posting)
+
+    def _proven(self) -> float:
+        """Tasks that run at the service, for all we know."""
+        return len(self._unwatched) + min(len(self._watched), self._estimate.mean)
+
+    def _until_it_may_open(self, now: float) -> float:
+        """Seconds after which there may be room without anybody saying so."""
+        if now < self._closed_until:
+            return self._closed_until - now
+        if self._estimate.mean < len(self._watched):
+            return _LOOK_AGAIN
+        if self._unwatched:
+            return next(iter(self._unwatched.values())) - now
+        return _ASSUMED_RUNNING
 
     def _forget_ended(self, now: float) -> None:
         while self._unwatched:
@@ -134,16 +232,18 @@ class TaskGate:
                 break
             del self._unwatched[task_id]
 
-    def _wake(self) -> None:
+    def _wake(self, now: float) -> None:
         """Wake as many as there is room for, and at least the first to set its alarm anew."""
         with self._lock:
-            number = min(max(1, self._room()), len(self._queue))
+            if not self._queue:
+                return
+            number = min(max(1, self._room(now)), len(self._queue))
             chosen = [self._queue.popitem(last=False)[1] for _ in range(number)]
         for woken, loop in chosen:
             try:
                 loop.call_soon_threadsafe(_finish, woken)
             except RuntimeError:  # the waiter's loop is closed already: on to the next
-                self._wake()
+                self._wake(now)
 
 
 def _finish(future: asyncio.Future[None]) -> None:

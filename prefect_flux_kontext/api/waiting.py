@@ -7,13 +7,14 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from prefect_flux_kontext.api.backoff import jittered
+from prefect_flux_kontext.api.looks import Looks
 from prefect_flux_kontext.errors import (
     ApiError,
     GenerationFailedError,
     GenerationTimeoutError,
     NotFoundError,
 )
-from prefect_flux_kontext.models import GenerationResult, utc_now
+from prefect_flux_kontext.models import GenerationResult
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.api.cadence import PollingCadence
@@ -36,21 +37,6 @@ class Pauses(Protocol):
         """Wait after a look that found the task still running."""
 
 
-class Polling:
-    """Pauses of fixed lengths: nobody tells us anything."""
-
-    def __init__(self, cadence: PollingCadence) -> None:
-        self._cadence = cadence
-
-    async def before_first_look(self, age: float) -> None:
-        """Wait until `initial_delay` seconds after the submit."""
-        await asyncio.sleep(max(0.0, self._cadence.initial_delay - age))
-
-    async def before_next_look(self) -> None:
-        """Wait `interval` seconds."""
-        await asyncio.sleep(self._cadence.interval)
-
-
 async def wait_until_ended(
     client: FluxKontextClient,
     task: GenerationTask,
@@ -67,7 +53,8 @@ async def wait_until_ended(
         client: The service.
         task: What to wait for.
         cadence: When to look, and when to give up.
-        pauses: Other pauses between looks than the cadence's.
+        pauses: Other pauses between looks than those that the cadence and what was learned of
+            the task's mode ask for.
 
     Returns:
         The result, with at least one URL.
@@ -79,18 +66,16 @@ async def wait_until_ended(
         RefusedError: The service refuses to tell (4xx).
     """
     troubles: list[ApiError] = []
-    client.governor.tasks.watched(task.task_id)
+    looks = Looks(client.governor, task, cadence)
     try:
         async with asyncio.timeout(cadence.timeout):
-            status = await _last_status(
-                client, task, cadence, troubles, pauses or Polling(cadence)
-            )
+            status = await _last_status(client, task, cadence, looks, troubles, pauses)
     except TimeoutError:
         timed_out = True
     else:
         timed_out = False
     finally:
-        client.governor.tasks.ended(task.task_id)
+        looks.over()
     if timed_out:
         raise GenerationTimeoutError(
             f"Task {task.task_id} did not end within {cadence.timeout:g} s"
@@ -120,26 +105,31 @@ async def _last_status(
     client: FluxKontextClient,
     task: GenerationTask,
     cadence: PollingCadence,
+    looks: Looks,
     troubles: list[ApiError],
-    pauses: Pauses,
+    pauses: Pauses | None,
 ) -> TaskStatus:
     """Ask until it has ended; `troubles` holds what went wrong since the last good answer."""
-    age = max(0.0, (utc_now() - task.submitted_at).total_seconds())
-    began = asyncio.get_running_loop().time()
-    await pauses.before_first_look(age)
+    if pauses is None:
+        await asyncio.sleep(looks.pause())
+    else:
+        await pauses.before_first_look(looks.age)
     while True:
         try:
             status = await client.status(task.task_id)
         except ApiError as error:
-            waited = asyncio.get_running_loop().time() - began
-            unknown_yet = isinstance(error, NotFoundError) and age + waited < _UNKNOWN_AT_FIRST
+            unknown_yet = isinstance(error, NotFoundError) and looks.age < _UNKNOWN_AT_FIRST
             if not (error.retryable or unknown_yet):
                 raise
             troubles.append(error)
             logger.debug("Task %s: asking again after %s", task.task_id, error)
             await asyncio.sleep(max(cadence.interval, jittered(len(troubles))))
         else:
+            looks.looked(status)
             if status.state in ("success", "failed"):
                 return status
             troubles.clear()
-            await pauses.before_next_look()
+            if pauses is None:
+                await asyncio.sleep(looks.pause())
+            else:
+                await pauses.before_next_look()

@@ -100,40 +100,32 @@ class RowRunner:
         self,
         rows: Sequence[Row | RefusedRow],
         stored: Mapping[str, FinishedRow],
-        on_quiet: Callable[[], None] = lambda: None,
+        row_ended: Callable[[], None],
     ) -> list[DoneRow]:
         """Run rows and tell what became of them; a bad row fails alone.
 
         Args:
             rows: What is to be done.
             stored: Those of them that earlier runs have stored, by row key.
-            on_quiet: Called once, when the rows that are left hold no slot: they only wait to be
-                called back about a submit whose reply was lost.
+            row_ended: Called once for each row, when it holds no slot any more: it may still
+                wait to be called back about a submit whose reply was lost.
         """
-        busy = len(rows)
-
-        def quiet() -> None:
-            nonlocal busy
-            busy -= 1
-            if busy == 0:
-                on_quiet()
-
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(self._run(row, stored, quiet)) for row in rows]
+            running = [group.create_task(self._run(row, stored, row_ended)) for row in rows]
         return [row.result() for row in running]
 
     async def _run(
         self,
         row: Row | RefusedRow,
         stored: Mapping[str, FinishedRow],
-        quiet: Callable[[], None],
+        row_ended: Callable[[], None],
     ) -> DoneRow:
         if isinstance(row, RefusedRow):
             done = DoneRow(row, RowOutcome.refused(row), None)
         else:
             done = await self._done(row, row.key, stored.get(row.key))
         self.deferral.submitted(row)
-        quiet()
+        row_ended()
         if isinstance(row, Row):
             while done.outcome.state == "unknown" and self.called.may_be_called(row.key):
                 await self.called.news(row.key)

@@ -28,6 +28,9 @@ RunWave: TypeAlias = "Callable[[Wave], Awaitable[BatchSummary]]"
 WAVE_ROWS = 250
 """Rows of a wave: few enough to lose little with one, enough that 100 rows are no task run."""
 
+_ROWS_A_SLOT = 1.5
+"""Rows under way for each task that may run: some wait to be submitted, some are being stored."""
+
 
 class Wave:
     """A block of rows and its number, from 1. No dataclass: Prefect would look into it."""
@@ -37,12 +40,13 @@ class Wave:
         session: Session,
         number: int,
         rows: list[Row | RefusedRow],
-        room: asyncio.Semaphore | None = None,
+        room: asyncio.Semaphore,
     ) -> None:
         self.number = number
         self._session = session
         self._rows = rows
-        self._room: asyncio.Semaphore | None = room
+        self._room = room
+        self._open = len(rows)
         session.rows.deferral.expect(rows)
 
     @property
@@ -50,11 +54,14 @@ class Wave:
         """What became of all rows of the batch so far."""
         return self._session.rows.progress
 
-    def make_room(self) -> None:
-        """Let the next wave begin: none of the rows holds a slot, though some may still wait."""
-        if self._room is not None:
-            self._room.release()
-            self._room = None
+    def _row_ended(self) -> None:
+        self._open -= 1
+        self._room.release()
+
+    def give_back(self) -> None:
+        """Make room for as many rows as were never run."""
+        while self._open:
+            self._row_ended()
 
     async def run(self) -> BatchSummary:
         """Run the rows between naming them in the ledger and writing what came of them.
@@ -67,12 +74,12 @@ class Wave:
         stored = await self._session.stored.of(keys)
         keys.difference_update(stored)
         if not keys:
-            return await self._told(await runner.run(self._rows, stored, self.make_room))
+            return await self._told(await runner.run(self._rows, stored, self._row_ended))
         wave = OpenWave(
             name=f"{ledger.owner}-{self.number:06}", owner=ledger.owner, keys=sorted(keys)
         )
         await open_wave(ledger.store, wave)
-        done = await runner.run(self._rows, stored, self.make_room)
+        done = await runner.run(self._rows, stored, self._row_ended)
         entries = [runner.latest.pop(key) for key in keys if key in runner.latest]
         try:
             await close_wave(ledger.store, wave, entries)
@@ -101,8 +108,8 @@ async def run_waves(
 ) -> BatchSummary:
     """Run all rows, reading them as it goes; no further wave once the batch is stopped.
 
-    Waves overlap, so that the account's slots never idle at a wave's tail; as many are under
-    way as fill the slots, and two more.
+    Waves overlap, so that the account's slots never idle at a wave's tail: another begins as soon
+    as enough rows have ended, whichever waves they are of.
 
     Args:
         session: What the batch has open.
@@ -118,7 +125,7 @@ async def run_waves(
     loop = asyncio.get_running_loop()
     began = loop.time()
     summary = BatchSummary(output=str(session.output))
-    room = asyncio.Semaphore(math.ceil(concurrent_tasks / WAVE_ROWS) + 2)
+    room = asyncio.Semaphore(math.ceil(_ROWS_A_SLOT * concurrent_tasks) + 2 * WAVE_ROWS)
     broken: list[LedgerError] = []
 
     async def run(wave: Wave) -> None:
@@ -129,13 +136,14 @@ async def run_waves(
             session.submitter.stop(error)
             broken.append(error)
         finally:
-            wave.make_room()
+            wave.give_back()
 
     source = iter(rows)
     try:
         async with asyncio.TaskGroup() as group:
             for number in itertools.count(first):
-                await room.acquire()
+                for _ in range(WAVE_ROWS):
+                    await room.acquire()
                 block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
                 if not block or session.submitter.stopped:
                     session.rows.deferral.all_read()

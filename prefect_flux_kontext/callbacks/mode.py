@@ -8,7 +8,6 @@ from collections import deque
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.api.waiting import Polling
 from prefect_flux_kontext.callbacks.adopting import adopt
 from prefect_flux_kontext.callbacks.hints import Hints
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
@@ -112,13 +111,13 @@ class CallbackMode:
         url = f"{self._options.url}/{token_for(self._secret, attempt)}"
         return request.model_copy(update={"callback_url": url, "request_type": "callback"})
 
-    def pauses(self, entry: Entry, cadence: PollingCadence) -> Pauses:
-        """The pauses between looks at the row's accepted task."""
+    def pauses(self, entry: Entry, cadence: PollingCadence) -> Pauses | None:
+        """The pauses between looks at the row's accepted task; None for those of polling."""
         attempt = _attempt(entry)
         self._tasks.append(entry.task.task_id)
         if self._hints.expected(attempt):
             return _Called(self._hints, attempt, cadence, self._options.sweep)
-        return Polling(cadence)
+        return None
 
     def ended(self, entry: Entry) -> None:
         """The row's task has ended: whatever is still heard of it is of no use."""

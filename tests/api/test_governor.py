@@ -7,6 +7,7 @@ import pytest
 from prefect_flux_kontext.api import governor as governor_module
 from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.api.governor import Governor
+from prefect_flux_kontext.api.request_budget import RequestBudget
 from tests.support.clients import PROCESSING, Played, limited, make_client
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -28,13 +29,23 @@ async def wait_for_turn(governor):
     return asyncio.get_running_loop().time() - began
 
 
+async def refused_often(governor):
+    """As many refusals in a row as say that the limit of requests was passed, and their pause."""
+    for _ in range(5):
+        governor.refused(None)
+    await asyncio.sleep(100)
+    governor._streak = 0
+    governor.requests = RequestBudget(10_000)  # at full speed again
+
+
 @pytest.mark.usefixtures("longest_backoff")
 async def test_backoff_grows_until_somebody_is_heard():
     governor, waits = make_governor(), []
+    await refused_often(governor)
     for _ in range(4):
         governor.refused(None)
         waits.append(await wait_for_turn(governor))
-    governor.heard()
+    governor.heard(after=0.3)
     governor.refused(None)
     waits.append(await wait_for_turn(governor))
     assert waits == pytest.approx([1, 2, 4, 8, 1])
@@ -44,6 +55,7 @@ async def test_backoff_grows_until_somebody_is_heard():
 @pytest.mark.parametrize("retry_after", [None, 1.0, 0.0])
 async def test_simultaneous_refusals_are_one(retry_after):
     governor = make_governor()
+    await refused_often(governor)
     for _ in range(50):
         governor.refused(retry_after)
     assert await wait_for_turn(governor) == pytest.approx(1)
@@ -54,6 +66,7 @@ async def test_simultaneous_refusals_are_one(retry_after):
 @pytest.mark.usefixtures("longest_backoff")
 async def test_a_refusal_of_what_was_sent_before_the_pause_is_the_same_one():
     governor = make_governor()
+    await refused_often(governor)
     sent_at = asyncio.get_running_loop().time()
     await asyncio.sleep(0.2)
     governor.refused(None, sent_at=sent_at)
@@ -81,26 +94,38 @@ async def test_a_pause_keeps_everybody_back():
     assert first_after
 
 
-async def test_statuses_refused_one_after_another_slow_requests_down_and_submits_do_not():
+async def test_a_run_of_refused_statuses_slows_requests_down_and_submits_do_not():
     governor = make_governor()
     spacing = governor.requests._spacing
-    for _ in range(9):
-        governor.refused(None)
+    for _ in range(50):
+        governor.refused(None, submit=True)
         await asyncio.sleep(100)
     assert governor.requests._spacing == spacing
-    governor.refused(None, too_many_requests=True)
+    for _ in range(5):
+        governor.refused(None)
+        await asyncio.sleep(100)
     assert governor.requests._spacing == 2 * spacing
 
 
-async def test_one_refusal_in_twenty_is_weather_and_slows_nothing_down():
+async def test_one_refusal_in_twenty_is_weather_and_holds_nobody_back():
     governor = make_governor()
     spacing = governor.requests._spacing
     for _ in range(50):
         for _ in range(19):
-            governor.heard()
+            governor.heard(after=0.3)
         await asyncio.sleep(100)
-        governor.refused(None, too_many_requests=True)
+        governor.refused(None)
+        assert await wait_for_turn(governor) == 0
     assert governor.requests._spacing == spacing
+
+
+async def test_a_refused_submit_that_names_no_time_holds_no_status_back():
+    governor = make_governor()
+    for _ in range(50):
+        governor.refused(None, submit=True)
+    assert await wait_for_turn(governor) == 0
+    governor.refused(40.0, submit=True)
+    assert await wait_for_turn(governor) == pytest.approx(40)
 
 
 def test_clients_of_one_account_share_a_governor():

@@ -1,0 +1,57 @@
+"""Nothing in a batch blocks the event loop that its thousand waits share."""
+
+import asyncio
+import csv
+import gzip
+import time
+
+import pytest
+from blockbuster import BlockBuster, BlockingError
+
+import prefect_flux_kontext
+from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.support.batches import run
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def no_blocking_calls():
+    """Calls of the package that block an event loop raise, but those of the sandbox's own."""
+    detector = BlockBuster(prefect_flux_kontext, excluded_modules=["prefect_flux_kontext.sandbox"])
+    detector.activate()
+    try:
+        yield
+    finally:
+        detector.deactivate()
+
+
+async def test_the_detector_sees_a_blocking_call(no_blocking_calls, monkeypatch, tmp_path):
+    # The function's code is taken to be in the package, as the detector goes by file names.
+    code = "def block(): time.sleep(0)"
+    space = {"time": time}
+    exec(compile(code, f"{prefect_flux_kontext.__path__[0]}/somewhere.py", "exec"), space)
+    with pytest.raises(BlockingError):
+        space["block"]()
+
+
+@pytest.mark.parametrize("packed", ["manifest.csv", "manifest.csv.gz"])
+async def test_no_call_of_a_batch_blocks(packed, tmp_path, no_blocking_calls):
+    with running_sandbox(SandboxSettings(mean=0.2, long_edge=64, fail_rate=0.1)) as sandbox:
+        manifest = tmp_path / packed
+
+        def write():
+            opener = gzip.open if packed.endswith("gz") else open
+            with opener(manifest, "wt") as file:
+                writer = csv.writer(file)
+                writer.writerow(["id", "image", "prompt"])
+                image = f"{sandbox.url}/references/cat.png"
+                writer.writerows([f"row-{n}", image, f"oil, take {n}"] for n in range(40))
+
+        await asyncio.to_thread(write)
+        for run_number in range(2):
+            summary = await run(sandbox, Manifest(str(manifest)), tmp_path / "out")
+            assert summary.rows == 40, run_number
+            assert summary.stored > 20

@@ -1,0 +1,72 @@
+"""Waves overlap, and none of them waits for another's last row."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.batch.waves import WAVE_ROWS, run_waves
+from prefect_flux_kontext.errors import LedgerError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+def make_session():
+    submitter = SimpleNamespace(stopped=None, spent=0.0)
+    submitter.stop = lambda why: setattr(submitter, "stopped", why)
+    return SimpleNamespace(output="", submitter=submitter)
+
+
+async def run(rows, run_row, *, slots):
+    """Run rows as waves; returns the most that were under way at once."""
+    under_way, most = 0, 0
+
+    async def one(wave, row):
+        await run_row(row)
+        wave._row_ended()
+
+    async def run_wave(wave):
+        nonlocal under_way, most
+        under_way += len(wave._rows)
+        most = max(most, under_way)
+        await asyncio.gather(*(one(wave, row) for row in wave._rows))
+        under_way -= len(wave._rows)
+        return BatchSummary(rows=len(wave._rows))
+
+    summary = await run_waves(make_session(), range(rows), run_wave, concurrent_tasks=slots)
+    assert summary.rows == rows
+    return most
+
+
+async def test_a_straggler_in_each_wave_keeps_no_other_row_waiting():
+    loop, rows = asyncio.get_running_loop(), 12 * WAVE_ROWS
+    slots, ended, began = asyncio.Semaphore(WAVE_ROWS), [], loop.time()
+
+    async def run_row(row):
+        if row % WAVE_ROWS:
+            async with slots:
+                await asyncio.sleep(10)
+            ended.append(loop.time() - began)
+        else:
+            await asyncio.sleep(3_600)
+
+    await run(rows, run_row, slots=WAVE_ROWS)
+    assert max(ended) == pytest.approx(12 * 10, rel=0.05)
+
+
+async def test_few_more_rows_are_under_way_than_there_are_slots():
+    most = await run(20 * WAVE_ROWS, lambda _row: asyncio.sleep(10), slots=1_000)
+    assert most == 2_000
+
+
+async def test_rows_of_a_wave_that_could_not_be_recorded_keep_no_room():
+    waves = []
+
+    async def run_wave(wave):
+        waves.append(wave)
+        raise LedgerError("The disk is full.")
+
+    with pytest.raises(LedgerError):
+        await run_waves(make_session(), range(5_000), run_wave, concurrent_tasks=1)
+    assert {wave._open for wave in waves} == {0}

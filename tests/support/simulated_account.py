@@ -1,0 +1,103 @@
+"""The service in memory and in virtual time: its own limits, counted exactly, and a slow line.
+
+The client's code is the real one down to `exchange`; only the socket is not there.
+"""
+
+import asyncio
+import json
+import random
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+from prefect_flux_kontext.api.client import FluxKontextClient
+from prefect_flux_kontext.api.governor import Governor
+from prefect_flux_kontext.sandbox.contract import Refusal, failure, success
+from prefect_flux_kontext.sandbox.service import Service
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+
+URL = "http://service.test"
+KEY = "simulated"
+
+
+class SimulatedAccount:
+    """An account of the sandbox's service at the end of a line.
+
+    Args:
+        curve: `curve(seconds since the first request, dice)` gives the seconds of a generation;
+            None for the sandbox's own curve.
+        line: Shortest and longest seconds of a way to the service or back.
+        refuse: Share of requests that are refused with 429 whatever the limits are.
+        settings: The sandbox's.
+    """
+
+    def __init__(self, *, curve=None, line=(0.05, 0.25), refuse=0.0, seed=1, **settings):
+        self.settings = SandboxSettings(**{"balance": 1_000_000, **settings})
+        self.service = Service(self.settings)
+        self.dice = random.Random(seed)
+        self.line = line
+        self.refuse = refuse
+        self.refused_at_random = 0
+        self.first_request = None
+        if curve is not None:
+            self.service._curve = SimpleNamespace(draw=lambda dice: curve(self.since(), dice))
+
+    def since(self):
+        """Seconds since the first request came."""
+        return asyncio.get_running_loop().time() - self.first_request
+
+    def client(self, *, requests=10_000, tasks=1_000):
+        """A client of its own governor that talks to this account."""
+        governor = Governor(requests_per_minute=requests, concurrent_tasks=tasks)
+        client = FluxKontextClient(KEY, base_url=URL, governor=governor)
+        client._connections = self
+        return client
+
+    @property
+    def tasks(self):
+        """The tasks that were accepted, in their order."""
+        return list(self.service._tasks.values())
+
+    async def aclose(self):
+        """There is nothing to close."""
+
+    @asynccontextmanager
+    async def stream(self, method, _url, *, json=None, params=None):
+        """Answer as the service does, after the way there and before the way back."""
+        if self.first_request is None:
+            self.first_request = asyncio.get_running_loop().time()
+        await asyncio.sleep(self.dice.uniform(*self.line))
+        reply = self._reply(method, json, params)
+        await asyncio.sleep(self.dice.uniform(*self.line))
+        yield reply
+
+    def _throw_dice(self):
+        if self.dice.random() < self.refuse:
+            self.refused_at_random += 1
+            raise Refusal(429, "too many requests", "by the dice")
+
+    def _reply(self, method, payload, params):
+        try:
+            self._throw_dice()
+            if method == "POST":
+                data = {"taskId": self.service.submit(KEY, payload, URL).task_id}
+            else:
+                task = self.service.status(KEY, params["taskId"])
+                data = task.status(self.service.now(), self.service.epoch)
+        except Refusal as refusal:
+            headers = {}
+            if refusal.retry_after is not None:
+                headers["Retry-After"] = str(refusal.retry_after)
+            return _Reply(refusal.code, headers, failure(refusal))
+        return _Reply(200, {}, success(data))
+
+
+class _Reply:
+    is_stream_consumed = False
+
+    def __init__(self, status_code, headers, envelope):
+        self.status_code = status_code
+        self.headers = headers
+        self._envelope = envelope
+
+    async def aiter_raw(self):
+        yield json.dumps(self._envelope).encode()
