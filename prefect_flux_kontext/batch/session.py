@@ -89,7 +89,7 @@ async def batch_session(
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
             report = Report(output, store, owner, http, settings)
-            with StoredRows() as stored:
+            with await asyncio.to_thread(StoredRows) as stored:
                 await stored.read(store)
                 async with (
                     callback_mode(callbacks or CallbackOptions(), client, ledger) as called,

@@ -9,13 +9,13 @@ import socket
 
 import pytest
 
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.processes import Batch
-from tests.support.fault_proxy import fault_proxy
 
 ROWS = [(f"row-{n}", f"lighthouse number {n}") for n in range(150)]
-LOST = {"submit": {"reset_after": 0.05, "trouble_after": 0.05, "trouble_before": 0.02}}
+LOST = ["submit:lost-reply=0.05", "submit:trouble-after=0.05", "submit:unavailable=0.02"]
 
 
 def free_port():
@@ -29,14 +29,11 @@ def test_what_a_killed_batch_has_paid_for_is_found_by_its_callbacks(seed, tmp_pa
     dice = random.Random(seed)
     port = free_port()
     settings = SandboxSettings(mean=0.5, long_edge=16, callback_delay_scale=0.02)
-    with (
-        running_sandbox(settings) as service,
-        fault_proxy(service.url, seed=seed, rates=LOST) as proxy,
-    ):
+    with running_sandbox(settings) as service:
+        service.weather.change(FaultPlan(seed=seed, faults=LOST))
         batch = Batch(
             service,
             tmp_path,
-            url=proxy.url,
             FLUX_KONTEXT_CALLBACK_URL=f"http://127.0.0.1:{port}/hooks",
             FLUX_KONTEXT_CALLBACK_SECRET="canary-7f3a9c51e2d84b06-secret",
             FLUX_KONTEXT_CALLBACK_SWEEP="1",
@@ -55,7 +52,8 @@ def test_what_a_killed_batch_has_paid_for_is_found_by_its_callbacks(seed, tmp_pa
         found = batch.check()
         assert not found.problems, found
         assert batch.kills
-        assert proxy.count("reset_after") + proxy.count("trouble_after") > 3
+        befallen = service.weather.befallen
+        assert befallen["submit:lost-reply"] + befallen["submit:trouble-after"] > 3
         assert found.stored == batch.accepted, collected.said
 
 
