@@ -288,6 +288,10 @@ def main() -> None:
         )
         for part in options.only:
             text = f"{getattr(bench, part)()}\n\nMedians of {repeats}; {machine}."
+            text += "".join(
+                f"\n\n![{plot.stem}]({plots.name}/{plot.name})"
+                for plot in sorted(plots.glob(f"{part}*.svg"))
+            )
             print(f"## {part}\n\n{text}\n", flush=True)
             if page:
                 write_between_markers(page, part, text)

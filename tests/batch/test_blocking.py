@@ -21,6 +21,8 @@ pytestmark = pytest.mark.anyio
 def no_blocking_calls():
     """Calls of the package that block an event loop raise, but those of the sandbox's own."""
     detector = BlockBuster(prefect_flux_kontext, excluded_modules=["prefect_flux_kontext.sandbox"])
+    # The sign of life reads /proc, which is the kernel's memory and no disk.
+    detector.functions["io.TextIOWrapper.read"].can_block_in("owners.py", "_process_started")
     detector.activate()
     try:
         yield
