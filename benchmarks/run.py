@@ -183,8 +183,8 @@ class Bench:
             ]
             for label, one in told.items()
         ]
-        told_of = f"{images:,} images, {account.slots:,} slots, {account.requests:,} requests a"
-        return f"{told_of} minute, {account.mean:g} s mean.\n\n{table(columns, rows)}"
+        what = f"{images:,} images of {account.mean:g} s, {account.slots:,} slots"
+        return f"{what}, {account.requests:,} requests a minute.\n\n{table(columns, rows)}"
 
     def ceiling(self) -> str:
         """How fast the client is itself, with the service out of the way."""
@@ -242,11 +242,8 @@ class Bench:
                     f"{one['events'] / images:.3f}",
                 ]
             )
-        columns = [
-            *("rows", "time", "an image", "CPU an image", "peak memory"),
-            *("ledger objects an image", "task runs", "events an image"),
-        ]
-        return table(columns, rows)
+        columns = "rows, time, an image, CPU an image, peak memory, ledger objects an image"
+        return table([*columns.split(", "), "task runs", "events an image"], rows)
 
     def start(self) -> str:
         """Seconds until something has started."""

@@ -24,9 +24,9 @@ another within ten times as long, and halve with each that comes later."""
 _CAUTION = 2.0
 """Standard deviations that the count of likely running tasks stays below the limit."""
 
-_ONCE_BITTEN, _FORGIVEN = 1.5, 1 / 2_000
-"""Where that was refused, it stays so many times as far away as it was, and each accepted submit
-brings it nearer again by so much."""
+_ONCE_BITTEN, _FORGIVEN = 1.5, 2.0
+"""Where that was refused, it stays so many times as far away as it was, and comes nearer again,
+e-fold while each slot is filled so often."""
 
 _LOOK_AGAIN = 0.2
 """Seconds after which tasks may be taken to have ended that nobody has seen to end."""
@@ -109,7 +109,7 @@ class TaskGate:
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._refusals.heard()
-            self._missed *= 1 - _FORGIVEN
+            self._missed *= 1 - 1 / (_FORGIVEN * self.slots + 1)
             self._posting -= 1
             self._most_posting = min(_MOST_POSTS, self._most_posting + 1)
             if task_id not in self._watched:

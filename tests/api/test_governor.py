@@ -107,6 +107,16 @@ async def test_a_run_of_refused_statuses_slows_requests_down_and_submits_do_not(
     assert governor.requests._spacing == 2 * spacing
 
 
+async def test_two_refusals_in_a_row_that_name_a_time_slow_requests_down():
+    governor = make_governor()
+    spacing = governor.requests.spacing
+    governor.refused(5.0)
+    await asyncio.sleep(100)
+    assert governor.requests.spacing == spacing
+    governor.refused(5.0)
+    assert governor.requests.spacing == 2 * spacing
+
+
 async def test_one_refusal_in_twenty_is_weather_and_holds_nobody_back():
     governor = make_governor()
     spacing = governor.requests._spacing

@@ -110,6 +110,45 @@ def test_a_pause_lets_no_burst_through_after_it():
     assert min(gaps) > 60 / 10_000 - A_HAIR
 
 
+def test_of_those_that_wait_submits_go_first_and_each_kind_in_its_order():
+    async def main():
+        budget, order = RequestBudget(60), []
+        await budget.take()
+
+        async def take(name, *, first):
+            await budget.take(first=first)
+            order.append(name)
+
+        waiting = [asyncio.create_task(take(f"look {n}", first=False)) for n in range(3)]
+        await asyncio.sleep(0.1)
+        waiting += [asyncio.create_task(take(f"submit {n}", first=True)) for n in range(3)]
+        await asyncio.sleep(0.1)
+        waiting.pop(1).cancel()
+        await asyncio.gather(*waiting)
+        assert order == ["submit 0", "submit 1", "submit 2", "look 0", "look 2"]
+
+    on_virtual_time(main())
+
+
+def test_a_waiter_whose_loop_is_gone_holds_nobody_up():
+    budget = RequestBudget(6_000)
+    gone = asyncio.new_event_loop()
+
+    async def take_many(number):
+        await asyncio.gather(*(budget.take() for _ in range(number)))
+
+    abandoned = gone.create_task(take_many(200))
+    gone.run_until_complete(asyncio.sleep(0.01))
+    gone.close()
+    abandoned._log_destroy_pending = False
+
+    async def main():  # in real time, as the loop that is gone
+        async with asyncio.timeout(10):
+            await budget.take()
+
+    asyncio.run(main())
+
+
 def test_a_short_pause_does_not_end_a_long_one():
     through, _ = on_virtual_time(play(600, [("pause", 60.0), ("pause", 1.0), ("arrive", 5)]))
     assert min(through) >= 1_000_060 - A_HAIR
