@@ -11,7 +11,7 @@ demo: .venv/installed ## restyle six photographs in five styles, look at demo/co
 	@$(BIN)/flux-kontext demo demo
 
 test: .venv/installed-dev ## run all tests, with branch coverage
-	@$(BIN)/pytest --cov --cov-report=term
+	@$(BIN)/pytest --numprocesses auto --dist loadfile --cov --cov-report=term
 
 chaos: .venv/installed-dev ## 350 kills, 50,000 rows, every fault, and write docs/reliability.md (an hour)
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write

@@ -41,8 +41,9 @@ FILES = {
     "m.jsonl": JSONL.encode(),
     "m.ndjson": JSONL.encode("utf-8-sig"),
     "m.json": JSONL.replace("\n", "\n\n").encode(),
-    "m.csv.gz": gzip.compress(CSV.encode()),
-    "two-members.csv.gz": gzip.compress(CSV[:40].encode()) + gzip.compress(CSV[40:].encode()),
+    "m.csv.gz": gzip.compress(CSV.encode(), mtime=0),
+    "two-members.csv.gz": gzip.compress(CSV[:40].encode(), mtime=0)
+    + gzip.compress(CSV[40:].encode()),
     "m.csv.zst": zst(CSV.encode()),
     "two-frames.csv.zst": zst(CSV[:40].encode()) + zst(CSV[40:].encode()),
     "m.CSV.BZ2": bz2.compress(CSV.encode()),
@@ -183,13 +184,17 @@ def test_a_broken_line_in_the_middle_is_told_and_the_others_are_read(manifest, l
         ("m.jsonl", "<html></html>", "not JSON Lines"),
         ("m.jsonl", '{"prompt": "' + "x" * 1_000_001, "Line 1 .*more than 1,000,000 characters"),
         ("m.jsonl", "", "has no rows"),
-        ("m.csv.gz", gzip.compress(CSV.encode() * 9)[:-9], "ended before the end-of-stream"),
+        (
+            "m.csv.gz",
+            gzip.compress(CSV.encode() * 9, mtime=0)[:-9],
+            "ended before the end-of-stream",
+        ),
         ("m.csv.gz", CSV, "[Nn]ot a gzipped file"),
         ("m.csv.zst", zst(CSV.encode())[:-5], "cut off"),
         ("m.csv.zst", CSV, "cannot be read"),
         ("m.parquet", b"PAR1" + bytes(100), "cannot be read"),
         ("m.parquet", "", "cannot be read"),
-        ("m.parquet.gz", gzip.compress(b"PAR1"), "unpack it"),
+        ("m.parquet.gz", gzip.compress(b"PAR1", mtime=0), "unpack it"),
         ("m.parquet", CSV, "cannot be read"),
     ],
 )
@@ -230,7 +235,7 @@ def test_a_little_parquet_file_that_holds_gigabytes_is_refused_in_little_memory(
 
 def test_a_little_packed_file_that_unpacks_without_end_is_refused(manifest, monkeypatch):
     monkeypatch.setattr(opening, "_BOMB_FROM", 10_000_000)
-    bomb = manifest("m.csv.gz", gzip.compress(b"id,prompt\n" + b"\n" * 20_000_000))
+    bomb = manifest("m.csv.gz", gzip.compress(b"id,prompt\n" + b"\n" * 20_000_000, mtime=0))
     assert "unpacks to more than" in problem(bomb)
 
 
