@@ -55,8 +55,9 @@ class Wave:
         return self._session.rows.progress
 
     def _row_ended(self) -> None:
-        self._open -= 1
-        self._room.release()
+        if self._open:  # a wave that is run again has given back some of its room already
+            self._open -= 1
+            self._room.release()
 
     def give_back(self) -> None:
         """Make room for as many rows as were never run."""

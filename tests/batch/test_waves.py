@@ -72,3 +72,13 @@ async def test_rows_of_a_wave_that_could_not_be_recorded_keep_no_room():
     with pytest.raises(LedgerError):
         await run_waves(make_session(), range(5_000), run_wave, concurrent_tasks=1)
     assert {wave._open for wave in waves} == {0}
+
+
+async def test_a_wave_that_is_run_again_gives_its_room_back_once():
+    async def run_wave(wave):
+        for _ in 2 * wave._rows:
+            wave._row_ended()
+        return BatchSummary(rows=len(wave._rows))
+
+    summary = await run_waves(make_session(), range(3 * WAVE_ROWS), run_wave, concurrent_tasks=1)
+    assert summary.rows == 3 * WAVE_ROWS

@@ -97,7 +97,7 @@ async def newest_run(flow, output):
                 flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])), limit=200
             )
             for run in runs:
-                if run.parameters.get("output", "").endswith(str(output)):
+                if str(run.parameters.get("output")).endswith(str(output)):
                     return run
             await anyio.sleep(0.1)
     raise AssertionError(f"no run of {flow} into {output}")
