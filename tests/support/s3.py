@@ -21,6 +21,9 @@ def s3_server(*, configured=True):
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    # Else a client that hangs up before it is accepted leaves the server waiting for another,
+    # and the test for the server's end.
+    server._server.socket.settimeout(1)
     access = {"endpoint_url": f"http://{host}:{port}"}
     secrets = {"key": "testing", "secret": "testing"}
     before = fsspec.config.conf.get("s3")
