@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 _CACHE_KIB = 16_384
 
@@ -21,3 +25,25 @@ def scratch_database(table: str) -> sqlite3.Connection:
     database.execute(table)
     database.execute("BEGIN")
     return database
+
+
+class Scratch:
+    """Has a private database while the block runs.
+
+    Args:
+        table: The statement that creates its table.
+    """
+
+    def __init__(self, table: str) -> None:
+        self._database = scratch_database(table)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._database.close()

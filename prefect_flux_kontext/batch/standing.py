@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.status import unfinished_entries
 from prefect_flux_kontext.ledger.checkpoints import finished_rows
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.references.kinds import not_on_the_web
-from prefect_flux_kontext.scratch import scratch_database
+from prefect_flux_kontext.scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
 
     from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
@@ -42,26 +41,15 @@ class _Known(NamedTuple):
     dollars: float
 
 
-class Standings:
+class Standings(Scratch):
     """What the ledger says of each row key, in a private database in a temporary file."""
 
     def __init__(self) -> None:
-        self._database = scratch_database(
+        super().__init__(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, standing TEXT, "
             "served TEXT, dollars REAL) WITHOUT ROWID"
         )
         self._empty = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._database.close()
 
     def of(self, key: str, references: Iterable[str] = ()) -> Standing:
         """Where a row stands; one that the ledger does not know is to be paid.

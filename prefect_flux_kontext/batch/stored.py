@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.ledger.checkpoints import FinishedRow, finished_rows
-from prefect_flux_kontext.scratch import scratch_database
+from prefect_flux_kontext.scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-    from types import TracebackType
 
     from prefect_flux_kontext.ledger.store import RecordStore
 
 _BLOCK = 1_000
 
 
-class StoredRows:
+class StoredRows(Scratch):
     """The stored rows of a ledger, in a private database in a temporary file."""
 
     def __init__(self) -> None:
-        self._database = scratch_database(
-            "CREATE TABLE rows (key BLOB PRIMARY KEY, record TEXT) WITHOUT ROWID"
-        )
+        super().__init__("CREATE TABLE rows (key BLOB PRIMARY KEY, record TEXT) WITHOUT ROWID")
         self._one_at_a_time = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._database.close()
 
     async def read(self, store: RecordStore) -> None:
         """Read a ledger's parts.

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing
-from typing import TYPE_CHECKING, Self
 
-from prefect_flux_kontext.scratch import scratch_database
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from prefect_flux_kontext.scratch import Scratch
 
 
-class Seen:
+class Seen(Scratch):
     """Remembers for each name the number that it came with first.
 
     A private database that SQLite keeps in a temporary file, and that is gone when closed. Names
@@ -21,20 +17,7 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._database = scratch_database(
-            "CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._database.close()
+        super().__init__("CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)")
 
     def first(self, name: bytes, number: int) -> int:
         """The number that the name came with first, which is this one where it is new."""

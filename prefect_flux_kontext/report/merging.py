@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.report.columns import COLUMNS, parquet_schema
 from prefect_flux_kontext.report.parts import as_json
-from prefect_flux_kontext.scratch import scratch_database
+from prefect_flux_kontext.scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import TracebackType
 
     from prefect_flux_kontext.report.columns import Line
 
@@ -21,7 +20,7 @@ _BLOCK = 5_000
 _KEPT_OF_THE_MANIFEST = ("line", "style", "source")
 
 
-class NewLines:
+class NewLines(Scratch):
     """Lines that are to be merged, in a private database in a temporary file.
 
     Attributes:
@@ -30,20 +29,9 @@ class NewLines:
 
     def __init__(self) -> None:
         self.own: dict[str, None] = {}
-        self._database = scratch_database(
+        super().__init__(
             "CREATE TABLE lines (number INTEGER PRIMARY KEY, name TEXT UNIQUE, line TEXT)"
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._database.close()
 
     def add(self, data: bytes) -> None:
         """Add the lines of a part."""
