@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -25,10 +24,11 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.sandbox.latency import LatencyCurve
-from tests.support.simulated_account import SimulatedAccount
+from tests.support.simulated_account import SimulatedAccount, the_same_each_time
 from tests.support.virtual_time import VirtualTimeLoop
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Awaitable, Callable
 
     from prefect_flux_kontext.api.client import FluxKontextClient
@@ -237,9 +237,8 @@ def main() -> None:
     for name, scenario in SCENARIOS.items():
         if not name.startswith(tuple(options.only)):
             continue
-        random.seed(1)  # the client's jitter
         began = time.process_time()
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        with the_same_each_time(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
             told = runner.run(run(scenario, scenario.images or options.images))
         told["CPU"] = time.process_time() - began
         if options.json:

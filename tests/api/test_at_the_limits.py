@@ -1,7 +1,6 @@
 """The governor and the looks together, against an account that counts exactly."""
 
 import asyncio
-import random
 
 import pytest
 
@@ -9,7 +8,7 @@ from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.waiting import wait_until_ended
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.sandbox.latency import LatencyCurve
-from tests.support.simulated_account import SimulatedAccount
+from tests.support.simulated_account import SimulatedAccount, the_same_each_time
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -18,11 +17,9 @@ USUAL = LatencyCurve(30, 0.35)
 
 
 @pytest.fixture(autouse=True)
-def _same_jitter_each_time():
-    before = random.getstate()
-    random.seed(1)
-    yield
-    random.setstate(before)
+def _the_same_figures_each_time():
+    with the_same_each_time():
+        yield
 
 
 async def run(images, **how):

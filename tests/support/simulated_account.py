@@ -6,9 +6,11 @@ The client's code is the real one down to `exchange`; only the socket is not the
 import asyncio
 import json
 import random
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
+from prefect_flux_kontext.api import backoff, looks
 from prefect_flux_kontext.api.client import FluxKontextClient
 from prefect_flux_kontext.api.governor import Governor
 from prefect_flux_kontext.sandbox.contract import Refusal, failure, success
@@ -17,6 +19,21 @@ from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
 URL = "http://service.test"
 KEY = "simulated"
+
+
+@contextmanager
+def the_same_each_time():
+    """Neither the machine's pace nor anybody else's dice have a part in a simulation.
+
+    Each task is waited for from its submit on, so it has no age that a real clock could tell.
+    """
+    dice, now = backoff.random, looks.utc_now
+    backoff.random = random.Random(1)
+    looks.utc_now = lambda: datetime.min.replace(tzinfo=UTC)
+    try:
+        yield
+    finally:
+        backoff.random, looks.utc_now = dice, now
 
 
 class SimulatedAccount:
