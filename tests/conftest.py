@@ -26,9 +26,11 @@ os.environ |= {
 }
 
 
-# A slow machine is no failure.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# A slow machine is no failure, and the same examples are tried each time; others with
+# `--hypothesis-profile=others`.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("others", deadline=None)
+settings.load_profile("same")
 
 
 def pytest_configure(config):
