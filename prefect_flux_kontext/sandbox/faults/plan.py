@@ -16,15 +16,11 @@ from pydantic import (
     ValidationError,
 )
 
-from prefect_flux_kontext.sandbox.faults import callbacks, pictures, statuses, wire
 from prefect_flux_kontext.sandbox.faults.registry import FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-# Importing them has registered what they hold.
-_PLAYED = (wire, statuses, pictures, callbacks)
 
 _SPELLING = re.compile(
     r"(?P<kind>[a-z]+):(?P<name>[a-z0-9-]+)"
