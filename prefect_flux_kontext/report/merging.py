@@ -85,11 +85,14 @@ def _name(line: Line) -> str:
 def newer(one: Line, other: Line) -> Line:
     """How a row stands, by two lines of it.
 
-    The later stands. But a line that was made of the ledger alone tells only of the request that
-    its run has paid for: it changes nothing when the row asks for something else by now, and
-    leaves the columns of the manifest as they are.
+    The later stands; where it follows from what they say which that is, clocks are not believed.
+    But a line that was made of the ledger alone tells only of the request that its run has paid
+    for: it changes nothing when the row asks for something else by now, and leaves the columns of
+    the manifest as they are.
     """
     old, new = sorted((one, other), key=lambda line: str(line["recorded_at"]))
+    if old.get("key") == new.get("key") and _is_further(old, new):
+        old, new = new, old
     if new["source"] == "manifest":
         return new
     if old.get("key") != new.get("key"):
@@ -97,6 +100,20 @@ def newer(one: Line, other: Line) -> Line:
     own = {name: value for name, value in old.items() if name not in COLUMNS}
     kept = {name: old[name] for name in _KEPT_OF_THE_MANIFEST if name in old}
     return new | kept | own
+
+
+def _is_further(line: Line, other: Line) -> bool:
+    """Whether a row has come to what the line says after what the other says of the same request.
+
+    Nothing follows `stored`, attempts are counted up, and what is outstanding ends.
+    """
+    states = line["state"], other["state"]
+    if "stored" in states and states[0] != states[1]:
+        return states[0] == "stored"
+    attempts = line.get("attempts"), other.get("attempts")
+    if None in attempts or attempts[0] == attempts[1]:
+        return states == ("failed", "outstanding") and attempts[0] is not None
+    return bool(attempts[0] > attempts[1])
 
 
 def read_lines(path: Path) -> Iterator[Line]:

@@ -1,31 +1,21 @@
 """Whether a batch kept its promise, from three sources that know nothing of one another.
 
-The service's own list of accepted tasks, the ledger read as plain JSON files, and the images.
-Nothing in here imports the ledger or the batch.
+The service's own list of accepted tasks, the ledger read as plain JSON files, and the images; and
+the result manifest beside them. Nothing in here imports the ledger or the batch.
 """
 
 import csv
 import hashlib
 import io
-import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from decimal import Decimal
 
 import fsspec
 from PIL import Image
 
-
-@dataclass
-class Attempt:
-    intent: dict
-    posted: dict | None = None
-    ended: dict | None = None
-
-    @property
-    def given_up(self):
-        """A person said that it may be paid for again."""
-        return self.posted is not None and self.posted["by"] == "person"
+from tests.chaos.plain_ledger import PlainLedger
+from tests.chaos.told import check_results
 
 
 @dataclass
@@ -41,47 +31,12 @@ class Findings:
     left_behind: int = 0
     paid: Decimal = Decimal(0)
     on_record: Decimal = Decimal(0)
+    recorded: Decimal = Decimal(0)
+    doubtful: Decimal = Decimal(0)
+    keys: Counter = field(default_factory=Counter)
 
     def __str__(self):
         return "; ".join(self.problems) or "kept"
-
-
-@dataclass
-class PlainLedger:
-    """The ledger's files, as anybody could read them."""
-
-    attempts: dict[str, list[Attempt]]
-    in_parts: dict[str, dict]
-    in_markers: set[str]
-    without_intent: list[str]
-
-    @classmethod
-    def read(cls, files):
-        records = defaultdict(dict)
-        in_parts, in_markers = {}, set()
-        for name, data in files.items():
-            folder, *rest = name.split("/")
-            if folder == "rows":
-                key, number, step, _ = rest[-1].split(".")
-                records[key].setdefault(int(number), {})[step] = json.loads(data)
-            elif folder == "waves" and name.endswith(".jsonl"):
-                for line in map(json.loads, data.splitlines()):
-                    if line["attempt"] >= in_parts.get(line["key"], line)["attempt"]:
-                        in_parts[line["key"]] = line
-            elif folder == "waves":
-                in_markers.update(json.loads(data)["keys"])
-        attempts = {
-            key: [Attempt(**by_number[n]) for n in sorted(by_number) if "intent" in by_number[n]]
-            for key, by_number in records.items()
-        }
-        attempts = {key: known for key, known in attempts.items() if known}
-        without_intent = [
-            f"{key}.{n}"
-            for key in records
-            for n in records[key]
-            if "intent" not in records[key][n]
-        ]
-        return cls(attempts, in_parts, in_markers, without_intent)
 
 
 def read_all(url):
@@ -143,23 +98,9 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
         _check_row(found, ledger.attempts.get(key), images, row_id, complete)
     for key, attempts in ledger.attempts.items():
         expected |= _check_images(found, key, attempts[-1], files, origin)
-    _check_results(found, files, ledger)
+    check_results(found, files, ledger, rows, complete)
     _check_files(found, files, expected, canary, killed)
     return found
-
-
-def _check_results(found, files, ledger):
-    """The result manifest names each row once, and says of no row what the ledger does not."""
-    lines = [json.loads(line) for line in files.get("results.jsonl", b"").splitlines()]
-    if len({line["id"] for line in lines}) < len(lines):
-        found.problems.append("the result manifest has a row twice")
-    for line in lines:
-        if line["state"] == "stored":
-            ended = ledger.attempts[line["key"]][-1].ended
-            if ended is None or ended["images"][0]["sha256"] != line["sha256"]:
-                found.problems.append(f"the result manifest makes up an image of {line['id']}")
-            if _sha256(files.get(line["file"], b"")) != line["sha256"]:
-                found.problems.append(f"{line['file']} is not what the result manifest says")
 
 
 def _check_files(found, files, expected, canary, killed):
@@ -186,9 +127,13 @@ def _check_money(found, ledger, key, tasks):
     unaccounted = [task for task in unaccounted if task["taskId"] not in ended]
     found.paid += sum(Decimal(task["price"]) for task in tasks)
     found.on_record += sum(Decimal(task["price"]) for task in unaccounted)
-    found.on_record += sum(
-        Decimal(str(a.intent["price"])) for a in attempts if a.ended or _accepted(a)
-    )
+    recorded = sum(a.price for a in attempts if a.accepted)
+    found.on_record += recorded
+    found.recorded += recorded
+    state = attempts[-1].state
+    found.keys[state] += 1
+    if state == "unknown":
+        found.doubtful += attempts[-1].price
     if len(tasks) > 1 + failed + given_up:
         found.paid_twice += len(tasks) - 1 - failed - given_up
         found.problems.append(f"{key} is paid for {len(tasks)} times")
@@ -214,13 +159,9 @@ def _check_named(found, ledger, key, tasks):
     if last.ended is not None and (part is None or part["ended"]["state"] != last.ended["state"]):
         found.problems.append(f"{key} has ended, and neither wave nor part says so")
     if part is not None and last.ended is not None:
-        paid = sum(a.intent["price"] for a in ledger.attempts[key] if a.ended or _accepted(a))
-        if abs(part["spent"] - paid) > 1e-9:
+        paid = sum(a.price for a in ledger.attempts[key] if a.accepted)
+        if abs(part["spent"] - float(paid)) > 1e-9:
             found.problems.append(f"{key}: its part says ${part['spent']}, its records ${paid}")
-
-
-def _accepted(attempt):
-    return attempt.posted is not None and attempt.posted["state"] == "accepted"
 
 
 def _check_row(found, attempts, images, row_id, complete):
@@ -266,17 +207,6 @@ def _check_images(found, key, attempt, files, origin):
         ):
             found.problems.append(f"{key}: {name} is not what the service serves")
     return set(attempt.ended["files"])
-
-
-def money(files_of_ledger):
-    """Dollars of the attempts that the ledger takes for accepted."""
-    ledger = PlainLedger.read(files_of_ledger)
-    return sum(
-        attempt.intent["price"]
-        for attempts in ledger.attempts.values()
-        for attempt in attempts
-        if attempt.ended or _accepted(attempt)
-    )
 
 
 def ids_in(failed_csv):

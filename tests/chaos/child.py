@@ -1,10 +1,15 @@
 """A batch's process: the command line as it is, with a bomb inside where one is wanted."""
 
+import itertools
 import json
 import os
 import resource
 import signal
 import sys
+import time
+from datetime import datetime, timedelta
+
+_LOOKS_BEFORE_IT_JUMPS = 200
 
 
 def _explode(when, number, at):
@@ -46,7 +51,25 @@ def _place(point):
     }[point]
 
 
-def main(arguments, environment, log, bomb=None, file_limit=None):
+def _set_clock(first, then):
+    """Let the process's clock be so many seconds off, and as many others once it was looked at."""
+    from prefect_flux_kontext import models  # noqa: PLC0415
+
+    right_time, looks = time.time, itertools.count()
+
+    def off():
+        return first if next(looks) < _LOOKS_BEFORE_IT_JUMPS else then
+
+    class Skewed(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(seconds=off())
+
+    models.datetime = Skewed
+    time.time = lambda: right_time() + off()
+
+
+def main(arguments, environment, log, bomb=None, file_limit=None, clock=None):
     """Run the command line and leave with its exit status.
 
     Args:
@@ -55,6 +78,7 @@ def main(arguments, environment, log, bomb=None, file_limit=None):
         log: File for what it prints.
         bomb: What to die at: (point, "before" or "after", n-th call).
         file_limit: Bytes that no file may pass, as on a full disk.
+        clock: Seconds by which the process's clock is off at first, and later.
     """
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,6 +105,8 @@ def main(arguments, environment, log, bomb=None, file_limit=None):
     if bomb is not None:
         point, when, number = bomb
         _explode(when, number, _place(point))
+    if clock is not None:
+        _set_clock(*clock)
     status = command_line(arguments)
     sys.stdout.flush()
     sys.stderr.flush()

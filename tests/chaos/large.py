@@ -7,18 +7,23 @@ nothing.
 """
 
 import argparse
+import contextlib
+import itertools
 import logging
 import multiprocessing
 import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from prefect_flux_kontext.sandbox.server import running_sandbox
-from tests.chaos.scenarios import SCENARIOS, SERVICE, Line, Place, tell
+from tests.chaos.scenarios import SCENARIOS, SERVICE
 from tests.chaos.story import story
 from tests.chaos.table import SIMULATED, as_table, write_table
+from tests.chaos.trials import Line, Place, tell
 from tests.support.s3 import s3_server
 
 
@@ -31,21 +36,68 @@ def _story(seed):
     return seed, found, kills, "" if not found.problems else str(found)
 
 
-def simulation(line, scale):
-    """Whole batches on virtual time; kills are those of simulated processes."""
+@contextlib.contextmanager
+def simulating(scale):
+    """Whole batches on virtual time, in a process beside; yields what makes a line of them."""
     seeds = range(1_000_000, 1_000_000 + round(10_000 * scale))
-    with multiprocessing.get_context("forkserver").Pool(2, maxtasksperchild=200) as pool:
-        for seed, found, kills, problem in pool.imap_unordered(_story, seeds, chunksize=10):
-            if found is not None:
-                line.add(found)
-            line.runs += 1
-            line.kills += kills
-            if problem:
-                line.problems += found is None
-                tell(f"     seed {seed}: {problem}")
+    with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=100) as pool:
+        stories = pool.imap_unordered(_story, seeds, chunksize=10)
+
+        def simulation(line):
+            for seed, found, kills, problem in stories:
+                if found is not None:
+                    line.add(found, kills)
+                else:
+                    line.problems += 1
+                line.runs += 1
+                if problem:
+                    tell(f"     seed {seed}: {problem}")
+                if line.runs % 500 == 0:
+                    tell(f"    {line}")
+
+        yield simulation
 
 
 SIMULATION = f"{SIMULATED} on virtual time, a seed each run"
+
+
+@contextlib.contextmanager
+def places():
+    """Yields what makes a place for a scenario of that name; some are on S3."""
+    with tempfile.TemporaryDirectory() as folder, s3_server() as (bucket, client):
+        access = {
+            "FSSPEC_S3_ENDPOINT_URL": client.meta.endpoint_url,
+            "FSSPEC_S3_KEY": "testing",
+            "FSSPEC_S3_SECRET": "testing",
+        }
+        numbers = itertools.count()
+
+        @contextlib.contextmanager
+        def place(name):
+            with running_sandbox(SERVICE) as service:
+                where = (bucket, access) if "S3" in name else ()
+                here = Path(folder) / f"{next(numbers)}"
+                yield Place(here, service, *where)
+                shutil.rmtree(here)
+
+        yield place
+
+
+def run(names, scale, seed, table):
+    """Run scenarios, and put the line of each that came to its end into the table."""
+    began = time.monotonic()
+    beside = simulating(scale) if SIMULATION in names else contextlib.nullcontext()
+    with places() as place, beside as simulation:
+        for name in names:
+            tell(f"{name} …")
+            line = Line()
+            if name == SIMULATION:
+                simulation(line)
+            else:
+                with place(name) as here:
+                    SCENARIOS[name](here, line, random.Random(f"{seed} {name}"), scale)
+            table[name] = line
+            tell(f"{name}: {line}; {time.monotonic() - began:.0f} s since the start")
 
 
 def main():
@@ -56,7 +108,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="write the table into the docs")
     options = parser.parse_args()
-    chosen = [
+    names = [
         name
         for name in [*SCENARIOS, SIMULATION]
         if any(word.lower() in name.lower() for word in options.words)
@@ -64,28 +116,17 @@ def main():
     table = {}
     began = time.monotonic()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, s3_server() as (bucket, client):
-        access = {
-            "FSSPEC_S3_ENDPOINT_URL": client.meta.endpoint_url,
-            "FSSPEC_S3_KEY": "testing",
-            "FSSPEC_S3_SECRET": "testing",
-        }
-        for number, name in enumerate(chosen):
-            line = table[name] = Line()
-            dice = random.Random(f"{options.seed} {name}")
-            if name == SIMULATION:
-                simulation(line, options.scale)
-            else:
-                with running_sandbox(SERVICE) as service:
-                    where = (bucket, access) if "S3" in name else ()
-                    place = Place(Path(folder) / f"{number}", service, *where)
-                    SCENARIOS[name](place, line, dice, options.scale)
-            tell(f"{name}: {line}, {time.monotonic() - began:.0f} s")
-    text = as_table(table, scale=options.scale, minutes=(time.monotonic() - began) / 60)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run(names, options.scale, options.seed, table)
+    except KeyboardInterrupt:
+        tell("Interrupted: what had not ended counts for nothing.")
+    minutes = (time.monotonic() - began) / 60
+    text = as_table(table, scale=options.scale, minutes=minutes, left=len(names) - len(table))
     tell(text)
     if options.write:
         write_table(text)
-    return int(any(line.broken() for line in table.values()))
+    return int(len(table) < len(names) or any(line.broken() for line in table.values()))
 
 
 if __name__ == "__main__":

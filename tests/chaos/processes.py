@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import httpx
@@ -125,7 +126,7 @@ class Batch:
         self.lines = list(dict.fromkeys([*self.lines, *lines]))
         return path
 
-    def start(self, *command, bomb=None, file_limit=None, **environment):
+    def start(self, *command, bomb=None, file_limit=None, clock=None, **environment):
         self._logs += 1
         log = self.folder / f"log-{self._logs}.txt"
         process = _fork.Process(
@@ -136,6 +137,7 @@ class Batch:
                 str(log),
                 bomb,
                 file_limit,
+                clock,
             ),
         )
         process.start()
@@ -151,9 +153,9 @@ class Batch:
         """`collect`, `status`, `resolve` or `retry-failed` on the output."""
         return self.start(name, self.output, *options, **how).end()
 
-    def run_and_kill(self, after, *options):
+    def run_and_kill(self, after, *options, **how):
         """`kill -9` after so many seconds, unless it has ended before."""
-        running = self.start_run(*options)
+        running = self.start_run(*options, **how)
         if running.lives_for(after):
             self.kills += 1
             return running.kill()
@@ -163,11 +165,19 @@ class Batch:
     def accepted(self):
         return self.service.service.bill()["accepted"]
 
-    def check(self, **how):
-        """The invariants, from the three sources."""
+    @property
+    def billed(self):
+        """Dollars that the service has billed for the rows of this batch."""
+        return sum((Decimal(record["price"]) for record in self._records()), Decimal(0))
+
+    def _records(self):
         # Batches of one test may share the service; each has prompts of its own.
         prompts = {prompt for _, prompt in self.lines}
-        records = [r for r in self.service.service.records() if r["prompt"] in prompts]
+        return [record for record in self.service.service.records() if record["prompt"] in prompts]
+
+    def check(self, **how):
+        """The invariants, from the three sources."""
+        records = self._records()
         with calm(self.service), httpx.Client(trust_env=False, verify=False) as http:
 
             def origin(task_id, kind):

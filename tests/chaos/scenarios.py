@@ -1,16 +1,21 @@
 """What batches go through at large: kills, signals, sleep, company, and bad weather."""
 
 import signal
-import sys
-from dataclasses import dataclass
 from functools import partial
 
-from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.chaos.processes import Batch
+from tests.chaos.called import all_callback_faults, each_callback_fault
+from tests.chaos.clocks import wrong_clocks
+from tests.chaos.trials import finish, tell
 from tests.chaos.troubles import ALL, STOPPING, shares
 
-SERVICE = SandboxSettings(mean=1.0, long_edge=16, fail_rate=0.02, requests_per_minute=1_000_000)
+SERVICE = SandboxSettings(
+    mean=1.0,
+    long_edge=16,
+    fail_rate=0.02,
+    requests_per_minute=1_000_000,
+    callback_delay_scale=0.02,
+)
 TROUBLE = (
     "submit:lost-reply=0.01",
     "submit:closed=0.005",
@@ -37,94 +42,6 @@ STEPS = {
 }
 
 
-def tell(text):
-    """Say it now."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-@dataclass
-class Line:
-    """A line of the table."""
-
-    runs: int = 0
-    rows: int = 0
-    kills: int = 0
-    paid_twice: int = 0
-    lost: int = 0
-    missing: int = 0
-    unknown_held: int = 0
-    problems: int = 0
-
-    def add(self, found, batch=None, runs=0):
-        self.rows += found.rows
-        self.runs += runs
-        self.kills += batch.kills if batch else 0
-        self.paid_twice += found.paid_twice
-        self.lost += found.lost
-        self.missing += found.missing
-        self.unknown_held += found.unknown
-        self.problems += len(found.problems)
-        for problem in found.problems[:5]:
-            tell(f"     {problem}")
-
-    def broken(self):
-        return self.paid_twice or self.lost or self.missing or self.problems
-
-
-class Place:
-    """Folders, names and a service for the batches of a scenario."""
-
-    def __init__(self, folder, service, bucket=None, access=None):
-        self.folder = folder
-        self.service = service
-        self.bucket = bucket
-        # Fewer polls than in the small tests: two cores serve all of it.
-        self.environment = {
-            "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.6",
-            "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
-            "FLUX_KONTEXT_POLL_TIMEOUT": "15",
-        } | (access or {})
-        self.number = 0
-
-    def weather(self, dice, faults):
-        """Begin to let things go wrong."""
-        plan = FaultPlan(faults=faults, seed=dice.getrandbits(32), hang=0.5, slow=0.5)
-        self.service.weather.change(plan)
-
-    def batch(self, rows):
-        self.number += 1
-        folder = self.folder / f"{self.number}"
-        folder.mkdir(parents=True)
-        output = f"{self.bucket}/{self.folder.name}/{self.number}" if self.bucket else None
-        batch = Batch(self.service, folder, output, **self.environment)
-        name = f"{self.folder.name} {self.number}"
-        batch.write([(f"row-{n}", f"{name} lighthouse {n}") for n in range(rows)])
-        return batch
-
-
-def finish(line, batch, runs):
-    """Run to the end, check, and check that a further run pays for nothing.
-
-    The first of the runs meets the weather as it is, the others meet none.
-    """
-    batch.run()
-    batch.service.weather.change(FaultPlan())
-    for _ in range(5):
-        ended = batch.run()
-        runs += 1
-        if ended.status in (0, 1):
-            break
-    found = batch.check()
-    before = batch.accepted
-    batch.run()
-    if batch.accepted != before:
-        found.problems.append(f"a finished batch paid for {batch.accepted - before} more")
-    if found.stored + found.failed + found.unknown != found.rows:
-        found.problems.append(f"rows do not add up: {found}")
-    line.add(found, batch, runs + 2)
-
-
 def at_random(place, line, dice, scale, *, batches, rows, kills):
     """`kill -9` at random moments under a network with faults of every kind."""
     for number in range(max(1, round(batches * scale))):
@@ -133,7 +50,7 @@ def at_random(place, line, dice, scale, *, batches, rows, kills):
         for _ in range(kills):
             batch.run_and_kill(dice.uniform(0.15, 1.2))
         finish(line, batch, kills)
-        tell(f"    batch {number + 1}: {batch.kills} kills, {line}")
+        tell(f"    batch {number + 1}: {batch.kills} kills; so far {line}")
 
 
 def each_fault(place, line, dice, scale, *, kind, rows=500):
@@ -143,24 +60,25 @@ def each_fault(place, line, dice, scale, *, kind, rows=500):
         planned = [f"{fault}@10-"] if fault in STOPPING else [f"{fault}@5", *shares([fault], 0.05)]
         place.weather(dice, planned)
         batch = place.batch(round(rows * scale))
-        batch.run_and_kill(dice.uniform(0.3, 2))
+        batch.run_and_kill(dice.uniform(0.3, 6))
         befallen = place.service.weather.befallen
         finish(line, batch, 1)
-        tell(f"    {fault}: befell {befallen[fault]}, {line}")
+        tell(f"    {fault} befell {befallen[fault]}; so far {line}")
 
 
 def all_faults(place, line, dice, scale, *, batches=4, rows=500):
     """Batches under all faults at once but those that stop a batch, killed at random."""
     together = [fault for fault in ALL if fault not in STOPPING]
-    for _ in range(max(1, round(batches * scale))):
+    for number in range(batches):
         place.weather(dice, shares(together, 0.004))
-        batch = place.batch(rows)
+        batch = place.batch(round(rows * scale))
         for _ in range(8):
-            batch.run_and_kill(dice.uniform(0.3, 2))
+            batch.run_and_kill(dice.uniform(0.3, 3))
         finish(line, batch, 8)
+        tell(f"    batch {number + 1}: {batch.kills} kills; so far {line}")
 
 
-def at_every_step(place, line, _dice, scale, *, rows=3):
+def at_every_step(place, line, _dice, scale, *, rows=2):
     """`kill -9` right before and right after each write, read, request and image."""
     bombs = [
         (point, when, number)
@@ -176,7 +94,7 @@ def at_every_step(place, line, _dice, scale, *, rows=3):
 
 def together(place, line, dice, scale, *, starts, rows=150):
     """Several runs over one output at once; all but one are killed."""
-    for _ in range(max(1, round(4 * scale))):
+    for _ in range(max(1, round(3 * scale))):
         place.weather(dice, TROUBLE)
         batch = place.batch(rows)
         running = [batch.start_run() for _ in range(starts)]
@@ -190,7 +108,7 @@ def together(place, line, dice, scale, *, starts, rows=150):
 
 def told_to_stop(place, line, dice, scale):
     """SIGTERM and SIGINT at random moments."""
-    for number in range(max(1, round(20 * scale))):
+    for number in range(max(1, round(12 * scale))):
         batch = place.batch(100)
         running = batch.start_run()
         running.lives_for(dice.uniform(0.3, 1.0))
@@ -212,7 +130,7 @@ def lost_replies(place, line, dice, scale):
 
 def sleepers(place, line, dice, scale):
     """A run sleeps, another takes over, and the first wakes."""
-    for _ in range(max(1, round(6 * scale))):
+    for _ in range(max(1, round(4 * scale))):
         batch = place.batch(60)
         sleeper = batch.start_run()
         sleeper.lives_for(dice.uniform(0.3, 0.8))
@@ -226,24 +144,27 @@ def sleepers(place, line, dice, scale):
 
 
 SCENARIOS = {
-    "kills at random, faults of every kind, local disk": lambda *a: at_random(
-        *a, batches=9, rows=1_000, kills=14
-    ),
-    "killed before and after each read, write, request, image": at_every_step,
-    "kills at random, ledger and images on S3 (moto)": lambda *a: at_random(
-        *a, batches=2, rows=150, kills=10
-    ),
-    "killed at a quarter of the steps, on S3 (moto)": lambda place, line, dice, scale: (
-        at_every_step(place, line, dice, scale / 4, rows=2)
-    ),
     "each fault of a submit alone": partial(each_fault, kind="submit"),
     "each fault of a status request alone": partial(each_fault, kind="status"),
     "each fault of a download alone": partial(each_fault, kind="download"),
     "each fault of a task alone": partial(each_fault, kind="task"),
     "all these faults together": all_faults,
+    "called back, each fault of a callback alone": each_callback_fault,
+    "called back, all faults together": all_callback_faults,
+    "clocks that are wrong and jump": wrong_clocks,
+    "kills at random, faults of every kind": lambda *a: at_random(
+        *a, batches=5, rows=500, kills=15
+    ),
+    "killed before and after each read, write, request, image": at_every_step,
     "two started together": lambda *a: together(*a, starts=2),
     "five started together": lambda *a: together(*a, starts=5),
     "SIGTERM and SIGINT at random": told_to_stop,
     "frozen, overtaken by a second run, woken": sleepers,
     "2 % of replies lost after acceptance": lost_replies,
+    "kills at random, ledger and images on S3 (moto)": lambda *a: at_random(
+        *a, batches=2, rows=100, kills=6
+    ),
+    "killed at an eighth of the steps, on S3 (moto)": lambda place, line, dice, scale: (
+        at_every_step(place, line, dice, scale / 8)
+    ),
 }

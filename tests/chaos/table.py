@@ -1,6 +1,9 @@
 """The table of docs/reliability.md, which the run itself writes."""
 
+import os
+import platform
 import re
+from decimal import Decimal
 from pathlib import Path
 
 _PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -10,6 +13,7 @@ _COLUMNS = {
     "runs": "runs",
     "rows": "rows",
     "kills": "kills",
+    "billed": "billed, $",
     "paid_twice": "paid twice",
     "lost": "lost",
     "missing": "missing",
@@ -18,19 +22,37 @@ _COLUMNS = {
 }
 
 
-def as_table(lines, *, scale, minutes):
-    """The lines of a run by scenario, with their sum, as Markdown."""
+def as_table(lines, *, scale, minutes, left):
+    """The lines of a run by scenario, with their sum, as Markdown.
+
+    Args:
+        lines: Of the scenarios that came to their end.
+        scale: Share of the full size.
+        minutes: How long it took.
+        left: Scenarios that did not come to their end.
+    """
     real = [line for name, line in lines.items() if not name.startswith(SIMULATED)]
     sums = {column: sum(getattr(line, column) for line in real) for column in _COLUMNS}
     rows = [
         ["scenario", *_COLUMNS.values()],
         ["---"] * (len(_COLUMNS) + 1),
-        *([name, *(f"{getattr(line, c):,}" for c in _COLUMNS)] for name, line in lines.items()),
-        ["**sum of what was not simulated**", *(f"**{number:,}**" for number in sums.values())],
+        *([name, *(_shown(getattr(line, c)) for c in _COLUMNS)] for name, line in lines.items()),
+        [
+            "**sum of what was not simulated**",
+            *(f"**{_shown(number)}**" for number in sums.values()),
+        ],
     ]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     size = "" if scale == 1 else f" at {scale:.0%} of the full size"
-    return f"{text}\n\nOne run{size} of {minutes:.0f} minutes."
+    broken_off = f", interrupted: {left} scenarios are missing" if left else ""
+    machine = (
+        f"{os.cpu_count()} cores, which did other work too, Python {platform.python_version()}"
+    )
+    return f"{text}\n\nOne run{size} of {minutes:.0f} minutes on {machine}{broken_off}."
+
+
+def _shown(number):
+    return f"{number:,.2f}" if isinstance(number, Decimal) else f"{number:,}"
 
 
 def write_table(text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
@@ -41,6 +42,14 @@ async def doubled(_weather: Weather, courier: Courier, url: str, envelope: JsonO
 async def late(weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
     """It is delivered `late` seconds late."""
     await asyncio.sleep(weather.plan.late)
+    return await courier.deliver(url, envelope)
+
+
+@befalls("callback")
+async def overtaken(weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+    """It is delivered up to `late` seconds late, so that others overtake it."""
+    # By its URL, which no other callback has.
+    await asyncio.sleep(random.Random(url).uniform(0, weather.plan.late))
     return await courier.deliver(url, envelope)
 
 

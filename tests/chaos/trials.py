@@ -1,0 +1,122 @@
+"""Where the batches of a scenario live, how each is brought to its end, and what came of it."""
+
+import sys
+from dataclasses import dataclass
+from decimal import Decimal
+
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
+from tests.chaos.processes import Batch
+from tests.chaos.told import check_status, check_summary, check_summary_in_bad_weather
+
+
+def tell(text):
+    """Say it now."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+@dataclass
+class Line:
+    """A line of the table."""
+
+    runs: int = 0
+    rows: int = 0
+    kills: int = 0
+    billed: Decimal = Decimal(0)
+    paid_twice: int = 0
+    lost: int = 0
+    missing: int = 0
+    unknown_held: int = 0
+    problems: int = 0
+
+    def add(self, found, kills=0, runs=0):
+        self.rows += found.rows
+        self.runs += runs
+        self.kills += kills
+        self.billed += found.paid
+        self.paid_twice += found.paid_twice
+        self.lost += found.lost
+        self.missing += found.missing
+        self.unknown_held += found.unknown
+        self.problems += len(found.problems)
+        for problem in found.problems[:5]:
+            tell(f"     {problem}")
+
+    def broken(self):
+        return self.paid_twice or self.lost or self.missing or self.problems
+
+    def __str__(self):
+        return (
+            f"{self.runs} runs, {self.rows} rows, {self.kills} kills, ${self.billed}, "
+            f"{self.paid_twice} paid twice, {self.lost} lost, {self.missing} missing, "
+            f"{self.problems} other findings, {self.unknown_held} unknown"
+        )
+
+
+class Place:
+    """Folders, names and a service for the batches of a scenario."""
+
+    def __init__(self, folder, service, bucket=None, access=None):
+        self.folder = folder
+        self.service = service
+        self.bucket = bucket
+        # Fewer polls than in the small tests: two cores serve all of it.
+        self.environment = {
+            "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.6",
+            "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
+            "FLUX_KONTEXT_POLL_TIMEOUT": "15",
+            "FLUX_KONTEXT_GALLERY_IMAGES": "60",
+        } | (access or {})
+        self.number = 0
+
+    def weather(self, dice, faults, **how):
+        """Begin to let things go wrong."""
+        plan = FaultPlan(faults=faults, seed=dice.getrandbits(32), hang=0.5, slow=0.5, **how)
+        self.service.weather.change(plan)
+
+    def batch(self, rows, **environment):
+        """A batch of so many rows, of which one in fifty equals another."""
+        self.number += 1
+        folder = self.folder / f"{self.number}"
+        folder.mkdir(parents=True)
+        output = f"{self.bucket}/{self.folder.name}/{self.number}" if self.bucket else None
+        batch = Batch(self.service, folder, output, **self.environment | environment)
+        name = f"{self.folder.name} {self.number}"
+        batch.write([(f"row-{n}", f"{name} lighthouse {n - n % 50 // 49}") for n in range(rows)])
+        return batch
+
+
+def finish(line, batch, runs, **how):
+    """Run to the end, check, and check that a further run pays for nothing.
+
+    The first of the runs meets the weather as it is, the others meet none.
+
+    Args:
+        line: Takes what came of it.
+        batch: What is to be finished.
+        runs: How many runs there were before.
+        how: How the first run is started.
+    """
+    first, billed = _billed(batch, **how)
+    batch.service.weather.change(FaultPlan())
+    for _ in range(5):
+        ended, billed_then = _billed(batch)
+        runs += 1
+        if ended.status in (0, 1):
+            break
+    found = batch.check()
+    check_summary_in_bad_weather(found, first, billed, len(batch.lines))
+    check_summary(found, ended, billed_then)
+    check_status(found, batch.command("status").said)
+    _, more = _billed(batch)
+    if more:
+        found.problems.append(f"a finished batch paid ${more} more")
+    if found.stored + found.failed + found.unknown != found.rows:
+        found.problems.append(f"rows do not add up: {found}")
+    line.add(found, batch.kills, runs + 2)
+
+
+def _billed(batch, **how):
+    before = batch.billed
+    ended = batch.run(**how)
+    return ended, batch.billed - before
