@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.deferral import Deferral
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.models import GenerationRequest
@@ -141,7 +142,9 @@ async def run(scenario: Scenario, images: int) -> dict[str, float]:
 
         began = loop.time()
         session: Any = SimpleNamespace(
-            output="", submitter=SimpleNamespace(stopped=None, spent=0.0)
+            output="",
+            submitter=SimpleNamespace(stopped=None, spent=0.0),
+            rows=SimpleNamespace(deferral=Deferral(on=False)),
         )
         rows: Any = range(images)
         await run_waves(session, rows, wave, concurrent_tasks=1_000)
