@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.waiting import wait_until_ended
+from prefect_flux_kontext.batch.deferral import Deferral
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.sandbox.latency import LatencyCurve
-from tests.support.simulated_account import SimulatedAccount, the_same_each_time
+from tests.support.simulated_account import CalledBack, SimulatedAccount, the_same_each_time
 from tests.support.virtual_time import VirtualTimeLoop
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Scenario:
 
     account: dict[str, Any] = field(default_factory=dict)
     interval: float | None = None  # a fixed cadence instead of ours
+    called: bool = False
     images: int | None = None
     others: int = 0  # slots that another client of the account keeps busy
 
@@ -91,6 +93,7 @@ class Scenario:
 
 SCENARIOS = {
     "steady": Scenario(),
+    "called back": Scenario(called=True),
     "fixed 0.5 s": Scenario(interval=0.5),
     "fixed 1 s": Scenario(interval=1),
     "fixed 5 s": Scenario(interval=5),
@@ -117,7 +120,8 @@ async def run(scenario: Scenario, images: int) -> dict[str, float]:
 
     def wait(client: FluxKontextClient, task: GenerationTask) -> Awaitable[object]:
         if scenario.interval is None:
-            return wait_until_ended(client, task, PollingCadence(timeout=86_400))
+            pauses = CalledBack(account, task.task_id) if scenario.called else None
+            return wait_until_ended(client, task, PollingCadence(timeout=86_400), pauses)
         return fixed(client, task, scenario.interval)
 
     async def image(client: FluxKontextClient, number: int) -> None:
@@ -141,7 +145,9 @@ async def run(scenario: Scenario, images: int) -> dict[str, float]:
 
         began = loop.time()
         session: Any = SimpleNamespace(
-            output="", submitter=SimpleNamespace(stopped=None, spent=0.0)
+            output="",
+            submitter=SimpleNamespace(stopped=None, spent=0.0),
+            rows=SimpleNamespace(deferral=Deferral(on=False)),
         )
         rows: Any = range(images)
         await run_waves(session, rows, wave, concurrent_tasks=1_000)

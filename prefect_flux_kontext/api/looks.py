@@ -38,13 +38,22 @@ class Looks:
         governor: The account's; it keeps what was learned.
         task: The task, from now on watched.
         cadence: What was configured.
+        called: Whether the service tells when the task has ended.
     """
 
-    def __init__(self, governor: Governor, task: GenerationTask, cadence: PollingCadence) -> None:
+    def __init__(
+        self,
+        governor: Governor,
+        task: GenerationTask,
+        cadence: PollingCadence,
+        *,
+        called: bool = False,
+    ) -> None:
         self._governor = governor
         self._gate = governor.tasks
         self._task_id = task.task_id
         self._cadence = cadence
+        self._called = called
         self._curve = governor.curve(task.request.mode if task.request else "unknown")
         self._loop = asyncio.get_running_loop()
         age = max(0.0, (utc_now() - task.submitted_at).total_seconds())
@@ -85,6 +94,9 @@ class Looks:
             self._runs_at = age
             self._gate.runs(self._task_id, age)
             return
+        if self._called and not self._runs_at:
+            # Those that still run do not call, so by these alone all tasks would seem short.
+            return
         took = status.generation_seconds
         if status.created_at and status.completed_at:
             took = (status.completed_at - status.created_at).total_seconds()
@@ -95,10 +107,3 @@ class Looks:
     def over(self) -> None:
         """Nobody waits for it any more."""
         self._gate.ended(self._task_id)
-
-    def _arrived(self, age: float) -> float:
-        """Its age at the service when a request that we send at an age of ours arrives there.
-
-        It had begun half a round trip before we knew, and a request takes half of one.
-        """
-        return age + self._gate.round_trip

@@ -66,7 +66,7 @@ async def wait_until_ended(
         RefusedError: The service refuses to tell (4xx).
     """
     troubles: list[ApiError] = []
-    looks = Looks(client.governor, task, cadence)
+    looks = Looks(client.governor, task, cadence, called=pauses is not None)
     try:
         async with asyncio.timeout(cadence.timeout):
             status = await _last_status(client, task, cadence, looks, troubles, pauses)

@@ -109,6 +109,7 @@ class Task:
 
     def record(self, now: float, epoch: float) -> JsonObject:
         """What `GET /sandbox/tasks` tells about it."""
+        ended_at = self.ended_at(now)
         return {
             "taskId": self.task_id,
             "prompt": self.input.prompt,
@@ -119,6 +120,7 @@ class Task:
             "provider": self.submission.provider,
             "callback_url": self.submission.callback_url,
             "accepted_at": _milliseconds(self.accepted_at + epoch),
+            "ended_at": None if ended_at is None else _milliseconds(ended_at + epoch),
             "state": self.state(now),
             "price": dollars(self.price),
         }

@@ -8,7 +8,7 @@ from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.api.waiting import wait_until_ended
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.sandbox.latency import LatencyCurve
-from tests.support.simulated_account import SimulatedAccount, the_same_each_time
+from tests.support.simulated_account import CalledBack, SimulatedAccount, the_same_each_time
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -22,14 +22,15 @@ def _the_same_figures_each_time():
         yield
 
 
-async def run(images, **how):
+async def run(images, *, called=False, **how):
     """Run images; returns the account, its bill and the share of the slots that was busy."""
     account = SimulatedAccount(slots=SLOTS, requests_per_minute=2_000, **how)
     client = account.client(tasks=SLOTS, requests=2_000)
 
     async def image(number):
         task = await client.submit(GenerationRequest(prompt=f"image {number}"))
-        await wait_until_ended(client, task, PollingCadence(timeout=86_400))
+        pauses = CalledBack(account, task.task_id) if called else None
+        await wait_until_ended(client, task, PollingCadence(timeout=86_400), pauses)
 
     await asyncio.gather(*(image(number) for number in range(images)))
     tasks = account.tasks
@@ -54,6 +55,13 @@ async def test_the_slots_are_busy_at_three_requests_an_image_and_nearly_none_is_
     assert bill["status_requests"] < 2.3 * 1_600
     assert refused(bill) <= 25
     assert bill["peak_requests_a_minute"] <= 2_000
+
+
+async def test_when_called_back_the_slots_are_busy_at_two_requests_an_image_and_none_is_refused():
+    _, bill, busy = await run(1_600, called=True)
+    assert busy > 0.97
+    assert bill["status_requests"] == 1_600
+    assert refused(bill) == 0
 
 
 async def test_tasks_that_suddenly_take_three_times_as_long_cost_few_refusals():

@@ -22,10 +22,10 @@ def make_governor(*, takes=None, tasks=200):
     return governor
 
 
-def look_at(governor, *, age=0.0, request=REQUEST, **cadence):
+def look_at(governor, *, age=0.0, request=REQUEST, called=False, **cadence):
     submitted_at = utc_now() - timedelta(seconds=age)
     task = GenerationTask(task_id="task_1", request=request, submitted_at=submitted_at)
-    return Looks(governor, task, PollingCadence(**cadence))
+    return Looks(governor, task, PollingCadence(**cadence), called=called)
 
 
 def still(state="processing"):
@@ -114,6 +114,22 @@ async def test_a_look_teaches_what_the_service_says_it_took():
         looks.over()
     assert governor.curve("pro").running_share(7) > 0.9
     assert governor.curve("pro").running_share(9) < 0.1
+
+
+async def test_a_task_that_has_called_teaches_nothing_for_those_that_run_do_not_call():
+    governor = make_governor()
+    look_at(governor, called=True).looked(ended(generation_seconds=10))
+    assert governor.curve("pro").known == 0
+
+
+async def test_a_task_that_was_seen_to_run_teaches_though_it_has_called():
+    governor = make_governor()
+    looks = look_at(governor, called=True)
+    await asyncio.sleep(20)
+    looks.looked(still())
+    await asyncio.sleep(10)
+    looks.looked(ended(generation_seconds=30))
+    assert governor.curve("pro").known == 1
 
 
 async def test_times_that_contradict_what_was_seen_are_not_believed():

@@ -62,11 +62,13 @@ async def test_the_list_of_tasks_tells_what_was_asked_and_paid():
             "provider": "value",
             "callback_url": None,
             "accepted_at": created,
+            "ended_at": None,
             "state": "pending",
             "price": "0.060000",
         }
         await asyncio.sleep(11)
-        assert [task["state"] for task in await sandbox.tasks()] == ["success"]
+        (task,) = await sandbox.tasks()
+        assert (task["state"], task["ended_at"]) == ("success", created + 10_000)
 
 
 async def test_a_long_list_of_tasks_is_complete_and_in_order():

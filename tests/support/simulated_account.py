@@ -108,6 +108,21 @@ class SimulatedAccount:
         return _Reply(200, {}, success(data))
 
 
+class CalledBack:
+    """The pauses of a wait for a task that is called back, a line's way after its end."""
+
+    def __init__(self, account, task_id):
+        self._account = account
+        self._ends = account.service._tasks[task_id].ready_at
+
+    async def before_first_look(self, _age):
+        left = self._ends - asyncio.get_running_loop().time()
+        await asyncio.sleep(max(0.0, left) + self._account.dice.uniform(*self._account.line))
+
+    async def before_next_look(self):
+        await self.before_first_look(0.0)
+
+
 class _Reply:
     is_stream_consumed = False
 
