@@ -6,11 +6,10 @@
 from typing import Literal
 
 from prefect import flow, get_run_logger
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveInt
 
 from prefect_flux_kontext.api.cadence import PollingCadence
 from prefect_flux_kontext.batch.batch import collect, failed_rows, run_batch
-from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.cancellation import tell_what_is_owed
@@ -20,10 +19,11 @@ from prefect_flux_kontext.forms import Account, Prompt, StyleNames
 from prefect_flux_kontext.manifest.given import ManifestSource
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
+from prefect_flux_kontext.parts.cutting import cut
+from prefect_flux_kontext.parts.part import style_transfer_part
+from prefect_flux_kontext.parts.whole import in_parts, run_rest
 from prefect_flux_kontext.plans import ask_for_approval, planned
-from prefect_flux_kontext.references.resolving import references_of
-from prefect_flux_kontext.running import opened, tell_of_expiry
-from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.running import opened, row_options, tell_of_expiry
 from prefect_flux_kontext.single import style_transfer
 from prefect_flux_kontext.suspending import (
     check_can_suspend,
@@ -33,7 +33,13 @@ from prefect_flux_kontext.suspending import (
 )
 from prefect_flux_kontext.tasks import run_wave
 
-__all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
+__all__ = [
+    "collect_batch",
+    "retry_failed",
+    "style_transfer",
+    "style_transfer_batch",
+    "style_transfer_part",
+]
 
 
 @flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])
@@ -56,6 +62,8 @@ async def style_transfer_batch(
     dry_run: bool = False,
     wait: Literal["poll", "suspend", "collect"] = "poll",
     alert_above_usd: NonNegativeFloat | None = None,
+    parts: PositiveInt = 1,
+    part_deployment: str = "style-transfer-part/part-of-batch",
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Restyle every image of a manifest, paying for each row once, whatever dies.
@@ -98,6 +106,9 @@ async def style_transfer_batch(
             the account has slots, both store results until the last row is submitted.
         alert_above_usd: Emit the event `flux-kontext.batch.spend-above` once this run has spent
             more dollars than this.
+        parts: Into how many parts the batch is cut, each a flow run of its own on whatever worker
+            takes it. Together they keep the account's limits.
+        part_deployment: The deployment that runs parts.
         storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
             Prefect keeps them in the clear, so keys belong in a Block.
 
@@ -115,7 +126,7 @@ async def style_transfer_batch(
     if wait == "suspend":
         check_can_suspend()
     suspends = wait == "suspend" and not was_resumed()
-    options = _options(
+    options = row_options(
         cadence,
         failure_policy,
         resubmit_unknown=resubmit_unknown,
@@ -124,6 +135,7 @@ async def style_transfer_batch(
         deferred=suspends or wait == "collect",
     )
     account = await resolve_credentials(credentials)
+    in_so_many = await cut(parts, part_deployment, account, wait) if parts > 1 else None
     output = await open_output(output, storage_options)
     rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
     plan = await planned(rows, output, account, options)
@@ -139,16 +151,26 @@ async def style_transfer_batch(
                     "was submitted. Run it again to approve the new plan."
                 )
         options = plan.capped(options, approve_above_usd)
-    async with opened(
-        output,
-        account,
-        options,
-        plan,
-        callback_url=callback_url,
-        alert_above_usd=alert_above_usd,
-        suspends=suspends,
-    ) as (session, slots):
-        summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
+    async with (
+        in_parts(in_so_many, plan, rows, output, account, options, alert_above_usd) as rest,
+        opened(
+            output,
+            rest.account,
+            rest.options,
+            plan,
+            callback_url=callback_url,
+            alert_above_usd=rest.alert_above_usd,
+            suspends=suspends,
+            earlier=rest.earlier,
+        ) as (session, slots),
+    ):
+        if rest.lease is not None:
+            rest.lease.held_for(session.submitter)
+        waves = run_wave if rest.earlier is None else run_rest
+        summary = await run_batch(session, rows.rows(), waves, concurrent_tasks=slots)
+    if rest.earlier is not None:
+        summary.spent += rest.earlier.spent
+        summary.seconds += rest.earlier.seconds
     get_run_logger().info("%s.", summary)
     if suspends and summary.outstanding:
         await suspend()
@@ -193,7 +215,7 @@ async def retry_failed(
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    options = _options(
+    options = row_options(
         cadence,
         failure_policy,
         retry_failed=True,
@@ -237,7 +259,7 @@ async def collect_batch(
         ConfigurationError: Credentials or output are wrong.
         LedgerError: The record of what was paid cannot be read.
     """
-    options = _options(cadence, None)
+    options = row_options(cadence, None)
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
     async with opened(output, account, options, listens=False) as (session, slots):
@@ -248,27 +270,3 @@ async def collect_batch(
     elif resumed := await resume_suspended(output):
         get_run_logger().info("Resumed what waited for these results: %s.", resumed)
     return summary
-
-
-def _options(
-    cadence: PollingCadence | None,
-    policy: FailurePolicy | None,
-    *,
-    resubmit_unknown: bool = False,
-    retry_failed: bool = False,
-    budget_usd: float | None = None,
-    fit_references: bool = False,
-    deferred: bool = False,
-) -> RowOptions:
-    settings = FluxKontextSettings()
-    cadence = cadence or settings.cadence()
-    return RowOptions(
-        cadence=cadence,
-        policy=policy or FailurePolicy(),
-        resubmit_unknown=resubmit_unknown,
-        retry_failed=retry_failed,
-        result_days=settings.result_days,
-        budget_usd=budget_usd,
-        deferred=deferred,
-        references=references_of(settings, timeout=cadence.timeout, fit=fit_references),
-    )

@@ -38,7 +38,25 @@ async def planned(
     """
     # Else a wrong output would show as a ledger that cannot be read.
     await output.check_writable()
-    plan = await make_plan(
+    plan = await plan_of(rows, output, account, options)
+    logger = get_run_logger()
+    if plan.problems:
+        told = (f"line {row.line}, {row.id!r:.80}: {row.reason}" for row in plan.problems)
+        logger.warning("Invalid rows:\n%s", "\n".join(told))
+    logger.info("The plan:\n%s", plan)
+    return plan
+
+
+async def plan_of(
+    rows: Manifest, output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
+) -> Plan:
+    """Make the plan.
+
+    Raises:
+        ManifestError: The manifest cannot be read to its end, or has no rows.
+        LedgerError: The ledger cannot be read or is damaged.
+    """
+    return await make_plan(
         rows,
         ledger_store(output),
         options,
@@ -46,12 +64,6 @@ async def planned(
         requests_per_minute=account.requests_per_minute,
         concurrent_tasks=account.concurrent_tasks,
     )
-    logger = get_run_logger()
-    if plan.problems:
-        told = (f"line {row.line}, {row.id!r:.80}: {row.reason}" for row in plan.problems)
-        logger.warning("Invalid rows:\n%s", "\n".join(told))
-    logger.info("The plan:\n%s", plan)
-    return plan
 
 
 class Approval(RunInput):

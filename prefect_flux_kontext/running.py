@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect.assets import Asset
 from prefect.context import FlowRunContext
@@ -13,22 +13,64 @@ from pydantic import ValidationError
 from prefect_flux_kontext import events
 from prefect_flux_kontext.artifacts import moving_progress, show_summary
 from prefect_flux_kontext.batch.batch import expiring
+from prefect_flux_kontext.batch.options import RowOptions
+from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.session import batch_session, ledger_store
 from prefect_flux_kontext.batch.status import ledger_status
 from prefect_flux_kontext.callbacks.options import callback_options
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.logs import core_logs
+from prefect_flux_kontext.references.resolving import references_of
 from prefect_flux_kontext.report.report import reported
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from prefect_flux_kontext.batch.options import RowOptions
+    from prefect_flux_kontext.api.cadence import PollingCadence
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.session import Session
+    from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.storage import OutputFolder
+
+
+class Earlier(NamedTuple):
+    """What a batch has come to before it is opened, by its parts.
+
+    Attributes:
+        spent: Dollars.
+        seconds: How long it took.
+    """
+
+    spent: float = 0.0
+    seconds: float = 0.0
+
+
+def row_options(
+    cadence: PollingCadence | None,
+    policy: FailurePolicy | None,
+    *,
+    fit_references: bool = False,
+    **decided: Any,
+) -> RowOptions:
+    """What a flow's parameters and the environment say about its rows.
+
+    Args:
+        cadence: When to ask; None for the environment's.
+        policy: What a failure means; None for the defaults.
+        fit_references: Whether to shrink reference images that are too large.
+        **decided: As `RowOptions` has it.
+    """
+    settings = FluxKontextSettings()
+    cadence = cadence or settings.cadence()
+    return RowOptions(
+        cadence=cadence,
+        policy=policy or FailurePolicy(),
+        result_days=settings.result_days,
+        references=references_of(settings, timeout=cadence.timeout, fit=fit_references),
+        **decided,
+    )
 
 
 @asynccontextmanager
@@ -42,6 +84,7 @@ async def opened(
     listens: bool = True,
     alert_above_usd: float | None = None,
     suspends: bool = False,
+    earlier: Earlier | None = None,
 ) -> AsyncIterator[tuple[Session, int]]:
     """Open a batch and tell Prefect of it: events, artifacts, logs.
 
@@ -54,6 +97,7 @@ async def opened(
         listens: Whether callbacks may be received in this process.
         alert_above_usd: Dollars spent in this run above which an event says so.
         suspends: The flow run is to be suspended afterwards, rather than to end.
+        earlier: What its parts have done and told; None where there were none.
 
     Yields:
         What the batch has open, and the account's limit of tasks running at once.
@@ -71,7 +115,7 @@ async def opened(
     with core_logs():
         async with (
             batch_session(client, output, options, settings, callbacks) as session,
-            _told(session, settings, plan, alert_above_usd, suspends=suspends),
+            _told(session, settings, plan, alert_above_usd, earlier, suspends=suspends),
         ):
             yield session, account.concurrent_tasks
 
@@ -82,15 +126,20 @@ async def _told(
     settings: FluxKontextSettings,
     plan: Plan | None,
     alert_above_usd: float | None,
+    earlier: Earlier | None,
     *,
     suspends: bool,
 ) -> AsyncIterator[None]:
     folder, batch = session.output, session.rows.progress
     output, flow = str(folder), _flow_name()
-    told: dict[str, Any] = {"output": output, "flow": flow}
-    if plan is not None:
-        told |= {"rows": plan.rows, "to_pay": plan.to_pay, "price_usd": round(plan.price, 6)}
-    events.tell(events.BATCH_STARTED, output, told, flow=flow)
+    told = _told_at_first(output, plan)
+    if earlier is None:
+        tell_started(output, plan)
+    before = earlier or Earlier()
+
+    def spent() -> float:
+        return session.submitter.spent + before.spent
+
     began = asyncio.get_running_loop().time()
     outcome = "stopped"
     rows = plan.rows if plan is not None else 0
@@ -98,15 +147,15 @@ async def _told(
         async with (
             # Here already, because the summary links to gallery and result manifest.
             reported(session.report),
-            moving_progress(batch, rows, _alarm(session, alert_above_usd, flow)),
+            moving_progress(batch, rows, spend_alarm(batch, spent, alert_above_usd)),
         ):
             yield
         outcome = "stored" if batch.complete else "incomplete"
     finally:
         # A submit that is under way may yet turn out to be paid for.
         await asyncio.shield(session.submitter.drained())
-        batch.spent = session.submitter.spent
-        batch.seconds = asyncio.get_running_loop().time() - began
+        batch.spent = spent()
+        batch.seconds = asyncio.get_running_loop().time() - began + before.seconds
         ended = events.BATCH_FINISHED
         if suspends and outcome != "stopped" and batch.outstanding:
             outcome, ended = "submitted", events.BATCH_SUSPENDED
@@ -125,13 +174,27 @@ async def _told(
         await show_summary(batch, folder, outcome, settings.public_urls)
 
 
-def _alarm(session: Session, above: float | None, flow: str) -> Callable[[], None]:
+def tell_started(output: str, plan: Plan | None) -> None:
+    """Emit that a batch starts, and what it is to do."""
+    events.tell(events.BATCH_STARTED, output, _told_at_first(output, plan), flow=_flow_name())
+
+
+def _told_at_first(output: str, plan: Plan | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"output": output, "flow": _flow_name()}
+    if plan is not None:
+        told |= {"rows": plan.rows, "to_pay": plan.to_pay, "price_usd": round(plan.price, 6)}
+    return told
+
+
+def spend_alarm(
+    batch: BatchSummary, spent: Callable[[], float], above: float | None
+) -> Callable[[], None]:
     """What looks at the money now and then, and says once that it is more than a person wanted."""
-    batch, told = session.rows.progress, False
+    flow, told = _flow_name(), False
 
     def tick() -> None:
         nonlocal told
-        batch.spent = session.submitter.spent
+        batch.spent = spent()
         if above is not None and batch.spent > above and not told:
             told = True
             payload = {"output": batch.output, "spent": batch.spent, "above": above}

@@ -83,6 +83,27 @@ async def run_batch(
     return summary
 
 
+async def run_part(
+    session: Session,
+    rows: Iterable[Row],
+    run_wave: RunWave,
+    *,
+    concurrent_tasks: int,
+) -> BatchSummary:
+    """Run some of a batch's rows, and leave all that is told of the whole to whoever has all.
+
+    Raises:
+        BatchStoppedError: As for a batch, but for the budget: a part may end at its share.
+        LedgerError: The ledger cannot be reached.
+    """
+    keyed_rows = keyed(rows, session.rows.options.references)
+    summary = await run_waves(session, keyed_rows, run_wave, concurrent_tasks=concurrent_tasks)
+    stopped = session.submitter.stopped
+    if stopped is not None and not isinstance(stopped, BudgetReachedError):
+        raise BatchStoppedError(f"{stopped} Until then: {summary}.")
+    return summary
+
+
 async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int) -> BatchSummary:
     """Wait for, download and store what ended runs have paid for; pays for nothing.
 

@@ -73,8 +73,23 @@ async def open_budget(store: RecordStore, owner: str, options: RowOptions) -> Bu
         ConfigurationError: Another run lives.
         LedgerError: The ledger cannot be read.
     """
+    if options.share_usd is not None:
+        return Budget(options.share_usd)
     if options.budget_usd is None:
         return Budget(None)
+    await check_alone(store, owner)
+    with Standings() as standings:
+        await standings.read(store, options)
+        return Budget(options.budget_usd, standings.dollars())
+
+
+async def check_alone(store: RecordStore, owner: str) -> None:
+    """Make sure that no other run pays into the output.
+
+    Raises:
+        ConfigurationError: One does.
+        LedgerError: The ledger cannot be read.
+    """
     for name in await store.names("owners"):
         other = name.removesuffix(".json")
         if other != owner and await is_alive(store, other):
@@ -82,9 +97,6 @@ async def open_budget(store: RecordStore, owner: str, options: RowOptions) -> Bu
                 "Another run is paying into this output, so a budget cannot be kept: wait until "
                 "it has ended (a run that died on another machine counts as living for a minute)."
             )
-    with Standings() as standings:
-        await standings.read(store, options)
-        return Budget(options.budget_usd, standings.dollars())
 
 
 def _millionths(dollars: float) -> int:

@@ -259,6 +259,7 @@ class RowRunner:
         return RowOutcome.of(row, entry.key, "failed", failure)
 
     async def _deliver(self, row: Row, key: str, stored: Ended) -> RowOutcome:
+        since = self.options.since
         uris = await name_stored(stored.files, self._output, name=row.name, key=key)
         return RowOutcome(
             id=row.id,
@@ -268,7 +269,7 @@ class RowRunner:
             state="stored",
             task_id=stored.task_id,
             uris=uris,
-            already=key not in self.ended_now,
+            already=key not in self.ended_now and (since is None or stored.at < since),
         )
 
     def _count(self, *, stored: bool) -> None:

@@ -61,6 +61,8 @@ async def batch_session(
     options: RowOptions,
     settings: FluxKontextSettings,
     callbacks: CallbackOptions | None = None,
+    *,
+    merges: bool = True,
 ) -> AsyncIterator[Session]:
     """Open what a batch needs.
 
@@ -72,6 +74,8 @@ async def batch_session(
         options: What a person has decided about the rows.
         settings: The environment's.
         callbacks: How the batch is called back; None to poll.
+        merges: Whether result manifest and gallery are brought up to date in the end, rather
+            than by a later run.
 
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output; or
@@ -88,7 +92,7 @@ async def batch_session(
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
-            report = Report(output, store, owner, http, settings)
+            report = Report(output, store, owner, http, settings, merges=merges)
             with await asyncio.to_thread(StoredRows) as stored:
                 await stored.read(store)
                 async with (

@@ -12,6 +12,7 @@ from prefect_flux_kontext.cli import (
     events,
     gallery,
     ledger,
+    limits,
     plan,
     receive,
     run,
@@ -59,6 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (plan, run, ledger, gallery, styles, receive, events, sandbox, demo):
+    for command in (plan, run, ledger, gallery, styles, receive, events, limits, sandbox, demo):
         command.add_parser(commands)
     return parser

@@ -45,22 +45,26 @@ def _process_started(pid: int) -> str | None:
 
 
 @contextlib.asynccontextmanager
-async def living_owner(store: RecordStore) -> AsyncIterator[str]:
+async def living_owner(store: RecordStore, name: str | None = None) -> AsyncIterator[str]:
     """Be a known owner while the block runs; yields its name.
+
+    Args:
+        store: The ledger.
+        name: What others know it by; None for a new name.
 
     Raises:
         LedgerError: The ledger cannot be written to.
     """
-    owner = secrets.token_hex(8)
-    name = f"owners/{owner}.json"
-    await store.replace(name, _sign_of_life())
-    beating = asyncio.create_task(_beat(store, name))
+    owner = name or secrets.token_hex(8)
+    record = f"owners/{owner}.json"
+    await store.replace(record, _sign_of_life())
+    beating = asyncio.create_task(_beat(store, record))
     try:
         yield owner
     finally:
         beating.cancel()
         with contextlib.suppress(LedgerError):
-            await store.remove(name)
+            await store.remove(record)
 
 
 async def is_alive(store: RecordStore, owner: str) -> bool:

@@ -52,6 +52,7 @@ class Report:
         run: The name of the run, which is a living owner there.
         http: For references.
         settings: How much the gallery shows.
+        merges: Whether the run brings result manifest and gallery up to date when it ends.
 
     Attributes:
         pictures: Makes the gallery's pictures.
@@ -64,6 +65,8 @@ class Report:
         run: str,
         http: Connections,
         settings: FluxKontextSettings,
+        *,
+        merges: bool = True,
     ) -> None:
         self.pictures = Pictures(
             http, settings.gallery_images, references=settings.gallery_references
@@ -73,6 +76,7 @@ class Report:
         self._run = run
         self._most = settings.gallery_images
         self._album = Album(output)
+        self._merges = merges
         self._added = False
 
     async def add(self, number: int, lines: Iterable[Line]) -> None:
@@ -91,14 +95,15 @@ class Report:
                 self._added = False
                 await self.pictures.wait(_FOR_REFERENCES)
                 await self._keep_pictures("last")
-                await bring_up_to_date(
-                    self._output,
-                    self._ledger,
-                    self._run,
-                    self._album,
-                    most=self._most,
-                    missing=_MADE_AT_THE_END,
-                )
+                if self._merges:
+                    await bring_up_to_date(
+                        self._output,
+                        self._ledger,
+                        self._run,
+                        self._album,
+                        most=self._most,
+                        missing=_MADE_AT_THE_END,
+                    )
         except Exception as error:  # noqa: BLE001 - the images are worth more than the report
             logger.warning("The report is not up to date: %s", error)
 
