@@ -109,11 +109,11 @@ def _is_further(line: Line, other: Line) -> bool:
     """
     states = line["state"], other["state"]
     if "stored" in states and states[0] != states[1]:
-        return states[0] == "stored"
-    attempts = line.get("attempts"), other.get("attempts")
-    if None in attempts or attempts[0] == attempts[1]:
-        return states == ("failed", "outstanding") and attempts[0] is not None
-    return bool(attempts[0] > attempts[1])
+        return bool(states[0] == "stored")
+    attempt, another = line.get("attempts"), other.get("attempts")
+    if attempt is None or another is None or attempt == another:
+        return states == ("failed", "outstanding") and attempt is not None
+    return bool(attempt > another)
 
 
 def read_lines(path: Path) -> Iterator[Line]:
