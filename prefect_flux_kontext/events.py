@@ -17,7 +17,7 @@ from prefect.events.schemas.events import Event, Resource
 from prefect.settings import PREFECT_API_URL
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.ledger.keys import url_identity
+from prefect_flux_kontext.keys import url_identity
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome

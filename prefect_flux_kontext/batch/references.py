@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.keys import row_key
 from prefect_flux_kontext.manifest.rows import RefusedRow, Row
 from prefect_flux_kontext.references.kinds import not_on_the_web
 

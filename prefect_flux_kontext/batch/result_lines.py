@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
-from prefect_flux_kontext.ledger.keys import url_identity
+from prefect_flux_kontext.keys import url_identity
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.manifest.rows import Row
 from prefect_flux_kontext.models import utc_now

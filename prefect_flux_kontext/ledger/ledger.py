@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.ledger.keys import url_identity
+from prefect_flux_kontext.keys import url_identity
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.ledger.records import Ended, Entry, Intent, Posted, Times
 from prefect_flux_kontext.ledger.states import MOVES, State

@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import ValidationError
 
-from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.keys import row_key
 from prefect_flux_kontext.manifest.naming import name_of
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.names import UNSEEN, problem_of_text

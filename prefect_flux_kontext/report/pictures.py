@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.ledger.keys import url_identity
+from prefect_flux_kontext.keys import url_identity
 from prefect_flux_kontext.report.thumbnails import AFTER, BEFORE, thumbnail
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import pytest
 from fsspec.registry import _registry, known_implementations
 
 from prefect_flux_kontext.batch.references import checked, keyed
-from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.keys import row_key
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.manifest.rows import RefusedRow, Row
 from prefect_flux_kontext.references import resolving

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.ledger.keys import row_key, url_identity
+from prefect_flux_kontext.keys import row_key, url_identity
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -16,6 +16,9 @@ from prefect_flux_kontext.models import GenerationRequest
 
 TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.strip())
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_.", min_size=1, max_size=12)
+# No bare word: it may be a name that is the batch's own, or one that Windows reserves.
+IDS = WORDS.map("row-{}-1".format)
+PLAIN = TEXT.filter(lambda text: "{" not in text)  # no template
 URLS = st.builds(
     lambda host, path, query: f"https://{host}.test/{path}?{query}",
     st.text("abcdef", min_size=1, max_size=8),
@@ -101,7 +104,7 @@ def test_each_thing_that_is_paid_for_changes_it(request_, change):
         assert row_key(request_.model_copy(update={name: value})) != row_key(request_)
 
 
-@given(st.lists(st.tuples(WORDS, TEXT), min_size=1, max_size=5), st.randoms())
+@given(st.lists(st.tuples(IDS, PLAIN), min_size=1, max_size=5), st.randoms())
 def test_order_and_ids_and_lines_do_not_change_it(rows, dice):
     cells = [{"id": row_id, "prompt": prompt} for row_id, prompt in rows]
     keys = {c["prompt"].strip(): row_key(make_row(2, c).request) for c in cells}
