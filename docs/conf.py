@@ -6,6 +6,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from generated import write_settings
+from pygments.lexers.data import JsonLexer
+from pygments.lexers.special import TextLexer
+from sphinx.application import Sphinx
 
 import prefect_flux_kontext
 
@@ -27,5 +30,12 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+
+def setup(app: Sphinx) -> None:
+    """Name the languages of data that Pygments has no name for."""
+    app.add_lexer("csv", TextLexer)
+    app.add_lexer("jsonl", JsonLexer)
+
 
 write_settings(Path(__file__).parent / "_generated" / "settings.md")
