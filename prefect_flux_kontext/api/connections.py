@@ -90,7 +90,7 @@ class Connections:
         if self._closed:  # a new pool would never be closed
             raise RuntimeError("The client has been closed.")
         for pool in self._pools:
-            if pool.busy < _POOL_SIZE:
+            if not pool.busy:
                 return pool
         if len(self._pools) < _POOLS:
             self._pools.append(_Pool(self._make()))
