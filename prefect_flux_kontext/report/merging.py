@@ -110,10 +110,12 @@ def _is_further(line: Line, other: Line) -> bool:
     states = line["state"], other["state"]
     if "stored" in states and states[0] != states[1]:
         return states[0] == "stored"
-    attempts = line.get("attempts"), other.get("attempts")
-    if None in attempts or attempts[0] == attempts[1]:
-        return states == ("failed", "outstanding") and attempts[0] is not None
-    return bool(attempts[0] > attempts[1])
+    attempts, others = line.get("attempts"), other.get("attempts")
+    if attempts is None or others is None:
+        return False
+    if attempts == others:
+        return states == ("failed", "outstanding")
+    return bool(attempts > others)
 
 
 def read_lines(path: Path) -> Iterator[Line]:
