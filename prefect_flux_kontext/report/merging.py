@@ -114,7 +114,7 @@ def _is_further(line: Line, other: Line) -> bool:
     if attempts is None or others is None:
         return False
     if attempts == others:
-        return states == ("failed", "outstanding")
+        return bool(states == ("failed", "outstanding"))
     return bool(attempts > others)
 
 
