@@ -109,12 +109,12 @@ def _is_further(line: Line, other: Line) -> bool:
     """
     states = line["state"], other["state"]
     if "stored" in states and states[0] != states[1]:
-        return states[0] == "stored"
+        return bool(states[0] == "stored")
     attempts, others = line.get("attempts"), other.get("attempts")
     if attempts is None or others is None:
         return False
     if attempts == others:
-        return bool(states == ("failed", "outstanding"))
+        return states == ("failed", "outstanding")
     return bool(attempts > others)
 
 
