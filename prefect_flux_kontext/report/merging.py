@@ -110,10 +110,12 @@ def _is_further(line: Line, other: Line) -> bool:
     states = line["state"], other["state"]
     if "stored" in states and states[0] != states[1]:
         return bool(states[0] == "stored")
-    attempt, another = line.get("attempts"), other.get("attempts")
-    if attempt is None or another is None or attempt == another:
-        return states == ("failed", "outstanding") and attempt is not None
-    return bool(attempt > another)
+    attempts, others = line.get("attempts"), other.get("attempts")
+    if attempts is None or others is None:
+        return False
+    if attempts == others:
+        return states == ("failed", "outstanding")
+    return bool(attempts > others)
 
 
 def read_lines(path: Path) -> Iterator[Line]:

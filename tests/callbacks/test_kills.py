@@ -5,31 +5,24 @@ is found again, and only what was never accepted stays in doubt.
 """
 
 import random
-import socket
 
 import pytest
 
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.called import Receiver, held_port
 from tests.chaos.processes import Batch
 
 ROWS = [(f"row-{n}", f"lighthouse number {n}") for n in range(150)]
 LOST = ["submit:lost-reply=0.05", "submit:trouble-after=0.05", "submit:unavailable=0.02"]
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_what_a_killed_batch_has_paid_for_is_found_by_its_callbacks(seed, tmp_path):
     dice = random.Random(seed)
-    port = free_port()
     settings = SandboxSettings(mean=0.5, long_edge=16, callback_delay_scale=0.02)
-    with running_sandbox(settings) as service:
+    with running_sandbox(settings) as service, held_port() as port:
         service.weather.change(FaultPlan(seed=seed, faults=LOST))
         batch = Batch(
             service,
@@ -40,13 +33,12 @@ def test_what_a_killed_batch_has_paid_for_is_found_by_its_callbacks(seed, tmp_pa
             FLUX_KONTEXT_CALLBACK_GRACE="2",
         )
         batch.write(ROWS)
-        receiver = batch.start("receive", batch.output, "--port", port)
-        batch.until(lambda: "Callbacks are received" in receiver.said(), receiver)
+        receiver = Receiver(batch, port)
         for _ in range(6):
             batch.run_and_kill(dice.uniform(0.3, 1.5))
         batch.run()
         # On a busy machine a callback may come after the row was given up: it counts all the same.
-        batch.until(lambda: every_callback_ended(service), receiver)
+        batch.until(lambda: every_callback_ended(service), receiver.process)
         collected = batch.command("collect")
         receiver.kill()
         found = batch.check()

@@ -1,6 +1,6 @@
 """Batches that are called back, while callbacks and submits go wrong and processes are killed."""
 
-import re
+import socket
 from contextlib import contextmanager
 
 from prefect_flux_kontext.sandbox.faults.registry import FAULTS
@@ -18,33 +18,41 @@ _CALLED = {
 
 
 @contextmanager
-def called_batch(place, rows):
-    """A batch and a receiver of its callbacks, a process of its own that can be killed."""
-    batch = place.batch(rows, **_CALLED)
-    receiver = Receiver(batch)
-    batch.environment["FLUX_KONTEXT_CALLBACK_URL"] = f"http://127.0.0.1:{receiver.port}/hooks"
-    try:
-        yield batch, receiver
-    finally:
-        receiver.kill()
+def held_port():
+    """A port that nobody else is given, also while nobody listens on it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 class Receiver:
-    """`flux-kontext receive` on a port that stays the same when it is started again."""
+    """`flux-kontext receive` for a batch, in a process that can be killed and started again."""
 
-    def __init__(self, batch):
+    def __init__(self, batch, port):
         self._batch = batch
-        self.port = 0
+        self._port = port
         self.start()
 
     def start(self):
-        batch = self._batch
-        self._process = batch.start("receive", batch.output, "--port", self.port)
-        batch.until(lambda: "Callbacks are received" in self._process.said(), self._process, 60)
-        self.port = int(re.search(r"received on http://[^ ]*:(\d+)", self._process.said())[1])
+        self.process = self._batch.start("receive", self._batch.output, "--port", self._port)
+        self._batch.until(lambda: "are received" in self.process.said(), self.process, 300)
 
     def kill(self):
-        self._process.kill()
+        self.process.kill()
+
+
+@contextmanager
+def called_batch(place, rows):
+    """A batch and the receiver of its callbacks."""
+    with held_port() as port:
+        url = f"http://127.0.0.1:{port}/hooks"
+        batch = place.batch(rows, **_CALLED, FLUX_KONTEXT_CALLBACK_URL=url)
+        receiver = Receiver(batch, port)
+        try:
+            yield batch, receiver
+        finally:
+            receiver.kill()
 
 
 def each_callback_fault(place, line, dice, scale, *, rows=500):
@@ -59,18 +67,18 @@ def each_callback_fault(place, line, dice, scale, *, rows=500):
         tell(f"    {fault} befell {befallen[fault]}; so far {line}")
 
 
-def all_callback_faults(place, line, dice, scale, *, batches=4, rows=500):
+def all_callback_faults(place, line, dice, scale, *, batches=4, rows=500, kills=8):
     """Batches under all faults of everything at once; runs and receivers are killed at random."""
     faults = shares([fault for fault in ALL if fault not in STOPPING], 0.004)
     faults += [f"callback:{name}=0.1" for name in FAULTS["callback"]]
     for number in range(batches):
         with called_batch(place, round(rows * scale)) as (batch, receiver):
             place.weather(dice, faults, late=_LATE)
-            for _ in range(8):
+            for _ in range(kills):
                 batch.run_and_kill(dice.uniform(0.3, 3))
                 if dice.random() < 0.5:
                     receiver.kill()
                     batch.kills += 1
                     receiver.start()
-            finish(line, batch, 8)
+            finish(line, batch, kills)
         tell(f"    batch {number + 1}: {batch.kills} kills; so far {line}")

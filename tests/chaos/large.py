@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from prefect_flux_kontext.sandbox.server import running_sandbox
@@ -91,11 +92,15 @@ def run(names, scale, seed, table):
         for name in names:
             tell(f"{name} …")
             line = Line()
-            if name == SIMULATION:
-                simulation(line)
-            else:
-                with place(name) as here:
-                    SCENARIOS[name](here, line, random.Random(f"{seed} {name}"), scale)
+            try:
+                if name == SIMULATION:
+                    simulation(line)
+                else:
+                    with place(name) as here:
+                        SCENARIOS[name](here, line, random.Random(f"{seed} {name}"), scale)
+            except Exception:  # noqa: BLE001 - the other scenarios are still to come
+                line.problems += 1
+                tell(traceback.format_exc())
             table[name] = line
             tell(f"{name}: {line}; {time.monotonic() - began:.0f} s since the start")
 

@@ -126,8 +126,10 @@ def check_results(found, files, ledger, rows, complete):
         found.problems.append("the result manifest has a row twice")
     for line in lines:
         if line["state"] == "stored":
-            ended = ledger.attempts[line["key"]][-1].ended
-            if ended is None or ended["images"][0]["sha256"] != line["sha256"]:
+            ended = (
+                ledger.attempts[line["key"]][-1].ended if line["key"] in ledger.attempts else {}
+            )
+            if not ended or ended["images"][0]["sha256"] != line["sha256"]:
                 found.problems.append(f"the result manifest makes up an image of {line['id']}")
             if hashlib.sha256(files.get(line["file"], b"")).hexdigest() != line["sha256"]:
                 found.problems.append(f"{line['file']} is not what the result manifest says")

@@ -99,3 +99,26 @@ def test_parquet_has_the_same_rows_with_types_that_never_change(tmp_path):
         {name: value for name, value in row.items() if "_at" not in name} for row in rows
     ]
     assert table["recorded_at"][0].as_py().isoformat() == "2026-01-02T03:05:06+00:00"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ({"state": "outstanding", "attempts": 1}, {"state": "stored", "attempts": 1}),
+        ({"state": "unknown", "attempts": 0}, {"state": "stored", "attempts": 1}),
+        ({"state": "failed", "attempts": None}, {"state": "stored", "attempts": 1}),
+        ({"state": "outstanding", "attempts": 1}, {"state": "failed", "attempts": 1}),
+        ({"state": "failed", "attempts": 1}, {"state": "unknown", "attempts": 2}),
+        ({"state": "failed", "attempts": 1}, {"state": "outstanding", "attempts": 2}),
+    ],
+)
+def test_a_row_comes_on_though_the_clock_of_the_later_run_is_behind(earlier, later):
+    before = line(0, **earlier, recorded_at=LATE)
+    after = line(0, **later, recorded_at=EARLY)
+    assert newer(before, after) == newer(after, before) == after
+
+
+def test_of_another_request_the_clock_decides():
+    stored = line(0, attempts=2, key="old prompt")
+    now = failed(0, attempts=1, key="new prompt", recorded_at=LATE)
+    assert newer(stored, now) == newer(now, stored) == now

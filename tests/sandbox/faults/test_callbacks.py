@@ -51,6 +51,12 @@ async def test_a_callback_is_late():
     assert (seconds, data["taskId"]) == (1_000, task_id)
 
 
+async def test_a_callback_is_overtaken_by_others():
+    task_id, ((seconds, _, data),), _ = await told("callback:overtaken", late=1_000)
+    assert 0 < seconds < 1_000
+    assert data["taskId"] == task_id
+
+
 async def test_a_stranger_calls_first_at_the_right_url():
     task_id, (forged, true), bill = await told("callback:forged")
     assert (forged[1], true[1]) == ("secret", "secret")
