@@ -1,15 +1,13 @@
-"""The two flows: what they store, what they count, and that nothing is paid when they cannot."""
+"""The flow over a manifest: what it stores, what it counts, and that it runs from JSON alone."""
 
 import csv
 import json
 import socket
 
 import anyio
-import polars as pl
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import parameter_schema
 from pydantic import SecretStr
 
@@ -17,20 +15,18 @@ from prefect_flux_kontext import FluxKontextCredentials
 from prefect_flux_kontext.errors import (
     ConfigurationError,
     FluxKontextError,
-    GenerationFailedError,
     ManifestError,
     NotConnectedError,
     UnauthorizedError,
 )
-from prefect_flux_kontext.flows import retry_failed, style_transfer, style_transfer_batch
+from prefect_flux_kontext.flows import style_transfer, style_transfer_batch
 from prefect_flux_kontext.images import inspect_image
-from prefect_flux_kontext.sandbox.settings import PHOTOS
 from tests.prefect_edge.conftest import QUICK, tell_prefect_everything
-from tests.support.served_folder import served_folder
 
 pytestmark = pytest.mark.anyio
 
 CADENCE = QUICK.model_dump()
+
 NOBODY = "http://127.0.0.1:1"
 
 
@@ -55,95 +51,6 @@ async def task_runs(flow_run_id, expected):
                 return runs
             await anyio.sleep(0.1)
     return runs
-
-
-class TestOneImage:
-    async def test_an_image_is_restyled_and_stored(self, account, sandbox, reference, tmp_path):
-        (stored,) = await style_transfer(
-            "as watercolour",
-            str(tmp_path),
-            image=reference,
-            credentials=account,
-            mode="max",
-            aspect_ratio="1:1",
-            output_format="png",
-            name="cat",
-            cadence=CADENCE,
-        )
-        assert stored.uri == f"file://{tmp_path}/cat.png"
-        image = inspect_image((tmp_path / "cat.png").read_bytes())
-        assert image.format == "png"
-        assert (image.width, image.height) == (stored.width, stored.height) == (64, 64)
-        assert sandbox.service.bill()["by_mode"] == {"pro": 0, "max": 1}
-
-    async def test_text_alone_makes_an_image(self, account, sandbox, tmp_path):
-        (stored,) = await style_transfer(
-            "a lighthouse", str(tmp_path), credentials=account, cadence=QUICK
-        )
-        assert stored.uri == f"file://{tmp_path}/{stored.task_id}.jpg"
-        assert sandbox.service.bill()["accepted"] == 1
-
-    async def test_a_failed_generation_fails_the_run_with_its_code(self, account, tmp_path):
-        with pytest.raises(GenerationFailedError) as caught:
-            await style_transfer("nsfw", str(tmp_path), credentials=account, cadence=QUICK)
-        assert caught.value.code == "CONTENT_VIOLATION"
-        assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize(
-        ("image", "told"),
-        [
-            ("", "not an http or https URL"),
-            ("gist://1/cat.jpg", "not an http or https URL"),
-            ("cat.jpg", "is not there"),
-            (str(PHOTOS / "cat.png"), "set FLUX_KONTEXT_STAGING_URL"),
-        ],
-    )
-    async def test_a_reference_that_cannot_be_fetched_is_refused_unpaid(
-        self, image, told, account, sandbox, tmp_path
-    ):
-        with pytest.raises(FluxKontextError, match=told):
-            await style_transfer("oil", str(tmp_path), image=image, credentials=account)
-        assert sandbox.service.bill()["accepted"] == 0
-
-    async def test_a_local_reference_is_staged_so_that_the_service_gets_it(
-        self, account, sandbox, tmp_path, monkeypatch
-    ):
-        with served_folder(tmp_path / "staged") as public_url:
-            monkeypatch.setenv("FLUX_KONTEXT_STAGING_URL", str(tmp_path / "staged"))
-            monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", public_url)
-            (stored,) = await style_transfer(
-                "oil",
-                str(tmp_path / "out"),
-                image=str(PHOTOS / "cat.png"),
-                credentials=account,
-                cadence=QUICK,
-            )
-        assert stored.uri == f"file://{tmp_path}/out/{stored.task_id}.jpg"
-        assert len(list((tmp_path / "staged").iterdir())) == 1
-        assert sandbox.service.bill()["accepted"] == 1
-
-    @pytest.mark.parametrize(
-        ("wrong", "error"),
-        [
-            ({"prompt": ""}, ValueError),
-            ({"prompt": "x" * 10_001}, ValueError),
-            ({"mode": "turbo"}, ParameterTypeError),
-            ({"aspect_ratio": "2:1"}, ParameterTypeError),
-            ({"cadence": {"interval": 0}}, ParameterTypeError),
-            ({"cadence": {"every": 3}}, ParameterTypeError),
-            ({"output": "nope://x"}, ConfigurationError),
-            ({"output": "/proc/nobody/writes/here"}, ConfigurationError),
-            ({"credentials": "nobody"}, ConfigurationError),
-            ({"credentials": None}, ConfigurationError),
-        ],
-    )
-    async def test_what_is_wrong_stops_it_before_anything_is_paid(
-        self, wrong, error, account, sandbox, tmp_path
-    ):
-        good = {"prompt": "oil", "output": str(tmp_path), "credentials": account}
-        with pytest.raises(error):
-            await style_transfer(**{**good, **wrong})
-        assert sandbox.service.bill()["accepted"] == 0
 
 
 class TestABatch:
@@ -349,63 +256,3 @@ class TestDeployment:
         )
         summary = await style_transfer_batch(**parameters)
         assert summary.stored == 1
-
-
-class TestManifestsInFlows:
-    async def test_rows_are_given_directly_with_names_of_their_own(
-        self, account, reference, tmp_path
-    ):
-        summary = await style_transfer_batch(
-            [{"sku": 1, "photo": reference}, {"sku": 2, "photo": reference}],
-            str(tmp_path),
-            credentials=account,
-            prompt="oil",
-            columns={"id": "sku", "image": "photo"},
-            cadence=CADENCE,
-        )
-        assert (summary.rows, summary.stored) == (2, 2)
-        assert {path.name for path in tmp_path.glob("*.jpg")} == {"1.jpg", "2.jpg"}
-
-    async def test_rows_are_made_in_each_style_and_named_by_a_template(
-        self, account, reference, sandbox, tmp_path
-    ):
-        summary = await style_transfer_batch(
-            [{"id": "a", "image": reference, "sku": 7}],
-            str(tmp_path),
-            credentials=account,
-            styles=["oil", "noir"],
-            output_names="{sku}/{id}-{style}.{ext}",
-            cadence=CADENCE,
-        )
-        assert (summary.rows, summary.stored) == (2, 2)
-        assert {path.name for path in tmp_path.glob("7/*.jpg")} == {"a-noir.jpg", "a-oil.jpg"}
-        with pytest.raises(ConfigurationError, match="did you mean 'oil'"):
-            await style_transfer_batch([], str(tmp_path), credentials=account, styles="oils")
-        assert sandbox.service.bill()["accepted"] == 2
-
-    async def test_the_failed_rows_of_a_style_are_retried_in_it(self, account, sandbox, tmp_path):
-        own = tmp_path / "own.yaml"
-        for style, states in (("nsfw", (0, 1)), ("in ink", (1, 0))):
-            own.write_text(f"ink: '{style}, {{{{ prompt }}}}'\n", encoding="utf-8")
-            given = {"credentials": account, "styles": str(own), "cadence": CADENCE}
-            if style == "nsfw":
-                rows = [{"id": "a", "prompt": "a cat"}]
-                summary = await style_transfer_batch(rows, str(tmp_path), **given)
-            else:
-                summary = await retry_failed(str(tmp_path), **given)
-            assert (summary.stored, summary.failed) == states
-        assert (tmp_path / "a" / "ink.jpg").exists()
-
-    async def test_a_table_is_not_written_into_prefects_database(self, account, tmp_path):
-        table = pl.DataFrame({"id": ["a"], "prompt": ["a canary of a prompt"]})
-        state = await style_transfer_batch(
-            table, str(tmp_path), credentials=account, cadence=CADENCE, return_state=True
-        )
-        assert (await state.aresult()).stored == 1
-        async with get_client() as client:
-            run = await client.read_flow_run(state.state_details.flow_run_id)
-        assert run.parameters["manifest"] == "<DataFrame>"
-
-    async def test_something_else_is_no_manifest(self, tmp_path):
-        with pytest.raises(ParameterTypeError, match="a list of dicts or a table"):
-            await style_transfer_batch(7, str(tmp_path))

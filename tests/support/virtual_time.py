@@ -53,3 +53,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def _thread_done(self, _future):
         self.threads_at_work -= 1
+
+
+def on_virtual_time(main):
+    """What a coroutine comes to on a loop whose clock jumps."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)

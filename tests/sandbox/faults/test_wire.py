@@ -1,77 +1,12 @@
-"""Each fault over a real connection, as a plain HTTP client meets it, and the bill after it."""
-
-import gzip
-import io
-import json
-import zlib
+"""Replies that are refused, late, torn or endless on a real connection, and the bill after it."""
 
 import httpx
 import pytest
-from PIL import Image
 
-from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.faults.registry import FAULTS
-from prefect_flux_kontext.sandbox.server import running_sandbox
-from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.sandbox.helpers import KEY, STATUS, SUBMIT
-
-BODY = {"input": {"mode": "pro", "prompt": "a cat"}}
-
-
-@pytest.fixture(scope="module")
-def sandbox():
-    with running_sandbox(SandboxSettings(mean=0, long_edge=64)) as running:
-        yield running
-
-
-@pytest.fixture
-def http(sandbox):
-    with httpx.Client(base_url=sandbox.url, headers=KEY, trust_env=False, timeout=20) as client:
-        client.post("/sandbox/reset")
-        client.delete("/sandbox/faults")
-        yield client
-
-
-def plan(http, *faults, **how):
-    reply = http.put("/sandbox/faults", json={"faults": faults, **how})
-    assert reply.status_code == 200, reply.text
-
-
-def submit(http):
-    return http.post(SUBMIT, json=BODY)
-
-
-def ended(http):
-    """A task that has ended in fine weather, and its result URL."""
-    task_id = submit(http).json()["data"]["taskId"]
-    (url,) = json.loads(status(http, task_id).json()["data"]["resultJson"])["resultUrls"]
-    return task_id, url
-
-
-def status(http, task_id):
-    return http.get(STATUS, params={"taskId": task_id})
-
-
-def accepted(http):
-    return http.get("/sandbox/bill").json()["accepted"]
-
-
-def ask(http, kind):
-    """One request of a kind, in the weather that `ended` did not meet."""
-    if kind == "submit":
-        return submit(http)
-    task_id, url = http.task
-    return status(http, task_id) if kind == "status" else http.get(url)
-
-
-def kinds_of(*names):
-    return [
-        pytest.param(kind, name, id=f"{kind}:{name}")
-        for name in names
-        for kind in ("submit", "status", "download")
-        if name in FAULTS[kind]
-    ]
-
+from tests.sandbox.faults.asking import BODY, accepted, ask, ended, kinds_of, plan, status, submit
+from tests.sandbox.faults.test_lies import DATA
+from tests.sandbox.helpers import STATUS, SUBMIT
 
 ANSWERS = {
     "limited": (429, 429),
@@ -88,6 +23,7 @@ ANSWERS = {
     "not-found": (404, 404),
     "expired": (403, 403),
 }
+
 AFTER = {"trouble-after", "trouble-after-in-200"}
 
 
@@ -198,171 +134,6 @@ def test_an_accepted_task_may_go_unnamed_or_be_named_wrongly(http):
     assert status(http, named).status_code == 404
 
 
-DATA = {
-    "no-data": None,
-    "no-state": {"state": None},
-    "unknown-state": {"state": "contemplating"},
-    "pending-again": {"state": "pending", "resultJson": None, "completeTime": None},
-    "wrong-task-id": {"taskId": "task_0000000000000000"},
-    "no-result-urls": {"state": "success", "resultJson": '{"resultUrls": []}'},
-    "foreign-result-url": {"resultJson": '{"resultUrls": ["file:///etc/hostname"]}'},
-}
-
-
-@pytest.mark.parametrize("name", DATA)
-def test_a_status_says_what_is_not_so(http, name):
-    task_id, _ = ended(http)
-    truth = status(http, task_id).json()["data"]
-    plan(http, f"status:{name}")
-    data = status(http, task_id).json()["data"]
-    assert data != truth
-    if DATA[name] is None:
-        assert data is None
-    else:
-        assert {key: data.get(key) for key in DATA[name]} == DATA[name]
-    http.delete("/sandbox/faults")
-    assert status(http, task_id).json()["data"] == truth
-
-
-def test_a_lie_about_the_result_leaves_a_refusal_as_it_is(http):
-    plan(http, "status:no-result-urls")
-    assert status(http, "task_none").status_code == 404
-
-
-def test_a_status_has_a_hundred_thousand_result_urls(http):
-    task_id, _ = ended(http)
-    plan(http, "status:many-result-urls")
-    data = status(http, task_id).json()["data"]
-    assert len(json.loads(data["resultJson"])["resultUrls"]) == 100_000
-
-
-def test_a_status_is_nested_deeper_than_parsers_go(http):
-    task_id, _ = ended(http)
-    plan(http, "status:deep-json")
-    with pytest.raises(RecursionError):
-        status(http, task_id).json()
-
-
-def test_a_skewed_clock_is_hours_off_both_ways_and_durations_hold(http):
-    task_id, _ = ended(http)
-    truth = status(http, task_id).json()["data"]
-    plan(http, "status:skewed-clock")
-    for shift in (-5, 5):
-        data = status(http, task_id).json()["data"]
-        for moment in ("createTime", "completeTime"):
-            assert data[moment] - truth[moment] == shift * 3_600_000
-        assert data["costTime"] == truth["costTime"]
-
-
-def test_a_task_that_never_ends_is_processing_for_ever_and_others_end(http):
-    plan(http, "task:never-ends@1")
-    stuck = submit(http).json()["data"]["taskId"]
-    other, _ = ended(http)
-    for _ in range(3):
-        data = status(http, stuck).json()["data"]
-        assert (data["state"], "completeTime" in data) == ("processing", False)
-    assert status(http, other).json()["data"]["state"] == "success"
-
-
-def test_a_lost_result_is_404_for_ever_and_others_are_served(http):
-    plan(http, "task:lost-result@1")
-    _, lost = ended(http)
-    _, other = ended(http)
-    assert [http.get(lost).status_code for _ in range(3)] == [404] * 3
-    assert http.get(other).status_code == 200
-
-
-def test_an_image_is_cut_off_and_nothing_says_so(http):
-    _, url = ended(http)
-    whole = http.get(url).content
-    plan(http, "download:truncated")
-    reply = http.get(url)
-    assert "content-length" not in reply.headers
-    assert reply.content == whole[: len(whole) // 2]
-
-
-def test_an_image_is_empty(http):
-    _, url = ended(http)
-    plan(http, "download:empty")
-    assert (http.get(url).status_code, http.get(url).content) == (200, b"")
-
-
-def test_an_image_is_of_another_kind_than_it_says(http):
-    _, url = ended(http)
-    plan(http, "download:wrong-kind")
-    reply = http.get(url)
-    assert reply.headers["content-type"] == "image/jpeg"
-    assert Image.open(io.BytesIO(reply.content)).format == "WEBP"
-    missing = http.get("/results/task_none/1.jpg")
-    assert (missing.status_code, missing.json()["code"]) == (404, 404)
-
-
-def test_a_small_body_unpacks_to_a_quarter_of_a_gigabyte(http):
-    _, url = ended(http)
-    plan(http, "download:gzip-bomb")
-    with http.stream("GET", url) as reply:
-        assert reply.headers["content-encoding"] == "gzip"
-        packed = b"".join(reply.iter_raw())
-    assert len(packed) < 400_000
-    unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, 1_000_000)
-    assert unpacked == bytes(1_000_000)
-    with gzip.open(io.BytesIO(packed)) as file:
-        assert sum(len(piece) for piece in iter(lambda: file.read(1 << 20), b"")) == 256 << 20
-
-
-def test_a_small_png_has_nearly_a_billion_pixels(http):
-    _, url = ended(http)
-    plan(http, "download:pixel-bomb")
-    content = http.get(url).content
-    assert len(content) < 1_000
-    with pytest.raises(Image.DecompressionBombError):
-        Image.open(io.BytesIO(content))
-
-
-def test_a_download_is_redirected_to_a_file_or_round_and_round(http):
-    _, url = ended(http)
-    plan(http, "download:redirect-away@1", "download:redirect-round")
-    reply = http.get(url)
-    assert (reply.status_code, reply.headers["location"]) == (302, "file:///etc/hostname")
-    with pytest.raises(httpx.TooManyRedirects):
-        http.get(url, follow_redirects=True)
-
-
-def test_the_weather_is_told_changed_and_ended_at_run_time(http):
-    fine = http.get("/sandbox/faults").json()
-    assert fine == {
-        "plan": {"faults": [], "seed": 0, "hang": 60.0, "slow": 5.0, "late": 600.0},
-        "seen": {},
-        "befallen": {},
-    }
-    plan(http, "submit:limited@2", seed=7)
-    assert [submit(http).status_code for _ in range(3)] == [200, 429, 200]
-    told = http.get("/sandbox/faults").json()
-    assert told["plan"]["faults"] == ["submit:limited@2"]
-    assert told["seen"] == {"submit": 3, "task": 2}
-    assert told["befallen"] == {"submit:limited": 1}
-    assert http.delete("/sandbox/faults").json() == fine
-    assert [submit(http).status_code for _ in range(3)] == [200] * 3
-
-
-def test_a_plan_that_is_none_is_refused_and_the_weather_stays(http):
-    plan(http, "submit:limited")
-    for body in ("rain", '{"faults": ["rain", "submit:rain"]}', "[]", "[" * 10_000):
-        reply = http.put("/sandbox/faults", content=body)
-        assert reply.status_code == 400, body
-        assert reply.json()["message"] == "invalid plan of faults"
-    assert submit(http).status_code == 429
-
-
-def test_the_same_seed_and_requests_meet_the_same_fates(http):
-    def fates(seed):
-        plan(http, "submit:limited=0.2", "submit:trouble-after=0.2", seed=seed)
-        return [submit(http).status_code for _ in range(30)]
-
-    assert fates(1) == fates(1)
-    assert fates(1) != fates(2)
-
-
 def test_every_fault_of_a_request_has_been_tried_here():
     tried = {
         *ANSWERS, *DATA, *AFTER, "unavailable", "html", "reset", "lost-reply", "closed", "hang",
@@ -372,13 +143,3 @@ def test_every_fault_of_a_request_has_been_tried_here():
     }  # fmt: skip
     known = {name for kind in FAULTS if kind != "callback" for name in FAULTS[kind]}
     assert known == tried
-
-
-def test_a_sandbox_may_start_in_bad_weather():
-    with running_sandbox(plan=FaultPlan(faults=["submit:limited"])) as stormy:
-        reply = httpx.post(stormy.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
-        assert reply.status_code == 429
-        assert stormy.weather.befallen == {"submit:limited": 1}
-        stormy.weather.change(FaultPlan())
-        reply = httpx.post(stormy.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
-        assert reply.status_code == 200

@@ -1,0 +1,40 @@
+"""What a person does with a batch, played on virtual time, and the look at the money after it."""
+
+from prefect_flux_kontext.batch.session import ledger_store
+from prefect_flux_kontext.batch.status import ledger_status
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from prefect_flux_kontext.storage import OutputFolder
+from tests.chaos.simulation import checked, simulate
+
+LINES = [(f"r{n}", f"row number {n}") for n in range(10)]
+
+QUICK = SandboxSettings(mean=0.5, long_edge=16)
+
+SLOW = SandboxSettings(mean=60, long_edge=16)
+
+
+def on(kind, fault, *numbers):
+    """A fault for the n-th requests of a kind."""
+
+    def hook(seen, _what, number):
+        return fault if seen == kind and (not numbers or number in numbers) else None
+
+    return hook
+
+
+def live(main, *, hook=None, settings=QUICK):
+    return simulate(main, 1, None, settings, hook=hook)
+
+
+def store_of(world):
+    return ledger_store(OutputFolder(world.url))
+
+
+async def everything_kept(world, lines, **how):
+    found = await checked(world, lines, **how)
+    assert not found.problems, str(found)
+    status = await ledger_status(store_of(world))
+    bill = world.sandbox.service.bill()
+    assert round(status.spent, 6) <= float(bill["dollars"]) + 1e-9
+    assert float(bill["dollars"]) <= status.spent + status.doubtful + 1e-9
+    return found

@@ -1,0 +1,117 @@
+"""Records that are damaged, unwritable or late: no row is paid twice for it, none is lost."""
+
+import pytest
+
+from prefect_flux_kontext.batch.status import ledger_status
+from prefect_flux_kontext.errors import (
+    LedgerError,
+)
+from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.ledger.store import RecordStore
+from tests.batch.story import LINES, SLOW, everything_kept, live, on, store_of
+from tests.chaos.checker import read_all
+from tests.chaos.simulation import in_process, manifest
+
+
+def test_settling_a_row_later_loses_no_other_row_from_the_count():
+    """The part of the wave that it was in has the others: it must not be written over."""
+
+    async def main(world):
+        await in_process(world, None, manifest(LINES))
+        await in_process(world, None, manifest(LINES), resubmit=True)
+        status = await ledger_status(store_of(world))
+        assert status.states == {State.STORED: 10}
+        assert status.spent == pytest.approx(0.30)
+
+    live(main, hook=on("submit", "lost_reply", 2))
+
+
+def test_a_damaged_record_stops_only_its_own_row():
+    async def main(world):
+        await in_process(world, 20, manifest(LINES))
+        files = read_all(world.url)
+        name = next(name for name in files if name.endswith("posted.json"))
+        await RecordStore(world.url).replace(name, b"{")
+        assert world.posts > 2
+        collected = await in_process(world, None, [], only_collect=True)
+        assert (collected.stored, collected.failed) == (world.posts - 1, 1)
+        assert name in collected.failures[0].message
+        summary = await in_process(world, None, manifest(LINES))
+        assert (summary.stored, summary.failed, world.posts) == (9, 1, 10)
+        await RecordStore(world.url).replace(name, files[name])
+        assert (await in_process(world, None, manifest(LINES))).stored == 10
+        await everything_kept(world, LINES)
+
+    live(main, settings=SLOW)
+
+
+def test_a_damaged_sign_of_life_leaves_its_rows_alone():
+    async def main(world):
+        await in_process(world, 20, manifest(LINES[:5]))
+        name = next(name for name in read_all(world.url) if "/owners/" in name)
+        await RecordStore(world.url).replace(name, b"")
+        assert (await in_process(world, None, manifest(LINES[5:]))).stored == 5
+        await RecordStore(world.url).remove(name)
+        assert (await in_process(world, None, [], only_collect=True)).stored == 5
+
+    live(main, settings=SLOW)
+
+
+def test_a_wave_that_cannot_be_opened_pays_for_none_of_its_rows_and_the_others_end(monkeypatch):
+    replace = RecordStore.replace
+
+    async def refused(self, name, data):
+        if name.endswith("-000002.open.json"):
+            raise LedgerError("no")
+        await replace(self, name, data)
+
+    async def main(world):
+        monkeypatch.setattr(RecordStore, "replace", refused)
+        assert isinstance(await in_process(world, None, manifest(LINES)), LedgerError)
+        monkeypatch.setattr(RecordStore, "replace", replace)
+        found = await everything_kept(world, LINES, complete=False)
+        assert found.stored == world.posts
+        assert (await in_process(world, None, manifest(LINES))).stored == 10
+
+    live(main)
+
+
+def test_a_wave_that_cannot_be_closed_is_read_again_later(monkeypatch):
+    replace = RecordStore.replace
+
+    async def refused(self, name, data):
+        if name.endswith(".jsonl"):
+            raise LedgerError("no")
+        await replace(self, name, data)
+
+    async def main(world):
+        monkeypatch.setattr(RecordStore, "replace", refused)
+        # Collecting fails in the same way; it takes nothing off the list then.
+        await in_process(world, None, manifest(LINES))
+        monkeypatch.setattr(RecordStore, "replace", replace)
+        await everything_kept(world, LINES)
+        await in_process(world, None, [], only_collect=True)
+        assert (await ledger_status(store_of(world))).states == {State.STORED: 10}
+
+    live(main)
+
+
+def test_status_counts_every_row_and_every_dollar():
+    lines = [*LINES, ("bad", "nsfw")]
+
+    async def main(world):
+        await in_process(world, 30, manifest(lines))
+        status = await ledger_status(store_of(world))
+        bill = world.sandbox.service.bill()
+        known = status.states[State.ACCEPTED] + status.states[State.STORED]
+        known += status.states[State.FAILED]
+        assert known + status.states[State.UNKNOWN] >= bill["accepted"] >= known
+        assert status.outstanding == sorted(
+            status.outstanding, key=lambda entry: entry.task.submitted_at
+        )
+        await in_process(world, None, manifest(lines))
+        status = await ledger_status(store_of(world))
+        assert status.spent == pytest.approx(float(world.sandbox.service.bill()["dollars"]))
+        assert status.states == {State.STORED: 10, State.FAILED: 1}
+
+    live(main, settings=SLOW)
