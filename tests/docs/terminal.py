@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -25,6 +26,8 @@ _SERVERS = {
     "flux-kontext receive": (["--port=0"], "Stop with Ctrl-C."),
     "prefect worker start": ([], "started!"),
 }
+_STOPPED_AT_ONCE = ("prefect worker start",)
+"""It would run what the page announces further down, which its own test does."""
 _RUN = {
     "flux-kontext": [sys.executable, "-m", "prefect_flux_kontext"],
     "prefect": [sys.executable, "-m", "prefect"],
@@ -80,7 +83,10 @@ class Terminal:
     def _ran(self, command):
         for start, (more, up) in _SERVERS.items():
             if command.startswith(start) and "help" not in command:
-                return 0, self._serve([*shlex.split(command, comments=True), *more], up)
+                with contextlib.ExitStack() as at_once:
+                    stopping = at_once if start in _STOPPED_AT_ONCE else self._servers
+                    command = [*shlex.split(command, comments=True), *more]
+                    return 0, self._serve(command, up, stopping)
         words = [] if _SHELL.search(command) else shlex.split(command, comments=True)
         match words:
             case ["flux-kontext", *arguments]:
@@ -110,8 +116,8 @@ class Terminal:
                 os.environ.update({name: after[name]} if name in after else {})
         return ran.returncode, ran.stdout
 
-    def _serve(self, command, up):
-        """Start a server that runs until the page's end, and return what it says by then."""
+    def _serve(self, command, up, stopping):
+        """Start a server, and return what it has said by the time it is up."""
         server = subprocess.Popen(
             [*_RUN[command[0]], *command[1:]],
             env=_environment() | {"PYTHONUNBUFFERED": "1"},
@@ -119,8 +125,9 @@ class Terminal:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
-        self._servers.callback(_stop, server)
+        stopping.callback(_stop, server)
         printed = ""
         while up not in printed:
             line = server.stdout.readline()
@@ -158,7 +165,8 @@ def commands_of(text):
 
 
 def _environment():
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    # `ls` sorts by the language.
+    return os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
 
 
 def _main(arguments):
@@ -194,5 +202,5 @@ def _stop(server):
     try:
         server.communicate(timeout=60)
     except subprocess.TimeoutExpired:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)
         server.communicate()
