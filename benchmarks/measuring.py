@@ -1,4 +1,7 @@
-"""Runs of a piece of work, each against a sandbox of its own, and what can be told of them."""
+"""Runs of a piece of work, each against a sandbox of its own, and what can be told of them.
+
+python benchmarks/measuring.py bare 100    # one run of a piece of work, by itself
+"""
 
 from __future__ import annotations
 
@@ -181,3 +184,7 @@ class Runs:
                     file.write(told + "\n")
         medians = {key: statistics.median(told[key] for told in runs) for key in runs[0]}
         return medians | {"runs": len(runs)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(work(sys.argv[1], Account(mean=0.02), int(sys.argv[2]))))

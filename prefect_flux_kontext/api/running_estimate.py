@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.api.latency_curve import LatencyCurve
 
 _ENOUGH = 50
-"""Tasks that must have ended before their curve is trusted with submits."""
+"""Tasks that must have ended before their curve is trusted with submits, and at least as many as
+are watched: those that began together are all at the ages of which the least is known."""
 
 _STALE = 0.2
 """Seconds for which a count is used before it is made again."""
@@ -60,7 +61,7 @@ class RunningEstimate:
         for task in watched:  # a thousand of them, several times a second
             if task.curve is not curve:
                 curve = task.curve
-                shares, per_second, last = _table(curve)
+                shares, per_second, last = _table(curve, max(_ENOUGH, len(watched)))
             cell = int((at - task.began) * per_second)
             share = shares[cell] if cell < last else shares[last]
             if task.reached:
@@ -78,9 +79,9 @@ class RunningEstimate:
         self.mean += 1
 
 
-def _table(curve: LatencyCurve | None) -> tuple[list[float], float, int]:
+def _table(curve: LatencyCurve | None, enough: int) -> tuple[list[float], float, int]:
     """Shares of tasks that reach an age, cells a second, and the last cell."""
-    if curve is None or curve.known < _ENOUGH:
+    if curve is None or curve.known < enough:
         return [1.0], 0.0, 0
     shares, per_second = curve.table()
     return shares, per_second, len(shares) - 1

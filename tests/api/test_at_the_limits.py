@@ -57,6 +57,12 @@ async def test_the_slots_are_busy_at_three_requests_an_image_and_nearly_none_is_
     assert bill["peak_requests_a_minute"] <= 2_000
 
 
+async def test_tasks_that_all_began_together_on_a_short_line_are_not_thought_to_have_ended():
+    _, bill, busy = await run(1_600, line=(0.005, 0.03))
+    assert busy > 0.9
+    assert refused(bill) <= 8
+
+
 async def test_when_called_back_the_slots_are_busy_at_two_requests_an_image_and_none_is_refused():
     _, bill, busy = await run(1_600, called=True)
     assert busy > 0.97
