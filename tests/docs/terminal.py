@@ -19,6 +19,8 @@ from prefect_flux_kontext.cli import main
 from tests.docs.blocks import ROOT
 
 _SHELL = re.compile(r"[|<>&;$`]")
+_PROGRESS = re.compile(r"^\d+ of \d+ rows done: .*\n", re.MULTILINE)
+"""Comes every ten seconds, and so on slow machines alone; a reader sees a bar in its place."""
 _SERVERS = {
     # What starts them, what is added so that they are quick and take a free port, and what they
     # print when they are up.
@@ -176,7 +178,7 @@ def _main(arguments):
             status = main(arguments)
         except SystemExit as ended:
             status = ended.code
-    return status, printed.getvalue()
+    return status, _PROGRESS.sub("", printed.getvalue())
 
 
 def _curl(arguments):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.docs.blocks import PAGES, blocks_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 NOT_RUN = [block for page in PAGES for block in blocks_of(page) if block.not_run]
 
