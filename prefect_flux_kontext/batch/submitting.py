@@ -139,7 +139,7 @@ class Submitter:
                     unsent = error.not_accepted or not sent
                     owed = not unsent
                     if unsent and latest.state is State.INTENT:
-                        latest = await self._ledger.rejected(latest, error)
+                        latest = await self._reject(latest, error)
                     self._posting.discard(work)
                     if unsent and error.retryable:
                         # It would else be waited out only to find the batch stopped.
@@ -159,6 +159,15 @@ class Submitter:
             return await self._record(latest, task.task_id)
         finally:
             self._posting.discard(work)
+
+    async def _reject(self, entry: Entry, error: FluxKontextError) -> Entry:
+        try:
+            return await self._ledger.rejected(entry, error)
+        except LedgerError as trouble:
+            raise ReplyLostError(
+                f"Not accepted ({error}), which could not be recorded: {trouble} So the ledger "
+                f"does not know: flux-kontext resolve OUTPUT {entry.key} --rejected"
+            ) from None
 
     async def _record(self, entry: Entry, task_id: str) -> Entry:
         self.count(entry)

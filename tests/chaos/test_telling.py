@@ -84,7 +84,10 @@ def test_a_wrong_status_is_seen(told, so, not_so):
         (lambda lines: lines[1:], "has not, or has besides, ['row-0']"),
         (lambda lines: [*lines, lines[0]], "has a row twice"),
         (lambda lines: [{**lines[0], "state": "failed"}, *lines[1:]], "the ledger stored"),
-        (lambda lines: [{**lines[0], "price": 0.06}, *lines[1:]], "prices make"),
+        (
+            lambda lines: [{**lines[0], "price": 0.06}, *lines[1:]],
+            "stored for $0.06, the ledger stored for $0.03",
+        ),
         (lambda lines: [{**lines[0], "sha256": "0" * 64}, *lines[1:]], "makes up an image"),
         (lambda lines: [{**lines[0], "key": "0" * 32}, *lines[1:]], "makes up"),
         (lambda lines: [{**lines[0], "prompt": "another"}, *lines[1:]], "differ"),
