@@ -20,6 +20,7 @@ EDGE = (
     "forms",
     "logs",
     "outputs",
+    "parts",
     "plans",
     "receiving",
     "running",
