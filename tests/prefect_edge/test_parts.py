@@ -20,9 +20,10 @@ from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
 from prefect_flux_kontext.batch.session import ledger_store
 from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError
 from prefect_flux_kontext.events import BATCH_FINISHED, BATCH_STARTED, SPEND_ABOVE, WAVE_FINISHED
-from prefect_flux_kontext.flows import style_transfer_batch, style_transfer_part
+from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.ledger.owners import is_alive
 from prefect_flux_kontext.parts import watching
+from prefect_flux_kontext.parts.part import style_transfer_part
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage import OutputFolder
@@ -64,7 +65,7 @@ class Place:
     def accepted(self, *, words=""):
         """How often each prompt with the words was paid for."""
         tasks = self.sandbox.service.records()
-        prompts = (task["input"]["prompt"] for task in tasks)
+        prompts = (task["prompt"] for task in tasks)
         return Counter(prompt for prompt in prompts if words in prompt)
 
 
@@ -136,7 +137,7 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
     assert set(place.accepted(words=words).values()) == {1}
     assert len(place.accepted(words=words)) == 600
     assert len(list(tmp_path.glob("*.jpg"))) == 600
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+    lines = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert [line["line"] for line in lines] == list(range(1, 601))
     assert (tmp_path / "gallery.html").exists()
     bill = place.sandbox.service.bill()
@@ -162,7 +163,9 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
     assert len(events) <= 60
     async with get_client() as client:
         for run in runs.values():
-            assert len(await client.read_task_runs(flow_run_filter=_one(run))) == 2 * (run.name != name)
+            assert len(await client.read_task_runs(flow_run_filter=_one(run))) == 2 * (
+                run.name != name
+            )
 
     again = await batch()(
         given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
