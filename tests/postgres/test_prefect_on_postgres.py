@@ -22,16 +22,20 @@ KEY = "key-of-the-tests"
 PROGRAM = """
 import asyncio, sys
 from prefect import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.workers.process import ProcessWorker
+from prefect.exceptions import ObjectNotFound
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.parts.part import style_transfer_part
 
-async def main(root, output):
-    template = ProcessWorker.get_default_base_job_template()
-    pool = WorkPoolCreate(name="parts", type="process", base_job_template=template)
+async def pool_is_there():
     async with get_client() as client:
-        await client.create_work_pool(pool)
+        try:
+            return await client.read_work_pool("parts")
+        except ObjectNotFound:
+            return None
+
+async def main(root, output):
+    while not await pool_is_there():
+        await asyncio.sleep(0.2)
     part = await style_transfer_part.from_source(root, "flows/part_of_batch.py:part_of_batch")
     await part.deploy("part-of-batch", work_pool_name="parts", print_next_steps=False)
     rows = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(40)]
@@ -42,7 +46,7 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 pytestmark = [
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 
@@ -66,7 +70,7 @@ def test_a_batch_in_parts_with_prefect_on_postgres(tmp_path):
                 "PYTHONPATH": str(ROOT),
                 "PREFECT_WORKER_QUERY_SECONDS": "1",
             }
-            # The worker waits for its pool, as one on another machine may have to.
+            # A worker that knows its type makes its pool.
             with running_worker("parts", tmp_path, environment, "--type", "process"):
                 done = subprocess.run(
                     [sys.executable, "-c", PROGRAM, str(ROOT), str(output)],

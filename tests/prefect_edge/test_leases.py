@@ -82,7 +82,7 @@ class TestTheLimit:
 
     async def test_a_limit_above_the_accounts_is_refused(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 50}))
-        with pytest.raises(ConfigurationError, match="has 50 slots, the account has 40.*create"):
+        with pytest.raises(ConfigurationError, match=r"has 50 slots, the account has 40.*create"):
             await share_of(account, 2)
 
     async def test_more_parts_than_slots_are_refused(self, account):
@@ -90,7 +90,7 @@ class TestTheLimit:
             await share_of(account, 41)
 
     async def test_no_limit_is_no_lease(self, account):
-        with pytest.raises(ConfigurationError, match="no limit .* Create it: flux-kontext limits"):
+        with pytest.raises(ConfigurationError, match=r"no limit .* Create it: flux"):
             async with leased(account, 1):
                 pass
 

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
+import pyarrow as pa
 import pytest
 from prefect import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterName
 from prefect.workers.process import ProcessWorker
 
 from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
@@ -35,7 +36,7 @@ SLOTS = 40
 QUICK = PollingCadence(initial_delay=0, interval=0.2, timeout=60)
 DEPLOYMENT, NOBODYS = "style-transfer-part/tested", "style-transfer-part/nobodys"
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 
 
 async def deploy(name, *, pool):
@@ -86,6 +87,9 @@ def place(prefect_api, tmp_path_factory):
         for _ in range(2):
             place.start_worker()
         yield place
+        # They have nothing to do any more, and some take a minute to end by themselves.
+        for worker in place.workers.values():
+            os.killpg(worker.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -108,6 +112,17 @@ def rows(number):
     """Rows with prompts of their own, and what is in all of these."""
     words = str(uuid.uuid4())
     return [{"id": f"row-{n}", "prompt": f"{words} {n}"} for n in range(number)], words
+
+
+async def until(condition):
+    async with asyncio.timeout(300):
+        while not condition():  # noqa: ASYNC110 - it comes about in another process
+            await anyio.sleep(0.05)
+
+
+def parent_of(process):
+    stat = Path(f"/proc/{process}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 def batch(name=None):
@@ -163,21 +178,14 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
     assert len(events) <= 60
     async with get_client() as client:
         for run in runs.values():
-            assert len(await client.read_task_runs(flow_run_filter=_one(run))) == 2 * (
-                run.name != name
-            )
+            only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+            assert len(await client.read_task_runs(flow_run_filter=only)) == 2 * (run.name != name)
 
     again = await batch()(
         given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
     )
     assert (again.stored, again.already_stored, again.spent) == (600, 600, 0.0)
     assert sum(place.accepted(words=words).values()) == 600
-
-
-def _one(run):
-    from prefect.client.schemas.filters import FlowRunFilterId
-
-    return FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
 
 
 async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twice(
@@ -200,13 +208,11 @@ async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twi
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)
-        while second_parts() < 40:
-            await anyio.sleep(0.05)
+        await until(lambda: second_parts() >= 40)
         (killed,) = await runs_named(f"{name}-part-2")
         killed = await run_once(killed.id, "Running")
         process = int(killed.infrastructure_pid.rpartition(":")[2])
-        stat = Path(f"/proc/{process}/stat").read_text()
-        worker = place.workers.pop(int(stat.rpartition(")")[2].split()[1]))
+        worker = place.workers.pop(parent_of(process))
         worker.kill()
         os.kill(process, signal.SIGKILL)
         assert not ended
@@ -265,8 +271,11 @@ class TestWithoutAWorker:
                 given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
             )
         )
-        while len(parts := await runs_named(f"{name}-part")) < 2:
-            await anyio.sleep(0.1)
+        parts = []
+        async with asyncio.timeout(300):
+            while len(parts) < 2:
+                await anyio.sleep(0.1)
+                parts = await runs_named(f"{name}-part")
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -301,8 +310,6 @@ class TestWhatIsRefusedAtTheStart:
         assert "Save it" in await self.refused(block, tmp_path)
 
     async def test_a_table_in_memory(self, place, account, tmp_path):
-        import pyarrow as pa
-
         table = pa.table({"id": ["a"], "prompt": ["a lighthouse"]})
         assert "list of dicts" in await self.refused(account, tmp_path, manifest=table)
 

@@ -13,7 +13,7 @@ PASSWORD = "password-of-the-tests"
 
 
 def programs():
-    """The folder of PostgreSQL's programs, as Debian or a PATH has them; None where there are none."""
+    """The folder of PostgreSQL's programs, as Debian or a PATH has them, or None."""
     debian = sorted(
         Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name)
     )
