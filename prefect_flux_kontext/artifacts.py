@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 UPDATE_SECONDS = 5.0
 """Between two updates of the progress, each of which is a request to Prefect's API."""
 
-_UPDATES, _ROWS_OF_ONE = 20, 250
+_UPDATES, _ROWS_OF_ONE = 10, 250
 """Each update is an event as well: in a small batch one in so many, else one for so many rows."""
 
 PROGRESS, SUMMARY, PICTURES = "flux-kontext-progress", "flux-kontext-summary", "flux-kontext-sheet"

@@ -174,8 +174,12 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
         assert await artifacts(runs[part].id) == {}
     assert set(await artifacts(runs[name].id)) == {"progress", "markdown"}
     # At most one task run and ten events for each hundred images.
-    events = {event["id"] for run in runs.values() for event in await all_events(run.id)}
-    assert len(events) <= 60
+    events = {
+        event["id"]: event["event"] for run in runs.values() for event in await all_events(run.id)
+    }
+    # Of heartbeats there are as many as the machine is slow.
+    counted = [event for event in events.values() if event != "prefect.flow-run.heartbeat"]
+    assert len(counted) <= 60, Counter(counted)
     async with get_client() as client:
         for run in runs.values():
             only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
