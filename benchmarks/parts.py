@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 SLOTS, A_MINUTE, SECONDS = 40, 600, 4
+PATIENCE = 60.0
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -53,7 +54,7 @@ def worker(folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Pop
 
 def kill_second(api: str) -> None:
     """Kill the process of the second part and the worker that started it."""
-    runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
+    runs = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=PATIENCE).json()
     (run,) = [run for run in runs if "-part-2-of-" in run["name"]]
     process = int(run["infrastructure_pid"].rpartition(":")[2])
     stat = Path(f"/proc/{process}/stat").read_text()
@@ -97,14 +98,16 @@ def measure(rows: int, parts: int, folder: Path, *, kill: bool) -> None:
             stack.enter_context(worker(folder, environment))
         before = counted(api)
         name = f"{api}/deployments/name/style-transfer-batch/nightly-prefix"
-        deployment = httpx.get(name).json()["id"]
+        deployment = httpx.get(name, timeout=PATIENCE).json()["id"]
         told: dict[str, Any] = {"parts": parts, "budget_usd": None}
         run = httpx.post(
-            f"{api}/deployments/{deployment}/create_flow_run", json={"parameters": told}
+            f"{api}/deployments/{deployment}/create_flow_run",
+            json={"parameters": told},
+            timeout=PATIENCE,
         ).json()
         while run["state"]["type"] not in FINAL:
             time.sleep(1)
-            run = httpx.get(f"{api}/flow_runs/{run['id']}").json()
+            run = httpx.get(f"{api}/flow_runs/{run['id']}", timeout=PATIENCE).json()
             if kill and sandbox.service.bill()["accepted"] > rows / 4:
                 kill, _ = False, kill_second(api)
         time.sleep(SETTLES)
