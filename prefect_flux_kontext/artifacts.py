@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 UPDATE_SECONDS = 5.0
 """Between two updates of the progress, each of which is a request to Prefect's API."""
 
+_UPDATES, _ROWS_OF_ONE = 10, 250
+"""Each update is an event as well: in a small batch one in so many, else one for so many rows."""
+
 PROGRESS, SUMMARY, PICTURES = "flux-kontext-progress", "flux-kontext-summary", "flux-kontext-sheet"
 
 _PATIENCE_SECONDS = 5.0
@@ -70,11 +73,12 @@ async def _move(batch: BatchSummary, rows: int, tick: Callable[[], None]) -> Non
     told = f"{rows:,} rows to {batch.output}"
     creating = asyncio.create_task(_tried(acreate_progress_artifact(0, PROGRESS, told)))
     told_of = 0
+    step = min(rows / _UPDATES, _ROWS_OF_ONE)
 
-    async def update() -> None:
+    async def update(at_least: float) -> None:
         nonlocal told_of
         shown = await asyncio.shield(creating)
-        if shown is not None and batch.rows != told_of:
+        if shown is not None and abs(batch.rows - told_of) > at_least:
             told_of = batch.rows
             percent = 100 * min(1, batch.rows / max(rows, 1))
             told = f"{batch.rows:,} of {rows:,} rows: {batch}"
@@ -84,9 +88,9 @@ async def _move(batch: BatchSummary, rows: int, tick: Callable[[], None]) -> Non
         while True:
             await asyncio.sleep(UPDATE_SECONDS)
             tick()
-            await update()
+            await update(step)
     finally:
-        await update()
+        await update(0)
 
 
 async def show_summary(

@@ -20,7 +20,6 @@ from prefect_flux_kontext.manifest.given import ManifestSource
 from prefect_flux_kontext.manifest.reading import Manifest
 from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
 from prefect_flux_kontext.parts.cutting import cut
-from prefect_flux_kontext.parts.part import style_transfer_part
 from prefect_flux_kontext.parts.whole import in_parts, run_rest
 from prefect_flux_kontext.plans import ask_for_approval, planned
 from prefect_flux_kontext.running import opened, row_options, tell_of_expiry
@@ -33,13 +32,7 @@ from prefect_flux_kontext.suspending import (
 )
 from prefect_flux_kontext.tasks import run_wave
 
-__all__ = [
-    "collect_batch",
-    "retry_failed",
-    "style_transfer",
-    "style_transfer_batch",
-    "style_transfer_part",
-]
+__all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
 @flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])

@@ -62,7 +62,7 @@ async def batch_session(
     settings: FluxKontextSettings,
     callbacks: CallbackOptions | None = None,
     *,
-    merges: bool = True,
+    whole: bool = True,
 ) -> AsyncIterator[Session]:
     """Open what a batch needs.
 
@@ -74,8 +74,7 @@ async def batch_session(
         options: What a person has decided about the rows.
         settings: The environment's.
         callbacks: How the batch is called back; None to poll.
-        merges: Whether result manifest and gallery are brought up to date in the end, rather
-            than by a later run.
+        whole: Whether the run has the whole batch, and so tells of it in the end.
 
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output; or
@@ -92,7 +91,7 @@ async def batch_session(
         async with living_owner(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
-            report = Report(output, store, owner, http, settings, merges=merges)
+            report = Report(output, store, owner, http, settings, whole=whole)
             with await asyncio.to_thread(StoredRows) as stored:
                 await stored.read(store)
                 async with (

@@ -16,7 +16,7 @@ import httpx
 from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 _LOOPBACK = "127.0.0.1"
@@ -41,12 +41,15 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server(home: Path, port: int | None = None) -> Iterator[PrefectServer]:
+def prefect_server(
+    home: Path, port: int | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[PrefectServer]:
     """Start `prefect server start` on loopback, and stop it afterwards.
 
     Args:
         home: Folder for its database, and for what it prints (`server.log`).
         port: Port to listen on; None takes a free one.
+        settings: More of Prefect's settings, such as another database.
 
     Raises:
         ConfigurationError: It does not start; the message says where its log is.
@@ -68,7 +71,7 @@ def prefect_server(home: Path, port: int | None = None) -> Iterator[PrefectServe
     with log.open("wb") as printed:
         server = subprocess.Popen(
             [sys.executable, "-m", *start],
-            env=environment,
+            env=environment | dict(settings or {}),
             stdout=printed,
             stderr=subprocess.STDOUT,
             # Ctrl-C on the terminal is for us alone; we stop it.

@@ -121,7 +121,7 @@ async def style_transfer_part(
             living_owner(store, name),
             leased(account, share.slots) as lease,
             batch_session(
-                account.get_client(), output, options, settings, callbacks, merges=False
+                account.get_client(), output, options, settings, callbacks, whole=False
             ) as session,
             progress_told(store, name, session.rows.progress),
         ):

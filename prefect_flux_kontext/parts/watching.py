@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.parts.part import Part
 
 LOOK_SECONDS = 5.0
-SILENT_SECONDS = 60.0
+SILENT_SECONDS = 30.0
 """For which a part may run without a sign of life: it is about to give one, or has just ended."""
 
 BEGINS_WITHIN = 300.0

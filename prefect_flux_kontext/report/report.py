@@ -52,7 +52,8 @@ class Report:
         run: The name of the run, which is a living owner there.
         http: For references.
         settings: How much the gallery shows.
-        merges: Whether the run brings result manifest and gallery up to date when it ends.
+        whole: Whether the run has the whole batch. One that has a part of it only makes pictures,
+            and who has the whole writes result manifest and gallery.
 
     Attributes:
         pictures: Makes the gallery's pictures.
@@ -66,7 +67,7 @@ class Report:
         http: Connections,
         settings: FluxKontextSettings,
         *,
-        merges: bool = True,
+        whole: bool = True,
     ) -> None:
         self.pictures = Pictures(
             http, settings.gallery_images, references=settings.gallery_references
@@ -76,14 +77,15 @@ class Report:
         self._run = run
         self._most = settings.gallery_images
         self._album = Album(output)
-        self._merges = merges
+        self._whole = whole
         self._added = False
 
     async def add(self, number: int, lines: Iterable[Line]) -> None:
         """Write down what became of the rows of a wave."""
         try:
             self._added = True
-            await write_part(results_store(self._output), self._run, number, lines)
+            if self._whole:
+                await write_part(results_store(self._output), self._run, number, lines)
             await self._keep_pictures(f"{number:06}")
         except Exception as error:  # noqa: BLE001 - the images are worth more than the report
             logger.warning("Wave %d is not in the report: %s", number, error)
@@ -95,7 +97,7 @@ class Report:
                 self._added = False
                 await self.pictures.wait(_FOR_REFERENCES)
                 await self._keep_pictures("last")
-                if self._merges:
+                if self._whole:
                     await bring_up_to_date(
                         self._output,
                         self._ledger,

@@ -11,11 +11,11 @@ from prefect import get_client
 
 
 @contextmanager
-def running_worker(pool, folder, environment):
+def running_worker(pool, folder, environment, *options):
     """A worker of a pool, in a folder, for as long as the block runs; logs to `worker.log`."""
-    with (folder / "worker.log").open("wb") as log:
+    with (folder / "worker.log").open("ab") as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool],
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, *options],
             cwd=folder,
             env=environment,
             stdout=log,
@@ -23,7 +23,7 @@ def running_worker(pool, folder, environment):
             start_new_session=True,
         )
         try:
-            yield
+            yield worker
         finally:
             worker.send_signal(signal.SIGTERM)
             try:

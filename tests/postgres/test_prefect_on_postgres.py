@@ -1,0 +1,99 @@
+"""Prefect's server on PostgreSQL, set up as docs/many-machines.md has it, and a batch in parts."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from prefect_flux_kontext.cli.prefect_server import prefect_server
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.prefect_edge.deployed import running_worker
+from tests.support.postgres import running_postgres, why_not
+
+ROOT = Path(__file__).parents[2]
+KEY = "key-of-the-tests"
+
+# A flow of one's own that is no deployment may run a batch in parts as well.
+PROGRAM = """
+import asyncio, sys
+from prefect import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.parts.part import style_transfer_part
+
+async def pool_is_there():
+    async with get_client() as client:
+        try:
+            return await client.read_work_pool("parts")
+        except ObjectNotFound:
+            return None
+
+async def main(root, output):
+    while not await pool_is_there():
+        await asyncio.sleep(0.2)
+    part = await style_transfer_part.from_source(root, "flows/part_of_batch.py:part_of_batch")
+    await part.deploy("part-of-batch", work_pool_name="parts", print_next_steps=False)
+    rows = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(40)]
+    summary = await style_transfer_batch(rows, output, parts=2)
+    print("\\n" + summary.model_dump_json())
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+
+def test_a_batch_in_parts_with_prefect_on_postgres(tmp_path):
+    output = tmp_path / "out"
+    settings = SandboxSettings(mean=0.2, long_edge=16, slots=10, api_key=KEY)
+    with running_sandbox(settings) as sandbox, running_postgres() as database:
+        leases = "prefect.server.concurrency.lease_storage.filesystem"
+        told = {
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": leases,
+        }
+        with prefect_server(tmp_path / "prefect", settings=told) as server:
+            environment = server.environment | {
+                "FLUX_KONTEXT_API_KEY": KEY,
+                "FLUX_KONTEXT_BASE_URL": sandbox.url,
+                "FLUX_KONTEXT_CONCURRENT_TASKS": "10",
+                "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0",
+                "FLUX_KONTEXT_POLL_INTERVAL": "0.2",
+                "PYTHONPATH": str(ROOT),
+                "PREFECT_WORKER_QUERY_SECONDS": "1",
+            }
+            # A worker that knows its type makes its pool.
+            with running_worker("parts", tmp_path, environment, "--type", "process"):
+                done = subprocess.run(
+                    [sys.executable, "-c", PROGRAM, str(ROOT), str(output)],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+            assert done.returncode == 0, done.stderr[-3_000:]
+            summary = json.loads(done.stdout.splitlines()[-1])
+            recorded = asyncio.run(_recorded(database))
+        bill = sandbox.service.bill()
+    assert (summary["rows"], summary["stored"], summary["spent"]) == (40, 40, 1.2)
+    assert bill["accepted"] == len(list(output.glob("*.jpg"))) == 40
+    assert bill["peak_running"] <= 10
+    assert recorded == {"COMPLETED": 3}
+
+
+async def _recorded(database):
+    """The states of the flow runs, as the database has them."""
+    connection = await asyncpg.connect(database.replace("+asyncpg", ""))
+    try:
+        found = await connection.fetch("SELECT state_type, count(*) FROM flow_run GROUP BY 1")
+    finally:
+        await connection.close()
+    return {row["state_type"]: row["count"] for row in found}
