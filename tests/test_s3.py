@@ -84,7 +84,7 @@ async def test_a_store_that_asks_to_slow_down_loses_nothing_and_costs_nothing(
     proxy.rates = dict.fromkeys(("put", "get", "delete"), busy)
     summary = await run(sandbox, rows(25), output)
     assert (summary.stored, summary.failures) == (25, [])
-    assert proxy.count("slow_down") + proxy.count("too_many") > 10
+    assert proxy.befallen["slow_down"] + proxy.befallen["too_many"] > 10
     assert sandbox.service.bill()["accepted"] == 25
 
 
