@@ -3,6 +3,8 @@
 import asyncio
 import json
 
+import fsspec
+import fsspec.config
 import pytest
 
 from prefect_flux_kontext.batch.session import ledger_store
@@ -82,7 +84,7 @@ async def test_a_store_that_asks_to_slow_down_loses_nothing_and_costs_nothing(
     proxy.rates = dict.fromkeys(("put", "get", "delete"), busy)
     summary = await run(sandbox, rows(25), output)
     assert (summary.stored, summary.failures) == (25, [])
-    assert proxy.count("slow_down") + proxy.count("too_many") > 10
+    assert proxy.befallen["slow_down"] + proxy.befallen["too_many"] > 10
     assert sandbox.service.bill()["accepted"] == 25
 
 
@@ -165,3 +167,16 @@ def test_without_failed_rows_there_is_nothing_to_retry(proxy, tmp_path, monkeypa
     monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", json.dumps(options(proxy)))
     assert main(["retry-failed", f"s3://pictures/{tmp_path.name}"]) == 2
     assert "There are no failed rows" in capsys.readouterr().err
+
+
+def test_a_manifest_that_may_not_be_read_says_so(proxy, server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(fsspec.config.conf, "s3", options(proxy))
+    server.put_object(Bucket="pictures", Key=f"{tmp_path.name}/m.csv", Body=b"id,prompt\na,oil\n")
+    manifest = f"s3://pictures/{tmp_path.name}/m.csv"
+    proxy.rates = {"get": {"denied": 1.0}, "head": {"denied": 1.0}}
+    assert main(["plan", manifest, str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert f"The manifest {manifest} may not be read" in told
+    assert SECRET not in told
+    proxy.rates = {}
+    assert main(["plan", manifest, str(tmp_path / "out")]) == 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
 
 STYLES = ("watercolour", "pencil", "oil", "poster", "noir")
 _MEAN_SECONDS = 2.0
@@ -35,6 +37,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(func=run)
 
 
+@contextmanager
+def _leaving_when_told() -> Iterator[None]:
+    """Leave by way of every `finally` while it runs: else the server would outlive us."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@_leaving_when_told()
 def run(options: argparse.Namespace) -> int:
     """Run the demo; 0 when every picture is there."""
     from prefect_flux_kontext.cli.prefect_server import prefect_server  # noqa: PLC0415
@@ -42,9 +60,6 @@ def run(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings  # noqa: PLC0415
 
     began = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # Leave by way of every `finally`: else the server would outlive us.
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     folder = Path(options.folder).resolve()
     pictures, sheet = folder / "pictures", folder / "contact-sheet.png"
     photos = sorted(path for path in PHOTOS.iterdir() if path.suffix in (".jpg", ".png", ".webp"))

@@ -78,6 +78,14 @@ def test_nobody_gets_in_right_after_a_run_of_refusals():
     on_virtual_time(main())
 
 
+async def fill_watched(gate, curve, number):
+    """So many tasks that are waited for."""
+    for name in range(number):
+        await gate.enter()
+        gate.accepted(f"task_{name}")
+        gate.watched(f"task_{name}", curve=curve)
+
+
 def known_curve():
     """Every task takes 30 s, as a thousand have shown."""
     curve = LatencyCurve()
@@ -89,10 +97,7 @@ def known_curve():
 def test_a_task_that_has_likely_ended_makes_room():
     async def main():
         gate, curve = TaskGate(100), known_curve()
-        for number in range(100):
-            await gate.enter()
-            gate.accepted(f"task_{number}")
-            gate.watched(f"task_{number}", curve=curve)
+        await fill_watched(gate, curve, 100)
         await asyncio.sleep(25)
         assert await fill(gate, "early") == 0
         await asyncio.sleep(15)
@@ -105,10 +110,7 @@ def test_a_task_that_has_likely_ended_makes_room():
 def test_a_task_that_was_seen_to_run_makes_no_room():
     async def main():
         gate, curve = TaskGate(100), known_curve()
-        for number in range(100):
-            await gate.enter()
-            gate.accepted(f"task_{number}")
-            gate.watched(f"task_{number}", curve=curve)
+        await fill_watched(gate, curve, 100)
         await asyncio.sleep(100)
         for number in range(100):
             gate.runs(f"task_{number}", 100)
@@ -120,10 +122,7 @@ def test_a_task_that_was_seen_to_run_makes_no_room():
 def test_a_refusal_where_tasks_were_taken_to_have_ended_makes_the_gate_more_careful():
     async def main():
         gate, curve = TaskGate(100), known_curve()
-        for number in range(100):
-            await gate.enter()
-            gate.accepted(f"task_{number}")
-            gate.watched(f"task_{number}", curve=curve)
+        await fill_watched(gate, curve, 100)
         await asyncio.sleep(40)
         for number in range(10):
             await gate.enter()

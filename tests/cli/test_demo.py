@@ -97,6 +97,7 @@ def test_the_demo_restyles_thirty_pictures_and_leaves_only_them_and_the_record(t
     assert state == "COMPLETED"
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("number", "stream", "after", "status"),
     [
@@ -130,3 +131,11 @@ def test_a_folder_that_cannot_be_used_is_status_2(tmp_path, capsys):
     file.write_text("in the way")
     assert main(["demo", str(file)]) == 2
     assert f"The folder {file} cannot be used" in capsys.readouterr().err
+
+
+def test_a_demo_leaves_the_process_its_signals(tmp_path):
+    asked = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in asked]
+    (tmp_path / "file").touch()
+    assert main(["demo", str(tmp_path / "file")]) == 2
+    assert [signal.getsignal(number) for number in asked] == before

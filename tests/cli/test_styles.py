@@ -5,22 +5,10 @@ import csv
 import pytest
 
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.sandbox.server import running_sandbox
-from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
+from prefect_flux_kontext.sandbox.settings import PHOTOS
 from prefect_flux_kontext.styles.reading import builtin_styles
 
-KEY = "key-of-the-tests"
 PHOTO = next(iter(sorted(path.name for path in PHOTOS.iterdir() if path.suffix == ".jpg")))
-
-
-@pytest.fixture
-def sandbox(monkeypatch):
-    with running_sandbox(SandboxSettings(mean=0.05, long_edge=16, api_key=KEY)) as running:
-        monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
-        monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", running.url)
-        monkeypatch.setenv("FLUX_KONTEXT_POLL_INITIAL_DELAY", "0")
-        monkeypatch.setenv("FLUX_KONTEXT_POLL_INTERVAL", "0.05")
-        yield running
 
 
 @pytest.fixture
