@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Mode = Literal["pro", "max"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "1:1", "3:4", "9:16"]
@@ -23,7 +26,18 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class GenerationRequest(BaseModel):
+class _Shown(BaseModel):
+    """A model whose repr leaves out what gives access: queries of URLs, and the callback URL."""
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            if name in ("image_urls", "result_urls"):
+                yield name, [url.partition("?")[0] for url in value]
+            elif name != "callback_url" or value is None:
+                yield name, value
+
+
+class GenerationRequest(_Shown):
     """One image to make: a prompt, and for style transfer the reference image.
 
     Limits and defaults are those of the service's reference page.
@@ -132,7 +146,7 @@ class GenerationTask(BaseModel):
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-class TaskStatus(BaseModel):
+class TaskStatus(_Shown):
     """One answer to a status request, read tolerantly."""
 
     model_config = ConfigDict(frozen=True)
@@ -149,7 +163,7 @@ class TaskStatus(BaseModel):
     generation_seconds: float | None = None
 
 
-class GenerationResult(BaseModel):
+class GenerationResult(_Shown):
     """A task that ended well. Its URLs live for days only: persist them."""
 
     model_config = ConfigDict(frozen=True)

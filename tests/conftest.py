@@ -6,7 +6,7 @@ import shutil
 import tempfile
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.virtual_time import VirtualTimeLoop
 
@@ -28,8 +28,8 @@ os.environ |= {
 
 # A slow machine is no failure, and the same examples are tried each time; others with
 # `--hypothesis-profile=others`.
-settings.register_profile("same", deadline=None, derandomize=True)
-settings.register_profile("others", deadline=None)
+settings.register_profile("others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("others"), derandomize=True, database=None)
 settings.load_profile("same")
 
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from pydantic import ValidationError
 
+from prefect_flux_kontext.manifest.rows import Row
 from prefect_flux_kontext.models import (
     GenerationRequest,
     GenerationResult,
@@ -120,3 +121,19 @@ def test_a_submit_time_without_a_time_zone_is_utc():
 def test_a_result_without_a_url_is_none():
     with pytest.raises(ValidationError):
         GenerationResult(task_id="task_1", result_urls=[])
+
+
+def test_a_repr_holds_nothing_that_gives_access():
+    request = GenerationRequest(
+        prompt="oil",
+        image_urls=["https://a.test/cat.png?X-Amz-Signature=canary", "https://a.test/dog.png"],
+        callback_url="https://hooks.test/canary",
+    )
+    result = GenerationResult(
+        task_id="task_1", result_urls=["https://cdn.test/1.png?sig=canary"], request=request
+    )
+    row = Row("a", 2, request, "key", "a", cells={"image": "https://a.test/?canary"})
+    told = f"{request!r} {request} {result!r} {result} {row!r} {row}"
+    assert "canary" not in told
+    for shown in ("https://a.test/cat.png'", "https://a.test/dog.png", "https://cdn.test/1.png"):
+        assert shown in told

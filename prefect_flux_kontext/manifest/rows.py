@@ -50,7 +50,7 @@ class Row:
     request: GenerationRequest
     key: str
     name: str
-    cells: Mapping[str, str] = field(default_factory=dict)
+    cells: Mapping[str, str] = field(default_factory=dict, repr=False)
     style: str | None = None
     version: str | None = None
 
@@ -62,7 +62,7 @@ class RefusedRow:
     id: str
     line: int
     reason: str
-    cells: Mapping[str, str] = field(default_factory=dict)
+    cells: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def make_row(

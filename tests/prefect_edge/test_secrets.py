@@ -105,8 +105,17 @@ def test_the_key_shows_up_nowhere(prefect_api, tmp_path):
 
     recorded = b"".join(path.read_bytes() for path in prefect_api.home.glob("prefect.db*"))
     # The search is no use unless it would find what is there: names and messages in the clear.
-    for there in (b"style-transfer-batch", b"CONTENT_VIOLATION", b"flux-kontext-credentials"):
-        assert there in recorded
+    for there in (
+        b"style-transfer-batch",
+        b"CONTENT_VIOLATION",
+        b"flux-kontext-credentials",
+        b"flux-kontext.batch.",  # events
+        b"rows stored",  # the summary, an artifact
+        b"HTTP Request: POST",  # httpx's log lines
+    ):
+        assert there in recorded + program.stderr.encode(), there
+    for there in ("results.jsonl", "results.parquet", "gallery.html", "failed.csv"):
+        assert (output / there).exists(), there
     leaks = [
         (str(path), form)
         for folder in (tmp_path, prefect_api.home)

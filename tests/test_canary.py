@@ -1,0 +1,200 @@
+"""Secrets that are planted show up nowhere, however a process ends.
+
+`prefect_edge/test_secrets.py` and `test_signatures.py` search what Prefect keeps; this searches
+what the package says and leaves behind by itself.
+"""
+
+import base64
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.called import held_port
+
+KEY = "canary-key-7f3a9c51e2"
+WRONG = "canary-wrong-7f3a9c51e2"
+CALLBACK = "canary-callback-secret-7f3a9c51e2"
+STORE = "canary-store-7f3a9c51e2"
+SIGNATURE = "canary-signature-7f3a9c51e2"
+SECRETS = (KEY, WRONG, CALLBACK, STORE, SIGNATURE)
+
+# Everything is logged, as somebody does who looks for a fault, and tracebacks show variables.
+PROGRAM = """
+import logging, os, sys, traceback
+from unittest.mock import patch
+from prefect_flux_kontext.api import client
+from prefect_flux_kontext.batch import batch
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.credentials import FluxKontextCredentials
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.storage import OutputFolder
+
+def with_variables(kind, error, where):
+    return "".join(traceback.TracebackException(kind, error, where, capture_locals=True).format())
+
+class Formatter(logging.Formatter):
+    def formatException(self, told):
+        return with_variables(*told)
+
+def hook(*told):
+    print(with_variables(*told), file=sys.stderr)
+    sys.__excepthook__(*told)
+
+def crash(*_, **__):
+    if ending == "aborted":
+        os.abort()
+    raise ZeroDivisionError("nobody has foreseen this")
+
+async def crash_later(*_, **__):
+    crash()
+
+async def crash_at_a_submit(connections, method, *args, **how):
+    if method == "POST":
+        crash()
+    return await exchange(connections, method, *args, **how)
+
+ending, manifest, output = sys.argv[1:]
+exchange = client.exchange
+run = ["run", manifest, output, "--skip-invalid"]
+sys.excepthook = hook
+logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+logging.getLogger().handlers[0].setFormatter(Formatter(logging.BASIC_FORMAT))
+settings = FluxKontextSettings()
+print(settings, repr(settings), FluxKontextCredentials(api_key=settings.api_key))
+if ending == "well":
+    with patch.object(client, "exchange", crash_at_a_submit):
+        main(run)
+    with patch.object(OutputFolder, "write_apart", crash_later):
+        main(["run", manifest, output + "2", "--skip-invalid"])
+    for command in (["run", manifest, output + "2"], run, ["status", output], ["gallery", output]):
+        main(command)
+    os.environ["FLUX_KONTEXT_API_KEY"] = os.environ["WRONG"]
+    main(["run", manifest, output + "3", "--skip-invalid"])
+else:
+    batch.run_waves = crash
+    main(run)
+"""
+
+
+def forms(secret):
+    """The secret in plain and as any of the three alignments of base64 shows it."""
+    yield secret.encode()
+    for shift in range(3):
+        yield base64.b64encode(bytes(shift) + secret.encode()).rstrip(b"=")[4 if shift else 0 : -1]
+
+
+def leaks(folder):
+    return [
+        (str(path), form)
+        for path in folder.rglob("*")
+        if path.is_file()
+        for content in [path.read_bytes()]
+        for secret in SECRETS
+        for form in forms(secret)
+        if form in content
+    ]
+
+
+ENDINGS = {
+    "well": ("401", "nobody has foreseen this", "met an unforeseen error", "    key = "),
+    "unhandled": ("nobody has foreseen this", "    manifest = "),
+    "aborted": ("Fatal Python error: Aborted",),
+}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_no_secret_is_said_or_left_behind(ending, tmp_path):
+    output, manifest = tmp_path / "out", tmp_path / "manifest"
+    with running_sandbox(SandboxSettings(mean=0.2, long_edge=64, api_key=KEY)) as sandbox:
+        sandbox.weather.change(FaultPlan(faults=["submit:lost-reply@2", "status:html@3"]))
+        signed = f"{sandbox.url}/references/cat.png?X-Amz-Signature={SIGNATURE}"
+        with manifest.open("w", newline="") as file:
+            csv.writer(file).writerows(
+                [
+                    ("id", "image", "prompt", "source"),
+                    ("a", "", "oil", signed),
+                    ("b", signed, "ink", ""),
+                    ("c", "", "nsfw", ""),
+                    ("d", "x", "oil", ""),
+                ]
+            )
+        program = run_program(sandbox, ending, manifest, output)
+    (tmp_path / "said").write_text(program.stdout + program.stderr)
+    for there in ENDINGS[ending]:
+        assert there in program.stderr, program.stderr[-3_000:]
+    # The manifest, and what is made of it to be run again, hold what they have to.
+    manifest.unlink()
+    for path in tmp_path.rglob("failed.csv"):
+        path.unlink()
+    assert leaks(tmp_path) == []
+    if ending == "well":
+        there_is_what_was_searched(program, tmp_path)
+
+
+def run_program(sandbox, ending, manifest, output):
+    with held_port() as port:
+        environment = os.environ | {
+            "FLUX_KONTEXT_API_KEY": KEY,
+            "FLUX_KONTEXT_BASE_URL": sandbox.url,
+            "FLUX_KONTEXT_CALLBACK_SECRET": CALLBACK,
+            "FLUX_KONTEXT_CALLBACK_URL": f"http://127.0.0.1:{port}/flux",
+            "FLUX_KONTEXT_CALLBACK_LISTEN": f"127.0.0.1:{port}",
+            "FLUX_KONTEXT_CALLBACK_SWEEP": "1",
+            "FLUX_KONTEXT_CALLBACK_GRACE": "2",
+            "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.1",
+            "FLUX_KONTEXT_POLL_INTERVAL": "0.1",
+            "FLUX_KONTEXT_POLL_TIMEOUT": "20",
+            "FLUX_KONTEXT_STORAGE_OPTIONS": json.dumps({"secret": STORE}),
+            "WRONG": WRONG,
+        }
+        arguments = [ending, str(manifest), str(output)]
+        return subprocess.run(
+            [sys.executable, "-X", "dev", "-c", PROGRAM, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+
+def there_is_what_was_searched(program, folder):
+    """The search is no use unless it looks where things are."""
+    for logger in ("DEBUG:httpcore", "INFO:httpx", ":prefect_flux_kontext", "DEBUG:asyncio"):
+        assert logger in program.stderr, logger
+    for name in ("results.jsonl", "gallery.html", "*.intent.json"):
+        files = list((folder / "out2").rglob(name))
+        assert any("/references/cat.png" in path.read_text() for path in files), name
+
+
+@pytest.mark.parametrize("command", ["", "run", "receive"])
+def test_help_tells_no_setting(command):
+    environment = os.environ | {
+        "FLUX_KONTEXT_API_KEY": KEY,
+        "FLUX_KONTEXT_CALLBACK_SECRET": CALLBACK,
+        "FLUX_KONTEXT_STORAGE_OPTIONS": json.dumps({"secret": STORE}),
+    }
+    for option in ["--help", "--nonsense"] if command else ["--help", "--version"]:
+        program = subprocess.run(
+            [sys.executable, "-m", "prefect_flux_kontext", *command.split(), option],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert program.stdout + program.stderr
+        assert "canary" not in program.stdout + program.stderr
+
+
+def test_the_search_would_find_a_key_in_base64(tmp_path):
+    for before in (b"", b"a", b"ab", b"abc"):
+        (tmp_path / "file").write_bytes(base64.b64encode(before + KEY.encode() + b" after"))
+        assert leaks(tmp_path)
