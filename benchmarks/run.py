@@ -41,7 +41,10 @@ class Bench:
         account = Account(mean=2, slots=100, requests=15_000) if self.quick else Account()
         images = 600 if self.quick else 4_000
         limit, pace = account.slots / account.mean, account.mean / 30
-        works = {"this package, polling": ("batch", 1_000), "called back": ("called", 1_000)} | {
+        works = {
+            "this package, polling": ("batch", 1_000),
+            "this package, called back": ("called", 1_000),
+        } | {
             f"fixed, every {seconds:g} s": (f"fixed:{seconds * pace:g}", 1)
             for seconds in (0.5, 1, 5, 10)
         }
