@@ -16,7 +16,7 @@ test: .venv/installed-dev ## run all tests, with branch coverage
 chaos: .venv/installed-dev ## 350 kills, 50,000 rows, every fault, and write docs/reliability.md (an hour)
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write
 
-bench: .venv/installed-dev ## measure all that docs/performance.md tells (an hour; nothing else should run)
+bench: .venv/installed-dev ## measure all that docs/performance.md tells (two hours; nothing else should run)
 	@$(BIN)/python -m benchmarks.governor
 	@$(BIN)/python benchmarks/run.py --page docs/performance.md $(BENCH)
 

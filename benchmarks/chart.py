@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+OURS = "this package"
 WIDTH, LABEL, BAR, GAP = 760, 250, 22, 8
 
 
 def bars(title: str, unit: str, values: Sequence[tuple[str, float]], *, limit: float = 0) -> str:
-    """A horizontal bar for each value, the first in another colour; `limit` is a dashed line."""
+    """A horizontal bar for each value, ours in another colour; `limit` is a dashed line."""
     most = max([limit, *(value for _, value in values)]) or 1
     scale = (WIDTH - LABEL - 80) / most
     height = 40 + len(values) * (BAR + GAP)
@@ -25,7 +26,7 @@ def bars(title: str, unit: str, values: Sequence[tuple[str, float]], *, limit: f
     ]
     for number, (label, value) in enumerate(values):
         y = 34 + number * (BAR + GAP)
-        colour = "#9aa5b1" if number else "#1f6feb"
+        colour = "#1f6feb" if label.startswith(OURS) else "#9aa5b1"
         lines += [
             f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{escape(label)}</text>',
             f'<rect x="{LABEL}" y="{y}" width="{value * scale:.1f}" height="{BAR}"',

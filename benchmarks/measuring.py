@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 WORK = Path(__file__).with_name("work.py")
 UNLIMITED = 1_000_000
+WITH_PREFECT = ("flow", "mapped")
+"""Work that a Prefect server records."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,7 @@ def sandbox(account: Account) -> Iterator[str]:
         process.wait()
 
 
-def work(
-    name: str, account: Account, images: int, *, kind: str = "jpeg", prefect: bool = False
-) -> dict[str, float]:
+def work(name: str, account: Account, images: int, *, kind: str = "jpeg") -> dict[str, float]:
     """One run of a piece of work against a new sandbox; returns all figures."""
     with tempfile.TemporaryDirectory() as place, sandbox(account) as url:
         folder = Path(place)
@@ -86,7 +86,7 @@ def work(
         environment = {**os.environ, **account.environment, "FLUX_KONTEXT_BASE_URL": url}
         command = [sys.executable, str(WORK), name, str(folder)]
         told: dict[str, float]
-        if prefect:
+        if name in WITH_PREFECT:
             with prefect_server(folder / "prefect") as server:
                 done = run(command, {**environment, **server.environment})
                 told = json.loads(done) | recorded(server.url)
@@ -159,7 +159,6 @@ class Runs:
         images: int,
         *,
         kind: str = "jpeg",
-        prefect: bool = False,
         most: int = 1_000,
     ) -> dict[str, float]:
         """The median of each figure of a piece of work, and of how many `runs`.
@@ -169,14 +168,13 @@ class Runs:
             account: The service, and the cadence.
             images: Rows of the manifest.
             kind: Format of the images.
-            prefect: Whether a Prefect server runs beside it.
             most: Runs at most, for what takes very long.
         """
         of = " ".join(map(str, (name, *asdict(account).values(), images, kind)))
         wanted = min(self.repeats, most)
         runs = [told for other, told in self._made if other == of][:wanted]
         while len(runs) < wanted:
-            runs.append(work(name, account, images, kind=kind, prefect=prefect))
+            runs.append(work(name, account, images, kind=kind))
             told = json.dumps({"of": of} | {key: round(was, 5) for key, was in runs[-1].items()})
             print(told, file=sys.stderr)
             if self._kept is not None:
