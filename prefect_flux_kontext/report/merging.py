@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.report.columns import Line
 
-_BLOCK = 5_000
+_BLOCK = 500
+"""Lines that are held as objects at once, while they become columns."""
+
+_BLOCKS_OF_A_GROUP = 40
 _KEPT_OF_THE_MANIFEST = ("line", "style", "source")
 
 
@@ -126,7 +129,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def write_parquet(lines: Path, parquet: Path, own: dict[str, None]) -> bool:
-    """Write a result manifest as Parquet, a block of rows at a time.
+    """Write a result manifest as Parquet, in row groups of 20,000.
 
     Returns:
         Whether it was written: it takes the extra `parquet`.
@@ -137,19 +140,20 @@ def write_parquet(lines: Path, parquet: Path, own: dict[str, None]) -> bool:
     except ImportError:
         return False
     schema = parquet_schema(own)
+
+    def column(rows: list[Line], field: Any) -> Any:
+        values = [line.get(field.name) for line in rows]
+        if pa.types.is_timestamp(field.type):
+            return pa.array(values, pa.string()).cast(field.type)
+        return pa.array(values, field.type)
+
     rows = read_lines(lines)
+    blocks = iter(lambda: list(itertools.islice(rows, _BLOCK)), [])
+    batches = (
+        pa.RecordBatch.from_arrays([column(block, field) for field in schema], schema=schema)
+        for block in blocks
+    )
     with pq.ParquetWriter(parquet, schema, compression="zstd") as writer:
-        while block := list(itertools.islice(rows, _BLOCK)):
-            columns = [_values(block, field.name) for field in schema]
-            arrays = [
-                pa.array(values, pa.string()).cast(field.type)
-                if pa.types.is_timestamp(field.type)
-                else pa.array(values, field.type)
-                for values, field in zip(columns, schema, strict=True)
-            ]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+        while group := list(itertools.islice(batches, _BLOCKS_OF_A_GROUP)):
+            writer.write_table(pa.Table.from_batches(group, schema))
     return True
-
-
-def _values(block: list[Line], name: str) -> list[Any]:
-    return [line.get(name) for line in block]

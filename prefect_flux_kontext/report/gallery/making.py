@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.report.contact_sheet import contact_sheet
 from prefect_flux_kontext.report.gallery.album import ALBUM_FOLDER
-from prefect_flux_kontext.report.gallery.page import write_page
+from prefect_flux_kontext.report.gallery.page import shown, write_page
 from prefect_flux_kontext.report.merging import read_lines
 from prefect_flux_kontext.report.numbers import Numbers
 from prefect_flux_kontext.report.pictures import name_of_image, name_of_reference
@@ -58,9 +58,9 @@ async def make_gallery(
     await _make_missing(output, rows, album, missing)
     after = [_after(row) for row in rows]
     before = [_before(row) for row in rows]
-    shown = [name for name in after if name in album.places]
+    there = [name for name in after if name in album.places]
     small = len(rows) <= _HELD_BY_THE_PAGE
-    held = [*after, *before] if small else shown[:_ON_THE_SHEET]
+    held = [*after, *before] if small else there[:_ON_THE_SHEET]
     pictures = await album.pictures(name for name in held if name)
     page = await asyncio.to_thread(
         write_page,
@@ -74,7 +74,7 @@ async def make_gallery(
         pictures=pictures if small else {},
     )
     await output.write(GALLERY, page.encode())
-    if shown:
+    if there:
         sheet = await asyncio.to_thread(_sheet, rows, after, pictures)
         await output.write(CONTACT_SHEET, sheet)
 
@@ -84,7 +84,7 @@ def _first(results: Path, numbers: Numbers, most: int) -> list[Line]:
     rows: list[Line] = []
     for line in numbers.counting(read_lines(results)):
         if len(rows) < most:
-            rows.append(line)
+            rows.append(shown(line))
     return rows
 
 
