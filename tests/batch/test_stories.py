@@ -28,7 +28,8 @@ from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage import OutputFolder
 from tests.chaos.checker import ids_in, read_all
-from tests.chaos.simulation import Wire, _process, checked, in_process, manifest, simulate
+from tests.chaos.simulation import checked, in_process, manifest, simulate
+from tests.chaos.world import Wire, current_process
 
 LINES = [(f"r{n}", f"row number {n}") for n in range(10)]
 QUICK = SandboxSettings(mean=0.5, long_edge=16)
@@ -160,7 +161,7 @@ def test_two_runs_that_lost_a_reply_each_do_not_wait_for_one_another():
     unlucky = set()
 
     def hook(kind, _request, _number):
-        process = _process.get()
+        process = current_process.get()
         if kind != "submit" or process.number in unlucky:
             return None
         unlucky.add(process.number)
@@ -374,7 +375,7 @@ def test_a_wave_that_cannot_be_closed_is_read_again_later(monkeypatch):
     replace = RecordStore.replace
 
     async def refused(self, name, data):
-        if name.endswith(".jsonl"):
+        if name.startswith("waves/") and name.endswith(".jsonl"):
             raise LedgerError("no")
         await replace(self, name, data)
 
