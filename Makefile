@@ -13,7 +13,7 @@ demo: .venv/installed ## restyle six photographs in five styles, look at demo/co
 test: .venv/installed-dev ## run all tests, with branch coverage
 	@$(BIN)/pytest --numprocesses auto --dist loadfile --cov --cov-report=term
 
-chaos: .venv/installed-dev ## 350 kills, 50,000 rows, every fault, and write docs/reliability.md (an hour)
+chaos: .venv/installed-dev ## 50,000 rows, every fault, hundreds of kills, 10,000 seeds, and write docs/reliability.md (an hour)
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write
 
 bench: .venv/installed-dev ## measure all that docs/performance.md tells (two hours; nothing else should run)

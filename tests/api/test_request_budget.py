@@ -76,7 +76,7 @@ async def play(limit, steps):
     return through, pauses
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100)
 @given(LIMITS, STEPS)
 @example(103, [("slow down", 0), ("pause", 1.0), ("speed up", 100), ("arrive", 1)])
 def test_no_minute_ever_holds_more_than_the_limit(limit, steps):
@@ -86,7 +86,7 @@ def test_no_minute_ever_holds_more_than_the_limit(limit, steps):
         assert not [time for time in through if start + A_HAIR < time < end - A_HAIR]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(20, 20_000))
 def test_the_limit_is_used_when_there_is_demand(limit):
     number = min(2 * limit, 2_000)

@@ -59,7 +59,7 @@ FATES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 12), st.integers(1, 60), FATES, st.sets(st.integers(0, 59)), st.data())
 def test_never_over_the_limit_and_every_waiter_gets_through(slots, rows, fates, doomed, data):
     pauses = data.draw(st.lists(st.floats(0, 40), min_size=len(doomed), max_size=len(doomed)))

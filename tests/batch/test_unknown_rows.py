@@ -13,7 +13,8 @@ from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.states import State
 from prefect_flux_kontext.ledger.store import RecordStore
 from tests.batch.story import LINES, everything_kept, live, on, store_of
-from tests.chaos.simulation import Wire, _process, checked, in_process, manifest
+from tests.chaos.simulation import checked, in_process, manifest
+from tests.chaos.world import Wire, current_process
 
 
 def test_an_equal_row_after_a_lost_reply_is_unknown_and_waits_for_nobody():
@@ -45,7 +46,7 @@ def test_two_runs_that_lost_a_reply_each_do_not_wait_for_one_another():
     unlucky = set()
 
     def hook(kind, _request, _number):
-        process = _process.get()
+        process = current_process.get()
         if kind != "submit" or process.number in unlucky:
             return None
         unlucky.add(process.number)

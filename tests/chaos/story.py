@@ -4,15 +4,8 @@ import asyncio
 import random
 
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.chaos.simulation import (
-    DISK,
-    WIRE,
-    Faults,
-    checked,
-    in_process,
-    manifest,
-    simulate,
-)
+from tests.chaos.simulation import checked, in_process, manifest, simulate
+from tests.chaos.world import DISK, WIRE, Faults
 
 
 def story(seed):

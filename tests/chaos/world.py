@@ -1,0 +1,214 @@
+"""The world of a simulation: its processes, and a wire and a disk on which a seed decides.
+
+A process that dies takes no further effect on anything, at whatever instruction it was; what it
+had handed to the wire or the disk may still arrive.
+"""
+
+import asyncio
+import contextvars
+import itertools
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import httpx
+
+from tests.support.virtual_time import VirtualTimeLoop
+
+current_process = contextvars.ContextVar("process", default=None)
+numbers = itertools.count()
+
+
+class Killed(BaseException):
+    """The process is no more; whatever it still tries has no effect."""
+
+
+@dataclass
+class Faults:
+    """Shares of requests and of ledger calls that go wrong, by what goes wrong."""
+
+    wire: dict[str, float] = field(default_factory=dict)
+    disk: dict[str, float] = field(default_factory=dict)
+
+
+WIRE = (
+    "lost_reply",
+    "trouble_after",
+    "trouble_before",
+    "unconnected",
+    "limited",
+    "limited_in_200",
+    "status_trouble",
+    "download_trouble",
+)
+DISK = ("refused", "written_but_unanswered")
+
+
+_REFUSALS = {
+    "trouble_before": (503, {}, 503),
+    "status_trouble": (503, {}, 503),
+    "download_trouble": (503, {}, 503),
+    "limited": (429, {"Retry-After": "1"}, 429),
+    "limited_for_long": (429, {"Retry-After": "300"}, 429),
+    "limited_in_200": (200, {}, 429),
+    "unauthorized": (401, {}, 401),
+    "no_balance": (402, {}, 402),
+}
+
+
+class SimLoop(VirtualTimeLoop):
+    """Virtual time, in which threads are callbacks that come a little later."""
+
+    world = None
+
+    def run_in_executor(self, executor, func, *args):
+        return self.world.call(self, func, args)
+
+
+@dataclass
+class Process:
+    """A run of the batch, alive or not."""
+
+    number: int
+    alive: bool = True
+    tasks: list = field(default_factory=list)
+
+
+class _Task(asyncio.Task):
+    """A task whose place in a set is by number, not by address: else no seed repeats itself."""
+
+    def __init__(self, work, **how):
+        self.number = next(numbers)
+        super().__init__(work, **how)
+
+    def __hash__(self):
+        return self.number
+
+    def __eq__(self, other):
+        return self is other
+
+
+def task_of_a_process(loop, work, context=None, **how):
+    """Tasks belong to the process that has started them, so that they die with it."""
+    task = _Task(work, loop=loop, context=context, **how)
+    process = (context or contextvars.copy_context()).get(current_process)
+    if process is not None:
+        process.tasks.append(task)
+    return task
+
+
+class World:
+    """The service, the disk, and the processes of one simulation."""
+
+    sandbox = None
+
+    def __init__(self, seed, faults, *, hook=None):
+        self.dice = random.Random(seed)
+        self.faults = faults
+        self.hook = hook
+        self.processes = {}
+        self.posts = 0
+        self.log = []
+        self.numbers = Counter()
+        self.url = f"memory://simulation-{next(numbers)}"
+
+    def call(self, loop, func, args):
+        """A call in a thread: its effect comes later, and its result later still."""
+        process, answer = current_process.get(), loop.create_future()
+
+        def effect():
+            if process is not None and not process.alive:
+                return  # died before
+            fault = self._disk_fault(func) if process is not None else None
+            outcome = error = None
+            try:
+                if fault != "refused":
+                    outcome = func(*args)
+            except Exception as raised:  # noqa: BLE001 - it is handed to who waits
+                error = raised
+            if fault is not None:
+                error = OSError(5, "the disk says no")
+            loop.call_later(self.dice.uniform(0, 0.05), finish, outcome, error)
+
+        def finish(outcome, error):
+            if answer.done() or (process is not None and not process.alive):
+                return
+            if error is None:
+                answer.set_result(outcome)
+            elif isinstance(error, StopIteration):
+                answer.set_exception(RuntimeError("StopIteration"))
+            else:
+                answer.set_exception(error)
+
+        loop.call_later(self.dice.uniform(0, 0.05), effect)
+        return answer
+
+    def _disk_fault(self, func):
+        if "RecordStore" not in getattr(func, "__qualname__", ""):
+            return None
+        self.numbers["disk"] += 1
+        if self.hook is not None and (fault := self.hook("disk", func, self.numbers["disk"])):
+            return fault
+        return self._throw(self.faults.disk)
+
+    def _throw(self, rates):
+        number = self.dice.random()
+        for fault, rate in rates.items():
+            number -= rate
+            if number < 0:
+                return fault
+        return None
+
+    def wire_fault(self, kind, request):
+        self.numbers[kind] += 1
+        if self.hook is not None and (fault := self.hook(kind, request, self.numbers[kind])):
+            return fault
+        names = {"submit": WIRE[:6], "status": WIRE[6:7], "download": WIRE[7:]}.get(kind, ())
+        rates = {name: self.faults.wire.get(name, 0.0) for name in names}
+        return self._throw(rates)
+
+
+class Wire(httpx.AsyncBaseTransport):
+    """The sandbox, reached over a network that loses things."""
+
+    def __init__(self, world):
+        self._world = world
+        self._app = httpx.ASGITransport(app=world.sandbox.app)
+
+    async def handle_async_request(self, request):
+        world, process = self._world, current_process.get()
+        path = request.url.path
+        kind = {"generateTask": "submit", "statusTask": "status"}.get(path.split("/")[-2], "other")
+        kind = "download" if path.startswith("/results/") else kind
+        _check_alive(process)
+        fault = world.wire_fault(kind, request)
+        await asyncio.sleep(world.dice.uniform(0, 0.1))
+        _check_alive(process)
+        if fault == "stalled":
+            await asyncio.Event().wait()
+        if fault == "unconnected":
+            raise httpx.ConnectError("refused")
+        if fault in _REFUSALS:
+            await asyncio.sleep(fault == "limited_for_long")
+            status, headers, code = _REFUSALS[fault]
+            envelope = {"code": code, "message": fault, "data": None}
+            return httpx.Response(status, headers=headers, json=envelope)
+        if kind == "submit":
+            world.posts += 1
+            world.log.append(("submit", json.loads(request.content)["input"]["prompt"]))
+        response = await self._app.handle_async_request(request)
+        content = await response.aread()
+        await asyncio.sleep(world.dice.uniform(0, 0.1))
+        _check_alive(process)
+        if fault == "lost_reply":
+            raise httpx.ReadError("reset")
+        if fault == "trouble_after":
+            return httpx.Response(502)
+        stream = httpx.ByteStream(content)
+        return httpx.Response(response.status_code, headers=response.headers, stream=stream)
+
+
+def _check_alive(process):
+    if process is not None and not process.alive:
+        raise Killed
