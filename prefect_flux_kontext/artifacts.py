@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 UPDATE_SECONDS = 5.0
 """Between two updates of the progress, each of which is a request to Prefect's API."""
 
-_UPDATES, _ROWS_OF_ONE = 10, 250
-"""Each update is an event as well: in a small batch one in so many, else one for so many rows."""
+_UPDATES, _ROWS_OF_ONE = 5, 250
+"""Each update is an event as well: at most so many in a batch, or one for so many rows."""
 
 PROGRESS, SUMMARY, PICTURES = "flux-kontext-progress", "flux-kontext-summary", "flux-kontext-sheet"
 
