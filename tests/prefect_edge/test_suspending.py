@@ -48,7 +48,7 @@ async def test_a_collection_that_leaves_nothing_resumes_them(account, tmp_path):
     rows = [{"id": "a", "prompt": "a lighthouse"}]
     await style_transfer_batch(rows, str(tmp_path), wait="collect", **how)
     waiting = await suspended(tmp_path)
-    hasty = {"initial_delay": 0.0, "interval": 0.01, "timeout": 0.001}
+    hasty = {"initial_delay": 0.0, "interval": 0.01, "timeout": 1e-9}
     summary = await collect_batch(str(tmp_path), credentials=account, cadence=hasty)
     assert summary.outstanding == 1
     assert await state_of(waiting) == "Suspended"

@@ -217,7 +217,7 @@ async def test_a_wrong_key_raises_and_costs_nothing(account, sandbox):
 
 async def test_the_cadence_ends_a_wait_that_can_be_taken_up_again(account, sandbox):
     task = await submit_generation(REQUEST, account)
-    impatient = QUICK.model_copy(update={"timeout": 0.001})
+    impatient = QUICK.model_copy(update={"timeout": 1e-9})
     with pytest.raises(GenerationTimeoutError, match=task.task_id):
         await wait_for_generation.with_options(retries=0)(task, account, impatient)
     assert (await wait_for_generation(task, account, QUICK)).task_id == task.task_id
