@@ -158,6 +158,7 @@ class BatchSummary(BaseModel):
         if self.spent:
             parts.append(f"${self.spent:.2f} spent")
         if self.seconds:
-            new = self.stored - self.already_stored
-            parts.append(f"{self.seconds:.1f} s, {new / self.seconds:.1f} images a second")
+            parts.append(f"{self.seconds:.1f} s")
+            if rate := (self.stored - self.already_stored) / self.seconds:
+                parts[-1] += f", {rate:.{1 if rate >= 1 else 2}f} images a second"
         return "; ".join(parts)

@@ -45,6 +45,8 @@ async def _status(output: OutputFolder) -> int:
     from prefect_flux_kontext.batch.status import ledger_status  # noqa: PLC0415
 
     status = await ledger_status(ledger_store(output))
+    if not status.states:
+        print(f"No row is on record at {output}: no run has paid for anything there.")
     for state, rows in sorted(status.states.items()):
         print(f"{rows:>9,}  {state}")
     print(f"{f'${status.spent:,.2f}':>9}  spent")

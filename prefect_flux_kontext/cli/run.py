@@ -95,7 +95,7 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     unstored = summary.rows - summary.stored - summary.not_submitted
     if unstored > len(summary.failures):
         print(f"  … and {unstored - len(summary.failures)} more")
-    print(f"{summary}\n{summary.output}")
+    print(f"{summary if summary.rows else 'There is nothing to collect.'}\n{summary.output}")
     if summary.rows and FluxKontextSettings().gallery_images:
         print(f"{summary.output}/{GALLERY}")
     return 0 if summary.complete else SOME_ROWS_FAILED

@@ -99,7 +99,9 @@ def _guess(names: Sequence[str]) -> str:
             return f" Its cells seem to be separated by {told}; separate them by commas."
     if any("://" in name for name in names):
         return " It seems to have no line of column names; put one first."
-    return ""
+    if not any(names):
+        return ""
+    return " If it is one of these, say which: --columns image=NAME (in a flow, columns)."
 
 
 def as_text(value: Any) -> str:

@@ -55,3 +55,8 @@ def test_a_word_that_comes_too_late_is_not_said_to_count(unknown, capsys, monkey
 def test_a_row_that_nobody_knows_is_not_settled(tmp_path, capsys):
     assert main(["resolve", str(tmp_path), "0" * 32, "--rejected"]) == 1
     assert "is planned" in capsys.readouterr().err
+
+
+def test_the_status_of_a_mistyped_output_says_that_nothing_is_there(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "typo")]) == 0
+    assert "No row is on record" in capsys.readouterr().out
