@@ -7,6 +7,7 @@ from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from prefect_flux_kontext import artifacts as shown
 from prefect_flux_kontext import events
 from prefect_flux_kontext.artifacts import browser_url, moving_progress, show_summary
 from prefect_flux_kontext.batch.summary import BatchSummary
@@ -217,6 +218,27 @@ class TestWithoutPrefectsApi:
         async with moving_progress(BatchSummary(rows=1), 1, lambda: ticks.append(1)):
             pass
         assert ticks == [1]
+
+    @pytest.mark.virtual_time
+    @pytest.mark.parametrize(("number", "most"), [(600, 5), (2_500, 10)])
+    async def test_progress_is_told_by_rows_however_slow_they_are(self, number, most, monkeypatch):
+        told = []
+
+        async def created(*_args):
+            return "the artifact"
+
+        async def updated(_artifact, percent, _text):
+            told.append(percent)
+
+        monkeypatch.setattr(shown, "acreate_progress_artifact", created)
+        monkeypatch.setattr(shown, "aupdate_progress_artifact", updated)
+        batch = BatchSummary()
+        async with moving_progress(batch, number, lambda: None):
+            for _ in range(number):
+                batch.rows += 1
+                await asyncio.sleep(2 * shown.UPDATE_SECONDS)
+        assert len(told) <= most
+        assert told[-1] == 100
 
 
 class TestWhereABrowserFindsIt:

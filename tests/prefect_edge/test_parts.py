@@ -121,6 +121,16 @@ async def until(condition):
             await anyio.sleep(0.05)
 
 
+async def process_of(words):
+    """The flow run with the words in its name, and its process, once its worker has told it."""
+    async with asyncio.timeout(300):
+        while True:
+            (run,) = await runs_named(words)
+            if run.infrastructure_pid:
+                return run, int(run.infrastructure_pid.rpartition(":")[2])
+            await anyio.sleep(0.05)
+
+
 def parent_of(process):
     stat = Path(f"/proc/{process}/stat").read_text()
     return int(stat.rpartition(")")[2].split()[1])
@@ -197,7 +207,7 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
 async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twice(
     place, account, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(watching, "SILENT_SECONDS", 5.0)
+    monkeypatch.setattr(watching, "SILENT_SECONDS", 15.0)
     given, words = rows(240)
     name = str(uuid.uuid4())
     ended = []
@@ -215,8 +225,7 @@ async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twi
     async with anyio.create_task_group() as group:
         group.start_soon(run)
         await until(lambda: second_parts() >= 1)
-        (killed,) = await runs_named(f"{name}-part-2")
-        process = int(killed.infrastructure_pid.rpartition(":")[2])
+        killed, process = await process_of(f"{name}-part-2")
         worker = place.workers.pop(parent_of(process))
         await until(lambda: second_parts() >= 30)
         worker.kill()
