@@ -7,15 +7,12 @@ import signal
 import uuid
 from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 
 import anyio
 import pyarrow as pa
 import pytest
 from prefect import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterName
-from prefect.workers.process import ProcessWorker
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
 from prefect_flux_kontext.batch.session import ledger_store
@@ -28,46 +25,23 @@ from prefect_flux_kontext.parts.part import style_transfer_part
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage import OutputFolder
-from tests.prefect_edge.deployed import run_once, running_worker
+from tests.prefect_edge.deployed import run_once
 from tests.prefect_edge.records import all_events, artifacts, our_events
+from tests.prefect_edge.workers_of_parts import (
+    ROOT,
+    Place,
+    deploy,
+    parent_of,
+    process_of,
+    runs_named,
+    until,
+)
 
-ROOT = Path(__file__).parents[2]
 SLOTS = 40
 QUICK = PollingCadence(initial_delay=0, interval=0.2, timeout=60)
 DEPLOYMENT, NOBODYS = "style-transfer-part/tested", "style-transfer-part/nobodys"
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
-
-
-async def deploy(name, *, pool):
-    async with get_client() as client:
-        template = ProcessWorker.get_default_base_job_template()
-        await client.create_work_pool(
-            WorkPoolCreate(name=pool, type="process", base_job_template=template)
-        )
-    flow = await style_transfer_part.from_source(str(ROOT), "flows/part_of_batch.py:part_of_batch")
-    await flow.deploy(name, work_pool_name=pool, print_next_steps=False)
-
-
-class Place:
-    """Two workers that run parts, one at a time each, and the service."""
-
-    def __init__(self, folder, environment, sandbox, stack):
-        self.sandbox = sandbox
-        self.workers = {}
-        self._start = lambda: stack.enter_context(
-            running_worker("parts", folder, environment, "--limit", "1")
-        )
-
-    def start_worker(self):
-        worker = self._start()
-        self.workers[worker.pid] = worker
-
-    def accepted(self, *, words=""):
-        """How often each prompt with the words was paid for."""
-        tasks = self.sandbox.service.records()
-        prompts = (task["prompt"] for task in tasks)
-        return Counter(prompt for prompt in prompts if words in prompt)
 
 
 @pytest.fixture(scope="module")
@@ -115,35 +89,8 @@ def rows(number):
     return [{"id": f"row-{n}", "prompt": f"{words} {n}"} for n in range(number)], words
 
 
-async def until(condition):
-    async with asyncio.timeout(300):
-        while not condition():  # noqa: ASYNC110 - it comes about in another process
-            await anyio.sleep(0.05)
-
-
-async def process_of(words):
-    """The flow run with the words in its name, and its process, once its worker has told it."""
-    async with asyncio.timeout(300):
-        while True:
-            (run,) = await runs_named(words)
-            if run.infrastructure_pid:
-                return run, int(run.infrastructure_pid.rpartition(":")[2])
-            await anyio.sleep(0.05)
-
-
-def parent_of(process):
-    stat = Path(f"/proc/{process}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[1])
-
-
 def batch(name=None):
     return style_transfer_batch.with_options(flow_run_name=name or str(uuid.uuid4()))
-
-
-async def runs_named(words):
-    async with get_client() as client:
-        named = FlowRunFilter(name=FlowRunFilterName(like_=words))
-        return await client.read_flow_runs(flow_run_filter=named, limit=50)
 
 
 async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, account, tmp_path):
