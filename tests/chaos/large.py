@@ -122,6 +122,8 @@ def main():
     began = time.monotonic()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What is started in the background ignores Ctrl-C, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(names, options.scale, options.seed, table)
     except KeyboardInterrupt:
