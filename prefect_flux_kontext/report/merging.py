@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
+from prefect_flux_kontext.report.blocks import blocks
 from prefect_flux_kontext.report.columns import COLUMNS, parquet_schema
 from prefect_flux_kontext.report.parts import as_json
 from prefect_flux_kontext.scratch import Scratch
@@ -147,13 +147,11 @@ def write_parquet(lines: Path, parquet: Path, own: dict[str, None]) -> bool:
             return pa.array(values, pa.string()).cast(field.type)
         return pa.array(values, field.type)
 
-    rows = read_lines(lines)
-    blocks = iter(lambda: list(itertools.islice(rows, _BLOCK)), [])
     batches = (
         pa.RecordBatch.from_arrays([column(block, field) for field in schema], schema=schema)
-        for block in blocks
+        for block in blocks(read_lines(lines), _BLOCK)
     )
     with pq.ParquetWriter(parquet, schema, compression="zstd") as writer:
-        while group := list(itertools.islice(batches, _BLOCKS_OF_A_GROUP)):
+        for group in blocks(batches, _BLOCKS_OF_A_GROUP):
             writer.write_table(pa.Table.from_batches(group, schema))
     return True

@@ -3,21 +3,8 @@
 import pytest
 
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.sandbox.server import running_sandbox
-from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
-KEY = "key-of-the-tests"
 MIXED = "name,text,mode\na,oil,\nb,,\nc,ink,turbo\nd,oil,\n"
-
-
-@pytest.fixture
-def sandbox(monkeypatch):
-    with running_sandbox(SandboxSettings(mean=0.05, long_edge=16, api_key=KEY)) as running:
-        monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
-        monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", running.url)
-        monkeypatch.setenv("FLUX_KONTEXT_POLL_INITIAL_DELAY", "0")
-        monkeypatch.setenv("FLUX_KONTEXT_POLL_INTERVAL", "0.05")
-        yield running
 
 
 @pytest.fixture

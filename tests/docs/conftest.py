@@ -18,7 +18,10 @@ from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
 from tests.docs.blocks import ROOT
 from tests.docs.reader import Reader
 from tests.docs.terminal import Terminal
-from tests.prefect_edge.conftest import prefect_api  # noqa: F401 - a fixture
+from tests.prefect_edge.conftest import (
+    leave_sockets_to_prefect,
+    prefect_api,  # noqa: F401 - a fixture
+)
 from tests.support.s3 import s3_server
 
 BUCKET = "my-bucket"
@@ -28,14 +31,7 @@ MANIFEST = "id,image,prompt\nmug,{url}/references/coffee.webp,As a poster\ndusk,
 
 
 def pytest_collection_modifyitems(items):
-    # As for the tests of the Prefect edge: the socket that Prefect's engine leaves behind.
-    mark = pytest.mark.filterwarnings(
-        r"ignore:Exception ignored in. <(socket\.socket|function _SelectorTransport\.__del__)"
-        ":pytest.PytestUnraisableExceptionWarning"
-    )
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(mark)
+    leave_sockets_to_prefect(items, Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")

@@ -57,16 +57,23 @@ def prefect_api(tmp_path_factory):
         tell_prefect_everything()
 
 
-def pytest_collection_modifyitems(items):
-    # Prefect's async engine leaves its own connection to its server to the garbage collector
-    # when a loop ends. Only here, so that a socket we leak elsewhere is still an error.
+def leave_sockets_to_prefect(items, folder):
+    """Let the tests of a folder pass though Prefect's engine leaves its connection behind.
+
+    It is left to the garbage collector when a loop ends. Only where Prefect is used, so that a
+    socket we leak elsewhere is still an error.
+    """
     mark = pytest.mark.filterwarnings(
         r"ignore:Exception ignored in. <(socket\.socket|function _SelectorTransport\.__del__)"
         ":pytest.PytestUnraisableExceptionWarning"
     )
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
+        if item.path.is_relative_to(folder):
             item.add_marker(mark)
+
+
+def pytest_collection_modifyitems(items):
+    leave_sockets_to_prefect(items, Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import itertools
 import json
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.report.blocks import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from prefect_flux_kontext.storage import OutputFolder
-
-T = TypeVar("T")
 
 ALBUM_FOLDER = "_gallery"
 _PER_FILE = 48
@@ -52,7 +50,7 @@ class Album:
         Raises:
             LedgerError: The output cannot be written to.
         """
-        for number, block in enumerate(_blocks(pictures.items(), _PER_FILE), start=1):
+        for number, block in enumerate(blocks(pictures.items(), _PER_FILE), start=1):
             file = f"{name}-{number}"
             script = await asyncio.to_thread(_script, file, dict(block))
             await self._store.replace(f"{file}.js", script)
@@ -80,7 +78,7 @@ class Album:
         wanted = {name for name in names if name in self.places}
         files = sorted({self.places[name] for name in wanted})
         found: dict[str, str] = {}
-        for block in _blocks(files, _AT_ONCE):
+        for block in blocks(files, _AT_ONCE):
             for pictures in await asyncio.gather(*map(self._pictures_of, block)):
                 found |= {name: url for name, url in pictures.items() if name in wanted}
         return found
@@ -101,8 +99,3 @@ def _script(name: str, pictures: Mapping[str, bytes]) -> bytes:
         for picture, data in pictures.items()
     }
     return f"galleryPart({json.dumps(name)}, {json.dumps(urls)});\n".encode()
-
-
-def _blocks(items: Iterable[T], size: int) -> Iterable[list[T]]:
-    rest = iter(items)
-    return iter(lambda: list(itertools.islice(rest, size)), [])
