@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import httpx
 
@@ -12,12 +14,17 @@ from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
 from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_context
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.guarded import Guard, GuardedTransport
-from prefect_flux_kontext.images import ImageInfo, inspect_image
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+T = TypeVar("T")
 
 _ATTEMPTS = 6
 _LARGEST_IMAGE = 50 * 2**20
 _LONGEST_STALL = 30.0
 _LONGEST_ATTEMPT = 300.0
+_MOST_REDIRECTS = 3
 
 _TIMEOUTS = httpx.Timeout(connect=10, read=_LONGEST_STALL, write=30, pool=None)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -35,13 +42,9 @@ def download_client(
     """
     guard = Guard(base_url)
     return Connections(
-        lambda: httpx.AsyncClient(
-            transport=transport or GuardedTransport(guard, limits=POOL_LIMITS, tls=tls_context()),
-            headers={"Accept-Encoding": "identity"},
-            follow_redirects=True,
-            max_redirects=3,
-        ),
+        lambda: transport or GuardedTransport(guard, limits=POOL_LIMITS, tls=tls_context()),
         timeout=_TIMEOUTS,
+        headers={"Accept": "*/*", "Accept-Encoding": "identity"},
     )
 
 
@@ -57,7 +60,9 @@ class _Partial:
         self.etag = None
 
 
-async def download_image(url: str, http: Connections, *, task_id: str) -> tuple[bytes, ImageInfo]:
+async def download_image(
+    url: str, http: Connections, finished: Callable[[bytes], T], *, task_id: str
+) -> T:
     """Fetch a result until it is a whole image, six times at most.
 
     At most 50 MB are taken. An attempt ends after 30 s without a byte, and after 300 s in all.
@@ -67,10 +72,12 @@ async def download_image(url: str, http: Connections, *, task_id: str) -> tuple[
     Args:
         url: Where it is.
         http: Connections made by `download_client`.
+        finished: Makes of the bytes, in a thread, what is to be stored; raises
+            InvalidImageError where they are no whole image.
         task_id: The paid task, for messages.
 
     Returns:
-        The image's bytes, and what they are.
+        What `finished` has made.
 
     Raises:
         DownloadError: The URL could not be fetched.
@@ -86,7 +93,7 @@ async def download_image(url: str, http: Connections, *, task_id: str) -> tuple[
             await _fetch(http, url, partial, last=attempt == _ATTEMPTS)
             data = bytes(partial.data)
             partial.clear()
-            return data, await asyncio.to_thread(inspect_image, data)
+            return await asyncio.to_thread(finished, data)
         except (DownloadError, InvalidImageError) as error:
             failure = error
         if attempt == _ATTEMPTS or not failure.retryable:
@@ -110,7 +117,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
         async with (
             asyncio.timeout(_LONGEST_ATTEMPT),
             asyncio.timeout(_LONGEST_STALL) as stall,
-            http.stream("GET", url, headers=_range(partial)) as response,
+            _redirected(http, url, _range(partial)) as response,
         ):
             told = _refusal(response, partial)
             if told is None:
@@ -132,6 +139,20 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
     if wait and not last:
         await asyncio.sleep(wait)
     raise DownloadError(f"The download failed: {told}.")
+
+
+@asynccontextmanager
+async def _redirected(
+    http: Connections, url: str, headers: dict[str, str]
+) -> AsyncIterator[httpx.Response]:
+    """Follow redirects, each as guarded as the first URL."""
+    for _ in range(1 + _MOST_REDIRECTS):
+        async with http.stream("GET", url, headers=headers) as response:
+            if not response.has_redirect_location:
+                yield response
+                return
+            url = str(httpx.URL(url).join(response.headers["Location"]))
+    raise httpx.TooManyRedirects(f"more than {_MOST_REDIRECTS} redirects")
 
 
 def _range(partial: _Partial) -> dict[str, str]:

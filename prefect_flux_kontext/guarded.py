@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import urllib.request
 from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import httpcore
 import httpx
 
 from prefect_flux_kontext.addresses import METADATA, literal, not_public
+from prefect_flux_kontext.api.connections import proxy_of
 from prefect_flux_kontext.errors import RefusedUrlError
 
 if TYPE_CHECKING:
@@ -179,8 +179,7 @@ def _proxy(url: httpx.URL) -> str | None:
     address = literal(url.host)
     if address is not None and not_public(address):
         return None
-    proxy = urllib.request.getproxies().get(url.scheme)
-    return None if proxy is None or urllib.request.proxy_bypass(url.host) else proxy
+    return proxy_of(url)
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):

@@ -29,12 +29,20 @@ class ImageInfo:
 
 
 def inspect_image(data: bytes) -> ImageInfo:
+    """What an image is, once the whole of it has been decoded; see `decoded_image`."""
+    return decoded_image(data)[0]
+
+
+def decoded_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
     """Decode the whole image, in memory.
 
     Decoding alone accepts some truncated files, so the format's own end mark is looked for too.
 
     Args:
         data: The bytes of the file.
+
+    Returns:
+        What it is, and the picture.
 
     Raises:
         InvalidImageError: It is no whole JPEG, PNG or WebP, or larger than 64 million pixels.
@@ -62,7 +70,7 @@ def inspect_image(data: bytes) -> ImageInfo:
         )
     if not _has_its_end(data, kind):
         raise InvalidImageError(f"The {kind.upper()} is cut off after {len(data):,} bytes.")
-    return ImageInfo(format=kind, width=width, height=height)
+    return ImageInfo(format=kind, width=width, height=height), image
 
 
 def _has_its_end(data: bytes, kind: ImageFormat) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import hashlib
 import logging
 from pathlib import PurePosixPath
@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.downloads import download_image
 from prefect_flux_kontext.errors import StorageError
-from prefect_flux_kontext.images import EXTENSIONS
+from prefect_flux_kontext.images import EXTENSIONS, decoded_image
 from prefect_flux_kontext.models import StoredImage
 from prefect_flux_kontext.provenance import ai_marked
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
+
+    from PIL import Image
 
     from prefect_flux_kontext.api.connections import Connections
+    from prefect_flux_kontext.images import ImageInfo
     from prefect_flux_kontext.models import GenerationResult
     from prefect_flux_kontext.provenance import SourceType
     from prefect_flux_kontext.storage import OutputFolder
@@ -51,7 +54,7 @@ async def persist_result(
     name: str,
     key: str | None = None,
     ai_mark: bool = True,
-    show: Callable[[bytes], Awaitable[None]] | None = None,
+    show: Callable[[Image.Image], None] | None = None,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and put it in its place.
 
@@ -66,7 +69,7 @@ async def persist_result(
         key: The row key, for which no other row's image is written over; None writes over
             what has that name.
         ai_mark: Whether the image is marked as made by AI; see `provenance`.
-        show: Is given the bytes of the first image, once it is in its place.
+        show: Is given the first picture while it is decoded, in a thread; it must not raise.
 
     Returns:
         One record for each image, in the order of the result's URLs.
@@ -81,7 +84,12 @@ async def persist_result(
     source = _source(result) if ai_mark else None
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
-        data, image = await download_image(url, http, task_id=result.task_id)
+        data, image, sha256 = await download_image(
+            url,
+            http,
+            functools.partial(_finished, source=source, show=show if number == 1 else None),
+            task_id=result.task_id,
+        )
         if asked not in (None, image.format):
             logger.warning(
                 "Task %s was asked for a %s and has made a %s, which is stored as such.",
@@ -89,7 +97,6 @@ async def persist_result(
                 str(asked).upper(),
                 image.format.upper(),
             )
-        data, sha256 = await asyncio.to_thread(_finished, data, source)
         names = image_names(name, number, f".{EXTENSIONS[image.format]}", key)
         stored.append(
             StoredImage(
@@ -102,8 +109,6 @@ async def persist_result(
                 height=image.height,
             )
         )
-        if show is not None and number == 1:
-            await show(data)
     return stored
 
 
@@ -128,11 +133,16 @@ async def name_stored(
     return uris
 
 
-def _finished(data: bytes, source: SourceType | None) -> tuple[bytes, str]:
-    """The bytes to store, and their checksum."""
+def _finished(
+    data: bytes, source: SourceType | None, show: Callable[[Image.Image], None] | None
+) -> tuple[bytes, ImageInfo, str]:
+    """The bytes to store, what they are, and their checksum."""
+    image, picture = decoded_image(data)
+    if show is not None:
+        show(picture)
     if source is not None:
         data = ai_marked(data, source)
-    return data, hashlib.sha256(data).hexdigest()
+    return data, image, hashlib.sha256(data).hexdigest()
 
 
 def _source(result: GenerationResult) -> SourceType:

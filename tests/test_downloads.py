@@ -62,8 +62,11 @@ class Files(httpx.AsyncBaseTransport):
 
 async def download(transport):
     async with download_client(transport) as http:
-        data, image = await download_image("http://results.test/a", http, task_id="task_1")
-    assert image == inspect_image(data)
+        return await download_image("http://results.test/a", http, whole, task_id="task_1")
+
+
+def whole(data):
+    inspect_image(data)
     return data
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 
-from prefect_flux_kontext import downloads, results, storage
+from prefect_flux_kontext import results, storage
 from prefect_flux_kontext.downloads import _fetch, _Partial, download_client
 from prefect_flux_kontext.errors import DownloadError
 from prefect_flux_kontext.models import GenerationResult
@@ -143,7 +143,7 @@ class TestTheLoop:
 
             monkeypatch.setattr(module, name, call)
 
-        noted(downloads, "inspect_image")
+        noted(results, "decoded_image")
         noted(results, "ai_marked")
         noted(storage, "create_file")
         async with (

@@ -7,7 +7,8 @@ import functools
 import itertools
 import logging
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
+from urllib.parse import urlencode
 
 import httpx
 
@@ -17,6 +18,7 @@ from prefect_flux_kontext.api.connections import (
     POOL_LIMITS,
     Connections,
     exchange,
+    proxy_of,
     tls_context,
 )
 from prefect_flux_kontext.api.governor import Governor, shared_governor
@@ -101,22 +103,14 @@ class FluxKontextClient:
             requests_per_minute=requests_per_minute,
             concurrent_tasks=concurrent_tasks,
         )
-        https = self.base_url.startswith("https")
         self._connections = Connections(
-            lambda: httpx.AsyncClient(
-                base_url=self.base_url,
-                headers={
-                    "Authorization": f"Bearer {self._key}",
-                    "Accept": "application/json",
-                    "Accept-Encoding": "identity",
-                },
-                limits=POOL_LIMITS,
-                transport=transport,
-                # A proxy of the environment is used for https, where it does not see the key.
-                trust_env=https,
-                verify=tls_context() if https else False,
-            ),
+            (lambda: transport) if transport else self._transport,
             timeout=API_TIMEOUT,
+            headers={
+                "Authorization": f"Bearer {self._key}",
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+            },
         )
 
     def __repr__(self) -> str:
@@ -127,6 +121,15 @@ class FluxKontextClient:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
+
+    def _transport(self) -> httpx.AsyncHTTPTransport:
+        # A proxy of the environment is used for https, where it does not see the key.
+        https = self.base_url.startswith("https")
+        return httpx.AsyncHTTPTransport(
+            limits=POOL_LIMITS,
+            verify=tls_context() if https else False,
+            proxy=proxy_of(httpx.URL(self.base_url)) if https else None,
+        )
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -167,7 +170,7 @@ class FluxKontextClient:
             limited = False
             try:
                 task_id = await self._ask(
-                    read_task_id, "POST", _SUBMIT, around=around_post, json=body
+                    read_task_id, "POST", _SUBMIT, body=body, around=around_post
                 )
             except RateLimitedError:
                 limited = True
@@ -195,9 +198,8 @@ class FluxKontextClient:
         """
         return await self._ask_until_allowed(
             functools.partial(read_status, task_id=task_id),
-            _STATUS,
+            f"{_STATUS}?{urlencode({'taskId': task_id})}",
             task_id=task_id,
-            params={"taskId": task_id},
         )
 
     async def balance(self) -> float:
@@ -226,10 +228,12 @@ class FluxKontextClient:
             logger.debug("The balance is not to be had: %s", error)
             return None
 
-    async def _ask_until_allowed(self, read: Callable[..., _Read], path: str, **how: Any) -> _Read:
+    async def _ask_until_allowed(
+        self, read: Callable[..., _Read], path: str, *, task_id: str | None = None
+    ) -> _Read:
         for refused in itertools.count(1):
             try:
-                return await self._ask(read, "GET", path, **how)
+                return await self._ask(read, "GET", path, task_id=task_id)
             except RateLimitedError as error:
                 if not error.retry_after:  # else the governor keeps all requests back
                     await asyncio.sleep(jittered(refused))
@@ -241,27 +245,29 @@ class FluxKontextClient:
         method: str,
         path: str,
         *,
+        body: object = None,
         task_id: str | None = None,
         around: AroundPost = nullcontext,
-        **how: Any,
     ) -> _Read:
         """Send one request when the budget allows it, and read the reply's `data`."""
         submit = method == "POST"
         await self.governor.requests.take(first=submit)
         async with around() as instead:
             if instead is not None:
-                how["json"] = instead.body()
+                body = instead.body()
             loop = asyncio.get_running_loop()
             sent_at = loop.time()
             try:
-                status, headers, body = await exchange(self._connections, method, path, **how)
+                status, headers, reply = await exchange(
+                    self._connections, method, f"{self.base_url}{path}", json=body
+                )
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
                 failure = self._transport_error(error, task_id)
             else:
                 retry_after = retry_after_seconds(headers.get("Retry-After"))
                 try:
                     data = read_envelope(
-                        status, body, retry_after=retry_after, task_id=task_id, secret=self._key
+                        status, reply, retry_after=retry_after, task_id=task_id, secret=self._key
                     )
                 except RateLimitedError:
                     self.governor.refused(retry_after, sent_at=sent_at, submit=submit)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
+import urllib.request
 import zlib
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
 _LARGEST_REPLY = 4 * 2**20
 _REFUSALS = range(400, 500)
@@ -41,9 +41,18 @@ def tls_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
+def proxy_of(url: httpx.URL) -> str | None:
+    """The environment's proxy for a URL (HTTPS_PROXY …), unless NO_PROXY names its host."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
 @dataclass
 class _Pool:
-    client: httpx.AsyncClient
+    transport: httpx.AsyncBaseTransport
     busy: int = 0
 
 
@@ -52,16 +61,26 @@ class Connections:
 
     At full speed 33 submits and some 130 polls a second of 0.1 to 0.5 s each are under way.
 
+    Requests go to httpx's transports: its client, with cookies, redirects and logins that are
+    not needed here, takes two fifths of a request's time.
+
     Args:
-        make: Makes the client of one pool, with `POOL_LIMITS`.
+        make: Makes the transport of one pool, with `POOL_LIMITS`.
         timeout: For each step of a request.
+        headers: Sent with each request.
     """
 
-    def __init__(self, make: Callable[[], httpx.AsyncClient], timeout: httpx.Timeout) -> None:
+    def __init__(
+        self,
+        make: Callable[[], httpx.AsyncBaseTransport],
+        timeout: httpx.Timeout,
+        headers: Mapping[str, str],
+    ) -> None:
         self.timeout = timeout
         self._make = make
         self._pools: list[_Pool] = []
         self._closed = False
+        self._headers = {"User-Agent": "prefect-flux-kontext", **headers}
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,16 +92,34 @@ class Connections:
         """Close all connections, for good."""
         self._closed = True
         for pool in self._pools:
-            await pool.client.aclose()
+            await pool.transport.aclose()
 
     @asynccontextmanager
-    async def stream(self, method: str, url: str, **how: Any) -> AsyncIterator[httpx.Response]:
-        """Send a request and stream its response, as httpx does."""
+    async def stream(
+        self,
+        method: str,
+        url: str,
+        *,
+        json: object = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[httpx.Response]:
+        """Send a request and stream its response; a redirect is not followed."""
+        request = httpx.Request(
+            method,
+            url,
+            json=json,
+            headers={**self._headers, **(headers or {})},
+            extensions={"timeout": self.timeout.as_dict()},
+        )
         pool = self._roomy()
         pool.busy += 1
         try:
-            async with pool.client.stream(method, url, timeout=self.timeout, **how) as response:
+            response = await pool.transport.handle_async_request(request)
+            try:
+                response.request = request
                 yield response
+            finally:
+                await response.aclose()
         finally:
             pool.busy -= 1
 
@@ -99,7 +136,7 @@ class Connections:
 
 
 async def exchange(
-    connections: Connections, method: str, url: str, **how: Any
+    connections: Connections, method: str, url: str, *, json: object = None
 ) -> tuple[int, httpx.Headers, bytes]:
     """Send a request and read its whole reply, but no more than 4 MB and for no more than 120 s.
 
@@ -113,7 +150,7 @@ async def exchange(
     body = bytearray()
     async with (
         asyncio.timeout(_LONGEST_REQUEST),
-        connections.stream(method, url, **how) as response,
+        connections.stream(method, url, json=json) as response,
     ):
         try:
             # What a MockTransport answers has been read already.
@@ -126,21 +163,6 @@ async def exchange(
             if response.status_code not in _REFUSALS:
                 raise  # a refusal is one without its body too
     return response.status_code, response.headers, _unpacked(bytes(body), response.headers)
-
-
-def _without_queries(record: logging.LogRecord) -> bool:
-    """Leave out of httpx's line for each request what may sign its URL."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(
-            argument.copy_with(query=None, fragment=None, username=None, password=None)
-            if isinstance(argument, httpx.URL)
-            else argument
-            for argument in record.args
-        )
-    return True
-
-
-logging.getLogger("httpx").addFilter(_without_queries)
 
 
 def _unpacked(body: bytes, headers: httpx.Headers) -> bytes:

@@ -7,19 +7,23 @@ import hashlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prefect_flux_kontext.keys import url_identity
-from prefect_flux_kontext.report.thumbnails import AFTER, BEFORE, thumbnail
+from prefect_flux_kontext.report.thumbnails import AFTER, BEFORE, small_picture, thumbnail
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
+
+    from PIL import Image
 
     from prefect_flux_kontext.api.connections import Connections
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
-# Apart from the threads that store images and write records: pictures are never waited for there.
+# References are not waited for: their threads are apart from those that store images.
 _THREADS = ThreadPoolExecutor(2, thread_name_prefix="flux-kontext-pictures")
 _LARGEST_REFERENCE = 10 * 2**20
 _LONGEST_FETCH = 30.0
@@ -57,9 +61,12 @@ class Pictures:
         self._fetching: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(_FETCHES)
 
-    def showing(self, key: str) -> Callable[[bytes], Awaitable[None]]:
-        """What makes the picture of a row's image, from its bytes."""
-        return partial(self._show, key)
+    def showing(self, key: str) -> Callable[[Image.Image], None] | None:
+        """What makes the picture of a row's image, in the thread that has decoded it."""
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        return partial(self._make, name_of_image(key), partial(small_picture, edge=AFTER))
 
     def want_references(self, urls: Sequence[str]) -> None:
         """Fetch a row's first reference while the row waits, if there is time for it."""
@@ -88,15 +95,9 @@ class Pictures:
         for task in list(self._fetching):
             task.cancel()
 
-    async def _show(self, key: str, data: bytes) -> None:
-        if self._left > 0:
-            self._left -= 1
-            await self._make(name_of_image(key), data, AFTER)
-
-    async def _make(self, name: str, data: bytes, edge: int) -> None:
-        loop = asyncio.get_running_loop()
+    def _make(self, name: str, make: Callable[[T], bytes], of: T) -> None:
         try:
-            self._made[name] = await loop.run_in_executor(_THREADS, thumbnail, data, edge)
+            self._made[name] = make(of)
         except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
             logger.debug("No picture of %s for the gallery: %s", name, error)
 
@@ -107,7 +108,7 @@ class Pictures:
                 self._room,
                 asyncio.timeout(_LONGEST_FETCH),
                 # A redirect may lead to where no reference may be.
-                self._http.stream("GET", url, follow_redirects=False) as response,
+                self._http.stream("GET", url) as response,
             ):
                 response.raise_for_status()
                 async for chunk in response.aiter_raw():
@@ -118,4 +119,6 @@ class Pictures:
             # Not its message: it holds the URL, which may be signed.
             logger.debug("No picture of a reference for the gallery: %s", type(error).__name__)
             return
-        await self._make(name, bytes(data), BEFORE)
+        make = partial(thumbnail, edge=BEFORE)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(_THREADS, self._make, name, make, bytes(data))

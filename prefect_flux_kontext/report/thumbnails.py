@@ -15,7 +15,7 @@ _QUALITY = 72
 
 
 def thumbnail(data: bytes, edge: int) -> bytes:
-    """A small WebP of an image, upright, without what else the file holds.
+    """A small WebP of an image's bytes; see `small_picture`.
 
     Args:
         data: A JPEG, PNG or WebP.
@@ -29,11 +29,22 @@ def thumbnail(data: bytes, edge: int) -> bytes:
             raise ValueError("it has too many pixels")
         # A JPEG decodes several times faster at the size it is wanted in.
         image.draft("RGB", (edge, edge))
-        small = ImageOps.exif_transpose(image)
-        small.thumbnail((edge, edge))
-        file = io.BytesIO()
-        has_alpha = small.mode in ("RGBA", "LA", "PA") or "transparency" in small.info
-        small.convert("RGBA" if has_alpha else "RGB").save(
-            file, "WEBP", quality=_QUALITY, method=2
-        )
+        return small_picture(image, edge)
+
+
+def small_picture(image: Image.Image, edge: int) -> bytes:
+    """A small WebP of a picture, upright, without what else its file holds.
+
+    Args:
+        image: Decoded or not.
+        edge: Pixels that neither side of it passes.
+
+    Raises:
+        Exception: Decoders raise whatever they stumble on.
+    """
+    small = ImageOps.exif_transpose(image)
+    small.thumbnail((edge, edge))
+    file = io.BytesIO()
+    has_alpha = small.mode in ("RGBA", "LA", "PA") or "transparency" in small.info
+    small.convert("RGBA" if has_alpha else "RGB").save(file, "WEBP", quality=_QUALITY, method=2)
     return file.getvalue()

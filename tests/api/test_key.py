@@ -156,9 +156,11 @@ def test_a_key_that_cannot_be_one_is_refused_without_being_repeated(key):
     assert not key.strip() or key not in str(caught.value)
 
 
-def test_a_key_may_come_as_a_secret_with_white_space_around():
-    client = FluxKontextClient(SecretStr(f" {KEY}\n"))
-    assert client._connections._make().headers["Authorization"] == BEARER
+async def test_a_key_may_come_as_a_secret_with_white_space_around():
+    async with ScriptedServer(accepted()) as server:
+        async with FluxKontextClient(SecretStr(f" {KEY}\n"), base_url=server.url) as client:
+            await client.submit(REQUEST)
+        assert server.seen[0].headers["authorization"] == BEARER
     assert KEY not in repr(client)
 
 

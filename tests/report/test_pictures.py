@@ -8,6 +8,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.report.gallery.album import Album
 from prefect_flux_kontext.report.pictures import Pictures, name_of_image, name_of_reference
 from prefect_flux_kontext.report.thumbnails import thumbnail
@@ -19,7 +20,7 @@ URL = "http://pictures.test/cat.jpg"
 
 
 def connections(answer):
-    return httpx.AsyncClient(transport=httpx.MockTransport(answer), verify=False)
+    return download_client(httpx.MockTransport(answer))
 
 
 def size_of(data):
@@ -52,10 +53,20 @@ def test_what_is_no_picture_or_a_bomb_has_no_thumbnail(data):
 async def test_pictures_are_made_up_to_a_limit_and_taken_once():
     async with connections(lambda _: httpx.Response(404)) as http:
         pictures = Pictures(http, 2, references=True)
-        for key in ("a" * 32, "b" * 32, "c" * 32):
-            await pictures.showing(key)(picture())
-        await pictures.showing("d" * 32)(b"no picture")
-        assert list(pictures.take()) == [name_of_image("a" * 32), name_of_image("b" * 32)]
+        for key in ("a" * 32, "b" * 32):
+            pictures.showing(key)(Image.new("RGB", (640, 480)))
+        assert pictures.showing("c" * 32) is None
+        made = pictures.take()
+        assert list(made) == [name_of_image("a" * 32), name_of_image("b" * 32)]
+        assert {size_of(data) for data in made.values()} == {(320, 240)}
+        assert pictures.take() == {}
+
+
+@pytest.mark.anyio
+async def test_a_picture_that_cannot_be_made_small_fails_nothing():
+    async with connections(lambda _: httpx.Response(404)) as http:
+        pictures = Pictures(http, 2, references=True)
+        pictures.showing("a" * 32)(Image.new("F", (0, 0)))
         assert pictures.take() == {}
 
 
@@ -124,7 +135,7 @@ async def test_what_signs_a_reference_is_in_no_log(caplog):
         with caplog.at_level(logging.DEBUG):
             pictures.want_references([f"{URL}?X-Amz-Signature=canary"])
             await pictures.wait(10)
-    assert "HTTP Request: GET http://pictures.test/cat.jpg" in caplog.text
+    assert "No picture of a reference" in caplog.text
     assert "canary" not in caplog.text
 
 

@@ -78,12 +78,12 @@ class SimulatedAccount:
         """There is nothing to close."""
 
     @asynccontextmanager
-    async def stream(self, method, _url, *, json=None, params=None):
+    async def stream(self, method, url, *, json=None):
         """Answer as the service does, after the way there and before the way back."""
         if self.first_request is None:
             self.first_request = asyncio.get_running_loop().time()
         await asyncio.sleep(self.dice.uniform(*self.line))
-        reply = self._reply(method, json, params)
+        reply = self._reply(method, url, json)
         await asyncio.sleep(self.dice.uniform(*self.line))
         yield reply
 
@@ -92,13 +92,13 @@ class SimulatedAccount:
             self.refused_at_random += 1
             raise Refusal(429, "too many requests", "by the dice")
 
-    def _reply(self, method, payload, params):
+    def _reply(self, method, url, payload):
         try:
             self._throw_dice()
             if method == "POST":
                 data = {"taskId": self.service.submit(KEY, payload, URL).task_id}
             else:
-                task = self.service.status(KEY, params["taskId"])
+                task = self.service.status(KEY, url.partition("taskId=")[2])
                 data = task.status(self.service.now(), self.service.epoch)
         except Refusal as refusal:
             headers = {}
