@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _BLOCK = 2**20
 """Bytes of lines that become columns at once."""
 
+_CACHE_KIB = 2_048
+"""Lines are written and read in their order, so that a larger one would help little."""
+
 _KEPT_OF_THE_MANIFEST = ("line", "style", "source")
 
 
@@ -30,19 +33,26 @@ class NewLines(Scratch):
 
     def __init__(self) -> None:
         self.own: dict[str, None] = {}
+        self._own_of_new: dict[str, None] = {}
         super().__init__(
-            "CREATE TABLE lines (number INTEGER PRIMARY KEY, name TEXT UNIQUE, line TEXT)"
+            "CREATE TABLE lines (number INTEGER PRIMARY KEY, name TEXT UNIQUE, line TEXT)",
+            cache_kib=_CACHE_KIB,
         )
 
     def add(self, data: bytes) -> None:
         """Add the lines of a part."""
-        for line in map(json.loads, data.splitlines()):
-            known = self._line_of(_name(line))
-            self._database.execute(
-                "INSERT INTO lines (name, line) VALUES (?, ?) "
-                "ON CONFLICT (name) DO UPDATE SET line = excluded.line",
-                (_name(line), as_json(newer(known, line) if known else line)),
+        for text in data.decode().splitlines(keepends=True):
+            line = json.loads(text)
+            name = _name(line)
+            self._own_of_new.update(_own(line))
+            added = self._database.execute(
+                "INSERT INTO lines (name, line) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, text)
             )
+            if not added.rowcount and (known := self._line_of(name)):
+                self._database.execute(
+                    "UPDATE lines SET line = ? WHERE name = ?",
+                    (as_json(newer(known, line)), name),
+                )
 
     def write(self, earlier: Path, merged: Path) -> int:
         """Write the earlier lines as the new ones have changed them, and then the other new ones.
@@ -59,14 +69,14 @@ class NewLines(Scratch):
             for line in read_lines(earlier):
                 new = self._line_of(_name(line))
                 now = newer(line, new) if new else line
-                self._see(now)
+                self.own.update(_own(now))
                 file.write(as_json(now))
                 lines += 1
                 self._database.execute("DELETE FROM lines WHERE name = ?", (_name(line),))
             for (text,) in self._database.execute("SELECT line FROM lines ORDER BY number"):
-                self._see(json.loads(text))
                 file.write(text)
                 lines += 1
+        self.own.update(self._own_of_new)
         return lines
 
     def _line_of(self, name: str) -> Line | None:
@@ -74,13 +84,15 @@ class NewLines(Scratch):
         line: Line | None = json.loads(found[0]) if found else None
         return line
 
-    def _see(self, line: Line) -> None:
-        self.own.update(dict.fromkeys(name for name in line if name not in COLUMNS))
-
 
 def _name(line: Line) -> str:
     """What a row is known by from run to run."""
     return json.dumps([line["id"], line.get("style")])
+
+
+def _own(line: Line) -> dict[str, None]:
+    """The names of your own columns."""
+    return dict.fromkeys(name for name in line if name not in COLUMNS)
 
 
 def newer(one: Line, other: Line) -> Line:
