@@ -81,7 +81,7 @@ def ended_line(session: Session, entry: Entry) -> Line:
         message=ended.message,
         task_id=ended.task_id,
         uris=[session.output.uri(file) for file in ended.files],
-        already=ended.state == "stored" and entry.key not in session.rows.ended_now,
+        already=ended.state == "stored" and not session.rows.ended_now(entry),
     )
     return result_line(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
 

@@ -65,7 +65,6 @@ class RowRunner:
         unstored: The lines of rows that failed, with what became of them.
         latest: Where the ledger says that the rows of unfinished waves stand, by row key.
         submits: Whether rows are paid for, or only what is paid for already is collected.
-        ended_now: Keys of the rows whose task ended in this run.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class RowRunner:
         )
         self.deferral = deferral
         self._breaker = Breaker()
-        self.ended_now: set[str] = set()
+        self._collected: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def run(
@@ -175,7 +174,7 @@ class RowRunner:
             case State.FAILED:
                 return await self._after_failure(row, entry)
             case State.STORED if entry.ended is not None:
-                return await self._deliver(row, entry.key, entry.ended)
+                return await self._deliver(row, entry.key, entry.ended, now=self.ended_now(entry))
             case _:
                 return await self._submit(row, entry)
 
@@ -212,7 +211,7 @@ class RowRunner:
         except GenerationFailedError as error:
             self.called.ended(entry)
             self._count(stored=False)
-            self.ended_now.add(entry.key)
+            self._note_end(entry)
             entry = await self._ledger.failed(entry, error)
             self.submitter.outstanding.discard(entry.key)
             return entry
@@ -228,18 +227,18 @@ class RowRunner:
                     code="expired",
                 )
                 self.submitter.outstanding.discard(entry.key)
-                self.ended_now.add(entry.key)
+                self._note_end(entry)
                 return await self._ledger.failed(entry, expired)
             return RowOutcome.of(row, entry.key, "outstanding", error, task_id=task.task_id)
         self.submitter.outstanding.discard(entry.key)
-        self.ended_now.add(entry.key)
+        self._note_end(entry)
         self._count(stored=True)
         return entry
 
     async def _after_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         ended = entry.ended
         assert ended is not None  # noqa: S101 - this is what the state says
-        new = entry.key in self.ended_now
+        new = self.ended_now(entry)
         again = self.options.retry_failed and not new
         decision = self.options.policy.decide(
             ended.reason,
@@ -258,7 +257,9 @@ class RowRunner:
             self._stop(failure)
         return RowOutcome.of(row, entry.key, "failed", failure)
 
-    async def _deliver(self, row: Row, key: str, stored: Ended) -> RowOutcome:
+    async def _deliver(
+        self, row: Row, key: str, stored: Ended, *, now: bool = False
+    ) -> RowOutcome:
         since = self.options.since
         uris = await name_stored(stored.files, self._output, name=row.name, key=key)
         return RowOutcome(
@@ -269,8 +270,19 @@ class RowRunner:
             state="stored",
             task_id=stored.task_id,
             uris=uris,
-            already=key not in self.ended_now and (since is None or stored.at < since),
+            already=not now and (since is None or stored.at < since),
         )
+
+    def _note_end(self, entry: Entry) -> None:
+        if not self._is_ours(entry):
+            self._collected.add(entry.key)
+
+    def ended_now(self, entry: Entry) -> bool:
+        """Whether a task that has ended did so in this run, which may not be the run that paid."""
+        return self._is_ours(entry) or entry.key in self._collected
+
+    def _is_ours(self, entry: Entry) -> bool:
+        return entry.intent is not None and entry.intent.owner == self._ledger.owner
 
     def _count(self, *, stored: bool) -> None:
         if self._breaker.broken(stored=stored):

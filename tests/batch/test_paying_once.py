@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.batch import waves
-from tests.batch.story import LINES, everything_kept, live
+from tests.batch.story import LINES, SLOW, everything_kept, live
 from tests.chaos.checker import read_all
 from tests.chaos.simulation import in_process, manifest
 
@@ -20,6 +20,20 @@ def test_a_finished_batch_that_runs_again_asks_the_service_for_nothing():
         await everything_kept(world, LINES, killed=False)
 
     live(main)
+
+
+@pytest.mark.parametrize("killed", [None, 20])
+def test_an_equal_row_of_a_later_wave_was_stored_by_this_run_whoever_has_paid(killed):
+    async def main(world):
+        waves.WAVE_ROWS = 1  # the end of the simulation puts it back
+        if killed is not None:
+            assert await in_process(world, killed, manifest([("a", "same")])) is None
+            assert world.posts == 1
+        rows = manifest([("a", "same"), ("b", "same"), ("c", "same")])
+        summary = await in_process(world, None, rows)
+        assert (summary.stored, summary.already_stored, world.posts) == (3, 0, 1)
+
+    live(main, settings=SLOW)
 
 
 def test_a_reordered_renamed_and_extended_manifest_pays_only_for_what_is_new():

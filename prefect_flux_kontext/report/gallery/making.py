@@ -7,20 +7,21 @@ import base64
 import io
 import logging
 import secrets
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.report.contact_sheet import contact_sheet
 from prefect_flux_kontext.report.gallery.album import ALBUM_FOLDER
-from prefect_flux_kontext.report.gallery.page import shown, write_page
+from prefect_flux_kontext.report.gallery.page import page
+from prefect_flux_kontext.report.gallery.rows import Rows
 from prefect_flux_kontext.report.merging import read_lines
 from prefect_flux_kontext.report.numbers import Numbers
-from prefect_flux_kontext.report.pictures import name_of_image, name_of_reference
 from prefect_flux_kontext.report.thumbnails import AFTER, thumbnail
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable
 
-    from prefect_flux_kontext.report.columns import Line
     from prefect_flux_kontext.report.gallery.album import Album
     from prefect_flux_kontext.storage import OutputFolder
 
@@ -56,52 +57,46 @@ async def make_gallery(
     rows = await asyncio.to_thread(_first, results, numbers, most)
     await album.read()
     await _make_missing(output, rows, album, missing)
-    after = [_after(row) for row in rows]
-    before = [_before(row) for row in rows]
-    there = [name for name in after if name in album.places]
+    there = [name for name in rows.after if name in album.places]
     small = len(rows) <= _HELD_BY_THE_PAGE
-    held = [*after, *before] if small else there[:_ON_THE_SHEET]
-    pictures = await album.pictures(name for name in held if name)
-    page = await asyncio.to_thread(
-        write_page,
+    named = [name for name in (*rows.after, *rows.before) if name in album.places]
+    pictures = await album.pictures(named if small else there[:_ON_THE_SHEET])
+    pieces = page(
         rows,
         title=str(output).rstrip("/").rpartition("/")[2],
         folder=ALBUM_FOLDER,
         numbers=numbers.told(),
-        after=after,
-        before=before,
-        places={} if small else album.places,
+        places={} if small else {name: album.places[name] for name in named},
         pictures=pictures if small else {},
     )
-    await output.write(GALLERY, page.encode())
+    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as private:
+        file = Path(private, "page")
+        await asyncio.to_thread(_write, pieces, file)
+        await output.put(GALLERY, file)
     if there:
-        sheet = await asyncio.to_thread(_sheet, rows, after, pictures)
+        sheet = await asyncio.to_thread(_sheet, rows, pictures)
         await output.write(CONTACT_SHEET, sheet)
 
 
-def _first(results: Path, numbers: Numbers, most: int) -> list[Line]:
+def _first(results: Path, numbers: Numbers, most: int) -> Rows:
     """The first rows, and the numbers of all."""
-    rows: list[Line] = []
+    rows = Rows()
     for line in numbers.counting(read_lines(results)):
         if len(rows) < most:
-            rows.append(shown(line))
+            rows.add(line)
     return rows
 
 
-def _after(row: Line) -> str | None:
-    return name_of_image(row["key"]) if row["state"] == "stored" else None
+def _write(pieces: Iterable[str], file: Path) -> None:
+    with file.open("w", encoding="utf-8") as page_file:
+        page_file.writelines(pieces)
 
 
-def _before(row: Line) -> str | None:
-    references = row.get("references")
-    return name_of_reference(references[0]) if references else None
-
-
-async def _make_missing(output: OutputFolder, rows: list[Line], album: Album, most: int) -> None:
+async def _make_missing(output: OutputFolder, rows: Rows, album: Album, most: int) -> None:
     wanted = {
-        name: row["file"]
-        for row in rows
-        if (name := _after(row)) and name not in album.places and row.get("file")
+        name: file
+        for name, file in zip(rows.after, rows.columns["file"], strict=True)
+        if name and file and name not in album.places
     }
     made: dict[str, bytes] = {}
 
@@ -126,10 +121,10 @@ async def _make_missing(output: OutputFolder, rows: list[Line], album: Album, mo
         )
 
 
-def _sheet(rows: list[Line], after: list[str | None], pictures: dict[str, str]) -> bytes:
+def _sheet(rows: Rows, pictures: dict[str, str]) -> bytes:
     cells = [
-        (row["id"], io.BytesIO(base64.b64decode(pictures[name].partition(",")[2])))
-        for row, name in zip(rows, after, strict=True)
+        (of, io.BytesIO(base64.b64decode(pictures[name].partition(",")[2])))
+        for of, name in zip(rows.columns["id"], rows.after, strict=True)
         if name in pictures
     ][:_ON_THE_SHEET]
     columns = min(_SHEET_COLUMNS, len(cells))
