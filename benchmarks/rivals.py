@@ -12,7 +12,7 @@ import io
 import json
 import os
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -20,6 +20,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     Noticed = Callable[[float], None]
@@ -93,10 +94,11 @@ class Script:
 
 
 async def bare(folder: Path, noticed: Noticed) -> int:
-    """All rows side by side within the slots, on 64 connections; images in threads."""
+    """On 64 connections.
+
+    httpcore looks through all connections of a pool for each request: pools of one are fastest.
+    """
     script = Script(folder, noticed)
-    slots = asyncio.Semaphore(script.slots)
-    # httpcore looks through all connections of a pool for each request: pools of one are fastest.
     one = httpx.Limits(max_connections=1, max_keepalive_connections=1)
     idle: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
     pools = [httpx.AsyncClient(**script.http, limits=one) for _ in range(REQUESTS_AT_ONCE)]
@@ -110,6 +112,30 @@ async def bare(folder: Path, noticed: Noticed) -> int:
             yield http
         finally:
             idle.put_nowait(http)
+
+    await side_by_side(script, connection)
+    for pool in pools:
+        await pool.aclose()
+    return len(script.rows)
+
+
+async def one_client(folder: Path, noticed: Noticed) -> int:
+    """On one client, as one writes it, with a connection for each slot.
+
+    With httpx's usual 100 connections for 1,000 slots it ends in a PoolTimeout.
+    """
+    script = Script(folder, noticed)
+    limits = httpx.Limits(max_connections=script.slots)
+    async with httpx.AsyncClient(**script.http, limits=limits) as http:
+        await side_by_side(script, lambda: nullcontext(http))
+    return len(script.rows)
+
+
+async def side_by_side(
+    script: Script, connection: Callable[[], AbstractAsyncContextManager[httpx.AsyncClient]]
+) -> None:
+    """All rows within the slots; images in threads."""
+    slots = asyncio.Semaphore(script.slots)
 
     async def run(row: dict[str, str]) -> None:
         async with slots:
@@ -127,9 +153,6 @@ async def bare(folder: Path, noticed: Noticed) -> int:
         await asyncio.to_thread(script.store, row, data)
 
     await asyncio.gather(*map(run, script.rows))
-    for pool in pools:
-        await pool.aclose()
-    return len(script.rows)
 
 
 async def mapped(folder: Path, noticed: Noticed) -> int:

@@ -31,7 +31,7 @@ def test_the_governor_is_simulated():
     assert "| called back |" in told
 
 
-@pytest.mark.parametrize("work", ["batch", "called", "fixed:0.05", "bare"])
+@pytest.mark.parametrize("work", ["batch", "called", "fixed:0.05", "bare", "one-client"])
 def test_a_piece_of_work_is_measured_against_a_sandbox(work):
     (told,) = benchmark("benchmarks/measuring.py", work, 6).splitlines()
     assert '"stored": 6' in told
