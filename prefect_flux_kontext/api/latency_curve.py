@@ -11,7 +11,7 @@ _FIRST, _RATIO, _BINS = 0.02, 1.06, 210
 """Ages from 0.02 s to an hour, in steps of 6 %: 1.8 s wide at 30 s."""
 
 _MEMORY = 1_500
-"""Looks after which what was learned has faded e-fold: half a minute at the account's limit."""
+"""Looks after which what was learned has faded e-fold: 25 s at the account's limit."""
 
 _PRIOR = 0.05
 """Tasks we pretend to have seen, with ends as likely at 10 to 20 s as at 100 to 200 s. They

@@ -20,7 +20,6 @@ _ENOUGH = 50
 _STALE = 0.2
 """Seconds for which a count is used before it is made again."""
 
-
 _NOTHING_KNOWN = Table([1.0], [], 0.0)
 
 
@@ -47,7 +46,7 @@ class RunningEstimate:
 
     Attributes:
         mean: Tasks that are expected to run.
-        deviation: Standard deviation of how many really do.
+        deviation: Standard deviation of how many really do, by the dice and by the curve's error.
     """
 
     def __init__(self) -> None:
