@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
+from typing import NamedTuple
 
 _FIRST, _RATIO, _BINS = 0.02, 1.06, 210
 """Ages from 0.02 s to an hour, in steps of 6 %: 1.8 s wide at 30 s."""
 
-_MEMORY = 1_000
-"""Looks after which what was learned has faded e-fold: half a minute at the account's limit."""
+_MEMORY = 1_500
+"""Looks after which what was learned has faded e-fold: 25 s at the account's limit."""
 
 _PRIOR = 0.05
 """Tasks we pretend to have seen, with ends as likely at 10 to 20 s as at 100 to 200 s. They
@@ -21,6 +23,20 @@ _LEFT = 0.01
 _CELLS = 400
 _FEW, _RARE = 0.1, 0.002
 _REBUILD_AFTER = 25
+
+
+class Table(NamedTuple):
+    """A curve as equal stretches of age; what is older than the last, nothing can be told of.
+
+    Attributes:
+        shares: Of all tasks, those that reach the middle of each stretch.
+        doubts: Variances of the error of each share's ratio to the one before, relative to it.
+        per_second: Stretches a second.
+    """
+
+    shares: list[float]
+    doubts: list[float]
+    per_second: float
 
 
 class LatencyCurve:
@@ -43,7 +59,7 @@ class LatencyCurve:
         self._entered = [
             0.0
         ] * _BINS  # tasks that were watched from here on, less those until here
-        self._table: list[float] = []
+        self._table: Table | None = None
         self._rebuild()
 
     def still_running(self, since: float, age: float) -> None:
@@ -84,17 +100,19 @@ class LatencyCurve:
         before = late(index - 1) if low > age else 0.0
         return low - age + (high - low) * (patience - before) / (late(index) - before)
 
-    def table(self) -> tuple[list[float], float]:
-        """Shares of tasks that reach the middles of equal stretches of age, and such a second.
-
-        It ends where only few are left; for what is older, nothing can be told.
-        """
+    def table(self) -> Table:
+        """The curve as equal stretches of age, up to where few are left or none was seen."""
         self._refresh()
-        if not self._table:
-            step = min(self._age_at(_RARE), 2 * self._age_at(_FEW)) / _CELLS
-            self._table = [self._survival_at((cell + 0.5) * step) for cell in range(_CELLS)]
-            self._per_second = 1 / step
-        return self._table, self._per_second
+        if self._table is None:
+            end = min(self._age_at(_RARE), 2 * self._age_at(_FEW), self._oldest)
+            middles = [(cell + 0.5) * end / _CELLS for cell in range(_CELLS)]
+            doubts = [_between(self._doubt, age) for age in middles]
+            self._table = Table(
+                shares=[_between(self._survival, age) for age in middles],
+                doubts=[after - before for before, after in itertools.pairwise(doubts)],
+                per_second=_CELLS / end if end else 0.0,
+            )
+        return self._table
 
     def _reached(self, since: float, age: float) -> None:
         weight, first, last = self._weight, _bin(since), _bin(age)
@@ -114,8 +132,9 @@ class LatencyCurve:
                 values[:] = [value / self._weight for value in values]
             self._weight = 1.0
         prior = _PRIOR * self._weight
-        running, reached, area = 1.0, 0.0, 0.0
-        survival, areas = [1.0], [0.0]
+        running, reached, area, doubt = 1.0, 0.0, 0.0, 0.0
+        survival, areas, doubts = [1.0], [0.0], [0.0]
+        self._oldest = 0.0
         for index in range(_BINS - 1):
             width = _EDGES[index + 1] - _EDGES[index]
             came, ended = self._entered[index], self._ended[index]
@@ -123,13 +142,18 @@ class LatencyCurve:
             there = max(reached + (came + ended) / 2, ended)
             reached += came
             share = (ended + prior * width / _EDGES[index + 1]) / (there + prior)
-            left = running * (1 - min(share, 1 - _LEFT))
+            share = min(share, 1 - _LEFT)
+            left = running * (1 - share)
+            doubt += share / (1 - share) / (there / self._weight + _PRIOR)
+            if there >= self._weight:
+                self._oldest = _EDGES[index + 1]
             area += (running + left) / 2 * width
             running = left
             survival.append(running)
             areas.append(area)
-        self._survival, self._area = survival, areas
-        self._table, self._per_second = [], 0.0
+            doubts.append(doubt)
+        self._survival, self._area, self._doubt = survival, areas, doubts
+        self._table = None
 
     def _age_at(self, share: float) -> float:
         """The age that no more than this share of tasks reaches."""

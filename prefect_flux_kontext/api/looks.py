@@ -18,7 +18,7 @@ _ENOUGH = 20
 _LEAST = 0.7
 """Intervals that an ended task may be expected to have gone unnoticed when it is looked at."""
 
-_PRICE = 0.54
+_PRICE = 0.42
 """The same where requests are scarce, in rounds: the time in which all tasks that run could be
 asked once, were all requests looks. A round takes 6 to 7 s at the account's limits."""
 
@@ -32,7 +32,8 @@ class Looks:
     Until enough tasks have ended, looks come at the configured cadence. From then on the next
     look comes when the task, by now, is expected to have been over for most of an interval, or for
     longer where requests are scarce. The interval stays the shortest pause between two looks. The
-    first look may come before `initial_delay` where tasks are known to end sooner.
+    first look may come before `initial_delay` where tasks are known to end sooner, and later where
+    that was learned while it was waited for.
 
     Args:
         governor: The account's; it keeps what was learned.

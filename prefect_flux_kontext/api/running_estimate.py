@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.api.latency_curve import Table
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -12,11 +15,12 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.api.latency_curve import LatencyCurve
 
 _ENOUGH = 50
-"""Tasks that must have ended before their curve is trusted with submits, and at least as many as
-are watched: those that began together are all at the ages of which the least is known."""
+"""Tasks that must have ended before their curve is trusted with submits."""
 
 _STALE = 0.2
 """Seconds for which a count is used before it is made again."""
+
+_NOTHING_KNOWN = Table([1.0], [], 0.0)
 
 
 @dataclass(slots=True)
@@ -42,7 +46,7 @@ class RunningEstimate:
 
     Attributes:
         mean: Tasks that are expected to run.
-        deviation: Standard deviation of how many really do.
+        deviation: Standard deviation of how many really do, by the dice and by the curve's error.
     """
 
     def __init__(self) -> None:
@@ -56,32 +60,31 @@ class RunningEstimate:
         self._counted_at = now
         at = now + ahead + _STALE / 2
         mean = variance = 0.0
-        curve: LatencyCurve | None = None
-        shares, per_second, last = [1.0], 0.0, 0
+        tables: dict[LatencyCurve | None, tuple[Table, list[float]]] = {}
         for task in watched:  # a thousand of them, several times a second
-            if task.curve is not curve:
+            if task.curve not in tables:
                 curve = task.curve
-                shares, per_second, last = _table(curve, max(_ENOUGH, len(watched)))
-            cell = int((at - task.began) * per_second)
-            share = shares[cell] if cell < last else shares[last]
-            if task.reached:
-                cell = int(task.reached * per_second)
-                share /= shares[cell] if cell < last else shares[last]
-            if share < 1:
+                trusted = curve is not None and curve.known >= _ENOUGH
+                table = curve.table() if curve and trusted else _NOTHING_KNOWN
+                tables[task.curve] = table, [0.0] * len(table.shares)
+            (shares, _, per_second), alike = tables[task.curve]
+            last = len(shares) - 1
+            cell = min(last, int((at - task.began) * per_second))
+            since = min(last, int(task.reached * per_second))
+            if since < cell:
+                share = shares[cell] / shares[since]
                 mean += share
                 variance += share * (1 - share)
+                alike[since] += share
+                alike[cell] -= share
             else:
                 mean += 1
+        for table, alike in tables.values():
+            # Where the curve is wrong, it is for all tasks of such an age alike.
+            for depend, doubt in zip(itertools.accumulate(alike), table.doubts, strict=False):
+                variance += depend**2 * doubt
         self.mean, self.deviation = mean, math.sqrt(variance)
 
     def one_more(self) -> None:
         """Another task is watched, which has only just begun."""
         self.mean += 1
-
-
-def _table(curve: LatencyCurve | None, enough: int) -> tuple[list[float], float, int]:
-    """Shares of tasks that reach an age, cells a second, and the last cell."""
-    if curve is None or curve.known < enough:
-        return [1.0], 0.0, 0
-    shares, per_second = curve.table()
-    return shares, per_second, len(shares) - 1

@@ -24,7 +24,7 @@ another within ten times as long, and halve with each that comes later."""
 _CAUTION = 2.0
 """Standard deviations that the count of likely running tasks stays below the limit."""
 
-_ONCE_BITTEN, _FORGIVEN = 1.5, 2.0
+_ONCE_BITTEN, _FORGIVEN = 1.5, 1.0
 """Where that was refused, it stays so many times as far away as it was, and comes nearer again,
 e-fold while each slot is filled so often."""
 
@@ -186,7 +186,8 @@ class TaskGate:
         if overbooked:
             # The count of likely ends was wrong, or else it is the limit: one thing at a time.
             if another:
-                self._missed = max(self._missed, _ONCE_BITTEN * (self._limit - proven))
+                missed = self._limit - proven - self._posting
+                self._missed = max(self._missed, _ONCE_BITTEN * missed)
         else:
             self._ceiling = max(1.0, proven)
             self._limit = min(self._limit, math.floor(self._ceiling))

@@ -111,7 +111,8 @@ async def _last_status(
 ) -> TaskStatus:
     """Ask until it has ended; `troubles` holds what went wrong since the last good answer."""
     if pauses is None:
-        await asyncio.sleep(looks.pause())
+        for _ in range(2):  # more may be known after the first pause
+            await asyncio.sleep(looks.pause())
     else:
         await pauses.before_first_look(looks.age)
     while True:

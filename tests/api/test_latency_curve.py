@@ -67,10 +67,11 @@ def test_who_is_more_patient_looks_later_and_never_at_once(looks, age, patience,
 @given(LOOKS)
 def test_the_table_says_what_the_curve_says(looks):
     curve = taught(looks)
-    shares, per_second = curve.table()
+    shares, doubts, per_second = curve.table()
     assert shares == sorted(shares, reverse=True)
+    assert min(doubts) >= 0
     for cell, share in enumerate(shares[:: len(shares) // 10]):
-        age = (cell * (len(shares) // 10) + 0.5) / per_second
+        age = (cell * (len(shares) // 10) + 0.5) / per_second if per_second else 0.0
         assert share == pytest.approx(curve.running_share(age), abs=1e-9)
 
 
@@ -79,6 +80,23 @@ def test_a_curve_of_any_shape_is_learned(told):
     curve = watched(lognormal(), 1_500, told=told)
     for age in (25, 30, 35, 40, 50):
         assert curve.running_share(age) == pytest.approx(true_share(age), abs=0.08)
+
+
+def test_nothing_is_told_of_ages_that_no_task_was_seen_to_reach():
+    curve = LatencyCurve()
+    for _ in range(100):
+        curve.still_running(0, 20)
+    shares, _, per_second = curve.table()
+    assert len(shares) / per_second == pytest.approx(20, rel=0.07)
+    assert min(shares) > 0.95
+
+
+def test_the_more_tasks_were_seen_the_less_a_share_is_in_doubt():
+    def doubt_at_30(number):
+        _, doubts, per_second = watched(lognormal(), number).table()
+        return sum(doubts[: int(30 * per_second)])
+
+    assert 0 < doubt_at_30(300) < doubt_at_30(30) / 3
 
 
 def test_two_humps_are_learned_with_the_gap_between_them():

@@ -61,7 +61,7 @@ async def test_tasks_that_are_known_to_be_fast_are_looked_at_before_the_configur
 async def test_looks_are_rarer_where_requests_are_scarce():
     governor = make_governor(takes=30)
     soon = look_at(governor).pause()
-    for number in range(1_000):
+    for number in range(1_500):
         governor.tasks.watched(f"other_{number}")
     assert look_at(governor).pause() > soon + 1
 
