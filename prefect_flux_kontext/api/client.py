@@ -181,7 +181,7 @@ class FluxKontextClient:
                     raise
             finally:
                 if task_id is not None:
-                    gate.accepted(task_id)
+                    gate.accepted(task_id, entered_at=entered_at)
                 elif limited:
                     gate.refused(entered_at=entered_at)
                 else:

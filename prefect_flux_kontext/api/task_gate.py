@@ -35,6 +35,10 @@ _FIRST_POSTS, _UNSURE_POSTS, _MOST_POSTS = 8, 16, 32
 """POSTs under way at once: to begin with, when they count on tasks that have likely ended, and
 at most. All of them are refused where the limit is lower than we think."""
 
+_WEIGHT, _LONGEST_WAY = 0.05, 1.0
+"""Of each submit in the mean of their ways, and the seconds of one that count at most: one that
+a pause has held up tells nothing of the next."""
+
 _SAME = 0.1
 """Part by which two counts of tasks may differ that stand for the same limit."""
 
@@ -59,6 +63,7 @@ class TaskGate:
         self._refused_at = self._grow_from = self._closed_until = -math.inf
         self._hold = _SHORTEST_HOLD
         self._missed = 0.0  # tasks by which the count of likely running ones was wrong
+        self._way = 0.0  # seconds from a taken slot to an accepted task, as a running mean
         self._posting = 0
         self._most_posting = _FIRST_POSTS
         self._estimate = RunningEstimate()
@@ -104,10 +109,17 @@ class TaskGate:
                     self._queue.pop(place, None)
                 self._wake(loop.time())  # the next is the first, or was not called but this one
 
-    def accepted(self, task_id: str) -> None:
-        """The POST was accepted: the slot is the task's, until it ends or is taken to."""
+    def accepted(self, task_id: str, *, entered_at: float | None = None) -> None:
+        """The POST was accepted: the slot is the task's, until it ends or is taken to.
+
+        Args:
+            task_id: The task.
+            entered_at: Loop time at which its slot was taken; None for a task of another run.
+        """
         now = asyncio.get_running_loop().time()
         with self._lock:
+            if entered_at is not None:
+                self._way += _WEIGHT * (min(now - entered_at, _LONGEST_WAY) - self._way)
             self._refusals.heard()
             self._missed *= 1 - 1 / (_FORGIVEN * self.slots + 1)
             self._posting -= 1
@@ -181,7 +193,7 @@ class TaskGate:
 
     def _shrink(self, now: float, *, overbooked: bool, another: bool) -> None:
         self._most_posting = _FIRST_POSTS
-        self._estimate.refresh(self._watched.values(), now, self.round_trip)
+        self._estimate.refresh(self._watched.values(), now, self._way)
         proven = self._proven()
         if overbooked:
             # The count of likely ends was wrong, or else it is the limit: one thing at a time.
@@ -205,7 +217,7 @@ class TaskGate:
             return 0
         free, posts = self._limit - self.running, self._most_posting
         if free <= 0 and self._watched:
-            self._estimate.refresh(self._watched.values(), now, self.round_trip)
+            self._estimate.refresh(self._watched.values(), now, self._way)
             margin = max(_CAUTION * self._estimate.deviation, self._missed)
             likely = self._estimate.mean + margin
             free += max(0, len(self._watched) - math.ceil(likely))
