@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -23,7 +24,7 @@ def create_file(fs: Any, path: str, data: bytes) -> None:
         Exception: Each filesystem has errors of its own.
     """
     if isinstance(fs, LocalFileSystem):
-        _place(Path(path), data, exclusively=True)
+        _place(path, data, exclusively=True)
     elif isinstance(fs, MemoryFileSystem):
         with _MEMORY:
             fs.pipe_file(path, data, mode="create")
@@ -38,7 +39,7 @@ def replace_file(fs: Any, path: str, data: bytes) -> None:
         Exception: Each filesystem has errors of its own.
     """
     if isinstance(fs, LocalFileSystem):
-        _place(Path(path), data, exclusively=False)
+        _place(path, data, exclusively=False)
     else:
         # One PUT: an object store shows the object whole or not at all.
         fs.pipe_file(path, data)
@@ -51,18 +52,23 @@ def copy_into_place(fs: Any, path: str, source: Path) -> None:
         Exception: Each filesystem has errors of its own.
     """
     if isinstance(fs, LocalFileSystem):
-        _place(Path(path), source, exclusively=False)
+        _place(path, source, exclusively=False)
     else:
         # An object store shows the object once its last piece has come.
         fs.put_file(str(source), path)
 
 
-def _place(path: Path, data: bytes | Path, *, exclusively: bool) -> None:
-    """Write beside the place and then put it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+def _place(path: str, data: bytes | Path, *, exclusively: bool) -> None:
+    """Write beside the place and then put it there.
+
+    Paths are text: each part of a `Path` is interned, and Python makes its table of what is
+    interned anew after some 100,000 of them, 4 MB in the memory of whatever thread it is.
+    """
+    where, name = os.path.split(path)
+    os.makedirs(where, exist_ok=True)
+    part = os.path.join(where, f".{name}.{secrets.token_hex(6)}.part")
     try:
-        with part.open("xb") as file:
+        with open(part, "xb") as file:
             if isinstance(data, Path):
                 with data.open("rb") as source:
                     shutil.copyfileobj(source, file)
@@ -71,12 +77,13 @@ def _place(path: Path, data: bytes | Path, *, exclusively: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
         if exclusively:
-            path.hardlink_to(part)
+            os.link(part, path)
         else:
-            part.replace(path)
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+    folder = os.open(where, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from pathlib import PurePosixPath
+from posixpath import splitext
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.downloads import download_image
@@ -122,7 +122,7 @@ async def name_stored(
     """
     uris = []
     for number, file in enumerate(files, start=1):
-        names = image_names(name, number, PurePosixPath(file).suffix, key)
+        names = image_names(name, number, splitext(file)[1], key)
         if file in names:
             uris.append(output.uri(file))
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class NewLines(Scratch):
 
     def add(self, data: bytes) -> None:
         """Add the lines of a part."""
-        for text in data.decode().splitlines(keepends=True):
+        for text in io.TextIOWrapper(io.BytesIO(data), encoding="ascii"):
             line = json.loads(text)
             name = _name(line)
             self._own_of_new.update(_own(line))
