@@ -42,7 +42,7 @@ class NewLines(Scratch):
 
     def add(self, data: bytes) -> None:
         """Add the lines of a part."""
-        for text in io.TextIOWrapper(io.BytesIO(data), encoding="ascii"):
+        for text in io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"):
             line = json.loads(text)
             name = _name(line)
             self._own_of_new.update(_own(line))
