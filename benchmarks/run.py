@@ -24,7 +24,7 @@ from pathlib import Path
 from chart import bars, table, write_between_markers
 from measuring import UNLIMITED, Account, Runs
 
-CEILING = (("96 px JPEG", "jpeg", 96, 4_000, 1_000), ("1 MB PNG", "png", 1_024, 400, 100))
+CEILING = (("96 px JPEG", "jpeg", 96, 4_000, 1_000), ("1 MB PNG", "png", 1_024, 2_000, 200))
 """What the images are called; their format and long edge; how many, and how many for what is
 slow, or if quick."""
 
