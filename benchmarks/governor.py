@@ -111,10 +111,10 @@ SCENARIOS = {
 }
 
 
-async def run(scenario: Scenario, images: int) -> dict[str, float]:
+async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
     """Run a scenario; returns its figures."""
     loop = asyncio.get_running_loop()
-    account = SimulatedAccount(**scenario.account)
+    account = SimulatedAccount(**scenario.account, seed=seed)
     posts = asyncio.Semaphore(POSTS_AT_ONCE)
     delays, ours = [], set()
 
@@ -221,6 +221,7 @@ def main() -> None:
     """Run the scenarios and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4_000)
+    parser.add_argument("--seed", type=int, default=0, help="other dice")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names")
     parser.add_argument("--json", action="store_true", help="all figures, one line a scenario")
     options = parser.parse_args()
@@ -245,7 +246,7 @@ def main() -> None:
             continue
         began = time.process_time()
         with the_same_each_time(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            told = runner.run(run(scenario, scenario.images or options.images))
+            told = runner.run(run(scenario, scenario.images or options.images, options.seed))
         told["CPU"] = time.process_time() - began
         if options.json:
             print(json.dumps({"scenario": name, **told}), flush=True)

@@ -44,13 +44,14 @@ class SimulatedAccount:
             None for the sandbox's own curve.
         line: Shortest and longest seconds of a way to the service or back.
         refuse: Share of requests that are refused with 429 whatever the limits are.
+        seed: Other dice for the line and the service.
         settings: The sandbox's.
     """
 
-    def __init__(self, *, curve=None, line=(0.05, 0.25), refuse=0.0, seed=1, **settings):
-        self.settings = SandboxSettings(**{"balance": 1_000_000, **settings})
+    def __init__(self, *, curve=None, line=(0.05, 0.25), refuse=0.0, seed=0, **settings):
+        self.settings = SandboxSettings(**{"balance": 1_000_000, "seed": seed, **settings})
         self.service = Service(self.settings)
-        self.dice = random.Random(seed)
+        self.dice = random.Random(seed + 1)
         self.line = line
         self.refuse = refuse
         self.refused_at_random = 0
