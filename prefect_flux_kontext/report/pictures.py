@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -56,7 +57,7 @@ class Pictures:
         self._http = http
         self._left = most
         self._references = references
-        self._made: dict[str, bytes] = {}
+        self._made: deque[tuple[str, bytes]] = deque()  # several threads add to it
         self._wanted: set[str] = set()
         self._fetching: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(_FETCHES)
@@ -82,7 +83,10 @@ class Pictures:
 
     def take(self) -> dict[str, bytes]:
         """The pictures made since this was last called, by name."""
-        made, self._made = self._made, {}
+        made = {}
+        while self._made:
+            name, data = self._made.popleft()
+            made[name] = data
         return made
 
     async def wait(self, seconds: float) -> None:
@@ -97,7 +101,7 @@ class Pictures:
 
     def _make(self, name: str, make: Callable[[T], bytes], of: T) -> None:
         try:
-            self._made[name] = make(of)
+            self._made.append((name, make(of)))
         except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
             logger.debug("No picture of %s for the gallery: %s", name, error)
 

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from prefect_flux_kontext.api import task_gate
 from prefect_flux_kontext.api.latency_curve import LatencyCurve
 from prefect_flux_kontext.api.task_gate import TaskGate
@@ -170,5 +172,27 @@ def test_the_first_posts_are_few_and_later_ones_more():
         assert max(most) == 8
         await asyncio.gather(*rows)
         assert max(most) == 32
+
+    on_virtual_time(main())
+
+
+def test_likely_ends_are_counted_for_when_a_submit_arrives_a_second_from_now_at_most():
+    async def opens_after(way):
+        gate, loop = TaskGate(100), asyncio.get_running_loop()
+        for number in range(100):
+            entered_at = loop.time()
+            await gate.enter()
+            await asyncio.sleep(way)
+            gate.accepted(f"earlier_{number}", entered_at=entered_at)
+            gate.ended(f"earlier_{number}")
+        await fill_watched(gate, known_curve(), 100)
+        filled_at = loop.time()
+        await gate.enter()
+        return loop.time() - filled_at
+
+    async def main():
+        at_once, slowly, held_up = [await opens_after(way) for way in (0, 1, 60)]
+        assert at_once - slowly == pytest.approx(1, abs=0.3)
+        assert held_up == pytest.approx(slowly, abs=0.3)
 
     on_virtual_time(main())
