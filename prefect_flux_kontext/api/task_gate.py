@@ -21,7 +21,7 @@ _SHORTEST_HOLD, _LONGEST_HOLD, _RARELY = 1.0, 120.0, 10.0
 """Seconds without growth after a refused submit. They double with each refusal that follows
 another within ten times as long, and halve with each that comes later."""
 
-_CAUTION = 2.0
+_CAUTION = 1.7
 """Standard deviations that the count of likely running tasks stays below the limit."""
 
 _ONCE_BITTEN, _FORGIVEN = 1.5, 1.0
@@ -154,7 +154,11 @@ class TaskGate:
             overbooked = self.running - self._posting > self._limit
             another = entered_at is None or entered_at > self._refused_at
             grown_again = now >= self._grow_from or not another
-            where_before = grown_again and self._proven() >= (1 - _SAME) * self._ceiling
+            where_before = (
+                grown_again
+                and self._refusals.some
+                and self._proven() >= (1 - _SAME) * self._ceiling
+            )
             if overbooked or where_before or self._refusals.many:
                 self._shrink(now, overbooked=overbooked, another=another)
             elif not grown_again:

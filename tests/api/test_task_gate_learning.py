@@ -69,6 +69,29 @@ def test_a_single_refused_submit_shrinks_nothing():
     on_virtual_time(main())
 
 
+def test_a_single_refusal_where_a_run_of_them_came_before_shrinks_nothing(monkeypatch):
+    monkeypatch.setattr(task_gate, "jittered", lambda _attempt: 0.5)
+
+    async def main():
+        gate = TaskGate(100)
+        for number in range(20):
+            await gate.enter()
+            gate.accepted(f"first_{number}")
+            gate.watched(f"first_{number}")
+        await refuse(gate, 7)
+        await asyncio.sleep(31)
+        for number in range(40):
+            gate.ended(f"first_{number}")
+            await gate.enter()
+            gate.accepted(f"first_{number + 20}")
+            gate.watched(f"first_{number + 20}")
+        gate.ended("first_40")
+        await refuse(gate, 1)
+        assert await fill(gate, "more") > 50
+
+    on_virtual_time(main())
+
+
 def test_nobody_gets_in_right_after_a_run_of_refusals():
     async def main():
         gate, loop = TaskGate(100), asyncio.get_running_loop()
