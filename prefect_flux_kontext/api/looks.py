@@ -18,7 +18,7 @@ _ENOUGH = 20
 _LEAST = 0.7
 """Intervals that an ended task may be expected to have gone unnoticed when it is looked at."""
 
-_PRICE = 0.38
+_PRICE = 0.39
 """The same where requests are scarce, in rounds: the time in which all tasks that run could be
 asked once, were all requests looks. A round takes 6 to 7 s at the account's limits."""
 

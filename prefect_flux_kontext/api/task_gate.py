@@ -21,7 +21,7 @@ _SHORTEST_HOLD, _LONGEST_HOLD, _RARELY = 1.0, 120.0, 10.0
 """Seconds without growth after a refused submit. They double with each refusal that follows
 another within ten times as long, and halve with each that comes later."""
 
-_CAUTION = 1.7
+_CAUTION = 1.8
 """Standard deviations that the count of likely running tasks stays below the limit."""
 
 _ONCE_BITTEN, _FORGIVEN = 1.5, 1.0
