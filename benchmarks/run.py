@@ -84,7 +84,6 @@ class Bench:
         parts = []
         for label, kind, edge, many, few in CEILING:
             images = few if self.quick else many
-            mapped = 30 if self.quick else 200
             account = Account(mean=0.02, requests=UNLIMITED, long_edge=edge)
             bare = Account(mean=0.02, requests=UNLIMITED, long_edge=edge, gallery=0)
             works = {
@@ -92,7 +91,7 @@ class Bench:
                 "this package, no gallery": ("batch", bare, images),
                 "asyncio and httpx, 64 pools of one": ("bare", bare, images),
                 "asyncio and httpx, one client": ("one-client", bare, few),
-                "Prefect, `.map` of three tasks": ("mapped", bare, mapped),
+                "Prefect, `.map` of three tasks": ("mapped", bare, few),
             }
             told = {
                 name: (self.runs.medians(*how, kind=kind), how[2]) for name, how in works.items()
@@ -119,7 +118,7 @@ class Bench:
     def growth(self) -> str:
         """What more rows cost, as a flow: time, memory, ledger, Prefect's records."""
         account = Account(mean=0.02, requests=UNLIMITED)
-        sizes = {250: 1, 1_000: 1} if self.quick else {1_000: 1_000, 10_000: 1_000, 100_000: 1}
+        sizes = {250: 1, 1_000: 1} if self.quick else {1_000: 1_000, 10_000: 1, 100_000: 1}
         first = self.runs.medians("flow", account, 1)
         rows, peaks = [], []
         for images, most in ({1: 1_000} | sizes).items():
