@@ -120,10 +120,13 @@ class Bench:
         """What more rows cost, as a flow: time, memory, ledger, Prefect's records."""
         account = Account(mean=0.02, requests=UNLIMITED)
         sizes = {250: 1, 1_000: 1} if self.quick else {1_000: 1_000, 10_000: 1, 100_000: 1}
-        first = self.runs.medians("flow", account, 1)
+        told = {
+            images: self.runs.medians("flow", account, images, most=most)
+            for images, most in ({1: 1_000} | sizes).items()
+        }
+        first = told[1]
         rows, peaks = [], []
-        for images, most in ({1: 1_000} | sizes).items():
-            one = self.runs.medians("flow", account, images, most=most)
+        for images, one in told.items():
             more = {
                 name: f"{(one[name] - first[name]) / (images - 1) * 1000:.2f} ms"
                 for name in ("seconds", "cpu")

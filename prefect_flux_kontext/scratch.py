@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from types import TracebackType
 
-CACHE_KIB = 16_384
+_CACHE_KIB = 16_384
 """Memory for the database's pages: where rows are looked up at random, a million fit into it."""
 
 
-def scratch_database(table: str, cache_kib: int = CACHE_KIB) -> sqlite3.Connection:
+def scratch_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Connection:
     """Open a database that SQLite keeps in a temporary file, inside a transaction.
 
     Args:
@@ -37,7 +37,7 @@ class Scratch:
         cache_kib: The most KiB of it that are held in memory.
     """
 
-    def __init__(self, table: str, cache_kib: int = CACHE_KIB) -> None:
+    def __init__(self, table: str, cache_kib: int = _CACHE_KIB) -> None:
         self._database = scratch_database(table, cache_kib)
 
     def __enter__(self) -> Self:

@@ -108,7 +108,7 @@ class LatencyCurve:
             middles = [(cell + 0.5) * end / _CELLS for cell in range(_CELLS)]
             doubts = [_between(self._doubt, age) for age in middles]
             self._table = Table(
-                shares=[_between(self._survival, age) for age in middles],
+                shares=[self._survival_at(age) for age in middles],
                 doubts=[after - before for before, after in itertools.pairwise(doubts)],
                 per_second=_CELLS / end if end else 0.0,
             )

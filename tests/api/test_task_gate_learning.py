@@ -24,6 +24,14 @@ async def fill(gate, name):
         entered += 1
 
 
+async def fill_watched(gate, curve, number):
+    """So many tasks that are waited for."""
+    for name in range(number):
+        await gate.enter()
+        gate.accepted(f"task_{name}")
+        gate.watched(f"task_{name}", curve=curve)
+
+
 async def refuse(gate, number):
     """So many POSTs under way at once are refused."""
     entered_at = asyncio.get_running_loop().time()
@@ -38,18 +46,15 @@ def test_a_run_of_refused_submits_shrinks_the_gate_and_it_grows_again(monkeypatc
 
     async def main():
         gate = TaskGate(100)
-        for number in range(20):
-            await gate.enter()
-            gate.accepted(f"first_{number}")
-            gate.watched(f"first_{number}")
+        await fill_watched(gate, None, 20)
         await refuse(gate, 7)
         await asyncio.sleep(0.6)  # in which nobody gets in
         assert await fill(gate, "shrunk") == 0
         for number in range(2):
-            gate.ended(f"first_{number}")
+            gate.ended(f"task_{number}")
         assert await fill(gate, "still") == 2
         await asyncio.sleep(31)
-        gate.ended("first_2")
+        gate.ended("task_2")
         assert await fill(gate, "grown") == 81
         assert gate.running == 100
 
@@ -59,10 +64,7 @@ def test_a_run_of_refused_submits_shrinks_the_gate_and_it_grows_again(monkeypatc
 def test_a_single_refused_submit_shrinks_nothing():
     async def main():
         gate = TaskGate(100)
-        for number in range(20):
-            await gate.enter()
-            gate.accepted(f"first_{number}")
-            gate.watched(f"first_{number}")
+        await fill_watched(gate, None, 20)
         await refuse(gate, 1)
         assert await fill(gate, "more") == 80
 
@@ -74,18 +76,15 @@ def test_a_single_refusal_where_a_run_of_them_came_before_shrinks_nothing(monkey
 
     async def main():
         gate = TaskGate(100)
-        for number in range(20):
-            await gate.enter()
-            gate.accepted(f"first_{number}")
-            gate.watched(f"first_{number}")
+        await fill_watched(gate, None, 20)
         await refuse(gate, 7)
         await asyncio.sleep(31)
         for number in range(40):
-            gate.ended(f"first_{number}")
+            gate.ended(f"task_{number}")
             await gate.enter()
-            gate.accepted(f"first_{number + 20}")
-            gate.watched(f"first_{number + 20}")
-        gate.ended("first_40")
+            gate.accepted(f"task_{number + 20}")
+            gate.watched(f"task_{number + 20}")
+        gate.ended("task_40")
         await refuse(gate, 1)
         assert await fill(gate, "more") > 50
 
@@ -101,14 +100,6 @@ def test_nobody_gets_in_right_after_a_run_of_refusals():
         assert 0.25 <= loop.time() - began <= 1
 
     on_virtual_time(main())
-
-
-async def fill_watched(gate, curve, number):
-    """So many tasks that are waited for."""
-    for name in range(number):
-        await gate.enter()
-        gate.accepted(f"task_{name}")
-        gate.watched(f"task_{name}", curve=curve)
 
 
 def known_curve():
