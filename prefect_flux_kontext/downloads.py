@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx
 
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
-from prefect_flux_kontext.api.connections import POOL_LIMITS, Connections, tls_context
+from prefect_flux_kontext.api.connections import Connections
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.guarded import Guard, GuardedTransport
 
@@ -40,9 +40,8 @@ def download_client(
         base_url: The configured service. Results are fetched from the public internet, and from
             a private network only if the service is there itself.
     """
-    guard = Guard(base_url)
     return Connections(
-        lambda: transport or GuardedTransport(guard, limits=POOL_LIMITS, tls=tls_context()),
+        transport or GuardedTransport(Guard(base_url)),
         timeout=_TIMEOUTS,
         headers={"Accept": "*/*", "Accept-Encoding": "identity"},
     )

@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import httpcore
 import httpx
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from prefect_flux_kontext.addresses import METADATA, literal, not_public
-from prefect_flux_kontext.api.connections import proxy_of
+from prefect_flux_kontext.api.connections import proxied, proxy_of, tls_context
+from prefect_flux_kontext.api.wire import WireTransport
 from prefect_flux_kontext.errors import RefusedUrlError
 
 if TYPE_CHECKING:
-    import ssl
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    import aiohttp
 
     from prefect_flux_kontext.addresses import Address
 
@@ -97,37 +96,24 @@ class Guard:
         return kind in self._own
 
 
-class GuardedTransport(httpx.AsyncBaseTransport):
-    """Sends requests where the guard lets them go.
+class GuardedTransport(WireTransport):
+    """Sends requests where the guard lets them go. TLS asks for the name's certificate.
 
     Behind a proxy of the environment (HTTPS_PROXY …) the proxy resolves names and must guard
     them; what is a private address already is refused all the same.
 
     Args:
         guard: Knows where they may go.
-        limits: Of the connections.
-        tls: For https.
-        network: Makes connections; tests give another.
+        socket_factory: Makes the socket for an address; tests give another.
     """
 
     def __init__(
-        self,
-        guard: Guard,
-        *,
-        limits: httpx.Limits,
-        tls: ssl.SSLContext,
-        network: httpcore.AsyncNetworkBackend | None = None,
+        self, guard: Guard, *, socket_factory: aiohttp.SocketFactoryType | None = None
     ) -> None:
-        self._guard = guard
-        self._limits = limits
-        self._tls = tls
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=tls,
-            max_connections=limits.max_connections,
-            max_keepalive_connections=limits.max_keepalive_connections,
-            keepalive_expiry=limits.keepalive_expiry,
-            network_backend=_CheckedNetwork(guard, network or httpcore.AnyIOBackend()),
+        super().__init__(
+            tls_context(), resolver=_CheckedNames(guard), socket_factory=socket_factory
         )
+        self._guard = guard
         self._proxied: dict[str, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -142,35 +128,23 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             raise RefusedUrlError(f"The URL is one of {url.scheme[:20]!r}, not of http or https.")
         if proxy := _proxy(url):
             return await self._through(proxy).handle_async_request(request)
-        asked = httpcore.Request(
-            method=request.method,
-            url=httpcore.URL(
-                scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
-            ),
-            headers=request.headers.raw,
-            content=request.stream,
-            extensions=request.extensions,
-        )
-        with _as_httpx(request):
-            response = await self._pool.handle_async_request(asked)
-        return httpx.Response(
-            response.status,
-            headers=response.headers,
-            stream=_Body(response, request),
-            extensions=response.extensions,
-        )
+        host = url.raw_host.decode()
+        if ":" in host or not any(map(str.isalpha, host)):  # aiohttp resolves names alone
+            try:
+                await self._guard.addresses(host, url.port or _PORTS[url.scheme])
+            except OSError as error:
+                raise httpx.ConnectError(str(error), request=request) from None
+        return await super().handle_async_request(request)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._pool.aclose()
+        await super().aclose()
         for transport in self._proxied.values():
             await transport.aclose()
 
     def _through(self, proxy: str) -> httpx.AsyncHTTPTransport:
         if proxy not in self._proxied:
-            self._proxied[proxy] = httpx.AsyncHTTPTransport(
-                proxy=proxy, verify=self._tls, limits=self._limits
-            )
+            self._proxied[proxy] = proxied(proxy)
         return self._proxied[proxy]
 
 
@@ -182,69 +156,29 @@ def _proxy(url: httpx.URL) -> str | None:
     return proxy_of(url)
 
 
-class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to an address that the guard has seen. TLS asks for the name's certificate."""
+class _CheckedNames(AbstractResolver):
+    """Gives aiohttp the addresses of names that the guard has seen."""
 
-    def __init__(self, guard: Guard, network: httpcore.AsyncNetworkBackend) -> None:
+    def __init__(self, guard: Guard) -> None:
         self._guard = guard
-        self._network = network
 
-    async def connect_tcp(
+    async def resolve(
         self,
         host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        failure: Exception = httpcore.ConnectError(f"{host[:100]} has no address")
-        try:
-            async with asyncio.timeout(timeout):
-                addresses = await self._guard.addresses(host, port)
-        except TimeoutError:
-            raise httpcore.ConnectTimeout(f"{host[:100]} could not be resolved") from None
-        except OSError as error:
-            raise httpcore.ConnectError(str(error)) from None
-        for address in addresses:
-            try:
-                return await self._network.connect_tcp(
-                    address, port, timeout, local_address, socket_options
-                )
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
+        port: int = 0,
+        family: socket.AddressFamily = socket.AF_UNSPEC,  # noqa: ARG002 - aiohttp's signature
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in await self._guard.addresses(host, port)
+        ]
 
-    async def sleep(self, seconds: float) -> None:
-        await self._network.sleep(seconds)
-
-
-class _Body(httpx.AsyncByteStream):
-    """A response's body."""
-
-    def __init__(self, response: httpcore.Response, request: httpx.Request) -> None:
-        self._response = response
-        self._request = request
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _as_httpx(self._request):
-            async for piece in self._response.aiter_stream():
-                yield piece
-
-    async def aclose(self) -> None:
-        with _as_httpx(self._request):
-            await self._response.aclose()
-
-
-@contextmanager
-def _as_httpx(request: httpx.Request) -> Iterator[None]:
-    """Raise httpcore's errors as httpx's, which have the same names."""
-    try:
-        yield
-    except (
-        httpcore.NetworkError,
-        httpcore.TimeoutException,
-        httpcore.ProtocolError,
-        httpcore.UnsupportedProtocol,
-        httpcore.ProxyError,
-    ) as error:
-        raise getattr(httpx, type(error).__name__)(str(error), request=request) from error
+    async def close(self) -> None:
+        """Nothing to close."""

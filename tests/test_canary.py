@@ -168,7 +168,7 @@ def run_program(sandbox, ending, manifest, output):
 
 def there_is_what_was_searched(program, folder):
     """The search is no use unless it looks where things are."""
-    for logger in ("DEBUG:httpcore", ":prefect_flux_kontext", "DEBUG:asyncio"):
+    for logger in (":prefect_flux_kontext", "DEBUG:asyncio"):
         assert logger in program.stderr, logger
     for name in ("results.jsonl", "gallery.html", "*.intent.json"):
         files = list((folder / "out2").rglob(name))

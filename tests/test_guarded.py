@@ -10,10 +10,11 @@ import ssl
 import httpx
 import pytest
 
-from prefect_flux_kontext.api.connections import POOL_LIMITS, tls_context
+from prefect_flux_kontext.api.connections import tls_context
 from prefect_flux_kontext.errors import RefusedUrlError
 from prefect_flux_kontext.guarded import Guard, GuardedTransport, resolve
 from tests.support import scripted_server as play
+from tests.support.certificates import self_signed
 from tests.support.made_up_network import Names, Network, guarded, redirect
 from tests.support.scripted_server import ScriptedServer
 
@@ -94,13 +95,25 @@ async def test_a_public_name_is_reached_at_the_address_that_was_looked_at():
     assert network.written.startswith(b"GET /a.jpg?x=1 HTTP/1.1\r\nHost: cdn.test\r\n")
 
 
-async def test_over_https_the_certificate_must_be_the_names():
-    network = Network()
+@pytest.mark.parametrize("name", ["cdn.test", "other.test"])
+async def test_over_https_the_certificate_must_be_the_names(name, tmp_path, monkeypatch):
+    certificate = self_signed(name, tmp_path)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate)
+    client = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr("prefect_flux_kontext.guarded.tls_context", lambda: client)
+    network = Network(tls=server)
     async with guarded(network) as http:
-        await http.get("https://cdn.test/a.jpg")
+        if name == "cdn.test":
+            assert (await http.get("https://cdn.test/a.jpg")).content == b"fine"
+        else:
+            with pytest.raises(httpx.ConnectError, match="Hostname mismatch"):
+                await http.get("https://cdn.test/a.jpg")
     assert network.connected == [("93.184.215.14", 443)]
-    ((context, name),) = network.tls_names
-    assert name == "cdn.test"
+
+
+def test_the_context_of_all_connections_asks_for_certificates():
+    context = tls_context()
     assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
 
 
@@ -142,9 +155,7 @@ async def test_a_name_that_takes_too_long_to_resolve_is_a_time_out():
     async def never(_host, _port):
         await asyncio.Event().wait()
 
-    transport = GuardedTransport(
-        Guard(None, never), limits=POOL_LIMITS, tls=tls_context(), network=Network()
-    )
+    transport = GuardedTransport(Guard(None, never), socket_factory=Network())
     async with httpx.AsyncClient(transport=transport, timeout=5) as http:
         with pytest.raises(httpx.ConnectTimeout):
             await http.get("http://cdn.test/")
@@ -174,7 +185,10 @@ LOCAL = [
 async def test_a_service_on_a_private_network_may_have_its_results_there(base_url, url, allowed):
     network = Network()
     async with guarded(network, base_url=base_url) as http:
-        if allowed:
+        if allowed and url.startswith("https"):
+            with pytest.raises(httpx.ConnectError):  # the server there speaks no TLS
+                await http.get(url)
+        elif allowed:
             assert (await http.get(url)).status_code == 200
         else:
             with pytest.raises(RefusedUrlError):
@@ -204,7 +218,9 @@ async def test_a_refusal_says_what_leads_where_and_keeps_the_query():
 async def test_on_a_real_connection_errors_are_those_of_httpx():
     async with (
         ScriptedServer(
-            play.reply(200, b"fine"), play.hang_up, play.reset, play.half_a_reply()
+            play.reply(200, b"fine"),
+            *(play.hang_up, play.hang_up, play.reset, play.reset),  # a GET is sent again
+            play.half_a_reply(),
         ) as server,
         guarded(base_url=server.url) as http,
     ):

@@ -15,9 +15,9 @@ import httpx
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
 from prefect_flux_kontext.api.connections import (
     API_TIMEOUT,
-    POOL_LIMITS,
     Connections,
     exchange,
+    proxied,
     proxy_of,
     tls_context,
 )
@@ -29,6 +29,7 @@ from prefect_flux_kontext.api.replies import (
     read_status,
     read_task_id,
 )
+from prefect_flux_kontext.api.wire import WireTransport
 from prefect_flux_kontext.errors import (
     ApiError,
     NotConnectedError,
@@ -104,7 +105,7 @@ class FluxKontextClient:
             concurrent_tasks=concurrent_tasks,
         )
         self._connections = Connections(
-            (lambda: transport) if transport else self._transport,
+            transport or self._transport(),
             timeout=API_TIMEOUT,
             headers={
                 "Authorization": f"Bearer {self._key}",
@@ -122,14 +123,11 @@ class FluxKontextClient:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
-    def _transport(self) -> httpx.AsyncHTTPTransport:
+    def _transport(self) -> httpx.AsyncBaseTransport:
         # A proxy of the environment is used for https, where it does not see the key.
         https = self.base_url.startswith("https")
-        return httpx.AsyncHTTPTransport(
-            limits=POOL_LIMITS,
-            verify=tls_context() if https else False,
-            proxy=proxy_of(httpx.URL(self.base_url)) if https else None,
-        )
+        proxy = proxy_of(httpx.URL(self.base_url)) if https else None
+        return proxied(proxy) if proxy else WireTransport(tls_context())
 
     async def aclose(self) -> None:
         """Close the connections."""

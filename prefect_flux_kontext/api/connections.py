@@ -1,4 +1,4 @@
-"""Connections to a server: many small pools, bounded replies, time limits set on purpose."""
+"""Requests to a server: bounded replies, time limits set on purpose, the environment's proxies."""
 
 from __future__ import annotations
 
@@ -7,28 +7,18 @@ import functools
 import urllib.request
 import zlib
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import httpx
 
+from prefect_flux_kontext.api.wire import KEPT_IDLE, MOST_CONNECTIONS
+
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Mapping
 
 _LARGEST_REPLY = 4 * 2**20
 _REFUSALS = range(400, 500)
-
-# httpcore looks at each connection of a pool several times for each request: one pool of 128
-# took half of the CPU time of a batch, pools of 4 hardly any.
-_POOL_SIZE = 4
-_POOLS = 32
-
-# An idle connection is dropped after 2 s, before servers do (5 s and up): a request sent into a
-# connection that is just being closed has an unknown fate.
-POOL_LIMITS = httpx.Limits(
-    max_connections=_POOL_SIZE, max_keepalive_connections=_POOL_SIZE, keepalive_expiry=2
-)
 
 # A submit whose reply does not come may be billed without our knowing, so patience is cheap.
 API_TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=60)
@@ -38,7 +28,9 @@ _LONGEST_REQUEST = 120.0
 @functools.cache
 def tls_context() -> ssl.SSLContext:
     """The process's one TLS context: making one reads all certificates, some 20 ms."""
-    return httpx.create_ssl_context()
+    context = httpx.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 def proxy_of(url: httpx.URL) -> str | None:
@@ -50,35 +42,32 @@ def proxy_of(url: httpx.URL) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-@dataclass
-class _Pool:
-    transport: httpx.AsyncBaseTransport
-    busy: int = 0
+def proxied(proxy: str) -> httpx.AsyncHTTPTransport:
+    """A transport that sends all requests through a proxy; httpx's, which knows every kind."""
+    limits = httpx.Limits(max_connections=MOST_CONNECTIONS, keepalive_expiry=KEPT_IDLE)
+    return httpx.AsyncHTTPTransport(proxy=proxy, verify=tls_context(), limits=limits)
 
 
 class Connections:
-    """Up to 128 connections, as pools that are opened when those before them are full.
+    """A transport with the headers and time limits that all requests to a server share.
 
-    At full speed 33 submits and some 130 polls a second of 0.1 to 0.5 s each are under way.
-
-    Requests go to httpx's transports: its client, with cookies, redirects and logins that are
-    not needed here, takes two fifths of a request's time.
+    There is no `httpx.AsyncClient` above it: its cookies, redirects and logins are not needed
+    here, and take two fifths of a request's time.
 
     Args:
-        make: Makes the transport of one pool, with `POOL_LIMITS`.
+        transport: Sends requests.
         timeout: For each step of a request.
         headers: Sent with each request.
     """
 
     def __init__(
         self,
-        make: Callable[[], httpx.AsyncBaseTransport],
+        transport: httpx.AsyncBaseTransport,
         timeout: httpx.Timeout,
         headers: Mapping[str, str],
     ) -> None:
         self.timeout = timeout
-        self._make = make
-        self._pools: list[_Pool] = []
+        self._transport = transport
         self._closed = False
         self._headers = {"User-Agent": "prefect-flux-kontext", **headers}
 
@@ -91,8 +80,7 @@ class Connections:
     async def aclose(self) -> None:
         """Close all connections, for good."""
         self._closed = True
-        for pool in self._pools:
-            await pool.transport.aclose()
+        await self._transport.aclose()
 
     @asynccontextmanager
     async def stream(
@@ -111,28 +99,14 @@ class Connections:
             headers={**self._headers, **(headers or {})},
             extensions={"timeout": self.timeout.as_dict()},
         )
-        pool = self._roomy()
-        pool.busy += 1
-        try:
-            response = await pool.transport.handle_async_request(request)
-            try:
-                response.request = request
-                yield response
-            finally:
-                await response.aclose()
-        finally:
-            pool.busy -= 1
-
-    def _roomy(self) -> _Pool:
-        if self._closed:  # a new pool would never be closed
+        if self._closed:  # a new connection would never be closed
             raise RuntimeError("The client has been closed.")
-        for pool in self._pools:
-            if not pool.busy:
-                return pool
-        if len(self._pools) < _POOLS:
-            self._pools.append(_Pool(self._make()))
-            return self._pools[-1]
-        return min(self._pools, key=lambda pool: pool.busy)
+        response = await self._transport.handle_async_request(request)
+        try:
+            response.request = request
+            yield response
+        finally:
+            await response.aclose()
 
 
 async def exchange(

@@ -34,8 +34,7 @@ def _explode(when, number, at):
 
 
 def _place(point):
-    import httpx  # noqa: PLC0415
-
+    from prefect_flux_kontext.api import client  # noqa: PLC0415
     from prefect_flux_kontext.guarded import GuardedTransport  # noqa: PLC0415
     from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
     from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
@@ -46,7 +45,7 @@ def _place(point):
         "remove": (RecordStore, "remove"),
         "read": (RecordStore, "read"),
         "image": (OutputFolder, "write_apart"),
-        "request": (httpx.AsyncHTTPTransport, "handle_async_request"),
+        "request": (client, "exchange"),
         "download": (GuardedTransport, "handle_async_request"),
     }[point]
 

@@ -1,9 +1,10 @@
 """Made-up names, addresses and connections: what a download meets, without anything reached."""
 
-import httpcore
+import socket
+import threading
+
 import httpx
 
-from prefect_flux_kontext.api.connections import POOL_LIMITS, tls_context
 from prefect_flux_kontext.guarded import Guard, GuardedTransport
 
 NAMES = {
@@ -17,6 +18,7 @@ NAMES = {
     "nowhere.test": [],
 }
 
+_TLS_HANDSHAKE = 0x16
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine"
 
 
@@ -34,36 +36,57 @@ class Names:
         return self.names[host]
 
 
-class Stream(httpcore.AsyncMockStream):
-    """A connection that answers from a list of bytes, and remembers the request."""
+class Network:
+    """Makes sockets that end in this process, and remembers where they were to lead.
 
-    def __init__(self, network, reply):
-        super().__init__([reply])
-        self._network = network
+    Args:
+        replies: What each connection answers; the last one for ever.
+        dead: Addresses that do not answer.
+        tls: The context of a server of https.
+    """
 
-    async def write(self, buffer, **how):
-        self._network.written += buffer
-
-    async def start_tls(self, ssl_context, server_hostname=None, **how):
-        self._network.tls_names.append((ssl_context, server_hostname))
-        return self
-
-
-class Network(httpcore.AsyncNetworkBackend):
-    """Where connections went; some addresses do not answer."""
-
-    def __init__(self, *replies, dead=()):
+    def __init__(self, *replies, dead=(), tls=None):
         self.replies = list(replies) or [REPLY]
         self.connected = []
-        self.tls_names = []
         self.written = b""
-        self._dead = dead
+        self.dead = dead
+        self._tls = tls
 
-    async def connect_tcp(self, host, port, *how):
-        self.connected.append((host, port))
-        if host in self._dead:
-            raise httpcore.ConnectError(f"{host} does not answer")
-        return Stream(self, self.replies.pop(0) if len(self.replies) > 1 else self.replies[0])
+    def __call__(self, addr_info):
+        ours, theirs = socket.socketpair()
+        made = _Socket(fileno=ours.detach())
+        made.network, made.theirs = self, theirs
+        return made
+
+    def serve(self, connection):
+        """Read a request and answer it, in a thread."""
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        with connection:
+            if self._tls is not None:
+                try:
+                    connection = self._tls.wrap_socket(connection, server_side=True)
+                except OSError:
+                    return
+            with connection:
+                asked = b""
+                while b"\r\n\r\n" not in asked and (piece := connection.recv(65_536)):
+                    asked += piece
+                    if asked[0] == _TLS_HANDSHAKE:
+                        return
+                self.written += asked
+                connection.sendall(reply)
+
+
+class _Socket(socket.socket):
+    """A socket whose other end is in this process."""
+
+    def connect(self, address):
+        host, port = address[:2]
+        self.network.connected.append((host, port))
+        if host in self.network.dead:
+            self.theirs.close()
+            raise ConnectionRefusedError(f"{host} does not answer")
+        threading.Thread(target=self.network.serve, args=[self.theirs], daemon=True).start()
 
 
 def redirect(target):
@@ -72,5 +95,5 @@ def redirect(target):
 
 def guarded(network=None, names=None, base_url=None):
     guard = Guard(base_url, names or Names())
-    transport = GuardedTransport(guard, limits=POOL_LIMITS, tls=tls_context(), network=network)
+    transport = GuardedTransport(guard, socket_factory=network)
     return httpx.AsyncClient(transport=transport, follow_redirects=True, max_redirects=3)
