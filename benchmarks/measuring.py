@@ -30,6 +30,11 @@ UNLIMITED = 1_000_000
 WITH_PREFECT = ("flow", "mapped")
 """Work that a Prefect server records."""
 
+_PLACES = tempfile.TemporaryDirectory()
+"""Where the runs' files are until all is measured; images are emptied sooner. On ext4 without a
+journal each new file is looked for behind all that were removed in the last minutes: after the
+removal of a run's 16,000, creating one takes 0.5 ms instead of 0.02."""
+
 
 @dataclass(frozen=True)
 class Account:
@@ -75,8 +80,8 @@ def sandbox(account: Account) -> Iterator[str]:
 
 def work(name: str, account: Account, images: int, *, kind: str = "jpeg") -> dict[str, float]:
     """One run of a piece of work against a new sandbox; returns all figures."""
-    with tempfile.TemporaryDirectory() as place, sandbox(account) as url:
-        folder = Path(place)
+    with sandbox(account) as url:
+        folder = Path(tempfile.mkdtemp(dir=_PLACES.name))
         with (folder / "manifest.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", "image", "prompt", "output_format"])
@@ -95,6 +100,8 @@ def work(name: str, account: Account, images: int, *, kind: str = "jpeg") -> dic
         if told["stored"] != images:
             raise SystemExit(f"{name}: {told['stored']} of {images} images were stored")
         told["files"] = sum(path.is_file() for path in folder.glob("out/_ledger/**/*"))
+        for image in folder.glob("out/*.*"):
+            os.truncate(image, 0)
         return told | seen_by_the_service(url, account, images)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx
 
 from prefect_flux_kontext.api.backoff import jittered, retry_after_seconds
-from prefect_flux_kontext.api.connections import Connections
+from prefect_flux_kontext.api.connections import Connections, streamed
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.guarded import Guard, GuardedTransport
 
@@ -120,7 +120,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
         ):
             told = _refusal(response, partial)
             if told is None:
-                async for chunk in response.aiter_raw():
+                async for chunk in streamed(response):
                     stall.reschedule(asyncio.get_running_loop().time() + _LONGEST_STALL)
                     partial.data += chunk
                     if len(partial.data) > _LARGEST_IMAGE:

@@ -7,7 +7,7 @@ import functools
 import urllib.request
 import zlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import httpx
 
@@ -109,6 +109,11 @@ class Connections:
             await response.aclose()
 
 
+def streamed(response: httpx.Response) -> httpx.AsyncByteStream:
+    """The body in the pieces in which it comes, packed as it is sent."""
+    return cast("httpx.AsyncByteStream", response.stream)
+
+
 async def exchange(
     connections: Connections, method: str, url: str, *, json: object = None
 ) -> tuple[int, httpx.Headers, bytes]:
@@ -127,9 +132,7 @@ async def exchange(
         connections.stream(method, url, json=json) as response,
     ):
         try:
-            # What a MockTransport answers has been read already.
-            read = response.is_stream_consumed
-            async for chunk in response.aiter_bytes() if read else response.aiter_raw():
+            async for chunk in streamed(response):
                 body += chunk
                 if len(body) > _LARGEST_REPLY:
                     break

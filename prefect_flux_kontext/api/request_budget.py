@@ -8,6 +8,8 @@ import threading
 from collections import OrderedDict
 from typing import TypeAlias
 
+from prefect_flux_kontext.api.waking import finish, wake
+
 _HEADROOM = 0.98
 """Share of the limit we use: requests bunch a little on their way to the service."""
 
@@ -68,7 +70,7 @@ class RequestBudget:
                         return
                     woken: asyncio.Future[None] = loop.create_future()
                     queue[place] = (woken, loop)
-                alarm = loop.call_later(seconds, _finish, woken)
+                alarm = loop.call_later(seconds, finish, woken)
                 try:
                     await woken
                 finally:
@@ -121,9 +123,4 @@ class RequestBudget:
         if place is None:
             return
         woken, loop = (self._submits if place in self._submits else self._others)[place]
-        loop.call_soon_threadsafe(_finish, woken)
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        wake(woken, loop)

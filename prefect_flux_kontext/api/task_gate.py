@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.api.backoff import RecentRefusals, jittered
 from prefect_flux_kontext.api.running_estimate import RunningEstimate, Watched
+from prefect_flux_kontext.api.waking import finish, wake
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.api.latency_curve import LatencyCurve
@@ -98,7 +99,7 @@ class TaskGate:
                     first = next(iter(self._queue)) is place
                     seconds = self._until_it_may_open(now) if first else _ASSUMED_RUNNING
                 queued = True
-                alarm = loop.call_later(seconds, _finish, woken)
+                alarm = loop.call_later(seconds, finish, woken)
                 try:
                     await woken
                 finally:
@@ -258,11 +259,6 @@ class TaskGate:
             chosen = [self._queue.popitem(last=False)[1] for _ in range(number)]
         for woken, loop in chosen:
             try:
-                loop.call_soon_threadsafe(_finish, woken)
+                wake(woken, loop)
             except RuntimeError:  # the waiter's loop is closed already: on to the next
                 self._wake(now)
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from prefect_flux_kontext.atomic import _place as place_whole
+from prefect_flux_kontext.atomic import replace_file
 from prefect_flux_kontext.errors import FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger import owners
 from prefect_flux_kontext.ledger.ledger import Ledger
@@ -90,7 +90,7 @@ async def test_the_heart_beats_and_survives_an_outage(store, monkeypatch):
     monkeypatch.setattr(owners, "_BEAT", 0.001)
     async with living_owner(store) as owner:
         first = await store.read(f"owners/{owner}.json")
-        monkeypatch.setattr("prefect_flux_kontext.atomic._place", _refuse(3))
+        monkeypatch.setattr("prefect_flux_kontext.ledger.store.replace_file", _refuse(3))
         while await store.read(f"owners/{owner}.json") == first:
             pass
 
@@ -98,13 +98,13 @@ async def test_the_heart_beats_and_survives_an_outage(store, monkeypatch):
 def _refuse(times):
     left = [4 * times]
 
-    def place(path, data, *, exclusively):
+    def replace(fs, path, data):
         if left[0]:
             left[0] -= 1
             raise OSError(5, "no")
-        place_whole(path, data, exclusively=exclusively)
+        replace_file(fs, path, data)
 
-    return place
+    return replace
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from prefect_flux_kontext import atomic
 from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.ledger import store as store_module
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.manifest.rows import make_row
@@ -129,12 +129,12 @@ async def test_a_creation_whose_reply_was_lost_is_not_ours_where_another_was_fir
 
 
 def _lose_replies_of_the_disk(monkeypatch, times):
-    place, left = atomic._place, [times]
-    monkeypatch.setattr("prefect_flux_kontext.ledger.store.jittered", lambda *_, **__: 0)
+    create, left = store_module.create_file, [times]
+    monkeypatch.setattr(store_module, "jittered", lambda *_, **__: 0)
 
-    def lost(path, data, *, exclusively):
+    def lost(fs, path, data):
         try:
-            place(path, data, exclusively=exclusively)
+            create(fs, path, data)
         except FileExistsError:
             if not left[0]:
                 raise
@@ -142,7 +142,7 @@ def _lose_replies_of_the_disk(monkeypatch, times):
             left[0] -= 1
             raise OSError(5, "no reply")
 
-    monkeypatch.setattr(atomic, "_place", lost)
+    monkeypatch.setattr(store_module, "create_file", lost)
 
 
 @pytest.mark.parametrize("error", OUTAGES, ids=lambda error: type(error).__name__)
@@ -161,7 +161,8 @@ async def test_what_cannot_be_written_is_a_ledger_error_that_names_the_record(
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("prefect_flux_kontext.atomic._place", refuse)
+    for how in ("create_file", "replace_file"):
+        monkeypatch.setattr(store_module, how, refuse)
     faulty(store, {"pipe_file"}, error)
     with pytest.raises(LedgerError, match=r"rows/1\.json"):
         await store.create("rows/1.json", b"1")

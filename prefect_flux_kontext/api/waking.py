@@ -1,0 +1,23 @@
+"""Waking those who wait for a slot or a request, on whichever event loop they wait."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+def wake(waiter: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
+    """Finish what is waited for, from this loop or another's thread.
+
+    Raises:
+        RuntimeError: Its loop is closed, or none runs here.
+    """
+    if loop is asyncio.get_running_loop():
+        finish(waiter)
+    else:
+        loop.call_soon_threadsafe(finish, waiter)
+
+
+def finish(waiter: asyncio.Future[None]) -> None:
+    """Finish what is waited for on this loop, unless it has been."""
+    if not waiter.done():
+        waiter.set_result(None)
