@@ -84,7 +84,6 @@ class Bench:
         parts = []
         for label, kind, edge, many, few in CEILING:
             images = few if self.quick else many
-            mapped = 30 if self.quick else 200
             account = Account(mean=0.02, requests=UNLIMITED, long_edge=edge)
             bare = Account(mean=0.02, requests=UNLIMITED, long_edge=edge, gallery=0)
             works = {
@@ -92,7 +91,7 @@ class Bench:
                 "this package, no gallery": ("batch", bare, images),
                 "asyncio and httpx, 64 pools of one": ("bare", bare, images),
                 "asyncio and httpx, one client": ("one-client", bare, few),
-                "Prefect, `.map` of three tasks": ("mapped", bare, mapped),
+                "Prefect, `.map` of three tasks": ("mapped", bare, 30 if self.quick else few),
             }
             told = {
                 name: (self.runs.medians(*how, kind=kind), how[2]) for name, how in works.items()

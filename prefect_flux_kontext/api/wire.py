@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from aiohttp.abc import AbstractResolver
+    from aiohttp.connector import Connection
 
 MOST_CONNECTIONS = 128
 """At full speed 33 submits and some 130 polls a second of 0.1 to 0.5 s each are under way."""
@@ -22,13 +24,20 @@ MOST_CONNECTIONS = 128
 # connection that is just being closed has an unknown fate.
 KEPT_IDLE = 2.0
 
+# A paid submit's reply is not lost for what a proxy adds to it.
+_LONGEST_HEADER = 65_536
+_MOST_HEADERS = 1_000
+
+# What a connection has received is read within two turns of the event loop.
+_TURNS_UNTIL_READ = 2
+
 
 class WireTransport(httpx.AsyncBaseTransport):
     """Sends requests straight to their servers: no proxies, redirects, cookies or logins.
 
     What is raised tells what became of a submit. `httpx.ConnectError` and `httpx.ConnectTimeout`
     are raised only where no connection was made, so that nothing was sent. A POST is sent once;
-    aiohttp sends a GET again whose kept connection turns out to be closed.
+    aiohttp sends a GET again whose connection was lost. Writing has no time limit of its own.
 
     Args:
         tls: For https.
@@ -55,6 +64,18 @@ class WireTransport(httpx.AsyncBaseTransport):
             httpx.TransportError: It went wrong.
             httpx.InvalidURL: The URL is none; nothing was sent.
         """
+        with _as_httpx(request):
+            while True:
+                try:
+                    response = await self._sent(request)
+                    break
+                except _UnaskedReplyError:
+                    continue
+        return httpx.Response(
+            response.status, headers=response.raw_headers, stream=_Body(response, request)
+        )
+
+    async def _sent(self, request: httpx.Request) -> aiohttp.ClientResponse:
         url = request.url
         asked = URL.build(
             scheme=url.scheme,
@@ -64,25 +85,21 @@ class WireTransport(httpx.AsyncBaseTransport):
             encoded=True,
         )
         seconds = request.extensions.get("timeout", {})
-        with _as_httpx(request):
-            response = await self._opened().request(
-                request.method,
-                asked,
-                headers=[
-                    (name.decode("ascii"), value.decode("latin-1"))
-                    for name, value in request.headers.raw
-                ],
-                data=await request.aread() or None,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(
-                    total=None,
-                    connect=seconds.get("pool"),
-                    sock_connect=seconds.get("connect"),
-                    sock_read=seconds.get("read"),
-                ),
-            )
-        return httpx.Response(
-            response.status, headers=response.raw_headers, stream=_Body(response, request)
+        return await self._opened().request(
+            request.method,
+            asked,
+            headers=[
+                (name.decode("ascii"), value.decode("latin-1"))
+                for name, value in request.headers.raw
+            ],
+            data=await request.aread() or None,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                connect=seconds.get("pool"),
+                sock_connect=seconds.get("connect"),
+                sock_read=seconds.get("read"),
+            ),
         )
 
     async def aclose(self) -> None:
@@ -105,9 +122,28 @@ class WireTransport(httpx.AsyncBaseTransport):
                 connector=connector,
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
+                request_class=_Request,
+                max_line_size=_LONGEST_HEADER,
+                max_field_size=_LONGEST_HEADER,
+                max_headers=_MOST_HEADERS,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             )
         return self._session
+
+
+class _UnaskedReplyError(Exception):
+    """A kept connection holds a reply that nobody asked for; nothing was sent into it."""
+
+
+class _Request(aiohttp.ClientRequest):
+    """Is not sent into a connection whose next reply would be another's."""
+
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        for _ in range(_TURNS_UNTIL_READ):
+            await asyncio.sleep(0)
+        if conn.protocol is None or conn.protocol.should_close:
+            raise _UnaskedReplyError
+        return await super().send(conn)
 
 
 class _Body(httpx.AsyncByteStream):
@@ -131,7 +167,7 @@ class _Body(httpx.AsyncByteStream):
 def _as_httpx(request: httpx.Request) -> Iterator[None]:
     """Raise aiohttp's errors as httpx's.
 
-    Only these two are of a connection that was never made; whatever else goes wrong, the request
+    The first three are of a connection that was never made; whatever else goes wrong, the request
     may have arrived.
     """
     try:
@@ -139,6 +175,8 @@ def _as_httpx(request: httpx.Request) -> Iterator[None]:
     except aiohttp.ConnectionTimeoutError as error:
         raise httpx.ConnectTimeout(str(error), request=request) from None
     except aiohttp.ClientConnectorError as error:
+        raise httpx.ConnectError(str(error), request=request) from None
+    except UnicodeError as error:  # a name that no resolver is asked for
         raise httpx.ConnectError(str(error), request=request) from None
     except aiohttp.InvalidURL as error:
         raise httpx.InvalidURL(str(error)) from None

@@ -101,6 +101,38 @@ async def test_what_is_no_http_tells_nothing_of_the_request():
     assert raised.value.__cause__ is None
 
 
+@pytest.mark.parametrize("turns", [0, 1, 10])
+@pytest.mark.parametrize("unasked", [b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n", b"x"])
+async def test_a_reply_that_nobody_asked_for_is_nobodys_reply(turns, unasked):
+    """It would tell that a paid submit was refused, or was another one."""
+    writers = []
+
+    async def first(writer):
+        writers.append(writer)
+        return await FINE(writer)
+
+    async with ScriptedServer(first, play.reply(200, b"second")) as server, client() as http:
+        assert (await http.post(server.url, content=b"1")).content == b"fine"
+        writers[0].write(unasked)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert (await http.post(server.url, content=b"2")).content == b"second"
+        assert [seen.body for seen in server.seen] == [b"1", b"2"]
+        assert server.connections == 2
+
+
+async def test_a_paid_reply_is_not_lost_for_its_headers():
+    many = {f"X-{number}": "x" for number in range(500)} | {"X-Long": "x" * 60_000}
+    async with ScriptedServer(play.reply(200, b"fine", **many)) as server, client() as http:
+        assert (await http.post(server.url, content=b"{}")).content == b"fine"
+
+
+async def test_a_name_that_can_be_none_is_a_connection_never_made():
+    async with client(socket_factory=Network()) as http:
+        with pytest.raises(httpx.ConnectError):
+            await http.post(f"http://{'a' * 64}.test/", content=b"{}")
+
+
 async def test_cookies_are_not_kept_and_redirects_not_followed():
     moved = play.reply(302, Location="/elsewhere", **{"Set-Cookie": "who=me"})
     async with ScriptedServer(moved, FINE) as server, client() as http:

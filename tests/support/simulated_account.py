@@ -125,12 +125,11 @@ class CalledBack:
 
 
 class _Reply:
-    is_stream_consumed = False
-
     def __init__(self, status_code, headers, envelope):
         self.status_code = status_code
         self.headers = headers
         self._envelope = envelope
 
-    async def aiter_raw(self):
+    @property
+    async def stream(self):
         yield json.dumps(self._envelope).encode()
