@@ -19,8 +19,8 @@ pytestmark = pytest.mark.anyio
 FINE = play.reply(200, b"fine")
 
 
-def client(tls=None, **how):
-    transport = WireTransport(tls or tls_context(), **how)
+def client(**how):
+    transport = WireTransport(tls_context(), **how)
     return httpx.AsyncClient(transport=transport, headers={"Authorization": "Bearer canary"})
 
 
