@@ -19,13 +19,18 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from playwright.sync_api import Page, sync_playwright
 
-from prefect_flux_kontext.report.gallery.album import Album
-from prefect_flux_kontext.report.gallery.making import make_gallery
-from prefect_flux_kontext.report.parts import as_json
-from prefect_flux_kontext.report.pictures import name_of_image, name_of_reference
-from prefect_flux_kontext.report.thumbnails import AFTER, BEFORE, thumbnail
+from prefect_flux_kontext.report.gallery.builder import build_gallery
+from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
+from prefect_flux_kontext.report.results import as_json
+from prefect_flux_kontext.report.thumbnails import (
+    AFTER,
+    BEFORE,
+    name_of_image,
+    name_of_reference,
+    thumbnail,
+)
 from prefect_flux_kontext.sandbox.settings import PHOTOS
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 STYLES = ("watercolour", "pencil", "oil", "poster", "noir")
 TURNS = (ImageOps.mirror, ImageOps.flip, ImageOps.solarize)
@@ -83,10 +88,10 @@ async def make(
     output: OutputFolder, results: Path, pictures: dict[str, bytes], rows: int
 ) -> float:
     """Make the gallery of pictures that are there; returns seconds."""
-    album = Album(output)
+    album = ThumbnailStore(output)
     await album.add("run-000001", pictures)
     began = time.perf_counter()
-    await make_gallery(output, results, album, most=rows, missing=0)
+    await build_gallery(output, results, album, most=rows, missing=0)
     return time.perf_counter() - began
 
 

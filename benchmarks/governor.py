@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.api.waiting import wait_until_ended
-from prefect_flux_kontext.batch.deferral import Deferral
+from prefect_flux_kontext.batch.collection import Deferral
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import run_waves
+from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.models import GenerationRequest
-from prefect_flux_kontext.sandbox.latency import LatencyCurve
+from prefect_flux_kontext.sandbox.tasks import LatencyModel
 from tests.support.simulated_account import CalledBack, SimulatedAccount, the_same_each_time
 from tests.support.virtual_time import VirtualTimeLoop
 
@@ -32,15 +31,15 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Awaitable, Callable
 
-    from prefect_flux_kontext.api.client import FluxKontextClient
     from prefect_flux_kontext.batch.waves import Wave
+    from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.models import GenerationTask
 
     Wait = Callable[[FluxKontextClient, GenerationTask], Awaitable[object]]
 
 MEAN, SPREAD = 30.0, 0.35
 POSTS_AT_ONCE = 16
-USUAL = LatencyCurve(MEAN, SPREAD)
+USUAL = LatencyModel(MEAN, SPREAD)
 
 
 def drifting(since: float, dice: random.Random) -> float:
@@ -60,12 +59,12 @@ def with_stragglers(_since: float, dice: random.Random) -> float:
 
 def two_humps(_since: float, dice: random.Random) -> float:
     """Half of the tasks take about 12 s, half about 48 s."""
-    return LatencyCurve(dice.choice((12, 48)), 0.1).draw(dice)
+    return LatencyModel(dice.choice((12, 48)), 0.1).draw(dice)
 
 
 def fast(_since: float, dice: random.Random) -> float:
     """About 8 s, long before the configured first look."""
-    return LatencyCurve(8, SPREAD).draw(dice)
+    return LatencyModel(8, SPREAD).draw(dice)
 
 
 def stalled(since: float, dice: random.Random) -> float:

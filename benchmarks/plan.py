@@ -88,11 +88,11 @@ def measure(work: str, path: str) -> dict[str, float]:
         start, began, used = peak(), time.perf_counter(), time.process_time()
         rows = (parquet.read_table if path.endswith("parquet") else csv.read_csv)(path).num_rows
     else:
-        from prefect_flux_kontext.api.cadence import PollingCadence  # noqa: PLC0415
-        from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
         from prefect_flux_kontext.batch.planning import make_plan  # noqa: PLC0415
+        from prefect_flux_kontext.batch.policy import RowOptions  # noqa: PLC0415
+        from prefect_flux_kontext.client.polling import PollingCadence  # noqa: PLC0415
         from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
-        from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
+        from prefect_flux_kontext.manifest.reader import Manifest  # noqa: PLC0415
 
         start, began, used = peak(), time.perf_counter(), time.process_time()
         plan = asyncio.run(

@@ -79,15 +79,15 @@ def main() -> None:
 
 async def batch(folder: Path, *, fixed: float | None = None) -> int:
     """The batch as `flux-kontext run` does it; `fixed` asks at that interval from the start."""
-    from prefect_flux_kontext.api.client import FluxKontextClient  # noqa: PLC0415 - measured
-    from prefect_flux_kontext.batch import storing  # noqa: PLC0415
-    from prefect_flux_kontext.batch.batch import run_batch  # noqa: PLC0415
-    from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.batch import row as storing  # noqa: PLC0415
+    from prefect_flux_kontext.batch.policy import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.batch.runner import run_batch  # noqa: PLC0415
     from prefect_flux_kontext.batch.session import batch_session  # noqa: PLC0415
     from prefect_flux_kontext.callbacks.options import callback_options  # noqa: PLC0415
-    from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
+    from prefect_flux_kontext.client.client import FluxKontextClient  # noqa: PLC0415 - measured
+    from prefect_flux_kontext.manifest.reader import Manifest  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
+    from prefect_flux_kontext.storage.filesystem import OutputFolder  # noqa: PLC0415
 
     ours = storing.wait_until_ended
 
@@ -134,7 +134,7 @@ async def called(folder: Path) -> int:
 async def flow(folder: Path) -> int:
     """The batch as a flow, recorded by the Prefect server of the environment."""
     from prefect_flux_kontext.flows import style_transfer_batch  # noqa: PLC0415
-    from prefect_flux_kontext.report import report  # noqa: PLC0415
+    from prefect_flux_kontext.report import builder as report  # noqa: PLC0415
 
     ours = report.bring_up_to_date
 

@@ -3,6 +3,6 @@
 It has no limit of its own on how many run at once: each leases its share of the account.
 """
 
-from prefect_flux_kontext.parts.part import style_transfer_part
+from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
 
-part_of_batch = style_transfer_part.with_options(description=__doc__)
+part_of_batch = style_transfer_partition.with_options(description=__doc__)

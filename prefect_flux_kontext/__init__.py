@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.api.cadence import PollingCadence
-    from prefect_flux_kontext.api.client import FluxKontextClient
+    from prefect_flux_kontext.client.client import FluxKontextClient
+    from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.models import (
         GenerationRequest,
@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api.cadence": ("PollingCadence",),
-    "api.client": ("FluxKontextClient",),
+    "client.polling": ("PollingCadence",),
+    "client.client": ("FluxKontextClient",),
     "credentials": ("FluxKontextCredentials",),
     "models": ("GenerationRequest", "GenerationResult", "GenerationTask", "StoredImage"),
     "tasks": ("persist_images", "submit_generation", "wait_for_generation"),

@@ -6,7 +6,7 @@ from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.system import Secret
 from pydantic import ConfigDict, Field, SecretStr
 
-from prefect_flux_kontext.api.client import FluxKontextClient
+from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.settings import FluxKontextSettings
 

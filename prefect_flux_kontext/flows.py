@@ -1,41 +1,140 @@
-"""Flows over whole manifests, ready to run, to deploy, or to call from your own."""
+"""The flow over one image. Like those over manifests, it is imported from `flows`."""
 
-# Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
-# code uses, and strings are none.
-
+from pathlib import Path
 from typing import Literal
 
 from prefect import flow, get_run_logger
 from pydantic import NonNegativeFloat, PositiveInt
 
-from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.batch.batch import collect, failed_rows, run_batch
+from prefect_flux_kontext.batch.collection import collect
 from prefect_flux_kontext.batch.policy import FailurePolicy
+from prefect_flux_kontext.batch.runner import failed_rows, run_batch
 from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.cancellation import tell_what_is_owed
+from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
-from prefect_flux_kontext.errors import BatchStoppedError
-from prefect_flux_kontext.forms import Account, Prompt, StyleNames
-from prefect_flux_kontext.manifest.given import ManifestSource
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
-from prefect_flux_kontext.parts.cutting import cut
-from prefect_flux_kontext.parts.whole import in_parts, run_rest
-from prefect_flux_kontext.plans import ask_for_approval, planned
-from prefect_flux_kontext.running import opened, row_options, tell_of_expiry
-from prefect_flux_kontext.single import style_transfer
-from prefect_flux_kontext.suspending import (
+from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import problems_of_reference
+from prefect_flux_kontext.manifest.tables import ManifestSource
+from prefect_flux_kontext.models import (
+    AspectRatio,
+    GenerationRequest,
+    Mode,
+    OutputFormat,
+    Provider,
+    StoredImage,
+)
+from prefect_flux_kontext.orchestration.approval import ask_for_approval, planned
+from prefect_flux_kontext.orchestration.batch_run import (
+    emit_expiring_results,
+    opened,
+    row_options,
+    run_wave,
+)
+from prefect_flux_kontext.orchestration.parameters import (
+    Account,
+    Output,
+    Prompt,
+    StorageOptions,
+    StyleNames,
+    open_output,
+)
+from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_rest
+from prefect_flux_kontext.orchestration.partitions.planner import cut
+from prefect_flux_kontext.orchestration.suspension import (
     check_can_suspend,
+    log_outstanding,
     resume_suspended,
     suspend,
     was_resumed,
 )
-from prefect_flux_kontext.tasks import run_wave
+from prefect_flux_kontext.references.location import located, non_public_references
+from prefect_flux_kontext.references.resolver import references_of
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.tasks import (
+    persist_images,
+    submit_generation,
+    submit_own_reference,
+    wait_for_generation,
+)
+
+# Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
+# code uses, and strings are none.
+
+
+@flow(name="style-transfer")
+async def style_transfer(
+    prompt: str,
+    output: Output,
+    image: str | None = None,
+    credentials: Account = None,
+    mode: Mode = "pro",
+    aspect_ratio: AspectRatio = "16:9",
+    output_format: OutputFormat = "jpeg",
+    provider: Provider = "auto",
+    name: str | None = None,
+    cadence: PollingCadence | None = None,
+    fit_references: bool = False,
+    storage_options: StorageOptions = None,
+) -> list[StoredImage]:
+    """Restyle one image, or make one from text alone.
+
+    Args:
+        prompt: What to make, 1 to 10,000 characters.
+        output: Folder or prefix to store to, on any fsspec filesystem; or `block:s3-bucket/NAME`.
+        image: The reference image: a URL, an object in a bucket or a local file, which needs a
+            staging place; none makes the image from the prompt alone.
+        credentials: The account: a Block, the name of a saved one, or none for the environment.
+        mode: `pro` for higher quality, `max` for balanced quality and speed.
+        aspect_ratio: Width to height of the result.
+        output_format: Kind of the result.
+        provider: How the service routes the task.
+        name: File name without extension; none takes the task id.
+        cadence: When to ask how the task is doing; none for the environment's cadence.
+        fit_references: Shrink a local or private image that is over 10 MB.
+        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
+            Prefect keeps them in the clear, so keys belong in a Block.
+
+    Returns:
+        What was stored.
+
+    Raises:
+        FluxKontextError: What went wrong; see the three tasks.
+    """
+    folder = str(Path.cwd())
+    if image is not None and (problems := problems_of_reference(image, folder)):
+        # The service would accept, bill and then fail it.
+        raise ConfigurationError(*problems)
+    request = GenerationRequest(
+        prompt=prompt,
+        image_urls=[located(image, folder)] if image else [],
+        mode=mode,
+        aspect_ratio=aspect_ratio,
+        output_format=output_format,
+        provider=provider,
+    )
+    account = await resolve_credentials(credentials)
+    output = await open_output(output, storage_options)
+    await output.check_writable()
+    if non_public_references(request.image_urls):
+        settings = FluxKontextSettings()
+        timeout = (cadence or settings.cadence()).timeout
+        references = references_of(settings, timeout=timeout, fit=fit_references)
+        submitted = await submit_own_reference(request, references, account)
+    else:
+        submitted = await submit_generation(request, account)
+    result = await wait_for_generation(submitted, account, cadence)
+    return await persist_images(result, output, name)
+
+
+# Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
+# code uses, and strings are none.
+
 
 __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
-@flow(name="style-transfer-batch", on_cancellation=[tell_what_is_owed])
+@flow(name="style-transfer-batch", on_cancellation=[log_outstanding])
 async def style_transfer_batch(
     manifest: ManifestSource,
     output: Output,
@@ -128,7 +227,7 @@ async def style_transfer_batch(
         deferred=suspends or wait == "collect",
     )
     account = await resolve_credentials(credentials)
-    in_so_many = await cut(parts, part_deployment, account, wait) if parts > 1 else None
+    partition_plan = await cut(parts, part_deployment, account, wait) if parts > 1 else None
     output = await open_output(output, storage_options)
     rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
     plan = await planned(rows, output, account, options)
@@ -145,7 +244,9 @@ async def style_transfer_batch(
                 )
         options = plan.capped(options, approve_above_usd)
     async with (
-        in_parts(in_so_many, plan, rows, output, account, options, alert_above_usd) as rest,
+        run_partitions(
+            partition_plan, plan, rows, output, account, options, alert_above_usd
+        ) as rest,
         opened(
             output,
             rest.account,
@@ -170,7 +271,7 @@ async def style_transfer_batch(
     return summary
 
 
-@flow(name="retry-failed", on_cancellation=[tell_what_is_owed])
+@flow(name="retry-failed", on_cancellation=[log_outstanding])
 async def retry_failed(
     output: Output,
     credentials: Account = None,
@@ -259,7 +360,7 @@ async def collect_batch(
         summary = await collect(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     if summary.outstanding:
-        await tell_of_expiry(output)
+        await emit_expiring_results(output)
     elif resumed := await resume_suspended(output):
         get_run_logger().info("Resumed what waited for these results: %s.", resumed)
     return summary

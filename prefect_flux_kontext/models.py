@@ -26,7 +26,7 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class _Shown(BaseModel):
+class _RedactedRepr(BaseModel):
     """A model whose repr leaves out what gives access: queries of URLs, and the callback URL."""
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
@@ -37,7 +37,7 @@ class _Shown(BaseModel):
                 yield name, value
 
 
-class GenerationRequest(_Shown):
+class GenerationRequest(_RedactedRepr):
     """One image to make: a prompt, and for style transfer the reference image.
 
     Limits and defaults are those of the service's reference page.
@@ -146,7 +146,7 @@ class GenerationTask(BaseModel):
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-class TaskStatus(_Shown):
+class TaskStatus(_RedactedRepr):
     """One answer to a status request, read tolerantly."""
 
     model_config = ConfigDict(frozen=True)
@@ -163,7 +163,7 @@ class TaskStatus(_Shown):
     generation_seconds: float | None = None
 
 
-class GenerationResult(_Shown):
+class GenerationResult(_RedactedRepr):
     """A task that ended well. Its URLs live for days only: persist them."""
 
     model_config = ConfigDict(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
 
 

@@ -5,29 +5,24 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.api.waiting import wait_until_ended
-from prefect_flux_kontext.batch.deferral import LEFT
-from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.batch.waves import Wave
+from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
-from prefect_flux_kontext.downloads import download_client
 from prefect_flux_kontext.errors import FluxKontextError
-from prefect_flux_kontext.events import ROWS_FAILED, WAVE_FINISHED, counts, tell, told_rows
+from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import (
     GenerationRequest,
     GenerationResult,
     GenerationTask,
     StoredImage,
 )
-from prefect_flux_kontext.outputs import Output, StorageOptions, open_output
-from prefect_flux_kontext.references.resolving import References
-from prefect_flux_kontext.results import persist_result
+from prefect_flux_kontext.orchestration.parameters import Output, StorageOptions, open_output
+from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import safe_name
+from prefect_flux_kontext.storage.names import safe_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,7 +30,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
 
-async def _may_pass(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
     """Retry what may pass; a failed generation, a refusal or a wrong setting stays as it is."""
     try:
         await state.aresult()
@@ -103,7 +98,7 @@ async def submit_own_reference(
     retries=2,
     retry_delay_seconds=10,
     retry_jitter_factor=0.5,
-    retry_condition_fn=_may_pass,
+    retry_condition_fn=_is_transient,
     cache_policy=NO_CACHE,
 )
 async def wait_for_generation(
@@ -141,7 +136,7 @@ async def wait_for_generation(
     retries=3,
     retry_delay_seconds=[5, 20, 60],
     retry_jitter_factor=0.5,
-    retry_condition_fn=_may_pass,
+    retry_condition_fn=_is_transient,
     cache_policy=NO_CACHE,
 )
 async def persist_images(
@@ -180,29 +175,3 @@ async def persist_images(
             name=safe_name(name or result.task_id),
             ai_mark=FluxKontextSettings().ai_mark,
         )
-
-
-@task(name="wave", task_run_name="wave-{wave.number}", retries=0, cache_policy=NO_CACHE)
-async def run_wave(wave: Wave) -> BatchSummary:
-    """Run a block of rows as one task run: one for each image would drown the server."""
-    logger = get_run_logger()
-    summary = await wave.run()
-    failures = [row for row in summary.failures if row.reason != LEFT]
-    for row in failures:
-        logger.warning(
-            "Row %s (line %d, task %s) is %s: %s",
-            row.told,
-            row.line,
-            row.task_id,
-            row.state,
-            row.message,
-        )
-    logger.info("Wave %d: %s.", wave.number, summary)
-    batch = wave.batch
-    told = {"output": batch.output, "wave": wave.number}
-    if failures:
-        rows = {"rows": told_rows(failures), "reasons": summary.reasons}
-        tell(ROWS_FAILED, batch.output, {**told, **rows})
-    spent = {"batch_spent_usd": round(batch.spent, 6), "batch_rows": batch.rows}
-    tell(WAVE_FINISHED, batch.output, {**told, **counts(summary), **spent})
-    return summary

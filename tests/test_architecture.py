@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from prefect_flux_kontext.ledger.states import MOVES, State
+from prefect_flux_kontext.ledger.records import MOVES, State
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "prefect_flux_kontext"

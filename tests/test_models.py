@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from pydantic import ValidationError
 
-from prefect_flux_kontext.manifest.rows import Row
+from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import (
     GenerationRequest,
     GenerationResult,

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from prefect_flux_kontext.api.cadence import PollingCadence
+from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.settings import FluxKontextSettings
 

@@ -8,8 +8,8 @@ becomes the parameters of the flow run. `upload.py` is the other side.
 
 from prefect.events import DeploymentEventTrigger
 
-from prefect_flux_kontext.events import MANIFEST_ARRIVED
 from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.orchestration.events import MANIFEST_ARRIVED
 
 LANDED = DeploymentEventTrigger(
     name="a manifest of the shop lands",

@@ -1,1 +1,1 @@
-"""Doing it: a whole manifest, in waves."""
+"""Running a whole manifest in waves."""

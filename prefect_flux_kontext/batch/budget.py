@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.batch.standing import Standings
+from prefect_flux_kontext.batch.index import LedgerIndex
 from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError
-from prefect_flux_kontext.ledger.owners import is_alive
+from prefect_flux_kontext.ledger.heartbeat import is_alive
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.batch.options import RowOptions
+    from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.store import RecordStore
 
 
@@ -78,7 +78,7 @@ async def open_budget(store: RecordStore, owner: str, options: RowOptions) -> Bu
     if options.budget_usd is None:
         return Budget(None)
     await check_alone(store, owner)
-    with Standings() as standings:
+    with LedgerIndex() as standings:
         await standings.read(store, options)
         return Budget(options.budget_usd, standings.dollars())
 

@@ -1,29 +1,108 @@
-"""The plan: what a run would do and what it would cost, known before the first cent."""
+"""Rows whose references are not on the web: their keys, and which of them cannot be paid for."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.batch.references import checked
-from prefect_flux_kontext.batch.standing import Standing, Standings
+from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.rows import RefusedRow
-from prefect_flux_kontext.manifest.seen import Seen
+from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.references.location import non_public_references
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from prefect_flux_kontext.batch.options import RowOptions
+    from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.store import RecordStore
-    from prefect_flux_kontext.manifest.reading import Manifest
-    from prefect_flux_kontext.manifest.rows import Row
-    from prefect_flux_kontext.references.resolving import References
+    from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.references.cache import ReferenceInfo
+    from prefect_flux_kontext.references.resolver import References
+
+_BLOCK = 250
+
+
+def keyed(rows: Iterable[Row | RefusedRow], references: References) -> Iterator[Row | RefusedRow]:
+    """The rows in order, with keys that tell what their references hold.
+
+    A row is refused when a reference of it cannot be looked at.
+
+    Args:
+        rows: Rows of a manifest, whose keys know no more than the references' text.
+        references: Looks at them, many at a time.
+    """
+    for block in _blocks(rows):
+        own = {image for row in block for image in _own(row)}
+        if not own:
+            yield from block
+            continue
+        versions = {
+            image: row.version
+            for row in block
+            if isinstance(row, Row) and row.version
+            for image in _own(row)
+        }
+        looks = references.look_at(sorted(own), versions)
+        for row in block:
+            yield _keyed(row, looks)
+
+
+def checked(
+    rows: Iterable[Row | RefusedRow],
+    references: References,
+    is_to_be_paid: Callable[[Row], bool],
+) -> Iterator[Row | RefusedRow]:
+    """The rows in order, as `keyed`, with those refused that the service would not take.
+
+    Args:
+        rows: Rows of a manifest.
+        references: Reads them, many at a time.
+        is_to_be_paid: Says of a row whether it is; the references of others are not read.
+    """
+    for block in _blocks(keyed(rows, references)):
+        read = {
+            number: own
+            for number, row in enumerate(block)
+            if (own := _own(row)) and isinstance(row, Row) and is_to_be_paid(row)
+        }
+        if not read:
+            yield from block
+            continue
+        flaws = references.flaws(sorted({image for own in read.values() for image in own}))
+        for number, row in enumerate(block):
+            yield _refused(row, [flaws[image] for image in read.get(number, ()) if image in flaws])
+
+
+def _blocks(rows: Iterable[Row | RefusedRow]) -> Iterator[list[Row | RefusedRow]]:
+    rows = iter(rows)
+    while block := list(itertools.islice(rows, _BLOCK)):
+        yield block
+
+
+def _own(row: Row | RefusedRow) -> list[str]:
+    return non_public_references(row.request.image_urls) if isinstance(row, Row) else []
+
+
+def _keyed(row: Row | RefusedRow, looks: Mapping[str, ReferenceInfo]) -> Row | RefusedRow:
+    own = _own(row)
+    if not isinstance(row, Row) or not own:
+        return row
+    problems = [problem for image in own if (problem := looks[image].problem)]
+    identities = {image: looks[image].identity for image in own}
+    return _refused(replace(row, key=row_key(row.request, identities)), problems)
+
+
+def _refused(row: Row | RefusedRow, problems: list[str]) -> Row | RefusedRow:
+    return RefusedRow(row.id, row.line, "; ".join(problems), row.cells) if problems else row
+
 
 _KEPT = 1_000
 _TOLD = 20
@@ -58,7 +137,7 @@ class Plan:
     refused: int = 0
     problems: list[RefusedRow] = field(default_factory=list)
     equal: int = 0
-    standings: Counter[Standing] = field(default_factory=Counter)
+    standings: Counter[PlannedAction] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     prices: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -69,7 +148,7 @@ class Plan:
     @property
     def to_pay(self) -> int:
         """Images to be paid."""
-        return self.standings[Standing.PAY]
+        return self.standings[PlannedAction.PAY]
 
     @property
     def price(self) -> float:
@@ -108,10 +187,10 @@ class Plan:
     def summary(self, output: str) -> BatchSummary:
         """The summary of a run that stops here."""
         told = {
-            "stored": self.standings[Standing.STORED],
-            "failed": self.refused + self.standings[Standing.LEFT],
-            "unknown": self.standings[Standing.UNKNOWN],
-            "outstanding": self.standings[Standing.OWED],
+            "stored": self.standings[PlannedAction.STORED],
+            "failed": self.refused + self.standings[PlannedAction.LEFT],
+            "unknown": self.standings[PlannedAction.UNKNOWN],
+            "outstanding": self.standings[PlannedAction.OUTSTANDING_STATES],
         }
         left = self.rows - sum(told.values())
         already = told["stored"]
@@ -123,13 +202,15 @@ class Plan:
         counts = [
             (self.refused, "invalid"),
             (self.equal, "equal to others, paid once"),
-            *((self.standings[standing], str(standing)) for standing in Standing),
+            *((self.standings[standing], str(standing)) for standing in PlannedAction),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
         if self.left_out:
             lines.append(f"{self.left_out:>9,}  other files left out, told by their names")
         lines += [
-            f"{number:>9,}  {told}" for number, told in counts if number or told == Standing.PAY
+            f"{number:>9,}  {told}"
+            for number, told in counts
+            if number or told == PlannedAction.PAY
         ]
         modes = [
             f"{images:,} in {mode} at ${self.prices[mode]:g}"
@@ -172,7 +253,7 @@ async def make_plan(
         ManifestError: The manifest cannot be read to its end, or has no rows.
         LedgerError: The ledger cannot be read or is damaged.
     """
-    with Standings() as standings:
+    with LedgerIndex() as standings:
         await standings.read(store, options)
         plan = Plan(
             url=manifest.url,
@@ -192,16 +273,16 @@ async def make_plan(
 def _read(
     plan: Plan,
     manifest: Manifest,
-    standings: Standings,
+    standings: LedgerIndex,
     references: References,
     tell: Callable[[RefusedRow], None] | None,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
     def is_to_be_paid(row: Row) -> bool:
-        return _standing(standings, row) is Standing.PAY
+        return _standing(standings, row) is PlannedAction.PAY
 
-    with Seen() as keys:
+    with DuplicateIndex() as keys:
         for row in checked(manifest.rows(), references, is_to_be_paid):
             plan.rows += 1
             if isinstance(row, RefusedRow):
@@ -217,7 +298,7 @@ def _read(
                 continue
             standing = _standing(standings, row)
             plan.standings[standing] += 1
-            if standing is Standing.PAY:
+            if standing is PlannedAction.PAY:
                 plan.modes[row.request.mode] += 1
                 digest.update(key.encode())
     if not plan.rows:
@@ -226,7 +307,7 @@ def _read(
     plan.digest = digest.hexdigest()
 
 
-def _standing(standings: Standings, row: Row) -> Standing:
+def _standing(standings: LedgerIndex, row: Row) -> PlannedAction:
     return standings.of(row.key, row.request.image_urls)
 
 

@@ -9,37 +9,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.budget import open_budget
-from prefect_flux_kontext.batch.deferral import Deferral
-from prefect_flux_kontext.batch.rows import RowRunner
-from prefect_flux_kontext.batch.stored import StoredRows
-from prefect_flux_kontext.batch.storing import storing
-from prefect_flux_kontext.batch.submitting import Submitter
-from prefect_flux_kontext.callbacks.mode import callback_mode
+from prefect_flux_kontext.batch.collection import Deferral
+from prefect_flux_kontext.batch.index import StoredRows
+from prefect_flux_kontext.batch.row import RowRunner, storing
+from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.options import CallbackOptions
-from prefect_flux_kontext.downloads import download_client
+from prefect_flux_kontext.callbacks.session import open_callback_session
 from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.owners import living_owner
-from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.leftovers import sweep
-from prefect_flux_kontext.report.report import Report, reported
+from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, ledger_store
+from prefect_flux_kontext.report.builder import Report, reported
+from prefect_flux_kontext.storage.cleanup import sweep
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from prefect_flux_kontext.api.client import FluxKontextClient
-    from prefect_flux_kontext.batch.options import RowOptions
+    from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.settings import FluxKontextSettings
-    from prefect_flux_kontext.storage import OutputFolder
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)
-
-LEDGER_FOLDER = "_ledger"
-
-
-def ledger_store(output: OutputFolder) -> RecordStore:
-    """Where the ledger of an output is: beside the images."""
-    return RecordStore(output.below(LEDGER_FOLDER))
 
 
 @dataclass(frozen=True)
@@ -88,14 +80,16 @@ async def batch_session(
     await sweep(output.below(LEDGER_FOLDER), recursive=True)
     async with client, download_client(base_url=client.base_url) as http:
         await client.check()
-        async with living_owner(store) as owner:
+        async with keep_heartbeat(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
             report = Report(output, store, owner, http, settings, whole=whole)
             with await asyncio.to_thread(StoredRows) as stored:
                 await stored.read(store)
                 async with (
-                    callback_mode(callbacks or CallbackOptions(), client, ledger) as called,
+                    open_callback_session(
+                        callbacks or CallbackOptions(), client, ledger
+                    ) as called,
                     reported(report),
                 ):
                     submitter = Submitter(

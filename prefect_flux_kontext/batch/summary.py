@@ -8,9 +8,9 @@ from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
-    from prefect_flux_kontext.ledger.checkpoints import FinishedRow
     from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.manifest.rows import RefusedRow, Row
+    from prefect_flux_kontext.ledger.waves import FinishedRow
+    from prefect_flux_kontext.manifest.row import RefusedRow, Row
 
 _TOLD = 100
 

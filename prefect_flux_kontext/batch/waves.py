@@ -8,18 +8,18 @@ import logging
 import math
 from typing import TYPE_CHECKING, TypeAlias
 
-from prefect_flux_kontext.batch.result_lines import result_line
+from prefect_flux_kontext.batch.result_rows import result_line
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.ledger.checkpoints import OpenWave, close_wave, open_wave
-from prefect_flux_kontext.manifest.rows import Row
+from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
+from prefect_flux_kontext.manifest.row import Row
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import DoneRow
-    from prefect_flux_kontext.manifest.rows import RefusedRow
+    from prefect_flux_kontext.manifest.row import RefusedRow
 
 logger = logging.getLogger(__name__)
 

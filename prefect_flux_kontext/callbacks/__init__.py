@@ -1,1 +1,1 @@
-"""Being called by the service when a task ends: addresses, receiver, inbox, and what they wake."""
+"""Callbacks from the service: tokens, receiver, inbox and what they trigger."""

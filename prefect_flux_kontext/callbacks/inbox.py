@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.ledger.store import RecordStore
 
-
 INBOX_FOLDER = "callbacks"
 """Where an output keeps callbacks, in its ledger, unless an inbox of its own is named."""
 

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from prefect_flux_kontext.callbacks.tokens import checked_secret
+from prefect_flux_kontext.callbacks.tokens import validate_secret
 from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def callback_options(
     if url is None:
         return CallbackOptions(inbox=settings.callback_inbox)
     secret = secret or settings.callback_secret
-    checked_secret(secret)
+    validate_secret(secret)
     listen = settings.callback_listen if listens else None
     return CallbackOptions(
         url=_checked_url(url),

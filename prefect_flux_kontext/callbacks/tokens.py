@@ -34,7 +34,7 @@ class Attempt(NamedTuple):
     number: int
 
 
-def checked_secret(secret: SecretStr | str | None) -> bytes:
+def validate_secret(secret: SecretStr | str | None) -> bytes:
     """The secret that tokens are made with.
 
     Raises:

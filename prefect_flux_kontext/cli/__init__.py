@@ -19,7 +19,7 @@ from prefect_flux_kontext.cli import (
     sandbox,
     styles,
 )
-from prefect_flux_kontext.cli.outputs import opened_output
+from prefect_flux_kontext.cli.outputs import open_cli_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: all rows stored. 1: some rows not. 2: the run could not start. 130: interrupted.
     """
     # Imported here to keep --help quick.
-    from prefect_flux_kontext.errors import (  # noqa: PLC0415
+    from prefect_flux_kontext.errors import (
         BatchStoppedError,
         FluxKontextError,
     )
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if getattr(options, "output", None) is not None:
-            options.output = opened_output(options.output)
+            options.output = open_cli_output(options.output)
         return int(options.func(options))
     except FluxKontextError as error:
         print(f"flux-kontext: {error}", file=sys.stderr)

@@ -55,9 +55,9 @@ def _leaving_when_told() -> Iterator[None]:
 @_leaving_when_told()
 def run(options: argparse.Namespace) -> int:
     """Run the demo; 0 when every picture is there."""
-    from prefect_flux_kontext.cli.prefect_server import prefect_server  # noqa: PLC0415
-    from prefect_flux_kontext.sandbox.server import running_sandbox  # noqa: PLC0415
-    from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings  # noqa: PLC0415
+    from prefect_flux_kontext.cli.prefect_server import prefect_server
+    from prefect_flux_kontext.sandbox.server import running_sandbox
+    from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
 
     began = time.monotonic()
     folder = Path(options.folder).resolve()
@@ -143,6 +143,6 @@ def _row_of(photo: Path, pictures: Path) -> dict[str, Path]:
 
 
 def _draw_sheet(rows: Sequence[dict[str, Path]], path: Path) -> None:
-    from prefect_flux_kontext.report.contact_sheet import contact_sheet  # noqa: PLC0415
+    from prefect_flux_kontext.report.gallery.contact_sheet import contact_sheet
 
     contact_sheet([list(row.items()) for row in rows]).save(path)

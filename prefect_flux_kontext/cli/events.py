@@ -56,7 +56,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _announce(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.events import announce_manifest  # noqa: PLC0415
+    from prefect_flux_kontext.orchestration.events import announce_manifest
 
     asyncio.run(announce_manifest(options.manifest, options.place, dict(options.payload)))
     print(f"Announced: {options.manifest}")
@@ -64,7 +64,7 @@ def _announce(options: argparse.Namespace) -> int:
 
 
 def _automations(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.automations import create_automations  # noqa: PLC0415
+    from prefect_flux_kontext.orchestration.automations import create_automations
 
     for name in asyncio.run(create_automations(options.block)):
         print(name)

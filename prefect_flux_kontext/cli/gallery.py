@@ -23,22 +23,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 async def _gallery(output: str) -> int:
-    from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
-    from prefect_flux_kontext.errors import ConfigurationError  # noqa: PLC0415
-    from prefect_flux_kontext.ledger.owners import living_owner  # noqa: PLC0415
-    from prefect_flux_kontext.report.gallery.album import Album  # noqa: PLC0415
-    from prefect_flux_kontext.report.gallery.making import GALLERY  # noqa: PLC0415
-    from prefect_flux_kontext.report.report import bring_up_to_date  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
+    from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
+    from prefect_flux_kontext.ledger.store import ledger_store
+    from prefect_flux_kontext.report.builder import bring_up_to_date
+    from prefect_flux_kontext.report.gallery.builder import GALLERY
+    from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
+    from prefect_flux_kontext.settings import FluxKontextSettings
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
     folder = OutputFolder(output)
     store = ledger_store(folder)
     most = FluxKontextSettings().gallery_images
     if not most:
         raise ConfigurationError("FLUX_KONTEXT_GALLERY_IMAGES is 0, so there is no gallery.")
-    async with living_owner(store) as run:
-        rows = await bring_up_to_date(folder, store, run, Album(folder), most=most, missing=most)
+    async with keep_heartbeat(store) as run:
+        rows = await bring_up_to_date(
+            folder, store, run, ThumbnailStore(folder), most=most, missing=most
+        )
     if not rows:
         raise ConfigurationError(
             f"No run has written results to {folder}. Run its manifest again: what is stored "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
-    from prefect_flux_kontext.storage import OutputFolder
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _ROWS_TOLD = 20
 
@@ -41,8 +41,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 async def _status(output: OutputFolder) -> int:
-    from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
-    from prefect_flux_kontext.batch.status import ledger_status  # noqa: PLC0415
+    from prefect_flux_kontext.batch.collection import ledger_status
+    from prefect_flux_kontext.ledger.store import ledger_store
 
     status = await ledger_status(ledger_store(output))
     if not status.states:
@@ -71,11 +71,11 @@ async def _status(output: OutputFolder) -> int:
 
 
 async def _resolve(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
-    from prefect_flux_kontext.errors import FluxKontextError  # noqa: PLC0415
-    from prefect_flux_kontext.ledger.ledger import Ledger  # noqa: PLC0415
-    from prefect_flux_kontext.ledger.owners import is_alive  # noqa: PLC0415
-    from prefect_flux_kontext.ledger.states import State  # noqa: PLC0415
+    from prefect_flux_kontext.errors import FluxKontextError
+    from prefect_flux_kontext.ledger.heartbeat import is_alive
+    from prefect_flux_kontext.ledger.ledger import Ledger
+    from prefect_flux_kontext.ledger.records import State
+    from prefect_flux_kontext.ledger.store import ledger_store
 
     store = ledger_store(options.output)
     ledger = Ledger(store, owner="person", prices={})

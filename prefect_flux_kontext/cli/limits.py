@@ -30,9 +30,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _create(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.credentials import resolve_credentials  # noqa: PLC0415
-    from prefect_flux_kontext.events import required_api_url  # noqa: PLC0415
-    from prefect_flux_kontext.parts.leases import create_limit  # noqa: PLC0415
+    from prefect_flux_kontext.credentials import resolve_credentials
+    from prefect_flux_kontext.orchestration.events import required_api_url
+    from prefect_flux_kontext.orchestration.partitions.leases import create_limit
 
     required_api_url()
 

@@ -7,11 +7,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.batch.options import RowOptions
     from prefect_flux_kontext.batch.planning import Plan
-    from prefect_flux_kontext.manifest.reading import Manifest
-    from prefect_flux_kontext.manifest.rows import RefusedRow
-    from prefect_flux_kontext.storage import OutputFolder
+    from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.manifest.row import RefusedRow
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 SOME_ROWS_INVALID = 1
 
@@ -77,7 +77,7 @@ def add_style_argument(parser: argparse.ArgumentParser) -> None:
 
 def manifest_of(options: argparse.Namespace) -> Manifest:
     """The manifest that the arguments say."""
-    from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
+    from prefect_flux_kontext.manifest.reader import Manifest
 
     return Manifest(
         options.manifest,
@@ -143,9 +143,9 @@ async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOption
         ManifestError: The manifest cannot be read to its end, or has no rows.
         LedgerError: The ledger cannot be read or is damaged.
     """
-    from prefect_flux_kontext.batch.planning import make_plan  # noqa: PLC0415
-    from prefect_flux_kontext.batch.session import ledger_store  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.batch.planning import make_plan
+    from prefect_flux_kontext.ledger.store import ledger_store
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     def tell(row: RefusedRow) -> None:
         print(f"  line {row.line}, {row.id!r:.80}: {row.reason}")
@@ -165,9 +165,9 @@ async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOption
 
 
 async def _plan(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
-    from prefect_flux_kontext.references.resolving import references_of  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.references.resolver import references_of
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
     decided = RowOptions(

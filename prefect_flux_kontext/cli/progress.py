@@ -19,7 +19,7 @@ from rich.progress import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from prefect_flux_kontext.batch.rows import RowRunner
+    from prefect_flux_kontext.batch.row import RowRunner
 
 _LINE_EVERY = 10.0
 _BAR_EVERY = 0.2

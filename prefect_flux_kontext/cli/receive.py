@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.cli.outputs import opened_output
+from prefect_flux_kontext.cli.outputs import open_cli_output
 
 if TYPE_CHECKING:
     import argparse
@@ -52,13 +52,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _receive(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.batch.session import LEDGER_FOLDER  # noqa: PLC0415
-    from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox  # noqa: PLC0415
-    from prefect_flux_kontext.callbacks.receiver import create_receiver  # noqa: PLC0415
-    from prefect_flux_kontext.callbacks.server import serve  # noqa: PLC0415
-    from prefect_flux_kontext.errors import ConfigurationError  # noqa: PLC0415
-    from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
+    from prefect_flux_kontext.callbacks.receiver import (
+        create_receiver,
+        serve,
+    )
+    from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.ledger.store import (
+        LEDGER_FOLDER,
+        RecordStore,
+    )
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     if options.inbox is None:
         folder = options.output.below(f"{LEDGER_FOLDER}/{INBOX_FOLDER}")
@@ -67,13 +71,13 @@ def _receive(options: argparse.Namespace) -> int:
             "--resume looks into the ledger of one output: name OUTPUT in place of --inbox."
         )
     else:
-        folder = opened_output(options.inbox)
+        folder = open_cli_output(options.inbox)
     asyncio.run(folder.check_writable())
     inbox = Inbox(RecordStore(folder))
     receiver = create_receiver(inbox, FluxKontextSettings().callback_secret)
     beside = None
     if options.resume:
-        from prefect_flux_kontext.receiving import resuming  # noqa: PLC0415 - loads Prefect
+        from prefect_flux_kontext.orchestration.receiver import resuming  # loads Prefect
 
         beside = resuming(options.output, inbox)
 

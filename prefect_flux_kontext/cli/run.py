@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncIterator, Coroutine
 
-    from prefect_flux_kontext.batch.options import RowOptions
+    from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
-    from prefect_flux_kontext.manifest.reading import Manifest
-    from prefect_flux_kontext.storage import OutputFolder
+    from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 SOME_ROWS_FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -83,8 +83,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
-    from prefect_flux_kontext.report.gallery.making import GALLERY  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.report.gallery.builder import GALLERY
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     try:
         summary = asyncio.run(batch)
@@ -114,8 +114,8 @@ async def _dry(options: argparse.Namespace) -> int:
 
 
 async def _retry(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.batch import failed_rows  # noqa: PLC0415
-    from prefect_flux_kontext.manifest.reading import Manifest  # noqa: PLC0415
+    from prefect_flux_kontext.batch.runner import failed_rows
+    from prefect_flux_kontext.manifest.reader import Manifest
 
     manifest = Manifest(await failed_rows(options.output), options.prompt, styles=options.styles)
     # A row that was skipped as invalid stands there too, and must not stop the others.
@@ -126,8 +126,8 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
 async def _batch(
     manifest: Manifest, output: OutputFolder, options: argparse.Namespace
 ) -> BatchSummary:
-    from prefect_flux_kontext.batch.batch import run_batch  # noqa: PLC0415
-    from prefect_flux_kontext.cli.progress import shown  # noqa: PLC0415
+    from prefect_flux_kontext.batch.runner import run_batch
+    from prefect_flux_kontext.cli.progress import shown
 
     decided = _row_options(options)
     # Else a wrong output would show as a ledger that cannot be read.
@@ -145,12 +145,12 @@ async def _batch(
 
 
 async def _collect(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.batch import collect  # noqa: PLC0415
+    from prefect_flux_kontext.batch.collection import collect
 
     decided = _row_options(options)
     if options.resume:
-        from prefect_flux_kontext.events import required_api_url  # noqa: PLC0415
-        from prefect_flux_kontext.suspending import resume_suspended  # noqa: PLC0415
+        from prefect_flux_kontext.orchestration.events import required_api_url
+        from prefect_flux_kontext.orchestration.suspension import resume_suspended
 
         required_api_url()
     async with _session(options.output, decided, listens=False) as (session, slots):
@@ -162,9 +162,9 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
 
 def _row_options(options: argparse.Namespace) -> RowOptions:
-    from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
-    from prefect_flux_kontext.references.resolving import references_of  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.references.resolver import references_of
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
     return RowOptions(
@@ -189,10 +189,10 @@ async def _session(
     callback_url: str | None = None,
     listens: bool = True,
 ) -> AsyncIterator[tuple[Session, int]]:
-    from prefect_flux_kontext.api.client import FluxKontextClient  # noqa: PLC0415
-    from prefect_flux_kontext.batch.session import batch_session  # noqa: PLC0415
-    from prefect_flux_kontext.callbacks.options import callback_options  # noqa: PLC0415
-    from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+    from prefect_flux_kontext.batch.session import batch_session
+    from prefect_flux_kontext.callbacks.options import callback_options
+    from prefect_flux_kontext.client.client import FluxKontextClient
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
     callbacks = callback_options(settings, url=callback_url, listens=listens)

@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
         0 after a clean stop, 2 when it could not start.
     """
     # Slow to import.
-    from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, load_plan  # noqa: PLC0415
-    from prefect_flux_kontext.sandbox.faults.registry import described  # noqa: PLC0415
-    from prefect_flux_kontext.sandbox.server import serve  # noqa: PLC0415
+    from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, load_plan
+    from prefect_flux_kontext.sandbox.faults.registry import described
+    from prefect_flux_kontext.sandbox.server import serve
 
     if "help" in args.fault:
         print(described())

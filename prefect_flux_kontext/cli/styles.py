@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _styles(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.styles.reading import (  # noqa: PLC0415
+    from prefect_flux_kontext.styles.styles import (
         builtin_styles,
         read_styles,
     )

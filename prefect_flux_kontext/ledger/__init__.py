@@ -1,1 +1,1 @@
-"""What was paid for and what came of it, beside the output, outliving every process."""
+"""The durable record of what was paid for, stored beside the output."""

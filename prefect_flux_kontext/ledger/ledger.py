@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.keys import url_identity
-from prefect_flux_kontext.ledger.owners import is_alive
-from prefect_flux_kontext.ledger.records import Ended, Entry, Intent, Posted, Times
-from prefect_flux_kontext.ledger.states import MOVES, State
+from prefect_flux_kontext.ledger.heartbeat import is_alive
+from prefect_flux_kontext.ledger.records import MOVES, Ended, Entry, Intent, Posted, State, Times
+from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.store import RecordStore
-    from prefect_flux_kontext.manifest.rows import Row
+    from prefect_flux_kontext.manifest.row import Row
     from prefect_flux_kontext.models import GenerationRequest, StoredImage
 
 R = TypeVar("R", bound=BaseModel)
@@ -29,7 +28,7 @@ _LONGEST_SILENCE = 180.0
 its outcome some. Two runs that lost a reply each would else wait for one another's end."""
 
 
-class RowTakenError(Exception):
+class RowAlreadyClaimedError(Exception):
     """Another run was first to claim the attempt; read the row again."""
 
 
@@ -116,7 +115,7 @@ class Ledger:
         )
         claimed = entry.next_attempt(intent)
         if not await self._create(claimed, "intent", intent):
-            raise RowTakenError(entry.key)
+            raise RowAlreadyClaimedError(entry.key)
         return claimed
 
     async def accepted(self, entry: Entry, task_id: str, *, by: str | None = None) -> Entry:

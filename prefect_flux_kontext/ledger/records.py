@@ -1,18 +1,52 @@
-"""The records of a row, and the row's state put together from them.
-
-An attempt to pay for a row leaves up to three records, each created once and never changed:
-`intent` before the POST, `posted` after its reply, `ended` when nothing more is to come.
-"""
+"""The states of a row and the moves between them."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefect_flux_kontext.ledger.states import PAID, State
 from prefect_flux_kontext.models import GenerationRequest, GenerationTask, StoredImage, utc_now
+
+
+class State(StrEnum):
+    """How far a row has come.
+
+    `unknown` is a row whose submit may have been accepted without our learning of it: it is
+    never sent again by itself.
+    """
+
+    PLANNED = "planned"
+    INTENT = "intent"
+    ACCEPTED = "accepted"
+    UNKNOWN = "unknown"
+    REJECTED = "rejected"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STORED = "stored"
+
+
+MOVES: dict[State, frozenset[State]] = {
+    State.PLANNED: frozenset({State.INTENT}),
+    State.INTENT: frozenset({State.ACCEPTED, State.REJECTED, State.UNKNOWN}),
+    # A person, or a callback that names the row, settles it.
+    State.UNKNOWN: frozenset({State.ACCEPTED, State.REJECTED}),
+    State.ACCEPTED: frozenset({State.SUCCEEDED, State.FAILED}),
+    State.SUCCEEDED: frozenset({State.STORED}),
+    # The next attempt, under the next number.
+    State.REJECTED: frozenset({State.INTENT}),
+    State.FAILED: frozenset({State.INTENT}),
+    State.STORED: frozenset(),
+}
+"""The legal moves; every other is a mistake in this package."""
+
+PAID_STATES = frozenset({State.ACCEPTED, State.SUCCEEDED, State.FAILED, State.STORED})
+"""States of an attempt that the service bills."""
+
+OUTSTANDING_STATES = frozenset({State.INTENT, State.UNKNOWN, State.ACCEPTED, State.SUCCEEDED})
+"""States in which something paid, or maybe paid, is still to come."""
 
 GIVEN_UP = "resubmitted"
 """The reason of an attempt that a person has paid for again without knowing what came of it."""
@@ -114,7 +148,7 @@ class Entry(BaseModel):
     @property
     def spent(self) -> float:
         """Dollars of all attempts that were accepted."""
-        paid = self.intent is not None and self.state in PAID
+        paid = self.intent is not None and self.state in PAID_STATES
         return self.spent_before + (self.intent.price if paid and self.intent else 0.0)
 
     @property

@@ -11,11 +11,11 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from prefect_flux_kontext.api.backoff import jittered
-from prefect_flux_kontext.atomic import create_file, replace_file
+from prefect_flux_kontext.client.retry import jittered
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.storage import OutputFolder
-from prefect_flux_kontext.store_trouble import may_pass, told
+from prefect_flux_kontext.storage.atomic import create_file, replace_file
+from prefect_flux_kontext.storage.errors import is_transient, told
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,7 +142,7 @@ class RecordStore:
             except passes:
                 raise
             except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-                again = attempt < _ATTEMPTS or may_pass(error, attempt, loop.time() - began)
+                again = attempt < _ATTEMPTS or is_transient(error, attempt, loop.time() - began)
                 problem = told(error, self._options)
             if not again:
                 raise LedgerError(
@@ -150,3 +150,11 @@ class RecordStore:
                     f"attempts: {problem}"
                 )
             await asyncio.sleep(jittered(attempt, base=0.5))
+
+
+LEDGER_FOLDER = "_ledger"
+
+
+def ledger_store(output: OutputFolder) -> RecordStore:
+    """Where the ledger of an output is: beside the images."""
+    return RecordStore(output.below(LEDGER_FOLDER))

@@ -1,1 +1,1 @@
-"""What is to be done."""
+"""Reading manifests: formats, columns, rows and output paths."""

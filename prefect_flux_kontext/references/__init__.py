@@ -1,1 +1,1 @@
-"""Reference images: what they are, whether the service would take them, how it gets them."""
+"""Reference images: where they are, whether they are valid, how the service gets them."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from prefect_flux_kontext.errors import FluxKontextError, ReferenceImageError
-from prefect_flux_kontext.references.checks import LARGEST_TO_FIT, check_size
-from prefect_flux_kontext.references.kinds import Kind, kind_of, opened
+from prefect_flux_kontext.references.location import Kind, kind_of, opened
+from prefect_flux_kontext.references.validation import LARGEST_TO_FIT, check_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,7 +81,7 @@ def _info_of_file(fs: Any, path: str) -> dict[str, Any]:
 
 
 @contextmanager
-def told_of(reference: str) -> Iterator[None]:
+def describe_reference(reference: str) -> Iterator[None]:
     """Turn whatever a filesystem or a check raises into an error that names the reference.
 
     Raises:
@@ -97,3 +103,39 @@ def told_of(reference: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
         told = f"{type(error).__name__}: {error}".rstrip(": ")
         raise ReferenceImageError(f"{name} cannot be read: {told:.200}") from None
+
+
+# What signs a URL says who may read it and for how long, not what is there. The plain names are
+# anybody's, and may well say what is there, unless the signature that they belong to is there too.
+_ALWAYS = re.compile(r"x-(amz|goog)-.*")  # AWS and Google Cloud
+
+
+_BESIDE = {
+    # AWS, Google Cloud and CloudFront
+    "signature": re.compile(
+        r"signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|hash-algorithm"
+    ),
+    # Azure shared access signatures
+    "sig": re.compile(r"sig|se|sp|sv|sr|ss|st|sip|spr|srt|sdd|skoid|sktid|skt|ske|sks|skv"),
+}
+
+
+def url_identity(url: str) -> str:
+    """A URL without its signature, password and fragment: it gives nobody access.
+
+    What is not on the web stays as it is: there, neither `#` nor `?` nor `@` has that meaning.
+    """
+    if not url.lower().startswith(("http:", "https:")):
+        return url
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
+    names = {name.lower() for name, _ in query}
+    signs = [_ALWAYS, *(beside for name, beside in _BESIDE.items() if name in names)]
+    kept = [
+        (name, value)
+        for name, value in query
+        if not any(sign.fullmatch(name.lower()) for sign in signs)
+    ]
+    host = parts.netloc.rpartition("@")[2]
+    told = urlencode(kept, errors="surrogateescape")
+    return urlunsplit((parts.scheme, host, parts.path, told, ""))

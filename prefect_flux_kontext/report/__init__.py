@@ -1,1 +1,1 @@
-"""What was done, for people to look at."""
+"""What a run leaves for people: results, statistics, thumbnails, gallery."""

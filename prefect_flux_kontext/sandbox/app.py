@@ -17,11 +17,14 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from prefect_flux_kontext.sandbox.callbacks import Courier
+from prefect_flux_kontext.sandbox.callbacks import CallbackSender
 from prefect_flux_kontext.sandbox.contract import MODEL, Refusal, failure, success
-from prefect_flux_kontext.sandbox.faults.endpoint import faults_endpoint
+from prefect_flux_kontext.sandbox.faults.injector import (
+    ActiveFaults,
+    FaultMiddleware,
+    faults_endpoint,
+)
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
-from prefect_flux_kontext.sandbox.faults.weather import Weather, Weathered
 from prefect_flux_kontext.sandbox.lifecycle import Lifecycle
 from prefect_flux_kontext.sandbox.references import BadReferenceError, References
 from prefect_flux_kontext.sandbox.service import Service
@@ -56,7 +59,7 @@ class Sandbox:
 
     def __init__(self, settings: SandboxSettings, plan: FaultPlan | None = None) -> None:
         self.settings = settings
-        self.weather = Weather(plan or FaultPlan())
+        self.weather = ActiveFaults(plan or FaultPlan())
         self.app = Starlette(
             # The two that matter for speed come first.
             routes=[
@@ -71,7 +74,7 @@ class Sandbox:
                 Route("/sandbox/reset", self._reset, methods=["POST"]),
                 faults_endpoint(self.weather),
             ],
-            middleware=[Middleware(Weathered, self.weather)],
+            middleware=[Middleware(FaultMiddleware, self.weather)],
             exception_handlers={
                 Refusal: _refused,
                 HTTPException: _unserved,
@@ -83,7 +86,7 @@ class Sandbox:
         self.service = Service(settings)
         self._references = References(own, settings.fetch_timeout)
         self._studio = Studio(self._references, settings.long_edge)
-        courier = Courier(settings.callback_timeout, settings.callback_delay_scale)
+        courier = CallbackSender(settings.callback_timeout, settings.callback_delay_scale)
         self._lifecycle = Lifecycle(self.service, self._references, courier, self.weather)
 
     @asynccontextmanager

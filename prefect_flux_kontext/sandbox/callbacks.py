@@ -19,7 +19,7 @@ REDELIVERY_DELAYS = (5.0, 15.0, 60.0)
 _CONNECTIONS = 1_000
 
 
-class Courier:
+class CallbackSender:
     """Takes envelopes to callback URLs.
 
     Args:

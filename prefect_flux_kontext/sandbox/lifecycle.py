@@ -9,8 +9,8 @@ from prefect_flux_kontext.sandbox.contract import success
 from prefect_flux_kontext.sandbox.faults.callbacks import deliver
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.sandbox.callbacks import Courier
-    from prefect_flux_kontext.sandbox.faults.weather import Weather
+    from prefect_flux_kontext.sandbox.callbacks import CallbackSender
+    from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
     from prefect_flux_kontext.sandbox.references import References
     from prefect_flux_kontext.sandbox.service import Service
     from prefect_flux_kontext.sandbox.tasks import Task
@@ -25,7 +25,11 @@ class Lifecycle:
     """
 
     def __init__(
-        self, service: Service, references: References, courier: Courier, weather: Weather
+        self,
+        service: Service,
+        references: References,
+        courier: CallbackSender,
+        weather: ActiveFaults,
     ) -> None:
         self._service = service
         self._references = references

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.types import Receive, Scope, Send
 
+    from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
     from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
-    from prefect_flux_kontext.sandbox.faults.weather import Weather
     from prefect_flux_kontext.sandbox.service import Service
 
 _BACKLOG = 4_096
@@ -50,7 +50,7 @@ class RunningSandbox:
     url: str
     settings: SandboxSettings
     service: Service
-    weather: Weather
+    weather: ActiveFaults
 
 
 def serve(

@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.sandbox.cache import SharedCache
+from prefect_flux_kontext.sandbox.references import SharedCache
 from prefect_flux_kontext.sandbox.restyle import paint, style_of
 
 if TYPE_CHECKING:

@@ -1,18 +1,39 @@
-"""One accepted task: its dice, its state at a moment and how it looks on the wire."""
+"""How long a generation takes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Mapping
 
     from prefect_flux_kontext.sandbox.contract import GenerationInput, JsonObject, Submission
+
+
+class LatencyModel:
+    """A lognormal curve: never negative, with the long tail that generation services show.
+
+    Args:
+        mean: Mean in seconds; 0 makes every task ready at once.
+        spread: Coefficient of variation: standard deviation divided by the mean.
+    """
+
+    def __init__(self, mean: float, spread: float) -> None:
+        variance = math.log1p(spread**2)
+        self._sigma = math.sqrt(variance)
+        self._mu = math.log(mean) - variance / 2 if mean else -math.inf
+
+    def draw(self, dice: random.Random) -> float:
+        """Seconds for one task, thrown with its own dice."""
+        return dice.lognormvariate(self._mu, self._sigma)
+
 
 State = Literal["pending", "processing", "success", "failed"]
 

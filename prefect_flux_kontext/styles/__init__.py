@@ -1,1 +1,1 @@
-"""Named ways to restyle an image, and the templates that their prompts are."""
+"""Named styles and their prompt templates."""

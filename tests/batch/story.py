@@ -1,9 +1,9 @@
 """What a person does with a batch, played on virtual time, and the look at the money after it."""
 
-from prefect_flux_kontext.batch.session import ledger_store
-from prefect_flux_kontext.batch.status import ledger_status
+from prefect_flux_kontext.batch.collection import ledger_status
+from prefect_flux_kontext.ledger.store import ledger_store
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.chaos.simulation import checked, simulate
 
 LINES = [(f"r{n}", f"row number {n}") for n in range(10)]

@@ -5,12 +5,12 @@ import hashlib
 import httpx
 import pytest
 
-from prefect_flux_kontext.batch.session import ledger_store
-from prefect_flux_kontext.ledger.checkpoints import finished_rows
-from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.waves import finished_rows
+from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.support.batches import KEY, run
 
 pytestmark = pytest.mark.anyio

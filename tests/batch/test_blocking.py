@@ -9,7 +9,7 @@ import pytest
 from blockbuster import BlockBuster, BlockingError
 
 import prefect_flux_kontext
-from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.support.batches import run

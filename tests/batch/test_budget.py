@@ -5,15 +5,15 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.batch.budget import Budget, open_budget
-from prefect_flux_kontext.batch.options import RowOptions
+from prefect_flux_kontext.batch.policy import RowOptions
 from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError, FluxKontextError
-from prefect_flux_kontext.ledger.checkpoints import OpenWave, open_wave
+from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.owners import living_owner
 from prefect_flux_kontext.ledger.records import GIVEN_UP
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.support.batches import KEY, QUICK, run
@@ -82,11 +82,11 @@ async def test_rows_that_may_be_paid_for_count(tmp_path):
 async def test_two_runs_with_a_budget_never_pay_into_one_output_at_once(tmp_path):
     store = RecordStore(str(tmp_path))
     options = RowOptions(cadence=QUICK, budget_usd=1.0)
-    async with living_owner(store) as one, living_owner(store) as two:
+    async with keep_heartbeat(store) as one, keep_heartbeat(store) as two:
         for owner in (one, two):
             with pytest.raises(ConfigurationError, match="Another run is paying"):
                 await open_budget(store, owner, options)
-    async with living_owner(store) as alone:
+    async with keep_heartbeat(store) as alone:
         await open_budget(store, alone, options)
 
 

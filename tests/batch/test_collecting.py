@@ -13,7 +13,7 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.batch.story import LINES, SLOW, everything_kept, live, on
 from tests.chaos.checker import read_all
 from tests.chaos.simulation import in_process, manifest
@@ -126,15 +126,15 @@ def test_an_output_that_refuses_an_old_result_does_not_make_it_expired(monkeypat
         posted = json.loads(files[name])
         posted["at"] = (utc_now() - timedelta(days=20)).isoformat()
         await RecordStore(world.url).replace(name, json.dumps(posted).encode())
-        write = OutputFolder.write_apart
+        write = OutputFolder.write_unique
 
         async def refused(_self, _names, _data):
             raise StorageError("no room")
 
-        monkeypatch.setattr(OutputFolder, "write_apart", refused)
+        monkeypatch.setattr(OutputFolder, "write_unique", refused)
         summary = await in_process(world, None, [], only_collect=True)
         assert summary.outstanding == 1
-        monkeypatch.setattr(OutputFolder, "write_apart", write)
+        monkeypatch.setattr(OutputFolder, "write_unique", write)
         assert (await in_process(world, None, [], only_collect=True)).stored == 1
 
     live(main, settings=SLOW)

@@ -2,11 +2,10 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.deferral import LEFT
-from prefect_flux_kontext.batch.session import ledger_store
-from prefect_flux_kontext.batch.status import ledger_status
+from prefect_flux_kontext.batch.collection import LEFT, ledger_status
+from prefect_flux_kontext.ledger.store import ledger_store
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.chaos.simulation import checked, in_process, manifest, simulate
 
 LINES = [(f"r{n}", f"row number {n}") for n in range(30)]

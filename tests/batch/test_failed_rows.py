@@ -6,12 +6,12 @@ import io
 
 import pytest
 
-from prefect_flux_kontext.batch.batch import FAILED_ROWS
 from prefect_flux_kontext.batch.policy import FailurePolicy
+from prefect_flux_kontext.batch.runner import FAILED_ROWS
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
 )
-from prefect_flux_kontext.manifest.rows import RefusedRow, make_row
+from prefect_flux_kontext.manifest.row import RefusedRow, make_row
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.batch.story import LINES, everything_kept, live, on
 from tests.chaos.checker import ids_in, read_all

@@ -2,11 +2,11 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.status import ledger_status
+from prefect_flux_kontext.batch.collection import ledger_status
 from prefect_flux_kontext.errors import (
     LedgerError,
 )
-from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import RecordStore
 from tests.batch.story import LINES, SLOW, everything_kept, live, on, store_of
 from tests.chaos.checker import read_all

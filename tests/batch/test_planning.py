@@ -4,20 +4,19 @@ import asyncio
 
 import pytest
 
-from prefect_flux_kontext.batch.session import ledger_store
-from prefect_flux_kontext.batch.standing import Standing
+from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.errors import FluxKontextError, ManifestError
-from prefect_flux_kontext.ledger.checkpoints import OpenWave, open_wave
+from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.owners import living_owner
-from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.ledger.store import RecordStore, ledger_store
+from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.support.batches import KEY, run
-from tests.support.plans import PRICES, plan_of
+from tests.support.plans import PRICES, build_plan
 
 
 def manifest(*prompts, mode="pro"):
@@ -25,7 +24,7 @@ def manifest(*prompts, mode="pro"):
 
 
 def test_equal_rows_are_paid_once_and_priced_by_mode():
-    plan = plan_of(
+    plan = build_plan(
         Manifest(
             [
                 {"prompt": "a"},
@@ -43,15 +42,15 @@ def test_equal_rows_are_paid_once_and_priced_by_mode():
 
 
 def test_the_time_is_that_of_the_accounts_limits():
-    plan = plan_of(manifest(*map(str, range(1_000))))
+    plan = build_plan(manifest(*map(str, range(1_000))))
     # 1,000 tasks of 30 s are 33.3 a second; at six requests each, 10,000 a minute are 27.8.
     assert plan.seconds == pytest.approx(1_000 / (10_000 / 60 / 6) + 30)
-    assert plan_of(Manifest([{"id": "x", "prompt": "y"}])).seconds == pytest.approx(30, abs=1)
+    assert build_plan(Manifest([{"id": "x", "prompt": "y"}])).seconds == pytest.approx(30, abs=1)
 
 
 def test_every_refused_row_is_told_as_it_is_found():
     told = []
-    plan = plan_of(manifest("x", "", "y", ""), tell=told.append)
+    plan = build_plan(manifest("x", "", "y", ""), tell=told.append)
     assert [row.line for row in told] == [row.line for row in plan.problems] == [2, 4]
     with pytest.raises(ManifestError, match=r"2 of 4 rows .*line 2: .*; line 4: "):
         plan.check(skip_invalid=False)
@@ -60,14 +59,14 @@ def test_every_refused_row_is_told_as_it_is_found():
 
 def test_a_long_list_of_refused_rows_is_told_in_part_and_counted():
     with pytest.raises(ManifestError, match=r"and 10 more\. Mend them\.$"):
-        plan_of(manifest(*[""] * 30)).check(skip_invalid=True)
+        build_plan(manifest(*[""] * 30)).check(skip_invalid=True)
 
 
 def test_the_digest_names_what_is_to_be_paid_and_at_what_price():
-    digest = plan_of(manifest("a", "b")).digest
-    assert plan_of(manifest("a", "b")).digest == digest
+    digest = build_plan(manifest("a", "b")).digest
+    assert build_plan(manifest("a", "b")).digest == digest
     for other in (manifest("a"), manifest("a", "c"), manifest("a", "b", mode="max")):
-        assert plan_of(other).digest != digest
+        assert build_plan(other).digest != digest
 
 
 def test_a_finished_batch_has_nothing_to_pay_and_failures_are_left_unless_retried(tmp_path):
@@ -75,12 +74,12 @@ def test_a_finished_batch_has_nothing_to_pay_and_failures_are_left_unless_retrie
     with running_sandbox(SandboxSettings(mean=0.05, long_edge=16, api_key=KEY)) as sandbox:
         asyncio.run(run(sandbox, rows, tmp_path))
     store = ledger_store(OutputFolder(str(tmp_path)))
-    plan = plan_of(manifest("a", "b", "nsfw", "new"), store, budget_usd=0.10)
-    assert plan.standings == {Standing.STORED: 2, Standing.LEFT: 1, Standing.PAY: 1}
+    plan = build_plan(manifest("a", "b", "nsfw", "new"), store, budget_usd=0.10)
+    assert plan.standings == {PlannedAction.STORED: 2, PlannedAction.LEFT: 1, PlannedAction.PAY: 1}
     assert plan.spent == pytest.approx(0.09)
     assert "$0.10  budget for all runs: it ends before the rows do" in str(plan)
     # Against the content rules, so not even when it is asked for.
-    assert plan_of(rows, store, retry_failed=True).to_pay == 0
+    assert build_plan(rows, store, retry_failed=True).to_pay == 0
     summary = plan.summary("out")
     assert (summary.rows, summary.stored, summary.failed, summary.not_submitted) == (4, 2, 1, 1)
 
@@ -90,7 +89,7 @@ def test_rows_of_unfinished_waves_stand_where_their_records_say(tmp_path):
     prompts = ("dead", "living", "accepted", "rejected", "new")
 
     async def records():
-        async with living_owner(store) as owner:
+        async with keep_heartbeat(store) as owner:
             ledgers = {
                 name: Ledger(store, owner if name == "living" else "gone", PRICES)
                 for name in prompts
@@ -107,18 +106,22 @@ def test_rows_of_unfinished_waves_stand_where_their_records_say(tmp_path):
                     await ledgers[name].rejected(entry, FluxKontextError("no", code=400))
             await open_wave(store, OpenWave(name="w-1", owner="gone", keys=keys))
             return await asyncio.gather(
-                asyncio.to_thread(plan_of, manifest(*prompts), store),
-                asyncio.to_thread(plan_of, manifest(*prompts), store, resubmit_unknown=True),
+                asyncio.to_thread(build_plan, manifest(*prompts), store),
+                asyncio.to_thread(build_plan, manifest(*prompts), store, resubmit_unknown=True),
             )
 
     plan, resubmitting = asyncio.run(records())
-    assert plan.standings == {Standing.UNKNOWN: 1, Standing.OWED: 2, Standing.PAY: 2}
+    assert plan.standings == {
+        PlannedAction.UNKNOWN: 1,
+        PlannedAction.OUTSTANDING_STATES: 2,
+        PlannedAction.PAY: 2,
+    }
     assert plan.spent == pytest.approx(0.09)
-    assert resubmitting.standings == {Standing.OWED: 2, Standing.PAY: 3}
+    assert resubmitting.standings == {PlannedAction.OUTSTANDING_STATES: 2, PlannedAction.PAY: 3}
 
 
 def test_what_a_person_was_not_asked_for_is_capped():
-    plan = plan_of(manifest("a", "b"), budget_usd=5.0)
+    plan = build_plan(manifest("a", "b"), budget_usd=5.0)
     options = plan_options(budget_usd=5.0)
     assert plan.capped(options, 0.01).budget_usd == pytest.approx(0.06)
     assert plan.capped(options, 1.0).budget_usd == pytest.approx(1.0)
@@ -127,7 +130,7 @@ def test_what_a_person_was_not_asked_for_is_capped():
 
 
 def plan_options(**how):
-    from prefect_flux_kontext.batch.options import RowOptions  # noqa: PLC0415
+    from prefect_flux_kontext.batch.policy import RowOptions  # noqa: PLC0415
     from tests.support.batches import QUICK  # noqa: PLC0415
 
     return RowOptions(cadence=QUICK, **how)

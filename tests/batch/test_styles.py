@@ -3,8 +3,8 @@
 import csv
 import io
 
-from prefect_flux_kontext.batch.batch import FAILED_ROWS
-from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.batch.runner import FAILED_ROWS
+from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.checker import read_all
 from tests.chaos.simulation import in_process, simulate

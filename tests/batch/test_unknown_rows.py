@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from prefect_flux_kontext.batch.status import ledger_status
+from prefect_flux_kontext.batch.collection import ledger_status
 from prefect_flux_kontext.errors import (
     FluxKontextError,
     LedgerError,
 )
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.states import State
+from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import RecordStore
 from tests.batch.story import LINES, everything_kept, live, on, store_of
 from tests.chaos.simulation import checked, in_process, manifest

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefect_flux_kontext.batch.deferral import Deferral
+from prefect_flux_kontext.batch.collection import Deferral
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import WAVE_ROWS, run_waves
 from prefect_flux_kontext.errors import LedgerError

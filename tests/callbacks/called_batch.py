@@ -11,20 +11,21 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.api.client import FluxKontextClient
-from prefect_flux_kontext.api.governor import Governor
 from prefect_flux_kontext.batch import session as session_module
-from prefect_flux_kontext.batch.batch import collect, run_batch
-from prefect_flux_kontext.batch.options import RowOptions
+from prefect_flux_kontext.batch.collection import collect
+from prefect_flux_kontext.batch.policy import RowOptions
+from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.receiver import create_receiver
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.client.client import FluxKontextClient
+from prefect_flux_kontext.client.limits.account import AccountLimiter
+from prefect_flux_kontext.client.polling import PollingCadence
+from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.sandbox.app import Sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 KEY = "canary-7f3a9c51e2d84b06"
 SECRET = "a-secret-of-the-tests-0123456789"
@@ -94,7 +95,7 @@ class CalledBatch:
 
     async def run(self, rows=20, *, only_collect=False, url=PUBLIC, resubmit=False, **decided):
         """One run of the batch, as a process would make it."""
-        governor = Governor(requests_per_minute=60_000, concurrent_tasks=self.slots)
+        governor = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=self.slots)
         client = FluxKontextClient(
             KEY, base_url="http://sandbox.test", transport=self, governor=governor
         )

@@ -2,9 +2,8 @@ import asyncio
 
 import pytest
 
-from prefect_flux_kontext.callbacks.hints import Hints
 from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-from prefect_flux_kontext.callbacks.watching import Watcher
+from prefect_flux_kontext.callbacks.session import CallbackNotifications, Watcher
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 from tests.support.s3 import s3_server
@@ -75,7 +74,7 @@ async def test_a_damaged_file_is_told_once_and_the_others_count(tmp_path, caplog
     inbox = Inbox(RecordStore(str(tmp_path)))
     await inbox.keep(callback(1))
     (tmp_path / OWNER / "0.jsonl").write_bytes(b"{")
-    hints = Hints()
+    hints = CallbackNotifications()
     hints.expect(callback(1).attempt)
     watching = asyncio.create_task(Watcher(inbox, hints, OWNER).watch())
     await asyncio.sleep(10)
@@ -87,7 +86,7 @@ async def test_a_damaged_file_is_told_once_and_the_others_count(tmp_path, caplog
 @pytest.mark.virtual_time
 async def test_files_go_when_all_their_rows_have_ended(tmp_path):
     inbox = Inbox(RecordStore(str(tmp_path)))
-    hints = Hints()
+    hints = CallbackNotifications()
     for number in (1, 2):
         hints.expect(callback(number).attempt)
     await asyncio.gather(*(inbox.keep(callback(number)) for number in (1, 1, 2, 3)))

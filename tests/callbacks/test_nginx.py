@@ -13,17 +13,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_flux_kontext.api.client import FluxKontextClient
-from prefect_flux_kontext.batch.batch import run_batch
-from prefect_flux_kontext.batch.options import RowOptions
+from prefect_flux_kontext.batch.policy import RowOptions
+from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.batch.session import batch_session
 from prefect_flux_kontext.callbacks.options import CallbackOptions
-from prefect_flux_kontext.callbacks.receiver import create_receiver
-from prefect_flux_kontext.callbacks.server import served
+from prefect_flux_kontext.callbacks.receiver import create_receiver, served
+from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.callbacks.called_batch import manifest
 from tests.callbacks.test_server import SECRET, envelope, kept_in, token
 from tests.support.batches import KEY, QUICK

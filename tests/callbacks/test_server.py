@@ -11,22 +11,21 @@ import sys
 import httpx
 import pytest
 
-from prefect_flux_kontext.api.client import FluxKontextClient
-from prefect_flux_kontext.batch.batch import run_batch
-from prefect_flux_kontext.batch.options import RowOptions
+from prefect_flux_kontext.batch.policy import RowOptions
+from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.batch.session import batch_session
-from prefect_flux_kontext.callbacks import server as server_module
+from prefect_flux_kontext.callbacks import receiver as server_module
 from prefect_flux_kontext.callbacks.inbox import Inbox
 from prefect_flux_kontext.callbacks.options import CallbackOptions
-from prefect_flux_kontext.callbacks.receiver import create_receiver
-from prefect_flux_kontext.callbacks.server import served
+from prefect_flux_kontext.callbacks.receiver import create_receiver, served
 from prefect_flux_kontext.callbacks.tokens import Attempt, token_for
+from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.callbacks.called_batch import manifest
 from tests.support.batches import KEY, QUICK
 

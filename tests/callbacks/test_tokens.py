@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.callbacks.tokens import Attempt, checked_secret, named_by, token_for
+from prefect_flux_kontext.callbacks.tokens import Attempt, named_by, token_for, validate_secret
 from prefect_flux_kontext.errors import ConfigurationError
 
 SECRET = b"a-secret-of-the-tests-0123456789"
@@ -46,4 +46,4 @@ def test_a_token_stands_in_a_url_as_it_is():
 @pytest.mark.parametrize("secret", [None, "", "short", " " * 40])
 def test_a_secret_that_can_be_guessed_is_refused_with_what_to_do(secret):
     with pytest.raises(ConfigurationError, match="openssl rand -hex 32"):
-        checked_secret(secret)
+        validate_secret(secret)

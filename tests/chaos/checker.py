@@ -150,7 +150,7 @@ def _check_money(found, ledger, key, tasks):
 def _check_named(found, ledger, key, tasks):
     """What is owed is named in an unfinished wave, what has ended in a wave or a part."""
     last = ledger.attempts[key][-1]
-    part = ledger.in_parts.get(key)
+    part = ledger.run_partitions.get(key)
     if key in ledger.in_markers:
         return
     if last.ended is None and (last.posted is None or last.posted["state"] == "accepted"):

@@ -34,17 +34,17 @@ def _explode(when, number, at):
 
 
 def _place(point):
-    from prefect_flux_kontext.api import client  # noqa: PLC0415
-    from prefect_flux_kontext.guarded import GuardedTransport  # noqa: PLC0415
+    from prefect_flux_kontext.client import client  # noqa: PLC0415
+    from prefect_flux_kontext.images.ssrf import GuardedTransport  # noqa: PLC0415
     from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
-    from prefect_flux_kontext.storage import OutputFolder  # noqa: PLC0415
+    from prefect_flux_kontext.storage.filesystem import OutputFolder  # noqa: PLC0415
 
     return {
         "create": (RecordStore, "create"),
         "replace": (RecordStore, "replace"),
         "remove": (RecordStore, "remove"),
         "read": (RecordStore, "read"),
-        "image": (OutputFolder, "write_apart"),
+        "image": (OutputFolder, "write_unique"),
         "request": (client, "exchange"),
         "download": (GuardedTransport, "handle_async_request"),
     }[point]
@@ -92,10 +92,11 @@ def main(arguments, environment, log, bomb=None, file_limit=None, clock=None):
     import fsspec.config  # noqa: PLC0415
 
     fsspec.config.set_conf_env(fsspec.config.conf)
-    from prefect_flux_kontext import downloads, storage  # noqa: PLC0415
-    from prefect_flux_kontext.api import client  # noqa: PLC0415
     from prefect_flux_kontext.cli import main as command_line  # noqa: PLC0415
+    from prefect_flux_kontext.client import client  # noqa: PLC0415
+    from prefect_flux_kontext.images import download as downloads  # noqa: PLC0415
     from prefect_flux_kontext.ledger import store  # noqa: PLC0415
+    from prefect_flux_kontext.storage import filesystem as storage  # noqa: PLC0415
 
     # Trouble is made often here, so patience is short.
     patient = store.jittered

@@ -41,14 +41,14 @@ class PlainLedger:
     """The ledger's files, as anybody could read them."""
 
     attempts: dict[str, list[Attempt]]
-    in_parts: dict[str, dict]
+    run_partitions: dict[str, dict]
     in_markers: set[str]
     without_intent: list[str]
 
     @classmethod
     def read(cls, files):
         records = defaultdict(dict)
-        in_parts, in_markers = {}, set()
+        run_partitions, in_markers = {}, set()
         for name, data in files.items():
             folder, *rest = name.split("/")
             if folder == "rows":
@@ -56,8 +56,8 @@ class PlainLedger:
                 records[key].setdefault(int(number), {})[step] = json.loads(data)
             elif folder == "waves" and name.endswith(".jsonl"):
                 for line in map(json.loads, data.splitlines()):
-                    if line["attempt"] >= in_parts.get(line["key"], line)["attempt"]:
-                        in_parts[line["key"]] = line
+                    if line["attempt"] >= run_partitions.get(line["key"], line)["attempt"]:
+                        run_partitions[line["key"]] = line
             elif folder == "waves":
                 in_markers.update(json.loads(data)["keys"])
         attempts = {
@@ -71,4 +71,4 @@ class PlainLedger:
             for n in records[key]
             if "intent" not in records[key][n]
         ]
-        return cls(attempts, in_parts, in_markers, without_intent)
+        return cls(attempts, run_partitions, in_markers, without_intent)

@@ -26,9 +26,9 @@ _fork.set_forkserver_preload(
         "tests.chaos.child",
         "s3fs",
         "prefect_flux_kontext.cli.progress",
-        "prefect_flux_kontext.batch.batch",
+        "prefect_flux_kontext.batch.runner",
         "prefect_flux_kontext.settings",
-        "prefect_flux_kontext.manifest.reading",
+        "prefect_flux_kontext.manifest.reader",
     ]
 )
 

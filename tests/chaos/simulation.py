@@ -15,23 +15,23 @@ import types
 import fsspec
 import httpx
 
-from prefect_flux_kontext import atomic
-from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.api.client import FluxKontextClient
-from prefect_flux_kontext.api.governor import Governor
 from prefect_flux_kontext.batch import session as session_module
 from prefect_flux_kontext.batch import waves
-from prefect_flux_kontext.batch.batch import collect, run_batch
-from prefect_flux_kontext.batch.options import RowOptions
-from prefect_flux_kontext.batch.policy import FailurePolicy
+from prefect_flux_kontext.batch.collection import collect
+from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
+from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.client.client import FluxKontextClient
+from prefect_flux_kontext.client.limits.account import AccountLimiter
+from prefect_flux_kontext.client.polling import PollingCadence
+from prefect_flux_kontext.ledger import heartbeat as owners
 from prefect_flux_kontext.ledger import ledger as ledger_module
-from prefect_flux_kontext.ledger import owners
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.sandbox.app import Sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage import atomic
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.chaos.checker import check
 from tests.chaos.world import (
     Faults,
@@ -105,7 +105,7 @@ async def run(
     slots=6,
 ):
     """One run of the batch, in the process of the present context."""
-    governor = Governor(requests_per_minute=60_000, concurrent_tasks=slots)
+    governor = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=slots)
     client = FluxKontextClient(
         CANARY, base_url="http://sandbox.test", transport=Wire(world), governor=governor
     )

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext import errors
-from prefect_flux_kontext.batch import submitting, waves
+from prefect_flux_kontext.batch import submission as submitting
+from prefect_flux_kontext.batch import waves
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger import ledger as ledger_module
 from prefect_flux_kontext.ledger.ledger import Ledger

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.images import inspect_image
+from prefect_flux_kontext.images.decode import inspect_image
 
 COMMAND = Path(sys.executable).parent / "flux-kontext"
 

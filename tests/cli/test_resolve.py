@@ -8,7 +8,7 @@ from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.manifest.row import make_row
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.sandbox.settings import PHOTOS
-from prefect_flux_kontext.styles.reading import builtin_styles
+from prefect_flux_kontext.styles.styles import builtin_styles
 
 PHOTO = next(iter(sorted(path.name for path in PHOTOS.iterdir() if path.suffix == ".jpg")))
 

@@ -18,7 +18,7 @@ from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
 from tests.docs.blocks import ROOT
 from tests.docs.reader import Reader
 from tests.docs.terminal import Terminal
-from tests.prefect_edge.conftest import (
+from tests.orchestration.conftest import (
     leave_sockets_to_prefect,
     prefect_api,  # noqa: F401 - a fixture
 )

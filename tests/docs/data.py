@@ -6,11 +6,11 @@ import yaml
 from prefect.events import DeploymentTriggerTypes
 from pydantic import TypeAdapter
 
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.manifest.rows import RefusedRow
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import RefusedRow
 from prefect_flux_kontext.sandbox.faults.plan import load_plan
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.styles.reading import read_styles
+from prefect_flux_kontext.styles.styles import read_styles
 
 
 def check_manifest(text, ending, folder):

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from prefect_flux_kontext.images import inspect_image
+from prefect_flux_kontext.images.decode import inspect_image
 from tests.examples.playground import COMMANDS, ROOT, playground, until
 
 pytestmark = pytest.mark.timeout(400)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.errors import FluxKontextError, GenerationFailedError, LedgerError
-from prefect_flux_kontext.ledger.ledger import Ledger, RowTakenError
+from prefect_flux_kontext.ledger.ledger import Ledger, RowAlreadyClaimedError
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.manifest.row import make_row
 
 ROW = make_row(2, {"id": "a", "prompt": "a lighthouse"})
 OWNERS = ("one", "two", "three")
@@ -37,7 +37,7 @@ class Story:
 
     async def act(self, owner, step):
         ledger, entry = self.ledgers[owner], self.seen[owner]
-        with contextlib.suppress(LedgerError, RowTakenError):
+        with contextlib.suppress(LedgerError, RowAlreadyClaimedError):
             match step:
                 case "read":
                     entry = await ledger.read(ROW.key)

@@ -6,10 +6,18 @@ import pytest
 
 from prefect_flux_kontext.errors import FluxKontextError, GenerationFailedError, LedgerError
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.records import Ended, Entry, Intent, Posted
-from prefect_flux_kontext.ledger.states import MOVES, OWED, PAID, State
+from prefect_flux_kontext.ledger.records import (
+    MOVES,
+    OUTSTANDING_STATES,
+    PAID_STATES,
+    Ended,
+    Entry,
+    Intent,
+    Posted,
+    State,
+)
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.models import GenerationRequest
 
 LEGAL = {
@@ -42,10 +50,10 @@ def test_every_state_has_its_moves_and_only_stored_has_none():
 
 
 def test_what_may_be_paid_and_what_is_owed_agree_with_the_moves():
-    assert {State.STORED, State.FAILED} == PAID - OWED
-    assert {State.INTENT, State.UNKNOWN} == OWED - PAID
+    assert {State.STORED, State.FAILED} == PAID_STATES - OUTSTANDING_STATES
+    assert {State.INTENT, State.UNKNOWN} == OUTSTANDING_STATES - PAID_STATES
     # A further attempt is paid for only where none is owed.
-    assert not OWED & {state for state in State if State.INTENT in MOVES[state]}
+    assert not OUTSTANDING_STATES & {state for state in State if State.INTENT in MOVES[state]}
 
 
 def entry_in(state):

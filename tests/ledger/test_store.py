@@ -13,7 +13,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger import store as store_module
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.manifest.rows import make_row
+from prefect_flux_kontext.manifest.row import make_row
 
 pytestmark = pytest.mark.anyio
 
@@ -212,7 +212,7 @@ async def test_only_one_of_many_claims_an_attempt(root):
         *(ledger.claim(row, entry) for ledger in ledgers), return_exceptions=True
     )
     won = [claim for claim in claims if not isinstance(claim, Exception)]
-    assert [type(claim).__name__ for claim in claims].count("RowTakenError") == 7
+    assert [type(claim).__name__ for claim in claims].count("RowAlreadyClaimedError") == 7
     assert await ledgers[0].read("k" * 32) == won[0]
 
 

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefect_flux_kontext.errors import FluxKontextError
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.references.resolving import References
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.references.staging import Staging
 from tests.support import pictures
-from tests.support.plans import plan_of
+from tests.support.plans import build_plan
 from tests.support.served_folder import served_folder
 
 URL = "https://pictures.example.com/cat.jpg"
@@ -256,7 +256,7 @@ def message(bad, folder):
         with served_folder(folder) if bad.served else nullcontext() as served:
             url = f"{served}/{bad.name}" if served else manifest_of(bad, folder)
             made = Manifest(url, styles=style_of(bad, folder), names=bad.names)
-            plan_of(made, references=references).check(skip_invalid=False)
+            build_plan(made, references=references).check(skip_invalid=False)
     except FluxKontextError as error:
         return error.message
     return None

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.manifest.rows import RefusedRow, Row
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
 
 URL = "http://references.test/cat.jpg"
 HEADER = ("id", "prompt", "mode", "sku")

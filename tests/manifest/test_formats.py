@@ -16,10 +16,11 @@ import pytest
 import zstandard
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest import opening, reading
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.manifest.rows import RefusedRow, Row
-from tests.support.plans import plan_of
+from prefect_flux_kontext.manifest import formats as opening
+from prefect_flux_kontext.manifest import reader as reading
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from tests.support.plans import build_plan
 
 URL = "http://references.test/cat.jpg"
 ROWS = [
@@ -73,7 +74,7 @@ def refused(manifest):
 
 def problem(manifest):
     with pytest.raises(ManifestError) as caught:
-        plan_of(manifest)
+        build_plan(manifest)
     assert manifest.url in caught.value.message
     return caught.value.message
 
@@ -120,7 +121,7 @@ def test_columns_have_the_manifests_own_names():
 )
 def test_names_of_columns_that_cannot_be_meant_are_refused(manifest, columns, told):
     with pytest.raises(ManifestError, match=told):
-        plan_of(manifest("m.csv", CSV, columns=columns))
+        build_plan(manifest("m.csv", CSV, columns=columns))
 
 
 def test_a_name_that_no_object_has_is_refused(manifest):
@@ -173,7 +174,7 @@ def test_a_broken_line_in_the_middle_is_told_and_the_others_are_read(manifest, l
     ((number, reason),) = refused(made)
     assert number == 2
     assert told in reason
-    assert plan_of(made).rows == 3
+    assert build_plan(made).rows == 3
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_a_chain_of_filesystems_is_refused():
 
 def test_what_is_no_manifest_at_all_is_refused():
     with pytest.raises(ManifestError, match="not int"):
-        plan_of(Manifest(7))
+        build_plan(Manifest(7))
 
 
 def test_a_little_parquet_file_that_holds_gigabytes_is_refused_in_little_memory(tmp_path):
@@ -252,7 +253,7 @@ def test_without_the_extra_it_is_told_what_to_install(tmp_path, module, name, ex
     (tmp_path / name).write_bytes(b"x")
     code = (
         f"import sys; sys.modules[{module!r}] = None\n"
-        "from prefect_flux_kontext.manifest.reading import Manifest\n"
+        "from prefect_flux_kontext.manifest.reader import Manifest\n"
         "try:\n"
         f"    list(Manifest({str(tmp_path / name)!r}).rows())\n"
         "except Exception as error:\n"

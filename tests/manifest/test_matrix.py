@@ -3,10 +3,10 @@
 import pytest
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.manifest.rows import RefusedRow, Row
-from prefect_flux_kontext.styles.reading import builtin_styles
-from tests.support.plans import plan_of
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.styles.styles import builtin_styles
+from tests.support.plans import build_plan
 
 URL = "http://references.test/cat.jpg"
 OIL = builtin_styles()["oil"].prompt
@@ -147,7 +147,7 @@ def test_the_plan_prices_every_image_of_the_matrix(file):
         [{"image": URL, "id": n} for n in range(10)],
         styles=["oil", file("ink: {prompt: x, mode: max}")],
     )
-    plan = plan_of(made)
+    plan = build_plan(made)
     # All ten ask for the same image in the same two styles.
     assert (plan.rows, plan.equal, plan.to_pay) == (20, 18, 2)
     assert plan.price == pytest.approx(0.09)

@@ -12,7 +12,7 @@ import pytest
 from prefect_flux_kontext.cli.prefect_server import prefect_server
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.prefect_edge.deployed import running_worker
+from tests.orchestration.deployed import running_worker
 from tests.support.postgres import running_postgres, why_not
 
 ROOT = Path(__file__).parents[2]

@@ -7,18 +7,18 @@ import logging
 import httpx
 import pytest
 
-from prefect_flux_kontext.batch.session import ledger_store
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.manifest.reading import Manifest
-from prefect_flux_kontext.references.resolving import References
+from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.references.staging import Staging
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.references.conftest import SIGNATURE, Bucket
 from tests.support.batches import KEY, run
 from tests.support.pictures import picture
-from tests.support.plans import plan_of
+from tests.support.plans import build_plan
 from tests.support.s3 import s3_server
 from tests.support.served_folder import served_folder
 
@@ -62,7 +62,7 @@ def one_by_one(sandbox, rows, output, **options):
 def test_local_files_are_staged_and_paid_for_once(sandbox, staging, photos, tmp_path):
     references = References(staging)
     rows = Manifest(str(photos / "m.csv"))
-    assert plan_of(rows, references=references).to_pay == 3
+    assert build_plan(rows, references=references).to_pay == 3
     summary = one_by_one(sandbox, rows, tmp_path / "out", references=references)
     assert summary.complete, str(summary)
     assert len(list((tmp_path / "staged").iterdir())) == 3
@@ -141,7 +141,7 @@ def test_a_signed_reference_that_fails_twice_is_left_and_its_signature_is_in_no_
     assert "s3cr3t" not in kept
     # Nor is it paid for in the next run, which its plan says too.
     store = ledger_store(OutputFolder(str(tmp_path)))
-    assert plan_of(rows, store).to_pay == 0
+    assert build_plan(rows, store).to_pay == 0
     one_by_one(sandbox, rows, tmp_path)
     assert accepted(sandbox) == 2
 
@@ -158,7 +158,7 @@ def test_a_file_that_changes_after_the_plan_fails_alone_and_unpaid(
 ):
     references = References(staging)
     rows = Manifest(str(photos / "m.csv"))
-    assert plan_of(rows, references=references).to_pay == 3
+    assert build_plan(rows, references=references).to_pay == 3
     (photos / "0.jpeg").write_bytes(picture(size=(50, 40)))
     (photos / "1.png").unlink()
     summary = one_by_one(sandbox, rows, tmp_path / "out", references=references)
@@ -174,7 +174,7 @@ def test_failed_rows_run_again_from_wherever_they_were_written(
 ):
     rows = Manifest(str(photos / "m.csv"))
     references = References(staging)
-    list(plan_of(rows, references=references).problems)
+    list(build_plan(rows, references=references).problems)
     (photos / "0.jpeg").rename(photos / "away")
     one_by_one(sandbox, rows, tmp_path / "out", references=references)
     (photos / "away").rename(photos / "0.jpeg")

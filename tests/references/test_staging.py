@@ -8,8 +8,12 @@ import pytest
 
 from prefect_flux_kontext.errors import ConfigurationError, ReferenceImageError, StorageError
 from prefect_flux_kontext.references import staging as module
-from prefect_flux_kontext.references.signing import life_of_signatures, signed
-from prefect_flux_kontext.references.staging import Staging, staging_place
+from prefect_flux_kontext.references.staging import (
+    Staging,
+    life_of_signatures,
+    signed,
+    staging_place,
+)
 from tests.support.s3 import s3_server
 
 PUBLIC = "https://pictures.test/staged/"

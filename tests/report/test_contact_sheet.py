@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from prefect_flux_kontext.report.contact_sheet import contact_sheet
+from prefect_flux_kontext.report.gallery.contact_sheet import contact_sheet
 from tests.support.pictures import picture
 
 PAPER = (250, 249, 246)

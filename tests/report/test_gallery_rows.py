@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from prefect_flux_kontext.report.gallery.rows import Column, Rows
-from prefect_flux_kontext.report.pictures import name_of_image, name_of_reference
+from prefect_flux_kontext.report.gallery.page import Column, Rows
+from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_reference
 from tests.support.galleries import failed, line
 
 

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from prefect_flux_kontext.sandbox.cache import SharedCache
+from prefect_flux_kontext.sandbox.references import SharedCache
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

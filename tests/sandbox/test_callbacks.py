@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from prefect_flux_kontext.sandbox.callbacks import Courier
+from prefect_flux_kontext.sandbox.callbacks import CallbackSender
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.sandbox.helpers import KEY, SUBMIT, sandbox_client
@@ -33,7 +33,7 @@ class Receiver:
         return Response(status_code=answer or 200)
 
     def courier(self, timeout=30):
-        courier = Courier(timeout, 1)
+        courier = CallbackSender(timeout, 1)
         courier._client = httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app))
         return courier
 

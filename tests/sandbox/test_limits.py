@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.sandbox.accounts import RequestWindow
+from prefect_flux_kontext.sandbox.service import RequestWindow
 from tests.sandbox.helpers import sandbox_client
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from prefect_flux_kontext.sandbox.latency import LatencyCurve
+from prefect_flux_kontext.sandbox.tasks import LatencyModel
 from tests.sandbox.helpers import result_url, sandbox_client
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -67,7 +67,7 @@ async def test_the_fail_rate_fails_about_that_share_and_charges_for_it():
 
 
 def test_the_latency_curve_has_the_mean_and_spread_that_were_set():
-    dice, curve = random.Random(1), LatencyCurve(30, 0.35)
+    dice, curve = random.Random(1), LatencyModel(30, 0.35)
     times = [curve.draw(dice) for _ in range(20_000)]
     assert statistics.mean(times) == pytest.approx(30, rel=0.02)
     assert statistics.stdev(times) == pytest.approx(10.5, rel=0.05)
@@ -75,7 +75,7 @@ def test_the_latency_curve_has_the_mean_and_spread_that_were_set():
 
 @pytest.mark.parametrize("spread", [0, 0.35])
 def test_a_mean_of_zero_is_ready_at_once(spread):
-    assert LatencyCurve(0, spread).draw(random.Random(1)) == 0
+    assert LatencyModel(0, spread).draw(random.Random(1)) == 0
 
 
 async def _run(seed, prompts):

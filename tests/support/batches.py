@@ -1,12 +1,12 @@
 """Whole batches against a sandbox, without Prefect."""
 
-from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.api.client import FluxKontextClient
-from prefect_flux_kontext.batch.batch import run_batch
-from prefect_flux_kontext.batch.options import RowOptions
+from prefect_flux_kontext.batch.policy import RowOptions
+from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.client.client import FluxKontextClient
+from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 KEY = "key-of-the-tests"
 QUICK = PollingCadence(initial_delay=0, interval=0.05, timeout=60)

@@ -4,8 +4,8 @@ import asyncio
 
 import httpx
 
-from prefect_flux_kontext.api.client import FluxKontextClient
-from prefect_flux_kontext.api.governor import Governor
+from prefect_flux_kontext.client.client import FluxKontextClient
+from prefect_flux_kontext.client.limits.account import AccountLimiter
 from prefect_flux_kontext.models import GenerationRequest
 
 KEY = "canary-7f3a9c51e2d84b06"
@@ -15,7 +15,7 @@ REQUEST = GenerationRequest(prompt="a lighthouse at dusk")
 
 def make_client(url="http://service.test", *, requests=10_000, tasks=1_000, read=5.0, **how):
     """A client with its own governor, which waits for replies `read` seconds."""
-    governor = Governor(requests_per_minute=requests, concurrent_tasks=tasks)
+    governor = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
     client = FluxKontextClient(KEY, base_url=url, governor=governor, **how)
     client._connections.timeout = httpx.Timeout(5.0, read=read)
     return client

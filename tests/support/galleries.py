@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prefect_flux_kontext.report.gallery.album import Album
-from prefect_flux_kontext.report.gallery.making import GALLERY, make_gallery
-from prefect_flux_kontext.report.parts import as_json
-from prefect_flux_kontext.report.pictures import name_of_image, name_of_reference
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.report.gallery.builder import GALLERY, build_gallery
+from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
+from prefect_flux_kontext.report.results import as_json
+from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_reference
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 _FLAGS = [
@@ -105,7 +105,7 @@ def gallery_of(folder, lines, *, most=10_000, before=True):
 
 
 async def _make(output, results, lines, most, before):
-    album = Album(output)
+    album = ThumbnailStore(output)
     after, red = square("rebeccapurple"), square("red")
     pictures = {name_of_image(row["key"]): after for row in lines if row["state"] == "stored"}
     if before:
@@ -113,7 +113,7 @@ async def _make(output, results, lines, most, before):
             name_of_reference(url): red for row in lines for url in row.get("references", [])
         }
     await album.add("run-000001", pictures)
-    await make_gallery(output, results, album, most=most, missing=0)
+    await build_gallery(output, results, album, most=most, missing=0)
 
 
 def page_errors(page, requests):

@@ -5,7 +5,7 @@ import threading
 
 import httpx
 
-from prefect_flux_kontext.guarded import Guard, GuardedTransport
+from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport
 
 NAMES = {
     "cdn.test": ["93.184.215.14"],

@@ -3,16 +3,16 @@
 import asyncio
 import itertools
 
-from prefect_flux_kontext.api.cadence import PollingCadence
-from prefect_flux_kontext.batch.options import RowOptions
 from prefect_flux_kontext.batch.planning import make_plan
+from prefect_flux_kontext.batch.policy import RowOptions
+from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.ledger.store import RecordStore
 
 PRICES = {"pro": 0.03, "max": 0.06}
 _numbers = itertools.count()
 
 
-def plan_of(manifest, store=None, *, tell=None, **options):
+def build_plan(manifest, store=None, *, tell=None, **options):
     """Make the plan at the limits of a full account."""
     return asyncio.run(
         make_plan(

@@ -15,7 +15,7 @@ REASON = "Scripted"
 
 
 @dataclass
-class Seen:
+class DuplicateIndex:
     """One request as it came in."""
 
     method: str
@@ -85,7 +85,7 @@ async def _read_request(reader, connection):
         name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
     body = await reader.readexactly(int(headers.get("content-length", 0)))
-    return Seen(method, target, headers, body, connection)
+    return DuplicateIndex(method, target, headers, body, connection)
 
 
 def _head(status, headers):

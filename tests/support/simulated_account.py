@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
-from prefect_flux_kontext.api import backoff, looks
-from prefect_flux_kontext.api.client import FluxKontextClient
-from prefect_flux_kontext.api.governor import Governor
+from prefect_flux_kontext.client import retry as backoff
+from prefect_flux_kontext.client.client import FluxKontextClient
+from prefect_flux_kontext.client.limits import poll_scheduler as looks
+from prefect_flux_kontext.client.limits.account import AccountLimiter
 from prefect_flux_kontext.sandbox.contract import Refusal, failure, success
 from prefect_flux_kontext.sandbox.service import Service
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -65,7 +66,7 @@ class SimulatedAccount:
 
     def client(self, *, requests=10_000, tasks=1_000):
         """A client of its own governor that talks to this account."""
-        governor = Governor(requests_per_minute=requests, concurrent_tasks=tasks)
+        governor = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
         client = FluxKontextClient(KEY, base_url=URL, governor=governor)
         client._connections = self
         return client

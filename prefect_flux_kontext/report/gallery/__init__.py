@@ -1,1 +1,1 @@
-"""The page on which a person looks at what was made."""
+"""The HTML gallery of an output."""

@@ -8,60 +8,74 @@ import random
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS, befalls
+from prefect_flux_kontext.sandbox.faults.registry import FAULTS, applies
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.sandbox.callbacks import Courier
+    from prefect_flux_kontext.sandbox.callbacks import CallbackSender
     from prefect_flux_kontext.sandbox.contract import JsonObject
-    from prefect_flux_kontext.sandbox.faults.weather import Weather
+    from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
 
 
-async def deliver(weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+async def deliver(
+    weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+) -> bool:
     """Deliver a callback in the present weather; False when it never arrived."""
-    fault, _ = weather.befalls("callback")
+    fault, _ = weather.applies("callback")
     if fault is None:
         return await courier.deliver(url, envelope)
     delivered: bool = await FAULTS["callback"][fault](weather, courier, url, envelope)
     return delivered
 
 
-@befalls("callback")
-async def lost(_weather: Weather, _courier: Courier, _url: str, _envelope: JsonObject) -> bool:
+@applies("callback")
+async def lost(
+    _weather: ActiveFaults, _courier: CallbackSender, _url: str, _envelope: JsonObject
+) -> bool:
     """It is never delivered."""
     return False
 
 
-@befalls("callback")
-async def doubled(_weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+@applies("callback")
+async def doubled(
+    _weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+) -> bool:
     """It is delivered twice."""
     first = await courier.deliver(url, envelope)
     return await courier.deliver(url, envelope) or first
 
 
-@befalls("callback")
-async def late(weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+@applies("callback")
+async def late(
+    weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+) -> bool:
     """It is delivered `late` seconds late."""
     await asyncio.sleep(weather.plan.late)
     return await courier.deliver(url, envelope)
 
 
-@befalls("callback")
-async def overtaken(weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+@applies("callback")
+async def overtaken(
+    weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+) -> bool:
     """It is delivered up to `late` seconds late, so that others overtake it."""
     # By its URL, which no other callback has.
     await asyncio.sleep(random.Random(url).uniform(0, weather.plan.late))
     return await courier.deliver(url, envelope)
 
 
-@befalls("callback")
-async def forged(_weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+@applies("callback")
+async def forged(
+    _weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+) -> bool:
     """Before it comes a stranger's, at the right URL, with another task and result."""
     await courier.deliver(url, _strangers())
     return await courier.deliver(url, envelope)
 
 
-@befalls("callback")
-async def misdirected(_weather: Weather, courier: Courier, url: str, envelope: JsonObject) -> bool:
+@applies("callback")
+async def misdirected(
+    _weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+) -> bool:
     """Before it comes a stranger's, at a URL whose last part was guessed."""
     where = urlsplit(url)
     guessed = where.path.rpartition("/")[0] + "/guessed"

@@ -92,7 +92,7 @@ def read_fault(text: Any) -> PlannedFault:
     return PlannedFault(kind, name, share, first, last)
 
 
-Spelled = Annotated[PlannedFault, BeforeValidator(read_fault), PlainSerializer(str)]
+FaultSpec = Annotated[PlannedFault, BeforeValidator(read_fault), PlainSerializer(str)]
 
 
 class FaultPlan(BaseModel):
@@ -109,7 +109,7 @@ class FaultPlan(BaseModel):
     # Checked anew where it is a PlannedFault already, so any may be given.
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    faults: tuple[Spelled, ...] = ()
+    faults: tuple[FaultSpec, ...] = ()
     seed: int = 0
     hang: float = Field(60.0, ge=0)
     slow: float = Field(5.0, ge=0)

@@ -21,7 +21,7 @@ FAULTS: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in KINDS}
 _Play = TypeVar("_Play", bound="Callable[..., Any]")
 
 
-def befalls(*kinds: str) -> Callable[[_Play], _Play]:
+def applies(*kinds: str) -> Callable[[_Play], _Play]:
     """Registers a fault under its function's name, with hyphens, for kinds of happenings."""
 
     def register(play: _Play) -> _Play:

@@ -1,0 +1,138 @@
+"""A row's line in the result manifest."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
+from prefect_flux_kontext.ledger.records import Entry
+from prefect_flux_kontext.manifest.row import Row
+from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.references.identity import url_identity
+from prefect_flux_kontext.report.results import COLUMNS, own_columns
+from prefect_flux_kontext.storage.names import safe_name
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from prefect_flux_kontext.batch.session import Session
+    from prefect_flux_kontext.report.results import Line
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+_PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
+_URL = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)
+
+
+def result_line(done: DoneRow, run: str, output: OutputFolder) -> Line:
+    """The line of a row, without anything that gives access to a reference.
+
+    Args:
+        done: The row and what became of it.
+        run: The name of the run.
+        output: Where the images are.
+    """
+    row, outcome, _ = done
+    line: Line = {
+        **outcome.model_dump(include={"id", "line", "state", "reason", "message", "task_id"}),
+        **_facts(done),
+        "uri": outcome.uris[0] if outcome.uris else None,
+        "uris": outcome.uris or None,
+        "file": output.relative(outcome.uris[0]) if outcome.uris else None,
+        "already": outcome.already,
+        "style": row.style if isinstance(row, Row) else row.cells.get("style"),
+        "key": outcome.key,
+        "run": run,
+        # A row that is collected has no line of a manifest, for the ledger keeps none.
+        "source": "manifest" if row.cells else "ledger",
+        "recorded_at": _moment(utc_now()),
+    }
+    if isinstance(row, Row):
+        line |= {name: getattr(row.request, name) for name in _PARAMETERS}
+        line["references"] = [url_identity(url) for url in row.request.image_urls] or None
+    line = {name: line.get(name) for name in COLUMNS} | own_columns(row.cells)
+    return {name: _plain(value) for name, value in line.items() if value not in (None, "")}
+
+
+def row_of(entry: Entry) -> Row:
+    """A row as the ledger knows it, without what else its manifest said."""
+    intent = entry.intent
+    assert intent is not None  # noqa: S101 - whatever was paid for has one
+    return Row(
+        id=intent.row_id,
+        line=intent.line,
+        request=intent.request,
+        key=entry.key,
+        name=intent.name or safe_name(intent.row_id),
+        style=intent.style,
+    )
+
+
+def ended_line(session: Session, entry: Entry) -> Line:
+    """The line of a row that has ended, whatever run saw it, from the ledger alone."""
+    row, ended = row_of(entry), entry.ended
+    assert ended is not None  # noqa: S101 - this is what it has ended with
+    outcome = RowOutcome(
+        id=row.id,
+        line=row.line,
+        key=entry.key,
+        state=ended.state,
+        reason=ended.reason,
+        message=ended.message,
+        task_id=ended.task_id,
+        uris=[session.output.uri(file) for file in ended.files],
+        already=ended.state == "stored" and not session.rows.ended_now(entry),
+    )
+    return result_line(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
+
+
+def _facts(done: DoneRow) -> Line:
+    """What the ledger says of the row: its price, its times and its first image."""
+    _, outcome, record = done
+    if record is None:
+        return {}
+    ended = record.ended
+    submitted = ended.submitted_at if ended else None
+    if outcome.state == "outstanding" and isinstance(record, Entry):
+        submitted = record.task.submitted_at
+    line: Line = {
+        "attempts": record.attempt,
+        "price": record.spent,
+        "submitted_at": _moment(submitted),
+    }
+    if ended is None or outcome.state != ended.state:
+        return line
+    line |= {
+        "finished_at": _moment(ended.at),
+        "waiting_seconds": _seconds(ended.waiting_seconds),
+        "generation_seconds": _seconds(ended.generation_seconds),
+        "download_seconds": _seconds(ended.download_seconds),
+    }
+    if ended.images:
+        first = ended.images[0]
+        line |= first.model_dump(include={"sha256", "width", "height", "format"})
+        line["bytes"] = first.size
+    return line
+
+
+def _plain(value: Any) -> Any:
+    """Text that can be written as UTF-8, its URLs without their signatures; others as they are."""
+    if not isinstance(value, str):
+        return value
+    return _URL.sub(_unsigned, value.encode(errors="replace").decode())
+
+
+def _unsigned(found: re.Match[str]) -> str:
+    url = found[0]
+    try:
+        return url_identity(url) if set("?@") & set(url) else url
+    except ValueError:
+        return "(a URL that cannot be read)"
+
+
+def _moment(at: datetime | None) -> str | None:
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z") if at else None
+
+
+def _seconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

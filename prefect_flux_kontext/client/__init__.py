@@ -1,0 +1,1 @@
+"""The service: client, transport, responses, polling and the account limits."""

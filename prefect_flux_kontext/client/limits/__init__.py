@@ -1,0 +1,1 @@
+"""The account's limits, kept on this side: requests a minute and running tasks."""

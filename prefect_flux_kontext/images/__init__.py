@@ -1,0 +1,1 @@
+"""Result images: download, check, mark as AI-made and store."""

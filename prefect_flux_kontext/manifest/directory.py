@@ -1,0 +1,183 @@
+"""A folder, a prefix or a glob of images as a manifest of its own."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+from fsspec.core import split_protocol
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+
+from prefect_flux_kontext.errors import ManifestError
+from prefect_flux_kontext.manifest.columns import Line, problem_of
+from prefect_flux_kontext.manifest.formats import kind_of
+from prefect_flux_kontext.references.identity import version_of
+from prefect_flux_kontext.storage.names import IMAGE_ENDING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+_GLOB = re.compile(r"[*?\[]")
+_LEDGER = "_ledger"
+_TABLES = frozenset({".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".parquet", ".pq"})
+_DEEPEST = 64
+
+
+@dataclass
+class Folder:
+    """Images below a folder, told by their names.
+
+    Attributes:
+        url: As it was given, for messages.
+        fs: The filesystem.
+        root: The folder's path there.
+        pattern: What the paths below it are to match; None for all of them.
+        deepest: Folders below one another that are looked into.
+        output: The path of the output, where it is on the same filesystem.
+        left_out: Files that were none, when the folder was last read.
+    """
+
+    url: str
+    fs: Any = field(repr=False)
+    root: str
+    pattern: re.Pattern[str] | None
+    deepest: int
+    output: str | None
+    left_out: int = 0
+
+    def lines(self) -> Iterator[Line]:
+        """The images, folder by folder, each sorted by name and numbered from 1.
+
+        The cells are `id` (the path below the folder, without extension), `image` (a URL, or a
+        path where the folder is local), `file` (its name) and `folder` (where it is below).
+
+        Raises:
+            ManifestError: There are no images, or the output is the folder itself.
+            Exception: What the filesystem raises.
+        """
+        if self.output is not None and f"{self.root}/".startswith(f"{self.output}/"):
+            raise ManifestError(
+                f"The output holds the images of {self.url}, so that the next run would pay for "
+                "its own results; choose another, such as a folder inside."
+            )
+        self.left_out = number = 0
+        for folder, names, versions in self._folders():
+            for name, told in zip(names, _ids(names), strict=True):
+                number += 1
+                path = f"{self.root}/{folder}{name}"
+                local = isinstance(self.fs, LocalFileSystem)
+                cells = {
+                    "id": f"{folder}{told}",
+                    "image": path if local else str(self.fs.unstrip_protocol(path)),
+                    "file": name,
+                    "folder": folder.rstrip("/"),
+                }
+                yield Line(number, cells, problem_of(cells), versions.get(name))
+        if not number:
+            others = f", only {self.left_out:,} other files" if self.left_out else ""
+            raise ManifestError(
+                f"There are no images at {self.url}{others}: none is named .jpg, .jpeg, .png or "
+                ".webp."
+            )
+
+    def _folders(self) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+        """The folders with images: path below the root, names, and versions by name."""
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            names, versions, inside = [], {}, []
+            for name, entry in self._listed(folder):
+                if entry["type"] == "directory":
+                    inside.append(f"{folder}{name}/")
+                elif self._is_image(f"{folder}{name}", entry):
+                    names.append(name)
+                    if version := version_of(entry):
+                        versions[name] = version
+            if folder.count("/") < self.deepest:
+                waiting += sorted(inside, reverse=True)
+            if names:
+                yield folder, sorted(names), versions
+
+    def _listed(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """What is in a folder, without what is hidden, the output and any ledger."""
+        # A listing of before may be old by now, and all of them together large.
+        self.fs.invalidate_cache()
+        for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
+            path = str(entry["name"]).rstrip("/")
+            name = path.removeprefix(f"{self.root}/{folder}")
+            ours = path == self.output or name == _LEDGER
+            if name and "/" not in name and not name.startswith(".") and not ours:
+                yield name, entry
+
+    def _is_image(self, below: str, entry: Mapping[str, Any]) -> bool:
+        """Whether a file is an image by its name; counts those that are not."""
+        if self.pattern is not None and not self.pattern.match(below):
+            return False
+        # What leads to a folder may lead round.
+        linked = entry.get("islink") and self.fs.isfile(f"{self.root}/{below}")
+        if IMAGE_ENDING.search(below) and (entry["type"] == "file" or linked):
+            return True
+        self.left_out += 1
+        return False
+
+
+def folder_at(url: str, output: str | None) -> Folder | None:
+    """The folder, prefix or glob that a URL means, or None where it means a file.
+
+    Args:
+        url: A path or fsspec URL. A folder, what ends in a slash, or a glob that is no file.
+        output: Where the images go, which is left out.
+
+    Raises:
+        Exception: What the filesystem raises.
+    """
+    if url.lower().startswith(("http://", "https://")) or "::" in url or not url.strip():
+        return None
+    globs = _GLOB.search(split_protocol(url)[1])
+    kind, _ = kind_of(url)
+    if not url.endswith("/") and not globs and kind in _TABLES:
+        return None
+    fs, path = fsspec.core.url_to_fs(url)
+    path = str(path).rstrip("/")
+    if globs and not fs.exists(path):
+        root, below = _divided(path)
+        deepest = _DEEPEST if "**" in below else below.count("/")
+        pattern = re.compile(glob_translate(below))
+        return Folder(url, fs, root, pattern, deepest, _inside(fs, output))
+    if url.endswith("/") or fs.isdir(path):
+        return Folder(url, fs, path, None, _DEEPEST, _inside(fs, output))
+    return None
+
+
+def _divided(path: str) -> tuple[str, str]:
+    """The folder that a glob begins in, and the glob below it."""
+    parts = path.split("/")
+    first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
+    return "/".join(parts[:first]), "/".join(parts[first:])
+
+
+def _inside(fs: Any, output: str | None) -> str | None:
+    """The output's path, where it is on the same filesystem."""
+    if output is None:
+        return None
+    protocol = split_protocol(output)[0] or "file"
+    known = [fs.protocol] if isinstance(fs.protocol, str) else list(fs.protocol)
+    return str(fsspec.core.url_to_fs(output)[1]).rstrip("/") if protocol in known else None
+
+
+def _ids(names: Sequence[str]) -> Iterator[str]:
+    """The names without extension; where two would be equal, with it: `cat-jpg`, `cat-png`."""
+
+    def folded(name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold()
+
+    stems = [IMAGE_ENDING.sub("", name) for name in names]
+    longer = [IMAGE_ENDING.sub(r"-\1", name) for name in names]
+    taken = Counter(map(folded, stems)) + Counter(map(folded, longer))
+    for stem, long in zip(stems, longer, strict=True):
+        yield stem if stem and taken[folded(stem)] == 1 else long

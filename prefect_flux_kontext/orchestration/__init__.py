@@ -1,0 +1,1 @@
+"""Everything that talks to Prefect besides the public tasks and flows."""

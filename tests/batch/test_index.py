@@ -1,0 +1,47 @@
+"""What earlier runs have stored is found by key, whole, without being held in memory."""
+
+import pytest
+
+from prefect_flux_kontext.batch.index import StoredRows
+from prefect_flux_kontext.ledger.records import Ended
+from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.ledger.waves import FinishedRow
+from prefect_flux_kontext.models import StoredImage
+
+pytestmark = pytest.mark.anyio
+
+
+def finished(number, state="stored"):
+    image = StoredImage(
+        uri=f"memory://out/{number}.jpg",
+        task_id="task_1",
+        format="jpeg",
+        size=1,
+        sha256="0" * 64,
+        width=2,
+        height=3,
+    )
+    ended = Ended(state=state, task_id="task_1", files=["a.jpg"], images=[image])
+    key = f"{number:032x}"
+    return FinishedRow(key=key, row_id="a", attempt=1, spent=0.03, failures=0, ended=ended)
+
+
+async def test_the_whole_record_of_a_stored_row_is_found_and_no_other():
+    store = RecordStore("memory://stored-rows")
+    rows = [finished(number, "failed" if number % 7 == 3 else "stored") for number in range(2_500)]
+    lines = "".join(f"{row.model_dump_json()}\n" for row in rows)
+    await store.replace("waves/one.jsonl", lines.encode())
+    with StoredRows() as stored:
+        assert await stored.of([rows[0].key]) == {}
+        await stored.read(store)
+        wanted = [row.key for row in rows[:20]] + [rows[-1].key, "f" * 32]
+        found = await stored.of(wanted)
+    assert found == {row.key: row for row in [*rows[:20], rows[-1]] if row.ended.state == "stored"}
+
+
+async def test_a_record_from_before_times_were_kept_reads_as_one_without():
+    record = (
+        '{"state": "stored", "task_id": "t", "files": ["a.jpg"], "at": "2026-01-01T00:00:00Z"}'
+    )
+    ended = Ended.model_validate_json(record)
+    assert (ended.submitted_at, ended.waiting_seconds) == (None, None)

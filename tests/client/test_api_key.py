@@ -1,0 +1,197 @@
+"""The API key goes to the base URL and nowhere else."""
+
+import asyncio
+import logging
+import pickle
+import traceback
+
+import pytest
+from pydantic import SecretStr
+
+from prefect_flux_kontext.client.client import FluxKontextClient
+from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
+from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError
+from prefect_flux_kontext.models import GenerationTask
+from tests.support.clients import KEY, REQUEST, make_client
+from tests.support.scripted_server import (
+    ScriptedServer,
+    accepted,
+    envelope,
+    half_a_reply,
+    hang_up,
+    html,
+    redirect,
+    reply,
+    reset,
+    silence,
+)
+
+pytestmark = pytest.mark.anyio
+
+BEARER = f"Bearer {KEY}"
+
+
+def told(error):
+    """Everything of an error that may be shown, stored or sent."""
+    chain = []
+    while error is not None:
+        chain += [str(error), repr(error), repr(error.args), repr(vars(error))]
+        chain += [repr(pickle.dumps(error)), "".join(traceback.format_exception(error))]
+        error = error.__cause__ or error.__context__
+    return "\n".join(chain)
+
+
+PLAYS = {
+    "reset": reset,
+    "hung up": hang_up,
+    "silence": silence,
+    "half a reply": half_a_reply(),
+    "echo in a refusal": envelope(401, {"error": f"unknown: {BEARER}"}, f"bad {KEY}", status=401),
+    "echo in an envelope": envelope(400, {"error": BEARER}, BEARER),
+    "echo in another type": envelope(400, {"error": {"headers": [BEARER]}}, [KEY]),
+    "echo in JSON escapes": reply(
+        400, b'{"message": "' + b"".join(b"\\u%04x" % ord(c) for c in KEY).lower() + b'"}'
+    ),
+    "echo in HTML": html(502, f"<pre>{BEARER}</pre>"),
+    "echo in HTML with 200": html(200, f"<pre>{BEARER}</pre>"),
+    "echo cut by a short glimpse": html(500, "x" * 70 + KEY),
+    "echo cut by a long message": envelope(400, None, "x" * 490 + KEY),
+    "echo in place of a state": envelope(data={"taskId": BEARER}),
+    "echo in the wrong place": envelope(data={"token": KEY}),
+    "echo in a broken head": reply(headers=BEARER, status=f"2 {BEARER}"),
+    "echo in Retry-After": envelope(403, None, "no", status=403, retry_after=BEARER),
+    "echo in Location": redirect(f"/{KEY}"),
+    "a 5xx": html(503, "busy"),
+}
+
+
+@pytest.mark.parametrize("ask", ["submit", "status", "balance"])
+@pytest.mark.parametrize("what", PLAYS)
+async def test_the_key_is_in_no_error_and_no_log(what, ask, caplog):
+    for name in ("prefect_flux_kontext", "httpx"):
+        caplog.set_level(logging.DEBUG, name)
+    error = None
+    async with (
+        ScriptedServer(PLAYS[what]) as server,
+        make_client(server.url, read=0.1) as client,
+    ):
+        try:
+            if ask == "submit":
+                task_id = (await client.submit(REQUEST)).task_id
+                assert what == "echo in place of a state"
+                assert task_id == BEARER
+                return
+            await (client.status("task_1") if ask == "status" else client.balance())
+        except FluxKontextError as caught:
+            error = caught
+        else:
+            pytest.fail("it did not fail")
+        assert KEY not in repr(client) + str(client)
+        assert server.seen[0].headers["authorization"] == BEARER
+    assert KEY not in told(error)
+    assert KEY[:8] not in told(error), "a part of the key is one too"
+    assert KEY[:8] not in caplog.text
+
+
+async def test_no_library_logs_request_headers(caplog):
+    for name in ("prefect_flux_kontext", "httpx", "aiohttp", "asyncio"):
+        caplog.set_level(logging.DEBUG, name)
+    asyncio.get_running_loop().set_debug(True)
+    async with ScriptedServer(accepted()) as server, make_client(server.url) as client:
+        await client.submit(REQUEST)
+    port = server.url.rpartition(":")[2]
+    assert f"raddr=('127.0.0.1', {port})> connected" in caplog.text
+    assert KEY not in caplog.text
+
+
+async def test_a_failed_task_does_not_tell_the_key():
+    play = envelope(data={"state": "failed", "failCode": KEY, "failMsg": f"sent {BEARER}"})
+    async with ScriptedServer(play) as server, make_client(server.url) as client:
+        with pytest.raises(FluxKontextError) as caught:
+            await wait_until_ended(
+                client, GenerationTask(task_id="task_1"), PollingCadence(initial_delay=0)
+            )
+    assert KEY not in told(caught.value)
+    assert caught.value.message == "Task task_1 failed: ***: sent Bearer ***"
+
+
+async def test_nobody_listening_is_told_without_the_key():
+    async with make_client("http://127.0.0.1:1") as client:
+        with pytest.raises(FluxKontextError) as caught:
+            await client.status("task_1")
+    assert KEY not in told(caught.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("ask", ["submit", "status"])
+async def test_a_redirect_is_not_followed(status, ask):
+    async with ScriptedServer(accepted()) as elsewhere:
+        play = redirect(elsewhere.url + "/api/v1/generateTask/flux-kontext", status)
+        async with ScriptedServer(play) as server, make_client(server.url) as client:
+            with pytest.raises(FluxKontextError):
+                await (client.submit(REQUEST) if ask == "submit" else client.status("task_1"))
+            assert len(server.seen) == 1
+        assert elsewhere.connections == 0
+
+
+async def test_a_proxy_of_the_environment_never_sees_the_key(monkeypatch):
+    async with ScriptedServer(html(502)) as proxy, ScriptedServer(accepted()) as server:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        async with make_client(server.url) as client:
+            await client.submit(REQUEST)
+        assert (proxy.connections, len(server.seen)) == (0, 1)
+        # With https the proxy is asked for a tunnel, which needs no key.
+        async with make_client("https://service.invalid") as client:
+            with pytest.raises(FluxKontextError) as caught:
+                await client.status("task_1")
+        assert caught.value.not_accepted
+        assert {seen.method for seen in proxy.seen} == {"CONNECT"}
+        assert KEY not in repr(proxy.seen)
+
+
+@pytest.mark.parametrize("key", ["", "  ", "two words", "käse", "a\nb", "a\x00b", "\u200bkey"])
+def test_a_key_that_cannot_be_one_is_refused_without_being_repeated(key):
+    with pytest.raises(ConfigurationError) as caught:
+        FluxKontextClient(key)
+    assert not key.strip() or key not in str(caught.value)
+
+
+async def test_a_key_may_come_as_a_secret_with_white_space_around():
+    async with ScriptedServer(accepted()) as server:
+        async with FluxKontextClient(SecretStr(f" {KEY}\n"), base_url=server.url) as client:
+            await client.submit(REQUEST)
+        assert server.seen[0].headers["authorization"] == BEARER
+    assert KEY not in repr(client)
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "",
+        "service.test",
+        "//service.test",
+        "ftp://service.test",
+        "http://",
+        "http://user:pw@a.test",
+        "http://a.test/?q=1",
+        "http://a.test/#x",
+        "http://a.test:port",
+        "http://a\n.b",
+    ],
+)
+def test_a_base_url_that_cannot_be_one_is_refused(base_url):
+    with pytest.raises(ConfigurationError, match="base URL"):
+        FluxKontextClient(KEY, base_url=base_url)
+
+
+async def test_a_client_can_be_closed_twice_and_answers_no_more():
+    async with ScriptedServer(accepted()) as server:
+        client = make_client(server.url)
+        await client.aclose()
+        await client.aclose()
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.submit(REQUEST)
+        assert client.governor.tasks.running == 0
+        assert server.seen == []

@@ -1,0 +1,103 @@
+"""The account allows less than we were told: all rows get through, few requests are refused."""
+
+import asyncio
+import random
+
+import httpx
+import pytest
+
+from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
+from prefect_flux_kontext.models import GenerationRequest
+from prefect_flux_kontext.sandbox.app import Sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.support.clients import make_client
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+class SlowLine(httpx.ASGITransport):
+    """The way to the service and back takes 0.1 to 0.5 s, so that many requests are under way."""
+
+    def __init__(self, app):
+        super().__init__(app=app)
+        self.dice = random.Random(1)
+
+    async def handle_async_request(self, request):
+        await asyncio.sleep(self.dice.uniform(0.05, 0.25))
+        response = await super().handle_async_request(request)
+        await asyncio.sleep(self.dice.uniform(0.05, 0.25))
+        return response
+
+
+async def run(rows, **hidden):
+    """Run rows with the published limits against a service with hidden ones; returns its bill."""
+    sandbox = Sandbox(SandboxSettings(mean=30, **hidden))
+    cadence = PollingCadence(timeout=86_400)
+    async with make_client(transport=SlowLine(app=sandbox.app)) as client:
+
+        async def row(number):
+            task = await client.submit(GenerationRequest(prompt=f"row {number}"))
+            return await wait_until_ended(client, task, cadence)
+
+        results = await asyncio.gather(*(row(number) for number in range(rows)))
+        assert client.governor.tasks.running == 0
+    assert len({result.task_id for result in results}) == rows
+    return sandbox.service.bill()
+
+
+def refused_share(bill):
+    refused = sum(bill["submits_refused"].values())
+    refused += bill["statuses_refused"]
+    sent = bill["accepted"] + sum(bill["submits_refused"].values()) + bill["status_requests"]
+    return refused / sent
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "most"),
+    [
+        pytest.param(300, {}, 0.0, id="none hidden"),
+        pytest.param(100, {"slots": 3}, 0.15, id="3 tasks"),
+        pytest.param(200, {"slots": 10}, 0.10, id="10 tasks"),
+        pytest.param(400, {"slots": 100}, 0.10, id="100 tasks"),
+        pytest.param(500, {"requests_per_minute": 600}, 0.25, id="600 requests"),
+        pytest.param(100, {"requests_per_minute": 60}, 0.50, id="60 requests"),
+        pytest.param(
+            30, {"slots": 3, "requests_per_minute": 10}, 0.50, id="3 tasks and 10 requests"
+        ),
+    ],
+)
+async def test_all_rows_get_through_a_narrower_account(rows, hidden, most):
+    bill = await run(rows, **hidden)
+    share = refused_share(bill)
+    assert bill["accepted"] == rows
+    assert share <= most, f"{share:.1%} of the requests were refused: {bill}"
+
+
+async def test_a_narrow_account_is_kept_busy():
+    began = asyncio.get_running_loop().time()
+    bill = await run(200, slots=10)
+    took = asyncio.get_running_loop().time() - began
+    assert took < 200 / 10 * 30 * 1.3, f"{took:.0f} s for 200 rows in 10 slots: {bill}"
+
+
+class ActiveFaults(SlowLine):
+    """One request in twenty is refused, whatever the limits are."""
+
+    async def handle_async_request(self, request):
+        if self.dice.random() < 0.05:
+            return httpx.Response(429, json={"code": 429, "message": "too many"})
+        return await super().handle_async_request(request)
+
+
+async def test_refusals_at_random_do_not_shrink_the_account_to_a_few_tasks():
+    sandbox = Sandbox(SandboxSettings(mean=30))
+    async with make_client(transport=ActiveFaults(app=sandbox.app)) as client:
+
+        async def row(number):
+            task = await client.submit(GenerationRequest(prompt=f"row {number}"))
+            return await wait_until_ended(client, task, PollingCadence(timeout=86_400))
+
+        await asyncio.gather(*(row(number) for number in range(300)))
+    bill = sandbox.service.bill()
+    assert bill["accepted"] == 300
+    assert bill["peak_running"] > 50, bill

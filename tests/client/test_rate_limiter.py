@@ -1,0 +1,199 @@
+"""The request budget: no minute ever holds more than the limit, and nobody is forgotten."""
+
+import asyncio
+import itertools
+import threading
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from prefect_flux_kontext.client.limits.rate import RateLimiter
+from tests.support.virtual_time import VirtualTimeLoop
+
+A_HAIR = 1e-6  # the loop's clock counts from a million, in floats
+
+
+def on_virtual_time(main):
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)
+
+
+def fullest_minute(times):
+    """The most requests in any 60 s, the end not included."""
+    times, most, first = sorted(times), 0, 0
+    for last, time in enumerate(times):
+        while times[first] <= time - 60 + A_HAIR:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
+
+
+LIMITS = st.integers(1, 20) | st.integers(1, 20_000)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("arrive"), st.integers(1, 400)),
+        st.tuples(st.just("sleep"), st.floats(0, 100)),
+        st.tuples(st.just("pause"), st.floats(0, 400)),
+        st.tuples(st.just("cancel"), st.integers(0, 300)),
+        st.tuples(st.just("slow down"), st.just(0)),
+        st.tuples(st.just("speed up"), st.integers(1, 300)),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+async def play(limit, steps):
+    """Take from a budget as the steps say; returns when each got through, and the pauses."""
+    loop, budget = asyncio.get_running_loop(), RateLimiter(limit)
+    through, pauses, waiting = [], [], []
+
+    async def take():
+        await budget.take()
+        through.append(loop.time())
+
+    for what, how in steps:
+        if what == "arrive":
+            waiting += [asyncio.create_task(take()) for _ in range(how)]
+            await asyncio.sleep(0)
+        elif what == "sleep":
+            await asyncio.sleep(how)
+        elif what == "pause":
+            budget.pause(how)
+            pauses.append((loop.time(), loop.time() + how))
+        elif what == "cancel":
+            for task in waiting[::3][:how]:
+                task.cancel()
+        elif what == "slow down":
+            budget.slow_down()
+        else:
+            for _ in range(how):
+                budget.speed_up()
+    ended = await asyncio.gather(*waiting, return_exceptions=True)
+    cancelled = sum(isinstance(error, asyncio.CancelledError) for error in ended)
+    assert len(through) == len(waiting) - cancelled, "somebody never got through"
+    return through, pauses
+
+
+@settings(max_examples=100)
+@given(LIMITS, STEPS)
+@example(103, [("slow down", 0), ("pause", 1.0), ("speed up", 100), ("arrive", 1)])
+def test_no_minute_ever_holds_more_than_the_limit(limit, steps):
+    through, pauses = on_virtual_time(play(limit, steps))
+    assert fullest_minute(through) <= limit
+    for start, end in pauses:
+        assert not [time for time in through if start + A_HAIR < time < end - A_HAIR]
+
+
+@settings(max_examples=15)
+@given(st.integers(20, 20_000))
+def test_the_limit_is_used_when_there_is_demand(limit):
+    number = min(2 * limit, 2_000)
+    through, _ = on_virtual_time(play(limit, [("arrive", number)]))
+    ideal = (number - 1) * 60 / limit
+    assert max(through) - min(through) <= ideal / 0.9
+
+
+def test_a_burst_is_let_through_at_once_and_small():
+    through, _ = on_virtual_time(play(10_000, [("arrive", 1_000)]))
+    at_once = sum(time == through[0] for time in through)
+    assert 100 <= at_once <= 200
+
+
+def test_a_pause_lets_no_burst_through_after_it():
+    steps = [("arrive", 300), ("pause", 30.0), ("arrive", 300)]
+    through, ((_, end),) = on_virtual_time(play(10_000, steps))
+    after = [time for time in through if time > end - A_HAIR]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(after)]
+    assert len(after) > 300
+    assert min(gaps) > 60 / 10_000 - A_HAIR
+
+
+def test_of_those_that_wait_submits_go_first_and_each_kind_in_its_order():
+    async def main():
+        budget, order = RateLimiter(60), []
+        await budget.take()
+
+        async def take(name, *, first):
+            await budget.take(first=first)
+            order.append(name)
+
+        waiting = [asyncio.create_task(take(f"look {n}", first=False)) for n in range(3)]
+        await asyncio.sleep(0.1)
+        waiting += [asyncio.create_task(take(f"submit {n}", first=True)) for n in range(3)]
+        await asyncio.sleep(0.1)
+        waiting.pop(1).cancel()
+        await asyncio.gather(*waiting)
+        assert order == ["submit 0", "submit 1", "submit 2", "look 0", "look 2"]
+
+    on_virtual_time(main())
+
+
+def test_a_waiter_whose_loop_is_gone_holds_nobody_up():
+    budget = RateLimiter(6_000)
+    gone = asyncio.new_event_loop()
+
+    async def take_many(number):
+        await asyncio.gather(*(budget.take() for _ in range(number)))
+
+    abandoned = gone.create_task(take_many(200))
+    gone.run_until_complete(asyncio.sleep(0.01))
+    gone.close()
+    abandoned._log_destroy_pending = False
+
+    async def main():  # in real time, as the loop that is gone
+        async with asyncio.timeout(10):
+            await budget.take()
+
+    asyncio.run(main())
+
+
+def test_a_short_pause_does_not_end_a_long_one():
+    through, _ = on_virtual_time(play(600, [("pause", 60.0), ("pause", 1.0), ("arrive", 5)]))
+    assert min(through) >= 1_000_060 - A_HAIR
+
+
+def test_a_halved_rate_grows_back_within_minutes():
+    async def main():
+        loop, budget = asyncio.get_running_loop(), RateLimiter(6_000)
+        budget.slow_down()
+        budget.slow_down()
+        rates = []
+        for _ in range(8):
+            began = loop.time()
+            for _ in range(1_500):
+                await budget.take()
+                budget.speed_up()
+            rates.append(1_500 / (loop.time() - began))
+        return rates
+
+    rates = on_virtual_time(main())
+    assert rates[0] < 40
+    assert rates[-1] > 90
+
+
+@pytest.mark.parametrize("limit", [1, 7, 60, 10_000])
+def test_a_slowed_budget_never_stands_still(limit):
+    steps = [("slow down", 0)] * 50 + [("arrive", 5)]
+    through, _ = on_virtual_time(play(limit, steps))
+    assert max(through) - min(through) <= 4 * 60 + A_HAIR
+
+
+def test_one_budget_serves_threads_with_their_own_loops():
+    budget, through, lock = RateLimiter(60_000), [], threading.Lock()
+
+    async def take_many():
+        loop = asyncio.get_running_loop()
+        for _ in range(100):
+            await budget.take()
+            with lock:
+                through.append(loop.time())
+
+    threads = [threading.Thread(target=lambda: asyncio.run(take_many())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(through) == 400
+    assert fullest_minute(through) <= 60_000

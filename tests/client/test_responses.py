@@ -1,0 +1,252 @@
+"""Reading a status and a balance, whatever their fields hold."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_flux_kontext.client.responses import (
+    read_balance,
+    read_envelope,
+    read_status,
+    read_task_id,
+)
+from prefect_flux_kontext.errors import ApiError, RefusedError, UnreadableReplyError
+
+URL = "https://results.test/1.jpg"
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=10**300, max_value=10**320)
+    | st.floats()
+    | st.text(st.characters(), max_size=20)
+    | st.sampled_from(["success", "failed", "task_1", "200", "429", '{"resultUrls": ["x"]}']),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3)
+    ),
+    max_leaves=5,
+)
+FIELDS = (
+    "taskId",
+    "state",
+    "resultJson",
+    "failCode",
+    "failMsg",
+    "createTime",
+    "completeTime",
+    "costTime",
+)
+
+
+def success(result_json):
+    return read_status({"state": "success", "resultJson": result_json}, task_id="task_1")
+
+
+def test_a_success_has_its_urls_and_times():
+    status = read_status(
+        {
+            "taskId": "task_1",
+            "state": "success",
+            "resultJson": json.dumps({"resultUrls": [URL]}),
+            "createTime": 1_767_225_600_000,
+            "completeTime": 1_767_225_630_500,
+            "costTime": 30_500,
+            "somethingNew": {"a": 1},
+        },
+        task_id="task_1",
+    )
+    assert status.result_urls == [URL]
+    assert status.created_at == datetime(2026, 1, 1, tzinfo=UTC)
+    assert status.completed_at == datetime(2026, 1, 1, 0, 0, 30, 500_000, tzinfo=UTC)
+    assert status.generation_seconds == 30.5
+    assert status.fail_code is None
+
+
+@pytest.mark.parametrize(
+    "result_json",
+    [
+        json.dumps({"resultUrls": [URL]}),
+        {"resultUrls": [URL], "more": 1},
+        [URL],
+        json.dumps([URL]),
+        {"resultUrls": [None, 3, "", "bad\ud800", "bad\x00", URL, {"url": "x"}]},
+    ],
+)
+def test_the_urls_are_found_in_a_string_an_object_or_a_list(result_json):
+    assert success(result_json).result_urls == [URL]
+
+
+def test_many_urls_are_kept_in_their_order():
+    urls = [f"https://results.test/{number}.png" for number in range(20)]
+    assert success({"resultUrls": urls}).result_urls == urls
+
+
+@pytest.mark.parametrize(
+    "result_json",
+    [
+        None,
+        "",
+        "not JSON",
+        "{",
+        "[" * 100000,
+        7,
+        {},
+        [],
+        {"resultUrls": []},
+        {"resultUrls": URL},
+        {"resultUrls": None},
+        {"resultUrls": [""]},
+        {"urls": [URL]},
+        "null",
+        '"text"',
+    ],
+)
+def test_a_success_without_urls_is_asked_again(result_json):
+    with pytest.raises(UnreadableReplyError, match="no result URL") as caught:
+        success(result_json)
+    assert caught.value.task_id == "task_1"
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("told", ["task_2", "", 7, ["task_1"], {"a": "task_1"}, True])
+def test_an_answer_about_another_task_is_no_answer(told):
+    with pytest.raises(UnreadableReplyError, match="task_1"):
+        read_status({"taskId": told, "state": "failed"}, task_id="task_1")
+
+
+@pytest.mark.parametrize("told", [{}, {"taskId": None}, {"taskId": "7"}, {"taskId": 7}])
+def test_an_answer_that_names_the_task_otherwise_or_not_at_all_is_one(told):
+    assert read_status({**told, "state": "pending"}, task_id="7").state == "pending"
+
+
+@pytest.mark.parametrize("state", ["queued", "SUCCESS", "cancelled", "処理中"])
+def test_an_unknown_state_is_kept(state):
+    assert read_status({"state": state}, task_id="task_1").state == state
+
+
+@pytest.mark.parametrize("state", [None, 1, [], {}, "", " ", "\x00"])
+def test_a_status_without_a_state_is_asked_again(state):
+    with pytest.raises(UnreadableReplyError, match="no state"):
+        read_status({"state": state}, task_id="task_1")
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "message"),
+    [
+        ({"failCode": "CONTENT_VIOLATION", "failMsg": "no"}, "CONTENT_VIOLATION", "no"),
+        ({"failCode": "SensitiveContentDetected"}, "SensitiveContentDetected", None),
+        ({"failCode": 501, "failMsg": 7}, "501", "7"),
+        ({"failCode": "", "failMsg": ""}, None, None),
+        ({"failCode": None, "failMsg": ["a"]}, None, "['a']"),
+        ({"failMsg": "two\nlines\x1b[31m\ttab\u202e"}, None, "two lines [31m tab"),
+        ({"failMsg": "x" * 10_000}, None, "x" * 500),
+    ],
+)
+def test_fail_code_and_message_are_kept_as_they_are_but_can_be_shown(told, code, message):
+    status = read_status({"state": "failed", **told}, task_id="task_1")
+    assert (status.fail_code, status.fail_message) == (code, message)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, 10**400, -(10**400), "1" * 5_000])
+def test_times_that_are_none_are_left_out(value):
+    told = {"state": "failed", "createTime": value, "completeTime": value, "costTime": value}
+    status = read_status(told, task_id="task_1")
+    assert status.created_at is status.completed_at is status.generation_seconds is None
+
+
+def test_nesting_of_any_depth_that_can_be_parsed_can_be_shown():
+    for depth in range(1, 1_200):
+        nested = b"[" * depth + b"]" * depth
+        for body in (b'{"code": 400, "message": %s}', b'{"code": 400, "data": {"error": %s}}'):
+            with pytest.raises(ApiError):
+                read_envelope(200, body % nested)
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, ANYTHING)) | ANYTHING)
+def test_any_status_is_read_or_refused_by_name(data):
+    try:
+        status = read_status(data, task_id="task_1")
+    except UnreadableReplyError:
+        return
+    assert status.state
+    status.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("number", "taken"), [(1, True), (100, True), (101, False), (10**5, False)]
+)
+def test_a_result_of_absurdly_many_urls_is_refused(number, taken):
+    urls = json.dumps({"resultUrls": ["https://example.com/1.jpg"] * number})
+    data = {"taskId": "t", "state": "success", "resultJson": urls}
+    if taken:
+        assert len(read_status(data, task_id="t").result_urls) == number
+    else:
+        with pytest.raises(UnreadableReplyError, match=f"{number:,} result URLs"):
+            read_status(data, task_id="t")
+
+
+@given(ANYTHING, st.integers(100, 999))
+def test_any_envelope_is_read_or_refused_by_name(value, status):
+    body = json.dumps(value).encode()
+    try:
+        read_task_id(read_envelope(status, body))
+    except ApiError as error:
+        error.message.encode()
+
+
+@given(st.binary(max_size=200), st.integers(100, 999))
+def test_any_bytes_are_refused_by_name(body, status):
+    with pytest.raises(ApiError):
+        read_task_id(read_envelope(status, body))
+
+
+@pytest.mark.parametrize(
+    ("data", "dollars"),
+    [
+        (12.5, 12.5),
+        ("12.5", 12.5),
+        (0, 0.0),
+        ({"balance": 3}, 3.0),
+        ({"balance": None, "amount": "7.25"}, 7.25),
+        ({"currentBalance": -1}, -1.0),
+        ({"current_balance": 0, "balance": "n/a"}, 0.0),
+    ],
+)
+def test_a_balance_is_read_in_its_likely_shapes(data, dollars):
+    assert read_balance(data) == dollars
+
+
+@pytest.mark.parametrize(
+    "data", [None, {}, [], "n/a", {"balance": {}}, {"balance": 10**400}, float("nan"), "inf"]
+)
+def test_a_balance_without_a_number_is_refused_by_name(data):
+    with pytest.raises(UnreadableReplyError, match="no number"):
+        read_balance(data)
+
+
+@pytest.mark.parametrize(
+    "signed",
+    [
+        "?X-Amz-Algorithm=AWS4&X-Amz-Signature=s3cr3t",
+        "?AWSAccessKeyId=AK&Signature=s3cr3t&Expires=1",
+        "?x-goog-algorithm=GOOG4&x-goog-signature=s3cr3t",
+        "?sv=2024-01-01&se=1&sr=b&sig=s3cr3t",
+        "?v=7&sig=s3cr3t",
+        "%3FX-Amz-Signature%3Ds3cr3t",
+    ],
+)
+def test_a_signed_url_that_a_message_repeats_is_cut_before_its_signature(signed):
+    told = f"https://bucket.test/cat.jpg{signed} cannot be fetched"
+    status = read_status(
+        {"taskId": "t", "state": "failed", "failMsg": told}, task_id="t"
+    ).fail_message
+    assert status.startswith("https://bucket.test/cat.jpg")
+    assert status.endswith("… cannot be fetched")
+    with pytest.raises(RefusedError) as caught:
+        read_envelope(400, json.dumps({"code": 400, "message": told}).encode())
+    for text in (status, str(caught.value)):
+        assert "s3cr3t" not in text

@@ -1,0 +1,234 @@
+"""A paid request is repeated only when it is known not to have been accepted."""
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager, nullcontext
+
+import httpx
+import pytest
+
+from prefect_flux_kontext.client import client as client_module
+from prefect_flux_kontext.errors import (
+    BatchStoppedError,
+    InvalidRequestError,
+    NotConnectedError,
+    RateLimitedError,
+    RefusedError,
+    ReplyLostError,
+    ServiceTroubleError,
+    UnreadableReplyError,
+)
+from tests.support.clients import ACCEPTED, REQUEST, Played, make_client
+from tests.support.scripted_server import (
+    ScriptedServer,
+    accepted,
+    envelope,
+    half_a_reply,
+    hang_up,
+    html,
+    redirect,
+    reply,
+    reset,
+    silence,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+def dropped_head(status):
+    async def play(writer):
+        writer.write(f"HTTP/1.1 {status} Scripted\r\nContent-Le".encode())
+        await writer.drain()
+        return False
+
+    return play
+
+
+DOUBTFUL = {
+    "silence": (silence, ReplyLostError),
+    "reset after the request": (reset, ReplyLostError),
+    "hung up without a reply": (hang_up, ReplyLostError),
+    "half a head": (dropped_head(200), ReplyLostError),
+    "half a body": (half_a_reply(), ReplyLostError),
+    "half a 500": (half_a_reply(500), ReplyLostError),
+    "not HTTP": (reply(status="what"), ReplyLostError),
+    **{f"HTTP {code}": (html(code), ServiceTroubleError) for code in (500, 502, 503, 504)},
+    **{f"envelope {code}": (envelope(code), ServiceTroubleError) for code in (500, 502, 503, 504)},
+    "200 without a task": (envelope(data={}), UnreadableReplyError),
+    "200 that is HTML": (html(200), UnreadableReplyError),
+    "200 that is cut JSON": (reply(200, b'{"code": 200,'), UnreadableReplyError),
+    "307": (redirect("/api/v1/generateTask/flux-kontext", 307), UnreadableReplyError),
+    "308": (redirect("/api/v1/generateTask/flux-kontext", 308), UnreadableReplyError),
+    "302": (redirect("/api/v1/generateTask/flux-kontext", 302), UnreadableReplyError),
+    "429 that names a task": (envelope(429, {"taskId": "x"}, status=429), UnreadableReplyError),
+}
+
+
+@pytest.mark.parametrize("connection", ["new", "kept alive"])
+@pytest.mark.parametrize("what", DOUBTFUL)
+async def test_what_may_have_been_accepted_is_posted_once(what, connection):
+    play, kind = DOUBTFUL[what]
+    before = [envelope(data={"taskId": "t", "state": "pending"})] * (connection == "kept alive")
+    async with (
+        ScriptedServer(*before, play, accepted()) as server,
+        make_client(server.url, read=0.2) as client,
+    ):
+        for _ in before:
+            await client.status("t")
+        with pytest.raises(kind) as caught:
+            await client.submit(REQUEST)
+        assert [seen.method for seen in server.seen].count("POST") == 1
+        assert client.governor.tasks.running == 0
+    assert not caught.value.not_accepted
+    assert not caught.value.fatal
+    if connection == "kept alive" and len(server.seen) == 2:
+        assert {seen.connection for seen in server.seen} == {1}
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+async def test_a_refusal_counts_without_its_body_too(status):
+    async with ScriptedServer(half_a_reply(status)) as server, make_client(server.url) as client:
+        with pytest.raises(RefusedError) as caught:
+            await client.submit(REQUEST)
+    assert caught.value.code == status
+    assert len(server.seen) == 1
+
+
+async def test_a_refused_connection_is_made_again_eight_times(monkeypatch):
+    monkeypatch.setattr(client_module, "jittered", lambda _: 0.0)
+    with socket.socket() as bound:  # nobody listens on it
+        bound.bind(("127.0.0.1", 0))
+        async with make_client(f"http://127.0.0.1:{bound.getsockname()[1]}") as client:
+            posts = []
+
+            @asynccontextmanager
+            async def around():
+                posts.append(1)
+                yield
+
+            with pytest.raises(NotConnectedError) as caught:
+                await client.submit(REQUEST, around_post=around)
+            assert client.governor.tasks.running == 0
+    assert len(posts) == 8
+    assert caught.value.not_accepted
+
+
+async def test_a_service_that_comes_up_late_gets_the_request_once(monkeypatch):
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        server = ScriptedServer(accepted())
+
+        def start_listening(_):
+            bound.listen()
+            return 0.0
+
+        monkeypatch.setattr(client_module, "jittered", start_listening)
+        async with server, make_client(url) as client:
+            late = await asyncio.start_server(server._serve, sock=bound)
+            await late.start_serving()
+            assert (await client.submit(REQUEST)).task_id == "task_1"
+            late.close()
+    assert len(server.seen) == 1
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(
+    ("error", "posts"),
+    [
+        (httpx.ConnectError("no route"), 2),
+        (httpx.ConnectTimeout(""), 2),
+        (httpx.PoolTimeout(""), 2),
+        (httpx.ProxyError("407"), 2),
+        (httpx.ReadTimeout(""), 1),
+        (httpx.ReadError(""), 1),
+        (httpx.WriteTimeout(""), 1),
+        (httpx.WriteError(""), 1),
+        (httpx.CloseError(""), 1),
+        (httpx.RemoteProtocolError("Server disconnected without sending a response."), 1),
+        (httpx.LocalProtocolError(""), 1),
+        (httpx.DecodingError(""), 1),
+        (httpx.TooManyRedirects(""), 1),
+        (TimeoutError(), 1),
+    ],
+)
+async def test_only_what_never_left_is_posted_again(error, posts):
+    played = Played(error, ACCEPTED)
+    async with make_client(transport=played) as client:
+        with pytest.raises(ReplyLostError) if posts == 1 else nullcontext():
+            await client.submit(REQUEST)
+        assert len(played.requests) == posts
+
+
+@pytest.mark.virtual_time
+async def test_a_reply_that_trickles_in_for_ever_is_lost_after_two_minutes():
+    class Trickle(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            while True:
+                await asyncio.sleep(30)
+                yield b" "
+
+    def handler(request):
+        return httpx.Response(200, stream=Trickle())
+
+    async with make_client(transport=httpx.MockTransport(handler)) as client:
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(ReplyLostError):
+            await client.submit(REQUEST)
+        assert asyncio.get_running_loop().time() - began == pytest.approx(120)
+
+
+async def test_each_post_is_made_inside_its_own_context(monkeypatch):
+    monkeypatch.setattr("prefect_flux_kontext.client.limits.account.jittered", lambda _: 0.0)
+    told = []
+
+    @asynccontextmanager
+    async def around():
+        told.append(("enter", len(server.seen)))
+        try:
+            yield
+        except RateLimitedError:
+            told.append(("refused", len(server.seen)))
+            raise
+        told.append(("accepted", len(server.seen)))
+
+    async with (
+        ScriptedServer(envelope(429, status=429), accepted()) as server,
+        make_client(server.url) as client,
+    ):
+        await client.submit(REQUEST, around_post=around)
+    assert told == [("enter", 0), ("refused", 1), ("enter", 1), ("accepted", 2)]
+
+
+async def test_who_raises_right_before_the_post_sends_nothing_and_holds_no_slot():
+    @asynccontextmanager
+    async def around():
+        raise BatchStoppedError("enough")
+        yield
+
+    async with ScriptedServer(accepted()) as server, make_client(server.url) as client:
+        with pytest.raises(BatchStoppedError):
+            await client.submit(REQUEST, around_post=around)
+        assert server.seen == []
+        assert client.governor.tasks.running == 0
+
+
+async def test_a_submit_cancelled_under_way_frees_its_slot():
+    async with ScriptedServer(silence) as server, make_client(server.url) as client:
+        task = asyncio.create_task(client.submit(REQUEST))
+        while not server.seen:  # noqa: ASYNC110 - the server tells nobody
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert client.governor.tasks.running == 0
+
+
+async def test_an_invalid_request_is_posted_once():
+    async with (
+        ScriptedServer(envelope(400, {"error": "prompt"}, "bad"), accepted()) as server,
+        make_client(server.url) as client,
+    ):
+        with pytest.raises(InvalidRequestError, match="400: bad: prompt"):
+            await client.submit(REQUEST)
+    assert len(server.seen) == 1

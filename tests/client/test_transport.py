@@ -1,0 +1,187 @@
+"""What the wire raises tells what became of a request, and nothing is sent that was not asked."""
+
+import asyncio
+import ssl
+
+import httpx
+import pytest
+
+from prefect_flux_kontext.client import transport as wire
+from prefect_flux_kontext.client.transport import AiohttpTransport, tls_context
+from tests.support import scripted_server as play
+from tests.support.certificates import self_signed
+from tests.support.made_up_network import Network
+from tests.support.scripted_server import ScriptedServer
+
+pytestmark = pytest.mark.anyio
+
+FINE = play.reply(200, b"fine")
+
+
+def client(**how):
+    transport = AiohttpTransport(tls_context(), **how)
+    return httpx.AsyncClient(transport=transport, headers={"Authorization": "Bearer canary"})
+
+
+@pytest.mark.parametrize("fault", [play.hang_up, play.reset], ids=["hang up", "reset"])
+@pytest.mark.parametrize("kept", [False, True], ids=["new connection", "kept connection"])
+async def test_a_post_goes_out_once_and_a_get_once_more(fault, kept):
+    before = [FINE] * kept
+    async with ScriptedServer(*before, fault, FINE) as server, client() as http:
+        for _ in before:
+            await http.get(server.url)
+        with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+            await http.post(server.url, content=b"{}")
+        assert [seen.method for seen in server.seen[kept:]] == ["POST"]
+    async with ScriptedServer(*before, fault, FINE) as server, client() as http:
+        for _ in before:
+            await http.get(server.url)
+        assert (await http.get(server.url)).content == b"fine"
+        assert [seen.method for seen in server.seen[kept:]] == ["GET", "GET"]
+
+
+async def test_a_connection_that_is_never_made_is_told_apart():
+    network = Network(dead={"127.0.0.1"})
+    async with client(socket_factory=network) as http:
+        with pytest.raises(httpx.ConnectError, match=r"127\.0\.0\.1:80"):
+            await http.post("http://127.0.0.1/", content=b"{}")
+    assert network.connected == [("127.0.0.1", 80)]
+    assert network.written == b""
+
+
+async def test_a_certificate_that_is_not_trusted_ends_before_anything_is_sent(tmp_path):
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(self_signed("localhost", tmp_path))
+    network = Network(tls=server)
+    async with client(socket_factory=network) as http:
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            await http.post("https://127.0.0.1/", content=b"{}")
+    assert network.written == b""
+
+
+async def test_no_room_among_the_connections_is_a_connection_never_made(monkeypatch):
+    monkeypatch.setattr(wire, "MOST_CONNECTIONS", 1)
+    asked = asyncio.Event()
+
+    async def hear(writer):
+        asked.set()
+        return await play.silence(writer)
+
+    async with ScriptedServer(hear) as server, client() as http:
+        timeout = httpx.Timeout(60, pool=0.01)
+        first = asyncio.create_task(http.get(server.url))
+        await asked.wait()
+        with pytest.raises(httpx.ConnectTimeout):
+            await http.post(server.url, content=b"{}", timeout=timeout)
+        first.cancel()
+        assert len(server.seen) == 1
+
+
+async def test_a_reply_that_does_not_come_may_have_been_a_success():
+    async with ScriptedServer(play.silence) as server, client() as http:
+        with pytest.raises(httpx.ReadTimeout):
+            await http.post(server.url, content=b"{}", timeout=httpx.Timeout(60, read=0.01))
+        assert len(server.seen) == 1
+
+
+async def test_half_a_reply_is_an_error_while_it_is_read():
+    async with ScriptedServer(play.half_a_reply()) as server, client() as http:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await http.post(server.url, content=b"{}")
+        assert len(server.seen) == 1
+
+
+async def test_what_is_no_http_tells_nothing_of_the_request():
+    network = Network(b"SSH-2.0-canary\r\n\r\n")
+    async with client(socket_factory=network) as http:
+        with pytest.raises(httpx.RemoteProtocolError) as raised:
+            await http.post("http://127.0.0.1/", content=b"{}")
+    assert "Bearer" not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+@pytest.mark.parametrize("turns", [0, 1, 10])
+@pytest.mark.parametrize("unasked", [b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n", b"x"])
+async def test_a_reply_that_nobody_asked_for_is_nobodys_reply(turns, unasked):
+    """It would tell that a paid submit was refused, or was another one."""
+    writers = []
+
+    async def first(writer):
+        writers.append(writer)
+        return await FINE(writer)
+
+    async with ScriptedServer(first, play.reply(200, b"second")) as server, client() as http:
+        assert (await http.post(server.url, content=b"1")).content == b"fine"
+        writers[0].write(unasked)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert (await http.post(server.url, content=b"2")).content == b"second"
+        assert [seen.body for seen in server.seen] == [b"1", b"2"]
+        assert server.connections == 2
+
+
+async def test_a_paid_reply_is_not_lost_for_its_headers():
+    many = {f"X-{number}": "x" for number in range(500)} | {"X-Long": "x" * 60_000}
+    async with ScriptedServer(play.reply(200, b"fine", **many)) as server, client() as http:
+        assert (await http.post(server.url, content=b"{}")).content == b"fine"
+
+
+async def test_a_name_that_can_be_none_is_a_connection_never_made():
+    async with client(socket_factory=Network()) as http:
+        with pytest.raises(httpx.ConnectError):
+            await http.post(f"http://{'a' * 64}.test/", content=b"{}")
+
+
+async def test_cookies_are_not_kept_and_redirects_not_followed():
+    moved = play.reply(302, Location="/elsewhere", **{"Set-Cookie": "who=me"})
+    async with ScriptedServer(moved, FINE) as server, client() as http:
+        transport = http._transport
+        for _ in range(2):
+            request = httpx.Request("GET", server.url)
+            await (await transport.handle_async_request(request)).aread()
+        assert [seen.target for seen in server.seen] == ["/", "/"]
+        assert "cookie" not in server.seen[1].headers
+
+
+async def test_no_header_is_added_to_those_of_the_request():
+    async with ScriptedServer(FINE) as server:
+        transport = AiohttpTransport(tls_context())
+        request = httpx.Request("POST", f"{server.url}/a%20b?c=%2F&d", content=b"{}")
+        await (await transport.handle_async_request(request)).aread()
+        await transport.aclose()
+        (seen,) = server.seen
+        assert seen.target == "/a%20b?c=%2F&d"
+        assert set(seen.headers) == {"host", "content-length"}
+
+
+async def test_a_connection_is_used_again_unless_a_body_is_left_unread():
+    async with ScriptedServer(play.reply(200, b"x" * 500_000)) as server:
+        transport = AiohttpTransport(tls_context())
+
+        async def ask(*, read):
+            response = await transport.handle_async_request(httpx.Request("GET", server.url))
+            if read:
+                await response.aread()
+            await response.aclose()
+            return server.connections
+
+        assert [await ask(read=True), await ask(read=True)] == [1, 1]
+        assert [await ask(read=False), await ask(read=True)] == [1, 2]
+        await transport.aclose()
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000/x", "http://user:word@127.0.0.1:8000/x"])
+async def test_an_address_of_the_url_is_connected_to_and_no_login_is_sent(url):
+    network = Network()
+    transport = AiohttpTransport(tls_context(), socket_factory=network)
+    response = await transport.handle_async_request(httpx.Request("GET", url))
+    assert await response.aread() == b"fine"
+    await transport.aclose()
+    assert network.connected == [("::1" if "::1" in url else "127.0.0.1", 8000)]
+    assert b"authorization" not in network.written.lower()
+
+
+async def test_a_closed_transport_that_was_never_used_had_nothing_to_close():
+    transport = AiohttpTransport(tls_context())
+    await transport.aclose()
+    assert transport._session is None

@@ -1,0 +1,46 @@
+"""Waiters are woken at once on this loop, and by its thread on another."""
+
+import asyncio
+import threading
+
+import pytest
+
+from prefect_flux_kontext.client.limits.waiters import wake
+
+
+@pytest.mark.anyio
+async def test_a_waiter_of_this_loop_is_woken_at_once():
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+    wake(waiter, loop)
+    wake(waiter, loop)
+    assert waiter.done()
+
+
+@pytest.mark.anyio
+async def test_a_waiter_of_another_loop_is_woken_by_that_loop():
+    made = threading.Event()
+    others = []
+
+    async def wait():
+        others.append((asyncio.get_running_loop().create_future(), asyncio.get_running_loop()))
+        made.set()
+        await others[0][0]
+
+    other = threading.Thread(target=asyncio.run, args=[wait()])
+    other.start()
+    await asyncio.to_thread(made.wait)
+    wake(*others[0])
+    await asyncio.to_thread(other.join)
+    assert others[0][0].done()
+    with pytest.raises(RuntimeError, match="closed"):
+        wake(*others[0])
+
+
+def test_what_is_thrown_away_after_its_loop_wakes_those_of_another():
+    loop = asyncio.new_event_loop()
+    waiter = loop.create_future()
+    wake(waiter, loop)  # no loop runs here
+    loop.run_until_complete(waiter)
+    loop.close()
+    assert waiter.done()

@@ -1,0 +1,193 @@
+"""An image is fetched until it is whole, gone on with where that is safe, and never for ever."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from prefect_flux_kontext.errors import DownloadError
+from prefect_flux_kontext.images.decode import inspect_image
+from prefect_flux_kontext.images.download import download_client, download_image
+from tests.support.pictures import picture
+
+JPEG, OTHER = picture("jpeg"), picture("jpeg", size=(90, 70))
+
+HALF = len(JPEG) // 2
+
+
+STRONG, WEAK = '"version-1"', 'W/"version-1"'
+
+
+class Piecewise(httpx.AsyncByteStream):
+    """A body that comes in pieces; a number is a pause in seconds, None the end of the line."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    async def __aiter__(self):
+        for piece in self.pieces:
+            if piece is None:
+                raise httpx.ReadError("reset")
+            if isinstance(piece, bytes):
+                yield piece
+            else:
+                await asyncio.sleep(piece)
+
+
+class Files(httpx.AsyncBaseTransport):
+    """A server of one file that plays its answers in order, the last for ever.
+
+    An answer is (etag or None, pieces); for a request with a range it is served from there on,
+    as long as the version is the one that the client has.
+    """
+
+    def __init__(self, *answers, ranges=True):
+        self.answers = answers
+        self.ranges = ranges
+        self.requests = []
+        self.statuses = []
+
+    async def handle_async_request(self, request):
+        self.requests.append(request)
+        etag, whole, cut = self.answers[min(len(self.requests), len(self.answers)) - 1]
+        headers = {"ETag": etag} if etag else {}
+        begin, status = 0, 200
+        if self.ranges and "Range" in request.headers and request.headers["If-Range"] == etag:
+            begin, status = int(request.headers["Range"][6:-1]), 206
+            headers["Content-Range"] = f"bytes {begin}-{len(whole) - 1}/{len(whole)}"
+        self.statuses.append(status)
+        pieces = [whole[begin:]] if cut is None else [whole[begin:cut], None]
+        return httpx.Response(status, headers=headers, stream=Piecewise(*pieces))
+
+
+async def download(transport):
+    async with download_client(transport) as http:
+        return await download_image("http://results.test/a", http, whole, task_id="task_1")
+
+
+def whole(data):
+    inspect_image(data)
+    return data
+
+
+virtual = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+class TestResuming:
+    pytestmark = virtual
+
+    async def test_a_download_that_was_cut_goes_on_where_it_ended(self):
+        files = Files((STRONG, JPEG, HALF), (STRONG, JPEG, HALF + 100), (STRONG, JPEG, None))
+        assert await download(files) == JPEG
+        assert files.statuses == [200, 206, 206]
+        asked = [request.headers.get("Range") for request in files.requests]
+        assert asked == [None, f"bytes={HALF}-", f"bytes={HALF + 100}-"]
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            Files((None, JPEG, HALF), (None, JPEG, None)),
+            Files((WEAK, JPEG, HALF), (WEAK, JPEG, None)),
+            Files((STRONG, JPEG, HALF), (STRONG, JPEG, None), ranges=False),
+            Files((STRONG, OTHER, HALF), ('"version-2"', JPEG, None)),
+        ],
+        ids=["no version", "a weak version", "no ranges", "a new version"],
+    )
+    async def test_where_that_is_not_safe_it_begins_anew(self, files):
+        assert await download(files) == JPEG
+        assert files.statuses == [200, 200]
+
+    async def test_without_a_strong_version_no_range_is_asked_for(self):
+        files = Files((WEAK, JPEG, HALF), (WEAK, JPEG, None))
+        await download(files)
+        assert "Range" not in files.requests[1].headers
+
+    @pytest.mark.parametrize(
+        "second",
+        [
+            httpx.Response(206, headers={"Content-Range": f"bytes {HALF + 1}-9/10"}, content=b"x"),
+            httpx.Response(206, headers={"Content-Range": "bytes"}, content=JPEG[HALF:]),
+            httpx.Response(206, content=JPEG[HALF:]),
+            httpx.Response(
+                206,
+                headers={"Content-Range": f"bytes {HALF}-9/10", "ETag": '"version-2"'},
+                content=JPEG[HALF:],
+            ),
+            httpx.Response(416),
+        ],
+        ids=["another place", "no place", "not said", "another version", "not possible"],
+    )
+    async def test_a_part_that_is_not_the_one_asked_for_is_not_put_to_the_first(self, second):
+        first = httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(JPEG[:HALF], None))
+        script = [first, second, httpx.Response(200, content=JPEG)]
+        asked = []
+
+        def answer(request):
+            asked.append(request.headers.get("Range"))
+            played = script.pop(0)
+            if isinstance(played.stream, Piecewise):
+                return played
+            return httpx.Response(
+                played.status_code, headers=played.headers, stream=Piecewise(played.content)
+            )
+
+        assert await download(httpx.MockTransport(answer)) == JPEG
+        assert asked == [None, f"bytes={HALF}-", None]
+
+    async def test_parts_that_make_no_image_are_thrown_away_together(self):
+        old, new = picture("png"), picture("png")
+        files = Files((STRONG, old, 900), (STRONG, new, None), (STRONG, new, None))
+        assert await download(files) == new
+        assert files.statuses == [200, 206, 200]
+
+    async def test_trouble_between_two_parts_costs_nothing_of_the_first(self):
+        script = [
+            httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(JPEG[:HALF], None)),
+            httpx.Response(503, headers={"Retry-After": "7"}, stream=Piecewise(b"sorry")),
+            httpx.Response(
+                206,
+                headers={"Content-Range": f"bytes {HALF}-{len(JPEG) - 1}/{len(JPEG)}"},
+                stream=Piecewise(JPEG[HALF:]),
+            ),
+        ]
+        assert await download(httpx.MockTransport(lambda _: script.pop(0))) == JPEG
+
+
+class TestTime:
+    pytestmark = virtual
+
+    async def test_a_slow_download_that_keeps_coming_is_waited_for(self):
+        step = len(JPEG) // 8 + 1
+        pieces = [p for n in range(0, len(JPEG), step) for p in (29.0, JPEG[n : n + step])]
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Piecewise(*pieces)))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert await download(transport) == JPEG
+        assert loop.time() - began == pytest.approx(8 * 29)
+
+    async def test_after_30_seconds_without_a_byte_it_is_asked_again_for_the_rest(self):
+        loop = asyncio.get_running_loop()
+        asked = []
+
+        def answer(request):
+            asked.append((loop.time(), request.headers.get("Range")))
+            if len(asked) == 1:
+                pieces = [JPEG[:100], 20, JPEG[100:HALF], 9_999]
+                return httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(*pieces))
+            told = {"Content-Range": f"bytes {HALF}-{len(JPEG) - 1}/{len(JPEG)}"}
+            return httpx.Response(206, headers=told, stream=Piecewise(JPEG[HALF:]))
+
+        assert await download(httpx.MockTransport(answer)) == JPEG
+        (first, _), (second, rest) = asked
+        assert 50 <= second - first <= 51
+        assert rest == f"bytes={HALF}-"
+
+    async def test_a_drip_that_never_stalls_has_its_end_too(self):
+        transport = httpx.MockTransport(
+            lambda _: httpx.Response(200, stream=Piecewise(*[b"x", 29] * 99_999))
+        )
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with pytest.raises(DownloadError, match="TimeoutError after 11 bytes"):
+            await download(transport)
+        assert 1_800 < loop.time() - began < 1_900

@@ -1,0 +1,163 @@
+"""One line of a manifest becomes a request, or a reason why not."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_flux_kontext.manifest.row import RefusedRow, Row, make_row, problems_of_reference
+
+URL = "http://references.test/cat.jpg"
+
+
+def reason(prompt=None, **cells):
+    row = make_row(7, cells, prompt=prompt)
+    assert isinstance(row, RefusedRow)
+    assert row.line == 7
+    return row.reason
+
+
+def test_the_prompt_for_all_rows_fills_in_where_a_row_has_none():
+    own = make_row(2, {"image": URL, "prompt": "oil"}, prompt="pencil")
+    none = make_row(2, {"image": URL, "prompt": "  "}, prompt="pencil")
+    assert (own.request.prompt, none.request.prompt) == ("oil", "pencil")
+
+
+def test_a_prompt_alone_is_text_to_image():
+    row = make_row(2, {"prompt": "a lighthouse"})
+    assert row.request.image_urls == []
+
+
+def test_a_hole_in_the_references_is_not_paid_for_as_text_to_image():
+    assert reason(prompt="as watercolour", id="cat", image="") == (
+        "the row has neither an image nor a prompt of its own"
+    )
+
+
+def test_empty_cells_take_the_defaults():
+    row = make_row(2, {"image": URL, "prompt": "x", "mode": "", "aspect_ratio": " "})
+    assert (row.request.mode, row.request.aspect_ratio) == ("pro", "16:9")
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ({}, "prompt is missing: give the row one, or a prompt for all rows"),
+        ({"prompt": "x" * 10_001}, "prompt 'xxx"),
+        ({"prompt": "x", "mode": "turbo"}, "mode 'turbo': Input should be 'pro' or 'max'"),
+        ({"prompt": "x", "aspect_ratio": "2:1"}, "aspect_ratio '2:1': Input should be '21:9'"),
+        ({"prompt": "x", "output_format": "gif"}, "output_format 'gif'"),
+        ({"prompt": "x", "provider": "best"}, "provider 'best'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_column_and_what_is_allowed(cells, told):
+    assert reason(image=URL, **cells).startswith(told)
+    assert len(reason(image=URL, **cells)) < 300
+
+
+def test_all_that_is_wrong_with_a_row_is_told_at_once():
+    told = reason(image="gist://cat.jpg", mode="turbo")
+    assert told.count(";") >= 2
+    for word in ("cat.jpg", "mode", "prompt"):
+        assert word in told
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "C:\\cat.jpg",
+        "gist://1/cat.jpg",
+        "github://a:b@c/cat.jpg",
+        "hf://a/cat.jpg",
+        "zip://cat.jpg::s3://bucket/a.zip",
+        "ftp://a.test/cat.jpg",
+        "data:image/png;base64,AAAA",
+        "http://",
+        "http:///cat.jpg",
+        "https:cat.jpg",
+        "//a.test/cat.jpg",
+        "http://[::1",
+        "http://[not-an-address]/x",
+    ],
+)
+def test_a_reference_that_the_service_cannot_fetch_is_refused_with_what_to_do(image):
+    told = reason(image=image, prompt="x")
+    assert f"image {image!r} is not an http or https URL" in told
+    assert "nor a local file, so the service cannot fetch it" in told
+
+
+@pytest.mark.parametrize("image", ["cat.jpg", "/etc/passwd", "file:///etc/passwd", "memory://x"])
+def test_a_local_file_is_refused_unless_the_manifest_is_local(image):
+    assert f"image {image!r} is a local file, and the manifest is not" in reason(
+        image=image, prompt="x"
+    )
+    assert isinstance(make_row(2, {"image": image, "prompt": "x"}, folder="/data"), Row)
+
+
+def test_a_relative_path_starts_from_the_folder_also_when_the_row_is_written_elsewhere():
+    row = make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/data")
+    assert row.request.image_urls == ["/data/a/cat.jpg"]
+    assert row.cells["image"] == "/data/a/cat.jpg"
+    several = make_row(2, {"images": f"{URL} file://cat.jpg", "prompt": "x"}, folder="/data")
+    assert json.loads(several.cells["images"]) == [URL, "/data/cat.jpg"]
+    # Else the same manifest in another folder would give its images other names.
+    assert row.id == make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/other").id
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        ("http://a.test/x\r\ny.jpg", "holds a character that cannot be seen"),
+        ("http://me:word@a.test/x.jpg", "image at a.test has a user name or password"),
+        ("http://169.254.169.254/latest", "is at a link-local address"),
+    ],
+)
+def test_a_reference_that_is_a_trap_is_refused(image, told):
+    (problem,) = problems_of_reference(image)
+    assert told in problem
+    assert "word@" not in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("a\0b", "cannot be seen"),
+        ("a\nb", "cannot be seen"),
+        ("a\u202egpj.exe", "cannot be seen"),
+        ("../../etc/passwd", "leads out of the output"),
+        ("a/../../b", "leads out of the output"),
+        ("/etc/passwd", "is an absolute path"),
+        ("C:\\temp", "is an absolute path"),
+        ("CON", "is reserved on Windows"),
+        ("x" * 5_000, "id has 5,000 characters"),
+    ],
+)
+def test_an_id_that_cannot_name_a_file_is_refused(given, told):
+    assert told in reason(id=given, prompt="x")
+
+
+def test_several_references_are_a_list_in_json_or_separated_by_spaces():
+    for text in (f'["{URL}", "http://a.test/b c.png"]', f"{URL}  http://a.test/b"):
+        assert len(make_row(2, {"images": text, "prompt": "x"}).request.image_urls) == 2
+
+
+@pytest.mark.parametrize("text", ["[", '["a"', "[1]", "[" * 100_000])
+def test_several_references_that_are_no_list_are_refused(text):
+    assert "is not a list" in reason(images=text, prompt="x")
+
+
+def test_one_reference_and_several_at_once_are_refused():
+    assert "both `image` and `images`" in reason(image=URL, images=URL, prompt="x")
+
+
+@pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x y.png", "http://[::1]:80/x?sig=1#f"])
+def test_a_reference_that_the_service_may_fetch_is_let_through(image):
+    assert problems_of_reference(image) == []
+
+
+@given(st.dictionaries(st.sampled_from(["id", "image", "prompt", "mode", "other"]), st.text()))
+def test_no_cells_whatsoever_make_a_row_raise(cells):
+    row = make_row(2, cells, prompt="x")
+    assert isinstance(row, Row | RefusedRow)
+    assert row.id

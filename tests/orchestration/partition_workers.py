@@ -1,0 +1,76 @@
+"""Two workers that run the parts of batches, and the flow runs that they run."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import anyio
+from prefect import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.workers.process import ProcessWorker
+
+from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
+from tests.orchestration.deployed import running_worker
+
+ROOT = Path(__file__).parents[2]
+
+
+async def deploy(name, *, pool):
+    async with get_client() as client:
+        template = ProcessWorker.get_default_base_job_template()
+        await client.create_work_pool(
+            WorkPoolCreate(name=pool, type="process", base_job_template=template)
+        )
+    flow = await style_transfer_partition.from_source(
+        str(ROOT), "flows/part_of_batch.py:part_of_batch"
+    )
+    await flow.deploy(name, work_pool_name=pool, print_next_steps=False)
+
+
+class Place:
+    """Two workers that run parts, one at a time each, and the service."""
+
+    def __init__(self, folder, environment, sandbox, stack):
+        self.sandbox = sandbox
+        self.workers = {}
+        self._start = lambda: stack.enter_context(
+            running_worker("parts", folder, environment, "--limit", "1")
+        )
+
+    def start_worker(self):
+        worker = self._start()
+        self.workers[worker.pid] = worker
+
+    def accepted(self, *, words=""):
+        """How often each prompt with the words was paid for."""
+        tasks = self.sandbox.service.records()
+        prompts = (task["prompt"] for task in tasks)
+        return Counter(prompt for prompt in prompts if words in prompt)
+
+
+async def runs_named(words):
+    async with get_client() as client:
+        named = FlowRunFilter(name=FlowRunFilterName(like_=words))
+        return await client.read_flow_runs(flow_run_filter=named, limit=50)
+
+
+async def until(condition):
+    async with asyncio.timeout(300):
+        while not condition():  # noqa: ASYNC110 - it comes about in another process
+            await anyio.sleep(0.05)
+
+
+async def process_of(words):
+    """The flow run with the words in its name, and its process, once its worker has told it."""
+    async with asyncio.timeout(300):
+        while True:
+            (run,) = await runs_named(words)
+            if run.infrastructure_pid:
+                return run, int(run.infrastructure_pid.rpartition(":")[2])
+            await anyio.sleep(0.05)
+
+
+def parent_of(process):
+    stat = Path(f"/proc/{process}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])

@@ -1,0 +1,150 @@
+"""Announcing manifests, and people who are told: against a real server and a real webhook."""
+
+import http.server
+import json
+import queue
+import threading
+
+import anyio
+import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.orchestration import events
+from prefect_flux_kontext.orchestration.automations import create_automations
+from tests.orchestration.conftest import QUICK, tell_prefect_everything
+from tests.orchestration.records import post
+
+pytestmark = pytest.mark.anyio
+
+MANIFEST = "https://shop.example.com/new.csv"
+
+
+class TestAnnouncing:
+    async def announced(self, manifest):
+        """The announcements of a manifest that the server has."""
+        await anyio.to_thread.run_sync(tell_prefect_everything)
+        wanted = {"event": {"name": [events.MANIFEST_ARRIVED]}}
+        for _ in range(300):
+            page = await post("/events/filter", {"filter": wanted, "limit": 50})
+            found = [e for e in page["events"] if e["payload"]["manifest"] == manifest]
+            if found:
+                return found
+            await anyio.sleep(0.1)
+        raise AssertionError("it never arrived")
+
+    async def test_a_flow_emits_it_with_whatever_else_is_worth_knowing(self):
+        url = f"{MANIFEST}?version=3"
+        events.emit_manifest_arrived(url, output="s3://shop/restyled", season="summer")
+        (event,) = await self.announced(url)
+        told = {"manifest": url, "output": "s3://shop/restyled", "season": "summer"}
+        assert event["payload"] == told
+        assert event["resource"]["flux-kontext.output"] == "s3://shop/restyled"
+
+    async def test_the_command_line_emits_it_and_makes_paths_absolute(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.chdir(tmp_path)
+        arguments = ["announce", "new.csv", "--output", "out", "--with", "season=summer"]
+        assert await anyio.to_thread.run_sync(main, arguments) == 0
+        (event,) = await self.announced(str(tmp_path / "new.csv"))
+        assert event["payload"]["output"] == str(tmp_path / "out")
+        assert event["payload"]["season"] == "summer"
+        assert "Announced" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            f"{MANIFEST}?X-Amz-Signature=abc&X-Amz-Expires=60",
+            f"{MANIFEST}?sig=abc&se=2026",
+            "https://me:secret@shop.example.com/new.csv",
+        ],
+    )
+    def test_a_url_that_gives_access_is_not_announced(self, url):
+        with pytest.raises(ConfigurationError, match="signature or a password") as caught:
+            events.emit_manifest_arrived(url, output="out")
+        assert "abc" not in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("api", [None, "http://127.0.0.1:1/api"])
+    def test_an_announcement_that_nobody_hears_is_status_2(self, api, capsys):
+        with temporary_settings({PREFECT_API_URL: api}):
+            assert main(["announce", MANIFEST, "--output", "out"]) == 2
+        told = capsys.readouterr().err
+        assert "PREFECT_API_URL" in told or "127.0.0.1:1" in told
+
+
+@pytest.fixture
+def webhook():
+    """An address that takes notifications, and the queue that they land in."""
+    heard = queue.Queue()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            heard.put(json.loads(body))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", heard
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class TestTelling:
+    async def test_people_are_told_of_a_failed_batch_of_spending_and_of_results_that_expire(
+        self, webhook, account, tmp_path
+    ):
+        url, heard = webhook
+        block = CustomWebhookNotificationBlock(
+            name="alerts", url=url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
+        )
+        await block.asave("alerts", overwrite=True)
+        names = await create_automations("custom-webhook/alerts")
+        assert len(names) == 3
+        assert await create_automations("custom-webhook/alerts") == names
+        known = await post("/automations/filter", {})
+        assert sum(automation["name"] in names for automation in known) == 3
+
+        state = await style_transfer_batch(
+            [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(3)],
+            str(tmp_path),
+            credentials=account,
+            cadence=QUICK,
+            budget_usd=0.07,
+            alert_above_usd=0.05,
+            return_state=True,
+        )
+        assert state.is_failed()
+        expiring = {"output": "out", "rows": 7, "days_left": 1.5, "task_id": "task_1"}
+        events.tell(events.RESULTS_EXPIRING, "out", expiring)
+        await anyio.to_thread.run_sync(tell_prefect_everything)
+        # The server looks a few seconds long whether an event belongs to others.
+        told = [await anyio.to_thread.run_sync(lambda: heard.get(timeout=90)) for _ in range(3)]
+        text = "\n".join(f"{note['subject']}\n{note['body']}" for note in told)
+        assert "style-transfer-batch is Failed" in text
+        assert "$0.06 spent" in text
+        assert "7 results will soon be gone" in text
+        assert "flux-kontext collect out" in text
+
+    @pytest.mark.parametrize("block", ["custom-webhook/nobody", "nothing"])
+    async def test_without_the_block_it_says_what_is_missing(self, block):
+        with pytest.raises(ConfigurationError, match=block):
+            await create_automations(block)
+
+    async def test_a_block_that_cannot_notify_is_refused(self, account):
+        await account.asave("no-notifier", overwrite=True)
+        with pytest.raises(ConfigurationError, match="cannot notify"):
+            await create_automations("flux-kontext-credentials/no-notifier")

@@ -1,0 +1,218 @@
+"""prefect.yaml as a new user deploys it: a real server, a real worker, each entry point run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.deployments import run_deployment
+
+from prefect_flux_kontext import PollingCadence
+from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.orchestration.conftest import KEY
+from tests.orchestration.deployed import run_once, running_worker, state_names
+
+ROOT = Path(__file__).parents[2]
+POOL = "flux-kontext"
+NAMES = {
+    "style-transfer-batch/nightly-prefix",
+    "style-transfer-batch/manifest-lands",
+    "collect-batch/collect-hourly",
+    "retry-failed/retry-failed-on-demand",
+}
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
+
+
+class Place:
+    """A user's copy of the deployments, with a worker that runs them."""
+
+    def __init__(self, folder, environment, sandbox):
+        self.folder = folder
+        self.environment = environment
+        self.sandbox = sandbox
+        self.output = folder / "restyled"
+
+    def ran(self, *command):
+        """What a command says, run where the deployments are."""
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def manifest(self, name, *prompts):
+        path = self.folder / name
+        lines = [f"row-{number},{prompt}" for number, prompt in enumerate(prompts)]
+        path.write_text("\n".join(["id,prompt", *lines]))
+        return str(path)
+
+    def paid(self):
+        return self.sandbox.service.bill()["accepted"]
+
+
+@pytest.fixture(scope="module")
+def place(prefect_api, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deployed")
+    shutil.copytree(ROOT / "flows", folder / "flows")
+    text = (ROOT / "prefect.yaml").read_text()
+    # A minute is long; the rest stays as it is.
+    assert "schedule_after: 60" in text
+    (folder / "prefect.yaml").write_text(text.replace("schedule_after: 60", "schedule_after: 1"))
+    with running_sandbox(SandboxSettings(mean=0.5, long_edge=64, api_key=KEY)) as sandbox:
+        environment = prefect_api.environment | {
+            "FLUX_KONTEXT_API_KEY": KEY,
+            "FLUX_KONTEXT_BASE_URL": sandbox.url,
+            "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0",
+            "FLUX_KONTEXT_POLL_INTERVAL": "0.1",
+            "INCOMING": str(folder / "incoming.csv"),
+            "RESTYLED": str(folder / "restyled"),
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+        }
+        place = Place(folder, environment, sandbox)
+        place.ran("prefect", "work-pool", "create", POOL, "--type", "process")
+        place.ran("prefect", "deploy", "--all")
+        with running_worker(POOL, folder, environment):
+            yield place
+
+
+async def newest_run(flow, output):
+    """The newest run of a flow into an output, once there is one."""
+    async with get_client() as client:
+        for _ in range(1_200):
+            runs = await client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])), limit=200
+            )
+            for run in runs:
+                if str(run.parameters.get("output")).endswith(str(output)):
+                    return run
+            await anyio.sleep(0.1)
+    raise AssertionError(f"no run of {flow} into {output}")
+
+
+async def gone(pid):
+    for _ in range(600):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        await anyio.sleep(0.1)
+    return False
+
+
+async def test_each_deployment_is_there_with_its_trigger_and_a_form(place):
+    async with get_client() as client:
+        found = {name: await client.read_deployment_by_name(name) for name in NAMES}
+        automations = {item.name: item for item in await client.read_automations()}
+    assert {"flux-kontext, a manifest lands", "flux-kontext, a batch has left results"} <= set(
+        automations
+    )
+    for name, deployment in found.items():
+        assert deployment.description
+        properties = deployment.parameter_openapi_schema["properties"]
+        for parameter, told in properties.items():
+            assert told.get("description"), (name, parameter)
+        assert properties["output"]["examples"]
+    nightly = found["style-transfer-batch/nightly-prefix"]
+    assert nightly.parameters["manifest"] == place.environment["INCOMING"]
+    assert nightly.parameters["output"] == place.environment["RESTYLED"]
+    assert [schedule.schedule.cron for schedule in nightly.schedules] == ["0 2 * * *"]
+    form = nightly.parameter_openapi_schema["properties"]
+    assert form["wait"]["enum"] == ["poll", "suspend", "collect"]
+    assert form["manifest"]["examples"]
+
+
+async def test_a_manifest_that_is_announced_is_run_and_its_failed_rows_again_on_demand(place):
+    output, before = place.folder / "landed", place.paid()
+    manifest = place.manifest("landed.csv", "a lighthouse", "nsfw")
+    told = place.ran(
+        "prefect_flux_kontext", "announce", "landed.csv", "--output", str(output), "--with", "a=b"
+    )
+    assert "Announced" in told
+    run = await newest_run("style-transfer-batch", output)
+    assert run.parameters["manifest"] == manifest
+    await run_once(run.id, "Completed")
+    assert (output / "row-0.jpg").exists()
+    assert place.paid() - before == 2
+
+    (output / "failed.csv").write_text("id,prompt\nrow-1,a harbour\n")
+    again = await run_deployment(
+        "retry-failed/retry-failed-on-demand",
+        parameters={"output": str(output)},
+        poll_interval=0.5,
+    )
+    assert again.state.is_completed(), again.state.message
+    assert (output / "row-1.jpg").exists()
+    assert place.paid() - before == 3
+
+
+async def test_a_suspended_batch_holds_no_process_and_ends_once_its_results_are_collected(place):
+    output, before = place.folder / "suspended", place.paid()
+    manifest = place.manifest("suspended.csv", *(f"a harbour {n}" for n in range(20)))
+    run = await run_deployment(
+        "style-transfer-batch/nightly-prefix",
+        parameters={"manifest": manifest, "output": str(output), "wait": "suspend"},
+        timeout=0,
+    )
+    run = await run_once(run.id, "Suspended", "Resuming", "Completed")
+    assert place.paid() - before == 20
+    first = int(run.infrastructure_pid.rpartition(":")[2])
+    assert await gone(first)
+    # The event of its suspension starts the collection, which resumes it.
+    collecting = await newest_run("collect-batch", output)
+    await run_once(collecting.id, "Completed")
+    run = await run_once(run.id, "Completed")
+    names = await state_names(run.id)
+    assert names.count("Running") == 2
+    assert names.index("Suspended") < names.index("Completed")
+    assert int(run.infrastructure_pid.rpartition(":")[2]) != first
+    assert len(list(output.glob("*.jpg"))) == 20
+    assert place.paid() - before == 20
+
+
+async def test_a_batch_that_leaves_its_results_ends_and_the_next_flow_stores_them(place):
+    output, before = place.folder / "left", place.paid()
+    manifest = place.manifest("left.csv", *(f"a ship {n}" for n in range(5)))
+    run = await run_deployment(
+        "style-transfer-batch/nightly-prefix",
+        parameters={"manifest": manifest, "output": str(output), "wait": "collect"},
+        poll_interval=0.5,
+    )
+    assert run.state.is_completed(), run.state.message
+    collecting = await newest_run("collect-batch", output)
+    await run_once(collecting.id, "Completed")
+    assert len(list(output.glob("*.jpg"))) == 5
+    assert place.paid() - before == 5
+
+
+async def test_a_flow_is_deployed_from_code_with_options_of_ones_own(place):
+    flow = await style_transfer_batch.from_source(
+        str(place.folder), "flows/nightly_prefix.py:nightly_prefix"
+    )
+    await flow.with_options(retries=2).deploy(
+        "of-my-own", work_pool_name=POOL, print_next_steps=False
+    )
+    run = await run_deployment(
+        "style-transfer-batch/of-my-own",
+        parameters={
+            "manifest": place.manifest("own.csv", "a bridge"),
+            "output": str(place.folder / "own"),
+            "cadence": PollingCadence(initial_delay=0, interval=0.1).model_dump(),
+        },
+        poll_interval=0.5,
+    )
+    assert run.state.is_completed(), run.state.message
+    assert (place.folder / "own" / "row-0.jpg").exists()

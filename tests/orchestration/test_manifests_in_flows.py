@@ -1,0 +1,76 @@
+"""Rows given directly in a flow, in styles, under names of their own."""
+
+import polars as pl
+import pytest
+from prefect import get_client
+from prefect.exceptions import ParameterTypeError
+
+from prefect_flux_kontext.errors import (
+    ConfigurationError,
+)
+from prefect_flux_kontext.flows import retry_failed, style_transfer_batch
+from tests.orchestration.conftest import QUICK
+
+pytestmark = pytest.mark.anyio
+
+CADENCE = QUICK.model_dump()
+
+
+class TestManifestsInFlows:
+    async def test_rows_are_given_directly_with_names_of_their_own(
+        self, account, reference, tmp_path
+    ):
+        summary = await style_transfer_batch(
+            [{"sku": 1, "photo": reference}, {"sku": 2, "photo": reference}],
+            str(tmp_path),
+            credentials=account,
+            prompt="oil",
+            columns={"id": "sku", "image": "photo"},
+            cadence=CADENCE,
+        )
+        assert (summary.rows, summary.stored) == (2, 2)
+        assert {path.name for path in tmp_path.glob("*.jpg")} == {"1.jpg", "2.jpg"}
+
+    async def test_rows_are_made_in_each_style_and_named_by_a_template(
+        self, account, reference, sandbox, tmp_path
+    ):
+        summary = await style_transfer_batch(
+            [{"id": "a", "image": reference, "sku": 7}],
+            str(tmp_path),
+            credentials=account,
+            styles=["oil", "noir"],
+            output_names="{sku}/{id}-{style}.{ext}",
+            cadence=CADENCE,
+        )
+        assert (summary.rows, summary.stored) == (2, 2)
+        assert {path.name for path in tmp_path.glob("7/*.jpg")} == {"a-noir.jpg", "a-oil.jpg"}
+        with pytest.raises(ConfigurationError, match="did you mean 'oil'"):
+            await style_transfer_batch([], str(tmp_path), credentials=account, styles="oils")
+        assert sandbox.service.bill()["accepted"] == 2
+
+    async def test_the_failed_rows_of_a_style_are_retried_in_it(self, account, sandbox, tmp_path):
+        own = tmp_path / "own.yaml"
+        for style, states in (("nsfw", (0, 1)), ("in ink", (1, 0))):
+            own.write_text(f"ink: '{style}, {{{{ prompt }}}}'\n", encoding="utf-8")
+            given = {"credentials": account, "styles": str(own), "cadence": CADENCE}
+            if style == "nsfw":
+                rows = [{"id": "a", "prompt": "a cat"}]
+                summary = await style_transfer_batch(rows, str(tmp_path), **given)
+            else:
+                summary = await retry_failed(str(tmp_path), **given)
+            assert (summary.stored, summary.failed) == states
+        assert (tmp_path / "a" / "ink.jpg").exists()
+
+    async def test_a_table_is_not_written_into_prefects_database(self, account, tmp_path):
+        table = pl.DataFrame({"id": ["a"], "prompt": ["a canary of a prompt"]})
+        state = await style_transfer_batch(
+            table, str(tmp_path), credentials=account, cadence=CADENCE, return_state=True
+        )
+        assert (await state.aresult()).stored == 1
+        async with get_client() as client:
+            run = await client.read_flow_run(state.state_details.flow_run_id)
+        assert run.parameters["manifest"] == "<DataFrame>"
+
+    async def test_something_else_is_no_manifest(self, tmp_path):
+        with pytest.raises(ParameterTypeError, match="a list of dicts or a table"):
+            await style_transfer_batch(7, str(tmp_path))

@@ -1,0 +1,304 @@
+"""A batch in parts: two real workers, one of them killed, and what is told of it all."""
+
+import asyncio
+import json
+import os
+import signal
+import uuid
+from collections import Counter
+from contextlib import ExitStack
+
+import anyio
+import pyarrow as pa
+import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
+from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError
+from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.ledger.heartbeat import is_alive
+from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.orchestration.events import (
+    BATCH_FINISHED,
+    BATCH_STARTED,
+    SPEND_ABOVE,
+    WAVE_FINISHED,
+)
+from prefect_flux_kontext.orchestration.partitions import coordinator as watching
+from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from prefect_flux_kontext.storage.filesystem import OutputFolder
+from tests.orchestration.deployed import run_once
+from tests.orchestration.partition_workers import (
+    ROOT,
+    Place,
+    deploy,
+    parent_of,
+    process_of,
+    runs_named,
+    until,
+)
+from tests.orchestration.records import all_events, artifacts, our_events
+
+SLOTS = 40
+QUICK = PollingCadence(initial_delay=0, interval=0.2, timeout=60)
+DEPLOYMENT, NOBODYS = "style-transfer-part/tested", "style-transfer-part/nobodys"
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def place(prefect_api, tmp_path_factory):
+    asyncio.run(deploy("tested", pool="parts"))
+    asyncio.run(deploy("nobodys", pool="without-workers"))
+    folder = tmp_path_factory.mktemp("parts")
+    # Its own limits are far above the account's, so that it sees who passes them.
+    settings = SandboxSettings(mean=0.5, long_edge=16, requests_per_minute=100_000)
+    with ExitStack() as stack:
+        sandbox = stack.enter_context(running_sandbox(settings))
+        environment = prefect_api.environment | {
+            "FLUX_KONTEXT_GALLERY_REFERENCES": "false",
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+        }
+        place = Place(folder, environment, sandbox, stack)
+        for _ in range(2):
+            place.start_worker()
+        yield place
+        # They have nothing to do any more, and some take a minute to end by themselves.
+        for worker in place.workers.values():
+            os.killpg(worker.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+async def account(place, prefect_api):
+    """The name of a saved account with limits that no other test has used."""
+    name = f"account-{uuid.uuid4()}"
+    block = FluxKontextCredentials(
+        api_key=name, base_url=place.sandbox.url, account=name, concurrent_tasks=SLOTS
+    )
+    await block.save(name)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch):
+    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.3)
+
+
+def rows(number):
+    """Rows with prompts of their own, and what is in all of these."""
+    words = str(uuid.uuid4())
+    return [{"id": f"row-{n}", "prompt": f"{words} {n}"} for n in range(number)], words
+
+
+def batch(name=None):
+    return style_transfer_batch.with_options(flow_run_name=name or str(uuid.uuid4()))
+
+
+async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, account, tmp_path):
+    given, words = rows(600)
+    name = str(uuid.uuid4())
+    summary = await batch(name)(
+        given,
+        str(tmp_path),
+        account,
+        cadence=QUICK,
+        parts=2,
+        part_deployment=DEPLOYMENT,
+        alert_above_usd=1.0,
+    )
+    assert (summary.rows, summary.stored, summary.already_stored) == (600, 600, 0)
+    assert summary.spent == pytest.approx(18.0)
+    assert set(place.accepted(words=words).values()) == {1}
+    assert len(place.accepted(words=words)) == 600
+    assert len(list(tmp_path.glob("*.jpg"))) == 600
+    lines = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert [line["line"] for line in lines] == list(range(1, 601))
+    assert (tmp_path / "gallery.html").exists()
+    bill = place.sandbox.service.bill()
+    # As the service has it: parts that each took the account for their own would run 80. A few
+    # above 40 are tasks that were taken to have ended before somebody looked.
+    assert bill["peak_running"] < 1.5 * SLOTS
+
+    runs = {run.name: run for run in await runs_named(name)}
+    parts = [f"{name}-part-{number}-of-2" for number in (1, 2)]
+    assert set(runs) == {name, *parts}
+    told = Counter(
+        event["event"]
+        for event in await our_events(runs[name].id, BATCH_STARTED, BATCH_FINISHED, SPEND_ABOVE)
+    )
+    assert told.pop("prefect.asset.materialization.succeeded") == 1
+    assert told == {BATCH_STARTED: 1, BATCH_FINISHED: 1, SPEND_ABOVE: 1}
+    for part in parts:
+        told = await our_events(runs[part].id, WAVE_FINISHED)
+        assert [event["event"] for event in told] == [WAVE_FINISHED] * 2
+        assert await artifacts(runs[part].id) == {}
+    assert set(await artifacts(runs[name].id)) == {"progress", "markdown"}
+    # At most one task run and ten events for each hundred images.
+    events = {
+        event["id"]: event["event"] for run in runs.values() for event in await all_events(run.id)
+    }
+    # Of heartbeats there are as many as the machine is slow.
+    counted = [event for event in events.values() if event != "prefect.flow-run.heartbeat"]
+    assert len(counted) <= 60, Counter(counted)
+    async with get_client() as client:
+        for run in runs.values():
+            only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+            assert len(await client.read_task_runs(flow_run_filter=only)) == 2 * (run.name != name)
+
+    again = await batch()(
+        given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
+    )
+    assert (again.stored, again.already_stored, again.spent) == (600, 600, 0.0)
+    assert sum(place.accepted(words=words).values()) == 600
+
+
+async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twice(
+    place, account, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(watching, "SILENT_SECONDS", 15.0)
+    given, words = rows(240)
+    name = str(uuid.uuid4())
+    ended = []
+
+    async def run():
+        summary = await batch(name)(
+            given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=DEPLOYMENT
+        )
+        ended.append(summary)
+
+    def second_parts():
+        # Parts are dealt row by row, so the second has every other row.
+        return sum(int(prompt.split()[1]) % 2 for prompt in place.accepted(words=words))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await until(lambda: second_parts() >= 1)
+        killed, process = await process_of(f"{name}-part-2")
+        worker = place.workers.pop(parent_of(process))
+        await until(lambda: second_parts() >= 30)
+        worker.kill()
+        os.kill(process, signal.SIGKILL)
+        assert not ended
+        place.start_worker()
+    (summary,) = ended
+    paid = place.accepted(words=words)
+    assert set(paid.values()) == {1}
+    # A row whose POST was under way is held, not paid again.
+    assert summary.stored + summary.unknown == summary.rows == 240
+    assert summary.unknown <= SLOTS / 2
+    assert summary.spent == pytest.approx(0.03 * 240)
+    assert len(paid) >= summary.stored == len(list(tmp_path.glob("*.jpg")))
+    states = sorted(run.state_name for run in await runs_named(f"{name}-part"))
+    assert "Completed" in states
+    (killed,) = [run for run in await runs_named(f"{name}-part-2") if run.id == killed.id]
+    assert killed.state_name == "Crashed"
+
+
+async def test_a_budget_is_kept_by_all_parts_together(place, account, tmp_path):
+    given, words = rows(60)
+    with pytest.raises(BudgetReachedError, match="40 of 60 rows stored"):
+        await batch()(
+            given,
+            str(tmp_path),
+            account,
+            cadence=QUICK,
+            parts=2,
+            part_deployment=DEPLOYMENT,
+            budget_usd=1.2,
+        )
+    assert sum(place.accepted(words=words).values()) == 40
+
+
+class TestWithoutAWorker:
+    async def test_rows_that_no_worker_takes_are_run_by_the_batch_itself(
+        self, place, account, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(watching, "BEGINS_WITHIN", 0.5)
+        given, words = rows(20)
+        name = str(uuid.uuid4())
+        summary = await batch(name)(
+            given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
+        )
+        assert (summary.stored, summary.already_stored) == (20, 0)
+        assert summary.spent == pytest.approx(0.6)
+        assert set(place.accepted(words=words).values()) == {1}
+        for run in await runs_named(f"{name}-part"):
+            await run_once(run.id, "Cancelled")
+
+    async def test_a_batch_that_is_cancelled_cancels_its_parts(self, place, account, tmp_path):
+        given, words = rows(20)
+        name = str(uuid.uuid4())
+        running = asyncio.create_task(
+            batch(name)(
+                given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
+            )
+        )
+        parts = []
+        async with asyncio.timeout(300):
+            while len(parts) < 2:
+                await anyio.sleep(0.1)
+                parts = await runs_named(f"{name}-part")
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        for run in parts:
+            await run_once(run.id, "Cancelled")
+        assert not place.accepted(words=words)
+
+
+class TestWhatIsRefusedAtTheStart:
+    async def refused(self, account, tmp_path, **how):
+        given, _ = rows(2)
+        with pytest.raises(ConfigurationError) as error:
+            await batch()(
+                how.pop("manifest", given),
+                str(tmp_path),
+                account,
+                parts=2,
+                **{"part_deployment": DEPLOYMENT, **how},
+            )
+        assert not list(tmp_path.iterdir())
+        return str(error.value)
+
+    async def test_results_that_are_not_waited_for(self, place, account, tmp_path):
+        assert "waits for its results" in await self.refused(account, tmp_path, wait="collect")
+
+    async def test_a_deployment_that_is_not_there(self, place, account, tmp_path):
+        told = await self.refused(account, tmp_path, part_deployment="style-transfer-part/none")
+        assert "prefect deploy --name part-of-batch" in told
+
+    async def test_an_account_that_parts_cannot_load(self, place, tmp_path):
+        block = FluxKontextCredentials(api_key="a", base_url=place.sandbox.url)
+        assert "Save it" in await self.refused(block, tmp_path)
+
+    async def test_a_table_in_memory(self, place, account, tmp_path):
+        table = pa.table({"id": ["a"], "prompt": ["a lighthouse"]})
+        assert "list of dicts" in await self.refused(account, tmp_path, manifest=table)
+
+    async def test_callbacks_that_each_part_would_receive(
+        self, place, account, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", "127.0.0.1:8780")
+        assert "flux-kontext receive" in await self.refused(account, tmp_path)
+
+
+async def test_a_part_with_a_share_of_a_budget_runs_once(place, account, tmp_path):
+    part = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60, "budget_usd": 0.03}
+    patient = style_transfer_partition.with_options(retries=1)
+    with pytest.raises(ConfigurationError, match="has run before"):
+        await patient(part, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
+
+
+async def test_a_part_is_a_living_owner_only_while_it_runs(place, account, tmp_path):
+    given, _ = rows(4)
+    part = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
+    block = await FluxKontextCredentials.aload(account)
+    with pytest.raises(ConfigurationError, match="flux-kontext limits create"):
+        await style_transfer_partition(part, given, str(tmp_path), block, cadence=QUICK)
+    store = ledger_store(OutputFolder(tmp_path))
+    assert await store.names("owners") == []
+    assert not await is_alive(store, "0" * 32)

@@ -1,0 +1,33 @@
+"""`serve` pickles a flow for the process that runs it: its parameters are known there too."""
+
+import subprocess
+import sys
+
+import cloudpickle
+import pytest
+
+from prefect_flux_kontext import flows
+from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
+
+UNPICKLE = """
+import sys, cloudpickle
+flow = cloudpickle.loads(sys.stdin.buffer.read())
+given = {name: "text" for name in flow.parameters.required} | {"cadence": {"interval": 1}}
+if "part" in given:
+    given["part"] = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60}
+print(sorted(flow.validate_parameters(given)))
+"""
+
+
+@pytest.mark.parametrize(
+    "flow", [*(getattr(flows, name) for name in flows.__all__), style_transfer_partition]
+)
+def test_a_flow_that_was_pickled_knows_its_parameters(flow):
+    told = subprocess.run(
+        [sys.executable, "-c", UNPICKLE],
+        input=cloudpickle.dumps(flow),
+        capture_output=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr.decode()
+    assert "'output'" in told.stdout.decode()

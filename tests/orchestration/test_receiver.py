@@ -1,0 +1,157 @@
+"""The receiver resumes what waits for an output's results, and tells Prefect of them."""
+
+import asyncio
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from prefect_flux_kontext.batch.collection import unfinished_entries
+from prefect_flux_kontext.callbacks import completion as awaited
+from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Callback, Inbox
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.orchestration import events
+from prefect_flux_kontext.orchestration import receiver as receiving
+from prefect_flux_kontext.orchestration.suspension import resume_suspended
+from prefect_flux_kontext.storage.filesystem import OutputFolder
+from tests.orchestration.conftest import KEY, QUICK
+from tests.orchestration.deployed import run_once, running_worker, state_names
+from tests.orchestration.records import post
+from tests.orchestration.test_deployments import ROOT
+from tests.orchestration.test_suspension import suspended
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
+
+SECRET = "a-secret-of-the-tests-0123456789"
+POOL = "received"
+
+
+@pytest.fixture
+def environment(prefect_api, sandbox):
+    """What the worker and the receiver have in common."""
+    return prefect_api.environment | {
+        "FLUX_KONTEXT_API_KEY": KEY,
+        "FLUX_KONTEXT_BASE_URL": sandbox.url,
+        "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0",
+        "FLUX_KONTEXT_POLL_INTERVAL": "0.1",
+        "FLUX_KONTEXT_CALLBACK_SECRET": SECRET,
+        "PYTHONPATH": str(ROOT),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+    }
+
+
+@pytest.fixture
+def receiver(environment, tmp_path):
+    """The URL of `flux-kontext receive --resume` for the output."""
+    command = ["receive", str(tmp_path / "out"), "--resume", "--port=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect_flux_kontext", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield re.search(r"http://\S+", process.stdout.readline())[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 0
+
+
+async def ready_events(output):
+    """The events that tell that the output's results are there, once there is one."""
+    wanted = {
+        "event": {"name": [events.RESULTS_READY]},
+        "resource": {"id": [f"flux-kontext.output.file://{output}"]},
+    }
+    for _ in range(300):
+        found = (await post("/events/filter", {"filter": wanted}))["events"]
+        if found:
+            return found
+        await asyncio.sleep(0.1)
+    raise AssertionError("no such event")
+
+
+async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_once(
+    environment, receiver, sandbox, tmp_path
+):
+    shutil.copytree(ROOT / "flows", tmp_path / "flows")
+    output, manifest = tmp_path / "out", tmp_path / "manifest.csv"
+    lines = [f"row-{number},a harbour {number}" for number in range(20)]
+    manifest.write_text("\n".join(["id,prompt", *lines]))
+    told = environment | {"FLUX_KONTEXT_CALLBACK_URL": receiver}
+    await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "prefect", "work-pool", "create", POOL, "--type", "process"],
+        env=environment,
+        check=True,
+    )
+    flow = await style_transfer_batch.from_source(
+        str(tmp_path), "flows/nightly_prefix.py:nightly_prefix"
+    )
+    await flow.deploy("called-back", work_pool_name=POOL, print_next_steps=False)
+    with running_worker(POOL, tmp_path, told):
+        run = await run_deployment(
+            "style-transfer-batch/called-back",
+            parameters={"manifest": str(manifest), "output": str(output), "wait": "suspend"},
+            timeout=0,
+        )
+        await run_once(run.id, "Suspended", "Resuming")
+        run = await run_once(run.id, "Completed")
+    names = await state_names(run.id)
+    assert names.count("Running") == 2
+    assert names.index("Suspended") < names.index("Resuming") < names.index("Completed")
+    assert len(list(output.glob("*.jpg"))) == 20
+    assert sandbox.service.bill()["accepted"] == 20
+    (event,) = await ready_events(output)
+    assert event["payload"] == {"output": f"file://{output}", "rows": 20}
+
+
+async def test_who_is_suspended_a_moment_later_is_found_and_the_event_comes_once(
+    account, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(awaited, "_QUIET", 0)
+    monkeypatch.setattr(awaited, "_AGAIN", 0)
+    how = {"credentials": account, "cadence": QUICK, "wait": "collect"}
+    await style_transfer_batch([{"id": "a", "prompt": "a lighthouse"}], str(tmp_path), **how)
+    output = OutputFolder(str(tmp_path))
+    (entry,) = await unfinished_entries(ledger_store(output))
+    inbox = Inbox(ledger_store(output).below(INBOX_FOLDER))
+    callback = Callback(owner=entry.intent.owner, key=entry.key, number=entry.attempt)
+    looks, found = [], asyncio.Event()
+
+    async def looked(output):
+        looks.append(output)
+        if len(looks) == 2:
+            await suspended(output)
+        resumed = await resume_suspended(output)
+        if resumed:
+            found.set()
+        return resumed
+
+    monkeypatch.setattr(receiving, "resume_suspended", looked)
+    async with receiving.resuming(output, inbox):
+        await inbox.keep(callback)
+        await found.wait()
+    assert len(looks) == 2
+    assert len(await ready_events(tmp_path)) == 1
+
+
+def test_without_an_address_of_prefect_no_receiver_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
+    with temporary_settings({PREFECT_API_URL: None}):
+        assert main(["receive", str(tmp_path), "--port=0", "--resume"]) == 2
+    assert "PREFECT_API_URL" in capsys.readouterr().err
+
+
+def test_what_to_resume_is_known_for_one_output_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
+    assert main(["receive", "--inbox", str(tmp_path), "--port=0", "--resume"]) == 2
+    assert "name OUTPUT in place of --inbox" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""The flows as parts of other people's, with retries, and where suspending cannot work."""
+
+import pytest
+from prefect import flow
+
+from prefect_flux_kontext import flows
+from prefect_flux_kontext.batch.waves import Wave
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.flows import collect_batch, style_transfer_batch
+from prefect_flux_kontext.orchestration.batch_run import run_wave
+from tests.orchestration.conftest import QUICK
+
+pytestmark = pytest.mark.anyio
+
+
+def rows(number):
+    return [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(number)]
+
+
+@pytest.fixture
+def fails_once_midway(monkeypatch):
+    """The first wave does its work and then fails, as a worker's bad moment would have it."""
+    calls = []
+    run = Wave.run
+
+    async def run_and_fail(wave):
+        summary = await run(wave)
+        calls.append(wave)
+        if len(calls) == 1:
+            raise ConnectionError("a bad moment")
+        return summary
+
+    monkeypatch.setattr(Wave, "run", run_and_fail)
+    return calls
+
+
+async def test_a_flow_that_is_retried_after_a_failure_midway_pays_nothing_twice(
+    fails_once_midway, account, sandbox, tmp_path
+):
+    patient = style_transfer_batch.with_options(retries=1, retry_delay_seconds=0)
+    summary = await patient(rows(20), str(tmp_path), credentials=account, cadence=QUICK)
+    assert len(fails_once_midway) == 2
+    assert (summary.stored, summary.already_stored) == (20, 20)
+    assert sandbox.service.bill()["accepted"] == 20
+
+
+async def test_a_wave_that_is_retried_after_a_failure_midway_pays_nothing_twice(
+    fails_once_midway, account, sandbox, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(flows, "run_wave", run_wave.with_options(retries=2))
+    summary = await style_transfer_batch(
+        rows(20), str(tmp_path), credentials=account, cadence=QUICK
+    )
+    assert len(fails_once_midway) == 2
+    assert (summary.rows, summary.stored) == (20, 20)
+    assert sandbox.service.bill()["accepted"] == 20
+    again = await style_transfer_batch(rows(20), str(tmp_path), credentials=account, cadence=QUICK)
+    assert again.already_stored == 20
+    assert sandbox.service.bill()["accepted"] == 20
+
+
+async def test_a_batch_is_part_of_a_flow_of_ones_own(account, sandbox, tmp_path):
+    @flow
+    async def mine():
+        return await style_transfer_batch(
+            rows(2), str(tmp_path), credentials=account, cadence=QUICK
+        )
+
+    assert (await mine()).stored == 2
+
+
+async def test_submitting_now_and_collecting_later_are_two_flow_runs(account, sandbox, tmp_path):
+    how = {"credentials": account, "cadence": QUICK}
+    left = await style_transfer_batch(rows(5), str(tmp_path), wait="collect", **how)
+    assert (left.rows, left.outstanding, left.stored) == (5, 5, 0)
+    assert sandbox.service.bill()["accepted"] == 5
+    collected = await collect_batch(str(tmp_path), **how)
+    assert (collected.stored, collected.spent) == (5, 0)
+    assert sandbox.service.bill()["accepted"] == 5
+
+
+async def test_without_a_deployment_suspending_is_refused_before_anything_is_paid(
+    account, sandbox, tmp_path
+):
+    with pytest.raises(ConfigurationError, match="no deployment") as caught:
+        await style_transfer_batch(rows(2), str(tmp_path), credentials=account, wait="suspend")
+    assert 'wait="collect"' in caught.value.message
+    assert sandbox.service.bill()["accepted"] == 0
+
+
+async def test_in_a_subflow_suspending_is_refused_before_anything_is_paid(
+    account, sandbox, tmp_path
+):
+    @flow
+    async def mine():
+        return await style_transfer_batch(
+            rows(2), str(tmp_path), credentials=account, wait="suspend"
+        )
+
+    with pytest.raises(ConfigurationError, match="Nothing was submitted"):
+        await mine()
+    assert sandbox.service.bill()["accepted"] == 0

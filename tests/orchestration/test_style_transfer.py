@@ -1,0 +1,108 @@
+"""The flow over one image: what it stores, and that nothing is paid when it cannot."""
+
+import pytest
+from prefect.exceptions import ParameterTypeError
+
+from prefect_flux_kontext.errors import (
+    ConfigurationError,
+    FluxKontextError,
+    GenerationFailedError,
+)
+from prefect_flux_kontext.flows import style_transfer
+from prefect_flux_kontext.images.decode import inspect_image
+from prefect_flux_kontext.sandbox.settings import PHOTOS
+from tests.orchestration.conftest import QUICK
+from tests.support.served_folder import served_folder
+
+pytestmark = pytest.mark.anyio
+
+CADENCE = QUICK.model_dump()
+
+
+class TestOneImage:
+    async def test_an_image_is_restyled_and_stored(self, account, sandbox, reference, tmp_path):
+        (stored,) = await style_transfer(
+            "as watercolour",
+            str(tmp_path),
+            image=reference,
+            credentials=account,
+            mode="max",
+            aspect_ratio="1:1",
+            output_format="png",
+            name="cat",
+            cadence=CADENCE,
+        )
+        assert stored.uri == f"file://{tmp_path}/cat.png"
+        image = inspect_image((tmp_path / "cat.png").read_bytes())
+        assert image.format == "png"
+        assert (image.width, image.height) == (stored.width, stored.height) == (64, 64)
+        assert sandbox.service.bill()["by_mode"] == {"pro": 0, "max": 1}
+
+    async def test_text_alone_makes_an_image(self, account, sandbox, tmp_path):
+        (stored,) = await style_transfer(
+            "a lighthouse", str(tmp_path), credentials=account, cadence=QUICK
+        )
+        assert stored.uri == f"file://{tmp_path}/{stored.task_id}.jpg"
+        assert sandbox.service.bill()["accepted"] == 1
+
+    async def test_a_failed_generation_fails_the_run_with_its_code(self, account, tmp_path):
+        with pytest.raises(GenerationFailedError) as caught:
+            await style_transfer("nsfw", str(tmp_path), credentials=account, cadence=QUICK)
+        assert caught.value.code == "CONTENT_VIOLATION"
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("image", "told"),
+        [
+            ("", "not an http or https URL"),
+            ("gist://1/cat.jpg", "not an http or https URL"),
+            ("cat.jpg", "is not there"),
+            (str(PHOTOS / "cat.png"), "set FLUX_KONTEXT_STAGING_URL"),
+        ],
+    )
+    async def test_a_reference_that_cannot_be_fetched_is_refused_unpaid(
+        self, image, told, account, sandbox, tmp_path
+    ):
+        with pytest.raises(FluxKontextError, match=told):
+            await style_transfer("oil", str(tmp_path), image=image, credentials=account)
+        assert sandbox.service.bill()["accepted"] == 0
+
+    async def test_a_local_reference_is_staged_so_that_the_service_gets_it(
+        self, account, sandbox, tmp_path, monkeypatch
+    ):
+        with served_folder(tmp_path / "staged") as public_url:
+            monkeypatch.setenv("FLUX_KONTEXT_STAGING_URL", str(tmp_path / "staged"))
+            monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", public_url)
+            (stored,) = await style_transfer(
+                "oil",
+                str(tmp_path / "out"),
+                image=str(PHOTOS / "cat.png"),
+                credentials=account,
+                cadence=QUICK,
+            )
+        assert stored.uri == f"file://{tmp_path}/out/{stored.task_id}.jpg"
+        assert len(list((tmp_path / "staged").iterdir())) == 1
+        assert sandbox.service.bill()["accepted"] == 1
+
+    @pytest.mark.parametrize(
+        ("wrong", "error"),
+        [
+            ({"prompt": ""}, ValueError),
+            ({"prompt": "x" * 10_001}, ValueError),
+            ({"mode": "turbo"}, ParameterTypeError),
+            ({"aspect_ratio": "2:1"}, ParameterTypeError),
+            ({"cadence": {"interval": 0}}, ParameterTypeError),
+            ({"cadence": {"every": 3}}, ParameterTypeError),
+            ({"output": "nope://x"}, ConfigurationError),
+            ({"output": "/proc/nobody/writes/here"}, ConfigurationError),
+            ({"credentials": "nobody"}, ConfigurationError),
+            ({"credentials": None}, ConfigurationError),
+        ],
+    )
+    async def test_what_is_wrong_stops_it_before_anything_is_paid(
+        self, wrong, error, account, sandbox, tmp_path
+    ):
+        good = {"prompt": "oil", "output": str(tmp_path), "credentials": account}
+        with pytest.raises(error):
+            await style_transfer(**{**good, **wrong})
+        assert sandbox.service.bill()["accepted"] == 0

@@ -1,0 +1,242 @@
+"""The three tasks work alone, in anyone's flow, and never pay twice."""
+
+import json
+
+import anyio
+import pytest
+from prefect import flow
+from prefect.cache_policies import NO_CACHE
+
+from prefect_flux_kontext import (
+    GenerationRequest,
+    GenerationResult,
+    GenerationTask,
+    persist_images,
+    submit_generation,
+    wait_for_generation,
+)
+from prefect_flux_kontext.errors import (
+    GenerationFailedError,
+    GenerationTimeoutError,
+    ServiceTroubleError,
+    StorageError,
+    UnauthorizedError,
+)
+from prefect_flux_kontext.tasks import _is_transient
+from tests.orchestration.conftest import QUICK
+from tests.support.one_answer import server_that_answers
+from tests.support.pictures import picture
+
+pytestmark = pytest.mark.anyio
+
+REQUEST = GenerationRequest(prompt="a lighthouse", aspect_ratio="1:1")
+ALL = (submit_generation, wait_for_generation, persist_images)
+
+
+async def test_an_async_flow_awaits_them(account, sandbox, tmp_path):
+    @flow
+    async def restyle():
+        task = await submit_generation(REQUEST, account)
+        result = await wait_for_generation(task, account, QUICK)
+        return await persist_images(result, str(tmp_path), "lighthouse")
+
+    (stored,) = await restyle()
+    assert (tmp_path / "lighthouse.jpg").stat().st_size == stored.size
+    assert sandbox.service.bill()["accepted"] == 1
+
+
+def test_a_sync_flow_submits_them(account, sandbox, tmp_path):
+    @flow
+    def restyle():
+        task = submit_generation.submit(REQUEST, account).result()
+        result = wait_for_generation.submit(task, account, QUICK).result()
+        return persist_images.submit(result, str(tmp_path)).result()
+
+    (stored,) = restyle()
+    assert stored.uri == f"file://{tmp_path}/{stored.task_id}.jpg"
+    assert sandbox.service.bill()["accepted"] == 1
+
+
+def test_a_sync_flow_hands_futures_from_one_to_the_next(account, sandbox, tmp_path):
+    @flow
+    def restyle():
+        task = submit_generation.submit(REQUEST, account)
+        result = wait_for_generation.submit(task, account, QUICK)
+        return persist_images.submit(result, str(tmp_path)).result()
+
+    assert len(restyle()) == 1
+
+
+async def test_without_credentials_they_use_the_environment(account_in_environment, tmp_path):
+    @flow
+    async def restyle():
+        result = await wait_for_generation(await submit_generation(REQUEST))
+        return await persist_images(result, str(tmp_path))
+
+    assert len(await restyle()) == 1
+
+
+async def test_credentials_can_be_the_name_of_a_saved_block(account, sandbox):
+    await account.asave("of-the-tasks", overwrite=True)
+
+    @flow
+    async def restyle():
+        task = await submit_generation(REQUEST, "of-the-tasks")
+        return await wait_for_generation(task, "of-the-tasks", QUICK)
+
+    assert (await restyle()).result_urls
+    assert sandbox.service.bill()["accepted"] == 1
+
+
+async def test_they_work_outside_of_flows_too(account, sandbox, tmp_path):
+    task = await submit_generation(REQUEST, account)
+    result = await wait_for_generation(task, account, QUICK)
+    assert len(await persist_images(result, str(tmp_path))) == 1
+
+
+async def test_a_task_id_stored_by_one_flow_is_waited_for_by_another(account, tmp_path):
+    note = anyio.Path(tmp_path / "task.json")
+
+    @flow
+    async def evening():
+        task = await submit_generation(REQUEST, account)
+        await note.write_text(task.model_dump_json())
+
+    @flow
+    async def morning():
+        task = GenerationTask.model_validate_json(await note.read_text())
+        result = await wait_for_generation(task, account, QUICK)
+        return GenerationResult.model_validate_json(result.model_dump_json())
+
+    @flow
+    async def noon():
+        task_id = json.loads(await note.read_text())["task_id"]
+        return await wait_for_generation(GenerationTask(task_id=task_id), account, QUICK)
+
+    await evening()
+    first, second = await morning(), await noon()
+    assert first.request == REQUEST
+    assert second.request is None
+    assert first.result_urls == second.result_urls
+
+
+def test_a_submit_is_never_repeated_by_prefect():
+    assert submit_generation.retries == 0
+    assert all(task.cache_policy is NO_CACHE for task in ALL)
+    assert not any(task.persist_result for task in ALL)
+
+
+def test_only_what_costs_nothing_is_retried_and_only_what_may_pass():
+    # Prefect 3.8 never calls a condition that is no plain function.
+    for task in (wait_for_generation, persist_images):
+        assert task.retries >= 1
+        assert task.retry_condition_fn is _is_transient
+
+
+async def test_a_submit_in_doubt_is_sent_once_and_said_to_be_in_doubt(account):
+    async with server_that_answers(502) as service:
+        there = account.model_copy(update={"base_url": service.url})
+
+        @flow
+        async def submit_once():
+            return await submit_generation.with_options(retry_delay_seconds=0)(REQUEST, there)
+
+        with pytest.raises(ServiceTroubleError):
+            await submit_once()
+        assert service.posts == 1
+
+
+async def fetched_to(output):
+    """Persist a good result to a bad output: how often it was fetched, and the error."""
+    async with server_that_answers(200, picture("jpeg")) as host:
+        result = GenerationResult(task_id="t", result_urls=[host.url], base_url=host.url)
+
+        @flow
+        async def persists():
+            task = persist_images.with_options(retries=2, retry_delay_seconds=0)
+            return await task(result, output)
+
+        state = await persists(return_state=True)
+        return host.gets, await state.aresult(raise_on_failure=False)
+
+
+async def test_what_may_pass_is_retried_by_prefect(tmp_path):
+    (tmp_path / "t.jpg" / "in the way").mkdir(parents=True)
+    fetched, error = await fetched_to(str(tmp_path))
+    assert fetched == 3
+    assert isinstance(error, StorageError)
+
+
+async def test_what_will_never_do_is_not_retried_by_prefect(account):
+    @flow
+    async def waits(base_url):
+        there = account.model_copy(update={"base_url": base_url})
+        wait = wait_for_generation.with_options(retries=2, retry_delay_seconds=0)
+        return await wait(GenerationTask(task_id="task_x"), there, QUICK)
+
+    async with server_that_answers(401, b'{"code": 401, "message": "no"}') as service:
+        with pytest.raises(UnauthorizedError):
+            await waits(service.url)
+        assert service.gets == 1
+
+
+async def test_a_failed_generation_raises_with_its_code_and_message(account, sandbox):
+    @flow
+    async def fails(**how):
+        task = await submit_generation(GenerationRequest(prompt="nsfw"), account)
+        return await wait_for_generation.with_options(retry_delay_seconds=0)(task, account, QUICK)
+
+    with pytest.raises(GenerationFailedError, match="content rules") as caught:
+        await fails()
+    assert caught.value.code == "CONTENT_VIOLATION"
+    assert caught.value.task_id in str(caught.value)
+    state = await fails(return_state=True)
+    assert state.is_failed()
+    assert "CONTENT_VIOLATION" in state.message
+    # Asked for once or twice a task, not three times over by retries.
+    assert sandbox.service.bill()["accepted"] == 2
+
+
+def test_a_failed_generation_raises_through_a_future_of_a_sync_flow(account):
+    @flow
+    def fails():
+        task = submit_generation.submit(GenerationRequest(prompt="nsfw"), account).result()
+        return wait_for_generation.submit(task, account, QUICK).result()
+
+    with pytest.raises(GenerationFailedError) as caught:
+        fails()
+    assert caught.value.code == "CONTENT_VIOLATION"
+
+
+async def test_a_wrong_key_raises_and_costs_nothing(account, sandbox):
+    wrong = account.model_copy(update={"api_key": "wrong"})
+    with pytest.raises(UnauthorizedError):
+        await submit_generation(REQUEST, wrong)
+    assert sandbox.service.bill()["accepted"] == 0
+
+
+async def test_the_cadence_ends_a_wait_that_can_be_taken_up_again(account, sandbox):
+    task = await submit_generation(REQUEST, account)
+    impatient = QUICK.model_copy(update={"timeout": 1e-9})
+    with pytest.raises(GenerationTimeoutError, match=task.task_id):
+        await wait_for_generation.with_options(retries=0)(task, account, impatient)
+    assert (await wait_for_generation(task, account, QUICK)).task_id == task.task_id
+    assert sandbox.service.bill()["accepted"] == 1
+
+
+def test_many_submits_of_a_sync_flow_share_the_accounts_governor(account, sandbox):
+    few = account.model_copy(update={"concurrent_tasks": 3})
+
+    @flow
+    def restyle():
+        waits = []
+        for _ in range(12):
+            task = submit_generation.submit(REQUEST, few)
+            waits.append(wait_for_generation.submit(task, few, QUICK))
+        return [wait.result() for wait in waits]
+
+    assert len({result.task_id for result in restyle()}) == 12
+    bill = sandbox.service.bill()
+    assert bill["accepted"] == 12
+    assert bill["peak_running"] <= 3
+    assert bill["submits_refused"] == {"requests": 0, "slots": 0}

@@ -1,0 +1,242 @@
+"""Rows whose references are files or objects: their keys, and what is found before paying."""
+
+import dataclasses
+
+import fsspec
+import pytest
+from fsspec.registry import _registry, known_implementations
+
+from prefect_flux_kontext.batch.planning import checked, keyed
+from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.references import resolver as resolving
+from prefect_flux_kontext.references.identity import private_identity, version_of
+from prefect_flux_kontext.references.resolver import References
+from prefect_flux_kontext.references.staging import Staging
+from tests.references.conftest import SIGNATURE, Bucket
+from tests.support.pictures import picture
+from tests.support.s3 import s3_server
+
+STAGING = Staging("memory://staged", "https://pictures.test")
+
+
+def manifest(*images, folder=None):
+    rows = [{"image": image, "prompt": "oil", "id": str(n)} for n, image in enumerate(images)]
+    return Manifest(rows, folder=str(folder) if folder else None)
+
+
+def keys(rows, references=None):
+    told = list(keyed(rows.rows(), references or References()))
+    assert all(isinstance(row, Row) for row in told), told
+    return [row.key for row in told]
+
+
+def refused(rows, **how):
+    told = checked(rows.rows(), References(how.pop("staging", STAGING), **how), lambda _row: True)
+    return [row.reason for row in told if isinstance(row, RefusedRow)]
+
+
+def test_the_key_of_a_web_reference_is_what_it_was():
+    rows = manifest("https://a.test/cat.jpg?X-Amz-Signature=1#x", "http://b.test/a%20cat?v=2")
+    assert keys(rows) == [
+        "c23a3c0c289629821b473d30aa474aed",
+        "2837909b00c6a2195ade6d1d02d02476",
+    ]
+    assert keys(Manifest([{"id": "x", "prompt": "oil"}])) == ["4e1d913e7941d4ab8f27384bec194f2e"]
+
+
+def test_the_key_of_a_file_is_that_of_its_content_wherever_it_is(tmp_path):
+    for name in ("cat.jpg", "copy.png"):
+        (tmp_path / name).write_bytes(b"a cat")
+    (tmp_path / "dog.jpg").write_bytes(b"a dog")
+    cat, copy, dog = keys(manifest("cat.jpg", "copy.png", "dog.jpg", folder=tmp_path))
+    assert cat == copy != dog
+    before = cat
+    (tmp_path / "cat.jpg").write_bytes(b"another")
+    (cat,) = keys(manifest("cat.jpg", folder=tmp_path))
+    assert cat != before
+
+
+def test_the_key_of_an_object_is_that_of_its_url_and_version():
+    seen = []
+    with s3_server() as (url, client):
+        for body in (b"a cat", b"a dog", b"a cat"):
+            client.put_object(Bucket="pictures", Key="cat.jpg", Body=body)
+            client.put_object(Bucket="pictures", Key="copy.jpg", Body=body)
+            one, other = keys(manifest(f"{url}/cat.jpg", f"{url}/copy.jpg"))
+            assert one != other
+            seen.append(one)
+        assert seen[0] == seen[2] != seen[1]
+        fs = fsspec.filesystem("s3")
+        (listed,) = [
+            entry
+            for entry in fs.ls("pictures", detail=True)
+            if entry["name"] == "pictures/cat.jpg"
+        ]
+        # A listing and a look at the object itself tell the same version.
+        assert version_of(listed) == version_of(fs.info("pictures/cat.jpg", refresh=True))
+        request = next(manifest(f"{url}/cat.jpg").rows()).request
+        identity = private_identity(f"{url}/cat.jpg", version_of(listed))
+        assert row_key(request, {f"{url}/cat.jpg": identity}) == seen[2]
+
+
+def test_an_object_whose_store_tells_no_version_is_known_by_its_url():
+    assert private_identity("gs://a/b", version_of({"size": 3})) == "gs://a/b"
+
+
+def test_rows_stay_in_order_and_each_file_is_looked_at_once(tmp_path, monkeypatch):
+    looked = []
+    real = resolving.identity_of
+
+    def identity_of(reference):
+        looked.append(reference)
+        return real(reference)
+
+    monkeypatch.setattr(resolving, "identity_of", identity_of)
+    for number in range(7):
+        (tmp_path / f"{number}.jpg").write_bytes(bytes([number]))
+    rows = manifest(*(f"{n % 7}.jpg" for n in range(1_000)), folder=tmp_path)
+    references = References()
+    told = list(keyed(rows.rows(), references))
+    assert [row.id for row in told] == [str(n) for n in range(1_000)]
+    assert len({row.key for row in told}) == 7
+    # Nor again in the run after the plan.
+    assert keys(rows, references) == [row.key for row in told]
+    assert len(looked) == 7
+
+
+def test_everything_that_is_wrong_is_told_at_once_and_by_row(tmp_path, bucket):
+    (tmp_path / "good.jpg").write_bytes(picture())
+    (tmp_path / "text.jpg").write_bytes(b"a cat, in words")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "large.jpg").write_bytes(bytes(11_000_000))
+    (tmp_path / "a-folder").mkdir()
+    bucket.pipe_file("photos/text.jpg", b"<svg/>")
+    rows = manifest(
+        "good.jpg",
+        "text.jpg",
+        "empty.jpg",
+        "large.jpg",
+        "a-folder",
+        "none.jpg",
+        "gs://photos/cat.jpg",
+        "gs://photos/text.jpg",
+        "gs://photos/none.jpg",
+        "gs://photos/denied.jpg",
+        "gs://photos/broken.jpg",
+        "https://a.test/cat.jpg",
+        folder=tmp_path,
+    )
+    told = refused(rows)
+    too_large = "has 11.0 MB; the service takes 10 MB; shrink it, or use --fit-references"
+    assert [reason.rpartition("' ")[2] for reason in told] == [
+        "is text by its content; the service takes JPG, PNG and WebP",
+        "is an empty file",
+        f"{too_large} (in a flow, fit_references)",
+        "is a folder",
+        "is not there",
+        "is an SVG by its content; the service takes JPG, PNG and WebP",
+        "is not there",
+        "may not be read: permission denied",
+        "cannot be read: OSError: no route to the bucket",
+    ]
+
+
+def test_two_bad_references_of_a_row_are_told_together(tmp_path):
+    (tmp_path / "text.jpg").write_bytes(b"text")
+    rows = Manifest([{"images": ["a.jpg", "b.jpg"], "prompt": "x"}], folder=str(tmp_path))
+    (told,) = refused(rows)
+    assert told.count("is not there") == 2
+    rows = Manifest([{"images": ["text.jpg", "text.jpg"], "prompt": "x"}], folder=str(tmp_path))
+    assert refused(rows)[0].count("is text") == 2
+
+
+def test_a_local_file_without_a_staging_place_is_refused_with_what_to_set(tmp_path):
+    (tmp_path / "cat.jpg").write_bytes(picture())
+    (told,) = refused(manifest("cat.jpg", folder=tmp_path), staging=None)
+    assert "set FLUX_KONTEXT_STAGING_URL" in told
+    assert "FLUX_KONTEXT_STAGING_PUBLIC_URL" in told
+
+
+def test_a_large_object_that_would_be_shrunk_needs_a_staging_place(bucket):
+    bucket.pipe_file("photos/large.jpg", picture() + bytes(11_000_000))
+    rows = manifest("gs://photos/large.jpg")
+    assert "the service takes 10 MB" in refused(rows)[0]
+    assert "set FLUX_KONTEXT_STAGING_URL" in refused(rows, staging=None, fit=True)[0]
+    assert refused(rows, fit=True) == []
+
+
+def test_the_references_of_rows_that_are_not_to_be_paid_are_not_read(tmp_path):
+    (tmp_path / "text.jpg").write_bytes(b"text")
+    rows = manifest("text.jpg", folder=tmp_path)
+    told = list(checked(rows.rows(), References(STAGING), lambda _row: False))
+    assert isinstance(told[0], Row)
+
+
+def test_a_package_that_is_missing_is_told_by_name(monkeypatch):
+    monkeypatch.delitem(_registry, "gs", raising=False)
+    missing = {"class": "nobody_has_this.FileSystem", "err": "Please install gcsfs"}
+    monkeypatch.setitem(known_implementations, "gs", missing)
+    told = next(keyed(manifest("gs://bucket/cat.jpg").rows(), References()))
+    assert "needs a package: Please install gcsfs" in told.reason
+
+
+async def _sent(references, reference, **how):
+    row = next(manifest(reference).rows())
+    sending = await references.prepared(row.request, **how)
+    (url,) = (await sending()).image_urls
+    return url
+
+
+@pytest.mark.anyio
+async def test_an_object_is_signed_for_long_enough_each_time_it_is_sent(bucket):
+    references = References(timeout=4_000)
+    assert await _sent(references, "gs://photos/cat.jpg") == (
+        f"https://signed.test/photos/cat.jpg?life=8000&{SIGNATURE}"
+    )
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("where", ["local", "bucket"])
+async def test_what_has_changed_since_the_plan_is_not_sent(tmp_path, bucket, where, monkeypatch):
+    (tmp_path / "cat.jpg").write_bytes(picture())
+    reference = str(tmp_path / "cat.jpg") if where == "local" else "gs://photos/cat.jpg"
+    references = References(STAGING)
+    list(checked(manifest(reference).rows(), references, lambda _row: True))
+    assert await _sent(references, reference)
+    (tmp_path / "cat.jpg").write_bytes(picture(size=(50, 50)))
+    info = Bucket.info
+    monkeypatch.setattr(Bucket, "info", lambda *args: info(*args) | {"etag": "v2"})
+    with pytest.raises(resolving.ReferenceImageError, match="has changed since the plan"):
+        await _sent(references, reference)
+
+
+@pytest.mark.anyio
+async def test_what_is_too_large_is_shrunk_and_staged_once(tmp_path, bucket):
+    large = picture() + bytes(11_000_000)
+    (tmp_path / "large.jpg").write_bytes(large)
+    bucket.pipe_file("photos/large.jpg", large)
+    references = References(Staging(str(tmp_path / "staged"), "https://p.test"), fit=True)
+    urls = {await _sent(references, str(tmp_path / "large.jpg"), doubted=n > 1) for n in range(3)}
+    urls |= {await _sent(references, "gs://photos/large.jpg")}
+    (file,) = (tmp_path / "staged").iterdir()
+    assert urls == {f"https://p.test/{file.name}"}
+    assert file.suffix == ".jpg"
+    assert file.stat().st_size < 10_000_000
+
+
+@pytest.mark.anyio
+async def test_what_was_not_checked_by_a_plan_is_checked_before_it_is_sent(tmp_path, bucket):
+    bucket.pipe_file("photos/text.jpg", b"text")
+    (tmp_path / "text.jpg").write_bytes(b"text")
+    for reference in ("gs://photos/text.jpg", str(tmp_path / "text.jpg")):
+        with pytest.raises(resolving.ReferenceImageError, match="is text"):
+            await _sent(References(STAGING), reference)
+
+
+def test_a_row_keeps_everything_but_its_key(tmp_path):
+    (tmp_path / "cat.jpg").write_bytes(b"a cat")
+    (row,) = manifest("cat.jpg", folder=tmp_path).rows()
+    (told,) = keyed([row], References())
+    assert dataclasses.replace(told, key=row.key) == row

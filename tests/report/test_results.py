@@ -1,0 +1,123 @@
+"""How a row stands, by all that runs have said of it: one line, the latest, nothing lost."""
+
+import itertools
+
+import pytest
+
+from prefect_flux_kontext.report.results import NewLines, as_json, newer, read_lines, write_parquet
+from tests.support.galleries import failed, line
+
+EARLY, LATE = "2026-01-02T03:05:06.000Z", "2026-01-03T00:00:00.000Z"
+
+
+def merge(folder, earlier, *parts):
+    """The lines after merging, and your own columns that were seen."""
+    before, after = folder / "before.jsonl", folder / "after.jsonl"
+    before.write_text("".join(map(as_json, earlier)))
+    with NewLines() as new:
+        for part in parts:
+            new.add("".join(map(as_json, part)).encode())
+        number = new.write(before, after)
+        lines = list(read_lines(after))
+        assert number == len(lines)
+        return lines, list(new.own)
+
+
+def test_the_later_line_of_a_row_stands_in_the_place_of_the_earlier(tmp_path):
+    earlier = [failed(0), line(1), failed(2)]
+    part = [line(2, recorded_at=LATE), line(3, recorded_at=LATE), line(0, recorded_at=LATE)]
+    lines, _ = merge(tmp_path, earlier, part)
+    assert [(row["id"], row["state"]) for row in lines] == [
+        ("row-0", "stored"),
+        ("row-1", "stored"),
+        ("row-2", "stored"),
+        ("row-3", "stored"),
+    ]
+
+
+def test_parts_may_come_in_any_order_and_twice(tmp_path):
+    parts = [
+        [line(0, key="a" * 32)],
+        [failed(0, recorded_at=LATE, key="a" * 32)],
+        [line(0, recorded_at="2026-01-04T00:00:00.000Z", key="a" * 32, source="ledger")],
+    ]
+    outcomes = []
+    for order in itertools.permutations(parts):
+        lines, _ = merge(tmp_path, [], *order)
+        again, _ = merge(tmp_path, lines, *order)
+        assert again == lines
+        outcomes.append(lines)
+    assert all(lines == outcomes[0] for lines in outcomes)
+    assert [row["state"] for row in outcomes[0]] == ["stored"]
+
+
+def test_rows_of_one_id_in_several_styles_are_several_rows(tmp_path):
+    lines, _ = merge(tmp_path, [], [line(0, style="oil"), line(0, style="noir")])
+    assert [row["style"] for row in lines] == ["oil", "noir"]
+
+
+def test_a_row_that_was_collected_keeps_its_columns_of_the_manifest():
+    old = failed(0, sku="7", style="oil", key="k")
+    new = line(0, recorded_at=LATE, source="ledger", style=None, line=99, key="k")
+    made = newer(new, old)
+    assert (made["state"], made["sku"], made["style"]) == ("stored", "7", "oil")
+    assert (made["line"], made["source"]) == (2, "manifest")
+    assert "reason" not in made
+
+
+def test_what_an_older_request_came_to_does_not_replace_the_row_as_it_is_now():
+    now = line(0, key="new prompt")
+    collected = line(0, key="old prompt", recorded_at=LATE, source="ledger")
+    assert newer(now, collected) == now
+
+
+def test_your_own_columns_are_told_in_the_order_they_were_seen(tmp_path):
+    _, own = merge(tmp_path, [line(0, zebra="1", apple="2")], [line(1, ball="3", zebra="4")])
+    assert own == ["zebra", "apple", "ball"]
+
+
+def test_parquet_has_the_same_rows_with_types_that_never_change(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [line(0, sku="007", uris=["a", "b"]), failed(1)]
+    (tmp_path / "lines").write_text("".join(map(as_json, rows)))
+    assert write_parquet(tmp_path / "lines", tmp_path / "some.parquet", {"sku": None})
+    (tmp_path / "none").touch()
+    assert write_parquet(tmp_path / "none", tmp_path / "none.parquet", {})
+    table = pq.read_table(tmp_path / "some.parquet")
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types["recorded_at"] == "timestamp[ms, tz=UTC]"
+    assert (types["price"], types["bytes"], types["already"]) == ("double", "int64", "bool")
+    assert (types["uris"], types["sku"]) == ("list<element: string>", "string")
+    empty = pq.read_table(tmp_path / "none.parquet").schema
+    assert empty == table.schema.remove(table.schema.get_field_index("sku"))
+    told = [
+        {name: value for name, value in row.items() if value is not None and "_at" not in name}
+        for row in table.to_pylist()
+    ]
+    assert told == [
+        {name: value for name, value in row.items() if "_at" not in name} for row in rows
+    ]
+    assert table["recorded_at"][0].as_py().isoformat() == "2026-01-02T03:05:06+00:00"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        ({"state": "outstanding", "attempts": 1}, {"state": "stored", "attempts": 1}),
+        ({"state": "unknown", "attempts": 0}, {"state": "stored", "attempts": 1}),
+        ({"state": "failed", "attempts": None}, {"state": "stored", "attempts": 1}),
+        ({"state": "outstanding", "attempts": 1}, {"state": "failed", "attempts": 1}),
+        ({"state": "failed", "attempts": 1}, {"state": "unknown", "attempts": 2}),
+        ({"state": "failed", "attempts": 1}, {"state": "outstanding", "attempts": 2}),
+    ],
+)
+def test_a_row_comes_on_though_the_clock_of_the_later_run_is_behind(earlier, later):
+    before = line(0, **earlier, recorded_at=LATE)
+    after = line(0, **later, recorded_at=EARLY)
+    assert newer(before, after) == newer(after, before) == after
+
+
+def test_of_another_request_the_clock_decides():
+    stored = line(0, attempts=2, key="old prompt")
+    now = failed(0, attempts=1, key="new prompt", recorded_at=LATE)
+    assert newer(stored, now) == newer(now, stored) == now

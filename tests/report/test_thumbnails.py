@@ -1,0 +1,167 @@
+"""Small pictures cost the batch nothing: what cannot be had is left out."""
+
+import asyncio
+import io
+import logging
+
+import httpx
+import pytest
+from PIL import Image
+
+from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
+from prefect_flux_kontext.report.thumbnails import (
+    Pictures,
+    name_of_image,
+    name_of_reference,
+    thumbnail,
+)
+from prefect_flux_kontext.storage.filesystem import OutputFolder
+from tests.support.pictures import picture, png_that_claims
+
+KEY = "ab" * 16
+URL = "http://pictures.test/cat.jpg"
+
+
+def connections(answer):
+    return download_client(httpx.MockTransport(answer))
+
+
+def size_of(data):
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "WEBP"
+        return image.size
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("jpeg", "CMYK"), ("png", "LA"), ("webp", "RGBA")])
+def test_a_thumbnail_of_any_kind_keeps_its_shape(kind, mode):
+    assert size_of(thumbnail(picture(kind, mode, (960, 480)), 320)) == (320, 160)
+
+
+def test_a_thumbnail_is_upright_and_tells_nothing_of_where_it_was_taken():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "camera"
+    small = thumbnail(picture("jpeg", size=(400, 200), exif=exif), 320)
+    assert size_of(small) == (160, 320)
+    assert b"camera" not in small
+
+
+@pytest.mark.parametrize("data", [b"", b"<svg/>", png_that_claims(50_000, 50_000)])
+def test_what_is_no_picture_or_a_bomb_has_no_thumbnail(data):
+    with pytest.raises((OSError, ValueError, Image.DecompressionBombError)):
+        thumbnail(data, 320)
+
+
+@pytest.mark.anyio
+async def test_pictures_are_made_up_to_a_limit_and_taken_once():
+    async with connections(lambda _: httpx.Response(404)) as http:
+        pictures = Pictures(http, 2, references=True)
+        for key in ("a" * 32, "b" * 32):
+            pictures.showing(key)(Image.new("RGB", (640, 480)))
+        assert pictures.showing("c" * 32) is None
+        made = pictures.take()
+        assert list(made) == [name_of_image("a" * 32), name_of_image("b" * 32)]
+        assert {size_of(data) for data in made.values()} == {(320, 240)}
+        assert pictures.take() == {}
+
+
+@pytest.mark.anyio
+async def test_a_picture_that_cannot_be_made_small_fails_nothing():
+    async with connections(lambda _: httpx.Response(404)) as http:
+        pictures = Pictures(http, 2, references=True)
+        pictures.showing("a" * 32)(Image.new("F", (0, 0)))
+        assert pictures.take() == {}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("status", "content", "made"),
+    [
+        (200, picture(size=(2_000, 1_000)), True),
+        (404, picture(), False),
+        (302, picture(), False),
+        (200, b"<html>", False),
+        (200, picture("png", size=(64, 64)) + b"\0" * (11 * 2**20), False),
+    ],
+    ids=["an image", "gone", "elsewhere", "a page", "too large"],
+)
+async def test_a_reference_is_fetched_once_and_whatever_comes_fails_nothing(status, content, made):
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        headers = {"Location": "http://169.254.169.254/"} if status == 302 else {}
+        stream = httpx.ByteStream(content)
+        return httpx.Response(status, headers=headers, stream=stream)
+
+    async with connections(answer) as http:
+        pictures = Pictures(http, 10, references=True)
+        pictures.want_references([URL, "http://pictures.test/second.jpg"])
+        pictures.want_references([URL])
+        await pictures.wait(10)
+        taken = pictures.take()
+    assert asked == [URL]
+    assert list(taken) == ([name_of_reference(URL)] if made else [])
+    assert [size_of(data) for data in taken.values()] == ([(640, 320)] if made else [])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("most", "references"), [(0, True), (10, False)])
+async def test_no_reference_is_fetched_when_none_is_wanted(most, references):
+    async with connections(lambda _: pytest.fail("asked")) as http:
+        pictures = Pictures(http, most, references=references)
+        pictures.want_references([URL])
+        pictures.want_references([])
+        await pictures.wait(0)
+        assert pictures.take() == {}
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_a_reference_that_never_comes_is_left_at_the_end():
+    async def never(_request):
+        await asyncio.Event().wait()
+
+    async with connections(never) as http:
+        pictures = Pictures(http, 10, references=True)
+        pictures.want_references([URL])
+        began = asyncio.get_running_loop().time()
+        await pictures.wait(5)
+        assert asyncio.get_running_loop().time() - began == pytest.approx(5)
+        pictures.close()
+
+
+@pytest.mark.anyio
+async def test_what_signs_a_reference_is_in_no_log(caplog):
+    async with connections(lambda _: httpx.Response(403)) as http:
+        pictures = Pictures(http, 10, references=True)
+        with caplog.at_level(logging.DEBUG):
+            pictures.want_references([f"{URL}?X-Amz-Signature=canary"])
+            await pictures.wait(10)
+    assert "No picture of a reference" in caplog.text
+    assert "canary" not in caplog.text
+
+
+def test_a_reference_is_known_however_its_url_is_signed():
+    assert name_of_reference(f"{URL}?X-Amz-Signature=a") == name_of_reference(URL)
+
+
+@pytest.mark.anyio
+async def test_an_album_is_read_back_with_files_that_no_index_names(tmp_path):
+    first, second = (ThumbnailStore(OutputFolder(str(tmp_path))) for _ in range(2))
+    await first.add("one", {f"a{n}": bytes([n]) for n in range(50)})
+    await first.read()
+    await second.add("two", {"b": b"2"})  # and then its run is killed
+    third = ThumbnailStore(OutputFolder(str(tmp_path)))
+    await third.read()
+    assert len(third.places) == 51
+    assert {third.places["a0"], third.places["a49"], third.places["b"]} == {
+        "one-1",
+        "one-2",
+        "two-1",
+    }
+    assert await third.pictures(["b", "a49", "nobody"]) == {
+        "b": "data:image/webp;base64,Mg==",
+        "a49": "data:image/webp;base64,MQ==",
+    }

@@ -1,0 +1,159 @@
+"""Which errors of a filesystem pass, how long they are waited for, and what is told of them."""
+
+import asyncio
+import errno
+
+import aiohttp
+import botocore.exceptions
+import pytest
+
+from prefect_flux_kontext.errors import StorageError
+from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.storage.errors import is_transient, told
+from prefect_flux_kontext.storage.filesystem import OutputFolder
+from tests.ledger.conftest import Faulty
+
+
+def s3_error(code, status):
+    reply = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return botocore.exceptions.ClientError(reply, "PutObject")
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+class GcsError(Exception):
+    """Shaped as gcsfs' HttpError."""
+
+    code = 503
+
+
+class AzureError(Exception):
+    """Shaped as Azure's HttpResponseError."""
+
+    status_code = 429
+
+
+BUSY = [
+    OSError(errno.EBUSY, "Please reduce your request rate"),
+    s3_error("SlowDown", 503),
+    s3_error("TooManyRequests", 429),
+    caused(OSError("what s3fs makes of an unknown code"), s3_error("429", 429)),
+    caused(OSError(errno.EREMOTEIO, "We encountered an internal error"), s3_error("500", 500)),
+    RuntimeError("SlowDown"),
+    GcsError(),
+    AzureError(),
+]
+UNCONNECTED = [
+    ConnectionResetError(104, "reset"),
+    TimeoutError("slow"),
+    botocore.exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
+    botocore.exceptions.ReadTimeoutError(endpoint_url="http://127.0.0.1:1"),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientPayloadError(),
+]
+MEANT = [
+    PermissionError("Access Denied"),
+    FileNotFoundError("no such bucket"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EIO, "input/output error"),
+    IsADirectoryError("it is a folder"),
+    ValueError("no such region"),
+    s3_error("AccessDenied", 403),
+    RuntimeError("anything"),
+]
+
+
+@pytest.mark.parametrize("error", BUSY, ids=repr)
+def test_a_store_that_is_too_busy_is_asked_again_for_a_minute(error):
+    assert is_transient(error, 1, 0)
+    assert is_transient(error, 50, 59)
+    assert not is_transient(error, 2, 60)
+
+
+@pytest.mark.parametrize("error", UNCONNECTED, ids=repr)
+def test_a_store_that_cannot_be_reached_is_tried_four_times(error):
+    assert [is_transient(error, attempt, 0) for attempt in (1, 2, 3, 4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("error", MEANT, ids=repr)
+def test_every_other_error_is_meant(error):
+    assert not is_transient(error, 1, 0)
+
+
+def test_an_error_that_is_its_own_cause_is_looked_at_once():
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_transient(first, 1, 0)
+
+
+def test_what_the_options_hold_is_not_told_but_where_the_store_is_and_what_happened():
+    options = {
+        "key": "canary-key",
+        "secret": "canary-key-and-more",
+        "client_kwargs": {"region_name": "eu-north-1", "aws_session_token": "canary-token"},
+        "endpoint_url": "http://127.0.0.1:9000",
+        "anon": False,
+        "short": "b",
+    }
+    error = ValueError("canary-key canary-key-and-more canary-token eu-north-1 127.0.0.1:9000 b")
+    assert told(error, options) == "ValueError: … … … eu-north-1 127.0.0.1:9000 b"
+
+
+SECRETS = {"secret": "canary-secret"}
+
+
+class TestCalls:
+    pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]  # noqa: RUF012
+
+    @pytest.fixture
+    def output(self, tmp_path):
+        return OutputFolder(f"memory://{tmp_path.name}", SECRETS)
+
+    @pytest.mark.parametrize("error", [BUSY[0], BUSY[1]], ids=repr)
+    async def test_a_busy_store_is_written_to_as_soon_as_it_takes_it(self, output, error):
+        fs = output.fs
+        output.fs = Faulty(fs, {"pipe_file", "cat_file"}, error, times=5)
+        await output.write("cat.jpg", b"a cat")
+        assert output.fs.times == 0
+        output.fs.times = 3
+        assert await output.read("cat.jpg") == b"a cat"
+
+    async def test_waiting_for_it_has_an_end_and_is_spread_out(self, output):
+        loop = asyncio.get_running_loop()
+        output.fs = Faulty(output.fs, {"pipe_file"}, BUSY[0], times=9_999)
+        began = loop.time()
+        with pytest.raises(StorageError, match=r"refused .*cat\.jpg: OSError: .*request rate"):
+            await output.write("cat.jpg", b"a cat")
+        assert 60 <= loop.time() - began <= 90
+        assert 5 <= 9_999 - output.fs.times <= 30
+
+    async def test_what_is_meant_is_not_tried_again(self, output):
+        for call in (output.write("a", b""), output.read("a"), output.remove("a")):
+            output.fs = Faulty(
+                output.fs,
+                {"pipe_file", "cat_file", "rm_file"},
+                PermissionError("canary-secret is not welcome"),
+            )
+            with pytest.raises(StorageError, match="PermissionError: … is not welcome") as caught:
+                await call
+            assert output.fs.times == 98
+            assert "canary" not in repr(caught.value)
+
+    async def test_a_file_that_is_not_there_is_no_trouble(self, output):
+        assert await output.read("none.jpg") is None
+        await output.remove("none.jpg")
+
+    async def test_the_ledger_waits_for_a_busy_store_too(self, output):
+        store = RecordStore(output.below("_ledger"))
+        store._fs = Faulty(store._fs, {"pipe_file"}, BUSY[0], times=7)
+        assert await store.create("1.json", b"one")
+        assert store._fs.times == 0
+        assert await store.read("1.json") == b"one"

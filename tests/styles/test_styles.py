@@ -1,0 +1,168 @@
+"""Styles come with the package or from a file, and a file's mistakes are told all at once."""
+
+import json
+
+import fsspec
+import pytest
+
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.sandbox.restyle import STYLES, style_of
+from prefect_flux_kontext.storage.names import safe_name
+from prefect_flux_kontext.styles.styles import builtin_styles, chosen_styles, read_styles
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write a file of styles."""
+
+    def write(content, name="own.yaml"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def problem(styles):
+    with pytest.raises(ConfigurationError) as caught:
+        chosen_styles(styles)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    return caught.value.message
+
+
+def test_the_built_in_styles_say_what_to_keep_and_are_what_they_are_called():
+    styles = builtin_styles()
+    assert len(styles) == 11
+    for name, style in styles.items():
+        assert safe_name(name) == name
+        assert "Keep" in style.prompt
+        assert style_of(style.prompt).name == name.replace("-", " ")
+    assert set(STYLES) == {name.replace("-", " ") for name in styles}
+
+
+def test_styles_are_chosen_by_name_in_the_order_given_and_once_each():
+    chosen = chosen_styles(["noir", "oil", "noir"]).chosen
+    assert [style.name for style in chosen] == ["noir", "oil"]
+    assert chosen_styles("oil").chosen == (builtin_styles()["oil"],)
+    assert chosen_styles(None).chosen == chosen_styles([]).chosen == ()
+
+
+def test_a_file_adds_all_its_styles_and_replaces_those_of_their_names(file):
+    own = file("ink: Redraw it in ink\nnoir:\n  prompt: My own\n  mode: max\n")
+    styles = chosen_styles(["oil", own, "noir"])
+    assert [style.name for style in styles.chosen] == ["oil", "ink", "noir"]
+    assert styles.known["noir"].prompt == "My own"
+    assert styles.known["noir"].parameters == {"mode": "max"}
+    assert "watercolour" in styles.known
+
+
+def test_json_and_yaml_say_the_same(file):
+    fields = {"prompt": "Redraw it", "aspect_ratio": "1:1", "extra": {"steps": 4}}
+    (made,) = read_styles(file(json.dumps({"ink": fields}), "own.json"))
+    (same,) = read_styles(
+        file("\ufeffink: {prompt: Redraw it, aspect_ratio: '1:1', extra: {steps: 4}}")
+    )
+    assert made == same
+    assert made.parameters == {"aspect_ratio": "1:1", "extra": {"steps": 4}}
+
+
+def test_a_file_may_be_on_any_filesystem():
+    fsspec.filesystem("memory").pipe_file("/styles/own.yml", b"ink: Redraw it in ink")
+    assert [style.name for style in read_styles("memory://styles/own.yml")] == ["ink"]
+
+
+def test_a_name_that_is_no_styles_is_told_with_the_one_that_was_meant():
+    told = problem(["watercolor", "oil", "xyzzy"])
+    assert "no style 'watercolor', did you mean 'watercolour'?" in told
+    assert "no style 'xyzzy' (there are watercolour, oil" in told
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "not a mapping from names to prompts"),
+        ("- ink\n", "not a mapping from names to prompts"),
+        ("{}", "not a mapping from names to prompts"),
+        ("ink: [1]\n", "'ink' is neither a prompt nor a mapping"),
+        ("ink: ~\n", "'ink' is neither a prompt nor a mapping"),
+        ("ink: {1: x}\n", "'ink' is neither a prompt nor a mapping"),
+        ("no: Redraw it\n", "the name False is not text; put it in quotes"),
+        ("ink: {mode: pro}\n", "'ink': prompt is missing"),
+        ("ink: ''\n", "'ink': prompt '': String should have at least 1 character"),
+        ("ink: {prompt: x, ratio: '1:1'}\n", "there is no field `ratio`; there are prompt, mode"),
+        ("ink: {prompt: x, aspect_ratio: '2:1'}\n", "aspect_ratio '2:1': Input should be '21:9'"),
+        ("ink: {prompt: x, aspect_ratio: 1:1}\n", "aspect_ratio"),
+        ("ink: {prompt: x, mode: turbo}\n", "mode 'turbo': Input should be 'pro' or 'max'"),
+        ("ink: {prompt: x, name: y}\n", "'ink' has a field `name`"),
+        ("ink: {prompt: x, extra: {mode: max}}\n", "extra holds mode, which has a place"),
+        ("ink: {prompt: x, extra: {n: .nan}}\n", "extra is not JSON"),
+        ("ink: {prompt: x, extra: {n: 2024-01-01}}\n", "extra is not JSON"),
+        ("ink: '{% for x in y %}{% endfor %}'\n", "'ink': prompt: the template holds a loop"),
+        ("ink: x\nink: y\n", "it names 'ink' twice"),
+        ("ink: {prompt: x, prompt: y}\n", "it names 'prompt' twice"),
+        ("ink: x\nINK: y\n", "'INK' and 'ink' are equal but for case"),
+        ("../x: y\n", "name: the name leads out of the output"),
+        ("/x: y\n", "name: the name is an absolute path"),
+        ("a/b: y\n", "name: the name holds a slash"),
+        ("CON: y\n", "name: the name is reserved on Windows"),
+        ("x.yaml: y\n", "name: the name looks like a file"),
+        ('"a\\nb": y\n', "name: the name holds a character that cannot be seen"),
+        ("' x ': y\n", "name: the name begins or ends with a space"),
+        (f"{'x' * 61}: y\n", "String should have at most 60 characters"),
+        (BOMB, "it holds an alias (`*`)"),
+        ("a: &a\n  b: *a\n", "it holds an alias (`*`)"),
+        ("a: {<<: {prompt: x}, mode: pro}", "cannot be read: could not determine"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("a: " + "[" * 5_000, "nested too deeply"),
+        ("a: 'x", "cannot be read: while scanning a quoted scalar"),
+        ("a: x\n---\nb: y\n", "cannot be read: expected a single document"),
+        ("ink: é\n".encode("latin-1"), "it is not in UTF-8"),
+        ("ink: x".encode("utf-16"), "it is not in UTF-8"),
+        ("ink: " + "x" * 1_000_001, "more than 1,000,000 bytes"),
+        (b"\x00\x01", "cannot be read: "),
+    ],
+)
+def test_a_bad_file_is_told_with_its_name_and_the_style(file, content, told):
+    path = file(content)
+    message = problem(path)
+    assert path in message
+    assert told in message
+    assert len(message) < 700
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"a": "x", "a": "y"}', "it names a twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{'a': 1}", "cannot be read: Expecting property name"),
+        ('["a"]', "not a mapping"),
+    ],
+)
+def test_a_bad_file_of_json_is_told_likewise(file, content, told):
+    assert told in problem(file(content, "own.json"))
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(file):
+    told = problem(file("a: {prompt: x, mode: y, ratio: z}\nb: ~\n3: x\n"))
+    for word in ("'a': mode 'y'", "`ratio`", "'b' is neither", "the name 3"):
+        assert word in told
+
+
+def test_one_style_in_two_files_is_a_mistake(file):
+    first, second = file("ink: x\n"), file("ink: y\n", "other.yaml")
+    assert problem([first, second]) == f"The style 'ink' is in {first} and in {second}."
+
+
+@pytest.mark.parametrize("url", ["{tmp}/none.yaml", "{tmp}/folder.yaml", "nope://x.yaml"])
+def test_a_file_that_cannot_be_read_is_named(url, tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    url = url.format(tmp=tmp_path)
+    assert url in problem(url)
+
+
+def test_a_chain_of_filesystems_is_refused_unread():
+    assert "chain several filesystems" in problem("simplecache::s3://bucket/x.yaml")
