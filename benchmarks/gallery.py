@@ -25,9 +25,9 @@ from prefect_flux_kontext.report.results import as_json
 from prefect_flux_kontext.report.thumbnails import (
     AFTER,
     BEFORE,
+    make_thumbnail,
     name_of_image,
     name_of_reference,
-    thumbnail,
 )
 from prefect_flux_kontext.sandbox.settings import PHOTOS
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -42,7 +42,8 @@ def main() -> None:
     print("| images | page | pictures | making | first pictures | the last | memory of the page |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     after, before = (
-        [thumbnail(photograph, edge) for photograph in photographs()] for edge in (AFTER, BEFORE)
+        [make_thumbnail(photograph, edge) for photograph in photographs()]
+        for edge in (AFTER, BEFORE)
     )
     for rows in map(int, sys.argv[1:] or ["100", "1000", "10000"]):
         with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 from prefect_flux_kontext.callbacks.inbox import Inbox
-from prefect_flux_kontext.callbacks.tokens import Attempt, token_for
+from prefect_flux_kontext.callbacks.tokens import Attempt, create_token
 from prefect_flux_kontext.ledger.store import RecordStore
 
 SECRET = "the-secret-of-the-benchmark-0123"
@@ -55,7 +55,7 @@ def main() -> None:
 
 def request(n: int) -> bytes:
     """A callback as the service sends it."""
-    token = token_for(SECRET.encode(), Attempt(OWNER, f"{n:032x}", 1))
+    token = create_token(SECRET.encode(), Attempt(OWNER, f"{n:032x}", 1))
     data = {"state": "success", "resultJson": json.dumps({"resultUrls": ["https://a.example/1"]})}
     told = {"code": 200, "message": "success", "data": {"taskId": f"task_{n}", **data}}
     body = json.dumps(told).encode()

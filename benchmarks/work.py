@@ -82,8 +82,8 @@ async def batch(folder: Path, *, fixed: float | None = None) -> int:
     from prefect_flux_kontext.batch import row as storing  # noqa: PLC0415
     from prefect_flux_kontext.batch.policy import RowOptions  # noqa: PLC0415
     from prefect_flux_kontext.batch.runner import run_batch  # noqa: PLC0415
-    from prefect_flux_kontext.batch.session import batch_session  # noqa: PLC0415
-    from prefect_flux_kontext.callbacks.options import callback_options  # noqa: PLC0415
+    from prefect_flux_kontext.batch.session import open_session  # noqa: PLC0415
+    from prefect_flux_kontext.callbacks.options import resolve_callback_options  # noqa: PLC0415
     from prefect_flux_kontext.client.client import FluxKontextClient  # noqa: PLC0415 - measured
     from prefect_flux_kontext.manifest.reader import Manifest  # noqa: PLC0415
     from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
@@ -110,8 +110,8 @@ async def batch(folder: Path, *, fixed: float | None = None) -> int:
     )
     options = RowOptions(cadence=settings.cadence())
     output = OutputFolder(str(folder / "out"))
-    callbacks = callback_options(settings)
-    async with batch_session(client, output, options, settings, callbacks) as session:
+    callbacks = resolve_callback_options(settings)
+    async with open_session(client, output, options, settings, callbacks) as session:
         summary = await run_batch(
             session,
             Manifest(str(folder / "manifest.csv")).rows(),

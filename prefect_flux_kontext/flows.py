@@ -6,15 +6,15 @@ from typing import Literal
 from prefect import flow, get_run_logger
 from pydantic import NonNegativeFloat, PositiveInt
 
-from prefect_flux_kontext.batch.collection import collect
+from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.policy import FailurePolicy
-from prefect_flux_kontext.batch.runner import failed_rows, run_batch
+from prefect_flux_kontext.batch.runner import read_failed_rows, run_batch
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.manifest.row import problems_of_reference
+from prefect_flux_kontext.manifest.row import find_reference_problems
 from prefect_flux_kontext.manifest.tables import ManifestSource
 from prefect_flux_kontext.models import (
     AspectRatio,
@@ -24,11 +24,11 @@ from prefect_flux_kontext.models import (
     Provider,
     StoredImage,
 )
-from prefect_flux_kontext.orchestration.approval import ask_for_approval, planned
+from prefect_flux_kontext.orchestration.approval import ask_for_approval, plan_and_log
 from prefect_flux_kontext.orchestration.batch_run import (
+    build_row_options,
     emit_expiring_results,
-    opened,
-    row_options,
+    open_batch,
     run_wave,
 )
 from prefect_flux_kontext.orchestration.parameters import (
@@ -39,8 +39,8 @@ from prefect_flux_kontext.orchestration.parameters import (
     StyleNames,
     open_output,
 )
-from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_rest
-from prefect_flux_kontext.orchestration.partitions.planner import cut
+from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
+from prefect_flux_kontext.orchestration.partitions.planner import plan_partitions
 from prefect_flux_kontext.orchestration.suspension import (
     check_can_suspend,
     log_outstanding,
@@ -48,8 +48,8 @@ from prefect_flux_kontext.orchestration.suspension import (
     suspend,
     was_resumed,
 )
-from prefect_flux_kontext.references.location import located, non_public_references
-from prefect_flux_kontext.references.resolver import references_of
+from prefect_flux_kontext.references.location import locate, non_public_references
+from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.tasks import (
     persist_images,
@@ -102,12 +102,12 @@ async def style_transfer(
         FluxKontextError: What went wrong; see the three tasks.
     """
     folder = str(Path.cwd())
-    if image is not None and (problems := problems_of_reference(image, folder)):
+    if image is not None and (problems := find_reference_problems(image, folder)):
         # The service would accept, bill and then fail it.
         raise ConfigurationError(*problems)
     request = GenerationRequest(
         prompt=prompt,
-        image_urls=[located(image, folder)] if image else [],
+        image_urls=[locate(image, folder)] if image else [],
         mode=mode,
         aspect_ratio=aspect_ratio,
         output_format=output_format,
@@ -119,7 +119,7 @@ async def style_transfer(
     if non_public_references(request.image_urls):
         settings = FluxKontextSettings()
         timeout = (cadence or settings.cadence()).timeout
-        references = references_of(settings, timeout=timeout, fit=fit_references)
+        references = create_references(settings, timeout=timeout, fit=fit_references)
         submitted = await submit_own_reference(request, references, account)
     else:
         submitted = await submit_generation(request, account)
@@ -218,7 +218,7 @@ async def style_transfer_batch(
     if wait == "suspend":
         check_can_suspend()
     suspends = wait == "suspend" and not was_resumed()
-    options = row_options(
+    options = build_row_options(
         cadence,
         failure_policy,
         resubmit_unknown=resubmit_unknown,
@@ -227,17 +227,19 @@ async def style_transfer_batch(
         deferred=suspends or wait == "collect",
     )
     account = await resolve_credentials(credentials)
-    partition_plan = await cut(parts, part_deployment, account, wait) if parts > 1 else None
+    partition_plan = (
+        await plan_partitions(parts, part_deployment, account, wait) if parts > 1 else None
+    )
     output = await open_output(output, storage_options)
     rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
-    plan = await planned(rows, output, account, options)
+    plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
         return plan.summary(str(output))
     if approve_above_usd is not None:
         if plan.price > approve_above_usd:
             await ask_for_approval(plan)
-            if (await planned(rows, output, account, options)).digest != plan.digest:
+            if (await plan_and_log(rows, output, account, options)).digest != plan.digest:
                 raise BatchStoppedError(
                     "What is to be paid has changed since the plan that was approved, so nothing "
                     "was submitted. Run it again to approve the new plan."
@@ -247,7 +249,7 @@ async def style_transfer_batch(
         run_partitions(
             partition_plan, plan, rows, output, account, options, alert_above_usd
         ) as rest,
-        opened(
+        open_batch(
             output,
             rest.account,
             rest.options,
@@ -260,7 +262,7 @@ async def style_transfer_batch(
     ):
         if rest.lease is not None:
             rest.lease.held_for(session.submitter)
-        waves = run_wave if rest.earlier is None else run_rest
+        waves = run_wave if rest.earlier is None else run_remaining
         summary = await run_batch(session, rows.rows(), waves, concurrent_tasks=slots)
     if rest.earlier is not None:
         summary.spent += rest.earlier.spent
@@ -309,7 +311,7 @@ async def retry_failed(
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
     """
-    options = row_options(
+    options = build_row_options(
         cadence,
         failure_policy,
         retry_failed=True,
@@ -318,11 +320,11 @@ async def retry_failed(
     )
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
-    rows = Manifest(await failed_rows(output), prompt, styles=styles)
+    rows = Manifest(await read_failed_rows(output), prompt, styles=styles)
     # A row that was skipped as invalid stands there too, and must not stop the others.
-    plan = await planned(rows, output, account, options)
+    plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=True)
-    async with opened(output, account, options, plan) as (session, slots):
+    async with open_batch(output, account, options, plan) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return summary
@@ -353,11 +355,11 @@ async def collect_batch(
         ConfigurationError: Credentials or output are wrong.
         LedgerError: The record of what was paid cannot be read.
     """
-    options = row_options(cadence, None)
+    options = build_row_options(cadence, None)
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
-    async with opened(output, account, options, listens=False) as (session, slots):
-        summary = await collect(session, run_wave, concurrent_tasks=slots)
+    async with open_batch(output, account, options, listens=False) as (session, slots):
+        summary = await collect_outstanding(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     if summary.outstanding:
         await emit_expiring_results(output)

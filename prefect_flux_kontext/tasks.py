@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import FluxKontextError
-from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import (
     GenerationRequest,
@@ -167,7 +167,7 @@ async def persist_images(
         StorageError: The output refused the file.
     """
     base_url = result.base_url or FluxKontextSettings().base_url
-    async with download_client(base_url=base_url) as http:
+    async with open_download_client(base_url=base_url) as http:
         return await persist_result(
             result,
             await open_output(output, storage_options),

@@ -123,17 +123,9 @@ def test_the_sandbox_shares_no_code_with_the_rest():
             assert "sandbox" not in rooms, module
 
 
-def test_no_file_is_longer_than_300_lines():
-    folders = (PACKAGE, "flows", "tests", "docs", "benchmarks", "examples")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    assert len(files) > 300
-    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
-    assert {name: number for name, number in lines.items() if number > 300} == {}
-
-
 def test_below_the_line_nothing_names_prefect():
     core = [module for module in MODULES.keys() - FACES if ROOMS[room_of(module)].core]
-    assert len(core) > 20
+    assert len(core) > 80
     for module in core:
         assert not [name for name in imports(module) if name.split(".")[0] == "prefect"], module
     code = (

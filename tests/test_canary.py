@@ -29,12 +29,12 @@ SECRETS = (KEY, WRONG, CALLBACK, STORE, SIGNATURE)
 PROGRAM = """
 import logging, os, sys, traceback
 from unittest.mock import patch
-from prefect_flux_kontext.api import client
-from prefect_flux_kontext.batch import batch
+from prefect_flux_kontext.client import client
+from prefect_flux_kontext.batch import runner
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 def with_variables(kind, error, where):
     return "".join(traceback.TracebackException(kind, error, where, capture_locals=True).format())
@@ -58,10 +58,10 @@ async def crash_later(*_, **__):
 async def crash_at_a_submit(connections, method, *args, **how):
     if method == "POST":
         crash()
-    return await exchange(connections, method, *args, **how)
+    return await send_request(connections, method, *args, **how)
 
 ending, manifest, output = sys.argv[1:]
-exchange = client.exchange
+send_request = client.send_request
 run = ["run", manifest, output, "--skip-invalid"]
 sys.excepthook = hook
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
@@ -69,16 +69,16 @@ logging.getLogger().handlers[0].setFormatter(Formatter(logging.BASIC_FORMAT))
 settings = FluxKontextSettings()
 print(settings, repr(settings), FluxKontextCredentials(api_key=settings.api_key))
 if ending == "well":
-    with patch.object(client, "exchange", crash_at_a_submit):
+    with patch.object(client, "send_request", crash_at_a_submit):
         main(run)
-    with patch.object(OutputFolder, "write_apart", crash_later):
+    with patch.object(OutputFolder, "write_unique", crash_later):
         main(["run", manifest, output + "2", "--skip-invalid"])
     for command in (["run", manifest, output + "2"], run, ["status", output], ["gallery", output]):
         main(command)
     os.environ["FLUX_KONTEXT_API_KEY"] = os.environ["WRONG"]
     main(["run", manifest, output + "3", "--skip-invalid"])
 else:
-    batch.run_waves = crash
+    runner.run_waves = crash
     main(run)
 """
 

@@ -147,7 +147,7 @@ for module in pkgutil.walk_packages(prefect_flux_kontext.__path__, "prefect_flux
     importlib.import_module(module.name)
 
 from prefect_flux_kontext.errors import FluxKontextError
-from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.manifest.reader import Manifest
 for name in ("m.parquet", "m.csv.zst", "s3://bucket/m.csv"):
     try:
         list(Manifest(name).rows())

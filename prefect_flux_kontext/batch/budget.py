@@ -77,13 +77,13 @@ async def open_budget(store: RecordStore, owner: str, options: RowOptions) -> Bu
         return Budget(options.share_usd)
     if options.budget_usd is None:
         return Budget(None)
-    await check_alone(store, owner)
+    await ensure_sole_run(store, owner)
     with LedgerIndex() as standings:
         await standings.read(store, options)
         return Budget(options.budget_usd, standings.dollars())
 
 
-async def check_alone(store: RecordStore, owner: str) -> None:
+async def ensure_sole_run(store: RecordStore, owner: str) -> None:
     """Make sure that no other run pays into the output.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.batch.result_rows import ended_line, row_of
+from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import (
@@ -23,10 +23,10 @@ from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
     close_wave,
-    finished_rows,
-    forget_wave,
+    delete_wave,
     open_wave,
-    open_waves,
+    read_finished_rows,
+    read_open_waves,
 )
 from prefect_flux_kontext.models import utc_now
 
@@ -59,7 +59,9 @@ _COLLECTING_FROM = 500_001
 """Numbers of the waves that collect, apart from those of the manifest's waves."""
 
 
-async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int) -> BatchSummary:
+async def collect_outstanding(
+    session: Session, run_wave: RunWave, *, concurrent_tasks: int
+) -> BatchSummary:
     """Wait for, download and store what ended runs have paid for; pays for nothing.
 
     Raises:
@@ -67,19 +69,19 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
     """
     session.rows.submits = False
     ledger = session.ledger
-    others = [wave async for wave in open_waves(ledger.store) if wave.owner != ledger.owner]
+    others = [wave async for wave in read_open_waves(ledger.store) if wave.owner != ledger.owner]
     abandoned = [wave for wave in others if await _is_left(ledger, wave)]
     entries, unreadable = await _read(ledger, {key for wave in abandoned for key in wave.keys})
     owed = [entry for entry in entries if entry.state in OUTSTANDING_STATES]
     # The oldest first: its result is the next to expire.
     owed.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
     _warn_of_expiry(owed, session.rows.options.result_days)
-    rows = [row_of(entry) for entry in owed]
+    rows = [row_from_entry(entry) for entry in owed]
     summary = await run_waves(
         session, rows, run_wave, concurrent_tasks=concurrent_tasks, first=_COLLECTING_FROM
     )
     # Of what had ended, its run may have died before the result manifest said so.
-    lines = [ended_line(session, entry) for entry in entries if entry.ended is not None]
+    lines = [line_from_entry(session, entry) for entry in entries if entry.ended is not None]
     if lines:
         await session.report.add(_COLLECTING_FROM - 1, lines)
     for key, error in unreadable.items():
@@ -95,7 +97,7 @@ async def collect(session: Session, run_wave: RunWave, *, concurrent_tasks: int)
             if keys := [key for key in wave.keys if key in unreadable]:
                 await open_wave(ledger.store, wave.model_copy(update={"keys": keys}))
             else:
-                await forget_wave(ledger.store, wave)
+                await delete_wave(ledger.store, wave)
         if others == abandoned:  # else a living run may still wait to be told of such rows
             made_by = {entry.intent.owner for entry in owed if entry.intent is not None}
             await session.rows.called.clear(made_by | {wave.owner for wave in abandoned})
@@ -129,7 +131,7 @@ async def _read(
 
 
 def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:
-    soon = expiring(owed, result_days)
+    soon = find_expiring(owed, result_days)
     for entry, left in soon[:_TOLD]:
         logger.warning(
             "Row %s (task %s) is paid for and its result expires in %.1f days.",
@@ -141,7 +143,7 @@ def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:
         logger.warning("So do the results of %d more rows.", len(soon) - _TOLD)
 
 
-def expiring(owed: Sequence[Entry], result_days: float) -> list[tuple[Entry, timedelta]]:
+def find_expiring(owed: Sequence[Entry], result_days: float) -> list[tuple[Entry, timedelta]]:
     """The rows whose results are gone in three days or less, and how long each still lives."""
     ends = timedelta(days=result_days)
     left = [
@@ -171,7 +173,7 @@ class LedgerStatus:
     unknown: list[Entry] = field(default_factory=list)
 
 
-async def ledger_status(store: RecordStore) -> LedgerStatus:
+async def read_ledger_status(store: RecordStore) -> LedgerStatus:
     """Read where all rows stand.
 
     Raises:
@@ -190,7 +192,7 @@ async def ledger_status(store: RecordStore) -> LedgerStatus:
         elif state is State.ACCEPTED:
             status.outstanding.append(entry)
         rows[entry.key] = (entry.attempt, state, entry.spent)
-    async for row in finished_rows(store):
+    async for row in read_finished_rows(store):
         if row.attempt >= rows.get(row.key, (0,))[0]:
             rows[row.key] = (row.attempt, State(row.ended.state), row.spent)
     status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
@@ -206,11 +208,11 @@ async def unfinished_entries(store: RecordStore) -> list[Entry]:
         LedgerError: One cannot be read or is damaged.
     """
     ledger = Ledger(store, owner="", prices={})
-    keys = {key async for wave in open_waves(store) for key in wave.keys}
+    keys = {key async for wave in read_open_waves(store) for key in wave.keys}
     return await asyncio.gather(*(ledger.read(key) for key in sorted(keys)))
 
 
-LEFT = "LEFT_TO_COLLECT"
+PENDING_COLLECTION = "LEFT_TO_COLLECT"
 """Why a row that was submitted is outstanding: it was meant to be."""
 
 
@@ -262,7 +264,8 @@ class Deferral:
                     self._waiting.discard(wait)
         except TimeoutError:
             raise FluxKontextError(
-                "It is submitted and paid for; its result is left to be collected.", code=LEFT
+                "It is submitted and paid for; its result is left to be collected.",
+                code=PENDING_COLLECTION,
             ) from None
 
     @property

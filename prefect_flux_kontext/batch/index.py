@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from prefect_flux_kontext.batch.collection import unfinished_entries
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
-from prefect_flux_kontext.ledger.waves import FinishedRow, finished_rows
+from prefect_flux_kontext.ledger.waves import FinishedRow, read_finished_rows
 from prefect_flux_kontext.references.location import non_public_references
-from prefect_flux_kontext.storage.temp_db import Scratch
+from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -43,7 +43,7 @@ class _Known(NamedTuple):
     dollars: float
 
 
-class LedgerIndex(Scratch):
+class LedgerIndex(TempDatabase):
     """What the ledger says of each row key, in a private database in a temporary file."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class LedgerIndex(Scratch):
         # Unfinished waves first: one that ends meanwhile is then in both rather than in neither.
         entries = await unfinished_entries(store)
         known = [await _of_entry(store, entry, options) for entry in entries]
-        async for row in finished_rows(store):
+        async for row in read_finished_rows(store):
             failed = row.ended.state == "failed"
             stand = (
                 _after_failure(options, row.ended.reason, row.failures)
@@ -145,7 +145,7 @@ def _after_failure(
     return plain, served
 
 
-class StoredRows(Scratch):
+class StoredRows(TempDatabase):
     """The stored rows of a ledger, in a private database in a temporary file."""
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class StoredRows(Scratch):
             LedgerError: The ledger cannot be read or is damaged.
         """
         block = []
-        async for row in finished_rows(store):
+        async for row in read_finished_rows(store):
             if row.ended.state == "stored":
                 block.append((bytes.fromhex(row.key), row.model_dump_json(exclude_none=True)))
             if len(block) >= _BLOCK:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.references.location import non_public_references
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _BLOCK = 250
 
 
-def keyed(rows: Iterable[Row | RefusedRow], references: References) -> Iterator[Row | RefusedRow]:
+def with_row_keys(
+    rows: Iterable[Row | RefusedRow], references: References
+) -> Iterator[Row | RefusedRow]:
     """The rows in order, with keys that tell what their references hold.
 
     A row is refused when a reference of it cannot be looked at.
@@ -55,7 +57,7 @@ def keyed(rows: Iterable[Row | RefusedRow], references: References) -> Iterator[
             yield _keyed(row, looks)
 
 
-def checked(
+def with_reference_checks(
     rows: Iterable[Row | RefusedRow],
     references: References,
     is_to_be_paid: Callable[[Row], bool],
@@ -67,7 +69,7 @@ def checked(
         references: Reads them, many at a time.
         is_to_be_paid: Says of a row whether it is; the references of others are not read.
     """
-    for block in _blocks(keyed(rows, references)):
+    for block in _blocks(with_row_keys(rows, references)):
         read = {
             number: own
             for number, row in enumerate(block)
@@ -97,7 +99,7 @@ def _keyed(row: Row | RefusedRow, looks: Mapping[str, ReferenceInfo]) -> Row | R
         return row
     problems = [problem for image in own if (problem := looks[image].problem)]
     identities = {image: looks[image].identity for image in own}
-    return _refused(replace(row, key=row_key(row.request, identities)), problems)
+    return _refused(replace(row, key=compute_row_key(row.request, identities)), problems)
 
 
 def _refused(row: Row | RefusedRow, problems: list[str]) -> Row | RefusedRow:
@@ -283,7 +285,7 @@ def _read(
         return _standing(standings, row) is PlannedAction.PAY
 
     with DuplicateIndex() as keys:
-        for row in checked(manifest.rows(), references, is_to_be_paid):
+        for row in with_reference_checks(manifest.rows(), references, is_to_be_paid):
             plan.rows += 1
             if isinstance(row, RefusedRow):
                 plan.refused += 1

@@ -24,7 +24,7 @@ _PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 _URL = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)
 
 
-def result_line(done: DoneRow, run: str, output: OutputFolder) -> Line:
+def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
     """The line of a row, without anything that gives access to a reference.
 
     Args:
@@ -54,7 +54,7 @@ def result_line(done: DoneRow, run: str, output: OutputFolder) -> Line:
     return {name: _plain(value) for name, value in line.items() if value not in (None, "")}
 
 
-def row_of(entry: Entry) -> Row:
+def row_from_entry(entry: Entry) -> Row:
     """A row as the ledger knows it, without what else its manifest said."""
     intent = entry.intent
     assert intent is not None  # noqa: S101 - whatever was paid for has one
@@ -68,9 +68,9 @@ def row_of(entry: Entry) -> Row:
     )
 
 
-def ended_line(session: Session, entry: Entry) -> Line:
+def line_from_entry(session: Session, entry: Entry) -> Line:
     """The line of a row that has ended, whatever run saw it, from the ledger alone."""
-    row, ended = row_of(entry), entry.ended
+    row, ended = row_from_entry(entry), entry.ended
     assert ended is not None  # noqa: S101 - this is what it has ended with
     outcome = RowOutcome(
         id=row.id,
@@ -83,7 +83,7 @@ def ended_line(session: Session, entry: Entry) -> Line:
         uris=[session.output.uri(file) for file in ended.files],
         already=ended.state == "stored" and not session.rows.ended_now(entry),
     )
-    return result_line(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
+    return line_from_outcome(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
 
 
 def _facts(done: DoneRow) -> Line:

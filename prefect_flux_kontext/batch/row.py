@@ -23,7 +23,7 @@ from prefect_flux_kontext.errors import (
     ServiceTroubleError,
     UnreadableReplyError,
 )
-from prefect_flux_kontext.images.persist import name_stored, persist_result
+from prefect_flux_kontext.images.persist import persist_result, place_stored_images
 from prefect_flux_kontext.ledger.ledger import RowAlreadyClaimedError
 from prefect_flux_kontext.ledger.records import GIVEN_UP, State, Times
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.records import Ended, Entry
     from prefect_flux_kontext.ledger.waves import FinishedRow
     from prefect_flux_kontext.models import StoredImage
-    from prefect_flux_kontext.report.thumbnails import Pictures
+    from prefect_flux_kontext.report.thumbnails import ThumbnailCollector
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 
@@ -110,11 +110,11 @@ _IMAGES_IN_HAND = 64
 """Images that are downloaded, checked or stored at once: more would only fill the memory."""
 
 
-def storing(
+def create_row_storer(
     client: FluxKontextClient,
     http: Connections,
     output: OutputFolder,
-    pictures: Pictures,
+    pictures: ThumbnailCollector,
     called: CallbackSession,
     deferral: Deferral,
     cadence: PollingCadence,
@@ -378,7 +378,7 @@ class RowRunner:
         self, row: Row, key: str, stored: Ended, *, now: bool = False
     ) -> RowOutcome:
         since = self.options.since
-        uris = await name_stored(stored.files, self._output, name=row.name, key=key)
+        uris = await place_stored_images(stored.files, self._output, name=row.name, key=key)
         return RowOutcome(
             id=row.id,
             line=row.line,

@@ -7,8 +7,8 @@ import io
 import logging
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.batch.collection import collect
-from prefect_flux_kontext.batch.planning import keyed
+from prefect_flux_kontext.batch.collection import collect_outstanding
+from prefect_flux_kontext.batch.planning import with_row_keys
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
@@ -46,13 +46,13 @@ async def run_batch(
             all fail). What was submitted before is stored, or on record to be collected.
         LedgerError: The ledger cannot be reached.
     """
-    rows = keyed(rows, session.rows.options.references)
+    rows = with_row_keys(rows, session.rows.options.references)
     summary = await run_waves(session, rows, run_wave, concurrent_tasks=concurrent_tasks)
     if session.submitter.stopped is None:
         # Else the failed rows stay as they are: they may be what was to be run.
         await _write_failed(session)
     if session.submitter.stopped is None and not session.rows.options.deferred:
-        left = await collect(session, run_wave, concurrent_tasks=concurrent_tasks)
+        left = await collect_outstanding(session, run_wave, concurrent_tasks=concurrent_tasks)
         if left.rows:
             logger.info("Of rows that earlier runs left: %s.", left)
     if session.submitter.stopped is not None:
@@ -76,7 +76,7 @@ async def run_partition_rows(
         BatchStoppedError: As for a batch, but for the budget: a part may end at its share.
         LedgerError: The ledger cannot be reached.
     """
-    keyed_rows = keyed(rows, session.rows.options.references)
+    keyed_rows = with_row_keys(rows, session.rows.options.references)
     summary = await run_waves(session, keyed_rows, run_wave, concurrent_tasks=concurrent_tasks)
     stopped = session.submitter.stopped
     if stopped is not None and not isinstance(stopped, BudgetReachedError):
@@ -84,7 +84,7 @@ async def run_partition_rows(
     return summary
 
 
-async def failed_rows(output: OutputFolder) -> list[dict[str, str]]:
+async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
     """The failed rows of the last run, as a manifest of their own.
 
     Raises:

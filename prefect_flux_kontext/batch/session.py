@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.collection import Deferral
 from prefect_flux_kontext.batch.index import StoredRows
-from prefect_flux_kontext.batch.row import RowRunner, storing
+from prefect_flux_kontext.batch.row import RowRunner, create_row_storer
 from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.session import open_callback_session
 from prefect_flux_kontext.errors import BatchStoppedError
-from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, ledger_store
-from prefect_flux_kontext.report.builder import Report, reported
+from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, open_ledger_store
+from prefect_flux_kontext.report.builder import Report, open_report
 from prefect_flux_kontext.storage.cleanup import sweep
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Session:
 
 
 @asynccontextmanager
-async def batch_session(
+async def open_session(
     client: FluxKontextClient,
     output: OutputFolder,
     options: RowOptions,
@@ -75,10 +75,10 @@ async def batch_session(
         NotConnectedError: Nothing answers at the base URL.
         UnauthorizedError: The service does not know the key.
     """
-    store = ledger_store(output)
+    store = open_ledger_store(output)
     await sweep(output)
     await sweep(output.below(LEDGER_FOLDER), recursive=True)
-    async with client, download_client(base_url=client.base_url) as http:
+    async with client, open_download_client(base_url=client.base_url) as http:
         await client.check()
         async with keep_heartbeat(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
@@ -90,7 +90,7 @@ async def batch_session(
                     open_callback_session(
                         callbacks or CallbackOptions(), client, ledger
                     ) as called,
-                    reported(report),
+                    open_report(report),
                 ):
                     submitter = Submitter(
                         client,
@@ -101,7 +101,7 @@ async def batch_session(
                         called.request,
                     )
                     deferral = Deferral(on=options.deferred)
-                    store_row = storing(
+                    store_row = create_row_storer(
                         client,
                         http,
                         output,

@@ -8,7 +8,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, TypeAlias
 
-from prefect_flux_kontext.batch.result_rows import result_line
+from prefect_flux_kontext.batch.result_rows import line_from_outcome
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
@@ -94,7 +94,7 @@ class Wave:
         for row in done:
             summary.count(row.outcome)
         session = self._session
-        lines = (result_line(row, session.ledger.owner, session.output) for row in done)
+        lines = (line_from_outcome(row, session.ledger.owner, session.output) for row in done)
         await session.report.add(self.number, lines)
         return summary
 

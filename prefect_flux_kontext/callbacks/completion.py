@@ -16,7 +16,7 @@ from prefect_flux_kontext.errors import FluxKontextError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import State
-from prefect_flux_kontext.ledger.waves import open_waves
+from prefect_flux_kontext.ledger.waves import read_open_waves
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -106,7 +106,7 @@ class CompletionMonitor:
         """
         come: dict[str, set[Attempt]] = {}
         owed: set[Attempt] = set()
-        keys = sorted({key async for wave in open_waves(self._store) for key in wave.keys})
+        keys = sorted({key async for wave in read_open_waves(self._store) for key in wave.keys})
         for start in range(0, len(keys), _READ_AT_ONCE):
             block = keys[start : start + _READ_AT_ONCE]
             entries = await asyncio.gather(*(self._ledger.read(key) for key in block))

@@ -39,7 +39,7 @@ class CallbackOptions:
     grace: float = 300.0
 
 
-def callback_options(
+def resolve_callback_options(
     settings: FluxKontextSettings,
     *,
     url: str | None = None,

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-from prefect_flux_kontext.callbacks.tokens import named_by, validate_secret
+from prefect_flux_kontext.callbacks.tokens import parse_token, validate_secret
 from prefect_flux_kontext.client.responses import read_callback
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -88,7 +88,7 @@ class _Receiver:
             return _closing(400)
         if body is None:
             return _closing(413)
-        attempt = named_by(self._secret, request.url.path.rpartition("/")[2])
+        attempt = parse_token(self._secret, request.url.path.rpartition("/")[2])
         if attempt is None:
             self._count_wrong()
             return Response()
@@ -172,7 +172,7 @@ def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stopped.set)
-        async with beside or nullcontext(), served(app, host, port) as url:
+        async with beside or nullcontext(), serve_in_background(app, host, port) as url:
             announce(url)
             await stopped.wait()
 
@@ -180,7 +180,7 @@ def serve(
 
 
 @asynccontextmanager
-async def served(app: Starlette, host: str, port: int) -> AsyncIterator[str]:
+async def serve_in_background(app: Starlette, host: str, port: int) -> AsyncIterator[str]:
     """Serve on the running loop while the block runs; yields the URL.
 
     Raises:

@@ -12,7 +12,7 @@ import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.client.retry import jittered
+from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import ApiError, NotFoundError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ async def _is_its(
             if attempt == _ATTEMPTS or not again:
                 logger.warning("Row %s was called back as task %s: %s", entry.key, task_id, error)
                 return False
-            await asyncio.sleep(jittered(attempt))
+            await asyncio.sleep(jittered_backoff(attempt))
     if created_at is not None and created_at < entry.intent.at - _CLOCKS_DIFFER:
         logger.warning("Row %s was called back as task %s of old.", entry.key, task_id)
         return False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
 from prefect_flux_kontext.callbacks.recovery import recover_task
-from prefect_flux_kontext.callbacks.tokens import Attempt, token_for, validate_secret
+from prefect_flux_kontext.callbacks.tokens import Attempt, create_token, validate_secret
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.models import utc_now
@@ -264,12 +264,12 @@ async def open_callback_session(
             # Here, because they take a while to import.
             from prefect_flux_kontext.callbacks.receiver import (  # noqa: PLC0415
                 create_receiver,
-                served,
+                serve_in_background,
             )
 
             inbox.on_kept = watcher.kept
             receiver = create_receiver(inbox, options.secret)
-            url = await stack.enter_async_context(served(receiver, *options.listen))
+            url = await stack.enter_async_context(serve_in_background(receiver, *options.listen))
             logger.info("Callbacks are received on %s.", url)
         watching = asyncio.create_task(watcher.watch())
         try:
@@ -317,7 +317,7 @@ class CallbackSession:
             return request
         attempt = _attempt(entry)
         self._hints.expect(attempt)
-        url = f"{self._options.url}/{token_for(self._secret, attempt)}"
+        url = f"{self._options.url}/{create_token(self._secret, attempt)}"
         return request.model_copy(update={"callback_url": url, "request_type": "callback"})
 
     def pauses(self, entry: Entry, cadence: PollingCadence) -> Pauses | None:

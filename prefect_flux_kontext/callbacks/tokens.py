@@ -51,18 +51,18 @@ def validate_secret(secret: SecretStr | str | None) -> bytes:
     return plain
 
 
-def token_for(secret: bytes, attempt: Attempt) -> str:
+def create_token(secret: bytes, attempt: Attempt) -> str:
     """The token of an attempt: what it names, and an HMAC-SHA256 of that; 100 characters or so."""
     named = f"{attempt.owner}.{attempt.key}.{attempt.number}"
     mac = hmac.digest(secret, f"flux-kontext callback {named}".encode(), hashlib.sha256)
     return f"{named}.{base64.urlsafe_b64encode(mac).decode().rstrip('=')}"
 
 
-def named_by(secret: bytes, token: str) -> Attempt | None:
+def parse_token(secret: bytes, token: str) -> Attempt | None:
     """The attempt that a token names, or None where the token was not made with the secret."""
     match = _TOKEN.fullmatch(token)
     if match is None:
         return None
     attempt = Attempt(match[1], match[2], int(match[3]))
-    genuine = hmac.compare_digest(token_for(secret, attempt).encode(), token.encode())
+    genuine = hmac.compare_digest(create_token(secret, attempt).encode(), token.encode())
     return attempt if genuine else None

@@ -19,7 +19,7 @@ from prefect_flux_kontext.cli import (
     sandbox,
     styles,
 )
-from prefect_flux_kontext.cli.outputs import open_cli_output
+from prefect_flux_kontext.cli.outputs import open_output_argument
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if getattr(options, "output", None) is not None:
-            options.output = open_cli_output(options.output)
+            options.output = open_output_argument(options.output)
         return int(options.func(options))
     except FluxKontextError as error:
         print(f"flux-kontext: {error}", file=sys.stderr)

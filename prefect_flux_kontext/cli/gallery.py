@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 async def _gallery(output: str) -> int:
     from prefect_flux_kontext.errors import ConfigurationError
     from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
-    from prefect_flux_kontext.ledger.store import ledger_store
+    from prefect_flux_kontext.ledger.store import open_ledger_store
     from prefect_flux_kontext.report.builder import bring_up_to_date
     from prefect_flux_kontext.report.gallery.builder import GALLERY
     from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
@@ -33,7 +33,7 @@ async def _gallery(output: str) -> int:
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
     folder = OutputFolder(output)
-    store = ledger_store(folder)
+    store = open_ledger_store(folder)
     most = FluxKontextSettings().gallery_images
     if not most:
         raise ConfigurationError("FLUX_KONTEXT_GALLERY_IMAGES is 0, so there is no gallery.")

@@ -41,10 +41,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 async def _status(output: OutputFolder) -> int:
-    from prefect_flux_kontext.batch.collection import ledger_status
-    from prefect_flux_kontext.ledger.store import ledger_store
+    from prefect_flux_kontext.batch.collection import read_ledger_status
+    from prefect_flux_kontext.ledger.store import open_ledger_store
 
-    status = await ledger_status(ledger_store(output))
+    status = await read_ledger_status(open_ledger_store(output))
     if not status.states:
         print(f"No row is on record at {output}: no run has paid for anything there.")
     for state, rows in sorted(status.states.items()):
@@ -75,9 +75,9 @@ async def _resolve(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.ledger.heartbeat import is_alive
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import State
-    from prefect_flux_kontext.ledger.store import ledger_store
+    from prefect_flux_kontext.ledger.store import open_ledger_store
 
-    store = ledger_store(options.output)
+    store = open_ledger_store(options.output)
     ledger = Ledger(store, owner="person", prices={})
     entry = await ledger.read(options.key)
     if entry.state is not State.INTENT or entry.intent is None:

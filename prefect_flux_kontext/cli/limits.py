@@ -31,10 +31,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _create(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.credentials import resolve_credentials
-    from prefect_flux_kontext.orchestration.events import required_api_url
+    from prefect_flux_kontext.orchestration.events import require_api_url
     from prefect_flux_kontext.orchestration.partitions.leases import create_limit
 
-    required_api_url()
+    require_api_url()
 
     async def create() -> str:
         return await create_limit(await resolve_credentials(options.credentials))

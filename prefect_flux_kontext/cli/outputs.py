@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _BLOCK = "block:"
 
 
-def open_cli_output(text: str) -> OutputFolder:
+def open_output_argument(text: str) -> OutputFolder:
     """The folder that is meant, with the filesystem's options from the environment or the Block.
 
     Raises:

@@ -75,7 +75,7 @@ def add_style_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def manifest_of(options: argparse.Namespace) -> Manifest:
+def manifest_from_options(options: argparse.Namespace) -> Manifest:
     """The manifest that the arguments say."""
     from prefect_flux_kontext.manifest.reader import Manifest
 
@@ -144,7 +144,7 @@ async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOption
         LedgerError: The ledger cannot be read or is damaged.
     """
     from prefect_flux_kontext.batch.planning import make_plan
-    from prefect_flux_kontext.ledger.store import ledger_store
+    from prefect_flux_kontext.ledger.store import open_ledger_store
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     def tell(row: RefusedRow) -> None:
@@ -153,7 +153,7 @@ async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOption
     settings = FluxKontextSettings()
     plan = await make_plan(
         manifest,
-        ledger_store(output),
+        open_ledger_store(output),
         options,
         prices=settings.prices(),
         requests_per_minute=settings.requests_per_minute,
@@ -166,7 +166,7 @@ async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOption
 
 async def _plan(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.references.resolver import references_of
+    from prefect_flux_kontext.references.resolver import create_references
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
@@ -174,9 +174,9 @@ async def _plan(options: argparse.Namespace) -> int:
         cadence=settings.cadence(),
         resubmit_unknown=options.resubmit_unknown,
         budget_usd=options.budget,
-        references=references_of(
+        references=create_references(
             settings, timeout=settings.poll_timeout, fit=options.fit_references
         ),
     )
-    plan = await show_plan(manifest_of(options), options.output, decided)
+    plan = await show_plan(manifest_from_options(options), options.output, decided)
     return SOME_ROWS_INVALID if plan.refused else 0

@@ -26,7 +26,7 @@ _BAR_EVERY = 0.2
 
 
 @asynccontextmanager
-async def shown(runner: RowRunner, rows: int) -> AsyncIterator[None]:
+async def show_progress(runner: RowRunner, rows: int) -> AsyncIterator[None]:
     """Show the runner's progress while the block runs."""
     how, every = (_bar, _BAR_EVERY) if sys.stdout.isatty() else (_lines, _LINE_EVERY)
     with how(runner, rows) as tell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.cli.outputs import open_cli_output
+from prefect_flux_kontext.cli.outputs import open_output_argument
 
 if TYPE_CHECKING:
     import argparse
@@ -71,15 +71,17 @@ def _receive(options: argparse.Namespace) -> int:
             "--resume looks into the ledger of one output: name OUTPUT in place of --inbox."
         )
     else:
-        folder = open_cli_output(options.inbox)
+        folder = open_output_argument(options.inbox)
     asyncio.run(folder.check_writable())
     inbox = Inbox(RecordStore(folder))
     receiver = create_receiver(inbox, FluxKontextSettings().callback_secret)
     beside = None
     if options.resume:
-        from prefect_flux_kontext.orchestration.receiver import resuming  # loads Prefect
+        from prefect_flux_kontext.orchestration.receiver import (
+            resume_on_completion,  # loads Prefect
+        )
 
-        beside = resuming(options.output, inbox)
+        beside = resume_on_completion(options.output, inbox)
 
     def announce(url: str) -> None:
         print(_GREETING.format(url=url, inbox=inbox), flush=True)

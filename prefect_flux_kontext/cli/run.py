@@ -12,7 +12,7 @@ from prefect_flux_kontext.cli.plan import (
     add_fit_argument,
     add_manifest_arguments,
     add_style_argument,
-    manifest_of,
+    manifest_from_options,
     show_plan,
 )
 
@@ -104,20 +104,22 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return asyncio.run(_dry(options))
-    return _report(_batch(manifest_of(options), options.output, options))
+    return _report(_batch(manifest_from_options(options), options.output, options))
 
 
 async def _dry(options: argparse.Namespace) -> int:
-    plan = await show_plan(manifest_of(options), options.output, _row_options(options))
+    plan = await show_plan(manifest_from_options(options), options.output, _row_options(options))
     plan.check(skip_invalid=options.skip_invalid)
     return 0
 
 
 async def _retry(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.runner import failed_rows
+    from prefect_flux_kontext.batch.runner import read_failed_rows
     from prefect_flux_kontext.manifest.reader import Manifest
 
-    manifest = Manifest(await failed_rows(options.output), options.prompt, styles=options.styles)
+    manifest = Manifest(
+        await read_failed_rows(options.output), options.prompt, styles=options.styles
+    )
     # A row that was skipped as invalid stands there too, and must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _batch(manifest, options.output, options)
@@ -127,7 +129,7 @@ async def _batch(
     manifest: Manifest, output: OutputFolder, options: argparse.Namespace
 ) -> BatchSummary:
     from prefect_flux_kontext.batch.runner import run_batch
-    from prefect_flux_kontext.cli.progress import shown
+    from prefect_flux_kontext.cli.progress import show_progress
 
     decided = _row_options(options)
     # Else a wrong output would show as a ledger that cannot be read.
@@ -137,7 +139,7 @@ async def _batch(
     url = getattr(options, "callback_url", None)
     async with (
         _session(output, decided, callback_url=url) as (session, slots),
-        shown(session.rows, plan.rows),
+        show_progress(session.rows, plan.rows),
     ):
         return await run_batch(
             session, manifest.rows(), lambda wave: wave.run(), concurrent_tasks=slots
@@ -145,16 +147,18 @@ async def _batch(
 
 
 async def _collect(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.collection import collect
+    from prefect_flux_kontext.batch.collection import collect_outstanding
 
     decided = _row_options(options)
     if options.resume:
-        from prefect_flux_kontext.orchestration.events import required_api_url
+        from prefect_flux_kontext.orchestration.events import require_api_url
         from prefect_flux_kontext.orchestration.suspension import resume_suspended
 
-        required_api_url()
+        require_api_url()
     async with _session(options.output, decided, listens=False) as (session, slots):
-        summary = await collect(session, lambda wave: wave.run(), concurrent_tasks=slots)
+        summary = await collect_outstanding(
+            session, lambda wave: wave.run(), concurrent_tasks=slots
+        )
     if options.resume and not summary.outstanding:
         for flow_run_id in await resume_suspended(options.output):
             print(f"Resumed flow run {flow_run_id}")
@@ -163,7 +167,7 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
 def _row_options(options: argparse.Namespace) -> RowOptions:
     from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.references.resolver import references_of
+    from prefect_flux_kontext.references.resolver import create_references
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
@@ -173,7 +177,7 @@ def _row_options(options: argparse.Namespace) -> RowOptions:
         retry_failed=getattr(options, "retry_failed", False),
         result_days=settings.result_days,
         budget_usd=getattr(options, "budget", None),
-        references=references_of(
+        references=create_references(
             settings,
             timeout=settings.poll_timeout,
             fit=getattr(options, "fit_references", False),
@@ -189,13 +193,13 @@ async def _session(
     callback_url: str | None = None,
     listens: bool = True,
 ) -> AsyncIterator[tuple[Session, int]]:
-    from prefect_flux_kontext.batch.session import batch_session
-    from prefect_flux_kontext.callbacks.options import callback_options
+    from prefect_flux_kontext.batch.session import open_session
+    from prefect_flux_kontext.callbacks.options import resolve_callback_options
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
-    callbacks = callback_options(settings, url=callback_url, listens=listens)
+    callbacks = resolve_callback_options(settings, url=callback_url, listens=listens)
     client = FluxKontextClient(
         settings.required_api_key(),
         base_url=settings.base_url,
@@ -207,5 +211,5 @@ async def _session(
     running = asyncio.current_task()
     if running is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-    async with batch_session(client, output, options, settings, callbacks) as session:
+    async with open_session(client, output, options, settings, callbacks) as session:
         yield session, settings.concurrent_tasks

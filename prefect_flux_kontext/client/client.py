@@ -20,15 +20,15 @@ from prefect_flux_kontext.client.responses import (
     read_status,
     read_task_id,
 )
-from prefect_flux_kontext.client.retry import jittered, retry_after_seconds
+from prefect_flux_kontext.client.retry import jittered_backoff, parse_retry_after
 from prefect_flux_kontext.client.transport import (
     API_TIMEOUT,
     AiohttpTransport,
     Connections,
-    exchange,
-    proxied,
-    proxy_of,
-    tls_context,
+    create_proxy_transport,
+    create_tls_context,
+    find_proxy,
+    send_request,
 )
 from prefect_flux_kontext.errors import (
     ApiError,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.models import GenerationRequest, TaskStatus
 
 
-def normalize_key(api_key: str | SecretStr) -> str:
+def normalize_api_key(api_key: str | SecretStr) -> str:
     """The key without the white space that files and shells leave around it.
 
     Raises:
@@ -137,7 +137,7 @@ class FluxKontextClient:
         transport: httpx.AsyncBaseTransport | None = None,
         governor: AccountLimiter | None = None,
     ) -> None:
-        self._key = normalize_key(api_key)
+        self._key = normalize_api_key(api_key)
         self.base_url = normalize_base_url(base_url)
         self.governor = governor or shared_limiter(
             self.base_url,
@@ -167,8 +167,8 @@ class FluxKontextClient:
     def _transport(self) -> httpx.AsyncBaseTransport:
         # A proxy of the environment is used for https, where it does not see the key.
         https = self.base_url.startswith("https")
-        proxy = proxy_of(httpx.URL(self.base_url)) if https else None
-        return proxied(proxy) if proxy else AiohttpTransport(tls_context())
+        proxy = find_proxy(httpx.URL(self.base_url)) if https else None
+        return create_proxy_transport(proxy) if proxy else AiohttpTransport(create_tls_context())
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -227,7 +227,7 @@ class FluxKontextClient:
                     gate.not_accepted()
             if task_id is not None:
                 return GenerationTask(task_id=task_id, request=request)
-            await asyncio.sleep(jittered(refused if limited else unconnected))
+            await asyncio.sleep(jittered_backoff(refused if limited else unconnected))
 
     async def status(self, task_id: str) -> TaskStatus:
         """Ask how a task is doing. Costs one request of the account's budget.
@@ -275,7 +275,7 @@ class FluxKontextClient:
                 return await self._request(read, "GET", path, task_id=task_id)
             except RateLimitedError as error:
                 if not error.retry_after:  # else the governor keeps all requests back
-                    await asyncio.sleep(jittered(refused))
+                    await asyncio.sleep(jittered_backoff(refused))
         raise AssertionError  # the count has no end
 
     async def _request(
@@ -297,13 +297,13 @@ class FluxKontextClient:
             loop = asyncio.get_running_loop()
             sent_at = loop.time()
             try:
-                status, headers, reply = await exchange(
+                status, headers, reply = await send_request(
                     self._connections, method, f"{self.base_url}{path}", json=body
                 )
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
                 failure = self._transport_error(error, task_id)
             else:
-                retry_after = retry_after_seconds(headers.get("Retry-After"))
+                retry_after = parse_retry_after(headers.get("Retry-After"))
                 try:
                     data = read_envelope(
                         status, reply, retry_after=retry_after, task_id=task_id, secret=self._key

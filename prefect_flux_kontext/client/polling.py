@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefect_flux_kontext.client.limits.poll_scheduler import PollScheduler
-from prefect_flux_kontext.client.retry import jittered
+from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import (
     ApiError,
     GenerationFailedError,
@@ -150,7 +150,7 @@ async def _last_status(
                 raise
             troubles.append(error)
             logger.debug("Task %s: asking again after %s", task.task_id, error)
-            await asyncio.sleep(max(cadence.interval, jittered(len(troubles))))
+            await asyncio.sleep(max(cadence.interval, jittered_backoff(len(troubles))))
         else:
             looks.looked(status)
             if status.state in ("success", "failed"):

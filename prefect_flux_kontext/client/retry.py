@@ -13,7 +13,7 @@ _WEIGHT, _SOME, _MANY = 0.1, 0.15, 0.4
 service that refuses one in twenty at random would else slow us down for ever."""
 
 
-def jittered(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float:
+def jittered_backoff(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float:
     """Seconds to wait before trying again: full jitter below a doubling ceiling.
 
     Args:
@@ -25,7 +25,7 @@ def jittered(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float
     return random.uniform(ceiling / 4, ceiling)
 
 
-def retry_after_seconds(header: str | None) -> float | None:
+def parse_retry_after(header: str | None) -> float | None:
     """Read a `Retry-After` header, in seconds or as an HTTP date.
 
     Returns:

@@ -203,14 +203,14 @@ _LONGEST_REQUEST = 120.0
 
 
 @functools.cache
-def tls_context() -> ssl.SSLContext:
+def create_tls_context() -> ssl.SSLContext:
     """The process's one TLS context: making one reads all certificates, some 20 ms."""
     context = httpx.create_ssl_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
-def proxy_of(url: httpx.URL) -> str | None:
+def find_proxy(url: httpx.URL) -> str | None:
     """The environment's proxy for a URL (HTTPS_PROXY …), unless NO_PROXY names its host."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
@@ -219,10 +219,10 @@ def proxy_of(url: httpx.URL) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def proxied(proxy: str) -> httpx.AsyncHTTPTransport:
+def create_proxy_transport(proxy: str) -> httpx.AsyncHTTPTransport:
     """A transport that sends all requests through a proxy; httpx's, which knows every kind."""
     limits = httpx.Limits(max_connections=MOST_CONNECTIONS, keepalive_expiry=KEPT_IDLE)
-    return httpx.AsyncHTTPTransport(proxy=proxy, verify=tls_context(), limits=limits)
+    return httpx.AsyncHTTPTransport(proxy=proxy, verify=create_tls_context(), limits=limits)
 
 
 class Connections:
@@ -286,12 +286,12 @@ class Connections:
             await response.aclose()
 
 
-def streamed(response: httpx.Response) -> httpx.AsyncByteStream:
+def stream_response(response: httpx.Response) -> httpx.AsyncByteStream:
     """The body in the pieces in which it comes, packed as it is sent."""
     return cast("httpx.AsyncByteStream", response.stream)
 
 
-async def exchange(
+async def send_request(
     connections: Connections, method: str, url: str, *, json: object = None
 ) -> tuple[int, httpx.Headers, bytes]:
     """Send a request and read its whole reply, but no more than 4 MB and for no more than 120 s.
@@ -309,7 +309,7 @@ async def exchange(
         connections.stream(method, url, json=json) as response,
     ):
         try:
-            async for chunk in streamed(response):
+            async for chunk in stream_response(response):
                 body += chunk
                 if len(body) > _LARGEST_REPLY:
                     break

@@ -15,7 +15,7 @@ ImageFormat = Literal["jpeg", "png", "webp"]
 EXTENSIONS: dict[ImageFormat, str] = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """The file name extension of each kind."""
 
-MOST_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000
 """A picture of more pixels is refused before it is decoded: it may be a bomb."""
 
 
@@ -30,10 +30,10 @@ class ImageInfo:
 
 def inspect_image(data: bytes) -> ImageInfo:
     """What an image is, once the whole of it has been decoded; see `decoded_image`."""
-    return decoded_image(data)[0]
+    return decode_image(data)[0]
 
 
-def decoded_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
+def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
     """Decode the whole image, in memory.
 
     Decoding alone accepts some truncated files, so the format's own end mark is looked for too.
@@ -53,7 +53,7 @@ def decoded_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
             name = "jpeg" if image.format == "MPO" else str(image.format).lower()
             kind = cast("ImageFormat", name)
             width, height = image.size
-            if width * height <= MOST_PIXELS:
+            if width * height <= MAX_PIXELS:
                 image.load()
     except UnidentifiedImageError:
         raise InvalidImageError(
@@ -64,9 +64,9 @@ def decoded_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
             f"The {len(data):,} bytes are not a whole image ({error}); they start with "
             f"{data[:16]!r}."
         ) from None
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise InvalidImageError(
-            f"The image has {width} x {height} pixels; at most {MOST_PIXELS:,} are decoded."
+            f"The image has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded."
         )
     if not _has_its_end(data, kind):
         raise InvalidImageError(f"The {kind.upper()} is cut off after {len(data):,} bytes.")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import httpx
 
-from prefect_flux_kontext.client.retry import jittered, retry_after_seconds
-from prefect_flux_kontext.client.transport import Connections, streamed
+from prefect_flux_kontext.client.retry import jittered_backoff, parse_retry_after
+from prefect_flux_kontext.client.transport import Connections, stream_response
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport
 
@@ -30,7 +30,7 @@ _TIMEOUTS = httpx.Timeout(connect=10, read=_LONGEST_STALL, write=30, pool=None)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
-def download_client(
+def open_download_client(
     transport: httpx.AsyncBaseTransport | None = None, *, base_url: str | None = None
 ) -> Connections:
     """Connections for results, apart from the API's: no key in them, and no submit behind them.
@@ -97,7 +97,7 @@ async def download_image(
             failure = error
         if attempt == _ATTEMPTS or not failure.retryable:
             break
-        await asyncio.sleep(jittered(attempt))
+        await asyncio.sleep(jittered_backoff(attempt))
     tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
     raise type(failure)(
         f"Task {task_id} is paid for, but its result {_without_secrets(url)} cannot be stored "
@@ -120,7 +120,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
         ):
             told = _refusal(response, partial)
             if told is None:
-                async for chunk in streamed(response):
+                async for chunk in stream_response(response):
                     stall.reschedule(asyncio.get_running_loop().time() + _LONGEST_STALL)
                     partial.data += chunk
                     if len(partial.data) > _LARGEST_IMAGE:
@@ -130,7 +130,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
                 else:
                     return
             else:
-                wait = retry_after_seconds(response.headers.get("Retry-After"))
+                wait = parse_retry_after(response.headers.get("Retry-After"))
     except RefusedUrlError:
         raise
     except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx

@@ -13,7 +13,7 @@ _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
-def size_of(data: bytes) -> tuple[int, int] | None:
+def read_size(data: bytes) -> tuple[int, int] | None:
     """Width and height in pixels of a JPEG, PNG or WebP; None where the header does not tell."""
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -28,7 +28,7 @@ def size_of(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def format_of(data: bytes) -> ImageFormat:
+def read_format(data: bytes) -> ImageFormat:
     """The kind of an image that is known to be a JPEG, PNG or WebP."""
     if data.startswith(b"\xff\xd8"):
         return "jpeg"

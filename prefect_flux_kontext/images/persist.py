@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import StorageError
 from prefect_flux_kontext.images.ai_metadata import add_ai_metadata
-from prefect_flux_kontext.images.decode import EXTENSIONS, decoded_image
+from prefect_flux_kontext.images.decode import EXTENSIONS, decode_image
 from prefect_flux_kontext.images.download import download_image
 from prefect_flux_kontext.models import StoredImage
 
@@ -112,7 +112,7 @@ async def persist_result(
     return stored
 
 
-async def name_stored(
+async def place_stored_images(
     files: Sequence[str], output: OutputFolder, *, name: str, key: str
 ) -> list[str]:
     """Give a row the images that are stored for its key already, and return their URIs.
@@ -137,7 +137,7 @@ def _finished(
     data: bytes, source: SourceType | None, show: Callable[[Image.Image], None] | None
 ) -> tuple[bytes, ImageInfo, str]:
     """The bytes to store, what they are, and their checksum."""
-    image, picture = decoded_image(data)
+    image, picture = decode_image(data)
     if show is not None:
         show(picture)
     if source is not None:

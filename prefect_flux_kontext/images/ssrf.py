@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 import httpx
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from prefect_flux_kontext.client.transport import AiohttpTransport, proxied, proxy_of, tls_context
+from prefect_flux_kontext.client.transport import (
+    AiohttpTransport,
+    create_proxy_transport,
+    create_tls_context,
+    find_proxy,
+)
 from prefect_flux_kontext.errors import RefusedUrlError
 
 if TYPE_CHECKING:
@@ -183,7 +188,7 @@ class GuardedTransport(AiohttpTransport):
         self, guard: Guard, *, socket_factory: aiohttp.SocketFactoryType | None = None
     ) -> None:
         super().__init__(
-            tls_context(), resolver=_CheckedNames(guard), socket_factory=socket_factory
+            create_tls_context(), resolver=_CheckedNames(guard), socket_factory=socket_factory
         )
         self._guard = guard
         self._proxied: dict[str, httpx.AsyncHTTPTransport] = {}
@@ -216,7 +221,7 @@ class GuardedTransport(AiohttpTransport):
 
     def _through(self, proxy: str) -> httpx.AsyncHTTPTransport:
         if proxy not in self._proxied:
-            self._proxied[proxy] = proxied(proxy)
+            self._proxied[proxy] = create_proxy_transport(proxy)
         return self._proxied[proxy]
 
 
@@ -225,7 +230,7 @@ def _proxy(url: httpx.URL) -> str | None:
     address = literal(url.host)
     if address is not None and not_public(address):
         return None
-    return proxy_of(url)
+    return find_proxy(url)
 
 
 class _CheckedNames(AbstractResolver):

@@ -11,10 +11,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from prefect_flux_kontext.client.retry import jittered
+from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.storage.atomic import create_file, replace_file
-from prefect_flux_kontext.storage.errors import is_transient, told
+from prefect_flux_kontext.storage.errors import describe_error, is_transient
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RecordStore:
         except FileNotFoundError:
             return
         except PermissionError as error:
-            problem = told(error, self._options)
+            problem = describe_error(error, self._options)
             raise LedgerError(f"{self}/{name} may not be removed: {problem}") from None
 
     async def names(self, folder: str) -> list[str]:
@@ -143,18 +143,18 @@ class RecordStore:
                 raise
             except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
                 again = attempt < _ATTEMPTS or is_transient(error, attempt, loop.time() - began)
-                problem = told(error, self._options)
+                problem = describe_error(error, self._options)
             if not again:
                 raise LedgerError(
                     f"The ledger record {self}/{name} could not be reached after {attempt} "
                     f"attempts: {problem}"
                 )
-            await asyncio.sleep(jittered(attempt, base=0.5))
+            await asyncio.sleep(jittered_backoff(attempt, base=0.5))
 
 
 LEDGER_FOLDER = "_ledger"
 
 
-def ledger_store(output: OutputFolder) -> RecordStore:
+def open_ledger_store(output: OutputFolder) -> RecordStore:
     """Where the ledger of an output is: beside the images."""
     return RecordStore(output.below(LEDGER_FOLDER))

@@ -93,10 +93,10 @@ async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry
     if owed:
         await open_wave(store, wave.model_copy(update={"keys": owed}))
     else:
-        await forget_wave(store, wave)
+        await delete_wave(store, wave)
 
 
-async def forget_wave(store: RecordStore, wave: OpenWave) -> None:
+async def delete_wave(store: RecordStore, wave: OpenWave) -> None:
     """Name a wave no more: its rows are in other waves and parts.
 
     Where nothing may be removed, it is left without rows.
@@ -110,7 +110,7 @@ async def forget_wave(store: RecordStore, wave: OpenWave) -> None:
         await open_wave(store, wave.model_copy(update={"keys": []}))
 
 
-async def finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
+async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
     """Every row in the parts; a later attempt of a row may stand in another part.
 
     Raises:
@@ -128,7 +128,7 @@ async def finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
             ) from None
 
 
-async def open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
+async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
     """Every wave that is not finished, whether its run lives or not.
 
     Raises:

@@ -129,7 +129,7 @@ def as_text(value: Any) -> str:
             return str(value)
 
 
-def as_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
     """The cells of a row from a format that has types, and what is wrong with them."""
     cells, problem = {}, None
     for name, value in values.items():
@@ -137,10 +137,10 @@ def as_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
             cells[name] = as_text(value)
         except (ValueError, RecursionError) as error:
             problem = problem or f"{name}: {str(error)[:200]}"
-    return cells, problem or problem_of(cells)
+    return cells, problem or find_cell_problem(cells)
 
 
-def problem_of(cells: Mapping[str, str]) -> str | None:
+def find_cell_problem(cells: Mapping[str, str]) -> str | None:
     """What is wrong with cells whatever they mean."""
     for name, text in cells.items():
         if len(text) > LONGEST_CELL:

@@ -14,9 +14,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.columns import Line, problem_of
-from prefect_flux_kontext.manifest.formats import kind_of
-from prefect_flux_kontext.references.identity import version_of
+from prefect_flux_kontext.manifest.columns import Line, find_cell_problem
+from prefect_flux_kontext.manifest.formats import detect_format
+from prefect_flux_kontext.references.identity import read_version
 from prefect_flux_kontext.storage.names import IMAGE_ENDING
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _DEEPEST = 64
 
 
 @dataclass
-class Folder:
+class ImageFolder:
     """Images below a folder, told by their names.
 
     Attributes:
@@ -77,7 +77,7 @@ class Folder:
                     "file": name,
                     "folder": folder.rstrip("/"),
                 }
-                yield Line(number, cells, problem_of(cells), versions.get(name))
+                yield Line(number, cells, find_cell_problem(cells), versions.get(name))
         if not number:
             others = f", only {self.left_out:,} other files" if self.left_out else ""
             raise ManifestError(
@@ -96,7 +96,7 @@ class Folder:
                     inside.append(f"{folder}{name}/")
                 elif self._is_image(f"{folder}{name}", entry):
                     names.append(name)
-                    if version := version_of(entry):
+                    if version := read_version(entry):
                         versions[name] = version
             if folder.count("/") < self.deepest:
                 waiting += sorted(inside, reverse=True)
@@ -126,7 +126,7 @@ class Folder:
         return False
 
 
-def folder_at(url: str, output: str | None) -> Folder | None:
+def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
     """The folder, prefix or glob that a URL means, or None where it means a file.
 
     Args:
@@ -139,7 +139,7 @@ def folder_at(url: str, output: str | None) -> Folder | None:
     if url.lower().startswith(("http://", "https://")) or "::" in url or not url.strip():
         return None
     globs = _GLOB.search(split_protocol(url)[1])
-    kind, _ = kind_of(url)
+    kind, _ = detect_format(url)
     if not url.endswith("/") and not globs and kind in _TABLES:
         return None
     fs, path = fsspec.core.url_to_fs(url)
@@ -148,9 +148,9 @@ def folder_at(url: str, output: str | None) -> Folder | None:
         root, below = _divided(path)
         deepest = _DEEPEST if "**" in below else below.count("/")
         pattern = re.compile(glob_translate(below))
-        return Folder(url, fs, root, pattern, deepest, _inside(fs, output))
+        return ImageFolder(url, fs, root, pattern, deepest, _inside(fs, output))
     if url.endswith("/") or fs.isdir(path):
-        return Folder(url, fs, path, None, _DEEPEST, _inside(fs, output))
+        return ImageFolder(url, fs, path, None, _DEEPEST, _inside(fs, output))
     return None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from contextlib import closing
 
-from prefect_flux_kontext.storage.temp_db import Scratch
+from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 
-class DuplicateIndex(Scratch):
+class DuplicateIndex(TempDatabase):
     """Remembers for each name the number that it came with first.
 
     A private database that SQLite keeps in a temporary file, and that is gone when closed. Names

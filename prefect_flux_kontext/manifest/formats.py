@@ -13,7 +13,13 @@ import fsspec
 import fsspec.compression
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.columns import LONGEST_CELL, Columns, Line, as_cells, problem_of
+from prefect_flux_kontext.manifest.columns import (
+    LONGEST_CELL,
+    Columns,
+    Line,
+    find_cell_problem,
+    to_cells,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +32,7 @@ _BOMB_RATIO = 200
 """A gigabyte, and two hundred times what the file has: no table that people write is like that."""
 
 
-def kind_of(url: str) -> tuple[str, str | None]:
+def detect_format(url: str) -> tuple[str, str | None]:
     """The file's name extension in small letters, and how it is compressed.
 
     `m.csv.gz` is `(".csv", "gzip")`. A web address is judged by its path alone.
@@ -70,7 +76,7 @@ def text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
         ManifestError: A line is too long, or so much comes out of little that it is a trap.
         Exception: What the filesystem or the decoder raises.
     """
-    _, compression = kind_of(url)
+    _, compression = detect_format(url)
     with fsspec.open(url, "rb") as stored:
         size = _size(stored)
         with (
@@ -153,7 +159,7 @@ class _Zstandard(io.RawIOBase):
         return len(part)
 
 
-def delimited_lines(url: str, renamed: Mapping[str, str], delimiter: str) -> Iterator[Line]:
+def read_delimited(url: str, renamed: Mapping[str, str], delimiter: str) -> Iterator[Line]:
     """The rows of a CSV or TSV file in UTF-8, read as they are asked for.
 
     Raises:
@@ -178,7 +184,9 @@ def delimited_lines(url: str, renamed: Mapping[str, str], delimiter: str) -> Ite
             # Spreadsheets end a table with empty rows and columns.
             if any(text.strip() for text in _checked(values, number, url)):
                 cells = dict(zip(columns, values, strict=False))
-                yield Line(number, cells, _ragged(columns, named, values) or problem_of(cells))
+                yield Line(
+                    number, cells, _ragged(columns, named, values) or find_cell_problem(cells)
+                )
             begins = number + 1
     except csv.Error as error:
         open_quote = begins < reader.line_num or "end of data" in str(error)
@@ -212,7 +220,7 @@ def _checked(values: list[str], line: int, url: str) -> list[str]:
 _SHAPES = 1_000
 
 
-def json_lines(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
+def read_json_lines(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
     """The objects of a JSON Lines file in UTF-8, read as they are asked for.
 
     A line that is no object is a row that is refused: the others can be told from it.
@@ -250,7 +258,7 @@ def json_lines(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
             except ManifestError as error:
                 yield Line(number, {}, error.message.rstrip("."))
                 continue
-        cells, problem = as_cells(dict(zip(names[shape], values.values(), strict=True)))
+        cells, problem = to_cells(dict(zip(names[shape], values.values(), strict=True)))
         yield Line(number, cells, problem)
     check_seen(url, unseen)
 

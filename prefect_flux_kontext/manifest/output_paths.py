@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.storage.names import (
     IMAGE_ENDING,
+    find_name_problem,
+    find_text_problem,
     is_reserved,
-    problem_of_name,
-    problem_of_text,
     safe_part,
     safe_path,
 )
@@ -30,7 +30,7 @@ Names = tuple[tuple[str, str | None], ...]
 """A template of names, taken apart: texts, each with the column that comes after it."""
 
 
-def parse_names(text: str) -> Names:
+def parse_path_template(text: str) -> Names:
     """Take a template such as `{id}/{style}.{ext}` apart.
 
     Raises:
@@ -58,7 +58,7 @@ def parse_names(text: str) -> Names:
         problems.append("outside of its columns it has other than letters, digits, . _ - and /")
     elif any(not part.strip(".-") or part[0] in ".-" for part in shape.split("/")):
         problems.append("a part between slashes is empty or begins with a dot or dash")
-    elif problem := problem_of_name(shape):
+    elif problem := find_name_problem(shape):
         problems.append(problem)
     if problems:
         raise ConfigurationError(
@@ -72,7 +72,7 @@ def _is_plain(column: str) -> bool:
     return bool(column.strip()) and not re.search(r"[.\[\]{}]", column) and not column.isdigit()
 
 
-def name_of(
+def output_path(
     row_id: str, style: str | None, cells: Mapping[str, str], names: Names | None, kind: str
 ) -> str:
     """The name of a row's image below the output, without extension.
@@ -96,13 +96,13 @@ def name_of(
     else:
         name = "".join(_inserted(part, row_id, style, cells) for part in names)
         told = f"the output name {name!r:.80}"
-    if problem := problem_of_name(name):
+    if problem := find_name_problem(name):
         raise ValueError(f"{told} {problem}")
     return name
 
 
 def _given(output: str, kind: str) -> str:
-    problem = problem_of_text(output)
+    problem = find_text_problem(output)
     ending = IMAGE_ENDING.search(output)
     parts = output[: ending.start()].split("/") if ending else output.split("/")
     if problem is None:

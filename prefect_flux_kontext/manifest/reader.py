@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import COLUMNS
-from prefect_flux_kontext.manifest.directory import Folder, folder_at
+from prefect_flux_kontext.manifest.directory import ImageFolder, find_image_folder
 from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.formats import (
     as_manifest_error,
-    delimited_lines,
-    json_lines,
-    kind_of,
+    detect_format,
+    read_delimited,
+    read_json_lines,
 )
-from prefect_flux_kontext.manifest.row import Recipe, RefusedRow, make_recipe, rows_of_line
-from prefect_flux_kontext.manifest.tables import given_lines, parquet_lines, source
-from prefect_flux_kontext.references.location import folder_of
+from prefect_flux_kontext.manifest.row import (
+    RefusedRow,
+    RowDefaults,
+    expand_line,
+    resolve_row_defaults,
+)
+from prefect_flux_kontext.manifest.tables import read_given_rows, read_parquet, source
+from prefect_flux_kontext.references.location import manifest_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -87,9 +92,9 @@ class Manifest:
         made = 0
         with as_manifest_error(self.url), DuplicateIndex() as names:
             given = source(self.source)
-            recipe = recipe._replace(folder=self.folder or folder_of(given))
+            recipe = recipe._replace(folder=self.folder or manifest_folder(given))
             for line in self._lines(given):
-                for row in rows_of_line(line, recipe):
+                for row in expand_line(line, recipe):
                     made += 1
                     if made > MOST_ROWS:
                         raise ManifestError(
@@ -98,13 +103,13 @@ class Manifest:
                     yield row if isinstance(row, RefusedRow) else _named_alone(row, names, made)
 
     @cached_property
-    def _recipe(self) -> Recipe:
-        return make_recipe(self.prompt, self.styles, self.names)
+    def _recipe(self) -> RowDefaults:
+        return resolve_row_defaults(self.prompt, self.styles, self.names)
 
     @cached_property
-    def _folder(self) -> Folder | None:
+    def _folder(self) -> ImageFolder | None:
         given = source(self.source)
-        return folder_at(given, self.output) if isinstance(given, str) else None
+        return find_image_folder(given, self.output) if isinstance(given, str) else None
 
     def _lines(self, given: Any) -> Iterator[Line]:
         unknown = set(self.columns) - COLUMNS
@@ -114,21 +119,21 @@ class Manifest:
                 f"{', '.join(sorted(COLUMNS))}."
             )
         if not isinstance(given, str):
-            return given_lines(given, self.columns)
+            return read_given_rows(given, self.columns)
         if "::" in given:
             raise ManifestError(f"The manifest {given} chains several filesystems; give one URL.")
         if self._folder is not None:
             return self._images(self._folder)
-        kind, compression = kind_of(given)
+        kind, compression = detect_format(given)
         if kind in _PARQUET:
             if compression:
                 raise ManifestError(f"The manifest {given} is Parquet, compressed; unpack it.")
-            return parquet_lines(given, self.columns)
+            return read_parquet(given, self.columns)
         if kind in _JSON_LINES:
-            return json_lines(given, self.columns)
-        return delimited_lines(given, self.columns, "\t" if kind in _TABS else ",")
+            return read_json_lines(given, self.columns)
+        return read_delimited(given, self.columns, "\t" if kind in _TABS else ",")
 
-    def _images(self, folder: Folder) -> Iterator[Line]:
+    def _images(self, folder: ImageFolder) -> Iterator[Line]:
         if self.columns:
             raise ManifestError(f"{self.url} is a folder of images, which has no columns.")
         if self.prompt is None and not self._recipe.styles.chosen:

@@ -12,13 +12,13 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from pydantic import ValidationError
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.ledger.keys import row_key
-from prefect_flux_kontext.manifest.output_paths import name_of, parse_names
+from prefect_flux_kontext.manifest.output_paths import output_path, parse_path_template
+from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
-from prefect_flux_kontext.references.location import located, problem_of_kind
-from prefect_flux_kontext.storage.names import UNSEEN, problem_of_text
-from prefect_flux_kontext.styles.styles import Styles, chosen_styles, unknown_style
-from prefect_flux_kontext.styles.templates import is_template, template
+from prefect_flux_kontext.references.location import find_location_problem, locate
+from prefect_flux_kontext.storage.names import INVISIBLE_CHARACTERS, find_text_problem
+from prefect_flux_kontext.styles.styles import Styles, select_styles, unknown_style_error
+from prefect_flux_kontext.styles.templates import is_template, parse_template
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -99,8 +99,8 @@ def make_row(
     images, problems = _references(given)
     row_id = given.get("id") or _made_id(images, values)
     problems += _problems_of_id(given.get("id", ""))
-    problems += [problem for image in images for problem in problems_of_reference(image, folder)]
-    found = [located(image, folder) for image in images]
+    problems += [problem for image in images for problem in find_reference_problems(image, folder)]
+    found = [locate(image, folder) for image in images]
     if found != images:
         kept = {**kept, **_told_anew(given, found)}
     if not (images or problems or "prompt" in given) and (prompt is not None or style is not None):
@@ -113,7 +113,7 @@ def make_row(
     name, style_name = "", None if style is None else style.name
     try:
         request = GenerationRequest(**values)
-        name = name_of(row_id, style_name, cells, names, request.output_format)
+        name = output_path(row_id, style_name, cells, names, request.output_format)
     except ValidationError as error:
         problems += [_told(problem) for problem in error.errors()]
     except ValueError as error:
@@ -128,7 +128,7 @@ def make_row(
         id=row_id,
         line=line,
         request=request,
-        key=row_key(request),
+        key=compute_row_key(request),
         name=name,
         cells=kept,
         style=style_name,
@@ -159,7 +159,7 @@ def _restyled(values: dict[str, Any], style: Style | None, cells: Mapping[str, s
 
 
 def _own(prompt: str, cells: Mapping[str, str]) -> str:
-    made = template(prompt)
+    made = parse_template(prompt)
     if "prompt" in made.columns:
         raise ValueError("a prompt cannot hold itself, `{{ prompt }}`")
     return made.render(cells)
@@ -202,7 +202,7 @@ def _problems_of_id(row_id: str) -> list[str]:
         return [
             f"id has {len(row_id):,} characters, and names files; it has at most {_LONGEST_ID}"
         ]
-    told = problem_of_text(row_id)
+    told = find_text_problem(row_id)
     return [f"id {row_id!r:.80} {told}; ids name files"] if told else []
 
 
@@ -213,14 +213,14 @@ def _parts(url: str) -> SplitResult:
         return urlsplit("")
 
 
-def problems_of_reference(image: str, folder: str | None = None) -> list[str]:
+def find_reference_problems(image: str, folder: str | None = None) -> list[str]:
     """Why the service could not be given a reference image, as far as its text tells.
 
     Args:
         image: As it is written.
         folder: Where relative paths start; None where local files are not allowed.
     """
-    if UNSEEN.search(image):
+    if INVISIBLE_CHARACTERS.search(image):
         # A URL parser would leave them out without a word.
         return [f"image {image[:100]!r} holds a character that cannot be seen"]
     parts = _parts(image)
@@ -231,7 +231,7 @@ def problems_of_reference(image: str, folder: str | None = None) -> list[str]:
         if host.startswith(("169.254.", "fe80:")):
             return [f"image {image[:100]!r} is at a link-local address, which nobody else reaches"]
         return []
-    problem = problem_of_kind(image, folder)
+    problem = find_location_problem(image, folder)
     return [problem] if problem else []
 
 
@@ -242,7 +242,7 @@ def _told(problem: Any) -> str:
     return f"{where} {problem['input']!r:.60}: {problem['msg']}"
 
 
-class Recipe(NamedTuple):
+class RowDefaults(NamedTuple):
     """What is the same for all rows of a manifest.
 
     Attributes:
@@ -258,9 +258,9 @@ class Recipe(NamedTuple):
     folder: str | None = None
 
 
-def make_recipe(
+def resolve_row_defaults(
     prompt: str | None, styles: str | Sequence[str] | None, names: str | None
-) -> Recipe:
+) -> RowDefaults:
     """Look at what is given for all rows, before the first is read.
 
     Raises:
@@ -269,13 +269,15 @@ def make_recipe(
     """
     if prompt is not None and is_template(prompt):
         try:
-            template(prompt)
+            parse_template(prompt)
         except ValueError as error:
             raise ConfigurationError(f"The prompt for all rows: {error}.") from None
-    return Recipe(prompt, chosen_styles(styles), None if names is None else parse_names(names))
+    return RowDefaults(
+        prompt, select_styles(styles), None if names is None else parse_path_template(names)
+    )
 
 
-def rows_of_line(line: Line, recipe: Recipe) -> Iterator[Row | RefusedRow]:
+def expand_line(line: Line, recipe: RowDefaults) -> Iterator[Row | RefusedRow]:
     """Make the rows of a line, in the order of the styles."""
     own = line.cells.get("style", "").strip()
     if line.problem:
@@ -289,11 +291,11 @@ def rows_of_line(line: Line, recipe: Recipe) -> Iterator[Row | RefusedRow]:
         yield _row(line, recipe, recipe.styles.known[own])
     else:
         row = _row(line, recipe, None)
-        reason = f"there {unknown_style(own, recipe.styles.known)}"
+        reason = f"there {unknown_style_error(own, recipe.styles.known)}"
         yield RefusedRow(row.id, line.number, reason, line.cells)
 
 
-def _row(line: Line, recipe: Recipe, style: Style | None) -> Row | RefusedRow:
+def _row(line: Line, recipe: RowDefaults, style: Style | None) -> Row | RefusedRow:
     return make_row(
         line.number,
         line.cells if style is None else {**line.cells, "style": style.name},

@@ -8,7 +8,7 @@ import fsspec
 from pydantic import BeforeValidator, WithJsonSchema
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.columns import LONGEST_CELL, Columns, Line, as_cells
+from prefect_flux_kontext.manifest.columns import LONGEST_CELL, Columns, Line, to_cells
 from prefect_flux_kontext.manifest.formats import check_seen, columns_of_object
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _LARGEST_GROUP = 2**30
 """Bytes of a row group as it is encoded; a table of a million rows has a tenth in all."""
 
 
-def parquet_lines(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
+def read_parquet(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
     """The rows of a Parquet file, numbered from 1.
 
     Columns stay dictionaries while they are read, so that a little file that holds one long text
@@ -51,7 +51,7 @@ def parquet_lines(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
         yield from _lines(pa, schema.names, table.iter_batches(_BATCH), url, renamed)
 
 
-def table_lines(table: Any, renamed: Mapping[str, str]) -> Iterator[Line]:
+def read_table(table: Any, renamed: Mapping[str, str]) -> Iterator[Line]:
     """The rows of a table in memory (Arrow, polars, pandas, …), numbered from 1.
 
     Raises:
@@ -79,7 +79,7 @@ def _lines(
         ]
         for values in zip(*taken, strict=True):
             number += 1
-            cells, problem = as_cells(dict(zip(columns, values, strict=True)))
+            cells, problem = to_cells(dict(zip(columns, values, strict=True)))
             if any(cells.values()) or problem:
                 yield Line(number, cells, problem)
 
@@ -175,7 +175,7 @@ ManifestSource = Annotated[
 """The parameter of a flow that takes a manifest; a form offers text or a list of objects."""
 
 
-def given_lines(
+def read_given_rows(
     given: Sequence[dict[Any, Any]] | Table, renamed: Mapping[str, str]
 ) -> Iterator[Line]:
     """The rows, numbered from 1.
@@ -185,7 +185,7 @@ def given_lines(
         Exception: What Arrow raises.
     """
     if isinstance(given, Table):
-        yield from table_lines(given.data, renamed)
+        yield from read_table(given.data, renamed)
         return
     url = "<rows>"
     unseen = set(renamed.values())
@@ -197,6 +197,6 @@ def given_lines(
         except ManifestError as error:
             yield Line(number, {}, error.message.rstrip("."))
             continue
-        cells, problem = as_cells(dict(zip(columns, row.values(), strict=True)))
+        cells, problem = to_cells(dict(zip(columns, row.values(), strict=True)))
         yield Line(number, cells, problem)
     check_seen(url, unseen)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from prefect_flux_kontext.batch.planning import make_plan
 from prefect_flux_kontext.errors import BatchStoppedError
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ LOOK_SECONDS = 5
 _SHOWN = 16
 
 
-async def planned(
+async def plan_and_log(
     rows: Manifest, output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
 ) -> Plan:
     """Make the plan and log it, with every invalid row that it has kept.
@@ -58,7 +58,7 @@ async def build_plan(
     """
     return await make_plan(
         rows,
-        ledger_store(output),
+        open_ledger_store(output),
         options,
         prices=FluxKontextSettings().prices(),
         requests_per_minute=account.requests_per_minute,

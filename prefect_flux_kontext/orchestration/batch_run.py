@@ -14,16 +14,20 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import MissingContextError
 from pydantic import ValidationError
 
-from prefect_flux_kontext.batch.collection import LEFT, expiring, ledger_status
+from prefect_flux_kontext.batch.collection import (
+    PENDING_COLLECTION,
+    find_expiring,
+    read_ledger_status,
+)
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
-from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
-from prefect_flux_kontext.callbacks.options import callback_options
+from prefect_flux_kontext.callbacks.options import resolve_callback_options
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
 from prefect_flux_kontext.orchestration.artifacts import progress_artifact, show_summary
 from prefect_flux_kontext.orchestration.events import (
@@ -31,10 +35,10 @@ from prefect_flux_kontext.orchestration.events import (
     WAVE_FINISHED,
     counts,
     describe_rows,
-    tell,
+    emit,
 )
-from prefect_flux_kontext.references.resolver import references_of
-from prefect_flux_kontext.report.builder import reported
+from prefect_flux_kontext.references.resolver import create_references
+from prefect_flux_kontext.report.builder import open_report
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
@@ -71,7 +75,7 @@ _handler = _IntoTheRun()
 
 
 @contextmanager
-def core_logs() -> Iterator[None]:
+def forward_core_logs() -> Iterator[None]:
     """Log what the core says in the flow run while the block runs, and nowhere else.
 
     Where the core's logger has handlers already (PREFECT_LOGGING_EXTRA_LOGGERS), it keeps to
@@ -107,7 +111,7 @@ class PartitionTotals(NamedTuple):
     seconds: float = 0.0
 
 
-def row_options(
+def build_row_options(
     cadence: PollingCadence | None,
     policy: FailurePolicy | None,
     *,
@@ -128,13 +132,13 @@ def row_options(
         cadence=cadence,
         policy=policy or FailurePolicy(),
         result_days=settings.result_days,
-        references=references_of(settings, timeout=cadence.timeout, fit=fit_references),
+        references=create_references(settings, timeout=cadence.timeout, fit=fit_references),
         **decided,
     )
 
 
 @asynccontextmanager
-async def opened(
+async def open_batch(
     output: OutputFolder,
     account: FluxKontextCredentials,
     options: RowOptions,
@@ -168,13 +172,13 @@ async def opened(
     """
     await output.check_writable()
     settings = FluxKontextSettings()
-    callbacks = callback_options(
+    callbacks = resolve_callback_options(
         settings, url=callback_url, secret=account.callback_secret, listens=listens
     )
     client = account.get_client()
-    with core_logs():
+    with forward_core_logs():
         async with (
-            batch_session(client, output, options, settings, callbacks) as session,
+            open_session(client, output, options, settings, callbacks) as session,
             _told(session, settings, plan, alert_above_usd, earlier, suspends=suspends),
         ):
             yield session, account.concurrent_tasks
@@ -206,8 +210,8 @@ async def _told(
     try:
         async with (
             # Here already, because the summary links to gallery and result manifest.
-            reported(session.report),
-            progress_artifact(batch, rows, spend_alarm(batch, spent, alert_above_usd)),
+            open_report(session.report),
+            progress_artifact(batch, rows, create_spend_alarm(batch, spent, alert_above_usd)),
         ):
             yield
         outcome = "stored" if batch.complete else "incomplete"
@@ -221,7 +225,7 @@ async def _told(
             outcome, ended = "submitted", events.BATCH_SUSPENDED
         counts = events.counts(batch)
         left = "yes" if session.submitter.outstanding else "no"
-        events.tell(
+        events.emit(
             ended,
             output,
             {**told, **counts, "outcome": outcome},
@@ -236,7 +240,7 @@ async def _told(
 
 def emit_started(output: str, plan: Plan | None) -> None:
     """Emit that a batch starts, and what it is to do."""
-    events.tell(events.BATCH_STARTED, output, _told_at_first(output, plan), flow=_flow_name())
+    events.emit(events.BATCH_STARTED, output, _told_at_first(output, plan), flow=_flow_name())
 
 
 def _told_at_first(output: str, plan: Plan | None) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def _told_at_first(output: str, plan: Plan | None) -> dict[str, Any]:
     return told
 
 
-def spend_alarm(
+def create_spend_alarm(
     batch: BatchSummary, spent: Callable[[], float], above: float | None
 ) -> Callable[[], None]:
     """What looks at the money now and then, and says once that it is more than a person wanted."""
@@ -258,7 +262,7 @@ def spend_alarm(
         if above is not None and batch.spent > above and not told:
             told = True
             payload = {"output": batch.output, "spent": batch.spent, "above": above}
-            events.tell(events.SPEND_ABOVE, batch.output, payload, flow=flow)
+            events.emit(events.SPEND_ABOVE, batch.output, payload, flow=flow)
 
     return tick
 
@@ -266,10 +270,10 @@ def spend_alarm(
 async def emit_expiring_results(output: OutputFolder) -> None:
     """Emit an event where results that are paid for and not stored will soon be gone."""
     try:
-        status = await ledger_status(ledger_store(output))
+        status = await read_ledger_status(open_ledger_store(output))
     except LedgerError:
         return  # the run has just told so itself
-    soon = expiring(status.outstanding, FluxKontextSettings().result_days)
+    soon = find_expiring(status.outstanding, FluxKontextSettings().result_days)
     if not soon:
         return
     first, left = min(soon, key=lambda told: told[1])
@@ -279,7 +283,7 @@ async def emit_expiring_results(output: OutputFolder) -> None:
         "task_id": first.task.task_id,
         "days_left": round(left.total_seconds() / 86_400, 2),
     }
-    events.tell(events.RESULTS_EXPIRING, str(output), payload, flow=_flow_name())
+    events.emit(events.RESULTS_EXPIRING, str(output), payload, flow=_flow_name())
 
 
 def _asset_key(output: str) -> str | None:
@@ -300,7 +304,7 @@ async def run_wave(wave: Wave) -> BatchSummary:
     """Run a block of rows as one task run: one for each image would drown the server."""
     logger = get_run_logger()
     summary = await wave.run()
-    failures = [row for row in summary.failures if row.reason != LEFT]
+    failures = [row for row in summary.failures if row.reason != PENDING_COLLECTION]
     for row in failures:
         logger.warning(
             "Row %s (line %d, task %s) is %s: %s",
@@ -315,7 +319,7 @@ async def run_wave(wave: Wave) -> BatchSummary:
     told = {"output": batch.output, "wave": wave.number}
     if failures:
         rows = {"rows": describe_rows(failures), "reasons": summary.reasons}
-        tell(ROWS_FAILED, batch.output, {**told, **rows})
+        emit(ROWS_FAILED, batch.output, {**told, **rows})
     spent = {"batch_spent_usd": round(batch.spent, 6), "batch_rows": batch.rows}
-    tell(WAVE_FINISHED, batch.output, {**told, **counts(summary), **spent})
+    emit(WAVE_FINISHED, batch.output, {**told, **counts(summary), **spent})
     return summary

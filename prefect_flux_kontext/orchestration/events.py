@@ -39,7 +39,7 @@ ASSET_STORED = "prefect.asset.materialization.succeeded"
 _ROWS_TOLD = 20
 
 
-def tell(event: str, output: str, payload: dict[str, Any], **labels: str) -> None:
+def emit(event: str, output: str, payload: dict[str, Any], **labels: str) -> None:
     """Emit an event about an output; an event that cannot be emitted is no event.
 
     Args:
@@ -123,7 +123,7 @@ async def announce_manifest(manifest: str, output: str | None, payload: dict[str
 
 
 async def _send(event: Event, what: str) -> None:
-    url = required_api_url()
+    url = require_api_url()
     try:
         async with get_events_client(reconnection_attempts=0, checkpoint_every=1) as client:
             await client.emit(event)
@@ -133,7 +133,7 @@ async def _send(event: Event, what: str) -> None:
         ) from error
 
 
-def required_api_url() -> str:
+def require_api_url() -> str:
     """The address of Prefect's API, for what is of no use without.
 
     Raises:

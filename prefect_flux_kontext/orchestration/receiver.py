@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.completion import CompletionMonitor
 from prefect_flux_kontext.errors import FluxKontextError
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
 from prefect_flux_kontext.orchestration.suspension import resume_suspended
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def resuming(output: OutputFolder, inbox: Inbox) -> AsyncIterator[None]:
+async def resume_on_completion(output: OutputFolder, inbox: Inbox) -> AsyncIterator[None]:
     """While the block runs, resume what is suspended for an output once all was called back.
 
     Before that, the event `flux-kontext.results.ready` is emitted, once for the same rows. No
@@ -48,7 +48,7 @@ async def resuming(output: OutputFolder, inbox: Inbox) -> AsyncIterator[None]:
     Raises:
         ConfigurationError: PREFECT_API_URL is not set.
     """
-    events.required_api_url()
+    events.require_api_url()
     told: frozenset[Attempt] = frozenset()
 
     async def ready(rows: frozenset[Attempt]) -> bool:
@@ -66,7 +66,7 @@ async def resuming(output: OutputFolder, inbox: Inbox) -> AsyncIterator[None]:
             logger.info("Resumed flow run %s.", flow_run_id)
         return bool(resumed)
 
-    awaited = CompletionMonitor(ledger_store(output), inbox, ready)
+    awaited = CompletionMonitor(open_ledger_store(output), inbox, ready)
     inbox.on_kept = awaited.kept
     watching = asyncio.create_task(awaited.watch())
     try:

@@ -19,9 +19,9 @@ from prefect.exceptions import NotPausedError
 from prefect.flow_runs import aresume_flow_run, asuspend_flow_run
 from prefect.logging import get_logger
 
-from prefect_flux_kontext.batch.collection import ledger_status
+from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration.parameters import open_output
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ async def log_outstanding(flow: Any, flow_run: FlowRun, state: State[Any]) -> No
     """After a cancellation, log what the ledger says is paid for and not stored."""
     given = flow_run.parameters
     output = await open_output(given["output"], given.get("storage_options"))
-    status = await ledger_status(ledger_store(output))
+    status = await read_ledger_status(open_ledger_store(output))
     get_logger("prefect_flux_kontext").warning(
         "%s was cancelled. Paid for and not stored: %d rows; maybe paid for: %d. To collect them: "
         "flux-kontext collect %s",

@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
-from prefect_flux_kontext.storage.temp_db import scratch_database
+from prefect_flux_kontext.storage.temp_db import open_temp_database
 
 if TYPE_CHECKING:
     import sqlite3
@@ -63,7 +63,7 @@ class ReferenceCache:
 
     def _database(self) -> sqlite3.Connection:
         if self._opened is None:
-            self._opened = scratch_database(
+            self._opened = open_temp_database(
                 "CREATE TABLE looks (reference BLOB PRIMARY KEY, identity TEXT, problem TEXT, "
                 "checked INTEGER, flaw TEXT, large INTEGER, staged TEXT) WITHOUT ROWID"
             )

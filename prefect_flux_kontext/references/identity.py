@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from prefect_flux_kontext.errors import FluxKontextError, ReferenceImageError
-from prefect_flux_kontext.references.location import Kind, kind_of, opened
-from prefect_flux_kontext.references.validation import LARGEST_TO_FIT, check_size
+from prefect_flux_kontext.references.location import Kind, classify_location, open_filesystem
+from prefect_flux_kontext.references.validation import MAX_SHRINKABLE_BYTES, check_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ _CHUNK = 2**20
 _SHOWN = 200
 
 
-def identity_of(reference: str) -> str:
+def identify_reference(reference: str) -> str:
     """What its content is known by: a checksum, or what its store says of it.
 
     Args:
@@ -33,10 +33,10 @@ def identity_of(reference: str) -> str:
         ReferenceImageError: It is no file, or a hopelessly large one.
         Exception: What the filesystem raises.
     """
-    fs, path = opened(reference)
+    fs, path = open_filesystem(reference)
     info = _info_of_file(fs, path)
-    if kind_of(reference) is Kind.PRIVATE:
-        return private_identity(reference, version_of(info))
+    if classify_location(reference) is Kind.PRIVATE:
+        return identify_private_object(reference, read_version(info))
     check_size(int(info["size"]), fit=True)
     digest = hashlib.sha256()
     with fs.open(path, "rb") as file:
@@ -45,12 +45,12 @@ def identity_of(reference: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def private_identity(reference: str, version: str | None) -> str:
+def identify_private_object(reference: str, version: str | None) -> str:
     """What an object is known by: its URL, and its version where the store has one."""
     return f"{reference} {version}" if version else reference
 
 
-def version_of(info: Mapping[str, Any]) -> str | None:
+def read_version(info: Mapping[str, Any]) -> str | None:
     """What a store says of an object that changes with its content.
 
     Args:
@@ -60,16 +60,16 @@ def version_of(info: Mapping[str, Any]) -> str | None:
     return str(told).strip('"') if told else None
 
 
-def content_of(reference: str, *, fit: bool) -> bytes:
+def hash_content(reference: str, *, fit: bool) -> bytes:
     """The bytes of a local file or an object, if they are not too many.
 
     Raises:
         ReferenceImageError: It is no file, or too large.
         Exception: What the filesystem raises.
     """
-    fs, path = opened(reference)
+    fs, path = open_filesystem(reference)
     check_size(int(_info_of_file(fs, path)["size"]), fit=fit)
-    data: bytes = fs.cat_file(path, start=0, end=LARGEST_TO_FIT + 1)
+    data: bytes = fs.cat_file(path, start=0, end=MAX_SHRINKABLE_BYTES + 1)
     return data
 
 

@@ -52,7 +52,7 @@ def protocol_of(reference: str) -> str:
     return found.group(1).lower() if found else ""
 
 
-def kind_of(reference: str) -> Kind | None:
+def classify_location(reference: str) -> Kind | None:
     """How the service gets it; None for what it cannot be given."""
     return _KINDS.get(protocol_of(reference))
 
@@ -62,11 +62,11 @@ def non_public_references(references: Iterable[str]) -> list[str]:
     return [
         reference
         for reference in references
-        if not reference.startswith(_PLAINLY_WEB) and kind_of(reference) is not Kind.WEB
+        if not reference.startswith(_PLAINLY_WEB) and classify_location(reference) is not Kind.WEB
     ]
 
 
-def folder_of(manifest: Any) -> str | None:
+def manifest_folder(manifest: Any) -> str | None:
     """Where relative paths in a manifest start; None where it may not name local files.
 
     A manifest beside its images is the usual case, and one from elsewhere that names files of
@@ -76,23 +76,23 @@ def folder_of(manifest: Any) -> str | None:
         return str(Path.cwd())
     if protocol_of(manifest) == "memory":
         return str(Path.cwd())
-    if kind_of(manifest) is not Kind.OWN:
+    if classify_location(manifest) is not Kind.OWN:
         return None
     return str(Path(_path(manifest)).absolute().parent)
 
 
-def located(reference: str, folder: str | None) -> str:
+def locate(reference: str, folder: str | None) -> str:
     """The reference as fsspec spells it, with a local path made absolute."""
     if reference.startswith(_PLAINLY_WEB):
         return reference
     protocol = protocol_of(reference)
     if protocol not in ("", "file", "local"):
-        web = kind_of(reference) is Kind.WEB
+        web = classify_location(reference) is Kind.WEB
         return reference if web else protocol + reference[len(protocol) :]
     return reference if folder is None else str(Path(folder, _path(reference)))
 
 
-def problem_of_kind(reference: str, folder: str | None) -> str | None:
+def find_location_problem(reference: str, folder: str | None) -> str | None:
     """Why a reference that is not on the web cannot be given to the service, if so.
 
     Args:
@@ -100,7 +100,7 @@ def problem_of_kind(reference: str, folder: str | None) -> str | None:
         folder: What `folder_of` says of its manifest.
     """
     shown = f"image {reference[:_SHOWN]!r}"
-    kind = kind_of(reference)
+    kind = classify_location(reference)
     unknown = kind is None or kind is Kind.WEB or not reference.strip()
     if unknown or "::" in reference or reference.startswith("//"):
         return (
@@ -123,7 +123,7 @@ def problem_of_kind(reference: str, folder: str | None) -> str | None:
     return None
 
 
-def opened(reference: str) -> tuple[Any, str]:
+def open_filesystem(reference: str) -> tuple[Any, str]:
     """The filesystem of a reference that is not on the web, and its path there.
 
     Listings are not kept: they would show objects as they were.
@@ -131,7 +131,7 @@ def opened(reference: str) -> tuple[Any, str]:
     Raises:
         Exception: Each filesystem has errors of its own.
     """
-    if kind_of(reference) is Kind.OWN and protocol_of(reference) != "memory":
+    if classify_location(reference) is Kind.OWN and protocol_of(reference) != "memory":
         return fsspec.filesystem("file", use_listings_cache=False), reference
     fs, path = fsspec.core.url_to_fs(reference, use_listings_cache=False)
     return fs, path

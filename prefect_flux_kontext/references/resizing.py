@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from prefect_flux_kontext.errors import ReferenceImageError
-from prefect_flux_kontext.images.decode import MOST_PIXELS
+from prefect_flux_kontext.images.decode import MAX_PIXELS
 
 _MOST_PIXELS_OF_JPEG = 160_000_000
 """A JPEG can be decoded at an eighth of its size; the largest cameras make 150 million pixels."""
@@ -22,7 +22,7 @@ _QUALITIES = (95, 88, 80)
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def check_can_be_fitted(data: bytes, told: str) -> None:
+def check_can_shrink(data: bytes, told: str) -> None:
     """Whether an image of too many pixels can be shrunk without a machine's whole memory.
 
     Args:
@@ -38,7 +38,7 @@ def check_can_be_fitted(data: bytes, told: str) -> None:
         pass
 
 
-def fitted(data: bytes, largest: int) -> bytes:
+def shrink_to_fit(data: bytes, largest: int) -> bytes:
     """Shrink and encode an image anew: upright, its colours and its transparency kept.
 
     Args:
@@ -86,7 +86,7 @@ def _upright(data: bytes, told: str) -> Image.Image:
         image.draft(None, (_LONG_EDGES[0], _LONG_EDGES[0]))
     else:
         image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
-    if image.width * image.height > MOST_PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         raise ReferenceImageError(f"{told}; shrink it: it is not decoded")
     image.load()
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None

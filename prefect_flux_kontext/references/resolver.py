@@ -10,24 +10,33 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.errors import ReferenceImageError
-from prefect_flux_kontext.images.headers import format_of
+from prefect_flux_kontext.images.headers import read_format
 from prefect_flux_kontext.references.cache import Locks, ReferenceCache, ReferenceInfo
 from prefect_flux_kontext.references.identity import (
-    content_of,
     describe_reference,
-    identity_of,
-    private_identity,
+    hash_content,
+    identify_private_object,
+    identify_reference,
 )
-from prefect_flux_kontext.references.location import Kind, kind_of, non_public_references, opened
-from prefect_flux_kontext.references.resizing import fitted
+from prefect_flux_kontext.references.location import (
+    Kind,
+    classify_location,
+    non_public_references,
+    open_filesystem,
+)
+from prefect_flux_kontext.references.resizing import shrink_to_fit
 from prefect_flux_kontext.references.staging import (
     NOT_SET,
     Staging,
-    life_of_signatures,
-    signed,
-    staging_place,
+    create_staging,
+    sign_url,
+    signature_lifetime,
 )
-from prefect_flux_kontext.references.validation import LARGEST, check_image, needs_fitting
+from prefect_flux_kontext.references.validation import (
+    MAX_REFERENCE_BYTES,
+    check_image,
+    needs_shrinking,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -59,7 +68,7 @@ class References:
     ) -> None:
         self._staging = staging
         self._fit = fit
-        self._seconds = life_of_signatures(timeout)
+        self._seconds = signature_lifetime(timeout)
         self._known = ReferenceCache()
         self._locks = Locks()
 
@@ -73,8 +82,10 @@ class References:
             versions: What a listing has said of some of the objects, by reference.
         """
         for reference, version in (versions or {}).items():
-            if kind_of(reference) is Kind.PRIVATE and self._known.get(reference) is None:
-                self._known.put(reference, ReferenceInfo(private_identity(reference, version)))
+            if classify_location(reference) is Kind.PRIVATE and self._known.get(reference) is None:
+                self._known.put(
+                    reference, ReferenceInfo(identify_private_object(reference, version))
+                )
         looks = {reference: self._known.get(reference) for reference in references}
         new = [reference for reference, look in looks.items() if look is None]
         for reference, look in zip(new, self._threads.map(_look_at, new), strict=True):
@@ -142,13 +153,13 @@ class References:
 
     def _checked(self, reference: str, look: ReferenceInfo) -> bytes:
         """The content of a reference, which is from now on known to be good."""
-        if self._staging is None and kind_of(reference) is Kind.OWN:
+        if self._staging is None and classify_location(reference) is Kind.OWN:
             raise ReferenceImageError(
                 f"is a local file, which the service cannot fetch; {NOT_SET}"
             )
         data = self._content(reference, look)
         check_image(data, fit=self._fit)
-        large = needs_fitting(data)
+        large = needs_shrinking(data)
         if self._staging is None and large:
             raise ReferenceImageError(
                 f"is too large, and once it is shrunk it has to be somewhere; {NOT_SET}"
@@ -157,8 +168,8 @@ class References:
         return data
 
     def _content(self, reference: str, look: ReferenceInfo) -> bytes:
-        data = content_of(reference, fit=self._fit)
-        is_own = kind_of(reference) is Kind.OWN
+        data = hash_content(reference, fit=self._fit)
+        is_own = classify_location(reference) is Kind.OWN
         if is_own and f"sha256:{hashlib.sha256(data).hexdigest()}" != look.identity:
             raise ReferenceImageError("has changed while it was looked at")
         return data
@@ -174,19 +185,21 @@ class References:
             with describe_reference(reference):
                 data = None if look.checked else self._checked(reference, look)
                 look = self._known.get(reference) or look
-                if self._staging is None or not (look.large or kind_of(reference) is Kind.OWN):
-                    fs, path = opened(reference)
-                    return partial(signed, fs, path, self._seconds)
+                if self._staging is None or not (
+                    look.large or classify_location(reference) is Kind.OWN
+                ):
+                    fs, path = open_filesystem(reference)
+                    return partial(sign_url, fs, path, self._seconds)
                 name = look.staged
                 if name is None or doubted:
                     data = data or self._content(reference, look)
-                    data = fitted(data, LARGEST) if look.large else data
-                    name = self._staging.put(data, format_of(data), doubted=doubted)
+                    data = shrink_to_fit(data, MAX_REFERENCE_BYTES) if look.large else data
+                    name = self._staging.put(data, read_format(data), doubted=doubted)
                     self._known.put(reference, look._replace(staged=name))
                 return partial(self._staging.url_of, name, self._seconds)
 
     def _unchanged(self, reference: str) -> ReferenceInfo:
-        identity = identity_of(reference)
+        identity = identify_reference(reference)
         look = self._known.get(reference) or ReferenceInfo(identity)
         if look.identity != identity:
             raise ReferenceImageError(
@@ -195,7 +208,7 @@ class References:
         return look
 
 
-def references_of(
+def create_references(
     settings: FluxKontextSettings, *, timeout: float, fit: bool = False
 ) -> References:
     """How references get to the service, as the environment says.
@@ -208,13 +221,13 @@ def references_of(
     Raises:
         ConfigurationError: The staging place is not usable.
     """
-    staging = staging_place(settings.staging_url, settings.staging_public_url)
+    staging = create_staging(settings.staging_url, settings.staging_public_url)
     return References(staging, fit=fit, timeout=timeout)
 
 
 def _look_at(reference: str) -> ReferenceInfo:
     try:
         with describe_reference(reference):
-            return ReferenceInfo(identity_of(reference))
+            return ReferenceInfo(identify_reference(reference))
     except ReferenceImageError as error:
         return ReferenceInfo(problem=error.message)

@@ -12,7 +12,7 @@ import fsspec
 from prefect_flux_kontext.errors import ConfigurationError, ReferenceImageError, StorageError
 from prefect_flux_kontext.images.decode import EXTENSIONS, ImageFormat
 from prefect_flux_kontext.references.cache import Locks
-from prefect_flux_kontext.references.location import Kind, kind_of
+from prefect_flux_kontext.references.location import Kind, classify_location
 from prefect_flux_kontext.storage.atomic import create_file, replace_file
 
 _SHORTEST = 3_600
@@ -20,7 +20,7 @@ _LONGEST = 7 * 24 * 3_600
 """Seconds; S3 signs for no longer than a week."""
 
 
-def life_of_signatures(timeout: float) -> int:
+def signature_lifetime(timeout: float) -> int:
     """Seconds for which a signed URL is good: longer than the service queues and works.
 
     Args:
@@ -29,7 +29,7 @@ def life_of_signatures(timeout: float) -> int:
     return min(max(_SHORTEST, math.ceil(2 * timeout)), _LONGEST)
 
 
-def signed(fs: Any, path: str, seconds: int) -> str:
+def sign_url(fs: Any, path: str, seconds: int) -> str:
     """A URL under which anybody can read the object for so long.
 
     Raises:
@@ -75,7 +75,7 @@ class Staging:
                 f"FLUX_KONTEXT_STAGING_PUBLIC_URL {public_url!r} is not an http or https URL "
                 "without a query."
             )
-        if public_url is None and kind_of(url) is not Kind.PRIVATE:
+        if public_url is None and classify_location(url) is not Kind.PRIVATE:
             raise ConfigurationError(
                 f"URLs of files in FLUX_KONTEXT_STAGING_URL {url!r} cannot be signed; set "
                 "FLUX_KONTEXT_STAGING_PUBLIC_URL to where it is on the web."
@@ -126,7 +126,7 @@ class Staging:
         """
         if self._public is not None:
             return f"{self._public}/{name}"
-        return signed(self._fs, self._path(name), seconds)
+        return sign_url(self._fs, self._path(name), seconds)
 
     def _has(self, path: str, data: bytes, *, doubted: bool) -> bool:
         try:
@@ -157,7 +157,7 @@ def _is_on_the_web(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
 
 
-def staging_place(url: str | None, public_url: str | None) -> Staging | None:
+def create_staging(url: str | None, public_url: str | None) -> Staging | None:
     """The staging place of the settings, if there is one.
 
     Raises:

@@ -7,14 +7,14 @@ import re
 import threading
 
 from prefect_flux_kontext.errors import InvalidImageError, ReferenceImageError
-from prefect_flux_kontext.images.decode import MOST_PIXELS, inspect_image
-from prefect_flux_kontext.images.headers import size_of
-from prefect_flux_kontext.references.resizing import check_can_be_fitted
+from prefect_flux_kontext.images.decode import MAX_PIXELS, inspect_image
+from prefect_flux_kontext.images.headers import read_size
+from prefect_flux_kontext.references.resizing import check_can_shrink
 
-LARGEST = 10_000_000
+MAX_REFERENCE_BYTES = 10_000_000
 """Bytes that the service takes: its page says 10 MB, and whoever counts in 2**20 takes more."""
 
-LARGEST_TO_FIT = 100_000_000
+MAX_SHRINKABLE_BYTES = 100_000_000
 """Bytes of a file that is still read, to be shrunk."""
 
 _AT_ONCE = threading.BoundedSemaphore(2)
@@ -42,12 +42,12 @@ def check_size(size: int, *, fit: bool) -> None:
     """
     if not size:
         raise ReferenceImageError("is an empty file")
-    if size > LARGEST and not fit:
+    if size > MAX_REFERENCE_BYTES and not fit:
         raise ReferenceImageError(
             f"has {_megabytes(size)}; the service takes 10 MB; shrink it, or use "
             "--fit-references (in a flow, fit_references)"
         )
-    if size > LARGEST_TO_FIT:
+    if size > MAX_SHRINKABLE_BYTES:
         raise ReferenceImageError(f"has {_megabytes(size)}; at most 100 MB are read to be shrunk")
 
 
@@ -63,13 +63,13 @@ def check_image(data: bytes, *, fit: bool) -> None:
             is.
     """
     check_size(len(data), fit=fit)
-    width, height = size_of(data) or (0, 0)
+    width, height = read_size(data) or (0, 0)
     with _AT_ONCE:
-        if width * height > MOST_PIXELS:
-            told = f"has {width:,} x {height:,} pixels, more than {MOST_PIXELS:,}"
+        if width * height > MAX_PIXELS:
+            told = f"has {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}"
             if not fit:
                 raise ReferenceImageError(f"{told}; shrink it")
-            check_can_be_fitted(data, told)
+            check_can_shrink(data, told)
             return
         try:
             inspect_image(data)
@@ -77,10 +77,10 @@ def check_image(data: bytes, *, fit: bool) -> None:
             raise ReferenceImageError(_what_is_wrong(data, error)) from None
 
 
-def needs_fitting(data: bytes) -> bool:
+def needs_shrinking(data: bytes) -> bool:
     """Whether an image that `check_image` lets pass is too large as it is."""
-    width, height = size_of(data) or (0, 0)
-    return len(data) > LARGEST or width * height > MOST_PIXELS
+    width, height = read_size(data) or (0, 0)
+    return len(data) > MAX_REFERENCE_BYTES or width * height > MAX_PIXELS
 
 
 def _what_is_wrong(data: bytes, error: InvalidImageError) -> str:
@@ -88,7 +88,7 @@ def _what_is_wrong(data: bytes, error: InvalidImageError) -> str:
     for sign, kind in _OTHERS:
         if sign.match(head):
             return f"is {kind} by its content; the service takes JPG, PNG and WebP"
-    if size_of(data):
+    if read_size(data):
         return f"is cut off or damaged: {error.message.partition('; they start')[0].rstrip('.')}"
     kind = "text" if head.isascii() and b"\0" not in head else "no image"
     return f"is {kind} by its content; the service takes JPG, PNG and WebP"

@@ -16,15 +16,15 @@ from prefect_flux_kontext.report.gallery.builder import build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.results import (
     NewLines,
-    ended_parts,
+    merge_lock,
+    read_ended_parts,
     read_parts,
     remove_parts,
     results_store,
-    turn_to_merge,
     write_parquet,
     write_part,
 )
-from prefect_flux_kontext.report.thumbnails import Pictures
+from prefect_flux_kontext.report.thumbnails import ThumbnailCollector
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -70,7 +70,7 @@ class Report:
         *,
         whole: bool = True,
     ) -> None:
-        self.pictures = Pictures(
+        self.pictures = ThumbnailCollector(
             http, settings.gallery_images, references=settings.gallery_references
         )
         self._output = output
@@ -116,7 +116,7 @@ class Report:
 
 
 @asynccontextmanager
-async def reported(report: Report) -> AsyncIterator[None]:
+async def open_report(report: Report) -> AsyncIterator[None]:
     """Finish the report after the block, unless it was cancelled: then the next run does."""
     try:
         try:
@@ -158,9 +158,9 @@ async def bring_up_to_date(
     store = results_store(output)
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder, NewLines() as new:
         earlier, merged, parquet = (Path(folder, name) for name in ("earlier", "now", "parquet"))
-        async with turn_to_merge(store, ledger, run):
+        async with merge_lock(store, ledger, run):
             await output.fetch(RESULTS, earlier)
-            parts = await ended_parts(store, ledger, run)
+            parts = await read_ended_parts(store, ledger, run)
             async for data in read_parts(store, parts):
                 await asyncio.to_thread(new.add, data)
             rows = await asyncio.to_thread(new.write, earlier, merged)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.storage.temp_db import Scratch
+from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -118,7 +118,7 @@ _CACHE_KIB = 2_048
 _KEPT_OF_THE_MANIFEST = ("line", "style", "source")
 
 
-class NewLines(Scratch):
+class NewLines(TempDatabase):
     """Lines that are to be merged, in a private database in a temporary file.
 
     Attributes:
@@ -145,7 +145,7 @@ class NewLines(Scratch):
             if not added.rowcount and (known := self._line_of(name)):
                 self._database.execute(
                     "UPDATE lines SET line = ? WHERE name = ?",
-                    (as_json(newer(known, line)), name),
+                    (as_json(newer_line(known, line)), name),
                 )
 
     def write(self, earlier: Path, merged: Path) -> int:
@@ -162,7 +162,7 @@ class NewLines(Scratch):
         with merged.open("w", encoding="ascii") as file:
             for line in read_lines(earlier):
                 new = self._line_of(_name(line))
-                now = newer(line, new) if new else line
+                now = newer_line(line, new) if new else line
                 self.own.update(_own(now))
                 file.write(as_json(now))
                 lines += 1
@@ -189,7 +189,7 @@ def _own(line: Line) -> dict[str, None]:
     return dict.fromkeys(name for name in line if name not in COLUMNS)
 
 
-def newer(one: Line, other: Line) -> Line:
+def newer_line(one: Line, other: Line) -> Line:
     """How a row stands, by two lines of it.
 
     The later stands; where it follows from what they say which that is, clocks are not believed.
@@ -286,7 +286,7 @@ async def write_part(store: RecordStore, run: str, number: int, lines: Iterable[
     await store.replace(f"parts/{run}-{number:06}.jsonl", data)
 
 
-async def ended_parts(store: RecordStore, ledger: RecordStore, run: str) -> list[str]:
+async def read_ended_parts(store: RecordStore, ledger: RecordStore, run: str) -> list[str]:
     """The names of the parts of this run, and of runs that are gone.
 
     Raises:
@@ -322,7 +322,7 @@ async def remove_parts(store: RecordStore, names: list[str]) -> None:
 
 
 @asynccontextmanager
-async def turn_to_merge(store: RecordStore, ledger: RecordStore, run: str) -> AsyncIterator[None]:
+async def merge_lock(store: RecordStore, ledger: RecordStore, run: str) -> AsyncIterator[None]:
     """Be the only run that merges, while the block runs: two at once would lose lines.
 
     Turns are numbered. The next can be taken once the last is over or its run is gone.

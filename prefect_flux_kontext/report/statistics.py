@@ -27,7 +27,7 @@ class _Run:
 
 
 @dataclass
-class Numbers:
+class Statistics:
     """What a result manifest comes to.
 
     Attributes:

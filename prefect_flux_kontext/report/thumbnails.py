@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image, ImageOps
 
-from prefect_flux_kontext.images.decode import MOST_PIXELS
+from prefect_flux_kontext.images.decode import MAX_PIXELS
 from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ AFTER, BEFORE = 320, 640
 _QUALITY = 72
 
 
-def thumbnail(data: bytes, edge: int) -> bytes:
+def make_thumbnail(data: bytes, edge: int) -> bytes:
     """A small WebP of an image's bytes; see `small_picture`.
 
     Args:
@@ -38,14 +38,14 @@ def thumbnail(data: bytes, edge: int) -> bytes:
         Exception: It is no such image; decoders raise whatever they stumble on.
     """
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-        if image.width * image.height > MOST_PIXELS:
+        if image.width * image.height > MAX_PIXELS:
             raise ValueError("it has too many pixels")
         # A JPEG decodes several times faster at the size it is wanted in.
         image.draft("RGB", (edge, edge))
-        return small_picture(image, edge)
+        return shrink_picture(image, edge)
 
 
-def small_picture(image: Image.Image, edge: int) -> bytes:
+def shrink_picture(image: Image.Image, edge: int) -> bytes:
     """A small WebP of a picture, upright, without what else its file holds.
 
     Args:
@@ -85,7 +85,7 @@ def name_of_reference(url: str) -> str:
     return "r" + hashlib.sha256(url_identity(url).encode(errors="replace")).hexdigest()[:16]
 
 
-class Pictures:
+class ThumbnailCollector:
     """Makes small pictures and holds them until they are taken.
 
     Whatever goes wrong costs a picture and no more.
@@ -110,7 +110,7 @@ class Pictures:
         if self._left <= 0:
             return None
         self._left -= 1
-        return partial(self._make, name_of_image(key), partial(small_picture, edge=AFTER))
+        return partial(self._make, name_of_image(key), partial(shrink_picture, edge=AFTER))
 
     def want_references(self, urls: Sequence[str]) -> None:
         """Fetch a row's first reference while the row waits, if there is time for it."""
@@ -166,6 +166,6 @@ class Pictures:
             # Not its message: it holds the URL, which may be signed.
             logger.debug("No picture of a reference for the gallery: %s", type(error).__name__)
             return
-        make = partial(thumbnail, edge=BEFORE)
+        make = partial(make_thumbnail, edge=BEFORE)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(_THREADS, self._make, name, make, bytes(data))

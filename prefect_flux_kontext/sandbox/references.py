@@ -153,7 +153,7 @@ class References:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise BadReferenceError(f"{shown} cannot be fetched: {error}") from None
         try:
-            await asyncio.to_thread(open_picture, content)
+            await asyncio.to_thread(open_image, content)
         except BadReferenceError as error:
             raise BadReferenceError(f"{shown} {error}") from None
         return Reference(content, hashlib.sha256(content).digest())
@@ -170,7 +170,7 @@ async def _download(client: httpx.AsyncClient, url: str) -> bytes:
     return bytes(content)
 
 
-def open_picture(content: bytes, long_edge: int = 1024) -> Image.Image:
+def open_image(content: bytes, long_edge: int = 1024) -> Image.Image:
     """Decodes a reference: upright, RGB, transparent parts on white.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image, ImageOps
 
 from prefect_flux_kontext.sandbox import drawn, painterly, photographic, tiled
-from prefect_flux_kontext.sandbox.references import open_picture
+from prefect_flux_kontext.sandbox.references import open_image
 from prefect_flux_kontext.sandbox.scenes import draw_scene
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def paint(
     if reference is None:
         picture = draw_scene(prompt, size)
     else:
-        picture = ImageOps.fit(open_picture(reference, long_edge), size, Image.Resampling.BICUBIC)
+        picture = ImageOps.fit(open_image(reference, long_edge), size, Image.Resampling.BICUBIC)
     if style.name in STYLES:
         picture = STYLES[style.name](picture)
     elif reference is not None:

@@ -35,7 +35,7 @@ def is_transient(error: Exception, attempts: int, seconds: float) -> bool:
     return attempts < _ATTEMPTS_TO_CONNECT and any(map(_is_unconnected, _chain(error)))
 
 
-def told(error: BaseException, options: Mapping[str, Any]) -> str:
+def describe_error(error: BaseException, options: Mapping[str, Any]) -> str:
     """The error in words, without the secrets that the filesystem's options hold."""
     text = f"{type(error).__name__}: {error}"
     for secret in sorted(_secrets(options), key=len, reverse=True):

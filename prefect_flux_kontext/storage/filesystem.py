@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import fsspec
 import fsspec.config
 
-from prefect_flux_kontext.client.retry import jittered
+from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
 from prefect_flux_kontext.storage.atomic import copy_into_place, create_file, replace_file
-from prefect_flux_kontext.storage.errors import is_transient, told
+from prefect_flux_kontext.storage.errors import describe_error, is_transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +90,7 @@ class OutputFolder:
         try:
             self.fs, root = fsspec.core.url_to_fs(location, **options)
         except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-            problem = told(error, self.options)
+            problem = describe_error(error, self.options)
         if problem:
             raise ConfigurationError(f"The output {location!r} cannot be used: {problem}")
         self.root = str(root)
@@ -254,10 +254,10 @@ class OutputFolder:
                 raise
             except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
                 again = is_transient(error, attempt, loop.time() - began)
-                problem = told(error, self.options)
+                problem = describe_error(error, self.options)
             if not again:
                 raise StorageError(f"{what}: {problem}")
-            await asyncio.sleep(jittered(attempt))
+            await asyncio.sleep(jittered_backoff(attempt))
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

@@ -26,15 +26,17 @@ _PLAIN = re.compile(
     r"(?!(?:con|prn|aux|nul|com\d|lpt\d)$)[a-z0-9][a-z0-9_-]{0,60}[a-z0-9]", re.IGNORECASE
 )
 # Control characters, and those that turn or hide the text around them.
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+INVISIBLE_CHARACTERS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
+)
 IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 
 
-def problem_of_text(text: str) -> str | None:
+def find_text_problem(text: str) -> str | None:
     """Why a person's text cannot name a file, even when it is made safe."""
     if _PLAIN.fullmatch(text):
         return None
-    if sign := UNSEEN.search(text):
+    if sign := INVISIBLE_CHARACTERS.search(text):
         return f"holds a character that cannot be seen ({sign.group()!a})"
     if text.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", text):
         return "is an absolute path"
@@ -58,7 +60,7 @@ def safe_path(text: str) -> str:
     return "/".join(map(safe_part, parts))
 
 
-def problem_of_name(name: str) -> str | None:
+def find_name_problem(name: str) -> str | None:
     """Why a name, each part of it safe, cannot be that of an image."""
     if _PLAIN.fullmatch(name):
         return None

@@ -12,7 +12,7 @@ _CACHE_KIB = 16_384
 """Memory for the database's pages: where rows are looked up at random, a million fit into it."""
 
 
-def scratch_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Connection:
+def open_temp_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Connection:
     """Open a database that SQLite keeps in a temporary file, inside a transaction.
 
     Args:
@@ -29,7 +29,7 @@ def scratch_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Connect
     return database
 
 
-class Scratch:
+class TempDatabase:
     """Has a private database while the block runs.
 
     Args:
@@ -38,7 +38,7 @@ class Scratch:
     """
 
     def __init__(self, table: str, cache_kib: int = _CACHE_KIB) -> None:
-        self._database = scratch_database(table, cache_kib)
+        self._database = open_temp_database(table, cache_kib)
 
     def __enter__(self) -> Self:
         return self

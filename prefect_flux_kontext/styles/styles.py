@@ -20,8 +20,8 @@ from prefect_flux_kontext.models import (
     OutputFormat,
     Provider,
 )
-from prefect_flux_kontext.storage.names import problem_of_text
-from prefect_flux_kontext.styles.templates import Template, template
+from prefect_flux_kontext.storage.names import find_text_problem
+from prefect_flux_kontext.styles.templates import Template, parse_template
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -56,7 +56,7 @@ class Style(BaseModel):
     @field_validator("name")
     @classmethod
     def _names_a_file(cls, name: str) -> str:
-        problem = problem_of_text(name)
+        problem = find_text_problem(name)
         if problem is None and ("/" in name or "\\" in name):
             problem = "holds a slash"
         elif problem is None and is_style_file(name):
@@ -70,7 +70,7 @@ class Style(BaseModel):
     @field_validator("prompt")
     @classmethod
     def _prompt_is_a_template(cls, prompt: str) -> str:
-        template(prompt)
+        parse_template(prompt)
         return prompt
 
     @field_validator("extra")
@@ -84,7 +84,7 @@ class Style(BaseModel):
 
     @cached_property
     def _template(self) -> Template:
-        return template(self.prompt)
+        return parse_template(self.prompt)
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def builtin_styles() -> dict[str, Style]:
     return {style.name: style for style in read_styles(str(_BUILTIN))}
 
 
-def chosen_styles(styles: str | Sequence[str] | None) -> Styles:
+def select_styles(styles: str | Sequence[str] | None) -> Styles:
     """Find the styles that a person has named.
 
     Args:
@@ -163,13 +163,13 @@ def chosen_styles(styles: str | Sequence[str] | None) -> Styles:
         elif text in known:
             chosen[text] = known[text]
         else:
-            unknown.append(unknown_style(text, known))
+            unknown.append(unknown_style_error(text, known))
     if unknown:
         raise ConfigurationError(f"There {'; '.join(unknown)}.")
     return Styles(known, tuple(chosen.values()))
 
 
-def unknown_style(name: str, known: Mapping[str, Style]) -> str:
+def unknown_style_error(name: str, known: Mapping[str, Style]) -> str:
     """What to say of a name that is no style's."""
     near = difflib.get_close_matches(name[:100], known, n=1)
     meant = f", did you mean {near[0]!r}?" if near else ""

@@ -137,7 +137,7 @@ def is_template(text: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def template(text: str) -> Template:
+def parse_template(text: str) -> Template:
     """Look through a template and make it ready; each is made once.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a person does with a batch, played on virtual time, and the look at the money after it."""
 
-from prefect_flux_kontext.batch.collection import ledger_status
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.chaos.simulation import checked, simulate
@@ -27,13 +27,13 @@ def live(main, *, hook=None, settings=QUICK):
 
 
 def store_of(world):
-    return ledger_store(OutputFolder(world.url))
+    return open_ledger_store(OutputFolder(world.url))
 
 
 async def everything_kept(world, lines, **how):
     found = await checked(world, lines, **how)
     assert not found.problems, str(found)
-    status = await ledger_status(store_of(world))
+    status = await read_ledger_status(store_of(world))
     bill = world.sandbox.service.bill()
     assert round(status.spent, 6) <= float(bill["dollars"]) + 1e-9
     assert float(bill["dollars"]) <= status.spent + status.doubtful + 1e-9

@@ -5,8 +5,8 @@ import hashlib
 import httpx
 import pytest
 
-from prefect_flux_kontext.ledger.store import ledger_store
-from prefect_flux_kontext.ledger.waves import finished_rows
+from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.ledger.waves import read_finished_rows
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -34,8 +34,8 @@ def rows(sandbox):
 
 
 async def ended(output):
-    store = ledger_store(OutputFolder(output))
-    return [row.ended async for row in finished_rows(store)]
+    store = open_ledger_store(OutputFolder(output))
+    return [row.ended async for row in read_finished_rows(store)]
 
 
 async def test_what_is_made_and_what_is_restyled_is_marked_as_such(sandbox, tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import LEFT, ledger_status
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.batch.collection import PENDING_COLLECTION, read_ledger_status
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.chaos.simulation import checked, in_process, manifest, simulate
@@ -16,14 +16,14 @@ def live(main, **settings):
 
 
 async def status_of(world):
-    return await ledger_status(ledger_store(OutputFolder(world.url)))
+    return await read_ledger_status(open_ledger_store(OutputFolder(world.url)))
 
 
 def test_all_rows_are_submitted_and_none_is_waited_for():
     async def main(world):
         summary = await in_process(world, None, manifest(LINES), deferred=True, slots=100)
         assert (summary.rows, summary.outstanding) == (30, 30)
-        assert summary.reasons == {LEFT: 30}
+        assert summary.reasons == {PENDING_COLLECTION: 30}
         assert world.numbers["download"] == 0
         assert world.sandbox.service.bill()["accepted"] == 30
         assert len((await status_of(world)).outstanding) == 30

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import ledger_status
+from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.errors import (
     LedgerError,
 )
@@ -19,7 +19,7 @@ def test_settling_a_row_later_loses_no_other_row_from_the_count():
     async def main(world):
         await in_process(world, None, manifest(LINES))
         await in_process(world, None, manifest(LINES), resubmit=True)
-        status = await ledger_status(store_of(world))
+        status = await read_ledger_status(store_of(world))
         assert status.states == {State.STORED: 10}
         assert status.spent == pytest.approx(0.30)
 
@@ -91,7 +91,7 @@ def test_a_wave_that_cannot_be_closed_is_read_again_later(monkeypatch):
         monkeypatch.setattr(RecordStore, "replace", replace)
         await everything_kept(world, LINES)
         await in_process(world, None, [], only_collect=True)
-        assert (await ledger_status(store_of(world))).states == {State.STORED: 10}
+        assert (await read_ledger_status(store_of(world))).states == {State.STORED: 10}
 
     live(main)
 
@@ -101,7 +101,7 @@ def test_status_counts_every_row_and_every_dollar():
 
     async def main(world):
         await in_process(world, 30, manifest(lines))
-        status = await ledger_status(store_of(world))
+        status = await read_ledger_status(store_of(world))
         bill = world.sandbox.service.bill()
         known = status.states[State.ACCEPTED] + status.states[State.STORED]
         known += status.states[State.FAILED]
@@ -110,7 +110,7 @@ def test_status_counts_every_row_and_every_dollar():
             status.outstanding, key=lambda entry: entry.task.submitted_at
         )
         await in_process(world, None, manifest(lines))
-        status = await ledger_status(store_of(world))
+        status = await read_ledger_status(store_of(world))
         assert status.spent == pytest.approx(float(world.sandbox.service.bill()["dollars"]))
         assert status.states == {State.STORED: 10, State.FAILED: 1}
 

@@ -8,7 +8,7 @@ from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.errors import FluxKontextError, ManifestError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.store import RecordStore, ledger_store
+from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import make_row
@@ -73,7 +73,7 @@ def test_a_finished_batch_has_nothing_to_pay_and_failures_are_left_unless_retrie
     rows = manifest("a", "b", "nsfw")
     with running_sandbox(SandboxSettings(mean=0.05, long_edge=16, api_key=KEY)) as sandbox:
         asyncio.run(run(sandbox, rows, tmp_path))
-    store = ledger_store(OutputFolder(str(tmp_path)))
+    store = open_ledger_store(OutputFolder(str(tmp_path)))
     plan = build_plan(manifest("a", "b", "nsfw", "new"), store, budget_usd=0.10)
     assert plan.standings == {PlannedAction.STORED: 2, PlannedAction.LEFT: 1, PlannedAction.PAY: 1}
     assert plan.spent == pytest.approx(0.09)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import ledger_status
+from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.errors import (
     FluxKontextError,
     LedgerError,
@@ -83,7 +83,7 @@ def test_a_person_settles_an_unknown_row(accepted):
 
     async def main(world):
         await in_process(world, None, manifest(LINES))
-        status = await ledger_status(store_of(world))
+        status = await read_ledger_status(store_of(world))
         assert [status.states[State.UNKNOWN], len(status.unknown)] == [1, 1]
         assert status.doubtful == pytest.approx(0.03)
         [entry] = status.unknown
@@ -135,7 +135,7 @@ def test_a_refusal_that_cannot_be_recorded_leaves_the_row_unknown_and_named(monk
     async def main(world):
         monkeypatch.setattr(RecordStore, "create", refused)
         await in_process(world, None, manifest(LINES))
-        status = await ledger_status(store_of(world))
+        status = await read_ledger_status(store_of(world))
         assert status.states[State.UNKNOWN] == 1
         await everything_kept(world, LINES)
 

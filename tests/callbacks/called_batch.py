@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import httpx
 
 from prefect_flux_kontext.batch import session as session_module
-from prefect_flux_kontext.batch.collection import collect
+from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.policy import RowOptions
 from prefect_flux_kontext.batch.runner import run_batch
-from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.receiver import create_receiver
 from prefect_flux_kontext.client.client import FluxKontextClient
@@ -103,11 +103,13 @@ class CalledBatch:
         options = RowOptions(cadence=cadence, resubmit_unknown=resubmit)
         callbacks = CallbackOptions(url=url, secret=SECRET, **decided)
         output = OutputFolder(self.url)
-        async with batch_session(
+        async with open_session(
             client, output, options, FluxKontextSettings(), callbacks
         ) as session:
             if only_collect:
-                return await collect(session, lambda wave: wave.run(), concurrent_tasks=1_000)
+                return await collect_outstanding(
+                    session, lambda wave: wave.run(), concurrent_tasks=1_000
+                )
             return await run_batch(
                 session, manifest(rows), lambda wave: wave.run(), concurrent_tasks=1_000
             )

@@ -13,7 +13,7 @@ from prefect_flux_kontext.errors import FluxKontextError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Entry
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
 from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -34,7 +34,7 @@ class Place:
     """
 
     def __init__(self, folder):
-        self.store = ledger_store(OutputFolder(str(folder)))
+        self.store = open_ledger_store(OutputFolder(str(folder)))
         self.inbox = Inbox(self.store.below("callbacks"))
         self.told = []
         self.waiting = True

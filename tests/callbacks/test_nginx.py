@@ -15,9 +15,9 @@ import pytest
 
 from prefect_flux_kontext.batch.policy import RowOptions
 from prefect_flux_kontext.batch.runner import run_batch
-from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.callbacks.options import CallbackOptions
-from prefect_flux_kontext.callbacks.receiver import create_receiver, served
+from prefect_flux_kontext.callbacks.receiver import create_receiver, serve_in_background
 from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -96,7 +96,7 @@ def nginx(folder, port, upstream):
 async def test_callbacks_pass_through_tls_and_a_path_prefix(tmp_path):
     folder, kept = tmp_path / "nginx", tmp_path / "kept"
     folder.mkdir()
-    async with served(create_receiver(str(kept), SECRET), "127.0.0.1", 0) as receiver:
+    async with serve_in_background(create_receiver(str(kept), SECRET), "127.0.0.1", 0) as receiver:
         with nginx(folder, free_port(), int(receiver.rpartition(":")[2])) as url:
             trusted = ssl.create_default_context(cafile=folder / "cert.pem")
             async with httpx.AsyncClient(verify=trusted, trust_env=False) as http:
@@ -119,7 +119,7 @@ async def test_a_batch_is_called_back_through_it(tmp_path, monkeypatch):
         monkeypatch.setenv("SSL_CERT_FILE", str(folder / "cert.pem"))  # for the sandbox's courier
         callbacks = CallbackOptions(url=url, secret=SECRET, listen=("127.0.0.1", listen))
         with running_sandbox(SandboxSettings(mean=0.5, long_edge=16)) as sandbox:
-            async with batch_session(
+            async with open_session(
                 FluxKontextClient(KEY, base_url=sandbox.url),
                 OutputFolder(str(tmp_path / "out")),
                 RowOptions(cadence=QUICK),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefect_flux_kontext.callbacks.options import callback_options
+from prefect_flux_kontext.callbacks.options import resolve_callback_options
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.sandbox.server import running_sandbox
@@ -13,11 +13,11 @@ SECRET = "a-secret-of-the-tests-0123456789"
 
 
 def options(**given):
-    return callback_options(FluxKontextSettings(callback_secret=SECRET), **given)
+    return resolve_callback_options(FluxKontextSettings(callback_secret=SECRET), **given)
 
 
 def test_without_a_url_rows_are_polled_and_no_secret_is_needed():
-    assert callback_options(FluxKontextSettings()).url is None
+    assert resolve_callback_options(FluxKontextSettings()).url is None
 
 
 def test_an_argument_wins_over_the_environment(monkeypatch):
@@ -52,7 +52,7 @@ def test_http_is_enough_on_this_machine(url):
 
 def test_a_url_without_a_secret_is_refused():
     with pytest.raises(ConfigurationError, match="FLUX_KONTEXT_CALLBACK_SECRET"):
-        callback_options(FluxKontextSettings(), url="https://example.com")
+        resolve_callback_options(FluxKontextSettings(), url="https://example.com")
 
 
 @pytest.mark.parametrize("address", ["8780", "localhost", "localhost:", ":8780", "a:b", "a:-1"])

@@ -10,7 +10,7 @@ from starlette.routing import Mount
 from prefect_flux_kontext.callbacks import receiver as receiver_module
 from prefect_flux_kontext.callbacks.inbox import Inbox
 from prefect_flux_kontext.callbacks.receiver import create_receiver
-from prefect_flux_kontext.callbacks.tokens import Attempt, token_for
+from prefect_flux_kontext.callbacks.tokens import Attempt, create_token
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 SECRET = "a-secret-of-the-tests-0123456789"
 ATTEMPT = Attempt("0123456789abcdef", "0123456789abcdef" * 2, 1)
-TOKEN = token_for(SECRET.encode(), ATTEMPT)
+TOKEN = create_token(SECRET.encode(), ATTEMPT)
 ENVELOPE = {"code": 200, "message": "success", "data": {"taskId": "task_1", "state": "success"}}
 
 
@@ -74,7 +74,7 @@ async def test_it_can_be_mounted_in_an_application_of_ones_own(app, inbox):
         f"/{TOKEN}x",
         f"/{TOKEN}/",
         f"/{TOKEN.swapcase()}",
-        f"/{token_for(b'another secret of the tests', ATTEMPT)}",
+        f"/{create_token(b'another secret of the tests', ATTEMPT)}",
         f"/{TOKEN.replace('.1.', '.2.')}",
         "/",
         "/%00",
@@ -177,7 +177,7 @@ async def test_of_one_url_no_more_than_four_different_bodies_are_kept(app, inbox
 async def test_what_is_remembered_of_answered_callbacks_is_bounded(app, inbox, monkeypatch):
     monkeypatch.setattr(receiver_module, "_REMEMBERED", 10)
     for number in range(1, 40):
-        await posted(app, f"/{token_for(SECRET.encode(), ATTEMPT._replace(number=number))}")
+        await posted(app, f"/{create_token(SECRET.encode(), ATTEMPT._replace(number=number))}")
     assert len(await told(inbox)) == 39
 
 

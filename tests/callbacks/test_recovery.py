@@ -6,10 +6,10 @@ import logging
 import httpx
 import pytest
 
-from prefect_flux_kontext.batch.collection import ledger_status
+from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import State
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.callbacks.called_batch import KEY, PUBLIC, CalledBatch, later, lost, manifest, punctual
 
@@ -23,7 +23,7 @@ def every_fourth(number):
 
 
 def ledger_of(batch):
-    return Ledger(ledger_store(OutputFolder(batch.url)), owner="test", prices={})
+    return Ledger(open_ledger_store(OutputFolder(batch.url)), owner="test", prices={})
 
 
 async def test_rows_whose_reply_was_lost_are_settled_in_the_same_run(monkeypatch):
@@ -76,7 +76,7 @@ async def test_a_callback_that_comes_after_the_run_settles_the_row_in_the_next(m
     assert (collected.stored, collected.unknown) == (5, 0)
     assert batch.service.bill()["accepted"] == ROWS
     assert await batch.inbox() == []
-    status = await ledger_status(ledger_store(OutputFolder(batch.url)))
+    status = await read_ledger_status(open_ledger_store(OutputFolder(batch.url)))
     assert status.states == {State.STORED: ROWS}
 
 
@@ -188,7 +188,7 @@ async def test_the_secret_and_the_tokens_are_in_no_record(monkeypatch, caplog):
     with caplog.at_level(logging.DEBUG):
         batch = CalledBatch(monkeypatch, lost, lose=every_fourth)
         await batch.run(ROWS)
-    store = ledger_store(OutputFolder(batch.url))
+    store = open_ledger_store(OutputFolder(batch.url))
     files = store._fs.find(store._root)
     told = b"".join(store._fs.cat_file(name) for name in files) + caplog.text.encode()
     macs = [url.rpartition(".")[2].encode() for url in batch.urls]

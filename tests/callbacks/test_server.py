@@ -13,12 +13,12 @@ import pytest
 
 from prefect_flux_kontext.batch.policy import RowOptions
 from prefect_flux_kontext.batch.runner import run_batch
-from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.callbacks import receiver as server_module
 from prefect_flux_kontext.callbacks.inbox import Inbox
 from prefect_flux_kontext.callbacks.options import CallbackOptions
-from prefect_flux_kontext.callbacks.receiver import create_receiver, served
-from prefect_flux_kontext.callbacks.tokens import Attempt, token_for
+from prefect_flux_kontext.callbacks.receiver import create_receiver, serve_in_background
+from prefect_flux_kontext.callbacks.tokens import Attempt, create_token
 from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -36,7 +36,7 @@ OWNER = "0123456789abcdef"
 
 
 def token(number):
-    return token_for(SECRET.encode(), Attempt(OWNER, f"{number:032x}", 1))
+    return create_token(SECRET.encode(), Attempt(OWNER, f"{number:032x}", 1))
 
 
 def envelope(number):
@@ -63,7 +63,7 @@ async def read_to_the_end(reader):
 )
 async def test_a_request_that_does_not_begin_in_time_is_hung_up_on(tmp_path, monkeypatch, begun):
     monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
-    async with served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
+    async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(begun)
@@ -73,7 +73,7 @@ async def test_a_request_that_does_not_begin_in_time_is_hung_up_on(tmp_path, mon
 
 async def test_a_head_that_drips_in_after_a_good_request_is_hung_up_on(tmp_path, monkeypatch):
     monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
-    async with served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
+    async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
@@ -85,7 +85,7 @@ async def test_a_head_that_drips_in_after_a_good_request_is_hung_up_on(tmp_path,
 
 async def test_a_hundred_callbacks_at_once_are_all_kept(tmp_path):
     async with (
-        served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url,
+        serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url,
         httpx.AsyncClient(trust_env=False) as http,
     ):
         replies = await asyncio.gather(
@@ -97,22 +97,22 @@ async def test_a_hundred_callbacks_at_once_are_all_kept(tmp_path):
 
 async def test_a_port_that_is_taken_is_told_before_anything_is_paid(tmp_path):
     receiver = create_receiver(str(tmp_path), SECRET)
-    async with served(receiver, "127.0.0.1", 0) as url:
+    async with serve_in_background(receiver, "127.0.0.1", 0) as url:
         port = int(url.rpartition(":")[2])
         with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port}"):
-            async with served(receiver, "127.0.0.1", port):
+            async with serve_in_background(receiver, "127.0.0.1", port):
                 pass
 
 
 async def test_a_batch_that_receives_its_own_callbacks_polls_nothing(tmp_path):
     # A port that is free now; the batch has to know it before it listens.
-    async with served(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
+    async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         pass
     port = int(url.rpartition(":")[2])
     callbacks = CallbackOptions(url=f"{url}/hooks", secret=SECRET, listen=("127.0.0.1", port))
     with running_sandbox(SandboxSettings(mean=0.5, long_edge=16)) as sandbox:
         client = FluxKontextClient(KEY, base_url=sandbox.url)
-        async with batch_session(
+        async with open_session(
             client,
             OutputFolder(str(tmp_path / "out")),
             RowOptions(cadence=QUICK),

@@ -2,7 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.callbacks.tokens import Attempt, named_by, token_for, validate_secret
+from prefect_flux_kontext.callbacks.tokens import (
+    Attempt,
+    create_token,
+    parse_token,
+    validate_secret,
+)
 from prefect_flux_kontext.errors import ConfigurationError
 
 SECRET = b"a-secret-of-the-tests-0123456789"
@@ -16,28 +21,28 @@ attempts = st.builds(
 
 @given(attempts)
 def test_a_token_names_its_attempt(attempt):
-    assert named_by(SECRET, token_for(SECRET, attempt)) == attempt
+    assert parse_token(SECRET, create_token(SECRET, attempt)) == attempt
 
 
 @given(attempts, st.integers(0, 200), st.characters())
 def test_a_token_that_is_changed_anywhere_names_nothing(attempt, place, other):
-    token = token_for(SECRET, attempt)
+    token = create_token(SECRET, attempt)
     place %= len(token)
     changed = token[:place] + other + token[place + 1 :]
-    assert named_by(SECRET, changed) == (attempt if changed == token else None)
+    assert parse_token(SECRET, changed) == (attempt if changed == token else None)
 
 
 @given(st.text())
 def test_any_text_is_no_token(text):
-    assert named_by(SECRET, text) is None
+    assert parse_token(SECRET, text) is None
 
 
 def test_another_secret_makes_other_tokens():
-    assert named_by(SECRET[::-1], token_for(SECRET, ATTEMPT)) is None
+    assert parse_token(SECRET[::-1], create_token(SECRET, ATTEMPT)) is None
 
 
 def test_a_token_stands_in_a_url_as_it_is():
-    token = token_for(SECRET, ATTEMPT)
+    token = create_token(SECRET, ATTEMPT)
     assert token.startswith("0123456789abcdef.0123456789abcdef0123456789abcdef.3.")
     assert len(token) < 120
     assert set(token) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")

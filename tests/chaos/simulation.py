@@ -17,10 +17,10 @@ import httpx
 
 from prefect_flux_kontext.batch import session as session_module
 from prefect_flux_kontext.batch import waves
-from prefect_flux_kontext.batch.collection import collect
+from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.runner import run_batch
-from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.client.limits.account import AccountLimiter
 from prefect_flux_kontext.client.polling import PollingCadence
@@ -116,9 +116,11 @@ async def run(
         retry_failed=retry,
         deferred=deferred,
     )
-    async with batch_session(client, OutputFolder(world.url), options, _SETTINGS) as session:
+    async with open_session(client, OutputFolder(world.url), options, _SETTINGS) as session:
         if only_collect:
-            return await collect(session, lambda wave: wave.run(), concurrent_tasks=slots)
+            return await collect_outstanding(
+                session, lambda wave: wave.run(), concurrent_tasks=slots
+            )
         return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.cli.progress import shown
+from prefect_flux_kontext.cli.progress import show_progress
 
 KEY = "key-of-the-tests"
 COMMAND = Path(sys.executable).parent / "flux-kontext"
@@ -135,7 +135,7 @@ class Progress:
 @pytest.mark.virtual_time
 async def test_without_a_terminal_a_plain_line_comes_every_ten_seconds(capsys):
     runner = Progress()
-    async with shown(runner, 40):
+    async with show_progress(runner, 40):
         await asyncio.sleep(5)
         runner.progress.rows, runner.progress.stored, runner.progress.spent = 5, 5, 0.27
         await asyncio.sleep(10)
@@ -159,16 +159,16 @@ def start(arguments, environment=None, **popen):
 
 def read_terminal(master, process):
     """All that a process writes to its terminal."""
-    shown = b""
+    screen = b""
     while True:
         ready, _, _ = select.select([master], [], [], 0.1)
         try:
             piece = os.read(master, 65_536) if ready else b""
         except OSError:  # how Linux says that nobody has the other end any more
-            return shown
-        shown += piece
+            return screen
+        screen += piece
         if not piece and process.poll() is not None:
-            return shown
+            return screen
 
 
 def test_on_a_terminal_a_bar_moves(sandbox, manifest, output):
@@ -176,14 +176,14 @@ def test_on_a_terminal_a_bar_moves(sandbox, manifest, output):
     arguments = ["run", manifest("a lighthouse", "a harbour"), output]
     with start(arguments, {"TERM": "xterm", "COLUMNS": "120"}, stdout=terminal) as process:
         os.close(terminal)
-        shown = read_terminal(master, process)
+        screen = read_terminal(master, process)
         os.close(master)
         errors = process.communicate()[1]
     assert process.returncode == 0, errors
-    assert b"restyling" in shown
-    assert b"2/2" in shown
-    assert b"\x1b[" in shown
-    assert b"2 of 2 rows stored" in shown
+    assert b"restyling" in screen
+    assert b"2/2" in screen
+    assert b"\x1b[" in screen
+    assert b"2 of 2 rows stored" in screen
 
 
 def test_ctrl_c_leaves_130_and_no_traceback(sandbox, manifest, output, monkeypatch):

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.client.retry import jittered, retry_after_seconds
+from prefect_flux_kontext.client.retry import jittered_backoff, parse_retry_after
 
 
 @given(st.integers(1, 10_000))
 def test_backoff_stays_between_a_quarter_of_the_ceiling_and_the_ceiling(attempt):
     ceiling = min(30.0, 2.0 ** min(attempt - 1, 5))
-    assert ceiling / 4 <= jittered(attempt) <= ceiling
+    assert ceiling / 4 <= jittered_backoff(attempt) <= ceiling
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,19 @@ def test_backoff_stays_between_a_quarter_of_the_ceiling_and_the_ceiling(attempt)
     + [(header, None) for header in (None, "", "soon", "-1", "nan", "-inf", "1, 2", "7 s")],
 )
 def test_retry_after_in_seconds(header, seconds):
-    assert retry_after_seconds(header) == seconds
+    assert parse_retry_after(header) == seconds
 
 
 @pytest.mark.parametrize(("ahead", "least", "most"), [(60, 50, 60), (86_400, 300, 300)])
 def test_retry_after_as_a_date(ahead, least, most):
     moment = datetime.now(UTC) + timedelta(seconds=ahead)
-    assert least <= retry_after_seconds(format_datetime(moment, usegmt=True)) <= most
+    assert least <= parse_retry_after(format_datetime(moment, usegmt=True)) <= most
 
 
 @pytest.mark.parametrize("ahead", [-1, -86_400 * 365])
 def test_a_date_that_is_past_is_no_advice(ahead):
     moment = datetime.now(UTC) + timedelta(seconds=ahead)
-    assert retry_after_seconds(format_datetime(moment, usegmt=True)) is None
+    assert parse_retry_after(format_datetime(moment, usegmt=True)) is None
 
 
 @given(
@@ -42,5 +42,5 @@ def test_a_date_that_is_past_is_no_advice(ahead):
     | st.from_regex(r"\A(Mon, )?\d{1,25} Jan \d{1,25} \d{1,25}:\d\d:\d\d [+-]?\d{1,25}\Z")
 )
 def test_any_header_is_read_as_seconds_or_as_nothing(header):
-    seconds = retry_after_seconds(header)
+    seconds = parse_retry_after(header)
     assert seconds is None or 0 <= seconds <= 300

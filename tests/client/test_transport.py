@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from prefect_flux_kontext.client import transport as wire
-from prefect_flux_kontext.client.transport import AiohttpTransport, tls_context
+from prefect_flux_kontext.client.transport import AiohttpTransport, create_tls_context
 from tests.support import scripted_server as play
 from tests.support.certificates import self_signed
 from tests.support.made_up_network import Network
@@ -19,7 +19,7 @@ FINE = play.reply(200, b"fine")
 
 
 def client(**how):
-    transport = AiohttpTransport(tls_context(), **how)
+    transport = AiohttpTransport(create_tls_context(), **how)
     return httpx.AsyncClient(transport=transport, headers={"Authorization": "Bearer canary"})
 
 
@@ -145,7 +145,7 @@ async def test_cookies_are_not_kept_and_redirects_not_followed():
 
 async def test_no_header_is_added_to_those_of_the_request():
     async with ScriptedServer(FINE) as server:
-        transport = AiohttpTransport(tls_context())
+        transport = AiohttpTransport(create_tls_context())
         request = httpx.Request("POST", f"{server.url}/a%20b?c=%2F&d", content=b"{}")
         await (await transport.handle_async_request(request)).aread()
         await transport.aclose()
@@ -156,7 +156,7 @@ async def test_no_header_is_added_to_those_of_the_request():
 
 async def test_a_connection_is_used_again_unless_a_body_is_left_unread():
     async with ScriptedServer(play.reply(200, b"x" * 500_000)) as server:
-        transport = AiohttpTransport(tls_context())
+        transport = AiohttpTransport(create_tls_context())
 
         async def ask(*, read):
             response = await transport.handle_async_request(httpx.Request("GET", server.url))
@@ -173,7 +173,7 @@ async def test_a_connection_is_used_again_unless_a_body_is_left_unread():
 @pytest.mark.parametrize("url", ["http://[::1]:8000/x", "http://user:word@127.0.0.1:8000/x"])
 async def test_an_address_of_the_url_is_connected_to_and_no_login_is_sent(url):
     network = Network()
-    transport = AiohttpTransport(tls_context(), socket_factory=network)
+    transport = AiohttpTransport(create_tls_context(), socket_factory=network)
     response = await transport.handle_async_request(httpx.Request("GET", url))
     assert await response.aread() == b"fine"
     await transport.aclose()
@@ -182,6 +182,6 @@ async def test_an_address_of_the_url_is_connected_to_and_no_login_is_sent(url):
 
 
 async def test_a_closed_transport_that_was_never_used_had_nothing_to_close():
-    transport = AiohttpTransport(tls_context())
+    transport = AiohttpTransport(create_tls_context())
     await transport.aclose()
     assert transport._session is None

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from prefect_flux_kontext.errors import InvalidImageError
-from prefect_flux_kontext.images.decode import MOST_PIXELS, ImageInfo, inspect_image
+from prefect_flux_kontext.images.decode import MAX_PIXELS, ImageInfo, inspect_image
 from tests.support.pictures import animation, picture, png_that_claims
 
 CUTS = 35
@@ -97,7 +97,7 @@ def test_an_animation_cut_in_a_later_frame_is_refused(kind):
 @pytest.mark.parametrize("side", [8_001, 9_000, 20_000, 65_500])
 def test_a_picture_that_claims_too_many_pixels_is_refused_without_decoding_it(side):
     bomb = png_that_claims(side, side)
-    assert side * side > MOST_PIXELS
+    assert side * side > MAX_PIXELS
     tracemalloc.start()
     try:
         with pytest.raises(InvalidImageError, match=r"pixels"):

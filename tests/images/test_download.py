@@ -7,7 +7,7 @@ import pytest
 
 from prefect_flux_kontext.errors import DownloadError
 from prefect_flux_kontext.images.decode import inspect_image
-from prefect_flux_kontext.images.download import download_client, download_image
+from prefect_flux_kontext.images.download import download_image, open_download_client
 from tests.support.pictures import picture
 
 JPEG, OTHER = picture("jpeg"), picture("jpeg", size=(90, 70))
@@ -61,7 +61,7 @@ class Files(httpx.AsyncBaseTransport):
 
 
 async def download(transport):
-    async with download_client(transport) as http:
+    async with open_download_client(transport) as http:
         return await download_image("http://results.test/a", http, whole, task_id="task_1")
 
 

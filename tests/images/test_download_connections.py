@@ -11,7 +11,7 @@ from blockbuster import BlockingError, blockbuster_ctx
 
 from prefect_flux_kontext.errors import DownloadError
 from prefect_flux_kontext.images import persist as results
-from prefect_flux_kontext.images.download import _fetch, _Partial, download_client
+from prefect_flux_kontext.images.download import _fetch, _Partial, open_download_client
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import GenerationResult
 from prefect_flux_kontext.storage import filesystem as storage
@@ -23,7 +23,7 @@ JPEG = picture("jpeg")
 
 HALF = len(JPEG) // 2
 
-local_client = functools.partial(download_client, base_url="http://127.0.0.1")
+local_client = functools.partial(open_download_client, base_url="http://127.0.0.1")
 
 LARGEST = 50 * 2**20
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, StorageError
-from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import GenerationRequest, GenerationResult
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -53,7 +53,7 @@ def result(*paths, output_format="jpeg", query=""):
 
 
 async def persist(host, what, output, name="cat", *, ai_mark=False):
-    async with download_client(httpx.ASGITransport(host)) as http:
+    async with open_download_client(httpx.ASGITransport(host)) as http:
         return await persist_result(what, OutputFolder(output), http, name=name, ai_mark=ai_mark)
 
 
@@ -267,6 +267,6 @@ class TestOnVirtualTime:
     )
     async def test_a_url_that_is_none_is_a_download_error(self, url, tmp_path):
         what = GenerationResult(task_id="task_1", result_urls=[url])
-        async with download_client(base_url="http://127.0.0.1") as http:
+        async with open_download_client(base_url="http://127.0.0.1") as http:
             with pytest.raises(DownloadError, match="task_1"):
                 await persist_result(what, OutputFolder(tmp_path), http, name="cat")

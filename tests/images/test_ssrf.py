@@ -10,7 +10,7 @@ import ssl
 import httpx
 import pytest
 
-from prefect_flux_kontext.client.transport import tls_context
+from prefect_flux_kontext.client.transport import create_tls_context
 from prefect_flux_kontext.errors import RefusedUrlError
 from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport, resolve
 from tests.support import scripted_server as play
@@ -113,7 +113,7 @@ async def test_over_https_the_certificate_must_be_the_names(name, tmp_path, monk
 
 
 def test_the_context_of_all_connections_asks_for_certificates():
-    context = tls_context()
+    context = create_tls_context()
     assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
 
 

@@ -7,10 +7,10 @@ from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
     close_wave,
-    finished_rows,
-    forget_wave,
+    delete_wave,
     open_wave,
-    open_waves,
+    read_finished_rows,
+    read_open_waves,
 )
 from prefect_flux_kontext.manifest.row import make_row
 
@@ -44,11 +44,11 @@ async def entry(ledger, key, outcome):
 
 
 async def parts(store):
-    return {row.key: row.ended.state async for row in finished_rows(store)}
+    return {row.key: row.ended.state async for row in read_finished_rows(store)}
 
 
 async def named(store):
-    return [key async for wave in open_waves(store) for key in wave.keys]
+    return [key async for wave in read_open_waves(store) for key in wave.keys]
 
 
 async def test_a_wave_that_is_all_ended_leaves_one_part(store, ledger):
@@ -77,14 +77,14 @@ async def test_a_wave_in_which_nothing_was_paid_leaves_nothing(store, ledger):
 async def test_a_part_tells_what_all_attempts_cost(store, ledger):
     await entry(ledger, "k1", "failed")
     await close_wave(store, WAVE, [await entry(ledger, "k1", "stored")])
-    row = [row async for row in finished_rows(store)]
+    row = [row async for row in read_finished_rows(store)]
     assert [(r.attempt, r.failures, round(r.spent, 4)) for r in row] == [(2, 1, 0.06)]
 
 
 async def test_a_forgotten_wave_is_forgotten(store):
     await open_wave(store, WAVE)
-    await forget_wave(store, WAVE)
-    await forget_wave(store, WAVE)
+    await delete_wave(store, WAVE)
+    await delete_wave(store, WAVE)
     assert await named(store) == []
 
 
@@ -106,7 +106,7 @@ async def test_a_wave_that_ends_between_listing_and_reading_is_no_trouble(store,
 
     async def then_it_ends(folder):
         listed = await names(folder)
-        await forget_wave(store, WAVE)
+        await delete_wave(store, WAVE)
         return listed
 
     monkeypatch.setattr(store, "names", then_it_ends)

@@ -9,7 +9,7 @@ import pytest
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER
 from prefect_flux_kontext.manifest import directory as folder
-from prefect_flux_kontext.manifest.directory import folder_at
+from prefect_flux_kontext.manifest.directory import find_image_folder
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.references.resolver import References
@@ -73,7 +73,7 @@ def put(url, *names, content=None):
 
 
 def lines(url, output=None):
-    return list(folder_at(url, output).lines())
+    return list(find_image_folder(url, output).lines())
 
 
 def ids(url, output=None):
@@ -108,11 +108,11 @@ def test_an_image_is_told_by_its_url_or_its_absolute_local_path(photos):
 
 def test_a_folder_is_told_from_a_file_without_a_slash_at_its_end(local):
     path = local("a.jpg", "m.csv")
-    assert folder_at(path, None) is not None
-    assert folder_at(f"{path}/m.csv", None) is None
-    assert folder_at(f"{path}/a.jpg", None) is None
+    assert find_image_folder(path, None) is not None
+    assert find_image_folder(f"{path}/m.csv", None) is None
+    assert find_image_folder(f"{path}/a.jpg", None) is None
     for url in ("https://a.test/x*?y/", "http://a.test/", "zip://*::m.zip", ""):
-        assert folder_at(url, None) is None
+        assert find_image_folder(url, None) is None
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,13 @@ def test_a_glob_takes_what_it_matches_below_the_folder_that_it_begins_in(photos,
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(local):
     path = local("a[1].csv")
-    assert folder_at(f"{path}/a[1].csv", None) is None
+    assert find_image_folder(f"{path}/a[1].csv", None) is None
 
 
 def test_a_glob_looks_no_deeper_than_it_can_match(local, monkeypatch):
     path = local("a.jpg", "1/2/3/x.jpg")
     listed = []
-    found = folder_at(f"{path}/*/*.jpg", None)
+    found = find_image_folder(f"{path}/*/*.jpg", None)
     list_one = found.fs.ls
     monkeypatch.setattr(found.fs, "ls", lambda at, **how: listed.append(at) or list_one(at, **how))
     with pytest.raises(ManifestError):
@@ -176,7 +176,7 @@ def test_an_output_that_holds_the_images_is_refused(local):
     for output in (path, f"{path}/in", f"file://{path}/in/"):
         told = problem(f"{path}/in", output=output, styles="oil")
         assert "the next run would pay for its own results" in told
-    assert folder_at(f"{path}/in", f"{path}/i").output == f"{path}/i"
+    assert find_image_folder(f"{path}/in", f"{path}/i").output == f"{path}/i"
 
 
 def test_a_link_to_an_image_is_one_and_a_link_to_a_folder_leads_nowhere(local, tmp_path):
@@ -248,7 +248,7 @@ def test_a_local_file_has_no_version(local):
 def test_listings_are_not_remembered(s3):
     bucket, client = s3
     client.put_object(Bucket="pictures", Key="growing/a.jpg", Body=b"a")
-    found = folder_at(f"{bucket}/growing/", None)
+    found = find_image_folder(f"{bucket}/growing/", None)
     assert len(list(found.lines())) == 1
     client.put_object(Bucket="pictures", Key="growing/b.jpg", Body=b"b")
     assert len(list(found.lines())) == 2
@@ -260,7 +260,7 @@ def test_a_prefix_that_may_not_be_listed_is_a_manifest_error(s3):
 
 COUNT = """
 import resource, sys
-from prefect_flux_kontext.manifest.folder import Folder
+from prefect_flux_kontext.manifest.directory import ImageFolder
 
 class Listing:
     protocol = "many"
@@ -274,7 +274,7 @@ class Listing:
     def unstrip_protocol(self, path):
         return "many://" + path
 
-number = sum(1 for _ in Folder("many://root", Listing(), "root", None, 64, None).lines())
+number = sum(1 for _ in ImageFolder("many://root", Listing(), "root", None, 64, None).lines())
 print(number, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.images import download as downloading
-from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import GenerationResult
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -178,7 +178,7 @@ def _one_attempt(monkeypatch):
 
 
 async def persist(origin, output):
-    async with ScriptedServer(origin) as server, download_client(base_url=server.url) as http:
+    async with ScriptedServer(origin) as server, open_download_client(base_url=server.url) as http:
         result = GenerationResult(task_id="task_1", result_urls=[f"{server.url}/?key=canary"])
         return await persist_result(result, OutputFolder(output), http, name="cat", ai_mark=False)
 

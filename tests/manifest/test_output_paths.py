@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from prefect_flux_kontext.batch.runner import FAILED_ROWS
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER
-from prefect_flux_kontext.manifest.output_paths import name_of, parse_names
+from prefect_flux_kontext.manifest.output_paths import output_path, parse_path_template
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, make_row
-from prefect_flux_kontext.storage.names import problem_of_name
+from prefect_flux_kontext.storage.names import find_name_problem
 
 
 def named(template=None, row_id="cat", style=None, **cells):
-    names = None if template is None else parse_names(template)
-    return name_of(row_id, style, cells, names, "jpeg")
+    names = None if template is None else parse_path_template(template)
+    return output_path(row_id, style, cells, names, "jpeg")
 
 
 def problem(template=None, **given):
@@ -172,8 +172,8 @@ def test_a_png_is_named_png_where_the_row_is_one():
 
 def test_the_batchs_own_files_are_those_that_no_image_takes():
     for own in (LEDGER_FOLDER, FAILED_ROWS):
-        assert problem_of_name(own)
-        assert problem_of_name(f"{own}/x")
+        assert find_name_problem(own)
+        assert find_name_problem(f"{own}/x")
 
 
 def test_equal_names_are_found_over_ids_styles_and_outputs():

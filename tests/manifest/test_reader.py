@@ -255,7 +255,7 @@ def test_a_name_with_glob_characters_means_just_that_file(tmp_path):
 
 CHECK = """
 import resource, sys
-from prefect_flux_kontext.manifest.reading import Manifest
+from prefect_flux_kontext.manifest.reader import Manifest
 from tests.support.plans import plan_of
 
 def most_memory():

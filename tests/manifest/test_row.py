@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.manifest.row import RefusedRow, Row, make_row, problems_of_reference
+from prefect_flux_kontext.manifest.row import RefusedRow, Row, find_reference_problems, make_row
 
 URL = "http://references.test/cat.jpg"
 
@@ -114,7 +114,7 @@ def test_a_relative_path_starts_from_the_folder_also_when_the_row_is_written_els
     ],
 )
 def test_a_reference_that_is_a_trap_is_refused(image, told):
-    (problem,) = problems_of_reference(image)
+    (problem,) = find_reference_problems(image)
     assert told in problem
     assert "word@" not in problem
 
@@ -153,7 +153,7 @@ def test_one_reference_and_several_at_once_are_refused():
 
 @pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x y.png", "http://[::1]:80/x?sig=1#f"])
 def test_a_reference_that_the_service_may_fetch_is_let_through(image):
-    assert problems_of_reference(image) == []
+    assert find_reference_problems(image) == []
 
 
 @given(st.dictionaries(st.sampled_from(["id", "image", "prompt", "mode", "other"]), st.text()))

@@ -129,7 +129,7 @@ class TestTelling:
         )
         assert state.is_failed()
         expiring = {"output": "out", "rows": 7, "days_left": 1.5, "task_id": "task_1"}
-        events.tell(events.RESULTS_EXPIRING, "out", expiring)
+        events.emit(events.RESULTS_EXPIRING, "out", expiring)
         await anyio.to_thread.run_sync(tell_prefect_everything)
         # The server looks a few seconds long whether an event belongs to others.
         told = [await anyio.to_thread.run_sync(lambda: heard.get(timeout=90)) for _ in range(3)]

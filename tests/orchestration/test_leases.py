@@ -18,9 +18,9 @@ from prefect_flux_kontext.orchestration.partitions.leases import (
     Lease,
     Share,
     create_limit,
-    leased,
+    lease_slots,
     limit_name,
-    share_of,
+    read_account_limit,
 )
 from tests.orchestration.conftest import KEY
 
@@ -73,25 +73,25 @@ class TestTheLimit:
         ]
 
     async def test_parts_get_equal_shares_and_the_limit_where_there_is_none(self, account):
-        assert await share_of(account, 3) == Share(slots=13, requests_per_minute=195)
+        assert await read_account_limit(account, 3) == Share(slots=13, requests_per_minute=195)
         assert await in_use(account) == 0
 
     async def test_a_limit_below_the_accounts_is_what_is_shared(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 20}))
-        assert await share_of(account, 2) == Share(slots=10, requests_per_minute=150)
+        assert await read_account_limit(account, 2) == Share(slots=10, requests_per_minute=150)
 
     async def test_a_limit_above_the_accounts_is_refused(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 50}))
         with pytest.raises(ConfigurationError, match=r"has 50 slots, the account has 40.*create"):
-            await share_of(account, 2)
+            await read_account_limit(account, 2)
 
     async def test_more_parts_than_slots_are_refused(self, account):
         with pytest.raises(ConfigurationError, match="41 parts cannot share the 40 slots"):
-            await share_of(account, 41)
+            await read_account_limit(account, 41)
 
     async def test_no_limit_is_no_lease(self, account):
         with pytest.raises(ConfigurationError, match=r"no limit .* Create it: flux"):
-            async with leased(account, 1):
+            async with lease_slots(account, 1):
                 pass
 
     async def test_prefect_away_is_told_with_the_command(self, account, monkeypatch):
@@ -100,7 +100,7 @@ class TestTheLimit:
 
         monkeypatch.setattr(leases, "_read", away)
         with pytest.raises(ConfigurationError, match=r"nobody there.*limits create"):
-            await share_of(account, 2)
+            await read_account_limit(account, 2)
         with pytest.raises(ConfigurationError, match="nobody there"):
             await create_limit(account)
 
@@ -112,11 +112,11 @@ class TestALease:
         third = asyncio.Event()
 
         async def come_third():
-            async with leased(account, 20):
+            async with lease_slots(account, 20):
                 third.set()
 
-        async with leased(account, 20), anyio.create_task_group() as group:
-            async with leased(account, 20):
+        async with lease_slots(account, 20), anyio.create_task_group() as group:
+            async with lease_slots(account, 20):
                 assert await in_use(account) == 40
                 group.start_soon(come_third)
                 await anyio.sleep(0.3)
@@ -126,7 +126,7 @@ class TestALease:
 
     async def test_slots_of_tasks_that_run_on_are_left_to_the_leases_end(self, account):
         await create_limit(account)
-        async with leased(account, 20) as lease:
+        async with lease_slots(account, 20) as lease:
             lease.held_for(Submitter("a row that is paid for"))
         assert await in_use(account) == 20
 

@@ -18,7 +18,7 @@ from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
 from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.ledger.heartbeat import is_alive
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration.events import (
     BATCH_FINISHED,
     BATCH_STARTED,
@@ -299,6 +299,6 @@ async def test_a_part_is_a_living_owner_only_while_it_runs(place, account, tmp_p
     block = await FluxKontextCredentials.aload(account)
     with pytest.raises(ConfigurationError, match="flux-kontext limits create"):
         await style_transfer_partition(part, given, str(tmp_path), block, cadence=QUICK)
-    store = ledger_store(OutputFolder(tmp_path))
+    store = open_ledger_store(OutputFolder(tmp_path))
     assert await store.names("owners") == []
     assert not await is_alive(store, "0" * 32)

@@ -16,7 +16,7 @@ from prefect_flux_kontext.callbacks import completion as awaited
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Callback, Inbox
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.flows import style_transfer_batch
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
 from prefect_flux_kontext.orchestration import receiver as receiving
 from prefect_flux_kontext.orchestration.suspension import resume_suspended
@@ -122,8 +122,8 @@ async def test_who_is_suspended_a_moment_later_is_found_and_the_event_comes_once
     how = {"credentials": account, "cadence": QUICK, "wait": "collect"}
     await style_transfer_batch([{"id": "a", "prompt": "a lighthouse"}], str(tmp_path), **how)
     output = OutputFolder(str(tmp_path))
-    (entry,) = await unfinished_entries(ledger_store(output))
-    inbox = Inbox(ledger_store(output).below(INBOX_FOLDER))
+    (entry,) = await unfinished_entries(open_ledger_store(output))
+    inbox = Inbox(open_ledger_store(output).below(INBOX_FOLDER))
     callback = Callback(owner=entry.intent.owner, key=entry.key, number=entry.attempt)
     looks, found = [], asyncio.Event()
 
@@ -137,7 +137,7 @@ async def test_who_is_suspended_a_moment_later_is_found_and_the_event_comes_once
         return resumed
 
     monkeypatch.setattr(receiving, "resume_suspended", looked)
-    async with receiving.resuming(output, inbox):
+    async with receiving.resume_on_completion(output, inbox):
         await inbox.keep(callback)
         await found.wait()
     assert len(looks) == 2

@@ -24,7 +24,7 @@ import asyncio, sys
 from prefect import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect_flux_kontext.flows import style_transfer_batch
-from prefect_flux_kontext.parts.part import style_transfer_part
+from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
 
 async def pool_is_there():
     async with get_client() as client:
@@ -36,7 +36,7 @@ async def pool_is_there():
 async def main(root, output):
     while not await pool_is_there():
         await asyncio.sleep(0.2)
-    part = await style_transfer_part.from_source(root, "flows/part_of_batch.py:part_of_batch")
+    part = await style_transfer_partition.from_source(root, "flows/part_of_batch.py:part_of_batch")
     await part.deploy("part-of-batch", work_pool_name="parts", print_next_steps=False)
     rows = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(40)]
     summary = await style_transfer_batch(rows, output, parts=2)

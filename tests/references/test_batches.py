@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.references.staging import Staging
@@ -140,7 +140,7 @@ def test_a_signed_reference_that_fails_twice_is_left_and_its_signature_is_in_no_
     assert SIGNATURE not in kept
     assert "s3cr3t" not in kept
     # Nor is it paid for in the next run, which its plan says too.
-    store = ledger_store(OutputFolder(str(tmp_path)))
+    store = open_ledger_store(OutputFolder(str(tmp_path)))
     assert build_plan(rows, store).to_pay == 0
     one_by_one(sandbox, rows, tmp_path)
     assert accepted(sandbox) == 2

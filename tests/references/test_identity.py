@@ -6,12 +6,12 @@ import fsspec
 import pytest
 from fsspec.registry import _registry, known_implementations
 
-from prefect_flux_kontext.batch.planning import checked, keyed
-from prefect_flux_kontext.ledger.keys import row_key
+from prefect_flux_kontext.batch.planning import with_reference_checks, with_row_keys
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.references import resolver as resolving
-from prefect_flux_kontext.references.identity import private_identity, version_of
+from prefect_flux_kontext.references.identity import identify_private_object, read_version
 from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.references.staging import Staging
 from tests.references.conftest import SIGNATURE, Bucket
@@ -27,13 +27,15 @@ def manifest(*images, folder=None):
 
 
 def keys(rows, references=None):
-    told = list(keyed(rows.rows(), references or References()))
+    told = list(with_row_keys(rows.rows(), references or References()))
     assert all(isinstance(row, Row) for row in told), told
     return [row.key for row in told]
 
 
 def refused(rows, **how):
-    told = checked(rows.rows(), References(how.pop("staging", STAGING), **how), lambda _row: True)
+    told = with_reference_checks(
+        rows.rows(), References(how.pop("staging", STAGING), **how), lambda _row: True
+    )
     return [row.reason for row in told if isinstance(row, RefusedRow)]
 
 
@@ -75,14 +77,14 @@ def test_the_key_of_an_object_is_that_of_its_url_and_version():
             if entry["name"] == "pictures/cat.jpg"
         ]
         # A listing and a look at the object itself tell the same version.
-        assert version_of(listed) == version_of(fs.info("pictures/cat.jpg", refresh=True))
+        assert read_version(listed) == read_version(fs.info("pictures/cat.jpg", refresh=True))
         request = next(manifest(f"{url}/cat.jpg").rows()).request
-        identity = private_identity(f"{url}/cat.jpg", version_of(listed))
-        assert row_key(request, {f"{url}/cat.jpg": identity}) == seen[2]
+        identity = identify_private_object(f"{url}/cat.jpg", read_version(listed))
+        assert compute_row_key(request, {f"{url}/cat.jpg": identity}) == seen[2]
 
 
 def test_an_object_whose_store_tells_no_version_is_known_by_its_url():
-    assert private_identity("gs://a/b", version_of({"size": 3})) == "gs://a/b"
+    assert identify_private_object("gs://a/b", read_version({"size": 3})) == "gs://a/b"
 
 
 def test_rows_stay_in_order_and_each_file_is_looked_at_once(tmp_path, monkeypatch):
@@ -98,7 +100,7 @@ def test_rows_stay_in_order_and_each_file_is_looked_at_once(tmp_path, monkeypatc
         (tmp_path / f"{number}.jpg").write_bytes(bytes([number]))
     rows = manifest(*(f"{n % 7}.jpg" for n in range(1_000)), folder=tmp_path)
     references = References()
-    told = list(keyed(rows.rows(), references))
+    told = list(with_row_keys(rows.rows(), references))
     assert [row.id for row in told] == [str(n) for n in range(1_000)]
     assert len({row.key for row in told}) == 7
     # Nor again in the run after the plan.
@@ -170,7 +172,7 @@ def test_a_large_object_that_would_be_shrunk_needs_a_staging_place(bucket):
 def test_the_references_of_rows_that_are_not_to_be_paid_are_not_read(tmp_path):
     (tmp_path / "text.jpg").write_bytes(b"text")
     rows = manifest("text.jpg", folder=tmp_path)
-    told = list(checked(rows.rows(), References(STAGING), lambda _row: False))
+    told = list(with_reference_checks(rows.rows(), References(STAGING), lambda _row: False))
     assert isinstance(told[0], Row)
 
 
@@ -178,7 +180,7 @@ def test_a_package_that_is_missing_is_told_by_name(monkeypatch):
     monkeypatch.delitem(_registry, "gs", raising=False)
     missing = {"class": "nobody_has_this.FileSystem", "err": "Please install gcsfs"}
     monkeypatch.setitem(known_implementations, "gs", missing)
-    told = next(keyed(manifest("gs://bucket/cat.jpg").rows(), References()))
+    told = next(with_row_keys(manifest("gs://bucket/cat.jpg").rows(), References()))
     assert "needs a package: Please install gcsfs" in told.reason
 
 
@@ -203,7 +205,7 @@ async def test_what_has_changed_since_the_plan_is_not_sent(tmp_path, bucket, whe
     (tmp_path / "cat.jpg").write_bytes(picture())
     reference = str(tmp_path / "cat.jpg") if where == "local" else "gs://photos/cat.jpg"
     references = References(STAGING)
-    list(checked(manifest(reference).rows(), references, lambda _row: True))
+    list(with_reference_checks(manifest(reference).rows(), references, lambda _row: True))
     assert await _sent(references, reference)
     (tmp_path / "cat.jpg").write_bytes(picture(size=(50, 50)))
     info = Bucket.info
@@ -238,5 +240,5 @@ async def test_what_was_not_checked_by_a_plan_is_checked_before_it_is_sent(tmp_p
 def test_a_row_keeps_everything_but_its_key(tmp_path):
     (tmp_path / "cat.jpg").write_bytes(b"a cat")
     (row,) = manifest("cat.jpg", folder=tmp_path).rows()
-    (told,) = keyed([row], References())
+    (told,) = with_row_keys([row], References())
     assert dataclasses.replace(told, key=row.key) == row

@@ -10,9 +10,9 @@ from prefect_flux_kontext.errors import ConfigurationError, ReferenceImageError,
 from prefect_flux_kontext.references import staging as module
 from prefect_flux_kontext.references.staging import (
     Staging,
-    life_of_signatures,
-    signed,
-    staging_place,
+    create_staging,
+    sign_url,
+    signature_lifetime,
 )
 from tests.support.s3 import s3_server
 
@@ -104,17 +104,17 @@ def test_a_bucket_without_a_public_url_signs():
 )
 def test_a_place_that_nobody_could_fetch_from_is_no_setting(url, public_url, told):
     with pytest.raises(ConfigurationError, match=told):
-        staging_place(url, public_url)
+        create_staging(url, public_url)
 
 
 def test_no_place_is_none():
-    assert staging_place(None, None) is None
+    assert create_staging(None, None) is None
 
 
 @pytest.mark.parametrize(("timeout", "life"), [(0, 3_600), (900, 3_600), (4_000, 8_000)])
 def test_signatures_outlast_the_wait_and_are_good_for_an_hour_at_least(timeout, life):
-    assert life_of_signatures(timeout) == life
-    assert life_of_signatures(10_000_000) == 7 * 24 * 3_600
+    assert signature_lifetime(timeout) == life
+    assert signature_lifetime(10_000_000) == 7 * 24 * 3_600
 
 
 def test_a_filesystem_that_cannot_sign_is_told_without_what_it_says(tmp_path):
@@ -123,8 +123,8 @@ def test_a_filesystem_that_cannot_sign_is_told_without_what_it_says(tmp_path):
             raise RuntimeError(f"https://{path}?Signature=s3cr3t&{expiration}")
 
     with pytest.raises(ReferenceImageError, match=r"cannot be signed \(RuntimeError\)") as caught:
-        signed(Fs(), "bucket/cat.jpg", 60)
+        sign_url(Fs(), "bucket/cat.jpg", 60)
     assert "s3cr3t" not in str(caught.value)
     Fs.sign = lambda *_args, **_how: "bucket/cat.jpg"
     with pytest.raises(ReferenceImageError, match="no URL"):
-        signed(Fs(), "bucket/cat.jpg", 60)
+        sign_url(Fs(), "bucket/cat.jpg", 60)

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from prefect_flux_kontext.errors import ReferenceImageError
-from prefect_flux_kontext.images.headers import format_of, size_of
+from prefect_flux_kontext.images.headers import read_format, read_size
 from prefect_flux_kontext.references import validation as checks
-from prefect_flux_kontext.references.validation import check_image, needs_fitting
+from prefect_flux_kontext.references.validation import check_image, needs_shrinking
 from tests.support.pictures import animation, picture, png_that_claims
 
 KINDS = [
@@ -48,9 +48,9 @@ def problem(data, **how):
 def test_what_the_service_takes_passes_whatever_its_name(kind, mode, how):
     data = picture(kind, mode, (97, 73), **how)
     check_image(data, fit=False)
-    assert size_of(data) == (97, 73)
-    assert format_of(data) == kind
-    assert not needs_fitting(data)
+    assert read_size(data) == (97, 73)
+    assert read_format(data) == kind
+    assert not needs_shrinking(data)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_photo_of_many_pixels_is_refused_or_shrunk():
     Image.new("RGB", (12_000, 9_000), "teal").save(file, "jpeg")
     assert "has 12,000 x 9,000 pixels, more than 64,000,000; shrink it" in problem(file.getvalue())
     check_image(file.getvalue(), fit=True)
-    assert needs_fitting(file.getvalue())
+    assert needs_shrinking(file.getvalue())
 
 
 def test_what_is_much_too_large_is_not_even_read_to_be_shrunk():

@@ -11,9 +11,9 @@ import pytest
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
-from prefect_flux_kontext.ledger.store import RecordStore, ledger_store
+from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.report.results import results_store, turn_to_merge, write_part
+from prefect_flux_kontext.report.results import merge_lock, results_store, write_part
 from prefect_flux_kontext.report.thumbnails import name_of_image
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -142,7 +142,7 @@ async def test_what_a_killed_run_has_written_is_merged_and_a_living_runs_is_left
     sandbox, tmp_path
 ):
     output = str(tmp_path / "out")
-    store, ledger = results_store(OutputFolder(output)), ledger_store(OutputFolder(output))
+    store, ledger = results_store(OutputFolder(output)), open_ledger_store(OutputFolder(output))
     await write_part(store, "dead", 1, [line(7, run="dead", file=None)])
     async with keep_heartbeat(ledger) as other:
         await write_part(store, other, 1, [line(8, run=other)])
@@ -198,7 +198,7 @@ async def test_only_one_run_merges_at_a_time_and_a_dead_one_holds_nobody_up():
 
     async def merge(number):
         nonlocal inside, most
-        async with keep_heartbeat(ledger) as run, turn_to_merge(store, ledger, run):
+        async with keep_heartbeat(ledger) as run, merge_lock(store, ledger, run):
             inside += 1
             most = max(most, inside)
             await asyncio.sleep(3)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prefect_flux_kontext.report.gallery.page import Column, Rows
+from prefect_flux_kontext.report.gallery.page import Column, GalleryRows
 from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_reference
 from tests.support.galleries import failed, line
 
@@ -39,7 +39,7 @@ def test_a_value_that_is_often_the_same_is_written_once():
 
 
 def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
-    rows = Rows()
+    rows = GalleryRows()
     for added in (line(0, sku="7"), line(1, manifest_price="9"), failed(2, sku="8")):
         rows.add(added)
     assert {name: list(column) for name, column in rows.own.items()} == {
@@ -51,7 +51,7 @@ def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
 
 
 def test_only_stored_rows_have_a_picture_and_rows_without_reference_none_before():
-    rows = Rows()
+    rows = GalleryRows()
     for added in (line(0), failed(1), line(2, references=None)):
         rows.add(added)
     of = name_of_image(line(0)["key"]), None, name_of_image(line(2)["key"])

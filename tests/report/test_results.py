@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 
-from prefect_flux_kontext.report.results import NewLines, as_json, newer, read_lines, write_parquet
+from prefect_flux_kontext.report.results import (
+    NewLines,
+    as_json,
+    newer_line,
+    read_lines,
+    write_parquet,
+)
 from tests.support.galleries import failed, line
 
 EARLY, LATE = "2026-01-02T03:05:06.000Z", "2026-01-03T00:00:00.000Z"
@@ -59,7 +65,7 @@ def test_rows_of_one_id_in_several_styles_are_several_rows(tmp_path):
 def test_a_row_that_was_collected_keeps_its_columns_of_the_manifest():
     old = failed(0, sku="7", style="oil", key="k")
     new = line(0, recorded_at=LATE, source="ledger", style=None, line=99, key="k")
-    made = newer(new, old)
+    made = newer_line(new, old)
     assert (made["state"], made["sku"], made["style"]) == ("stored", "7", "oil")
     assert (made["line"], made["source"]) == (2, "manifest")
     assert "reason" not in made
@@ -68,7 +74,7 @@ def test_a_row_that_was_collected_keeps_its_columns_of_the_manifest():
 def test_what_an_older_request_came_to_does_not_replace_the_row_as_it_is_now():
     now = line(0, key="new prompt")
     collected = line(0, key="old prompt", recorded_at=LATE, source="ledger")
-    assert newer(now, collected) == now
+    assert newer_line(now, collected) == now
 
 
 def test_your_own_columns_are_told_in_the_order_they_were_seen(tmp_path):
@@ -114,10 +120,10 @@ def test_parquet_has_the_same_rows_with_types_that_never_change(tmp_path):
 def test_a_row_comes_on_though_the_clock_of_the_later_run_is_behind(earlier, later):
     before = line(0, **earlier, recorded_at=LATE)
     after = line(0, **later, recorded_at=EARLY)
-    assert newer(before, after) == newer(after, before) == after
+    assert newer_line(before, after) == newer_line(after, before) == after
 
 
 def test_of_another_request_the_clock_decides():
     stored = line(0, attempts=2, key="old prompt")
     now = failed(0, attempts=1, key="new prompt", recorded_at=LATE)
-    assert newer(stored, now) == newer(now, stored) == now
+    assert newer_line(stored, now) == newer_line(now, stored) == now

@@ -2,12 +2,12 @@
 
 import pytest
 
-from prefect_flux_kontext.report.statistics import Numbers
+from prefect_flux_kontext.report.statistics import Statistics
 from tests.support.galleries import failed, line
 
 
 def numbers_of(rows):
-    numbers = Numbers()
+    numbers = Statistics()
     assert list(numbers.counting(rows)) == rows
     return numbers.told()
 

@@ -8,13 +8,13 @@ import httpx
 import pytest
 from PIL import Image
 
-from prefect_flux_kontext.images.download import download_client
+from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.thumbnails import (
-    Pictures,
+    ThumbnailCollector,
+    make_thumbnail,
     name_of_image,
     name_of_reference,
-    thumbnail,
 )
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.support.pictures import picture, png_that_claims
@@ -24,7 +24,7 @@ URL = "http://pictures.test/cat.jpg"
 
 
 def connections(answer):
-    return download_client(httpx.MockTransport(answer))
+    return open_download_client(httpx.MockTransport(answer))
 
 
 def size_of(data):
@@ -35,14 +35,14 @@ def size_of(data):
 
 @pytest.mark.parametrize(("kind", "mode"), [("jpeg", "CMYK"), ("png", "LA"), ("webp", "RGBA")])
 def test_a_thumbnail_of_any_kind_keeps_its_shape(kind, mode):
-    assert size_of(thumbnail(picture(kind, mode, (960, 480)), 320)) == (320, 160)
+    assert size_of(make_thumbnail(picture(kind, mode, (960, 480)), 320)) == (320, 160)
 
 
 def test_a_thumbnail_is_upright_and_tells_nothing_of_where_it_was_taken():
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "camera"
-    small = thumbnail(picture("jpeg", size=(400, 200), exif=exif), 320)
+    small = make_thumbnail(picture("jpeg", size=(400, 200), exif=exif), 320)
     assert size_of(small) == (160, 320)
     assert b"camera" not in small
 
@@ -50,13 +50,13 @@ def test_a_thumbnail_is_upright_and_tells_nothing_of_where_it_was_taken():
 @pytest.mark.parametrize("data", [b"", b"<svg/>", png_that_claims(50_000, 50_000)])
 def test_what_is_no_picture_or_a_bomb_has_no_thumbnail(data):
     with pytest.raises((OSError, ValueError, Image.DecompressionBombError)):
-        thumbnail(data, 320)
+        make_thumbnail(data, 320)
 
 
 @pytest.mark.anyio
 async def test_pictures_are_made_up_to_a_limit_and_taken_once():
     async with connections(lambda _: httpx.Response(404)) as http:
-        pictures = Pictures(http, 2, references=True)
+        pictures = ThumbnailCollector(http, 2, references=True)
         for key in ("a" * 32, "b" * 32):
             pictures.showing(key)(Image.new("RGB", (640, 480)))
         assert pictures.showing("c" * 32) is None
@@ -69,7 +69,7 @@ async def test_pictures_are_made_up_to_a_limit_and_taken_once():
 @pytest.mark.anyio
 async def test_a_picture_that_cannot_be_made_small_fails_nothing():
     async with connections(lambda _: httpx.Response(404)) as http:
-        pictures = Pictures(http, 2, references=True)
+        pictures = ThumbnailCollector(http, 2, references=True)
         pictures.showing("a" * 32)(Image.new("F", (0, 0)))
         assert pictures.take() == {}
 
@@ -96,7 +96,7 @@ async def test_a_reference_is_fetched_once_and_whatever_comes_fails_nothing(stat
         return httpx.Response(status, headers=headers, stream=stream)
 
     async with connections(answer) as http:
-        pictures = Pictures(http, 10, references=True)
+        pictures = ThumbnailCollector(http, 10, references=True)
         pictures.want_references([URL, "http://pictures.test/second.jpg"])
         pictures.want_references([URL])
         await pictures.wait(10)
@@ -110,7 +110,7 @@ async def test_a_reference_is_fetched_once_and_whatever_comes_fails_nothing(stat
 @pytest.mark.parametrize(("most", "references"), [(0, True), (10, False)])
 async def test_no_reference_is_fetched_when_none_is_wanted(most, references):
     async with connections(lambda _: pytest.fail("asked")) as http:
-        pictures = Pictures(http, most, references=references)
+        pictures = ThumbnailCollector(http, most, references=references)
         pictures.want_references([URL])
         pictures.want_references([])
         await pictures.wait(0)
@@ -124,7 +124,7 @@ async def test_a_reference_that_never_comes_is_left_at_the_end():
         await asyncio.Event().wait()
 
     async with connections(never) as http:
-        pictures = Pictures(http, 10, references=True)
+        pictures = ThumbnailCollector(http, 10, references=True)
         pictures.want_references([URL])
         began = asyncio.get_running_loop().time()
         await pictures.wait(5)
@@ -135,7 +135,7 @@ async def test_a_reference_that_never_comes_is_left_at_the_end():
 @pytest.mark.anyio
 async def test_what_signs_a_reference_is_in_no_log(caplog):
     async with connections(lambda _: httpx.Response(403)) as http:
-        pictures = Pictures(http, 10, references=True)
+        pictures = ThumbnailCollector(http, 10, references=True)
         with caplog.at_level(logging.DEBUG):
             pictures.want_references([f"{URL}?X-Amz-Signature=canary"])
             await pictures.wait(10)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import pytest
 from PIL import Image
 
-from prefect_flux_kontext.sandbox.references import BadReferenceError, open_picture
+from prefect_flux_kontext.sandbox.references import BadReferenceError, open_image
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from tests.sandbox.helpers import BASE, sandbox_client
 
@@ -56,7 +56,7 @@ async def test_the_folder_of_references_is_listed_and_served():
         for entry in listed:
             reply = await sandbox.http.get(entry["url"])
             assert reply.headers["content-type"].startswith("image/")
-            open_picture(reply.content)
+            open_image(reply.content)
 
 
 async def test_a_users_own_folder_is_served_with_odd_names_and_subfolders(tmp_path):
@@ -169,7 +169,7 @@ async def test_a_reference_that_never_arrives_keeps_its_task_and_slot_until_the_
 def test_an_image_that_unpacks_to_too_much_is_refused():
     bomb = encoded(Image.new("1", (9_000, 9_000)))
     with pytest.raises(BadReferenceError, match="pixels"):
-        open_picture(bomb)
+        open_image(bomb)
 
 
 def test_random_bytes_are_no_image():
@@ -179,13 +179,13 @@ def test_random_bytes_are_no_image():
         for _ in range(20):
             spoilt[dice.randrange(len(spoilt))] = dice.randrange(256)
         try:
-            assert open_picture(bytes(spoilt)).mode == "RGB"
+            assert open_image(bytes(spoilt)).mode == "RGB"
         except BadReferenceError:
             continue
 
 
 def test_a_transparent_reference_lies_on_white():
-    picture = open_picture(encoded(Image.new("RGBA", (3, 3), (255, 0, 0, 0))))
+    picture = open_image(encoded(Image.new("RGBA", (3, 3), (255, 0, 0, 0))))
     assert picture.getpixel((1, 1)) == (255, 255, 255)
 
 
@@ -193,4 +193,4 @@ def test_a_photo_taken_sideways_is_put_upright():
     sideways = Image.new("RGB", (40, 20))
     exif = sideways.getexif()
     exif[0x0112] = 6
-    assert open_picture(encoded(sideways, "JPEG", exif=exif)).size == (20, 40)
+    assert open_image(encoded(sideways, "JPEG", exif=exif)).size == (20, 40)

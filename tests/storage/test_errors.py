@@ -9,7 +9,7 @@ import pytest
 
 from prefect_flux_kontext.errors import StorageError
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.storage.errors import is_transient, told
+from prefect_flux_kontext.storage.errors import describe_error, is_transient
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.ledger.conftest import Faulty
 
@@ -104,7 +104,7 @@ def test_what_the_options_hold_is_not_told_but_where_the_store_is_and_what_happe
         "short": "b",
     }
     error = ValueError("canary-key canary-key-and-more canary-token eu-north-1 127.0.0.1:9000 b")
-    assert told(error, options) == "ValueError: … … … eu-north-1 127.0.0.1:9000 b"
+    assert describe_error(error, options) == "ValueError: … … … eu-north-1 127.0.0.1:9000 b"
 
 
 SECRETS = {"secret": "canary-secret"}

@@ -152,7 +152,7 @@ async def test_a_name_taken_by_a_folder_is_a_storage_error_without_a_part(tmp_pa
 
 WRITER = """
 import asyncio, sys
-from prefect_flux_kontext.storage import OutputFolder
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from prefect_flux_kontext.errors import StorageError
 
 async def main():

@@ -3,7 +3,7 @@
 import pytest
 
 from prefect_flux_kontext.errors import StorageError
-from prefect_flux_kontext.images.persist import image_names, name_stored
+from prefect_flux_kontext.images.persist import image_names, place_stored_images
 from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 
@@ -53,12 +53,14 @@ async def test_writing_the_same_image_again_takes_the_same_place(output, tmp_pat
 
 async def test_a_row_gets_the_image_of_its_equal_under_its_own_name(output, tmp_path):
     await output.write("cat.jpg", b"picture")
-    uris = await name_stored(["cat.jpg"], output, name="tiger", key=KEY)
+    uris = await place_stored_images(["cat.jpg"], output, name="tiger", key=KEY)
     assert uris == [output.uri("tiger.jpg")]
     assert (tmp_path / "tiger.jpg").read_bytes() == b"picture"
-    assert await name_stored(["cat.jpg"], output, name="cat", key=KEY) == [output.uri("cat.jpg")]
+    assert await place_stored_images(["cat.jpg"], output, name="cat", key=KEY) == [
+        output.uri("cat.jpg")
+    ]
 
 
 async def test_an_image_that_is_gone_is_said_to_be(output):
     with pytest.raises(StorageError, match="gone"):
-        await name_stored(["cat.jpg"], output, name="tiger", key=KEY)
+        await place_stored_images(["cat.jpg"], output, name="tiger", key=KEY)

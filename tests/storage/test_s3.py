@@ -7,11 +7,11 @@ import fsspec
 import fsspec.config
 import pytest
 
-from prefect_flux_kontext.batch.collection import ledger_status
+from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
 from prefect_flux_kontext.ledger.records import State
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -72,7 +72,7 @@ async def test_images_and_ledger_are_reached_with_the_same_options(
     found = names(server, tmp_path.name)
     assert {"r0.jpg", "r1.jpg"} <= found
     assert any(name.startswith("_ledger/rows/") for name in found)
-    assert (await ledger_status(ledger_store(output))).states == {State.STORED: 2}
+    assert (await read_ledger_status(open_ledger_store(output))).states == {State.STORED: 2}
     assert (await run(sandbox, rows(2), output)).already_stored == 2
     assert sandbox.service.bill()["accepted"] == 2
 
@@ -110,11 +110,14 @@ async def test_where_nothing_may_be_removed_a_batch_runs_all_the_same(
     again = await run(sandbox, Manifest([{"id": "a", "prompt": "oil"}]), output)
     assert (again.already_stored, again.complete) == (1, True)
     assert sandbox.service.bill()["accepted"] == 2
-    assert (await ledger_status(ledger_store(output))).states == {State.STORED: 1, State.FAILED: 1}
+    assert (await read_ledger_status(open_ledger_store(output))).states == {
+        State.STORED: 1,
+        State.FAILED: 1,
+    }
 
 
 async def test_many_at_once_share_a_bounded_number_of_connections(proxy, output):
-    store = ledger_store(output)
+    store = open_ledger_store(output)
     await asyncio.gather(
         *(output.write_unique([f"{n}.jpg", f"{n}~1.jpg"], bytes(2**16)) for n in range(60)),
         *(store.create(f"rows/{n}.json", b"{}") for n in range(60)),

@@ -8,7 +8,7 @@ import pytest
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.sandbox.restyle import STYLES, style_of
 from prefect_flux_kontext.storage.names import safe_name
-from prefect_flux_kontext.styles.styles import builtin_styles, chosen_styles, read_styles
+from prefect_flux_kontext.styles.styles import builtin_styles, read_styles, select_styles
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def file(tmp_path):
 
 def problem(styles):
     with pytest.raises(ConfigurationError) as caught:
-        chosen_styles(styles)
+        select_styles(styles)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return caught.value.message
 
@@ -41,15 +41,15 @@ def test_the_built_in_styles_say_what_to_keep_and_are_what_they_are_called():
 
 
 def test_styles_are_chosen_by_name_in_the_order_given_and_once_each():
-    chosen = chosen_styles(["noir", "oil", "noir"]).chosen
+    chosen = select_styles(["noir", "oil", "noir"]).chosen
     assert [style.name for style in chosen] == ["noir", "oil"]
-    assert chosen_styles("oil").chosen == (builtin_styles()["oil"],)
-    assert chosen_styles(None).chosen == chosen_styles([]).chosen == ()
+    assert select_styles("oil").chosen == (builtin_styles()["oil"],)
+    assert select_styles(None).chosen == select_styles([]).chosen == ()
 
 
 def test_a_file_adds_all_its_styles_and_replaces_those_of_their_names(file):
     own = file("ink: Redraw it in ink\nnoir:\n  prompt: My own\n  mode: max\n")
-    styles = chosen_styles(["oil", own, "noir"])
+    styles = select_styles(["oil", own, "noir"])
     assert [style.name for style in styles.chosen] == ["oil", "ink", "noir"]
     assert styles.known["noir"].prompt == "My own"
     assert styles.known["noir"].parameters == {"mode": "max"}

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.styles.templates import is_template, template
+from prefect_flux_kontext.styles.templates import is_template, parse_template
 
 
 def problem(text, **cells):
     with pytest.raises(ValueError, match=r".") as caught:
-        template(text).render(cells)
+        parse_template(text).render(cells)
     return str(caught.value)
 
 
@@ -34,12 +34,13 @@ def problem(text, **cells):
 )
 def test_columns_conditions_and_a_few_filters_make_the_text(text, made):
     cells = {"colour": " red ", "mood": "  ", "photo title": "A cat on the roof"}
-    assert template(text).render(cells) == made
+    assert parse_template(text).render(cells) == made
 
 
 def test_what_a_column_holds_is_never_taken_as_a_template():
     assert (
-        template("{{ a }}").render({"a": "{{ b }}{% for x in y %}"}) == "{{ b }}{% for x in y %}"
+        parse_template("{{ a }}").render({"a": "{{ b }}{% for x in y %}"})
+        == "{{ b }}{% for x in y %}"
     )
 
 
@@ -112,7 +113,7 @@ def test_a_filter_that_cannot_do_its_work_is_a_problem_of_the_row():
 
 
 def test_each_template_is_parsed_once():
-    assert template("a {{ colour }}") is template("a {{ colour }}")
+    assert parse_template("a {{ colour }}") is parse_template("a {{ colour }}")
 
 
 def test_text_without_braces_is_no_template():
@@ -131,5 +132,5 @@ PIECES = st.sampled_from(
 def test_no_text_whatsoever_raises_anything_but_its_problem(text):
     made = ""
     with contextlib.suppress(ValueError):
-        made = template(text).render({"a": "x", "b": ""})
+        made = parse_template(text).render({"a": "x", "b": ""})
     assert isinstance(made, str)

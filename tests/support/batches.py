@@ -2,7 +2,7 @@
 
 from prefect_flux_kontext.batch.policy import RowOptions
 from prefect_flux_kontext.batch.runner import run_batch
-from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -17,7 +17,7 @@ async def run(sandbox, manifest, output, **options):
     client = FluxKontextClient(KEY, base_url=sandbox.url)
     decided = RowOptions(cadence=QUICK, **options)
     folder = OutputFolder(output)
-    async with batch_session(client, folder, decided, FluxKontextSettings()) as session:
+    async with open_session(client, folder, decided, FluxKontextSettings()) as session:
         return await run_batch(
             session, manifest.rows(), lambda wave: wave.run(), concurrent_tasks=100
         )

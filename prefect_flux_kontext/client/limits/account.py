@@ -17,7 +17,7 @@ from collections import defaultdict
 from prefect_flux_kontext.client.limits.concurrency import ConcurrencyLimiter
 from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 from prefect_flux_kontext.client.limits.rate import RateLimiter
-from prefect_flux_kontext.client.retry import RejectionRate, jittered
+from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class AccountLimiter:
         elif retry_after or (self._refusals.many and not submit):
             self._streak += 1
             # Zero is no advice: who follows it is refused again at once.
-            seconds = retry_after or jittered(self._streak)
+            seconds = retry_after or jittered_backoff(self._streak)
             # Who says how long to wait counts our requests, and does not throw dice.
             if not submit and (self._refusals.some if retry_after else self._refusals.many):
                 self.requests.slow_down()

@@ -10,9 +10,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.client.limits.latency_model import Table
+from prefect_flux_kontext.client.limits.latency_model import SurvivalTable
 from prefect_flux_kontext.client.limits.waiters import finish, wake
-from prefect_flux_kontext.client.retry import RejectionRate, jittered
+from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -25,7 +25,7 @@ _ENOUGH = 50
 _STALE = 0.2
 """Seconds for which a count is used before it is made again."""
 
-_NOTHING_KNOWN = Table([1.0], [], 0.0)
+_NOTHING_KNOWN = SurvivalTable([1.0], [], 0.0)
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class RunningEstimate:
         self._counted_at = now
         at = now + ahead + _STALE / 2
         mean = variance = 0.0
-        tables: dict[LatencyModel | None, tuple[Table, list[float]]] = {}
+        tables: dict[LatencyModel | None, tuple[SurvivalTable, list[float]]] = {}
         for task in watched:  # a thousand of them, several times a second
             if task.curve not in tables:
                 curve = task.curve
@@ -295,7 +295,7 @@ class ConcurrencyLimiter:
                 self._grow_from = now + self._hold
         if another:
             self._refused_at = now
-            self._closed_until = now + jittered(1)
+            self._closed_until = now + jittered_backoff(1)
 
     def _room(self, now: float) -> int:
         if now < self._closed_until:

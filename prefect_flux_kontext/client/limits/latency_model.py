@@ -25,7 +25,7 @@ _FEW, _RARE = 0.1, 0.002
 _REBUILD_AFTER = 25
 
 
-class Table(NamedTuple):
+class SurvivalTable(NamedTuple):
     """A curve as equal stretches of age; what is older than the last, nothing can be told of.
 
     Attributes:
@@ -59,7 +59,7 @@ class LatencyModel:
         self._entered = [
             0.0
         ] * _BINS  # tasks that were watched from here on, less those until here
-        self._table: Table | None = None
+        self._table: SurvivalTable | None = None
         self._rebuild()
 
     def still_running(self, since: float, age: float) -> None:
@@ -100,14 +100,14 @@ class LatencyModel:
         before = late(index - 1) if low > age else 0.0
         return low - age + (high - low) * (patience - before) / (late(index) - before)
 
-    def table(self) -> Table:
+    def table(self) -> SurvivalTable:
         """The curve as equal stretches of age, up to where few are left or none was seen."""
         self._refresh()
         if self._table is None:
             end = min(self._age_at(_RARE), 2 * self._age_at(_FEW), self._oldest)
             middles = [(cell + 0.5) * end / _CELLS for cell in range(_CELLS)]
             doubts = [_between(self._doubt, age) for age in middles]
-            self._table = Table(
+            self._table = SurvivalTable(
                 shares=[self._survival_at(age) for age in middles],
                 doubts=[after - before for before, after in itertools.pairwise(doubts)],
                 per_second=_CELLS / end if end else 0.0,

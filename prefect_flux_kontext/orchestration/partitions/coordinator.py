@@ -15,18 +15,22 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
 from prefect.deployments import arun_deployment
 
-from prefect_flux_kontext.batch.budget import check_alone
+from prefect_flux_kontext.batch.budget import ensure_sole_run
 from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.ledger.heartbeat import is_alive, keep_heartbeat
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.orchestration.approval import build_plan
 from prefect_flux_kontext.orchestration.artifacts import progress_artifact
-from prefect_flux_kontext.orchestration.batch_run import PartitionTotals, emit_started, spend_alarm
+from prefect_flux_kontext.orchestration.batch_run import (
+    PartitionTotals,
+    create_spend_alarm,
+    emit_started,
+)
 from prefect_flux_kontext.orchestration.partitions.flow import Partition
-from prefect_flux_kontext.orchestration.partitions.leases import leased
-from prefect_flux_kontext.orchestration.partitions.progress import forget_progress, progress_of
+from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
+from prefect_flux_kontext.orchestration.partitions.progress import forget_progress, read_progress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -182,7 +186,7 @@ class PartitionRuns:
 
     async def add_to(self, total: BatchSummary) -> float:
         """Add what the part has come to, and return what all its flow runs have spent."""
-        told = [await progress_of(self._store, run_id.hex) for run_id in self._runs]
+        told = [await read_progress(self._store, run_id.hex) for run_id in self._runs]
         total.add(told[-1])
         return sum(each.spent for each in told)
 
@@ -248,7 +252,7 @@ async def run_partitions(
     began, since = asyncio.get_running_loop().time(), utc_now()
     emit_started(str(output), plan)
     total = BatchSummary(output=str(output))
-    alarm = spend_alarm(total, lambda: total.spent, alert_above_usd)
+    alarm = create_spend_alarm(total, lambda: total.spent, alert_above_usd)
     if plan.to_pay:
         await _run(_parts(wanted, plan, options), wanted, output, options, total, plan, alarm)
     left = await build_plan(rows, output, account, options)
@@ -267,13 +271,13 @@ async def run_partitions(
         or left.standings[PlannedAction.UNKNOWN]
     ):
         get_run_logger().info("What the parts have left:\n%s", left)
-        async with leased(account, wanted.share.slots) as lease:
+        async with lease_slots(account, wanted.share.slots) as lease:
             yield replace(rest, lease=lease)
     else:
         yield rest
 
 
-async def run_rest(wave: Wave) -> BatchSummary:
+async def run_remaining(wave: Wave) -> BatchSummary:
     """Run a wave of what parts have left; most have nothing left, and are no task run."""
     return await wave.run()
 
@@ -306,12 +310,12 @@ async def _run(
     plan: Plan,
     alarm: Callable[[], None],
 ) -> None:
-    store = ledger_store(output)
+    store = open_ledger_store(output)
     context = FlowRunContext.get()
     name = context.flow_run.name if context is not None and context.flow_run else "batch"
     async with keep_heartbeat(store) as owner, get_client() as client:
         if options.budget_usd is not None:
-            await check_alone(store, owner)
+            await ensure_sole_run(store, owner)
         running = [PartitionRuns(client, store, part, wanted, name) for part in parts]
         try:
             for part in running:

@@ -8,18 +8,22 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.runner import run_partition_rows
-from prefect_flux_kontext.batch.session import batch_session
+from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.callbacks.options import callback_options
+from prefect_flux_kontext.callbacks.options import resolve_callback_options
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
-from prefect_flux_kontext.ledger.store import ledger_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.tables import ManifestSource
-from prefect_flux_kontext.orchestration.batch_run import core_logs, row_options, run_wave
+from prefect_flux_kontext.orchestration.batch_run import (
+    build_row_options,
+    forward_core_logs,
+    run_wave,
+)
 from prefect_flux_kontext.orchestration.parameters import (
     Account,
     Output,
@@ -28,7 +32,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     StyleNames,
     open_output,
 )
-from prefect_flux_kontext.orchestration.partitions.leases import Share, leased
+from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
 from prefect_flux_kontext.orchestration.partitions.progress import report_progress
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -105,7 +109,7 @@ async def style_transfer_partition(
             "a later run of it, finishes its rows."
         )
     settings = FluxKontextSettings()
-    options = row_options(
+    options = build_row_options(
         cadence,
         failure_policy,
         fit_references=fit_references,
@@ -116,16 +120,16 @@ async def style_transfer_partition(
     account = share.of(await resolve_credentials(credentials))
     output = await open_output(output, storage_options)
     await output.check_writable()
-    store, name = ledger_store(output), run.id.hex
-    callbacks = callback_options(
+    store, name = open_ledger_store(output), run.id.hex
+    callbacks = resolve_callback_options(
         settings, url=callback_url, secret=account.callback_secret, listens=False
     )
     rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
-    with core_logs():
+    with forward_core_logs():
         async with (
             keep_heartbeat(store, name),
-            leased(account, share.slots) as lease,
-            batch_session(
+            lease_slots(account, share.slots) as lease,
+            open_session(
                 account.get_client(), output, options, settings, callbacks, whole=False
             ) as session,
             report_progress(store, name, session.rows.progress),

@@ -96,7 +96,7 @@ async def create_limit(account: FluxKontextCredentials) -> str:
         raise ConfigurationError(f"Prefect did not create the limit {name}: {error}") from None
 
 
-async def share_of(account: FluxKontextCredentials, parts: int) -> Share:
+async def read_account_limit(account: FluxKontextCredentials, parts: int) -> Share:
     """What each of so many parts may lease; where the account has no limit yet, it is created.
 
     Raises:
@@ -146,7 +146,7 @@ async def _read(client: PrefectClient, name: str) -> GlobalConcurrencyLimitRespo
 
 
 @asynccontextmanager
-async def leased(account: FluxKontextCredentials, slots: int) -> AsyncIterator[Lease]:
+async def lease_slots(account: FluxKontextCredentials, slots: int) -> AsyncIterator[Lease]:
     """Hold so many of an account's slots while the block runs; waits until they are free.
 
     Raises:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.tables import Table
 from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
-from prefect_flux_kontext.orchestration.partitions.leases import Share, share_of
+from prefect_flux_kontext.orchestration.partitions.leases import Share, read_account_limit
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.styles.styles import is_style_file
 
@@ -40,7 +40,7 @@ class PartitionPlan:
     parameters: dict[str, Any]
 
 
-async def cut(
+async def plan_partitions(
     parts: int, deployment: str, account: FluxKontextCredentials, wait: str
 ) -> PartitionPlan:
     """Find out before anything is paid whether the present batch can be run in parts.
@@ -67,7 +67,7 @@ async def cut(
                 "package's prefect.yaml (prefect deploy --name part-of-batch), or name yours as "
                 "part_deployment. Nothing was submitted."
             ) from None
-    return PartitionPlan(parts, await share_of(account, parts), deployment, parameters)
+    return PartitionPlan(parts, await read_account_limit(account, parts), deployment, parameters)
 
 
 def _passed_on() -> dict[str, Any]:

@@ -61,7 +61,7 @@ async def _tell(store: RecordStore, name: str, batch: BatchSummary) -> None:
         await write()
 
 
-async def progress_of(store: RecordStore, name: str) -> BatchSummary:
+async def read_progress(store: RecordStore, name: str) -> BatchSummary:
     """What became of a part's rows so far, as far as it has told."""
     try:
         return BatchSummary.model_validate_json(await store.read(_record(name)) or b"{}")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.report.gallery.contact_sheet import contact_sheet
-from prefect_flux_kontext.report.gallery.page import Rows, page
+from prefect_flux_kontext.report.gallery.page import GalleryRows, render_page
 from prefect_flux_kontext.report.gallery.thumbnails import ALBUM_FOLDER
 from prefect_flux_kontext.report.results import read_lines
-from prefect_flux_kontext.report.statistics import Numbers
-from prefect_flux_kontext.report.thumbnails import AFTER, thumbnail
+from prefect_flux_kontext.report.statistics import Statistics
+from prefect_flux_kontext.report.thumbnails import AFTER, make_thumbnail
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +52,7 @@ async def build_gallery(
         LedgerError: The pictures cannot be read or written.
         StorageError: The output refused.
     """
-    numbers = Numbers()
+    numbers = Statistics()
     rows = await asyncio.to_thread(_first, results, numbers, most)
     await album.read()
     await _make_missing(output, rows, album, missing)
@@ -60,7 +60,7 @@ async def build_gallery(
     small = len(rows) <= _HELD_BY_THE_PAGE
     named = [name for name in (*rows.after, *rows.before) if name in album.places]
     pictures = await album.pictures(named if small else there[:_ON_THE_SHEET])
-    pieces = page(
+    pieces = render_page(
         rows,
         title=str(output).rstrip("/").rpartition("/")[2],
         folder=ALBUM_FOLDER,
@@ -77,9 +77,9 @@ async def build_gallery(
         await output.write(CONTACT_SHEET, sheet)
 
 
-def _first(results: Path, numbers: Numbers, most: int) -> Rows:
+def _first(results: Path, numbers: Statistics, most: int) -> GalleryRows:
     """The first rows, and the numbers of all."""
-    rows = Rows()
+    rows = GalleryRows()
     for line in numbers.counting(read_lines(results)):
         if len(rows) < most:
             rows.add(line)
@@ -92,7 +92,7 @@ def _write(pieces: Iterable[str], file: Path) -> None:
 
 
 async def _make_missing(
-    output: OutputFolder, rows: Rows, album: ThumbnailStore, most: int
+    output: OutputFolder, rows: GalleryRows, album: ThumbnailStore, most: int
 ) -> None:
     wanted = {
         name: file
@@ -104,7 +104,7 @@ async def _make_missing(
     async def make(name: str, file: str) -> None:
         try:
             if (image := await output.read(file)) is not None:
-                made[name] = await asyncio.to_thread(thumbnail, image, AFTER)
+                made[name] = await asyncio.to_thread(make_thumbnail, image, AFTER)
         except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
             logger.warning("No picture of %s for the gallery: %s", file, error)
 
@@ -122,7 +122,7 @@ async def _make_missing(
         )
 
 
-def _sheet(rows: Rows, pictures: dict[str, str]) -> bytes:
+def _sheet(rows: GalleryRows, pictures: dict[str, str]) -> bytes:
     cells = [
         (of, io.BytesIO(base64.b64decode(pictures[name].partition(",")[2])))
         for of, name in zip(rows.columns["id"], rows.after, strict=True)

@@ -54,7 +54,7 @@ class Column:
         return f'{{"values":[{",".join(different)}],"of":[{of}]}}'
 
 
-class Rows:
+class GalleryRows:
     """The rows of a gallery.
 
     Attributes:
@@ -93,8 +93,8 @@ class Rows:
 _SCRIPTS = ("rows", "album", "numbers", "grid", "viewer", "redo", "main")
 
 
-def page(
-    rows: Rows,
+def render_page(
+    rows: GalleryRows,
     *,
     title: str,
     folder: str,

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.ledger.keys import row_key
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.manifest.row import Row, make_row
+from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.references.identity import url_identity
 
@@ -57,7 +57,7 @@ def test_a_callback_url_does_not_change_it(request_):
     called_back = request_.model_copy(
         update={"callback_url": "https://us.test/token", "request_type": "callback"}
     )
-    assert row_key(called_back) == row_key(request_)
+    assert compute_row_key(called_back) == compute_row_key(request_)
 
 
 @given(REQUESTS, REQUESTS)
@@ -69,7 +69,7 @@ def test_two_requests_share_it_only_where_the_same_is_paid_for(one, other):
         and one.model_copy(update={"image_urls": []})
         == other.model_copy(update={"image_urls": []})
     )
-    assert (row_key(one) == row_key(other)) == same
+    assert (compute_row_key(one) == compute_row_key(other)) == same
 
 
 @given(
@@ -102,17 +102,19 @@ def test_each_thing_that_is_paid_for_changes_it(request_, change):
     now = getattr(request_, name)
     value = others[name][now] if name in others else value
     if value != now:
-        assert row_key(request_.model_copy(update={name: value})) != row_key(request_)
+        assert compute_row_key(request_.model_copy(update={name: value})) != compute_row_key(
+            request_
+        )
 
 
 @given(st.lists(st.tuples(IDS, PLAIN), min_size=1, max_size=5), st.randoms())
 def test_order_and_ids_and_lines_do_not_change_it(rows, dice):
     cells = [{"id": row_id, "prompt": prompt} for row_id, prompt in rows]
-    keys = {c["prompt"].strip(): row_key(make_row(2, c).request) for c in cells}
+    keys = {c["prompt"].strip(): compute_row_key(make_row(2, c).request) for c in cells}
     dice.shuffle(cells)
     for line, row in enumerate(cells, start=7):
         again = make_row(line, {**row, "id": f"{dice.random()}"})
-        assert row_key(again.request) == keys[row["prompt"].strip()]
+        assert compute_row_key(again.request) == keys[row["prompt"].strip()]
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
@@ -157,12 +159,12 @@ async def test_a_record_holds_neither_signatures_nor_passwords_nor_callback_toke
     request = GenerationRequest(
         prompt="a cat", image_urls=[url], callback_url="https://us.test/s3cr3t-token"
     )
-    row = Row(id="cat", line=2, request=request, key=row_key(request), name="cat")
+    row = Row(id="cat", line=2, request=request, key=compute_row_key(request), name="cat")
     ledger = Ledger(RecordStore(str(tmp_path)), "o", {"pro": 0.03, "max": 0.06})
-    key = row_key(request)
+    key = compute_row_key(request)
     entry = await ledger.claim(row, Entry(key=key))
     text = "".join(p.read_text() for p in tmp_path.rglob("*.json"))
     assert "s3cr3t" not in text
     assert "hunter2" not in text
     # It is found again from its own record, as `collect` does.
-    assert row_key(entry.intent.request) == key
+    assert compute_row_key(entry.intent.request) == key

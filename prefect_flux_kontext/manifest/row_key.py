@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _VERSION = 1
 
 
-def row_key(request: GenerationRequest, identities: Mapping[str, str] | None = None) -> str:
+def compute_row_key(
+    request: GenerationRequest, identities: Mapping[str, str] | None = None
+) -> str:
     """The key of a row: 32 hexadecimal digits from the references, the prompt and parameters.
 
     Args:
