@@ -11,15 +11,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from prefect_flux_kontext.batch.policy import FailurePolicy
+    from prefect_flux_kontext.batch.summary import BatchSummary
+    from prefect_flux_kontext.callbacks.receiver import create_receiver
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.credentials import FluxKontextCredentials
+    from prefect_flux_kontext.flows import (
+        collect_batch,
+        retry_failed,
+        style_transfer,
+        style_transfer_batch,
+    )
     from prefect_flux_kontext.models import (
         GenerationRequest,
         GenerationResult,
         GenerationTask,
         StoredImage,
     )
+    from prefect_flux_kontext.orchestration.events import announce_manifest, emit_manifest_arrived
+    from prefect_flux_kontext.orchestration.suspension import resume_suspended
     from prefect_flux_kontext.tasks import (
         persist_images,
         submit_generation,
@@ -27,6 +38,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BatchSummary",
+    "FailurePolicy",
     "FluxKontextClient",
     "FluxKontextCredentials",
     "GenerationRequest",
@@ -34,16 +47,30 @@ __all__ = [
     "GenerationTask",
     "PollingCadence",
     "StoredImage",
+    "announce_manifest",
+    "collect_batch",
+    "create_receiver",
+    "emit_manifest_arrived",
     "persist_images",
+    "resume_suspended",
+    "retry_failed",
+    "style_transfer",
+    "style_transfer_batch",
     "submit_generation",
     "wait_for_generation",
 ]
 
 _HOMES = {
-    "client.polling": ("PollingCadence",),
+    "batch.policy": ("FailurePolicy",),
+    "batch.summary": ("BatchSummary",),
+    "callbacks.receiver": ("create_receiver",),
     "client.client": ("FluxKontextClient",),
+    "client.polling": ("PollingCadence",),
     "credentials": ("FluxKontextCredentials",),
+    "flows": ("collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"),
     "models": ("GenerationRequest", "GenerationResult", "GenerationTask", "StoredImage"),
+    "orchestration.events": ("announce_manifest", "emit_manifest_arrived"),
+    "orchestration.suspension": ("resume_suspended",),
     "tasks": ("persist_images", "submit_generation", "wait_for_generation"),
 }
 

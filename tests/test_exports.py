@@ -1,8 +1,10 @@
 """What can be imported, and that the client starts without Prefect."""
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,8 @@ def test_every_exported_name_has_one_home():
 
 def test_the_promised_names_are_exported():
     assert set(prefect_flux_kontext.__all__) >= {
+        "BatchSummary",
+        "FailurePolicy",
         "FluxKontextClient",
         "FluxKontextCredentials",
         "GenerationRequest",
@@ -37,10 +41,34 @@ def test_the_promised_names_are_exported():
         "GenerationTask",
         "PollingCadence",
         "StoredImage",
+        "announce_manifest",
+        "collect_batch",
+        "create_receiver",
+        "emit_manifest_arrived",
         "persist_images",
+        "resume_suspended",
+        "retry_failed",
+        "style_transfer",
+        "style_transfer_batch",
         "submit_generation",
         "wait_for_generation",
     }
+
+
+def test_docs_and_examples_import_public_names_only():
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("examples/**/*")]
+    modules = {
+        module
+        for page in pages
+        if page.suffix in {".md", ".py"}
+        for module in re.findall(
+            r"^(?:from|import) (prefect_flux_kontext[\w.]*)", page.read_text(), re.MULTILINE
+        )
+    }
+    # The playground starts a sandbox in its own process.
+    public = {"", ".flows", ".errors", ".sandbox.server", ".sandbox.settings"}
+    assert modules == {f"prefect_flux_kontext{name}" for name in public}
 
 
 def test_another_name_is_an_attribute_error():

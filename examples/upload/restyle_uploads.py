@@ -9,11 +9,10 @@ becomes the parameters of the flow run. `upload.py` is the other side.
 from prefect.events import DeploymentEventTrigger
 
 from prefect_flux_kontext.flows import style_transfer_batch
-from prefect_flux_kontext.orchestration.events import MANIFEST_ARRIVED
 
 LANDED = DeploymentEventTrigger(
     name="a manifest of the shop lands",
-    expect={MANIFEST_ARRIVED},
+    expect={"flux-kontext.manifest.arrived"},
     # Those that say where the images are to go, and no others.
     match={"flux-kontext.output": "s3://shop/*"},
     parameters={

@@ -10,7 +10,7 @@ import sys
 
 import fsspec
 
-from prefect_flux_kontext.orchestration.events import announce_manifest
+from prefect_flux_kontext import announce_manifest
 
 PHOTOS = ("coffee.webp", "rocket.jpg")
 
