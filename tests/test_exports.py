@@ -66,8 +66,9 @@ def test_docs_and_examples_import_public_names_only():
             r"^(?:from|import) (prefect_flux_kontext[\w.]*)", page.read_text(), re.MULTILINE
         )
     }
-    # The playground starts a sandbox in its own process.
-    public = {"", ".flows", ".errors", ".sandbox.server", ".sandbox.settings"}
+    # The playground starts the sandbox and a Prefect server.
+    sandbox = {".sandbox.server", ".sandbox.settings", ".cli.prefect_server"}
+    public = {"", ".flows", ".errors", *sandbox}
     assert modules == {f"prefect_flux_kontext{name}" for name in public}
 
 

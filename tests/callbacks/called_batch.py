@@ -63,7 +63,7 @@ class CalledBatch:
         )
         self.monkeypatch.setattr(
             session_module,
-            "download_client",
+            "open_download_client",
             lambda **_: httpx.AsyncClient(transport=self._app, verify=False),
         )
 

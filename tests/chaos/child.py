@@ -99,9 +99,9 @@ def main(arguments, environment, log, bomb=None, file_limit=None, clock=None):
     from prefect_flux_kontext.storage import filesystem as storage  # noqa: PLC0415
 
     # Trouble is made often here, so patience is short.
-    patient = store.jittered
+    patient = store.jittered_backoff
     for module in (store, storage, client, downloads):
-        module.jittered = lambda attempt, **how: patient(attempt, **how) / 20
+        module.jittered_backoff = lambda attempt, **how: patient(attempt, **how) / 20
     if bomb is not None:
         point, when, number = bomb
         _explode(when, number, _place(point))

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 @pytest.fixture
 def longest_backoff(monkeypatch):
     """Backoff without dice: one second, doubled each time."""
-    monkeypatch.setattr(governor_module, "jittered", lambda attempt: 2.0 ** (attempt - 1))
+    monkeypatch.setattr(governor_module, "jittered_backoff", lambda attempt: 2.0 ** (attempt - 1))
 
 
 def make_governor():

@@ -42,7 +42,7 @@ async def refuse(gate, number):
 
 
 def test_a_run_of_refused_submits_shrinks_the_gate_and_it_grows_again(monkeypatch):
-    monkeypatch.setattr(task_gate, "jittered", lambda _attempt: 0.5)
+    monkeypatch.setattr(task_gate, "jittered_backoff", lambda _attempt: 0.5)
 
     async def main():
         gate = ConcurrencyLimiter(100)
@@ -72,7 +72,7 @@ def test_a_single_refused_submit_shrinks_nothing():
 
 
 def test_a_single_refusal_where_a_run_of_them_came_before_shrinks_nothing(monkeypatch):
-    monkeypatch.setattr(task_gate, "jittered", lambda _attempt: 0.5)
+    monkeypatch.setattr(task_gate, "jittered_backoff", lambda _attempt: 0.5)
 
     async def main():
         gate = ConcurrencyLimiter(100)

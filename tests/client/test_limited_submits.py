@@ -26,7 +26,9 @@ pytestmark = pytest.mark.anyio
     ],
 )
 async def test_a_429_is_posted_again_until_it_is_accepted(play, monkeypatch):
-    monkeypatch.setattr("prefect_flux_kontext.client.limits.account.jittered", lambda _: 0.01)
+    monkeypatch.setattr(
+        "prefect_flux_kontext.client.limits.account.jittered_backoff", lambda _: 0.01
+    )
     async with (
         ScriptedServer(play, play, accepted()) as server,
         make_client(server.url) as client,

@@ -95,7 +95,7 @@ async def test_a_refusal_counts_without_its_body_too(status):
 
 
 async def test_a_refused_connection_is_made_again_eight_times(monkeypatch):
-    monkeypatch.setattr(client_module, "jittered", lambda _: 0.0)
+    monkeypatch.setattr(client_module, "jittered_backoff", lambda _: 0.0)
     with socket.socket() as bound:  # nobody listens on it
         bound.bind(("127.0.0.1", 0))
         async with make_client(f"http://127.0.0.1:{bound.getsockname()[1]}") as client:
@@ -123,7 +123,7 @@ async def test_a_service_that_comes_up_late_gets_the_request_once(monkeypatch):
             bound.listen()
             return 0.0
 
-        monkeypatch.setattr(client_module, "jittered", start_listening)
+        monkeypatch.setattr(client_module, "jittered_backoff", start_listening)
         async with server, make_client(url) as client:
             late = await asyncio.start_server(server._serve, sock=bound)
             await late.start_serving()
@@ -179,7 +179,9 @@ async def test_a_reply_that_trickles_in_for_ever_is_lost_after_two_minutes():
 
 
 async def test_each_post_is_made_inside_its_own_context(monkeypatch):
-    monkeypatch.setattr("prefect_flux_kontext.client.limits.account.jittered", lambda _: 0.0)
+    monkeypatch.setattr(
+        "prefect_flux_kontext.client.limits.account.jittered_backoff", lambda _: 0.0
+    )
     told = []
 
     @asynccontextmanager

@@ -144,7 +144,7 @@ class TestTheLoop:
 
             monkeypatch.setattr(module, name, call)
 
-        noted(results, "decoded_image")
+        noted(results, "decode_image")
         noted(results, "add_ai_metadata")
         noted(storage, "create_file")
         async with (

@@ -101,7 +101,7 @@ async def test_over_https_the_certificate_must_be_the_names(name, tmp_path, monk
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(certificate)
     client = ssl.create_default_context(cafile=str(certificate))
-    monkeypatch.setattr("prefect_flux_kontext.images.ssrf.tls_context", lambda: client)
+    monkeypatch.setattr("prefect_flux_kontext.images.ssrf.create_tls_context", lambda: client)
     network = Network(tls=server)
     async with guarded(network) as http:
         if name == "cdn.test":

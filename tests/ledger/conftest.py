@@ -65,7 +65,7 @@ class Faulty:
 @pytest.fixture
 def faulty(monkeypatch):
     """Make calls of a store's filesystem go wrong, without waiting between its attempts."""
-    monkeypatch.setattr("prefect_flux_kontext.ledger.store.jittered", lambda *_, **__: 0)
+    monkeypatch.setattr("prefect_flux_kontext.ledger.store.jittered_backoff", lambda *_, **__: 0)
 
     def make(store, calls, error, **how):
         store._fs = Faulty(store._fs, calls, error, **how)

@@ -130,7 +130,7 @@ async def test_a_creation_whose_reply_was_lost_is_not_ours_where_another_was_fir
 
 def _lose_replies_of_the_disk(monkeypatch, times):
     create, left = store_module.create_file, [times]
-    monkeypatch.setattr(store_module, "jittered", lambda *_, **__: 0)
+    monkeypatch.setattr(store_module, "jittered_backoff", lambda *_, **__: 0)
 
     def lost(fs, path, data):
         try:

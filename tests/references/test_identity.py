@@ -89,13 +89,13 @@ def test_an_object_whose_store_tells_no_version_is_known_by_its_url():
 
 def test_rows_stay_in_order_and_each_file_is_looked_at_once(tmp_path, monkeypatch):
     looked = []
-    real = resolving.identity_of
+    real = resolving.identify_reference
 
     def identity_of(reference):
         looked.append(reference)
         return real(reference)
 
-    monkeypatch.setattr(resolving, "identity_of", identity_of)
+    monkeypatch.setattr(resolving, "identify_reference", identity_of)
     for number in range(7):
         (tmp_path / f"{number}.jpg").write_bytes(bytes([number]))
     rows = manifest(*(f"{n % 7}.jpg" for n in range(1_000)), folder=tmp_path)
