@@ -69,7 +69,7 @@ def simulated(world):
     put(waves, "WAVE_ROWS", 4)
     put(
         session_module,
-        "download_client",
+        "open_download_client",
         lambda **_: httpx.AsyncClient(transport=Wire(world), timeout=30, verify=False),
     )
     before = random.getstate()
