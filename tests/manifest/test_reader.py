@@ -256,14 +256,14 @@ def test_a_name_with_glob_characters_means_just_that_file(tmp_path):
 CHECK = """
 import resource, sys
 from prefect_flux_kontext.manifest.reader import Manifest
-from tests.support.plans import plan_of
+from tests.support.plans import build_plan
 
 def most_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-plan_of(Manifest(sys.argv[1]))
+build_plan(Manifest(sys.argv[1]))
 before = most_memory()
-check = plan_of(Manifest(sys.argv[2]))
+check = build_plan(Manifest(sys.argv[2]))
 print(check.rows, check.refused, most_memory() - before)
 """
 
