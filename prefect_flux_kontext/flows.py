@@ -154,8 +154,8 @@ async def style_transfer_batch(
     dry_run: bool = False,
     wait: Literal["poll", "suspend", "collect"] = "poll",
     alert_above_usd: NonNegativeFloat | None = None,
-    parts: PositiveInt = 1,
-    part_deployment: str = "style-transfer-part/part-of-batch",
+    partitions: PositiveInt = 1,
+    partition_deployment: str = "style-transfer-partition/partition-of-batch",
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Restyle every image of a manifest, paying for each row once, whatever dies.
@@ -198,9 +198,9 @@ async def style_transfer_batch(
             the account has slots, both store results until the last row is submitted.
         alert_above_usd: Emit the event `flux-kontext.batch.spend-above` once this run has spent
             more dollars than this.
-        parts: Into how many parts the batch is cut, each a flow run of its own on whatever worker
+        partitions: Number of partitions. Each is a flow run of its own, on whatever worker
             takes it. Together they keep the account's limits.
-        part_deployment: The deployment that runs parts.
+        partition_deployment: The deployment that runs partitions.
         storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
             Prefect keeps them in the clear, so keys belong in a Block.
 
@@ -228,7 +228,9 @@ async def style_transfer_batch(
     )
     account = await resolve_credentials(credentials)
     partition_plan = (
-        await plan_partitions(parts, part_deployment, account, wait) if parts > 1 else None
+        await plan_partitions(partitions, partition_deployment, account, wait)
+        if partitions > 1
+        else None
     )
     output = await open_output(output, storage_options)
     rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))

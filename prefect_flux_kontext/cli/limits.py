@@ -1,4 +1,4 @@
-"""`flux-kontext limits create`: the account's slots, for batches in parts to share."""
+"""`flux-kontext limits create`: the account's slots, for batches in partitions to share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     limits = commands.add_parser(
-        "limits", help="the account's slots as a limit in Prefect, for batches in parts"
+        "limits", help="the account's slots as a limit in Prefect, for batches in partitions"
     )
     kinds = limits.add_subparsers(required=True, metavar="WHAT")
     create = kinds.add_parser(
         "create",
         help="create the limit, or bring it up to date",
-        description="Create the global concurrency limit from which the parts of a batch lease "
+        description="Create the global concurrency limit from which partitions of a batch lease "
         "the account's slots, in the Prefect that PREFECT_API_URL names. Its name has the "
         "account's label in it (FLUX_KONTEXT_ACCOUNT), its size is the account's "
         "(FLUX_KONTEXT_CONCURRENT_TASKS).",

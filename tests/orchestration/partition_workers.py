@@ -1,4 +1,4 @@
-"""Two workers that run the parts of batches, and the flow runs that they run."""
+"""Two workers that run the partitions of batches, and the flow runs that they run."""
 
 import asyncio
 from collections import Counter
@@ -23,19 +23,19 @@ async def deploy(name, *, pool):
             WorkPoolCreate(name=pool, type="process", base_job_template=template)
         )
     flow = await style_transfer_partition.from_source(
-        str(ROOT), "flows/part_of_batch.py:part_of_batch"
+        str(ROOT), "flows/partition_of_batch.py:partition_of_batch"
     )
     await flow.deploy(name, work_pool_name=pool, print_next_steps=False)
 
 
 class Place:
-    """Two workers that run parts, one at a time each, and the service."""
+    """Two workers that run partitions, one at a time each, and the service."""
 
     def __init__(self, folder, environment, sandbox, stack):
         self.sandbox = sandbox
         self.workers = {}
         self._start = lambda: stack.enter_context(
-            running_worker("parts", folder, environment, "--limit", "1")
+            running_worker("partitions", folder, environment, "--limit", "1")
         )
 
     def start_worker(self):

@@ -86,7 +86,7 @@ class TestTheLimit:
             await read_account_limit(account, 2)
 
     async def test_more_parts_than_slots_are_refused(self, account):
-        with pytest.raises(ConfigurationError, match="41 parts cannot share the 40 slots"):
+        with pytest.raises(ConfigurationError, match="41 partitions cannot share the 40 slots"):
             await read_account_limit(account, 41)
 
     async def test_no_limit_is_no_lease(self, account):

@@ -1,4 +1,4 @@
-"""A batch in parts: two real workers, one of them killed, and what is told of it all."""
+"""A batch in partitions: two real workers, one of them killed, and what is told of it all."""
 
 import asyncio
 import json
@@ -44,16 +44,16 @@ from tests.orchestration.records import all_events, artifacts, our_events
 
 SLOTS = 40
 QUICK = PollingCadence(initial_delay=0, interval=0.2, timeout=60)
-DEPLOYMENT, NOBODYS = "style-transfer-part/tested", "style-transfer-part/nobodys"
+DEPLOYMENT, NOBODYS = "style-transfer-partition/tested", "style-transfer-partition/nobodys"
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def place(prefect_api, tmp_path_factory):
-    asyncio.run(deploy("tested", pool="parts"))
+    asyncio.run(deploy("tested", pool="partitions"))
     asyncio.run(deploy("nobodys", pool="without-workers"))
-    folder = tmp_path_factory.mktemp("parts")
+    folder = tmp_path_factory.mktemp("partitions")
     # Its own limits are far above the account's, so that it sees who passes them.
     settings = SandboxSettings(mean=0.5, long_edge=16, requests_per_minute=100_000)
     with ExitStack() as stack:
@@ -106,8 +106,8 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
         str(tmp_path),
         account,
         cadence=QUICK,
-        parts=2,
-        part_deployment=DEPLOYMENT,
+        partitions=2,
+        partition_deployment=DEPLOYMENT,
         alert_above_usd=1.0,
     )
     assert (summary.rows, summary.stored, summary.already_stored) == (600, 600, 0)
@@ -119,23 +119,23 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
     assert [line["line"] for line in lines] == list(range(1, 601))
     assert (tmp_path / "gallery.html").exists()
     bill = place.sandbox.service.bill()
-    # As the service has it: parts that each took the account for their own would run 80. A few
+    # By the service: partitions that each took the account for their own would run 80. A few
     # above 40 are tasks that were taken to have ended before somebody looked.
     assert bill["peak_running"] < 1.5 * SLOTS
 
     runs = {run.name: run for run in await runs_named(name)}
-    parts = [f"{name}-part-{number}-of-2" for number in (1, 2)]
-    assert set(runs) == {name, *parts}
+    partitions = [f"{name}-partition-{number}-of-2" for number in (1, 2)]
+    assert set(runs) == {name, *partitions}
     told = Counter(
         event["event"]
         for event in await our_events(runs[name].id, BATCH_STARTED, BATCH_FINISHED, SPEND_ABOVE)
     )
     assert told.pop("prefect.asset.materialization.succeeded") == 1
     assert told == {BATCH_STARTED: 1, BATCH_FINISHED: 1, SPEND_ABOVE: 1}
-    for part in parts:
-        told = await our_events(runs[part].id, WAVE_FINISHED)
+    for partition in partitions:
+        told = await our_events(runs[partition].id, WAVE_FINISHED)
         assert [event["event"] for event in told] == [WAVE_FINISHED] * 2
-        assert await artifacts(runs[part].id) == {}
+        assert await artifacts(runs[partition].id) == {}
     assert set(await artifacts(runs[name].id)) == {"progress", "markdown"}
     # At most one task run and ten events for each hundred images.
     events = {
@@ -150,7 +150,7 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
             assert len(await client.read_task_runs(flow_run_filter=only)) == 2 * (run.name != name)
 
     again = await batch()(
-        given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
+        given, str(tmp_path), account, cadence=QUICK, partitions=2, partition_deployment=NOBODYS
     )
     assert (again.stored, again.already_stored, again.spent) == (600, 600, 0.0)
     assert sum(place.accepted(words=words).values()) == 600
@@ -166,18 +166,23 @@ async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twi
 
     async def run():
         summary = await batch(name)(
-            given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=DEPLOYMENT
+            given,
+            str(tmp_path),
+            account,
+            cadence=QUICK,
+            partitions=2,
+            partition_deployment=DEPLOYMENT,
         )
         ended.append(summary)
 
     def second_parts():
-        # Parts are dealt row by row, so the second has every other row.
+        # Partitions are dealt row by row, so the second has every other row.
         return sum(int(prompt.split()[1]) % 2 for prompt in place.accepted(words=words))
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)
         await until(lambda: second_parts() >= 1)
-        killed, process = await process_of(f"{name}-part-2")
+        killed, process = await process_of(f"{name}-partition-2")
         worker = place.workers.pop(parent_of(process))
         await until(lambda: second_parts() >= 30)
         worker.kill()
@@ -192,9 +197,9 @@ async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twi
     assert summary.unknown <= SLOTS / 2
     assert summary.spent == pytest.approx(0.03 * 240)
     assert len(paid) >= summary.stored == len(list(tmp_path.glob("*.jpg")))
-    states = sorted(run.state_name for run in await runs_named(f"{name}-part"))
+    states = sorted(run.state_name for run in await runs_named(f"{name}-partition"))
     assert "Completed" in states
-    (killed,) = [run for run in await runs_named(f"{name}-part-2") if run.id == killed.id]
+    (killed,) = [run for run in await runs_named(f"{name}-partition-2") if run.id == killed.id]
     assert killed.state_name == "Crashed"
 
 
@@ -206,8 +211,8 @@ async def test_a_budget_is_kept_by_all_parts_together(place, account, tmp_path):
             str(tmp_path),
             account,
             cadence=QUICK,
-            parts=2,
-            part_deployment=DEPLOYMENT,
+            partitions=2,
+            partition_deployment=DEPLOYMENT,
             budget_usd=1.2,
         )
     assert sum(place.accepted(words=words).values()) == 40
@@ -221,12 +226,17 @@ class TestWithoutAWorker:
         given, words = rows(20)
         name = str(uuid.uuid4())
         summary = await batch(name)(
-            given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
+            given,
+            str(tmp_path),
+            account,
+            cadence=QUICK,
+            partitions=2,
+            partition_deployment=NOBODYS,
         )
         assert (summary.stored, summary.already_stored) == (20, 0)
         assert summary.spent == pytest.approx(0.6)
         assert set(place.accepted(words=words).values()) == {1}
-        for run in await runs_named(f"{name}-part"):
+        for run in await runs_named(f"{name}-partition"):
             await run_once(run.id, "Cancelled")
 
     async def test_a_batch_that_is_cancelled_cancels_its_parts(self, place, account, tmp_path):
@@ -234,18 +244,23 @@ class TestWithoutAWorker:
         name = str(uuid.uuid4())
         running = asyncio.create_task(
             batch(name)(
-                given, str(tmp_path), account, cadence=QUICK, parts=2, part_deployment=NOBODYS
+                given,
+                str(tmp_path),
+                account,
+                cadence=QUICK,
+                partitions=2,
+                partition_deployment=NOBODYS,
             )
         )
-        parts = []
+        partitions = []
         async with asyncio.timeout(300):
-            while len(parts) < 2:
+            while len(partitions) < 2:
                 await anyio.sleep(0.1)
-                parts = await runs_named(f"{name}-part")
+                partitions = await runs_named(f"{name}-partition")
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        for run in parts:
+        for run in partitions:
             await run_once(run.id, "Cancelled")
         assert not place.accepted(words=words)
 
@@ -258,8 +273,8 @@ class TestWhatIsRefusedAtTheStart:
                 how.pop("manifest", given),
                 str(tmp_path),
                 account,
-                parts=2,
-                **{"part_deployment": DEPLOYMENT, **how},
+                partitions=2,
+                **{"partition_deployment": DEPLOYMENT, **how},
             )
         assert not list(tmp_path.iterdir())
         return str(error.value)
@@ -268,8 +283,10 @@ class TestWhatIsRefusedAtTheStart:
         assert "waits for its results" in await self.refused(account, tmp_path, wait="collect")
 
     async def test_a_deployment_that_is_not_there(self, place, account, tmp_path):
-        told = await self.refused(account, tmp_path, part_deployment="style-transfer-part/none")
-        assert "prefect deploy --name part-of-batch" in told
+        told = await self.refused(
+            account, tmp_path, partition_deployment="style-transfer-partition/none"
+        )
+        assert "prefect deploy --name partition-of-batch" in told
 
     async def test_an_account_that_parts_cannot_load(self, place, tmp_path):
         block = FluxKontextCredentials(api_key="a", base_url=place.sandbox.url)
@@ -287,18 +304,18 @@ class TestWhatIsRefusedAtTheStart:
 
 
 async def test_a_part_with_a_share_of_a_budget_runs_once(place, account, tmp_path):
-    part = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60, "budget_usd": 0.03}
+    partition = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60, "budget_usd": 0.03}
     patient = style_transfer_partition.with_options(retries=1)
-    with pytest.raises(ConfigurationError, match="has run before"):
-        await patient(part, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
+    with pytest.raises(ConfigurationError, match="ran before"):
+        await patient(partition, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
 
 
 async def test_a_part_is_a_living_owner_only_while_it_runs(place, account, tmp_path):
     given, _ = rows(4)
-    part = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
+    partition = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
     block = await FluxKontextCredentials.aload(account)
     with pytest.raises(ConfigurationError, match="flux-kontext limits create"):
-        await style_transfer_partition(part, given, str(tmp_path), block, cadence=QUICK)
+        await style_transfer_partition(partition, given, str(tmp_path), block, cadence=QUICK)
     store = open_ledger_store(OutputFolder(tmp_path))
     assert await store.names("owners") == []
     assert not await is_alive(store, "0" * 32)

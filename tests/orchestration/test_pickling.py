@@ -13,8 +13,8 @@ UNPICKLE = """
 import sys, cloudpickle
 flow = cloudpickle.loads(sys.stdin.buffer.read())
 given = {name: "text" for name in flow.parameters.required} | {"cadence": {"interval": 1}}
-if "part" in given:
-    given["part"] = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60}
+if "partition" in given:
+    given["partition"] = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60}
 print(sorted(flow.validate_parameters(given)))
 """
 

@@ -1,4 +1,4 @@
-"""Prefect's server on PostgreSQL, set up as docs/many-machines.md has it, and a batch in parts."""
+"""Prefect's server on PostgreSQL, set up as in docs/many-machines.md, with a partitioned batch."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from tests.support.postgres import running_postgres, why_not
 ROOT = Path(__file__).parents[2]
 KEY = "key-of-the-tests"
 
-# A flow of one's own that is no deployment may run a batch in parts as well.
+# A flow of one's own that is no deployment may run a batch in partitions as well.
 PROGRAM = """
 import asyncio, sys
 from prefect import get_client
@@ -29,17 +29,20 @@ from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_pa
 async def pool_is_there():
     async with get_client() as client:
         try:
-            return await client.read_work_pool("parts")
+            return await client.read_work_pool("partitions")
         except ObjectNotFound:
             return None
 
 async def main(root, output):
     while not await pool_is_there():
         await asyncio.sleep(0.2)
-    part = await style_transfer_partition.from_source(root, "flows/part_of_batch.py:part_of_batch")
-    await part.deploy("part-of-batch", work_pool_name="parts", print_next_steps=False)
+    entrypoint = "flows/partition_of_batch.py:partition_of_batch"
+    partition = await style_transfer_partition.from_source(root, entrypoint)
+    await partition.deploy(
+        "partition-of-batch", work_pool_name="partitions", print_next_steps=False
+    )
     rows = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(40)]
-    summary = await style_transfer_batch(rows, output, parts=2)
+    summary = await style_transfer_batch(rows, output, partitions=2)
     print("\\n" + summary.model_dump_json())
 
 asyncio.run(main(*sys.argv[1:]))
@@ -71,7 +74,7 @@ def test_a_batch_in_parts_with_prefect_on_postgres(tmp_path):
                 "PREFECT_WORKER_QUERY_SECONDS": "1",
             }
             # A worker that knows its type makes its pool.
-            with running_worker("parts", tmp_path, environment, "--type", "process"):
+            with running_worker("partitions", tmp_path, environment, "--type", "process"):
                 done = subprocess.run(
                     [sys.executable, "-c", PROGRAM, str(ROOT), str(output)],
                     env=environment,

@@ -1,4 +1,4 @@
-"""The flow runs of a batch's parts: started, looked at until they end, started once more."""
+"""The flow runs of a batch's partitions: started, looked at until they end, started once more."""
 
 from __future__ import annotations
 
@@ -51,84 +51,87 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 5.0
 SILENT_SECONDS = 30.0
-"""For which a part may run without a sign of life: it is about to give one, or has just ended."""
+"""Seconds without a progress record after which a running partition counts as dead."""
 
 BEGINS_WITHIN = 300.0
-"""Seconds after which a part that no worker has begun is withdrawn, if no other is running."""
+"""Seconds after which an unstarted partition is withdrawn, if no other is running."""
 
 _STARTS = 2
 
 
 async def watch(running: list[PartitionRuns], total: BatchSummary) -> None:
-    """Look at parts until all have ended, or the others are withdrawn.
+    """Look at partitions until all have ended, or the others are withdrawn.
 
     Args:
-        running: The parts.
+        running: The partitions.
         total: What became of all their rows so far; it is kept up to date.
     """
     clock = asyncio.get_running_loop().time
     moved_at = clock()
-    while not all(part.ended for part in running):
+    while not all(partition.ended for partition in running):
         await asyncio.sleep(LOOK_SECONDS)
-        for part in running:
-            await part.look()
+        for partition in running:
+            await partition.look()
         counted = BatchSummary(output=total.output)
-        counted.spent = sum([await part.add_to(counted) for part in running])
+        counted.spent = sum([await partition.add_to(counted) for partition in running])
         for name, value in counted:
             setattr(total, name, value)
-        if any(part.begun and not part.ended for part in running):
+        if any(partition.begun and not partition.ended for partition in running):
             moved_at = clock()
         elif clock() - moved_at > BEGINS_WITHIN:
             get_run_logger().warning(
-                "No worker has begun the other parts, so their rows are run here. Are there "
+                "No worker has begun the other partitions, so their rows are run here. Are there "
                 "enough workers for the work pool, and may it run so many flow runs at once?"
             )
             return
 
 
 async def end(running: list[PartitionRuns]) -> None:
-    """End what still runs, and forget what the parts have told."""
-    for part in running:
-        await part.end()
+    """End what still runs, and forget what the partitions have told."""
+    for partition in running:
+        await partition.end()
 
 
 class PartitionRuns:
-    """A part and its flow runs, of which the last counts.
+    """A partition and its flow runs, of which the last counts.
 
     Args:
         client: Prefect.
         store: The ledger, where the runs say that they live and how far they are.
-        part: The part.
+        partition: The partition.
         wanted: How the batch is cut.
         name: The name of the batch's own flow run.
 
     Attributes:
         begun: Whether a worker has begun the last flow run.
-        ended: Whether nothing more is to come of the part.
+        ended: Whether nothing more is to come of the partition.
     """
 
     def __init__(
         self,
         client: PrefectClient,
         store: RecordStore,
-        part: Partition,
+        partition: Partition,
         wanted: PartitionPlan,
         name: str,
     ) -> None:
         self.ended = self.begun = False
         self._client = client
         self._store = store
-        self._part = part
+        self._partition = partition
         self._wanted = wanted
-        self._name = f"{name}-part-{part.number}-of-{part.of}"
+        self._name = f"{name}-partition-{partition.number}-of-{partition.of}"
         self._runs: list[UUID] = []
         self._silent_since: float | None = None
 
     async def start(self) -> None:
-        """Start a flow run of the part."""
+        """Start a flow run of the partition."""
         run: Any = await arun_deployment(
             self._wanted.deployment,
-            parameters={**self._wanted.parameters, "part": self._part.model_dump(mode="json")},
+            parameters={
+                **self._wanted.parameters,
+                "partition": self._partition.model_dump(mode="json"),
+            },
             flow_run_name=self._name,
             timeout=0,
             as_subflow=False,  # which would be a task run for each
@@ -137,7 +140,7 @@ class PartitionRuns:
         self.begun, self._silent_since = False, None
 
     async def look(self) -> None:
-        """See how the part is doing; one that died is started once more."""
+        """See how the partition is doing; one that died is started once more."""
         if self.ended:
             return
         try:
@@ -169,12 +172,12 @@ class PartitionRuns:
     async def _over(self, run: FlowRun, *, died: bool) -> None:
         told = run.state_name if not died else "gone: its worker was killed, or it crashed"
         # A share of a budget may have been spent, so that it cannot be given twice.
-        again = died and len(self._runs) < _STARTS and self._part.budget_usd is None
+        again = died and len(self._runs) < _STARTS and self._partition.budget_usd is None
         get_run_logger().log(
             logging.WARNING if died else logging.INFO,
             "Part %d of %d (%s) is %s%s.",
-            self._part.number,
-            self._part.of,
+            self._partition.number,
+            self._partition.of,
             run.name,
             told,
             ", and is started again" if again else "",
@@ -185,7 +188,7 @@ class PartitionRuns:
             self.ended = True
 
     async def add_to(self, total: BatchSummary) -> float:
-        """Add what the part has come to, and return what all its flow runs have spent."""
+        """Add what the partition has come to, and return what all its flow runs have spent."""
         told = [await read_progress(self._store, run_id.hex) for run_id in self._runs]
         total.add(told[-1])
         return sum(each.spent for each in told)
@@ -204,12 +207,12 @@ class PartitionRuns:
 
 @dataclass(frozen=True)
 class RemainingWork:
-    """What is left to the batch itself, when its parts have ended.
+    """What is left to the batch itself, when its partitions have ended.
 
     Attributes:
         account: The account, as it may be used.
         options: What a person has decided about its rows.
-        earlier: What the parts have come to; None where there were none.
+        earlier: What the partitions have come to; None where there were none.
         alert_above_usd: Dollars above which an event still is to say so.
         lease: The slots that are held for it.
     """
@@ -231,7 +234,7 @@ async def run_partitions(
     options: RowOptions,
     alert_above_usd: float | None,
 ) -> AsyncIterator[RemainingWork]:
-    """Run a batch's parts to their ends, and yield what is left to the batch itself.
+    """Run a batch's partitions to their ends, and yield what is left to the batch itself.
 
     Args:
         wanted: How it is cut; None for a batch in one piece.
@@ -254,7 +257,7 @@ async def run_partitions(
     total = BatchSummary(output=str(output))
     alarm = create_spend_alarm(total, lambda: total.spent, alert_above_usd)
     if plan.to_pay:
-        await _run(_parts(wanted, plan, options), wanted, output, options, total, plan, alarm)
+        await _run(_partitions(wanted, plan, options), wanted, output, options, total, plan, alarm)
     left = await build_plan(rows, output, account, options)
     total.spent = round(left.spent - plan.spent, 6)
     alarm()
@@ -270,7 +273,7 @@ async def run_partitions(
         or left.standings[PlannedAction.OUTSTANDING_STATES]
         or left.standings[PlannedAction.UNKNOWN]
     ):
-        get_run_logger().info("What the parts have left:\n%s", left)
+        get_run_logger().info("What the partitions have left:\n%s", left)
         async with lease_slots(account, wanted.share.slots) as lease:
             yield replace(rest, lease=lease)
     else:
@@ -278,12 +281,12 @@ async def run_partitions(
 
 
 async def run_remaining(wave: Wave) -> BatchSummary:
-    """Run a wave of what parts have left; most have nothing left, and are no task run."""
+    """Run a wave of what partitions have left; most have nothing left, and are no task run."""
     return await wave.run()
 
 
-def _parts(wanted: PartitionPlan, plan: Plan, options: RowOptions) -> list[Partition]:
-    number = min(wanted.parts, plan.to_pay)
+def _partitions(wanted: PartitionPlan, plan: Plan, options: RowOptions) -> list[Partition]:
+    number = min(wanted.partitions, plan.to_pay)
     budget = None
     if options.budget_usd is not None:
         left = max(0.0, options.budget_usd - plan.spent)
@@ -302,7 +305,7 @@ def _parts(wanted: PartitionPlan, plan: Plan, options: RowOptions) -> list[Parti
 
 
 async def _run(
-    parts: list[Partition],
+    partitions: list[Partition],
     wanted: PartitionPlan,
     output: OutputFolder,
     options: RowOptions,
@@ -316,10 +319,12 @@ async def _run(
     async with keep_heartbeat(store) as owner, get_client() as client:
         if options.budget_usd is not None:
             await ensure_sole_run(store, owner)
-        running = [PartitionRuns(client, store, part, wanted, name) for part in parts]
+        running = [
+            PartitionRuns(client, store, partition, wanted, name) for partition in partitions
+        ]
         try:
-            for part in running:
-                await part.start()
+            for partition in running:
+                await partition.start()
             async with progress_artifact(total, plan.rows, alarm):
                 await watch(running, total)
         finally:

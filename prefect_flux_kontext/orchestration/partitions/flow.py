@@ -1,4 +1,4 @@
-"""The flow over one part of a batch. `style_transfer_batch` starts it, with its `parts`."""
+"""The flow over one partition of a batch, started by `style_transfer_batch`."""
 
 from collections.abc import Iterable, Iterator
 
@@ -41,10 +41,10 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 
 
 class Partition(BaseModel):
-    """Which part of a batch it is, and what it may use."""
+    """Which partition of a batch it is, and what it may use."""
 
     number: PositiveInt = Field(description="From 1.")
-    of: PositiveInt = Field(description="How many parts there are.")
+    of: PositiveInt = Field(description="How many partitions there are.")
     slots: PositiveInt = Field(description="Tasks that it may run at once; it leases them.")
     requests_per_minute: PositiveInt = Field(description="Requests that go with them.")
     budget_usd: float | None = Field(
@@ -52,9 +52,9 @@ class Partition(BaseModel):
     )
 
 
-@flow(name="style-transfer-part", on_cancellation=[log_outstanding])
+@flow(name="style-transfer-partition", on_cancellation=[log_outstanding])
 async def style_transfer_partition(
-    part: Partition,
+    partition: Partition,
     manifest: ManifestSource,
     output: Output,
     credentials: Account = None,
@@ -71,11 +71,11 @@ async def style_transfer_partition(
 ) -> BatchSummary:
     """Run every so-manieth row of a manifest with a leased share of the account.
 
-    The batch that starts it tells the whole and finishes what a part leaves. Rows that are
+    The batch that starts it tells the whole and finishes what a partition leaves. Rows that are
     invalid are left to it.
 
     Args:
-        part: Which rows, and what they may use.
+        partition: Which rows, and what they may use.
         manifest: As the batch has it; and so all that follows.
         output: Where the images go.
         credentials: The account.
@@ -91,7 +91,7 @@ async def style_transfer_partition(
         storage_options: The options of the output's filesystem.
 
     Returns:
-        What became of the part's rows.
+        What became of the partition's rows.
 
     Raises:
         ConfigurationError: Credentials, output or limit are wrong; or it has a share of a budget
@@ -103,9 +103,9 @@ async def style_transfer_partition(
     context = FlowRunContext.get()
     assert context is not None and context.flow_run is not None  # noqa: S101, PT018 - it is a flow
     run = context.flow_run
-    if part.budget_usd is not None and run.run_count > 1:
+    if partition.budget_usd is not None and run.run_count > 1:
         raise ConfigurationError(
-            "This part has run before and may have spent its share of the budget. Its batch, or "
+            "This partition ran before and may have spent its share of the budget. Its batch, or "
             "a later run of it, finishes its rows."
         )
     settings = FluxKontextSettings()
@@ -114,9 +114,9 @@ async def style_transfer_partition(
         failure_policy,
         fit_references=fit_references,
         resubmit_unknown=resubmit_unknown,
-        share_usd=part.budget_usd,
+        share_usd=partition.budget_usd,
     )
-    share = Share(part.slots, part.requests_per_minute)
+    share = Share(partition.slots, partition.requests_per_minute)
     account = share.of(await resolve_credentials(credentials))
     output = await open_output(output, storage_options)
     await output.check_writable()
@@ -137,14 +137,14 @@ async def style_transfer_partition(
             lease.held_for(session.submitter)
             return await run_partition_rows(
                 session,
-                rows_for_partition(rows.rows(), part),
+                rows_for_partition(rows.rows(), partition),
                 run_wave,
                 concurrent_tasks=share.slots,
             )
 
 
-def rows_for_partition(rows: Iterable[Row | RefusedRow], part: Partition) -> Iterator[Row]:
-    """The rows of a part: they are dealt like cards, so that parts are of one size."""
+def rows_for_partition(rows: Iterable[Row | RefusedRow], partition: Partition) -> Iterator[Row]:
+    """The rows of a partition: they are dealt like cards, so that partitions are of one size."""
     for place, row in enumerate(rows):
-        if place % part.of == part.number - 1 and isinstance(row, Row):
+        if place % partition.of == partition.number - 1 and isinstance(row, Row):
             yield row

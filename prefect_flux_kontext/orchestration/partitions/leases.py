@@ -96,12 +96,12 @@ async def create_limit(account: FluxKontextCredentials) -> str:
         raise ConfigurationError(f"Prefect did not create the limit {name}: {error}") from None
 
 
-async def read_account_limit(account: FluxKontextCredentials, parts: int) -> Share:
-    """What each of so many parts may lease; where the account has no limit yet, it is created.
+async def read_account_limit(account: FluxKontextCredentials, partitions: int) -> Share:
+    """Return what each partition may lease; create the limit where there is none.
 
     Raises:
         ConfigurationError: There is no limit and none can be created, it is not the account's, or
-            it has fewer slots than there are parts.
+            it has fewer slots than there are partitions.
     """
     name = limit_name(account)
     try:
@@ -121,10 +121,11 @@ async def read_account_limit(account: FluxKontextCredentials, parts: int) -> Sha
             f"The limit {name} in Prefect has {limit.limit:,} slots{off}, the account has "
             f"{account.concurrent_tasks:,}. Bring it up to date: {_COMMAND}"
         )
-    slots = limit.limit // parts
+    slots = limit.limit // partitions
     if not slots:
         raise ConfigurationError(
-            f"{parts} parts cannot share the {limit.limit:,} slots of {name}. Take fewer parts."
+            f"{partitions} partitions cannot share the {limit.limit:,} slots of {name}. "
+            "Use fewer partitions."
         )
     return Share(slots, max(1, account.requests_per_minute * slots // account.concurrent_tasks))
 

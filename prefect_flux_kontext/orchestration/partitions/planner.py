@@ -1,4 +1,4 @@
-"""How a batch is cut into parts, and whether it can be, before anything is paid."""
+"""How a batch is cut into partitions, and whether it can be, before anything is paid."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """How a batch is cut into parts.
+    """How a batch is cut into partitions.
 
     Attributes:
-        parts: How many.
+        partitions: How many.
         share: What each leases.
         deployment: The name of the deployment that runs them.
         parameters: What each is told, as JSON.
     """
 
-    parts: int
+    partitions: int
     share: Share
     deployment: str
     parameters: dict[str, Any]
 
 
 async def plan_partitions(
-    parts: int, deployment: str, account: FluxKontextCredentials, wait: str
+    partitions: int, deployment: str, account: FluxKontextCredentials, wait: str
 ) -> PartitionPlan:
-    """Find out before anything is paid whether the present batch can be run in parts.
+    """Find out before anything is paid whether the present batch can be run in partitions.
 
     Raises:
         ConfigurationError: It cannot; the message says why.
     """
     if wait != "poll":
         raise ConfigurationError(
-            f'A batch in parts waits for its results: wait="{wait}" is for one part.'
+            f'A batch in partitions waits for its results: wait="{wait}" is for one partition.'
         )
     if FluxKontextSettings().callback_listen is not None:
         raise ConfigurationError(
-            "The parts of a batch cannot each receive callbacks. Unset "
+            "The partitions of a batch cannot each receive callbacks. Unset "
             "FLUX_KONTEXT_CALLBACK_LISTEN and run a receiver: flux-kontext receive OUTPUT"
         )
     parameters = _passed_on()
@@ -63,15 +63,18 @@ async def plan_partitions(
             await client.read_deployment_by_name(deployment)
         except (ObjectNotFound, ValueError):
             raise ConfigurationError(
-                f"There is no deployment {deployment!r} to run parts. Deploy it from this "
-                "package's prefect.yaml (prefect deploy --name part-of-batch), or name yours as "
-                "part_deployment. Nothing was submitted."
+                f"There is no deployment {deployment!r} to run partitions. Deploy it from this "
+                "package's prefect.yaml (prefect deploy --name partition-of-batch), or name yours "
+                "as "
+                "partition_deployment. Nothing was submitted."
             ) from None
-    return PartitionPlan(parts, await read_account_limit(account, parts), deployment, parameters)
+    return PartitionPlan(
+        partitions, await read_account_limit(account, partitions), deployment, parameters
+    )
 
 
 def _passed_on() -> dict[str, Any]:
-    """The parameters of the present flow run that its parts get as well, as JSON."""
+    """The parameters of the present flow run that its partitions get as well, as JSON."""
     context = FlowRunContext.get()
     given = (context.parameters if context is not None else None) or {}
     names: Any = style_transfer_partition.parameters.properties
@@ -90,7 +93,7 @@ def _as_json(name: str, value: Any) -> Any:
         document = value._block_document_id  # noqa: SLF001 - there is no other way
         if document is None:
             raise ConfigurationError(
-                f"The {name} of a batch in parts cannot be a Block that is not saved: its parts "
+                f"The {name} of a batch in partitions cannot be an unsaved Block: its partitions "
                 "load it by itself. Save it, and give its name."
             )
         return {"$ref": {"block_document_id": str(document)}}
@@ -98,14 +101,14 @@ def _as_json(name: str, value: Any) -> Any:
         return value.model_dump(mode="json")
     if isinstance(value, Table) or not isinstance(value, str | int | float | list | dict | None):
         raise ConfigurationError(
-            f"The {name} of a batch in parts is sent to other machines, so it cannot be "
+            f"The {name} of a batch in partitions is sent to other machines, so it cannot be "
             f"{value!r:.80}. Give it as text or, of a manifest, as a list of dicts."
         )
     return value
 
 
 def _absolute(location: Any) -> Any:
-    # Who runs a part has another working directory.
+    # Who runs a partition has another working directory.
     if not isinstance(location, str) or "://" in location or location.startswith("block:"):
         return location
     return str(Path(location).expanduser().absolute())

@@ -1,6 +1,7 @@
-"""How far the parts of a batch are: a small record each, beside the ledger, that its batch reads.
+"""Progress of partitions: a small record for each, beside the ledger, read by the batch.
 
-`_ledger/parts/<flow run>.json` holds the counts of a part. It is a view; the ledger is the truth.
+`_ledger/partitions/<flow run>.json` holds the counts of a partition.
+It is a view; the ledger is the truth.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ TOLD_EVERY = 5.0
 async def report_progress(
     store: RecordStore, name: str, batch: BatchSummary
 ) -> AsyncIterator[None]:
-    """Keep the record of a part up to date while the block runs.
+    """Keep the record of a partition up to date while the block runs.
 
     Args:
         store: The ledger.
-        name: The part's flow run.
-        batch: What became of the part's rows so far; it moves.
+        name: The partition's flow run.
+        batch: What became of the partition's rows so far; it moves.
     """
     telling = asyncio.create_task(_tell(store, name, batch))
     try:
@@ -51,7 +52,7 @@ async def _tell(store: RecordStore, name: str, batch: BatchSummary) -> None:
         try:
             await store.replace(_record(name), counts.encode())
         except LedgerError as error:
-            logger.debug("How far this part is was not written: %s", error)
+            logger.debug("How far this partition is was not written: %s", error)
 
     try:
         while True:
@@ -62,7 +63,7 @@ async def _tell(store: RecordStore, name: str, batch: BatchSummary) -> None:
 
 
 async def read_progress(store: RecordStore, name: str) -> BatchSummary:
-    """What became of a part's rows so far, as far as it has told."""
+    """What became of a partition's rows so far, as far as it has told."""
     try:
         return BatchSummary.model_validate_json(await store.read(_record(name)) or b"{}")
     except (LedgerError, ValidationError):
@@ -70,10 +71,10 @@ async def read_progress(store: RecordStore, name: str) -> BatchSummary:
 
 
 async def forget_progress(store: RecordStore, name: str) -> None:
-    """Remove the record of a part."""
+    """Remove the record of a partition."""
     with contextlib.suppress(LedgerError):
         await store.remove(_record(name))
 
 
 def _record(name: str) -> str:
-    return f"parts/{name}.json"
+    return f"partitions/{name}.json"

@@ -1,10 +1,10 @@
-"""A batch in parts over two workers, seen by the service: does it keep the account's limits?
+"""A batch in partitions over two workers, seen by the service: does it keep the account's limits?
 
-    python benchmarks/parts.py                 # 600 images, two parts
-    python benchmarks/parts.py 1000 4 kill     # and the worker of the second part is killed
+    python benchmarks/partitions.py                 # 600 images, two partitions
+    python benchmarks/partitions.py 1000 4 kill     # and the second worker is killed
 
 The sandbox's account has 40 slots and 600 requests a minute, tasks take 4 s. Prefect's server,
-the workers and the parts are processes of their own.
+the workers and the partitions are processes of their own.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def worker(folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Pop
 
 
 def kill_second(api: str) -> None:
-    """Kill the process of the second part and the worker that started it."""
+    """Kill the process of the second partition and the worker that started it."""
     runs = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=PATIENCE).json()
-    (run,) = [run for run in runs if "-part-2-of-" in run["name"]]
+    (run,) = [run for run in runs if "-partition-2-of-" in run["name"]]
     process = int(run["infrastructure_pid"].rpartition(":")[2])
     stat = Path(f"/proc/{process}/stat").read_text()
     for pid in (int(stat.rpartition(")")[2].split()[1]), process):
         os.kill(pid, signal.SIGKILL)
 
 
-def measure(rows: int, parts: int, folder: Path, *, kill: bool) -> None:
+def measure(rows: int, partitions: int, folder: Path, *, kill: bool) -> None:
     """One batch; prints what the service and Prefect have seen."""
     shutil.copytree(ROOT / "flows", folder / "flows")
     shutil.copy(ROOT / "prefect.yaml", folder)
@@ -99,7 +99,7 @@ def measure(rows: int, parts: int, folder: Path, *, kill: bool) -> None:
         before = counted(api)
         name = f"{api}/deployments/name/style-transfer-batch/nightly-prefix"
         deployment = httpx.get(name, timeout=PATIENCE).json()["id"]
-        told: dict[str, Any] = {"parts": parts, "budget_usd": None}
+        told: dict[str, Any] = {"partitions": partitions, "budget_usd": None}
         run = httpx.post(
             f"{api}/deployments/{deployment}/create_flow_run",
             json={"parameters": told},
