@@ -127,7 +127,9 @@ def test_the_key_does_not_show(monkeypatch):
 @pytest.mark.parametrize("wrong", ["canary", "[1]", '"canary"', '{"key": "canary"', "{" * 99_999])
 def test_storage_options_that_are_no_object_are_refused_without_being_told(wrong, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", wrong)
-    with pytest.raises(ConfigurationError, match=r"STORAGE_OPTIONS.*no JSON object") as caught:
+    with pytest.raises(
+        ConfigurationError, match=r"STORAGE_OPTIONS.*must be a JSON object"
+    ) as caught:
         FluxKontextSettings()
     assert "canary" not in repr(caught.value)
 
