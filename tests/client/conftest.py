@@ -2,12 +2,12 @@
 
 import pytest
 
-from prefect_flux_kontext.client.limits import account as governor
+from prefect_flux_kontext.client.limits import account
 
 
 @pytest.fixture(autouse=True)
-def _no_governor_from_another_test(monkeypatch):
-    monkeypatch.setattr(governor, "_limiters", {})
+def _no_limiter_from_another_test(monkeypatch):
+    monkeypatch.setattr(account, "_limiters", {})
 
 
 @pytest.fixture(autouse=True)

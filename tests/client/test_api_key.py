@@ -193,5 +193,5 @@ async def test_a_client_can_be_closed_twice_and_answers_no_more():
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="closed"):
             await client.submit(REQUEST)
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
         assert server.seen == []

@@ -34,7 +34,7 @@ async def run(images, *, called=False, **how):
     await asyncio.gather(*(image(number) for number in range(images)))
     tasks = account.tasks
     assert len(tasks) == images
-    assert client.governor.tasks.running == 0
+    assert client.limiter.tasks.running == 0
     first, last = tasks[2 * SLOTS].accepted_at, tasks[-1].accepted_at
     busy = sum(
         min(task.ready_at, last) - max(task.accepted_at, first)

@@ -40,7 +40,7 @@ async def run(rows, **hidden):
             return await wait_until_ended(client, task, cadence)
 
         results = await asyncio.gather(*(row(number) for number in range(rows)))
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
     assert len({result.task_id for result in results}) == rows
     return sandbox.service.bill()
 

@@ -35,7 +35,7 @@ async def test_a_429_is_posted_again_until_it_is_accepted(play, monkeypatch):
     ):
         assert (await client.submit(REQUEST)).task_id == "task_1"
         assert len(server.seen) == 3
-        assert client.governor.tasks.running == 1
+        assert client.limiter.tasks.running == 1
 
 
 @pytest.mark.virtual_time

@@ -33,7 +33,7 @@ async def wait(played, *, age=0.0, tasks=1_000, **cadence):
         try:
             return await wait_until_ended(client, task, PollingCadence(**cadence))
         finally:
-            assert client.governor.tasks.running == 0
+            assert client.limiter.tasks.running == 0
             played.looks = [time - began for time in played.times]
             played.waited = asyncio.get_running_loop().time() - began
 
@@ -222,5 +222,5 @@ async def test_a_thousand_waits_hold_no_thread_and_one_client():
 
 async def test_a_deadline_tells_what_the_last_answer_was():
     played = Played(ok({"taskId": "task_1", "state": "success", "resultJson": "no JSON"}))
-    with pytest.raises(GenerationTimeoutError, match=r"last answer was .*no result URL"):
+    with pytest.raises(GenerationTimeoutError, match=r"last error: .*no result URL"):
         await wait(played, timeout=60)

@@ -1,4 +1,4 @@
-"""The request budget: no minute ever holds more than the limit, and nobody is forgotten."""
+"""The request limiter: no minute ever holds more than the limit, and nobody is forgotten."""
 
 import asyncio
 import itertools
@@ -45,12 +45,12 @@ STEPS = st.lists(
 
 
 async def play(limit, steps):
-    """Take from a budget as the steps say; returns when each got through, and the pauses."""
-    loop, budget = asyncio.get_running_loop(), RateLimiter(limit)
+    """Take from a limiter as the steps say; returns when each got through, and the pauses."""
+    loop, limiter = asyncio.get_running_loop(), RateLimiter(limit)
     through, pauses, waiting = [], [], []
 
     async def take():
-        await budget.take()
+        await limiter.acquire()
         through.append(loop.time())
 
     for what, how in steps:
@@ -60,16 +60,16 @@ async def play(limit, steps):
         elif what == "sleep":
             await asyncio.sleep(how)
         elif what == "pause":
-            budget.pause(how)
+            limiter.pause(how)
             pauses.append((loop.time(), loop.time() + how))
         elif what == "cancel":
             for task in waiting[::3][:how]:
                 task.cancel()
         elif what == "slow down":
-            budget.slow_down()
+            limiter.slow_down()
         else:
             for _ in range(how):
-                budget.speed_up()
+                limiter.speed_up()
     ended = await asyncio.gather(*waiting, return_exceptions=True)
     cancelled = sum(isinstance(error, asyncio.CancelledError) for error in ended)
     assert len(through) == len(waiting) - cancelled, "somebody never got through"
@@ -112,11 +112,11 @@ def test_a_pause_lets_no_burst_through_after_it():
 
 def test_of_those_that_wait_submits_go_first_and_each_kind_in_its_order():
     async def main():
-        budget, order = RateLimiter(60), []
-        await budget.take()
+        limiter, order = RateLimiter(60), []
+        await limiter.acquire()
 
         async def take(name, *, first):
-            await budget.take(first=first)
+            await limiter.acquire(has_priority=first)
             order.append(name)
 
         waiting = [asyncio.create_task(take(f"look {n}", first=False)) for n in range(3)]
@@ -131,11 +131,11 @@ def test_of_those_that_wait_submits_go_first_and_each_kind_in_its_order():
 
 
 def test_a_waiter_whose_loop_is_gone_holds_nobody_up():
-    budget = RateLimiter(6_000)
+    limiter = RateLimiter(6_000)
     gone = asyncio.new_event_loop()
 
     async def take_many(number):
-        await asyncio.gather(*(budget.take() for _ in range(number)))
+        await asyncio.gather(*(limiter.acquire() for _ in range(number)))
 
     abandoned = gone.create_task(take_many(200))
     gone.run_until_complete(asyncio.sleep(0.01))
@@ -144,7 +144,7 @@ def test_a_waiter_whose_loop_is_gone_holds_nobody_up():
 
     async def main():  # in real time, as the loop that is gone
         async with asyncio.timeout(10):
-            await budget.take()
+            await limiter.acquire()
 
     asyncio.run(main())
 
@@ -156,15 +156,15 @@ def test_a_short_pause_does_not_end_a_long_one():
 
 def test_a_halved_rate_grows_back_within_minutes():
     async def main():
-        loop, budget = asyncio.get_running_loop(), RateLimiter(6_000)
-        budget.slow_down()
-        budget.slow_down()
+        loop, limiter = asyncio.get_running_loop(), RateLimiter(6_000)
+        limiter.slow_down()
+        limiter.slow_down()
         rates = []
         for _ in range(8):
             began = loop.time()
             for _ in range(1_500):
-                await budget.take()
-                budget.speed_up()
+                await limiter.acquire()
+                limiter.speed_up()
             rates.append(1_500 / (loop.time() - began))
         return rates
 
@@ -181,12 +181,12 @@ def test_a_slowed_budget_never_stands_still(limit):
 
 
 def test_one_budget_serves_threads_with_their_own_loops():
-    budget, through, lock = RateLimiter(60_000), [], threading.Lock()
+    limiter, through, lock = RateLimiter(60_000), [], threading.Lock()
 
     async def take_many():
         loop = asyncio.get_running_loop()
         for _ in range(100):
-            await budget.take()
+            await limiter.acquire()
             with lock:
                 through.append(loop.time())
 

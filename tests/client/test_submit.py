@@ -78,7 +78,7 @@ async def test_what_may_have_been_accepted_is_posted_once(what, connection):
         with pytest.raises(kind) as caught:
             await client.submit(REQUEST)
         assert [seen.method for seen in server.seen].count("POST") == 1
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
     assert not caught.value.not_accepted
     assert not caught.value.fatal
     if connection == "kept alive" and len(server.seen) == 2:
@@ -108,7 +108,7 @@ async def test_a_refused_connection_is_made_again_eight_times(monkeypatch):
 
             with pytest.raises(NotConnectedError) as caught:
                 await client.submit(REQUEST, around_post=around)
-            assert client.governor.tasks.running == 0
+            assert client.limiter.tasks.running == 0
     assert len(posts) == 8
     assert caught.value.not_accepted
 
@@ -212,7 +212,7 @@ async def test_who_raises_right_before_the_post_sends_nothing_and_holds_no_slot(
         with pytest.raises(BatchStoppedError):
             await client.submit(REQUEST, around_post=around)
         assert server.seen == []
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
 
 
 async def test_a_submit_cancelled_under_way_frees_its_slot():
@@ -223,7 +223,7 @@ async def test_a_submit_cancelled_under_way_frees_its_slot():
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
 
 
 async def test_an_invalid_request_is_posted_once():

@@ -60,7 +60,7 @@ async def test_a_certificate_that_is_not_trusted_ends_before_anything_is_sent(tm
 
 
 async def test_no_room_among_the_connections_is_a_connection_never_made(monkeypatch):
-    monkeypatch.setattr(wire, "MOST_CONNECTIONS", 1)
+    monkeypatch.setattr(wire, "_MAX_CONNECTIONS", 1)
     asked = asyncio.Event()
 
     async def hear(writer):

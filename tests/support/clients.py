@@ -1,4 +1,4 @@
-"""Clients for tests: own governor, short time-outs on real sockets, any transport."""
+"""Clients for tests: own limiter, short time-outs on real sockets, any transport."""
 
 import asyncio
 
@@ -14,9 +14,9 @@ REQUEST = GenerationRequest(prompt="a lighthouse at dusk")
 
 
 def make_client(url="http://service.test", *, requests=10_000, tasks=1_000, read=5.0, **how):
-    """A client with its own governor, which waits for replies `read` seconds."""
-    governor = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
-    client = FluxKontextClient(KEY, base_url=url, governor=governor, **how)
+    """A client with its own limiter, which waits for replies `read` seconds."""
+    limiter = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
+    client = FluxKontextClient(KEY, base_url=url, limiter=limiter, **how)
     client._connections.timeout = httpx.Timeout(5.0, read=read)
     return client
 

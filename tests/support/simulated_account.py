@@ -65,9 +65,9 @@ class SimulatedAccount:
         return asyncio.get_running_loop().time() - self.first_request
 
     def client(self, *, requests=10_000, tasks=1_000):
-        """A client of its own governor that talks to this account."""
-        governor = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
-        client = FluxKontextClient(KEY, base_url=URL, governor=governor)
+        """A client of its own limiter that talks to this account."""
+        limiter = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
+        client = FluxKontextClient(KEY, base_url=URL, limiter=limiter)
         client._connections = self
         return client
 
