@@ -1,4 +1,4 @@
-"""What the tests of the core share: governors that know nothing of another test."""
+"""Fixtures of the client tests: no limiter of another test, no proxy of the environment."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def _no_limiter_from_another_test(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _no_proxy_from_outside(monkeypatch):
+def _no_environment_proxy(monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)

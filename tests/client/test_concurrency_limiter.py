@@ -1,4 +1,4 @@
-"""The task limiter: never over the limit, and every waiter gets through."""
+"""The concurrency limiter keeps the limit, and every waiter gets a slot."""
 
 import asyncio
 import threading
@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.client.limits.concurrency import ConcurrencyLimiter
-from tests.support.virtual_time import on_virtual_time
+from tests.support.virtual_time import run_in_virtual_time
 
 
 class Crowd:
-    """Rows that go through a limiter as the client does, and a count of what runs."""
+    """Rows that use a limiter as the client does, and a count of those that run."""
 
     def __init__(self, slots, fates):
         self.limiter = ConcurrencyLimiter(slots)
@@ -27,19 +27,19 @@ class Crowd:
             await limiter.acquire()
             self.most = max(self.most, limiter.running)
             fate, seconds = next(self.fates, ("watched", 1.0))
-            task_id, told = f"task_{number}", False
+            task_id, is_recorded = f"task_{number}", False
             try:
                 await asyncio.sleep(seconds / 10)
                 if fate == "refused":
                     limiter.record_rejection()
-                    told = True
+                    is_recorded = True
                     continue
                 if fate == "lost":
                     return
                 limiter.record_acceptance(task_id)
-                told = True
+                is_recorded = True
             finally:
-                if not told:
+                if not is_recorded:
                     limiter.release()
             self.entered += 1
             if fate == "watched":
@@ -61,7 +61,7 @@ FATES = st.lists(
 
 @settings(max_examples=100)
 @given(st.integers(1, 12), st.integers(1, 60), FATES, st.sets(st.integers(0, 59)), st.data())
-def test_never_over_the_limit_and_every_waiter_gets_through(slots, rows, fates, doomed, data):
+def test_limit_is_kept_and_every_waiter_gets_through(slots, rows, fates, doomed, data):
     pauses = data.draw(st.lists(st.floats(0, 40), min_size=len(doomed), max_size=len(doomed)))
 
     async def main():
@@ -78,10 +78,10 @@ def test_never_over_the_limit_and_every_waiter_gets_through(slots, rows, fates, 
         await crowd.limiter.acquire()
         assert crowd.limiter.running == 1, "a slot was never freed"
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_nobody_waits_for_frees_its_slot_after_a_minute():
+def test_unwatched_task_frees_its_slot_after_a_minute():
     async def main():
         limiter, loop = ConcurrencyLimiter(1), asyncio.get_running_loop()
         await limiter.acquire()
@@ -92,10 +92,10 @@ def test_a_task_nobody_waits_for_frees_its_slot_after_a_minute():
         await waiter
         assert loop.time() - began == pytest.approx(60)
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_accepted_while_many_wait_still_frees_its_slot_after_a_minute():
+def test_unwatched_task_frees_its_slot_while_many_wait():
     async def main():
         limiter, loop = ConcurrencyLimiter(2), asyncio.get_running_loop()
         for _ in range(2):
@@ -112,16 +112,16 @@ def test_a_task_accepted_while_many_wait_still_frees_its_slot_after_a_minute():
         limiter.record_acceptance("task_1")
         await asyncio.sleep(5)
         limiter.record_acceptance("task_2")
-        waiters[0].cancel()  # the first is the one that looks at the clock
+        waiters[0].cancel()  # only the first waiter has a timer
         await asyncio.sleep(600)
         assert entered == pytest.approx([65, 70])
         for waiter in waiters:
             waiter.cancel()
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_who_is_called_and_cancelled_at_once_hands_the_call_on():
+def test_waiter_cancelled_after_its_wake_up_passes_it_on():
     async def main():
         limiter = ConcurrencyLimiter(1)
         await limiter.acquire()
@@ -132,10 +132,10 @@ def test_who_is_called_and_cancelled_at_once_hands_the_call_on():
         async with asyncio.timeout(1):
             await second
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_crowd_that_only_submits_goes_through_at_the_pace_of_the_slots():
+def test_unwatched_submits_proceed_at_the_pace_of_the_slots():
     async def main():
         limiter, loop, times = ConcurrencyLimiter(10), asyncio.get_running_loop(), []
 
@@ -148,10 +148,10 @@ def test_a_crowd_that_only_submits_goes_through_at_the_pace_of_the_slots():
         await asyncio.gather(*(row(number) for number in range(100)))
         assert max(times) - min(times) < 9 * 61
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_that_is_waited_for_holds_its_slot_however_long_it_takes():
+def test_watched_task_holds_its_slot_until_released():
     async def main():
         limiter = ConcurrencyLimiter(1)
         await limiter.acquire()
@@ -163,10 +163,10 @@ def test_a_task_that_is_waited_for_holds_its_slot_however_long_it_takes():
         limiter.release_task("task_1")
         await waiter
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_waiters_get_in_in_their_order():
+def test_waiters_proceed_in_order():
     async def main():
         limiter, order = ConcurrencyLimiter(1), []
         await limiter.acquire()
@@ -177,15 +177,15 @@ def test_waiters_get_in_in_their_order():
             limiter.release()
 
         rows = [asyncio.create_task(row(number)) for number in range(20)]
-        await asyncio.sleep(200)  # over which all of them look at the clock a few times
+        await asyncio.sleep(200)  # long enough for several timers of each waiter
         limiter.release()
         await asyncio.gather(*rows)
         assert order == list(range(20))
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_two_tasks_of_one_name_hold_one_slot_and_free_it():
+def test_repeated_task_id_holds_one_slot():
     async def main():
         limiter = ConcurrencyLimiter(2)
         for _ in range(2):
@@ -197,23 +197,23 @@ def test_two_tasks_of_one_name_hold_one_slot_and_free_it():
         limiter.release_task("task_1")
         assert limiter.running == 0
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_waiter_whose_loop_is_gone_does_not_swallow_the_call():
+def test_waiter_of_a_closed_loop_does_not_block_others():
     limiter = ConcurrencyLimiter(1)
 
     async def take():
         await limiter.acquire()
 
-    gone = asyncio.new_event_loop()
-    gone.run_until_complete(take())
-    abandoned = gone.create_task(take())
-    gone.run_until_complete(asyncio.sleep(0))
-    gone.close()
+    closed_loop = asyncio.new_event_loop()
+    closed_loop.run_until_complete(take())
+    abandoned = closed_loop.create_task(take())
+    closed_loop.run_until_complete(asyncio.sleep(0))
+    closed_loop.close()
     abandoned._log_destroy_pending = False
 
-    async def main():  # in real time, as the loop that is gone
+    async def main():  # in real time, as the closed loop
         waiter = asyncio.create_task(limiter.acquire())
         await asyncio.sleep(0)
         limiter.release()
@@ -223,7 +223,7 @@ def test_a_waiter_whose_loop_is_gone_does_not_swallow_the_call():
     asyncio.run(main())
 
 
-def test_one_gate_serves_threads_with_their_own_loops():
+def test_one_limiter_serves_several_threads():
     limiter, counted, lock = ConcurrencyLimiter(5), [], threading.Lock()
 
     async def row(name):
