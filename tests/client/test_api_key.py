@@ -65,9 +65,9 @@ PLAYS = {
 }
 
 
-@pytest.mark.parametrize("ask", ["submit", "status", "balance"])
+@pytest.mark.parametrize("call", ["submit", "status", "balance"])
 @pytest.mark.parametrize("what", PLAYS)
-async def test_key_is_in_no_error_and_no_log(what, ask, caplog):
+async def test_key_is_in_no_error_and_no_log(what, call, caplog):
     for name in ("prefect_flux_kontext", "httpx"):
         caplog.set_level(logging.DEBUG, name)
     error = None
@@ -76,12 +76,12 @@ async def test_key_is_in_no_error_and_no_log(what, ask, caplog):
         make_client(server.url, read=0.1) as client,
     ):
         try:
-            if ask == "submit":
+            if call == "submit":
                 task_id = (await client.submit(REQUEST)).task_id
                 assert what == "echo in place of a state"
                 assert task_id == BEARER
                 return
-            await (client.status("task_1") if ask == "status" else client.balance())
+            await (client.status("task_1") if call == "status" else client.balance())
         except FluxKontextError as caught:
             error = caught
         else:
@@ -123,13 +123,13 @@ async def test_refused_connection_error_does_not_contain_the_key():
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("ask", ["submit", "status"])
-async def test_redirect_is_not_followed(status, ask):
+@pytest.mark.parametrize("call", ["submit", "status"])
+async def test_redirect_is_not_followed(status, call):
     async with ScriptedServer(accepted()) as elsewhere:
         play = redirect(elsewhere.url + "/api/v1/generateTask/flux-kontext", status)
         async with ScriptedServer(play) as server, make_client(server.url) as client:
             with pytest.raises(FluxKontextError):
-                await (client.submit(REQUEST) if ask == "submit" else client.status("task_1"))
+                await (client.submit(REQUEST) if call == "submit" else client.status("task_1"))
             assert len(server.seen) == 1
         assert elsewhere.connections == 0
 

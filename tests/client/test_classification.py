@@ -67,10 +67,10 @@ SHAPES = {
 }
 
 
-async def raise_error(play, ask):
+async def raise_error(play, call):
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         with pytest.raises(ApiError) as caught:
-            await (client.submit(REQUEST) if ask == "submit" else client.status("task_1"))
+            await (client.submit(REQUEST) if call == "submit" else client.status("task_1"))
         assert len(server.seen) == 1
     return caught.value
 
@@ -84,14 +84,14 @@ def classify(error):
     )
 
 
-@pytest.mark.parametrize("ask", ["submit", "status"])
+@pytest.mark.parametrize("call", ["submit", "status"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("code", CODES)
-async def test_error_code_means_the_same_in_every_shape(code, shape, ask):
-    error = await raise_error(SHAPES[shape](code), ask)
+async def test_error_code_means_the_same_in_every_shape(code, shape, call):
+    error = await raise_error(SHAPES[shape](code), call)
     assert classify(error) == CODES[code]
     assert error.code == code
-    assert error.task_id == ("task_1" if ask == "status" else None)
+    assert error.task_id == ("task_1" if call == "status" else None)
     assert str(error) == error.message
     assert "no" in error.message or shape in ("HTTP status, null", "HTTP status, empty")
     assert str(code) in error.message
@@ -135,13 +135,13 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("ask", ["submit", "status"])
+@pytest.mark.parametrize("call", ["submit", "status"])
 @pytest.mark.parametrize("what", UNREADABLE)
-async def test_unreadable_reply_may_have_been_accepted(what, ask):
-    error = await raise_error(UNREADABLE[what], ask)
+async def test_unreadable_reply_may_have_been_accepted(what, call):
+    error = await raise_error(UNREADABLE[what], call)
     assert type(error) is UnreadableReplyError
     assert classify(error)[1:] == (MAYBE, RETRY, ROW_ONLY)
-    assert error.task_id == ("task_1" if ask == "status" else None)
+    assert error.task_id == ("task_1" if call == "status" else None)
     assert len(error.message) < 1_000
 
 

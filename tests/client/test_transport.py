@@ -158,15 +158,15 @@ async def test_connection_is_reused_unless_a_body_is_unread():
     async with ScriptedServer(play.reply(200, b"x" * 500_000)) as server:
         transport = AiohttpTransport(create_tls_context())
 
-        async def ask(*, read):
+        async def fetch(*, read):
             response = await transport.handle_async_request(httpx.Request("GET", server.url))
             if read:
                 await response.aread()
             await response.aclose()
             return server.connections
 
-        assert [await ask(read=True), await ask(read=True)] == [1, 1]
-        assert [await ask(read=False), await ask(read=True)] == [1, 2]
+        assert [await fetch(read=True), await fetch(read=True)] == [1, 1]
+        assert [await fetch(read=False), await fetch(read=True)] == [1, 2]
         await transport.aclose()
 
 
