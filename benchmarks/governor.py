@@ -1,4 +1,4 @@
-"""The governor and the cadence against the account's limits, simulated in virtual time.
+"""The account limiter and the cadence against the account's limits, simulated in virtual time.
 
     python -m benchmarks.governor
     python -m benchmarks.governor --images 1000 --only steady drift
@@ -191,9 +191,9 @@ def figures(
 
 
 async def fixed(client: FluxKontextClient, task: GenerationTask, interval: float) -> None:
-    """The polling loop of the known SDKs, kept within the account's limits by our governor."""
-    gate = client.governor.tasks
-    gate.watched(task.task_id)
+    """The polling loop of the known SDKs, kept within the account's limits by our limiter."""
+    slots = client.limiter.tasks
+    slots.watch(task.task_id)
     try:
         while True:
             await asyncio.sleep(interval)
@@ -201,7 +201,7 @@ async def fixed(client: FluxKontextClient, task: GenerationTask, interval: float
             if status.state in ("success", "failed"):
                 return
     finally:
-        gate.ended(task.task_id)
+        slots.release_task(task.task_id)
 
 
 async def other_client(account: SimulatedAccount, slots: int) -> None:

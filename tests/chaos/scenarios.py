@@ -22,7 +22,7 @@ TROUBLE = (
     "submit:trouble-after=0.005",
     "submit:unavailable=0.01",
     "submit:reset=0.005",
-    # Few, for each makes the governor careful for half a minute, by design.
+    # Few, for each makes the limiter careful for half a minute, by design.
     "submit:limited=0.001",
     "submit:limited-in-200=0.001",
     "status:unavailable=0.02",

@@ -105,9 +105,9 @@ async def run(
     slots=6,
 ):
     """One run of the batch, in the process of the present context."""
-    governor = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=slots)
+    limiter = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=slots)
     client = FluxKontextClient(
-        CANARY, base_url="http://sandbox.test", transport=Wire(world), governor=governor
+        CANARY, base_url="http://sandbox.test", transport=Wire(world), limiter=limiter
     )
     options = RowOptions(
         cadence=PollingCadence(initial_delay=1, interval=1, timeout=600),
