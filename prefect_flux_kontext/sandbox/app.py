@@ -27,9 +27,9 @@ from prefect_flux_kontext.sandbox.faults.injector import (
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.lifecycle import Lifecycle
 from prefect_flux_kontext.sandbox.references import BadReferenceError, References
+from prefect_flux_kontext.sandbox.rendering import ResultRenderer
 from prefect_flux_kontext.sandbox.service import Service
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.sandbox.studio import Studio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -85,7 +85,7 @@ class Sandbox:
         own = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         self.service = Service(settings)
         self._references = References(own, settings.fetch_timeout)
-        self._studio = Studio(self._references, settings.long_edge)
+        self._renderer = ResultRenderer(self._references, settings.long_edge)
         courier = CallbackSender(settings.callback_timeout, settings.callback_delay_scale)
         self._lifecycle = Lifecycle(self.service, self._references, courier, self.weather)
 
@@ -116,7 +116,7 @@ class Sandbox:
     async def _result(self, request: Request) -> Response:
         task = self.service.result(request.path_params["task_id"], request.url.path)
         try:
-            picture = await self._studio.picture(task)
+            picture = await self._renderer.render(task)
         except BadReferenceError as error:
             raise Refusal(502, "reference lost", str(error)) from error
         return Response(picture, media_type=f"image/{task.input.output_format}")
@@ -152,7 +152,7 @@ class Sandbox:
     async def _reset(self, _request: Request) -> Response:
         self._lifecycle.stop()
         self._references.forget()
-        self._studio.forget()
+        self._renderer.clear()
         self.service.reset()
         return JSONResponse(self.service.bill())
 
