@@ -101,5 +101,5 @@ async def test_a_reference_that_was_lost_meanwhile_is_told(tmp_path):
         task_id = await sandbox.accepted(image_urls=[f"{BASE}/references/a.png"])
         url = result_url(await sandbox.finished(task_id))
         file.unlink()
-        sandbox.sandbox._references.forget()
+        sandbox.sandbox._references.clear()
         assert (await sandbox.http.get(url)).status_code == 502

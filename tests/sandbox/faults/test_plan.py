@@ -48,10 +48,13 @@ def test_what_is_written_is_read_again(which, share, first, more):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("lost-reply", "is not spelled"),
-        ("submit:lost-reply=2%", "is not spelled"),
-        ("upload:lost-reply", "no kind 'upload' but submit, status, download, task, callback"),
-        ("callback:html", "nothing called 'html' befalls a callback"),
+        ("lost-reply", "must have the form"),
+        ("submit:lost-reply=2%", "must have the form"),
+        (
+            "upload:lost-reply",
+            "unknown kind 'upload'; use one of submit, status, download, task, callback",
+        ),
+        ("callback:html", "a callback has no fault 'html'"),
         ("submit:html=1.5", "at most 1"),
     ],
 )
@@ -64,7 +67,7 @@ def test_all_that_is_wrong_with_a_plan_is_told_at_once():
     with pytest.raises(BadPlanError) as raised:
         read_plan({"faults": ["rain", "submit:rain", "status:html"], "hang": -1, "wind": 3})
     first, *rest = str(raised.value).splitlines()
-    assert first.startswith("faults.0: 'rain' is not spelled")
+    assert first.startswith("faults.0: 'rain' must have the form")
     assert [line.split(":")[0] for line in rest] == ["faults.1", "hang", "wind"]
 
 
