@@ -1,1 +1,1 @@
-"""Reading manifests: formats, columns, rows and output paths."""
+"""Manifests: formats, columns, rows and output paths."""

@@ -1,4 +1,4 @@
-"""What every manifest format comes down to: numbered lines of named cells, all of them text."""
+"""The common form of every manifest format: numbered lines of named text cells."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ COLUMNS = frozenset(
         "output",
     }
 )
-"""The columns that mean something; all others are the user's own."""
+"""Columns with a meaning. All other columns are kept as user data."""
 
-LONGEST_CELL = 131_072
-"""Characters of a cell, thirteen times the longest prompt: csv's own limit, for every format."""
+MAX_CELL_CHARACTERS = 131_072
+"""The default field limit of the `csv` module, applied to every format. It is thirteen times the
+longest prompt."""
 
 
 class Line(NamedTuple):
-    """A line of a manifest, or a row where the format has no lines.
+    """One line of a manifest, or one row where the format has no lines.
 
     Attributes:
-        number: From 1, as an editor shows it; of a row of several lines the last.
+        number: Line number from 1, as an editor shows it. The last line of a row that spans
+            several lines.
         cells: Column name to text.
-        problem: Why it cannot be a row, where that is known by now.
-        version: Tells what its image holds, where a listing says that (an ETag).
+        problem: Why the line is invalid, if that is already known.
+        version: Version of the image's content (an ETag), if the folder listing has one.
     """
 
     number: int
@@ -49,66 +51,74 @@ class Line(NamedTuple):
 
 
 class Columns:
-    """The columns of a manifest, checked and renamed.
+    """The columns of a manifest, renamed and checked.
 
     Args:
         url: The manifest, for messages.
-        names: Its columns, as they stand.
-        renamed: Column that is meant, to the column's name in the manifest.
+        names: The column names in the manifest.
+        renames: Standard column name to the name that the manifest uses for it.
 
     Raises:
-        ManifestError: A column stands there twice, is missing, or is nearly one that is meant.
+        ManifestError: A column is missing, appears twice, or differs from a standard name only
+            in case, spaces or dashes.
     """
 
-    def __init__(self, url: str, names: Sequence[str], renamed: Mapping[str, str]) -> None:
-        self.names = self._renamed(url, [name.strip() for name in names], renamed)
-        twice = {name for name in self.names if name and self.names.count(name) > 1}
-        if twice:
-            raise ManifestError(f"The manifest {url} has a column twice: {sorted(twice)}.")
+    def __init__(self, url: str, names: Sequence[str], renames: Mapping[str, str]) -> None:
+        self.names = self._apply_renames(url, [name.strip() for name in names], renames)
+        repeated = {name for name in self.names if name and self.names.count(name) > 1}
+        if repeated:
+            raise ManifestError(
+                f"The manifest {url} has duplicate columns: {', '.join(sorted(repeated))}. "
+                "Rename or remove one of each."
+            )
         for name in self.names:
-            meant = re.sub(r"[\s-]+", "_", name.casefold())
-            if meant in COLUMNS and meant != name:
-                # It would be taken for a column of the user's own, and the default paid for.
+            standard = re.sub(r"[\s-]+", "_", name.casefold())
+            if standard in COLUMNS and standard != name:
+                # Otherwise it counts as user data, and the rows are paid for with the default.
                 raise ManifestError(
-                    f"The manifest {url} has a column {name!r}; spell it `{meant}`."
+                    f"The manifest {url} has a column {name!r}; rename it to `{standard}`."
                 )
         if not {"image", "images", "prompt"} & set(self.names):
-            told = ", ".join(names)[:200] or "nothing"
+            found = ", ".join(names)[:200]
             raise ManifestError(
-                f"The manifest {url} has neither a column `image` nor `prompt`; its first line "
-                f"names {told}.{_guess(names)}"
+                f"The manifest {url} has no column `image` or `prompt`; "
+                f"{f'its columns are: {found}' if found else 'it has no columns'}."
+                f"{_suggest_fix(names)}"
             )
 
-    def _renamed(self, url: str, names: list[str], renamed: Mapping[str, str]) -> list[str]:
-        for meant, name in renamed.items():
+    def _apply_renames(self, url: str, names: list[str], renames: Mapping[str, str]) -> list[str]:
+        for standard, name in renames.items():
             if name not in names:
                 raise ManifestError(
-                    f"The manifest {url} has no column {name!r} to be taken as {meant!r}; it has "
-                    f"{', '.join(names)[:200]}."
+                    f"The manifest {url} has no column {name!r} to use as {standard!r}; its "
+                    f"columns are {', '.join(names)[:200]}."
                 )
-        back = {name: meant for meant, name in renamed.items()}
-        return [back.get(name, name) for name in names]
+        standard_names = {name: standard for standard, name in renames.items()}
+        return [standard_names.get(name, name) for name in names]
 
 
-def _guess(names: Sequence[str]) -> str:
+def _suggest_fix(names: Sequence[str]) -> str:
     text = "".join(names)
     if text.lstrip().startswith("<"):
-        return " It looks like a page of HTML or XML, such as an error page."
-    for sign, told in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(names) == 1 and sign in text:
-            return f" Its cells seem to be separated by {told}; separate them by commas."
+        return " The file looks like an HTML or XML page, such as an error page."
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "pipes")):
+        if len(names) == 1 and delimiter in text:
+            return f" The delimiter seems to be {name}; use commas."
     if any("://" in name for name in names):
-        return " It seems to have no line of column names; put one first."
+        return " The header seems to be missing; add a first line with the column names."
     if not any(names):
         return ""
-    return " If it is one of these, say which: --columns image=NAME (in a flow, columns)."
+    return (
+        " If one of these columns holds the images, name it: --columns image=NAME (in a flow, "
+        "columns)."
+    )
 
 
-def as_text(value: Any) -> str:
-    """The text of a cell from a format that has types: numbers plain, lists and objects as JSON.
+def to_text(value: Any) -> str:
+    """Convert a typed value to the text of a cell: lists and objects as JSON, None as empty.
 
     Raises:
-        ValueError: It has no text that means the same: NaN, infinity, bytes.
+        ValueError: The value has no text form: NaN, infinity or bytes.
     """
     match value:
         case None:
@@ -118,38 +128,42 @@ def as_text(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case float() if not math.isfinite(value):
-            raise ValueError(f"{value} is not a value")
+            raise ValueError(f"{value} is not a valid number")
         case int() | float():
             return str(value)
         case list() | dict():
             return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
         case bytes() | bytearray() | memoryview():
-            raise ValueError("it holds bytes, not text")
+            raise ValueError("the cell holds bytes, not text")
         case _:
             return str(value)
 
 
 def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
-    """The cells of a row from a format that has types, and what is wrong with them."""
+    """Convert the typed values of a row to cells.
+
+    Returns:
+        The cells, and the first problem with them or None.
+    """
     cells, problem = {}, None
     for name, value in values.items():
         try:
-            cells[name] = as_text(value)
+            cells[name] = to_text(value)
         except (ValueError, RecursionError) as error:
             problem = problem or f"{name}: {str(error)[:200]}"
     return cells, problem or find_cell_problem(cells)
 
 
 def find_cell_problem(cells: Mapping[str, str]) -> str | None:
-    """What is wrong with cells whatever they mean."""
+    """Return the first problem with a row's text that applies to every column, or None."""
     for name, text in cells.items():
-        if len(text) > LONGEST_CELL:
-            return f"{name} has {len(text):,} characters; a cell has at most {LONGEST_CELL:,}"
+        if len(text) > MAX_CELL_CHARACTERS:
+            return f"{name} has {len(text):,} characters; the limit is {MAX_CELL_CHARACTERS:,}"
         if "\0" in text:
-            return f"{name} holds a NUL character"
+            return f"{name} contains a NUL character"
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:
-                return f"{name} holds half a character (a lone surrogate)"
+                return f"{name} contains half a character (a lone surrogate)"
     return None

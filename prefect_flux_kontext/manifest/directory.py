@@ -1,4 +1,4 @@
-"""A folder, a prefix or a glob of images as a manifest of its own."""
+"""Folders, prefixes and globs of images, read as manifests."""
 
 from __future__ import annotations
 
@@ -23,146 +23,152 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _GLOB = re.compile(r"[*?\[]")
-_LEDGER = "_ledger"
-_TABLES = frozenset({".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".parquet", ".pq"})
-_DEEPEST = 64
+_LEDGER_FOLDER = "_ledger"
+_TABLE_EXTENSIONS = frozenset(
+    {".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".parquet", ".pq"}
+)
+# Bounds a tree that leads back into itself.
+_MAX_DEPTH_FOLDERS = 64
 
 
 @dataclass
 class ImageFolder:
-    """Images below a folder, told by their names.
+    """Images below a folder, recognized by their names.
 
     Attributes:
-        url: As it was given, for messages.
+        url: The URL as given, for messages.
         fs: The filesystem.
-        root: The folder's path there.
-        pattern: What the paths below it are to match; None for all of them.
-        deepest: Folders below one another that are looked into.
-        output: The path of the output, where it is on the same filesystem.
-        left_out: Files that were none, when the folder was last read.
+        root: The folder's path on the filesystem.
+        pattern: Pattern that the paths below the folder must match; None for all.
+        max_depth: Levels of subfolders to read.
+        output: Path of the output, if it is on the same filesystem.
+        left_out: Number of files that are not images, as of the last read.
     """
 
     url: str
     fs: Any = field(repr=False)
     root: str
     pattern: re.Pattern[str] | None
-    deepest: int
+    max_depth: int
     output: str | None
     left_out: int = 0
 
-    def lines(self) -> Iterator[Line]:
-        """The images, folder by folder, each sorted by name and numbered from 1.
+    def read_lines(self) -> Iterator[Line]:
+        """Yield the images folder by folder, sorted by name and numbered from 1.
 
-        The cells are `id` (the path below the folder, without extension), `image` (a URL, or a
-        path where the folder is local), `file` (its name) and `folder` (where it is below).
+        The cells are `id` (path below the folder, without extension), `image` (a URL, or a
+        path if the folder is local), `file` (its name) and `folder` (its subfolder).
 
         Raises:
-            ManifestError: There are no images, or the output is the folder itself.
+            ManifestError: There are no images, or the folder is inside the output.
             Exception: What the filesystem raises.
         """
         if self.output is not None and f"{self.root}/".startswith(f"{self.output}/"):
             raise ManifestError(
-                f"The output holds the images of {self.url}, so that the next run would pay for "
-                "its own results; choose another, such as a folder inside."
+                f"The output contains the images of {self.url}, so the next run would pay for "
+                "its own results; choose another output, such as a subfolder."
             )
         self.left_out = number = 0
-        for folder, names, versions in self._folders():
-            for name, told in zip(names, _ids(names), strict=True):
+        for folder, names, versions in self._walk():
+            for name, image_id in zip(names, _make_ids(names), strict=True):
                 number += 1
                 path = f"{self.root}/{folder}{name}"
-                local = isinstance(self.fs, LocalFileSystem)
+                is_local = isinstance(self.fs, LocalFileSystem)
                 cells = {
-                    "id": f"{folder}{told}",
-                    "image": path if local else str(self.fs.unstrip_protocol(path)),
+                    "id": f"{folder}{image_id}",
+                    "image": path if is_local else str(self.fs.unstrip_protocol(path)),
                     "file": name,
                     "folder": folder.rstrip("/"),
                 }
                 yield Line(number, cells, find_cell_problem(cells), versions.get(name))
         if not number:
-            others = f", only {self.left_out:,} other files" if self.left_out else ""
+            files = "1 other file" if self.left_out == 1 else f"{self.left_out:,} other files"
+            others = f" ({files})" if self.left_out else ""
             raise ManifestError(
-                f"There are no images at {self.url}{others}: none is named .jpg, .jpeg, .png or "
-                ".webp."
+                f"There are no images at {self.url}{others}; images are files named .jpg, .jpeg, "
+                ".png or .webp."
             )
 
-    def _folders(self) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-        """The folders with images: path below the root, names, and versions by name."""
-        waiting = [""]
-        while waiting:
-            folder = waiting.pop()
-            names, versions, inside = [], {}, []
-            for name, entry in self._listed(folder):
+    def _walk(self) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+        """Yield each folder with images: path below the root, names, and versions by name."""
+        pending = [""]
+        while pending:
+            folder = pending.pop()
+            names, versions, subfolders = [], {}, []
+            for name, entry in self._list_entries(folder):
                 if entry["type"] == "directory":
-                    inside.append(f"{folder}{name}/")
+                    subfolders.append(f"{folder}{name}/")
                 elif self._is_image(f"{folder}{name}", entry):
                     names.append(name)
                     if version := read_version(entry):
                         versions[name] = version
-            if folder.count("/") < self.deepest:
-                waiting += sorted(inside, reverse=True)
+            if folder.count("/") < self.max_depth:
+                pending += sorted(subfolders, reverse=True)
             if names:
                 yield folder, sorted(names), versions
 
-    def _listed(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """What is in a folder, without what is hidden, the output and any ledger."""
-        # A listing of before may be old by now, and all of them together large.
+    def _list_entries(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the entries of a folder, except hidden ones, the output and ledgers."""
+        # A cached listing may be outdated, and all of them together can be large.
         self.fs.invalidate_cache()
         for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
             path = str(entry["name"]).rstrip("/")
             name = path.removeprefix(f"{self.root}/{folder}")
-            ours = path == self.output or name == _LEDGER
-            if name and "/" not in name and not name.startswith(".") and not ours:
+            is_excluded = path == self.output or name == _LEDGER_FOLDER
+            if name and "/" not in name and not name.startswith(".") and not is_excluded:
                 yield name, entry
 
-    def _is_image(self, below: str, entry: Mapping[str, Any]) -> bool:
-        """Whether a file is an image by its name; counts those that are not."""
-        if self.pattern is not None and not self.pattern.match(below):
+    def _is_image(self, path: str, entry: Mapping[str, Any]) -> bool:
+        """Return whether a file is an image by its name. Counts the files that are not."""
+        if self.pattern is not None and not self.pattern.match(path):
             return False
-        # What leads to a folder may lead round.
-        linked = entry.get("islink") and self.fs.isfile(f"{self.root}/{below}")
-        if IMAGE_ENDING.search(below) and (entry["type"] == "file" or linked):
+        # Follow links to files only: a link to a folder can lead to a cycle.
+        is_file_link = entry.get("islink") and self.fs.isfile(f"{self.root}/{path}")
+        if IMAGE_ENDING.search(path) and (entry["type"] == "file" or is_file_link):
             return True
         self.left_out += 1
         return False
 
 
 def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
-    """The folder, prefix or glob that a URL means, or None where it means a file.
+    """Return the folder, prefix or glob of images at a URL, or None if the URL is a file.
 
     Args:
-        url: A path or fsspec URL. A folder, what ends in a slash, or a glob that is no file.
-        output: Where the images go, which is left out.
+        url: A path or fsspec URL. A folder, a URL that ends in a slash, or a glob that is not
+            the name of an existing file.
+        output: Folder of the output, which is skipped.
 
     Raises:
         Exception: What the filesystem raises.
     """
     if url.lower().startswith(("http://", "https://")) or "::" in url or not url.strip():
         return None
-    globs = _GLOB.search(split_protocol(url)[1])
-    kind, _ = detect_format(url)
-    if not url.endswith("/") and not globs and kind in _TABLES:
+    has_glob = _GLOB.search(split_protocol(url)[1])
+    extension, _ = detect_format(url)
+    if not url.endswith("/") and not has_glob and extension in _TABLE_EXTENSIONS:
         return None
     fs, path = fsspec.core.url_to_fs(url)
     path = str(path).rstrip("/")
-    if globs and not fs.exists(path):
-        root, below = _divided(path)
-        deepest = _DEEPEST if "**" in below else below.count("/")
-        pattern = re.compile(glob_translate(below))
-        return ImageFolder(url, fs, root, pattern, deepest, _inside(fs, output))
+    if has_glob and not fs.exists(path):
+        root, glob = _split_glob(path)
+        max_depth = _MAX_DEPTH_FOLDERS if "**" in glob else glob.count("/")
+        pattern = re.compile(glob_translate(glob))
+        return ImageFolder(url, fs, root, pattern, max_depth, _find_output_path(fs, output))
     if url.endswith("/") or fs.isdir(path):
-        return ImageFolder(url, fs, path, None, _DEEPEST, _inside(fs, output))
+        output_path = _find_output_path(fs, output)
+        return ImageFolder(url, fs, path, None, _MAX_DEPTH_FOLDERS, output_path)
     return None
 
 
-def _divided(path: str) -> tuple[str, str]:
-    """The folder that a glob begins in, and the glob below it."""
+def _split_glob(path: str) -> tuple[str, str]:
+    """Return the folder that a glob starts in, and the glob below it."""
     parts = path.split("/")
     first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
-def _inside(fs: Any, output: str | None) -> str | None:
-    """The output's path, where it is on the same filesystem."""
+def _find_output_path(fs: Any, output: str | None) -> str | None:
+    """Return the output's path if it is on the same filesystem."""
     if output is None:
         return None
     protocol = split_protocol(output)[0] or "file"
@@ -170,14 +176,14 @@ def _inside(fs: Any, output: str | None) -> str | None:
     return str(fsspec.core.url_to_fs(output)[1]).rstrip("/") if protocol in known else None
 
 
-def _ids(names: Sequence[str]) -> Iterator[str]:
-    """The names without extension; where two would be equal, with it: `cat-jpg`, `cat-png`."""
+def _make_ids(names: Sequence[str]) -> Iterator[str]:
+    """Yield the names without extension, or with it if two are equal: `cat-jpg`, `cat-png`."""
 
-    def folded(name: str) -> str:
+    def normalize(name: str) -> str:
         return unicodedata.normalize("NFC", name).casefold()
 
     stems = [IMAGE_ENDING.sub("", name) for name in names]
-    longer = [IMAGE_ENDING.sub(r"-\1", name) for name in names]
-    taken = Counter(map(folded, stems)) + Counter(map(folded, longer))
-    for stem, long in zip(stems, longer, strict=True):
-        yield stem if stem and taken[folded(stem)] == 1 else long
+    long_ids = [IMAGE_ENDING.sub(r"-\1", name) for name in names]
+    counts = Counter(map(normalize, stems)) + Counter(map(normalize, long_ids))
+    for stem, long_id in zip(stems, long_ids, strict=True):
+        yield stem if stem and counts[normalize(stem)] == 1 else long_id

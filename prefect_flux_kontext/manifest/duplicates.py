@@ -1,4 +1,4 @@
-"""What was seen before, for as many things as there may be: on disk, with little held."""
+"""Detection of duplicate names among any number of rows, on disk and with little memory."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 
 class DuplicateIndex(TempDatabase):
-    """Remembers for each name the number that it came with first.
+    """Index that remembers for each name the number it was first added with.
 
-    A private database that SQLite keeps in a temporary file, and that is gone when closed. Names
-    are kept as 8 bytes of their hash: among a million, two are taken for one another with a
-    chance of 1 in 30 million.
+    SQLite keeps it in a temporary file, which closing deletes. Names are stored as 8 bytes of
+    their hash: among a million names, the chance of a collision is 1 in 30 million.
     """
 
     def __init__(self) -> None:
         super().__init__("CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)")
 
     def first(self, name: bytes, number: int) -> int:
-        """The number that the name came with first, which is this one where it is new."""
+        """Add a name and return the number it was first added with: `number` for a new name."""
         digest = hashlib.blake2b(name, digest_size=8).digest()
-        short = int.from_bytes(digest, signed=True)
+        name_hash = int.from_bytes(digest, signed=True)
         added = self._database.execute(
-            "INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING", (short, number)
+            "INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING", (name_hash, number)
         )
         if added.rowcount:
             return number
         with closing(
-            self._database.execute("SELECT number FROM seen WHERE name = ?", (short,))
-        ) as found:
-            return int(found.fetchone()[0])
+            self._database.execute("SELECT number FROM seen WHERE name = ?", (name_hash,))
+        ) as rows:
+            return int(rows.fetchone()[0])

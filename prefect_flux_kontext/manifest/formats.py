@@ -1,4 +1,4 @@
-"""Opening a manifest's file on any fsspec filesystem, and its lines, never longer than allowed."""
+"""Readers of CSV, TSV and JSON Lines manifests on any fsspec filesystem, with size limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fsspec.compression
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import (
-    LONGEST_CELL,
+    MAX_CELL_CHARACTERS,
     Columns,
     Line,
     find_cell_problem,
@@ -24,23 +24,28 @@ from prefect_flux_kontext.manifest.columns import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-_LONGEST_LINE = 1_000_000
-_CHUNK = 65_536
-_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_BOMB_FROM = 2**30
+_MAX_LINE_CHARACTERS = 1_000_000
+_ZSTD_BUFFER_BYTES = 65_536
+_ZSTD_READ_BYTES = 4_096
+# A larger window is refused, because zstd would hold it in memory.
+_ZSTD_MAX_WINDOW_BYTES = 2**27
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+# A file that exceeds both limits is a decompression bomb: no real table compresses that well.
+_BOMB_MIN_CHARACTERS = 2**30
 _BOMB_RATIO = 200
-"""A gigabyte, and two hundred times what the file has: no table that people write is like that."""
+# Column lists of JSON objects that are kept, so that each shape is checked once.
+_MAX_CACHED_SHAPES = 1_000
 
 
 def detect_format(url: str) -> tuple[str, str | None]:
-    """The file's name extension in small letters, and how it is compressed.
+    """Return the lowercase file extension and the compression, or None where there is none.
 
-    `m.csv.gz` is `(".csv", "gzip")`. A web address is judged by its path alone.
+    `m.csv.gz` gives `(".csv", "gzip")`. Only the path of a web URL counts.
     """
     path = urlsplit(url).path if url.lower().startswith(("http://", "https://")) else url
     name = path.replace("\\", "/").rsplit("/", 1)[-1].lower()
     compression = None
-    for ending, known in _COMPRESSED.items():
+    for ending, known in _COMPRESSIONS.items():
         if name.endswith(ending):
             name, compression = name.removesuffix(ending), known
     dot = name.rfind(".")
@@ -49,10 +54,10 @@ def detect_format(url: str) -> tuple[str, str | None]:
 
 @contextmanager
 def as_manifest_error(url: str) -> Iterator[None]:
-    """Turn whatever a filesystem or decoder raises into an error that names the manifest.
+    """Turn every error of a filesystem or decoder into one that names the manifest.
 
     Raises:
-        ManifestError: Instead of every other error.
+        ManifestError: In place of any other error.
     """
     try:
         yield
@@ -61,26 +66,26 @@ def as_manifest_error(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ManifestError(f"There is no manifest at {url}.") from None
     except PermissionError as error:
-        raise ManifestError(f"The manifest {url} may not be read: {error}") from None
+        raise ManifestError(f"No permission to read the manifest {url}: {error}") from None
     except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-        told = str(error) or type(error).__name__
-        raise ManifestError(f"The manifest {url} cannot be read: {told}") from None
+        reason = str(error) or type(error).__name__
+        raise ManifestError(f"The manifest {url} cannot be read: {reason}") from None
 
 
-def text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
-    """The lines of a file, with their ends.
+def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
+    """Yield the lines of a file, with their line ends.
 
-    What is not UTF-8 becomes surrogates, so that the line it is on can be told.
+    Bytes that are not UTF-8 become surrogates, so that the caller can name their line.
 
     Raises:
-        ManifestError: A line is too long, or so much comes out of little that it is a trap.
+        ManifestError: A line is too long, or the file is a decompression bomb.
         Exception: What the filesystem or the decoder raises.
     """
     _, compression = detect_format(url)
     with fsspec.open(url, "rb") as stored:
-        size = _size(stored)
+        size = _measure_size(stored)
         with (
-            _decompressed(stored, compression, url) as data,
+            _decompress(stored, compression, url) as data,
             io.TextIOWrapper(
                 data,
                 encoding="utf-8-sig",
@@ -89,55 +94,59 @@ def text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
             ) as text,
         ):
             number = read = 0
-            while line := text.readline(_LONGEST_LINE + 1):
+            while line := text.readline(_MAX_LINE_CHARACTERS + 1):
                 number += 1
                 read += len(line)
-                if len(line) > _LONGEST_LINE:
+                if len(line) > _MAX_LINE_CHARACTERS:
                     raise ManifestError(
-                        f"Line {number} of {url} has more than {_LONGEST_LINE:,} characters."
+                        f"Line {number} of {url} has more than {_MAX_LINE_CHARACTERS:,} "
+                        "characters; shorten it."
                     )
-                if compression and read > _BOMB_FROM and read > _BOMB_RATIO * size:
+                if compression and read > _BOMB_MIN_CHARACTERS and read > _BOMB_RATIO * size:
                     raise ManifestError(
-                        f"The manifest {url} has {size:,} bytes and unpacks to more than "
-                        f"{_BOMB_RATIO} times that and a gigabyte; give it unpacked."
+                        f"The manifest {url} has {size:,} bytes and decompresses to more than "
+                        f"1 GB and {_BOMB_RATIO} times its size; decompress it first."
                     )
                 yield line
 
 
-def _size(stored: Any) -> int:
-    at = stored.seek(0, io.SEEK_END)
+def _measure_size(stored: Any) -> int:
+    size = stored.seek(0, io.SEEK_END)
     stored.seek(0)
-    return int(at)
+    return int(size)
 
 
 @contextmanager
-def _decompressed(stored: Any, compression: str | None, url: str) -> Iterator[Any]:
+def _decompress(stored: Any, compression: str | None, url: str) -> Iterator[Any]:
     if compression is None:
         yield stored
     elif compression == "zstd":
-        with io.BufferedReader(_Zstandard(stored, url), _CHUNK) as data:
+        with io.BufferedReader(_ZstandardReader(stored, url), _ZSTD_BUFFER_BYTES) as data:
             yield data
     else:
         with fsspec.compression.compr[compression](stored, mode="rb") as data:
             yield data
 
 
-class _Zstandard(io.RawIOBase):
-    """Unlike the library's own reader it reads all frames, and says when the last is cut off."""
+class _ZstandardReader(io.RawIOBase):
+    """Zstandard reader that reads all frames and raises EOFError when the last one is truncated.
+
+    The library's own reader does neither.
+    """
 
     def __init__(self, stored: Any, url: str) -> None:
         try:
             import zstandard  # noqa: PLC0415 - an extra
         except ImportError:
             raise ManifestError(
-                f"To read {url}, install `prefect-flux-kontext[zstd]`, or give it unpacked."
+                f"To read {url}, install `prefect-flux-kontext[zstd]`, or decompress it first."
             ) from None
         self._stored = stored
-        # More than this much window is refused: it would be held in memory.
-        self._new = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj
-        self._frame = self._new()
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
+        self._new_frame = decompressor.decompressobj
+        self._frame = self._new_frame()
         self._ready = b""
-        self._begun = False
+        self._is_inside_frame = False
 
     def readable(self) -> bool:
         return True
@@ -146,173 +155,175 @@ class _Zstandard(io.RawIOBase):
         while not self._ready:
             packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
-                self._frame, self._begun = self._new(), False
-            packed = packed or self._stored.read(4_096)
+                self._frame, self._is_inside_frame = self._new_frame(), False
+            packed = packed or self._stored.read(_ZSTD_READ_BYTES)
             if not packed:
-                if self._begun:
-                    raise EOFError("the compressed file is cut off")
+                if self._is_inside_frame:
+                    raise EOFError("the compressed file is truncated")
                 return 0
-            self._begun = True
+            self._is_inside_frame = True
             self._ready = self._frame.decompress(packed)
-        part, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
+        chunk, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
 
-def read_delimited(url: str, renamed: Mapping[str, str], delimiter: str) -> Iterator[Line]:
-    """The rows of a CSV or TSV file in UTF-8, read as they are asked for.
+def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iterator[Line]:
+    """Yield the rows of a CSV or TSV file in UTF-8, reading no further than needed.
 
     Raises:
-        ManifestError: It is no such table, at the latest where it breaks.
+        ManifestError: The file is not a valid table. Raised when the invalid line is reached.
         Exception: What the filesystem or the decoder raises.
     """
-    csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(text_lines(url, line_ends_at_cr=True), delimiter=delimiter, strict=True)
-    begins = 1
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    lines = _read_text_lines(url, line_ends_at_cr=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    first_line = 1
     try:
-        first = _checked(next(reader, []), 1, url)
-        if "\0" in "".join(first):
+        header = next(reader, [])
+        _check_encoding(header, 1, url)
+        if "\0" in "".join(header):
             raise ManifestError(
-                f"Line 1 of {url} holds NUL characters, as UTF-16 does; save the manifest as "
+                f"Line 1 of {url} contains NUL characters, as in UTF-16; save the manifest as "
                 "UTF-8."
             )
-        columns = Columns(url, first, renamed).names
-        named = max(number for number, name in enumerate(columns, start=1) if name)
-        begins = reader.line_num + 1
+        columns = Columns(url, header, renames).names
+        width = max(number for number, name in enumerate(columns, start=1) if name)
+        first_line = reader.line_num + 1
         for values in reader:
             number = reader.line_num
+            _check_encoding(values, number, url)
             # Spreadsheets end a table with empty rows and columns.
-            if any(text.strip() for text in _checked(values, number, url)):
+            if any(text.strip() for text in values):
                 cells = dict(zip(columns, values, strict=False))
-                yield Line(
-                    number, cells, _ragged(columns, named, values) or find_cell_problem(cells)
-                )
-            begins = number + 1
+                problem = _find_width_problem(columns, width, values)
+                yield Line(number, cells, problem or find_cell_problem(cells))
+            first_line = number + 1
     except csv.Error as error:
-        open_quote = begins < reader.line_num or "end of data" in str(error)
-        where = f"; its row begins on line {begins}, perhaps with a quote that is never closed"
+        has_open_quote = first_line < reader.line_num or "end of data" in str(error)
+        hint = f"; the row starts on line {first_line} and may have a quote that is never closed"
         raise ManifestError(
-            f"Line {reader.line_num} of {url} is not CSV: {error}{where if open_quote else ''}."
+            f"Line {reader.line_num} of {url} is not valid CSV: {error}"
+            f"{hint if has_open_quote else ''}."
         ) from None
 
 
-def _ragged(columns: list[str], named: int, values: list[str]) -> str | None:
+def _find_width_problem(columns: list[str], width: int, values: list[str]) -> str | None:
     surplus = sum(1 for text in values[len(columns) :] if text.strip())
     if surplus:
-        return f"{surplus} cells more than there are columns; quote cells that hold commas"
-    if len(values) < named:
-        return f"{len(values)} cells where there are {named} columns"
+        cells = "1 more cell" if surplus == 1 else f"{surplus:,} more cells"
+        return f"the row has {cells} than columns; quote cells that contain commas"
+    if len(values) < width:
+        return f"the row has {len(values):,} of {width:,} cells; add the missing ones"
     return None
 
 
-def _checked(values: list[str], line: int, url: str) -> list[str]:
+def _check_encoding(values: list[str], line: int, url: str) -> None:
     text = "".join(values)
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ManifestError(
-                f"Line {line} of {url} is not in UTF-8; save the manifest as UTF-8."
+                f"Line {line} of {url} is not UTF-8; save the manifest as UTF-8."
             ) from None
-    return values
 
 
-_SHAPES = 1_000
+def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
+    """Yield the rows of a JSON Lines file in UTF-8, reading no further than needed.
 
-
-def read_json_lines(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
-    """The objects of a JSON Lines file in UTF-8, read as they are asked for.
-
-    A line that is no object is a row that is refused: the others can be told from it.
+    A line that is not an object is yielded with its problem; the lines after it are still read.
 
     Raises:
-        ManifestError: It is no JSON Lines file.
+        ManifestError: The file is not JSON Lines.
         Exception: What the filesystem or the decoder raises.
     """
-    names: dict[tuple[str, ...], list[str]] = {}
-    unseen = set(renamed.values())
-    for number, line in enumerate(text_lines(url, line_ends_at_cr=False), start=1):
+    columns: dict[tuple[str, ...], list[str]] = {}
+    unseen = set(renames.values())
+    for number, line in enumerate(_read_text_lines(url, line_ends_at_cr=False), start=1):
         text = line.strip()
         if not text:
             continue
         if number == 1 and text in ("[", "{", "[{"):
             raise ManifestError(
-                f"The manifest {url} is JSON over several lines; write one object on each line."
+                f"The manifest {url} is multi-line JSON; write one object on each line."
             )
         if number == 1 and text.startswith(("<", "\udcff", "\udcfe")):
             raise ManifestError(
                 f"The manifest {url} is not JSON Lines in UTF-8; it starts with {text[:30]!r}."
             )
         try:
-            values = _object(text)
+            values = _parse_object(text)
         except (ValueError, RecursionError) as error:
-            yield Line(number, {}, _told(error))
+            yield Line(number, {}, _explain_error(error))
             continue
         shape = tuple(values)
-        if shape not in names:
+        if shape not in columns:
             unseen.difference_update(shape)
-            if len(names) == _SHAPES:
-                names.clear()
+            if len(columns) == _MAX_CACHED_SHAPES:
+                columns.clear()
             try:
-                names[shape] = columns_of_object(url, shape, renamed)
+                columns[shape] = resolve_columns(url, shape, renames)
             except ManifestError as error:
                 yield Line(number, {}, error.message.rstrip("."))
                 continue
-        cells, problem = to_cells(dict(zip(names[shape], values.values(), strict=True)))
+        cells, problem = to_cells(dict(zip(columns[shape], values.values(), strict=True)))
         yield Line(number, cells, problem)
-    check_seen(url, unseen)
+    check_renames_used(url, unseen)
 
 
-def columns_of_object(url: str, names: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """The columns of one object, which may leave out what it will.
+def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
+    """Return the standard column names of one object, which may omit renamed columns.
 
     Raises:
-        ManifestError: They are no manifest's.
+        ManifestError: The columns are invalid.
     """
-    present = {meant: name for meant, name in renamed.items() if name in names}
+    present = {standard: name for standard, name in renames.items() if name in names}
     return Columns(url, names, present).names
 
 
-def check_seen(url: str, unseen: set[str]) -> None:
-    """After the last row: a column to be taken as another that stood nowhere is a mistake.
+def check_renames_used(url: str, unseen: set[str]) -> None:
+    """Check, after the last row, that every renamed column appeared in some row.
 
     Raises:
-        ManifestError: There is such a column.
+        ManifestError: A renamed column did not appear.
     """
     if unseen:
-        raise ManifestError(f"No row of {url} has {sorted(unseen)}, which --columns names.")
+        raise ManifestError(
+            f"No row of {url} has a column {', '.join(sorted(unseen))}, which --columns names."
+        )
 
 
-def _object(text: str) -> dict[str, Any]:
+def _parse_object(text: str) -> dict[str, Any]:
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError("it is not in UTF-8") from None
-    values = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_no_constant)
+            raise ValueError("not UTF-8") from None
+    values = json.loads(text, object_pairs_hook=_build_object, parse_constant=_refuse_constant)
     if not isinstance(values, dict):
-        raise ValueError(f"it is not an object but {type(values).__name__} {text[:40]!r}")  # noqa: TRY004
+        raise ValueError(f"expected an object, got {type(values).__name__} {text[:40]!r}")  # noqa: TRY004
     return values
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"it names {', '.join(twice)[:100]} twice")
-    return made
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"duplicate name {', '.join(repeated)[:100]}")
+    return values
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _told(error: Exception) -> str:
+def _explain_error(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "the line is nested too deeply"
     if isinstance(error, json.JSONDecodeError):
-        return f"the line is not JSON: {error.msg} at character {error.colno}"
+        return f"the line is not valid JSON: {error.msg} at character {error.colno}"
     if "integer string conversion" in str(error):
-        return "the line holds a number of thousands of digits"
-    return f"the line cannot be taken: {str(error)[:200]}"
+        return "the line contains a number with thousands of digits"
+    return f"the line is invalid: {str(error)[:200]}"

@@ -1,4 +1,4 @@
-"""The name of a row's image: from its id and style, from a template, or as the row says."""
+"""Output paths of images: from the row's id and style, from a template, or from the row itself."""
 
 from __future__ import annotations
 
@@ -19,114 +19,130 @@ from prefect_flux_kontext.storage.names import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_ENDING = ".{ext}"
-_LONGEST_PART = 80
+PathTemplate = tuple[tuple[str, str | None], ...]
+"""A parsed template: literal texts, each with the column that follows it or None."""
+
+_SUFFIX = ".{ext}"
+# Leaves room for the tilde and hash that `safe_part` adds to a name.
+_MAX_SEGMENT_CHARACTERS = 80
 _LITERAL = re.compile(r"[A-Za-z0-9._/-]*")
-_SPELLED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}~[0-9a-f]{12}")
-"""A part that was made safe before, as it stands in the manifest of failed rows."""
-_EXTENSIONS = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
-
-Names = tuple[tuple[str, str | None], ...]
-"""A template of names, taken apart: texts, each with the column that comes after it."""
+# A segment that `safe_part` returned before, as in the manifest of failed rows.
+_SAFE_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}~[0-9a-f]{12}")
+_FORMATS = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
 
 
-def parse_path_template(text: str) -> Names:
-    """Take a template such as `{id}/{style}.{ext}` apart.
+def parse_path_template(text: str) -> PathTemplate:
+    """Parse a template of output names such as `{id}/{style}.{ext}`.
 
     Raises:
-        ConfigurationError: It is none; all that is wrong with it is told at once.
+        ConfigurationError: The template is invalid. The message lists every problem.
     """
     problems = []
-    if not text.endswith(_ENDING):
-        problems.append(f"it does not end in `{_ENDING}`: the kind of the image decides that")
-    path = text.removesuffix(_ENDING)
-    parts: list[tuple[str, str | None]] = []
+    if not text.endswith(_SUFFIX):
+        problems.append(f"it must end in `{_SUFFIX}`, which becomes the extension of the image")
+    path = text.removesuffix(_SUFFIX)
+    fields: list[tuple[str, str | None]] = []
     try:
         for literal, column, spec, conversion in Formatter().parse(path):
-            parts.append((literal, column))
-            if column is not None and (spec or conversion or not _is_plain(column)):
-                told = (
+            fields.append((literal, column))
+            if column is not None and (spec or conversion or not _is_column_name(column)):
+                field = (
                     f"{column}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
                 )
-                problems.append(f"`{{{told}}}` is not a column alone")
+                problems.append(f"`{{{field}}}` is not a plain column name")
             if column == "ext":
-                problems.append("`{ext}` stands before its end")
+                problems.append("`{ext}` may appear only at the end")
     except ValueError as error:
         problems.append(str(error))
-    shape = "".join(literal + ("x" if column is not None else "") for literal, column in parts)
-    if not all(_LITERAL.fullmatch(literal) for literal, _ in parts):
-        problems.append("outside of its columns it has other than letters, digits, . _ - and /")
+    shape = "".join(literal + ("x" if column is not None else "") for literal, column in fields)
+    if not all(_LITERAL.fullmatch(literal) for literal, _ in fields):
+        problems.append("text outside columns may contain only letters, digits, . _ - and /")
     elif any(not part.strip(".-") or part[0] in ".-" for part in shape.split("/")):
-        problems.append("a part between slashes is empty or begins with a dot or dash")
+        problems.append("a path segment is empty or starts with a dot or dash")
     elif problem := find_name_problem(shape):
         problems.append(problem)
     if problems:
         raise ConfigurationError(
-            f"The output names {text!r:.200} cannot be used: {'; '.join(problems)}. They are like "
-            "`{id}/{style}.{ext}`, with any column of the manifest."
+            f"The output names {text!r:.200} cannot be used: {'; '.join(problems)}. Use a "
+            "template like `{id}/{style}.{ext}`, with any column of the manifest."
         )
-    return tuple(parts)
+    return tuple(fields)
 
 
-def _is_plain(column: str) -> bool:
+def _is_column_name(column: str) -> bool:
     return bool(column.strip()) and not re.search(r"[.\[\]{}]", column) and not column.isdigit()
 
 
-def output_path(
-    row_id: str, style: str | None, cells: Mapping[str, str], names: Names | None, kind: str
+def build_output_path(
+    row_id: str,
+    style: str | None,
+    cells: Mapping[str, str],
+    template: PathTemplate | None,
+    output_format: str,
 ) -> str:
-    """The name of a row's image below the output, without extension.
+    """Build the path of a row's image below the output, without extension.
 
     Args:
         row_id: The row's id.
-        style: The row's style, where it has one.
-        cells: The row's columns. `output` names the image itself.
-        names: The template; None for `{id}/{style}`, or `{id}` where there is no style.
-        kind: The output format.
+        style: The row's style, if it has one.
+        cells: The row's columns. A value in `output` takes precedence over the template.
+        template: The template; None for `{id}/{style}`, or `{id}` if there is no style.
+        output_format: The image format that the row requests.
 
     Raises:
-        ValueError: It cannot have a name; says why.
+        ValueError: The row's columns give no valid path. The message is the reason.
     """
     output = cells.get("output", "").strip()
     if output:
-        name, told = _given(output, kind), f"output {output!r:.80}"
-    elif names is None:
-        name = safe_path(row_id) if style is None else f"{safe_path(row_id)}/{safe_part(style)}"
-        told = f"id {row_id!r:.80}"
+        path, subject = _clean_output(output, output_format), f"output {output!r:.80}"
+    elif template is None:
+        path = safe_path(row_id) if style is None else f"{safe_path(row_id)}/{safe_part(style)}"
+        subject = f"id {row_id!r:.80}"
     else:
-        name = "".join(_inserted(part, row_id, style, cells) for part in names)
-        told = f"the output name {name!r:.80}"
-    if problem := find_name_problem(name):
-        raise ValueError(f"{told} {problem}")
-    return name
+        path = "".join(_render_field(field, row_id, style, cells) for field in template)
+        subject = f"the output name {path!r:.80}"
+    if problem := find_name_problem(path):
+        raise ValueError(f"{subject} {problem}")
+    return path
 
 
-def _given(output: str, kind: str) -> str:
+def _clean_output(output: str, output_format: str) -> str:
+    """Check a row's own output path and make its segments safe.
+
+    Raises:
+        ValueError: The path is invalid.
+    """
     problem = find_text_problem(output)
     ending = IMAGE_ENDING.search(output)
-    parts = output[: ending.start()].split("/") if ending else output.split("/")
+    segments = output[: ending.start()].split("/") if ending else output.split("/")
+    is_too_long = max(map(len, segments)) > _MAX_SEGMENT_CHARACTERS
     if problem is None:
         if "://" in output:
-            problem = "is a URL; it is a name below the output"
+            problem = "is a URL; use a path below the output"
         elif "\\" in output:
-            problem = "holds a backslash; folders are separated by slashes"
-        elif any(not part.strip(". ") for part in parts):
-            problem = "has a part that is empty"
-        elif any(map(is_reserved, parts)):
+            problem = "contains a backslash; separate folders with slashes"
+        elif any(not segment.strip(". ") for segment in segments):
+            problem = "has an empty path segment"
+        elif any(map(is_reserved, segments)):
             problem = "is reserved on Windows"
-        elif max(map(len, parts)) > _LONGEST_PART and not all(map(_SPELLED.fullmatch, parts)):
-            problem = f"has more than {_LONGEST_PART} characters between slashes"
-        elif ending and _EXTENSIONS[ending[1].lower()] != kind:
-            problem = f"is not {kind}, which the row's output_format is; change one of them"
+        elif is_too_long and not all(map(_SAFE_SEGMENT.fullmatch, segments)):
+            problem = f"has more than {_MAX_SEGMENT_CHARACTERS} characters between slashes"
+        elif ending and _FORMATS[ending[1].lower()] != output_format:
+            problem = (
+                f"has the extension {ending[1]}, but the row's output_format is {output_format}; "
+                "change one of them"
+            )
     if problem:
         raise ValueError(f"output {output!r:.80} {problem}")
-    return "/".join(part if _SPELLED.fullmatch(part) else safe_part(part) for part in parts)
+    return "/".join(
+        segment if _SAFE_SEGMENT.fullmatch(segment) else safe_part(segment) for segment in segments
+    )
 
 
-def _inserted(
-    part: tuple[str, str | None], row_id: str, style: str | None, cells: Mapping[str, str]
+def _render_field(
+    field: tuple[str, str | None], row_id: str, style: str | None, cells: Mapping[str, str]
 ) -> str:
-    literal, column = part
+    literal, column = field
     match column:
         case None:
             return literal
@@ -134,12 +150,14 @@ def _inserted(
             return literal + safe_path(row_id)
         case "style":
             if style is None:
-                raise ValueError("the row has no style, which the output names need")
+                raise ValueError("the output names use {style}, but the row has no style")
             return literal + safe_part(style)
         case _ if column not in cells:
-            there = ", ".join(cells)[:200]
-            raise ValueError(f"the output names need a column {column!r}; there are {there}")
+            raise ValueError(
+                f"the output names use a column {column!r} that the manifest does not have; its "
+                f"columns are {', '.join(cells)[:200]}"
+            )
         case _ if not cells[column].strip():
-            raise ValueError(f"the column {column!r} is empty, which the output names need")
+            raise ValueError(f"the output names use the column {column!r}, which is empty")
         case _:
             return literal + safe_part(cells[column].strip())

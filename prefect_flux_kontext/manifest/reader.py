@@ -1,4 +1,4 @@
-"""Reading a manifest of any kind, streamed, never held whole."""
+"""The manifest: streams rows from a file, a folder of images, a list or a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prefect_flux_kontext.manifest.row import (
     expand_line,
     resolve_row_defaults,
 )
-from prefect_flux_kontext.manifest.tables import read_given_rows, read_parquet, source
+from prefect_flux_kontext.manifest.tables import normalize_source, read_given_rows, read_parquet
 from prefect_flux_kontext.references.location import manifest_folder
 
 if TYPE_CHECKING:
@@ -31,34 +31,34 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.manifest.columns import Line
     from prefect_flux_kontext.manifest.row import Row
 
-MOST_ROWS = 1_000_000
-"""Rows of a manifest, so that a trap of a few bytes is not read for ever: at $0.03 a row a
-million cost $30,000."""
+MAX_ROWS = 1_000_000
+"""Bounds the time that a small hostile file can take. At $0.03 a row, a million rows cost
+$30,000."""
 
-_TABS = (".tsv", ".tab")
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
-_PARQUET = (".parquet", ".pq")
+_TSV_EXTENSIONS = (".tsv", ".tab")
+_JSON_LINES_EXTENSIONS = (".jsonl", ".ndjson", ".json")
+_PARQUET_EXTENSIONS = (".parquet", ".pq")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest, and what is the same for all its rows.
+    """A manifest, and the defaults for its rows.
 
     Attributes:
-        source: A path or fsspec URL, or the rows themselves: a list of dicts, or a table that
-            speaks Arrow's interface. A file's kind is told by its name: `.tsv`, `.jsonl`,
-            `.parquet`, else CSV; text may be compressed (`.gz`, `.zst`, `.bz2`, `.xz`).
-            A folder, prefix or glob of images is a manifest as well.
-            Columns it knows: `id`, `image`, `images`, `prompt`, `style`, `mode`,
-            `aspect_ratio`, `output_format`, `provider`, `output`; others are kept.
+        source: A path or fsspec URL, or the rows: a list of dicts, or a table with Arrow's
+            PyCapsule interface. The file name decides the format: `.tsv`, `.jsonl`, `.parquet`,
+            else CSV. Text may be compressed (`.gz`, `.zst`, `.bz2`, `.xz`). A folder, prefix
+            or glob of images is a manifest too.
+            Columns with a meaning: `id`, `image`, `images`, `prompt`, `style`, `mode`,
+            `aspect_ratio`, `output_format`, `provider`, `output`. Others are kept.
         prompt: The prompt for rows without one.
-        columns: The manifest's own names for columns, such as `{"image": "photo_url"}`.
-        styles: Names of styles and files of styles, for rows that name no style: each such row
-            is made once in each of them.
+        columns: Standard column name to the manifest's name, such as `{"image": "photo_url"}`.
+        styles: Names of styles and paths of style files. A row that names no style is made once
+            in each of them.
         names: The template of output names, such as `{style}/{id}.{ext}`.
-        output: Where the images go, so that those of a folder are not taken for new ones.
-        folder: Where relative paths of references start. None: the manifest's own folder; a
-            manifest that is not local may then not name local files.
+        output: Folder of the output, which is skipped when a folder of images is read.
+        folder: Base folder of relative reference paths. None means the manifest's own folder;
+            a manifest that is not local can then not name local files.
     """
 
     source: Any
@@ -71,89 +71,99 @@ class Manifest:
 
     @property
     def url(self) -> str:
-        """Where it is, for messages."""
+        """The manifest's path or URL, for messages."""
         if isinstance(self.source, list | tuple):
             return "<rows>"
         return str(self.source)
 
     @property
     def left_out(self) -> int:
-        """Files of a folder that were no images by their names, when it was last read."""
+        """Number of files in a folder that are not images by name, as of its last read."""
         return self._folder.left_out if self._folder else 0
 
     def rows(self) -> Iterator[Row | RefusedRow]:
-        """All rows in order, made or refused one by one. Reads the manifest anew each time.
+        """Yield all rows in order, valid or refused. Each call reads the manifest again.
 
         Raises:
-            ConfigurationError: The prompt, the styles or the names for all rows are wrong.
-            ManifestError: It cannot be read as a manifest, at the latest where it breaks.
+            ConfigurationError: The default prompt, the styles or the template of output names
+                are invalid.
+            ManifestError: The manifest cannot be read, or an invalid line is reached.
         """
-        recipe = self._recipe
-        made = 0
+        defaults = self._defaults
+        count = 0
         with as_manifest_error(self.url), DuplicateIndex() as names:
-            given = source(self.source)
-            recipe = recipe._replace(folder=self.folder or manifest_folder(given))
-            for line in self._lines(given):
-                for row in expand_line(line, recipe):
-                    made += 1
-                    if made > MOST_ROWS:
+            source = normalize_source(self.source)
+            defaults = defaults._replace(folder=self.folder or manifest_folder(source))
+            for line in self._read_lines(source):
+                for row in expand_line(line, defaults):
+                    count += 1
+                    if count > MAX_ROWS:
                         raise ManifestError(
-                            f"The manifest {self.url} has more than {MOST_ROWS:,} rows; divide it."
+                            f"The manifest {self.url} has more than {MAX_ROWS:,} rows; split it."
                         )
-                    yield row if isinstance(row, RefusedRow) else _named_alone(row, names, made)
+                    yield row if isinstance(row, RefusedRow) else _check_name(row, names, count)
 
     @cached_property
-    def _recipe(self) -> RowDefaults:
+    def _defaults(self) -> RowDefaults:
         return resolve_row_defaults(self.prompt, self.styles, self.names)
 
     @cached_property
     def _folder(self) -> ImageFolder | None:
-        given = source(self.source)
-        return find_image_folder(given, self.output) if isinstance(given, str) else None
+        source = normalize_source(self.source)
+        return find_image_folder(source, self.output) if isinstance(source, str) else None
 
-    def _lines(self, given: Any) -> Iterator[Line]:
+    def _read_lines(self, source: Any) -> Iterator[Line]:
         unknown = set(self.columns) - COLUMNS
         if unknown:
             raise ManifestError(
-                f"There is no column {sorted(unknown)} to take another as; there are "
-                f"{', '.join(sorted(COLUMNS))}."
+                f"Cannot map a column to {', '.join(map(repr, sorted(unknown)))}; the standard "
+                f"columns are {', '.join(sorted(COLUMNS))}."
             )
-        if not isinstance(given, str):
-            return read_given_rows(given, self.columns)
-        if "::" in given:
-            raise ManifestError(f"The manifest {given} chains several filesystems; give one URL.")
-        if self._folder is not None:
-            return self._images(self._folder)
-        kind, compression = detect_format(given)
-        if kind in _PARQUET:
-            if compression:
-                raise ManifestError(f"The manifest {given} is Parquet, compressed; unpack it.")
-            return read_parquet(given, self.columns)
-        if kind in _JSON_LINES:
-            return read_json_lines(given, self.columns)
-        return read_delimited(given, self.columns, "\t" if kind in _TABS else ",")
-
-    def _images(self, folder: ImageFolder) -> Iterator[Line]:
-        if self.columns:
-            raise ManifestError(f"{self.url} is a folder of images, which has no columns.")
-        if self.prompt is None and not self._recipe.styles.chosen:
+        if not isinstance(source, str):
+            return read_given_rows(source, self.columns)
+        if "::" in source:
             raise ManifestError(
-                f"The images of {self.url} need a prompt or styles for all of them: give --prompt "
-                "or --style (in a flow, prompt or styles)."
+                f"The manifest {source} chains several filesystems; use a single URL."
             )
-        return folder.lines()
+        if self._folder is not None:
+            return self._read_images(self._folder)
+        extension, compression = detect_format(source)
+        if extension in _PARQUET_EXTENSIONS:
+            if compression:
+                raise ManifestError(
+                    f"The manifest {source} is a compressed Parquet file; decompress it first."
+                )
+            return read_parquet(source, self.columns)
+        if extension in _JSON_LINES_EXTENSIONS:
+            return read_json_lines(source, self.columns)
+        return read_delimited(source, self.columns, "\t" if extension in _TSV_EXTENSIONS else ",")
+
+    def _read_images(self, folder: ImageFolder) -> Iterator[Line]:
+        if self.columns:
+            raise ManifestError(
+                f"{self.url} is a folder of images, which has no columns; remove --columns (in a "
+                "flow, columns)."
+            )
+        if self.prompt is None and not self._defaults.styles.chosen:
+            raise ManifestError(
+                f"The images of {self.url} need a prompt or a style; give --prompt or --style (in "
+                "a flow, prompt or styles)."
+            )
+        return folder.read_lines()
 
 
-def _named_alone(row: Row, names: DuplicateIndex, number: int) -> Row | RefusedRow:
-    """The row, or why not where an earlier one has its name."""
-    # Several rows of a line have a number each, and the line is what a person is told.
-    first = names.first(row.name.casefold().encode(), row.line << 32 | number)
-    if first == row.line << 32 | number:
+def _check_name(row: Row, names: DuplicateIndex, number: int) -> Row | RefusedRow:
+    """Return the row, or refuse it if an earlier row has the same output name."""
+    # One line can give several rows. The number tells them apart; messages name the line.
+    position = row.line << 32 | number
+    first = names.first(row.name.casefold().encode(), position)
+    if first == position:
         return row
+    first_line = first >> 32
     if row.style is None and "output" not in row.cells:
-        told = f"id {row.id!r:.80} is on line {first >> 32} already; ids name files"
-    elif first >> 32 == row.line:
-        told = f"two styles of the line have one output name, {row.name!r:.80}"
+        reason = f"duplicate id {row.id!r:.80}, first used on line {first_line}; ids name files"
+    elif first_line == row.line:
+        reason = f"two styles of the line have the same output name {row.name!r:.80}"
     else:
-        told = f"output name {row.name!r:.80} is that of line {first >> 32} already"
-    return RefusedRow(row.id, row.line, told, row.cells)
+        reason = f"duplicate output name {row.name!r:.80}, first used on line {first_line}"
+    return RefusedRow(row.id, row.line, reason, row.cells)

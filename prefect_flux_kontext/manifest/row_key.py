@@ -1,7 +1,7 @@
-"""The row key: a hash of what is paid for, and of nothing else.
+"""The row key: a hash of the inputs that determine a payment, and of nothing else.
 
-Reordering a manifest, adding rows, renaming them or running it tomorrow leaves the keys as
-they are, so it pays only for what is new.
+Reordering a manifest, adding or renaming rows, or running it again later does not change the
+keys, so a run pays only for new rows.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.models import GenerationRequest
 
-_VERSION = 1
+# Part of the hash. A new version changes every key, so existing outputs would be paid for again.
+_KEY_VERSION = 1
 
 
 def compute_row_key(
     request: GenerationRequest, identities: Mapping[str, str] | None = None
 ) -> str:
-    """The key of a row: 32 hexadecimal digits from the references, the prompt and parameters.
+    """Compute the key of a row: 32 hexadecimal digits from references, prompt and parameters.
 
     Args:
-        request: What is paid for.
-        identities: What references are known by that are more than their text: files, objects.
+        request: The request to submit.
+        identities: Reference to its identity, for references that need more than their text:
+            files and objects.
     """
     known = identities or {}
     paid_for = request.model_dump(
         mode="json", exclude={"image_urls", "callback_url", "request_type"}, exclude_none=True
     )
     paid_for["references"] = [known.get(url) or url_identity(url) for url in request.image_urls]
-    paid_for["version"] = _VERSION
+    paid_for["version"] = _KEY_VERSION
     text = json.dumps(paid_for, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

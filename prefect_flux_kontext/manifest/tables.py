@@ -1,4 +1,7 @@
-"""Parquet files, and tables in memory: whatever speaks Arrow's interface, a batch at a time."""
+"""Readers of Parquet files, tables in memory and lists of dicts; the type of a manifest source.
+
+Tables in memory are read through Arrow's PyCapsule interface, and all tables in batches.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,28 @@ import fsspec
 from pydantic import BeforeValidator, WithJsonSchema
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.columns import LONGEST_CELL, Columns, Line, to_cells
-from prefect_flux_kontext.manifest.formats import check_seen, columns_of_object
+from prefect_flux_kontext.manifest.columns import MAX_CELL_CHARACTERS, Columns, Line, to_cells
+from prefect_flux_kontext.manifest.formats import check_renames_used, resolve_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-_BATCH = 1_000
-_LARGEST_GROUP = 2**30
-"""Bytes of a row group as it is encoded; a table of a million rows has a tenth in all."""
+_BATCH_ROWS = 1_000
+# Encoded size. A table of a million rows, the most that a manifest may have, has a tenth of it.
+_MAX_ROW_GROUP_BYTES = 2**30
 
 
-def read_parquet(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
-    """The rows of a Parquet file, numbered from 1.
+def read_parquet(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
+    """Yield the rows of a Parquet file, numbered from 1.
 
-    Columns stay dictionaries while they are read, so that a little file that holds one long text
-    a million times stays little.
+    Text columns stay dictionary-encoded while they are read, so that a small file that repeats
+    one long text a million times needs little memory.
 
     Raises:
-        ManifestError: It holds what no manifest holds.
+        ManifestError: A column, a cell or a row group is invalid, or pyarrow is not installed.
         Exception: What the filesystem or Arrow raises.
     """
-    pa = _pyarrow(url)
+    pa = _import_pyarrow(url)
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
     with fsspec.open(url, "rb") as file:
@@ -43,75 +46,78 @@ def read_parquet(url: str, renamed: Mapping[str, str]) -> Iterator[Line]:
         table = pq.ParquetFile(file, read_dictionary=texts, pre_buffer=False)
         for number in range(table.num_row_groups):
             size = table.metadata.row_group(number).total_byte_size
-            if size > _LARGEST_GROUP:
+            if size > _MAX_ROW_GROUP_BYTES:
                 raise ManifestError(
-                    f"The manifest {url} has a row group of {size:,} bytes; write it with smaller "
-                    "ones."
+                    f"Row group {number + 1} of {url} has {size:,} bytes; write the file with "
+                    f"row groups of at most {_MAX_ROW_GROUP_BYTES:,} bytes."
                 )
-        yield from _lines(pa, schema.names, table.iter_batches(_BATCH), url, renamed)
+        yield from _read_batches(pa, schema.names, table.iter_batches(_BATCH_ROWS), url, renames)
 
 
-def read_table(table: Any, renamed: Mapping[str, str]) -> Iterator[Line]:
-    """The rows of a table in memory (Arrow, polars, pandas, …), numbered from 1.
+def read_table(table: Any, renames: Mapping[str, str]) -> Iterator[Line]:
+    """Yield the rows of a table in memory (Arrow, polars, pandas, …), numbered from 1.
 
     Raises:
-        ManifestError: It holds what no manifest holds.
+        ManifestError: A column or a cell is invalid, or pyarrow is not installed.
         Exception: What Arrow raises.
     """
     name = f"<{type(table).__name__}>"
-    pa = _pyarrow(name)
+    pa = _import_pyarrow(name)
     stream = pa.RecordBatchReader.from_stream(table)
-    small = (
-        batch.slice(start, _BATCH) for batch in stream for start in range(0, len(batch), _BATCH)
+    batches = (
+        batch.slice(start, _BATCH_ROWS)
+        for batch in stream
+        for start in range(0, len(batch), _BATCH_ROWS)
     )
-    yield from _lines(pa, stream.schema.names, small, name, renamed)
+    yield from _read_batches(pa, stream.schema.names, batches, name, renames)
 
 
-def _lines(
-    pa: Any, names: list[str], batches: Iterable[Any], url: str, renamed: Mapping[str, str]
+def _read_batches(
+    pa: Any, names: list[str], batches: Iterable[Any], url: str, renames: Mapping[str, str]
 ) -> Iterator[Line]:
-    columns = Columns(url, names, renamed).names
+    columns = Columns(url, names, renames).names
     number = 0
     for batch in batches:
-        taken = [
-            _values(pa, column, f"{name}, between rows {number + 1} and {number + _BATCH}", url)
+        rows = f"between rows {number + 1} and {number + _BATCH_ROWS}"
+        column_values = [
+            _read_values(pa, column, f"{name}, {rows}", url)
             for name, column in zip(columns, batch.columns, strict=True)
         ]
-        for values in zip(*taken, strict=True):
+        for values in zip(*column_values, strict=True):
             number += 1
             cells, problem = to_cells(dict(zip(columns, values, strict=True)))
             if any(cells.values()) or problem:
                 yield Line(number, cells, problem)
 
 
-def _values(pa: Any, column: Any, where: str, url: str) -> list[Any]:
+def _read_values(pa: Any, column: Any, where: str, url: str) -> list[Any]:
     if not pa.types.is_dictionary(column.type):
         _check_length(pa, column, where, url)
         values: list[Any] = column.to_pylist()
         return values
-    # Only the words of this batch: a dictionary has those of the whole row group.
+    # Convert only the texts of this batch: the dictionary has those of the whole row group.
     used = column.indices.unique().drop_null()
-    words = column.dictionary.take(used)
-    _check_length(pa, words, where, url)
-    of = dict(zip(used.to_pylist(), words.to_pylist(), strict=True))
-    return [of.get(at) for at in column.indices.to_pylist()]
+    texts = column.dictionary.take(used)
+    _check_length(pa, texts, where, url)
+    text_by_index = dict(zip(used.to_pylist(), texts.to_pylist(), strict=True))
+    return [text_by_index.get(index) for index in column.indices.to_pylist()]
 
 
 def _check_length(pa: Any, column: Any, where: str, url: str) -> None:
-    """Refuse cells of megabytes before a thousand copies of them are made."""
+    """Refuse cells of megabytes before they are copied to Python objects."""
     import pyarrow.compute as pc  # noqa: PLC0415 - an extra
 
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
     if len(column) and any(is_text(column.type) for is_text in texts):
         longest = pc.max(pc.binary_length(column)).as_py() or 0
-        if longest > 4 * LONGEST_CELL:
+        if longest > 4 * MAX_CELL_CHARACTERS:
             raise ManifestError(
-                f"The manifest {url} has a cell of {longest:,} bytes in {where}; a cell has at "
-                f"most {LONGEST_CELL:,} characters."
+                f"The manifest {url} has a cell of {longest:,} bytes in column {where}; the limit "
+                f"is {MAX_CELL_CHARACTERS:,} characters."
             )
 
 
-def _pyarrow(url: str) -> Any:
+def _import_pyarrow(url: str) -> Any:
     try:
         import pyarrow  # noqa: PLC0415, ICN001 - an extra
     except ImportError:
@@ -120,10 +126,10 @@ def _pyarrow(url: str) -> Any:
 
 
 class Table:
-    """A table in memory. It has no dictionary of its own, so that nobody writes it out as JSON.
+    """A table in memory. It has no `__dict__`, so that nothing serializes it to JSON by accident.
 
     Args:
-        data: Whatever speaks Arrow's PyCapsule interface: an Arrow, polars or pandas table, …
+        data: A table with Arrow's PyCapsule interface: Arrow, polars, pandas, …
     """
 
     __slots__ = ("data",)
@@ -135,11 +141,11 @@ class Table:
         return f"<{type(self.data).__name__}>"
 
 
-def source(value: Any) -> Any:
-    """What is given as a manifest, so that it can be read again and again.
+def normalize_source(value: Any) -> Any:
+    """Convert a manifest's source to a form that can be read repeatedly: text, list or `Table`.
 
     Raises:
-        TypeError: It is nothing of the kind.
+        TypeError: The value is not a supported source.
     """
     if isinstance(value, str | Table):
         return value
@@ -150,21 +156,21 @@ def source(value: Any) -> Any:
     if isinstance(value, list | tuple) and all(isinstance(row, dict) for row in value):
         return list(value)
     raise TypeError(
-        "A manifest is a path, an fsspec URL, a list of dicts or a table that speaks Arrow, not "
-        f"{type(value).__name__}."
+        "A manifest must be a path, an fsspec URL, a list of dicts or an Arrow-compatible table, "
+        f"not {type(value).__name__}."
     )
 
 
-def _valid(value: Any) -> Any:
+def _validate_source(value: Any) -> Any:
     try:
-        return source(value)
+        return normalize_source(value)
     except TypeError as error:
         raise ValueError(str(error)) from None
 
 
 ManifestSource = Annotated[
     Any,
-    BeforeValidator(_valid),
+    BeforeValidator(_validate_source),
     WithJsonSchema(
         {
             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}],
@@ -172,31 +178,31 @@ ManifestSource = Annotated[
         }
     ),
 ]
-"""The parameter of a flow that takes a manifest; a form offers text or a list of objects."""
+"""Type of a flow parameter that takes a manifest. Forms offer text or a list of objects."""
 
 
 def read_given_rows(
-    given: Sequence[dict[Any, Any]] | Table, renamed: Mapping[str, str]
+    given: Sequence[dict[Any, Any]] | Table, renames: Mapping[str, str]
 ) -> Iterator[Line]:
-    """The rows, numbered from 1.
+    """Yield rows that were passed as a list of dicts or a table, numbered from 1.
 
     Raises:
-        ManifestError: They hold what no manifest holds.
+        ManifestError: A column or a cell of a table is invalid, or no row has a renamed column.
         Exception: What Arrow raises.
     """
     if isinstance(given, Table):
-        yield from read_table(given.data, renamed)
+        yield from read_table(given.data, renames)
         return
     url = "<rows>"
-    unseen = set(renamed.values())
+    unseen = set(renames.values())
     for number, row in enumerate(given, start=1):
         names = [str(name) for name in row]
         unseen.difference_update(names)
         try:
-            columns = columns_of_object(url, names, renamed)
+            columns = resolve_columns(url, names, renames)
         except ManifestError as error:
             yield Line(number, {}, error.message.rstrip("."))
             continue
         cells, problem = to_cells(dict(zip(columns, row.values(), strict=True)))
         yield Line(number, cells, problem)
-    check_seen(url, unseen)
+    check_renames_used(url, unseen)

@@ -1,4 +1,4 @@
-"""Every format gives the same rows, and says what is wrong with a row in its own numbers."""
+"""Every manifest format gives the same rows, and names invalid rows by their own numbers."""
 
 import bz2
 import gzip
@@ -16,8 +16,7 @@ import pytest
 import zstandard
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest import formats as opening
-from prefect_flux_kontext.manifest import reader as reading
+from prefect_flux_kontext.manifest import formats, reader
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from tests.support.plans import build_plan
@@ -54,12 +53,12 @@ FILES = {
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Make a manifest of a name and its content."""
+    """Return a function that writes a manifest file and opens it."""
 
-    def write(name, content, **how):
+    def write(name, content, **options):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return Manifest(str(path), **how)
+        return Manifest(str(path), **options)
 
     return write
 
@@ -83,11 +82,11 @@ EXPECTED = [("cat", "oil", "max", "7"), ("dog", "pencil", "pro", "8")]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_read_by_what_its_name_says_it_is(manifest, name):
+def test_file_name_decides_the_format(manifest, name):
     assert rows(manifest(name, FILES[name]).rows()) == EXPECTED
 
 
-def test_a_parquet_file_is_read_with_rows_numbered_from_one(tmp_path):
+def test_parquet_rows_are_numbered_from_one(tmp_path):
     path = tmp_path / "m.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=1)
     made = Manifest(str(path))
@@ -100,36 +99,36 @@ def test_a_parquet_file_is_read_with_rows_numbered_from_one(tmp_path):
     [ROWS, tuple(ROWS), pa.Table.from_pylist(ROWS), pl.DataFrame(ROWS), pd.DataFrame(ROWS)],
     ids=["dicts", "tuple", "arrow", "polars", "pandas"],
 )
-def test_rows_are_given_directly_and_can_be_read_again(given):
+def test_rows_in_memory_can_be_read_repeatedly(given):
     made = Manifest(given)
     assert rows(made.rows()) == rows(made.rows()) == EXPECTED
 
 
-def test_columns_have_the_manifests_own_names():
+def test_columns_are_mapped_to_standard_names():
     given = [{"sku": 5, "photo": URL, "text": "oil"}, {"sku": 6, "photo": URL, "text": "ink"}]
     made = Manifest(given, columns={"image": "photo", "prompt": "text", "id": "sku"})
     assert [(row.id, row.request.prompt) for row in made.rows()] == [("5", "oil"), ("6", "ink")]
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "expected"),
     [
-        ({"image": "photo"}, "no column 'photo' to be taken as 'image'"),
-        ({"picture": "image"}, r"no column \['picture'\] to take another as"),
-        ({"prompt": "sku"}, r"has a column twice: \['prompt'\]"),
+        ({"image": "photo"}, "no column 'photo' to use as 'image'; its columns are id, image"),
+        ({"picture": "image"}, "Cannot map a column to 'picture'; the standard columns are"),
+        ({"prompt": "sku"}, "has duplicate columns: prompt"),
     ],
 )
-def test_names_of_columns_that_cannot_be_meant_are_refused(manifest, columns, told):
-    with pytest.raises(ManifestError, match=told):
+def test_invalid_column_mapping_is_refused(manifest, columns, expected):
+    with pytest.raises(ManifestError, match=expected):
         build_plan(manifest("m.csv", CSV, columns=columns))
 
 
-def test_a_name_that_no_object_has_is_refused(manifest):
+def test_mapped_column_in_no_object_is_refused(manifest):
     made = manifest("m.jsonl", JSONL, columns={"provider": "route"})
-    assert "No row of" in problem(made)
+    assert "has a column route, which --columns names" in problem(made)
 
 
-def test_types_become_the_text_a_csv_file_would_have():
+def test_typed_values_become_csv_text():
     given = [{"id": 1, "prompt": "x", "n": 2.5, "b": True, "none": None, "many": ["a", {"é": 1}]}]
     (row,) = Manifest(given).rows()
     assert row.cells == {
@@ -142,45 +141,45 @@ def test_types_become_the_text_a_csv_file_would_have():
     }
 
 
-def test_a_number_and_its_text_are_the_same_id():
+def test_number_and_its_text_are_the_same_id():
     given = [{"id": 1, "prompt": "x"}, {"id": "1", "prompt": "y"}]
-    assert "id '1' is on line 1 already" in refused(Manifest(given))[0][1]
+    assert "duplicate id '1', first used on line 1" in refused(Manifest(given))[0][1]
 
 
-def test_lists_of_references_come_from_typed_columns(tmp_path):
+def test_list_column_gives_several_references(tmp_path):
     table = pa.table({"prompt": ["x"], "images": [[URL, "http://a.test/b.jpg"]]})
     (row,) = Manifest(table).rows()
     assert row.request.image_urls == [URL, "http://a.test/b.jpg"]
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
-        ('{"prompt": "x"', "the line is not JSON: Expecting ',' delimiter at character 15"),
-        ('["x"]', "it is not an object but list"),
-        ('{"prompt": "x", "n": NaN}', "NaN is not JSON"),
-        ('{"prompt": "x", "prompt": "y"}', "it names prompt twice"),
+        ('{"prompt": "x"', "the line is not valid JSON: Expecting ',' delimiter at character 15"),
+        ('["x"]', "expected an object, got list"),
+        ('{"prompt": "x", "n": NaN}', "NaN is not valid JSON"),
+        ('{"prompt": "x", "prompt": "y"}', "duplicate name prompt"),
         ('{"prompt": "x", "n": ' + "[" * 100_000 + "}", "nested too deeply"),
-        ('{"prompt": "x", "n": ' + "1" * 5_000 + "}", "a number of thousands of digits"),
-        ('{"prompt": "\\ud800"}', "prompt holds half a character"),
-        ('{"prompt": "a\\u0000b"}', "prompt holds a NUL character"),
+        ('{"prompt": "x", "n": ' + "1" * 5_000 + "}", "a number with thousands of digits"),
+        ('{"prompt": "\\ud800"}', "prompt contains half a character"),
+        ('{"prompt": "a\\u0000b"}', "prompt contains a NUL character"),
         ('{"prompt": "' + "x" * 200_000 + '"}', "prompt has 200,000 characters"),
-        ('{"name": "x"}', "neither a column `image` nor `prompt`"),
-        ('{"Prompt": "x"}', "has a column 'Prompt'; spell it `prompt`"),
+        ('{"name": "x"}', "no column `image` or `prompt`"),
+        ('{"Prompt": "x"}', "has a column 'Prompt'; rename it to `prompt`"),
     ],
 )
-def test_a_broken_line_in_the_middle_is_told_and_the_others_are_read(manifest, line, told):
+def test_invalid_json_line_is_refused_alone(manifest, line, expected):
     made = manifest("m.jsonl", f'{{"prompt": "a"}}\n{line}\n{{"prompt": "b"}}\n')
     ((number, reason),) = refused(made)
     assert number == 2
-    assert told in reason
+    assert expected in reason
     assert build_plan(made).rows == 3
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
-        ("m.json", '[\n{"prompt": "x"}\n]\n', "JSON over several lines"),
+        ("m.json", '[\n{"prompt": "x"}\n]\n', "is multi-line JSON"),
         ("m.jsonl", JSONL.encode("utf-16"), "not JSON Lines in UTF-8"),
         ("m.jsonl", "<html></html>", "not JSON Lines"),
         ("m.jsonl", '{"prompt": "' + "x" * 1_000_001, "Line 1 .*more than 1,000,000 characters"),
@@ -191,57 +190,57 @@ def test_a_broken_line_in_the_middle_is_told_and_the_others_are_read(manifest, l
             "ended before the end-of-stream",
         ),
         ("m.csv.gz", CSV, "[Nn]ot a gzipped file"),
-        ("m.csv.zst", zst(CSV.encode())[:-5], "cut off"),
+        ("m.csv.zst", zst(CSV.encode())[:-5], "is truncated"),
         ("m.csv.zst", CSV, "cannot be read"),
         ("m.parquet", b"PAR1" + bytes(100), "cannot be read"),
         ("m.parquet", "", "cannot be read"),
-        ("m.parquet.gz", gzip.compress(b"PAR1", mtime=0), "unpack it"),
+        ("m.parquet.gz", gzip.compress(b"PAR1", mtime=0), "decompress it"),
         ("m.parquet", CSV, "cannot be read"),
     ],
 )
-def test_a_file_that_is_not_what_its_name_says_is_refused(manifest, name, content, told):
+def test_file_of_another_format_is_refused(manifest, name, content, expected):
     import re  # noqa: PLC0415
 
-    assert re.search(told, problem(manifest(name, content)))
+    assert re.search(expected, problem(manifest(name, content)))
 
 
-def test_a_truncated_parquet_file_is_refused(tmp_path, manifest):
+def test_truncated_parquet_file_is_refused(tmp_path, manifest):
     path = tmp_path / "whole.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path)
     assert "cannot be read" in problem(manifest("cut.parquet", path.read_bytes()[:-20]))
 
 
-def test_a_chain_of_filesystems_is_refused():
+def test_chained_filesystems_are_refused():
     assert "chains several" in problem(Manifest("simplecache::memory://m.csv"))
 
 
-def test_what_is_no_manifest_at_all_is_refused():
+def test_unsupported_source_is_refused():
     with pytest.raises(ManifestError, match="not int"):
         build_plan(Manifest(7))
 
 
-def test_a_little_parquet_file_that_holds_gigabytes_is_refused_in_little_memory(tmp_path):
+def test_parquet_bomb_is_refused_in_little_memory(tmp_path):
     path = tmp_path / "bomb.parquet"
     long = pa.DictionaryArray.from_arrays(pa.array([0] * 5_000, pa.int32()), ["x" * 1_000_000])
     pq.write_table(pa.table({"id": range(5_000), "prompt": long}), path, compression="zstd")
     assert path.stat().st_size < 100_000
     tracemalloc.start()
     try:
-        assert "a cell of 1,000,000 bytes in prompt" in problem(Manifest(str(path)))
+        assert "a cell of 1,000,000 bytes in column prompt" in problem(Manifest(str(path)))
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:
         tracemalloc.stop()
     assert pa.total_allocated_bytes() < 100e6
 
 
-def test_a_little_packed_file_that_unpacks_without_end_is_refused(manifest, monkeypatch):
-    monkeypatch.setattr(opening, "_BOMB_FROM", 10_000_000)
+def test_decompression_bomb_is_refused(manifest, monkeypatch):
+    monkeypatch.setattr(formats, "_BOMB_MIN_CHARACTERS", 10_000_000)
     bomb = manifest("m.csv.gz", gzip.compress(b"id,prompt\n" + b"\n" * 20_000_000, mtime=0))
-    assert "unpacks to more than" in problem(bomb)
+    assert "decompresses to more than" in problem(bomb)
 
 
-def test_a_manifest_of_too_many_rows_is_refused(monkeypatch):
-    monkeypatch.setattr(reading, "MOST_ROWS", 3)
+def test_too_many_rows_are_refused(monkeypatch):
+    monkeypatch.setattr(reader, "MAX_ROWS", 3)
     assert "more than 3 rows" in problem(Manifest([{"prompt": "x"}] * 4))
 
 
@@ -249,7 +248,7 @@ def test_a_manifest_of_too_many_rows_is_refused(monkeypatch):
     ("module", "name", "extra"),
     [("pyarrow", "m.parquet", "parquet"), ("zstandard", "m.csv.zst", "zstd")],
 )
-def test_without_the_extra_it_is_told_what_to_install(tmp_path, module, name, extra):
+def test_missing_extra_is_named(tmp_path, module, name, extra):
     (tmp_path / name).write_bytes(b"x")
     code = (
         f"import sys; sys.modules[{module!r}] = None\n"
@@ -265,5 +264,5 @@ def test_without_the_extra_it_is_told_what_to_install(tmp_path, module, name, ex
     assert f"install `prefect-flux-kontext[{extra}]`" in done.stdout
 
 
-def test_rows_of_every_kind_are_rows():
+def test_valid_dicts_become_rows():
     assert all(isinstance(row, Row) for row in Manifest(ROWS).rows())

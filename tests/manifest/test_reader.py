@@ -1,4 +1,4 @@
-"""Any CSV file is read right or refused with the line and what to do, before anything is paid."""
+"""A CSV file is read correctly, or refused with the line and the fix before any payment."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ GOOD = f"id,image,prompt\ncat,{URL},oil\ndog,{URL},pencil\n"
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Make a manifest of text or bytes."""
+    """Return a function that writes text or bytes to a manifest and opens it."""
 
     def write(content, prompt=None):
         path = tmp_path / "manifest.csv"
@@ -85,20 +85,20 @@ def test_every_column_goes_into_the_request(manifest):
         "quoted",
     ],
 )
-def test_what_spreadsheets_write_is_read_the_same(manifest, content):
+def test_spreadsheet_variants_are_read_alike(manifest, content):
     rows = list(manifest(content).rows())
     assert [(row.id, row.request.prompt) for row in rows] == [("cat", "oil"), ("dog", "pencil")]
     check = build_plan(manifest(content))
     assert (check.rows, check.refused, check.problems) == (2, 0, [])
 
 
-def test_text_of_every_script_arrives_as_it_is(manifest):
+def test_text_of_every_script_is_unchanged(manifest):
     prompt = "水彩画 на 🦊 عربي é"
     (row,) = manifest(f"id,image,prompt\nλ,{URL},{prompt}\n").rows()
     assert (row.id, row.request.prompt) == ("λ", prompt)
 
 
-def test_quotes_commas_and_line_ends_inside_a_cell_belong_to_it(manifest):
+def test_quoted_cell_keeps_commas_and_line_ends(manifest):
     rows = list(
         manifest(
             f'id,image,prompt\na,{URL},"oil, ""thick""\nand bold"\nb,{URL},pencil\nc,{URL},\n'
@@ -110,47 +110,47 @@ def test_quotes_commas_and_line_ends_inside_a_cell_belong_to_it(manifest):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
-        (b"", "names nothing"),
-        (b"\n\n", "names nothing"),
+        (b"", "it has no columns"),
+        (b"\n\n", "it has no columns"),
         (b"id,image,prompt\n", "has no rows"),
         (b"id,image,prompt\n,,\n\n", "has no rows"),
         (
             b"id,file\n1,a\n",
-            "neither a column `image` nor `prompt`; its first line names id, file",
+            "no column `image` or `prompt`; its columns are: id, file",
         ),
-        (b"id,image,image\n1,a,b\n", r"a column twice: \['image'\]"),
-        (b"ID,image,prompt\n", "a column 'ID'; spell it `id`"),
-        (b"id,image,prompt,Mode\n", "a column 'Mode'; spell it `mode`"),
-        (b"id,image,prompt,Aspect-Ratio\n", "spell it `aspect_ratio`"),
-        (b"id,image,prompt,output format\n", "spell it `output_format`"),
+        (b"id,image,image\n1,a,b\n", "has duplicate columns: image"),
+        (b"ID,image,prompt\n", "a column 'ID'; rename it to `id`"),
+        (b"id,image,prompt,Mode\n", "a column 'Mode'; rename it to `mode`"),
+        (b"id,image,prompt,Aspect-Ratio\n", "rename it to `aspect_ratio`"),
+        (b"id,image,prompt,output format\n", "rename it to `output_format`"),
         (
             f'id,image,prompt\n1,{URL},"oil\n2,{URL},x\n'.encode(),
-            r"Line 3 .*unexpected end.*begins on line 2",
+            r"Line 3 .*unexpected end.*starts on line 2",
         ),
-        (f'id,image,prompt\n1,{URL},"oil"x\n'.encode(), "[Ll]ine 2 .*is not CSV"),
-        (GOOD.encode("utf-16"), "[Ll]ine 1 .*not in UTF-8; save the manifest as UTF-8"),
-        (GOOD.encode("utf-16-be"), "NUL characters, as UTF-16 does"),
-        (GOOD.replace(",", ";").encode(), "separated by semicolons; separate them by commas"),
-        (f"1,{URL},oil\n".encode(), "no line of column names; put one first"),
-        (b"<!DOCTYPE html>\n<html>404</html>\n", "looks like a page of HTML"),
-        (f"id,image,prompt\n1,{URL},été\n".encode("latin-1"), "[Ll]ine 2 .*not in UTF-8"),
-        (GOOD.encode() + f"x,{URL},été\n".encode("latin-1"), "[Ll]ine 4 .*not in UTF-8"),
-        (b"\x1f\x8b\x08\x00" + bytes(range(256)), "not in UTF-8|is not CSV"),
+        (f'id,image,prompt\n1,{URL},"oil"x\n'.encode(), "[Ll]ine 2 .*is not valid CSV"),
+        (GOOD.encode("utf-16"), "[Ll]ine 1 .*not UTF-8; save the manifest as UTF-8"),
+        (GOOD.encode("utf-16-be"), "NUL characters, as in UTF-16"),
+        (GOOD.replace(",", ";").encode(), "delimiter seems to be semicolons; use commas"),
+        (f"1,{URL},oil\n".encode(), "header seems to be missing; add a first line"),
+        (b"<!DOCTYPE html>\n<html>404</html>\n", "looks like an HTML or XML page"),
+        (f"id,image,prompt\n1,{URL},été\n".encode("latin-1"), "[Ll]ine 2 .*not UTF-8"),
+        (GOOD.encode() + f"x,{URL},été\n".encode("latin-1"), "[Ll]ine 4 .*not UTF-8"),
+        (b"\x1f\x8b\x08\x00" + bytes(range(256)), "not UTF-8|is not valid CSV"),
         (b'id,image,prompt\n1,http://a/b,"' + b"x" * 200_000 + b'"\n', "larger than field limit"),
     ],
 )
-def test_a_file_that_is_no_manifest_is_refused_with_its_line_and_what_to_do(
-    manifest, content, told
+def test_invalid_file_is_refused_with_line_and_fix(
+    manifest, content, expected
 ):
     made = manifest(content)
     message = problem(made)
     assert made.url in message
-    assert re.search(told, message)
+    assert re.search(expected, message)
 
 
-def test_the_line_of_bad_text_is_right_deep_in_a_long_file(manifest):
+def test_line_of_bad_text_is_right_in_a_long_file(manifest):
     lines = [f"{number},{URL},oil" for number in range(50_000)]
     lines[40_000] += " é"
     content = "\n".join(["id,image,prompt", *lines]).encode("latin-1")
@@ -161,48 +161,51 @@ def test_the_line_of_bad_text_is_right_deep_in_a_long_file(manifest):
     "url",
     ["{tmp}/none.csv", "{tmp}", "nope://x.csv", "memory://none.csv", "file://{tmp}/none", "a\0b"],
 )
-def test_a_manifest_that_cannot_be_opened_is_a_manifest_error(url, tmp_path):
+def test_unreadable_manifest_is_a_manifest_error(url, tmp_path):
     url = url.format(tmp=tmp_path)
     assert url in problem(Manifest(url))
 
 
-def test_the_plan_keeps_every_refused_row_of_thirty(manifest):
+def test_plan_lists_all_thirty_refused_rows(manifest):
     lines = [f"{number},not a url,oil" for number in range(30)]
     check = build_plan(manifest("\n".join(["id,image,prompt", *lines, f"x,{URL},oil"])))
     assert (check.rows, check.refused, len(check.problems)) == (31, 30, 30)
     assert check.problems[0].line == 2
 
 
-def test_a_row_with_too_many_cells_fails_alone(manifest):
+def test_row_with_too_many_cells_is_refused_alone(manifest):
     made = manifest(f"id,image,prompt\na,{URL},oil, thick\nb,{URL},pencil\n")
     assert refused(made) == {
-        (2, "1 cells more than there are columns; quote cells that hold commas")
+        (2, "the row has 1 more cell than columns; quote cells that contain commas")
     }
     assert build_plan(made).rows == 2
 
 
-def test_a_row_with_too_few_cells_is_refused_for_some_may_be_in_the_wrong_column(manifest):
+def test_row_with_too_few_cells_is_refused(manifest):
+    """A missing cell may have shifted the others into the wrong columns."""
     made = manifest(f"id,image,prompt,mode\na,{URL},oil\nb,{URL},pencil,\n")
-    assert refused(made) == {(2, "3 cells where there are 4 columns")}
+    assert refused(made) == {(2, "the row has 3 of 4 cells; add the missing ones")}
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [("cat", "cat"), ("cat", "CAT"), (" cat", "cat "), ("Straße", "Straße"), ("é", "e\u0301")],
 )
-def test_an_id_given_twice_is_refused_the_second_time_with_the_first_line(manifest, first, second):
+def test_duplicate_id_is_refused_with_the_first_line(manifest, first, second):
     rows = list(manifest(f"id,image,prompt\n{first},{URL},a\n{second},{URL},b\n").rows())
     assert isinstance(rows[0], Row)
     assert isinstance(rows[1], RefusedRow)
-    assert rows[1].reason == f"id {second.strip()!r} is on line 2 already; ids name files"
+    assert rows[1].reason == (
+        f"duplicate id {second.strip()!r}, first used on line 2; ids name files"
+    )
 
 
-def test_rows_that_are_equal_in_all_and_have_no_id_are_not_paid_twice(manifest):
+def test_equal_rows_without_id_are_not_paid_twice(manifest):
     made = manifest(f"image,prompt\n{URL},oil\n{URL},oil\n{URL},pencil\n")
     assert [type(row) for row in made.rows()] == [Row, RefusedRow, Row]
 
 
-def test_made_ids_are_stable_and_tell_the_picture(manifest):
+def test_made_ids_are_stable_and_name_the_image(manifest):
     content = f"image,prompt\n{URL},oil\nhttp://a.test/x%20y.png?sig=1,oil\n"
     first, second = (row.id for row in manifest(content).rows())
     assert first.startswith("cat-")
@@ -211,17 +214,18 @@ def test_made_ids_are_stable_and_tell_the_picture(manifest):
     assert {row.id for row in manifest(swapped).rows()} == {first, second}
 
 
-def test_rows_can_be_read_again_from_the_start(manifest):
+def test_rows_can_be_read_again(manifest):
     made = manifest(GOOD)
     assert list(made.rows()) == list(made.rows())
 
 
-def test_a_manifest_is_read_from_memory():
+def test_manifest_is_read_from_memory():
     fsspec.filesystem("memory").pipe_file("/manifests/a.csv", GOOD.encode())
     assert build_plan(Manifest("memory://manifests/a.csv")).rows == 2
 
 
-def test_a_manifest_is_read_from_s3_and_s3_errors_are_manifest_errors():
+def test_manifest_is_read_from_s3():
+    """Errors of S3 become manifest errors."""
     with s3_server() as (bucket, client):
         client.put_object(Bucket="pictures", Key="in/a.csv", Body=GOOD.encode())
         assert build_plan(Manifest(f"{bucket}/in/a.csv")).rows == 2
@@ -232,13 +236,13 @@ def test_a_manifest_is_read_from_s3_and_s3_errors_are_manifest_errors():
 def test_missing_s3_credentials_are_a_manifest_error(monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    # Else botocore asks the metadata service of a cloud.
+    # Otherwise botocore asks a cloud's metadata service.
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    # Nobody listens there, should it get so far.
+    # Nothing listens there, in case a request is made.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    # Another test's store may still be open.
+    # Another test may have left a store configured.
     monkeypatch.delitem(fsspec.config.conf, "s3", raising=False)
     fsspec.filesystem("s3").clear_instance_cache()
     try:
@@ -247,7 +251,7 @@ def test_missing_s3_credentials_are_a_manifest_error(monkeypatch, tmp_path):
         fsspec.filesystem("s3").clear_instance_cache()
 
 
-def test_a_name_with_glob_characters_means_just_that_file(tmp_path):
+def test_existing_file_with_glob_characters_is_read(tmp_path):
     path = tmp_path / "a[1]*?.csv"
     path.write_text(GOOD)
     assert build_plan(Manifest(str(path))).rows == 2
@@ -258,28 +262,28 @@ import resource, sys
 from prefect_flux_kontext.manifest.reader import Manifest
 from tests.support.plans import build_plan
 
-def most_memory():
+def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 build_plan(Manifest(sys.argv[1]))
-before = most_memory()
+before = peak_memory()
 check = build_plan(Manifest(sys.argv[2]))
-print(check.rows, check.refused, most_memory() - before)
+print(check.rows, check.refused, peak_memory() - before)
 """
 
 
-def test_a_hundred_thousand_rows_are_checked_without_being_held(tmp_path):
+def test_many_rows_are_checked_in_little_memory(tmp_path):
     paths = [tmp_path / "short.csv", tmp_path / "long.csv"]
     for path, rows in zip(paths, (100, 100_000), strict=True):
         with path.open("w") as file:
             file.write("id,image,prompt\n")
             for number in range(rows):
                 file.write(f"row-{number},{URL}?{number},a watercolour {'x' * 200}\n")
-    # In a process of its own: nothing else moves its peak.
+    # In a separate process, so that nothing else changes its peak.
     ran = subprocess.run(
         [sys.executable, "-c", CHECK, *paths], capture_output=True, text=True, check=True
     )
     rows, refused, memory = map(int, ran.stdout.split())
     assert (rows, refused) == (100_000, 0)
-    # Held whole they take over 100 MB; what is kept is a short hash and a line number each.
+    # All rows take over 100 MB. The plan keeps a short hash and a line number of each.
     assert memory < 40e6

@@ -179,7 +179,7 @@ def test_a_manifest_that_may_not_be_read_says_so(proxy, server, tmp_path, monkey
     proxy.rates = {"get": {"denied": 1.0}, "head": {"denied": 1.0}}
     assert main(["plan", manifest, str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
-    assert f"The manifest {manifest} may not be read" in told
+    assert f"No permission to read the manifest {manifest}" in told
     assert SECRET not in told
     proxy.rates = {}
     assert main(["plan", manifest, str(tmp_path / "out")]) == 0
