@@ -1,4 +1,4 @@
-"""A folder, a prefix or a glob of images is a manifest: sorted, and never of our own results."""
+"""A folder, prefix or glob of images is a manifest: sorted, and without the batch's own output."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER
-from prefect_flux_kontext.manifest import directory as folder
+from prefect_flux_kontext.manifest import directory
 from prefect_flux_kontext.manifest.directory import find_image_folder
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import Row
@@ -42,7 +42,7 @@ def s3():
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
 def photos(request, tmp_path):
-    """The URL of a folder of photos, on each kind of filesystem."""
+    """Return the URL of a folder of photos on each kind of filesystem."""
     name = f"{tmp_path.name}/photos"
     url = {"local": str(tmp_path / "photos"), "file": f"file://{tmp_path}/photos"}.get(
         request.param, f"memory://{name}"
@@ -55,7 +55,7 @@ def photos(request, tmp_path):
 
 @pytest.fixture
 def local(tmp_path):
-    """Make a local folder of files by their names."""
+    """Return a function that creates named files in a local folder and returns its path."""
 
     def make(*names):
         put(str(tmp_path), *names)
@@ -73,7 +73,7 @@ def put(url, *names, content=None):
 
 
 def lines(url, output=None):
-    return list(find_image_folder(url, output).lines())
+    return list(find_image_folder(url, output).read_lines())
 
 
 def ids(url, output=None):
@@ -87,7 +87,7 @@ def problem(url, **given):
     return caught.value.message
 
 
-def test_the_images_of_a_folder_are_lines_sorted_within_their_folders(photos):
+def test_images_are_sorted_within_their_folders(photos):
     for url in (photos, f"{photos}/"):
         found = lines(url, f"{photos}/out")
         assert [line.cells["id"] for line in found] == IDS
@@ -100,13 +100,13 @@ def test_the_images_of_a_folder_are_lines_sorted_within_their_folders(photos):
                 assert file.read().decode().endswith(line.cells["file"])
 
 
-def test_an_image_is_told_by_its_url_or_its_absolute_local_path(photos):
+def test_image_cell_is_a_url_or_an_absolute_path(photos):
     image = lines(photos)[0].cells["image"]
     fs, path = fsspec.url_to_fs(f"{photos}/a.jpg")
     assert image == (path if "file" in fs.protocol else fs.unstrip_protocol(path))
 
 
-def test_a_folder_is_told_from_a_file_without_a_slash_at_its_end(local):
+def test_folder_is_recognized_without_a_final_slash(local):
     path = local("a.jpg", "m.csv")
     assert find_image_folder(path, None) is not None
     assert find_image_folder(f"{path}/m.csv", None) is None
@@ -129,27 +129,29 @@ def test_a_folder_is_told_from_a_file_without_a_slash_at_its_end(local):
         ("2024/**", ["new", "summer/sea"]),
     ],
 )
-def test_a_glob_takes_what_it_matches_below_the_folder_that_it_begins_in(photos, glob, found):
+def test_glob_selects_the_images_it_matches(photos, glob, found):
     assert ids(f"{photos}/{glob}", f"{photos}/out") == found
 
 
-def test_a_file_whose_name_looks_like_a_glob_is_that_file(local):
+def test_existing_file_with_glob_characters_is_a_file(local):
     path = local("a[1].csv")
     assert find_image_folder(f"{path}/a[1].csv", None) is None
 
 
-def test_a_glob_looks_no_deeper_than_it_can_match(local, monkeypatch):
+def test_glob_lists_no_deeper_than_it_can_match(local, monkeypatch):
     path = local("a.jpg", "1/2/3/x.jpg")
     listed = []
     found = find_image_folder(f"{path}/*/*.jpg", None)
-    list_one = found.fs.ls
-    monkeypatch.setattr(found.fs, "ls", lambda at, **how: listed.append(at) or list_one(at, **how))
+    ls = found.fs.ls
+    monkeypatch.setattr(
+        found.fs, "ls", lambda path, **options: listed.append(path) or ls(path, **options)
+    )
     with pytest.raises(ManifestError):
-        list(found.lines())
+        list(found.read_lines())
     assert listed == [path, f"{path}/1"]
 
 
-def test_images_that_differ_in_extension_only_are_told_apart_by_it(local):
+def test_ids_include_the_extension_if_names_collide(local):
     below = ("cat.jpg", "cat.png", "dog.jpg", "dog-png.jpg", "dog.png")
     path = local(*below, "x/Bird.jpg", "x/bird.webp")
     assert ids(path) == [
@@ -164,22 +166,22 @@ def test_images_that_differ_in_extension_only_are_told_apart_by_it(local):
     assert all(isinstance(row, Row) for row in Manifest(path, styles="oil").rows())
 
 
-def test_our_own_results_are_never_taken_for_new_images(local):
+def test_output_and_ledger_are_skipped(local):
     path = local("a.jpg", "out/a.jpg", "out/deep/b.jpg", f"{LEDGER_FOLDER}/c.jpg", "other/d.jpg")
     assert ids(path, f"{path}/out") == ["a", "other/d"]
     assert ids(path, f"file://{path}/out/") == ["a", "other/d"]
     assert ids(path, "memory://out") == ["a", "other/d", "out/a", "out/deep/b"]
 
 
-def test_an_output_that_holds_the_images_is_refused(local):
+def test_output_that_contains_the_images_is_refused(local):
     path = local("in/a.jpg")
     for output in (path, f"{path}/in", f"file://{path}/in/"):
-        told = problem(f"{path}/in", output=output, styles="oil")
-        assert "the next run would pay for its own results" in told
+        expected = problem(f"{path}/in", output=output, styles="oil")
+        assert "the next run would pay for its own results" in expected
     assert find_image_folder(f"{path}/in", f"{path}/i").output == f"{path}/i"
 
 
-def test_a_link_to_an_image_is_one_and_a_link_to_a_folder_leads_nowhere(local, tmp_path):
+def test_links_are_followed_to_images_only(local, tmp_path):
     path = local("photos/a.jpg")
     (tmp_path / "photos" / "b.jpg").symlink_to(tmp_path / "photos" / "a.jpg")
     (tmp_path / "photos" / "gone.jpg").symlink_to(tmp_path / "none")
@@ -187,7 +189,7 @@ def test_a_link_to_an_image_is_one_and_a_link_to_a_folder_leads_nowhere(local, t
     assert ids(f"{path}/photos") == ["a", "b"]
 
 
-def test_files_that_are_no_images_by_name_are_counted_in_the_plan(local):
+def test_plan_counts_files_that_are_not_images(local):
     path = local("a.jpg", "b.txt", "x/c.csv", "x/d.jpg.part")
     put(path, "a.jpg", content=picture())
     staging = Staging(f"{path}/.staged", "https://staged.example.com")
@@ -197,10 +199,10 @@ def test_files_that_are_no_images_by_name_are_counted_in_the_plan(local):
     assert "left out" not in str(build_plan(Manifest([{"prompt": "x"}])))
 
 
-def test_a_folder_without_images_is_told_with_what_it_has(local):
+def test_folder_without_images_is_refused(local):
     path = local("m.txt")
     assert "There are no images at" in problem(path, styles="oil")
-    assert "only 1 other files" in problem(path, styles="oil")
+    assert "(1 other file)" in problem(path, styles="oil")
     assert "There are no images at" in problem(f"{path}/*.jpg", prompt="x")
     assert "There is no manifest at" in problem(f"{path}/none/", prompt="x")
 
@@ -211,7 +213,7 @@ def test_images_alone_need_a_prompt_or_styles(local):
     assert "which has no columns" in problem(path, prompt="x", columns={"image": "url"})
 
 
-def test_each_image_is_made_in_each_style_under_its_folder(local):
+def test_each_image_is_made_in_each_style(local):
     path = local("a.jpg", "2024/b.png")
     made = list(Manifest(path, "{{ folder|default('top') }}", styles=["oil", "noir"]).rows())
     assert all(isinstance(row, Row) for row in made)
@@ -229,7 +231,7 @@ def test_only_new_images_have_new_keys(local):
     assert len(after - before) == 2
 
 
-def test_an_object_that_has_changed_has_another_version_and_a_local_file_none(s3):
+def test_changed_object_has_another_version(s3):
     bucket, client = s3
     for body in (b"one", b"two"):
         client.put_object(Bucket="pictures", Key="changing/a.jpg", Body=b"one")
@@ -240,21 +242,21 @@ def test_an_object_that_has_changed_has_another_version_and_a_local_file_none(s3
         assert (versions[0] == versions[1]) == (body == b"one")
 
 
-def test_a_local_file_has_no_version(local):
+def test_local_file_has_no_version(local):
     (row,) = Manifest(local("a.jpg"), "x").rows()
     assert row.version is None
 
 
-def test_listings_are_not_remembered(s3):
+def test_listings_are_not_cached(s3):
     bucket, client = s3
     client.put_object(Bucket="pictures", Key="growing/a.jpg", Body=b"a")
     found = find_image_folder(f"{bucket}/growing/", None)
-    assert len(list(found.lines())) == 1
+    assert len(list(found.read_lines())) == 1
     client.put_object(Bucket="pictures", Key="growing/b.jpg", Body=b"b")
-    assert len(list(found.lines())) == 2
+    assert len(list(found.read_lines())) == 2
 
 
-def test_a_prefix_that_may_not_be_listed_is_a_manifest_error(s3):
+def test_unlistable_prefix_is_a_manifest_error(s3):
     assert "There is no manifest at s3://no-bucket/x/" in problem("s3://no-bucket/x/", prompt="x")
 
 
@@ -274,23 +276,23 @@ class Listing:
     def unstrip_protocol(self, path):
         return "many://" + path
 
-number = sum(1 for _ in ImageFolder("many://root", Listing(), "root", None, 64, None).lines())
+number = sum(1 for _ in ImageFolder("many://root", Listing(), "root", None, 64, None).read_lines())
 print(number, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_a_hundred_thousand_images_are_read_folder_by_folder():
-    told = []
+def test_many_images_are_read_in_little_memory():
+    measured = []
     for folders in (2, 200):
         ran = subprocess.run(
             [sys.executable, "-c", COUNT, str(folders)], capture_output=True, text=True, check=True
         )
-        told.append(list(map(int, ran.stdout.split())))
-    assert [number for number, _ in told] == [1_000, 100_000]
-    # Held whole, their lines take some 60 MB.
-    assert (told[1][1] - told[0][1]) * 1024 < 10e6
+        measured.append(list(map(int, ran.stdout.split())))
+    assert [number for number, _ in measured] == [1_000, 100_000]
+    # All lines together take about 60 MB.
+    assert (measured[1][1] - measured[0][1]) * 1024 < 10e6
 
 
-def test_no_folder_is_looked_into_without_end(local):
-    path = local("/".join(["d"] * (folder._DEEPEST + 1)) + "/x.jpg", "a.jpg")
+def test_depth_of_folders_is_limited(local):
+    path = local("/".join(["d"] * (directory._MAX_DEPTH_FOLDERS + 1)) + "/x.jpg", "a.jpg")
     assert ids(path) == ["a"]

@@ -1,4 +1,4 @@
-"""Every image's name is known at plan time, stays in the output and is no other image's."""
+"""Output paths are known at plan time, are unique and stay in the output."""
 
 import contextlib
 from pathlib import PurePosixPath
@@ -10,98 +10,102 @@ from hypothesis import strategies as st
 from prefect_flux_kontext.batch.runner import FAILED_ROWS
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER
-from prefect_flux_kontext.manifest.output_paths import output_path, parse_path_template
+from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, make_row
 from prefect_flux_kontext.storage.names import find_name_problem
 
 
-def named(template=None, row_id="cat", style=None, **cells):
+def build_path(template=None, row_id="cat", style=None, **cells):
     names = None if template is None else parse_path_template(template)
-    return output_path(row_id, style, cells, names, "jpeg")
+    return build_output_path(row_id, style, cells, names, "jpeg")
 
 
 def problem(template=None, **given):
     with pytest.raises(ValueError, match=r".") as caught:
-        named(template, **given)
+        build_path(template, **given)
     return str(caught.value)
 
 
-def output(text, **cells):
+def make_row_with_output(text, **cells):
     return make_row(2, {"prompt": "x", "output": text, **cells})
 
 
-def reasons(rows, **given):
+def outcomes(rows, **given):
     made = Manifest([{"prompt": "x", **row} for row in rows], **given).rows()
     return [row.reason if isinstance(row, RefusedRow) else row.name for row in made]
 
 
-def test_an_image_is_named_by_its_id_and_lies_in_a_folder_with_a_style():
-    assert named() == "cat"
-    assert named(style="oil") == "cat/oil"
+def test_image_is_named_by_id_and_style():
+    assert build_path() == "cat"
+    assert build_path(style="oil") == "cat/oil"
 
 
-def test_an_id_that_is_a_relative_path_keeps_its_folders():
-    assert named(row_id="2024/spring/cat") == "2024/spring/cat"
-    assert named(row_id="2024/a cat", style="oil").startswith("2024/a-cat~")
+def test_id_with_slashes_keeps_its_folders():
+    assert build_path(row_id="2024/spring/cat") == "2024/spring/cat"
+    assert build_path(row_id="2024/a cat", style="oil").startswith("2024/a-cat~")
     for odd in ("a//b", "a/", "./a", "a\\b", "a/./b"):
-        assert "/" not in named(row_id=odd)
+        assert "/" not in build_path(row_id=odd)
 
 
-def test_a_template_puts_ids_styles_and_columns_in_their_places_and_makes_them_safe():
-    assert named("{style}/{sku}-{id}.{ext}", style="oil", sku="A 1").startswith("oil/A-1~")
-    assert named("all/{sku}.{ext}", sku="../../x") == f"all/{named('{sku}.{ext}', sku='../../x')}"
-    assert named("{photo title}.{ext}", **{"photo title": "cat"}) == "cat"
-    assert named("{sku}_{sku}.{ext}", sku="7") == "7_7"
+def test_template_inserts_safe_values():
+    assert build_path("{style}/{sku}-{id}.{ext}", style="oil", sku="A 1").startswith("oil/A-1~")
+    assert (
+        build_path("all/{sku}.{ext}", sku="../../x")
+        == f"all/{build_path('{sku}.{ext}', sku='../../x')}"
+    )
+    assert build_path("{photo title}.{ext}", **{"photo title": "cat"}) == "cat"
+    assert build_path("{sku}_{sku}.{ext}", sku="7") == "7_7"
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "expected"),
     [
-        ("{id}", "it does not end in `.{ext}`"),
-        ("{id}.jpg", "it does not end in `.{ext}`"),
-        ("{id}.{ext}.gz", "it does not end in `.{ext}`"),
-        ("{ext}/{id}.{ext}", "`{ext}` stands before its end"),
-        ("{id.__class__}.{ext}", "`{id.__class__}` is not a column alone"),
-        ("{id[0]}.{ext}", "`{id[0]}` is not a column alone"),
-        ("{id!r}.{ext}", "`{id!r}` is not a column alone"),
-        ("{id:>99999999}.{ext}", "`{id:>99999999}` is not a column alone"),
-        ("{}.{ext}", "`{}` is not a column alone"),
-        ("{0}.{ext}", "`{0}` is not a column alone"),
+        ("{id}", "it must end in `.{ext}`"),
+        ("{id}.jpg", "it must end in `.{ext}`"),
+        ("{id}.{ext}.gz", "it must end in `.{ext}`"),
+        ("{ext}/{id}.{ext}", "`{ext}` may appear only at the end"),
+        ("{id.__class__}.{ext}", "`{id.__class__}` is not a plain column name"),
+        ("{id[0]}.{ext}", "`{id[0]}` is not a plain column name"),
+        ("{id!r}.{ext}", "`{id!r}` is not a plain column name"),
+        ("{id:>99999999}.{ext}", "`{id:>99999999}` is not a plain column name"),
+        ("{}.{ext}", "`{}` is not a plain column name"),
+        ("{0}.{ext}", "`{0}` is not a plain column name"),
         ("{id.{ext}", "expected '}'"),
         ("id}.{ext}", "Single '}'"),
-        ("{{id}}.{ext}", "outside of its columns"),
-        ("my {id}.{ext}", "outside of its columns"),
-        ("a\\{id}.{ext}", "outside of its columns"),
-        ("/{id}.{ext}", "a part between slashes is empty"),
-        ("a//{id}.{ext}", "a part between slashes is empty"),
-        ("../{id}.{ext}", "a part between slashes is empty"),
-        ("a/.{id}.{ext}", "begins with a dot"),
-        (".{ext}", "a part between slashes is empty"),
+        ("{{id}}.{ext}", "text outside columns"),
+        ("my {id}.{ext}", "text outside columns"),
+        ("a\\{id}.{ext}", "text outside columns"),
+        ("/{id}.{ext}", "a path segment is empty"),
+        ("a//{id}.{ext}", "a path segment is empty"),
+        ("../{id}.{ext}", "a path segment is empty"),
+        ("a/.{id}.{ext}", "starts with a dot"),
+        (".{ext}", "a path segment is empty"),
         ("CON/{id}.{ext}", "reserved on Windows"),
         ("_ledger/{id}.{ext}", "that of the batch's own _ledger"),
         ("all.jpg/{id}.{ext}", "a folder 'all.jpg' that is named like an image"),
         ("x" * 300 + "{id}.{ext}", "a name has at most 400, and 200 between slashes"),
     ],
 )
-def test_a_template_that_cannot_name_images_is_refused_before_the_first_row(template, told):
+def test_invalid_template_is_refused_before_the_first_row(template, expected):
     with pytest.raises(ConfigurationError) as caught:
         list(Manifest([{"prompt": "x"}], names=template).rows())
-    assert told in caught.value.message
-    assert "They are like `{id}/{style}.{ext}`" in caught.value.message
+    assert expected in caught.value.message
+    assert "Use a template like `{id}/{style}.{ext}`" in caught.value.message
     assert len(caught.value.message) < 600
 
 
-def test_a_row_without_what_the_template_names_is_refused_with_what_there_is():
+def test_row_without_template_column_is_refused():
     assert problem("{sku}/{id}.{ext}", colour="red") == (
-        "the output names need a column 'sku'; there are colour"
+        "the output names use a column 'sku' that the manifest does not have; its columns are "
+        "colour"
     )
-    assert "the column 'sku' is empty" in problem("{sku}/{id}.{ext}", sku=" ")
+    assert "use the column 'sku', which is empty" in problem("{sku}/{id}.{ext}", sku=" ")
     assert "the row has no style" in problem("{style}/{id}.{ext}")
 
 
 @pytest.mark.parametrize(
-    ("template", "cells", "told"),
+    ("template", "cells", "expected"),
     [
         ("{a}N.{ext}", {"a": "CO"}, "'CON', which is reserved"),
         ("{a}/{id}.{ext}", {"a": "x.jpg"}, "'x.jpg' that is named like an image"),
@@ -110,8 +114,8 @@ def test_a_row_without_what_the_template_names_is_refused_with_what_there_is():
         ("{a}/{id}.{ext}", {"a": "_LEDGER"}, "the batch's own _LEDGER"),
     ],
 )
-def test_what_comes_out_of_a_template_is_looked_at_again(template, cells, told):
-    assert told in problem(template, **cells)
+def test_rendered_template_is_checked(template, cells, expected):
+    assert expected in problem(template, **cells)
 
 
 @pytest.mark.parametrize(
@@ -124,27 +128,28 @@ def test_what_comes_out_of_a_template_is_looked_at_again(template, cells, told):
         ("a-b~0123456789ab/hero", "a-b~0123456789ab/hero"),
     ],
 )
-def test_a_row_may_name_its_image_itself_with_or_without_extension(given, name):
-    assert output(given, id="cat").name == name
+def test_output_column_names_the_image(given, name):
+    """The extension is optional."""
+    assert make_row_with_output(given, id="cat").name == name
 
 
-def test_a_name_that_is_not_plain_is_made_safe():
-    assert output("a photo/Ünder.jpg").name.startswith("a-photo~")
+def test_output_column_is_made_safe():
+    assert make_row_with_output("a photo/Ünder.jpg").name.startswith("a-photo~")
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ("../../etc/passwd", "leads out of the output"),
         ("a/../../b", "leads out of the output"),
         ("/etc/passwd", "is an absolute path"),
         ("C:\\temp\\x", "is an absolute path"),
         ("s3://bucket/x", "is a URL"),
-        ("a\\b", "holds a backslash"),
-        ("a//b", "has a part that is empty"),
-        ("a/", "has a part that is empty"),
-        ("./a", "has a part that is empty"),
-        (".jpg", "has a part that is empty"),
+        ("a\\b", "contains a backslash"),
+        ("a//b", "has an empty path segment"),
+        ("a/", "has an empty path segment"),
+        ("./a", "has an empty path segment"),
+        (".jpg", "has an empty path segment"),
         ("a\x07b", "cannot be seen"),
         ("a\u202egpj", "cannot be seen"),
         ("x" * 81, "more than 80 characters"),
@@ -155,58 +160,58 @@ def test_a_name_that_is_not_plain_is_made_safe():
         ("failed.csv", "the batch's own failed.csv"),
         ("Failed.CSV", "the batch's own Failed.CSV"),
         ("a.jpg/b", "named like an image"),
-        ("hero.png", "is not jpeg, which the row's output_format is"),
-        ("hero.webp", "is not jpeg, which the row's output_format is"),
+        ("hero.png", "has the extension png, but the row's output_format is jpeg"),
+        ("hero.webp", "has the extension webp, but the row's output_format is jpeg"),
     ],
 )
-def test_a_name_that_cannot_be_the_images_is_refused_with_the_reason(given, told):
-    row = output(given)
+def test_invalid_output_column_is_refused(given, expected):
+    row = make_row_with_output(given)
     assert isinstance(row, RefusedRow)
-    assert told in row.reason
+    assert expected in row.reason
     assert f"output {given!r:.80}" in row.reason
 
 
-def test_a_png_is_named_png_where_the_row_is_one():
-    assert output("hero.png", output_format="png").name == "hero"
+def test_extension_may_match_the_output_format():
+    assert make_row_with_output("hero.png", output_format="png").name == "hero"
 
 
-def test_the_batchs_own_files_are_those_that_no_image_takes():
+def test_batch_files_are_not_valid_image_names():
     for own in (LEDGER_FOLDER, FAILED_ROWS):
         assert find_name_problem(own)
         assert find_name_problem(f"{own}/x")
 
 
-def test_equal_names_are_found_over_ids_styles_and_outputs():
-    assert reasons([{"id": "cat"}, {"id": "dog", "output": "CAT.jpg"}, {"id": "Cat"}]) == [
+def test_duplicate_names_are_found_across_columns():
+    assert outcomes([{"id": "cat"}, {"id": "dog", "output": "CAT.jpg"}, {"id": "Cat"}]) == [
         "cat",
-        "output name 'CAT' is that of line 1 already",
-        "id 'Cat' is on line 1 already; ids name files",
+        "duplicate output name 'CAT', first used on line 1",
+        "duplicate id 'Cat', first used on line 1; ids name files",
     ]
-    assert reasons(
+    assert outcomes(
         [{"id": "cat", "style": "oil"}, {"id": "cat", "style": "noir"}, {"id": "cat/oil"}]
-    ) == ["cat/oil", "cat/noir", "id 'cat/oil' is on line 1 already; ids name files"]
+    ) == ["cat/oil", "cat/noir", "duplicate id 'cat/oil', first used on line 1; ids name files"]
 
 
-def test_two_rows_may_share_an_id_when_their_names_differ():
+def test_rows_may_share_an_id_if_their_names_differ():
     rows = [{"id": "cat", "sku": "1"}, {"id": "cat", "sku": "2"}]
-    assert reasons(rows, names="{sku}-{id}.{ext}") == ["1-cat", "2-cat"]
+    assert outcomes(rows, names="{sku}-{id}.{ext}") == ["1-cat", "2-cat"]
 
 
-def test_two_styles_of_a_line_under_one_name_are_told_as_such():
-    told = "two styles of the line have one output name, 'cat'"
+def test_styles_with_the_same_output_name_are_refused():
+    expected = "two styles of the line have the same output name 'cat'"
     for rows, names in (([{"id": "cat"}], "{id}.{ext}"), ([{"output": "cat"}], None)):
-        assert reasons(rows, names=names, styles=["oil", "noir"]) == ["cat", told]
+        assert outcomes(rows, names=names, styles=["oil", "noir"]) == ["cat", expected]
 
 
 ANY = st.text(max_size=30)
 
 
 @given(ANY, st.none() | ANY, ANY, st.sampled_from([None, "{style}/{a}-{id}.{ext}", "x/{a}.{ext}"]))
-def test_no_cells_whatsoever_lead_out_of_the_output(row_id, style, cell, template):
+def test_no_cells_lead_out_of_the_output(row_id, style, cell, template):
     row = make_row(2, {"id": row_id, "prompt": "x", "output": cell, "a": cell}, names=None)
     names = [] if isinstance(row, RefusedRow) else [row.name]
     with contextlib.suppress(ValueError):
-        names.append(named(template, row_id, style, a=cell))
+        names.append(build_path(template, row_id, style, a=cell))
     for name in names:
         path = PurePosixPath("/out", name)
         assert PurePosixPath("/out") in path.parents

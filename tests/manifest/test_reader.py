@@ -141,9 +141,7 @@ def test_quoted_cell_keeps_commas_and_line_ends(manifest):
         (b'id,image,prompt\n1,http://a/b,"' + b"x" * 200_000 + b'"\n', "larger than field limit"),
     ],
 )
-def test_invalid_file_is_refused_with_line_and_fix(
-    manifest, content, expected
-):
+def test_invalid_file_is_refused_with_line_and_fix(manifest, content, expected):
     made = manifest(content)
     message = problem(made)
     assert made.url in message

@@ -1,4 +1,4 @@
-"""One line of a manifest becomes a request, or a reason why not."""
+"""A line of a manifest becomes a valid row, or is refused with its reasons."""
 
 import json
 
@@ -18,20 +18,20 @@ def reason(prompt=None, **cells):
     return row.reason
 
 
-def test_the_prompt_for_all_rows_fills_in_where_a_row_has_none():
+def test_default_prompt_fills_in_for_rows_without_one():
     own = make_row(2, {"image": URL, "prompt": "oil"}, prompt="pencil")
     none = make_row(2, {"image": URL, "prompt": "  "}, prompt="pencil")
     assert (own.request.prompt, none.request.prompt) == ("oil", "pencil")
 
 
-def test_a_prompt_alone_is_text_to_image():
+def test_prompt_alone_is_text_to_image():
     row = make_row(2, {"prompt": "a lighthouse"})
     assert row.request.image_urls == []
 
 
-def test_a_hole_in_the_references_is_not_paid_for_as_text_to_image():
+def test_empty_reference_is_not_paid_as_text_to_image():
     assert reason(prompt="as watercolour", id="cat", image="") == (
-        "the row has neither an image nor a prompt of its own"
+        "the row has neither an image nor a prompt of its own; add one of them"
     )
 
 
@@ -41,9 +41,9 @@ def test_empty_cells_take_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("cells", "told"),
+    ("cells", "expected"),
     [
-        ({}, "prompt is missing: give the row one, or a prompt for all rows"),
+        ({}, "prompt is missing; give the row one, or set a prompt for all rows"),
         ({"prompt": "x" * 10_001}, "prompt 'xxx"),
         ({"prompt": "x", "mode": "turbo"}, "mode 'turbo': Input should be 'pro' or 'max'"),
         ({"prompt": "x", "aspect_ratio": "2:1"}, "aspect_ratio '2:1': Input should be '21:9'"),
@@ -51,16 +51,16 @@ def test_empty_cells_take_the_defaults():
         ({"prompt": "x", "provider": "best"}, "provider 'best'"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_column_and_what_is_allowed(cells, told):
-    assert reason(image=URL, **cells).startswith(told)
+def test_invalid_value_is_refused_with_allowed_values(cells, expected):
+    assert reason(image=URL, **cells).startswith(expected)
     assert len(reason(image=URL, **cells)) < 300
 
 
-def test_all_that_is_wrong_with_a_row_is_told_at_once():
-    told = reason(image="gist://cat.jpg", mode="turbo")
-    assert told.count(";") >= 2
+def test_every_problem_of_a_row_is_listed():
+    expected = reason(image="gist://cat.jpg", mode="turbo")
+    assert expected.count(";") >= 2
     for word in ("cat.jpg", "mode", "prompt"):
-        assert word in told
+        assert word in expected
 
 
 @pytest.mark.parametrize(
@@ -81,46 +81,46 @@ def test_all_that_is_wrong_with_a_row_is_told_at_once():
         "http://[not-an-address]/x",
     ],
 )
-def test_a_reference_that_the_service_cannot_fetch_is_refused_with_what_to_do(image):
-    told = reason(image=image, prompt="x")
-    assert f"image {image!r} is not an http or https URL" in told
-    assert "nor a local file, so the service cannot fetch it" in told
+def test_unsupported_reference_is_refused(image):
+    expected = reason(image=image, prompt="x")
+    assert f"image {image!r} is not an http or https URL" in expected
+    assert "nor a local file, so the service cannot fetch it" in expected
 
 
 @pytest.mark.parametrize("image", ["cat.jpg", "/etc/passwd", "file:///etc/passwd", "memory://x"])
-def test_a_local_file_is_refused_unless_the_manifest_is_local(image):
+def test_local_file_needs_a_local_manifest(image):
     assert f"image {image!r} is a local file, and the manifest is not" in reason(
         image=image, prompt="x"
     )
     assert isinstance(make_row(2, {"image": image, "prompt": "x"}, folder="/data"), Row)
 
 
-def test_a_relative_path_starts_from_the_folder_also_when_the_row_is_written_elsewhere():
+def test_relative_path_becomes_absolute_in_the_cells():
     row = make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/data")
     assert row.request.image_urls == ["/data/a/cat.jpg"]
     assert row.cells["image"] == "/data/a/cat.jpg"
     several = make_row(2, {"images": f"{URL} file://cat.jpg", "prompt": "x"}, folder="/data")
     assert json.loads(several.cells["images"]) == [URL, "/data/cat.jpg"]
-    # Else the same manifest in another folder would give its images other names.
+    # Otherwise moving the manifest to another folder would rename its images.
     assert row.id == make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/other").id
 
 
 @pytest.mark.parametrize(
-    ("image", "told"),
+    ("image", "expected"),
     [
-        ("http://a.test/x\r\ny.jpg", "holds a character that cannot be seen"),
+        ("http://a.test/x\r\ny.jpg", "contains an invisible character"),
         ("http://me:word@a.test/x.jpg", "image at a.test has a user name or password"),
         ("http://169.254.169.254/latest", "is at a link-local address"),
     ],
 )
-def test_a_reference_that_is_a_trap_is_refused(image, told):
+def test_unsafe_reference_is_refused(image, expected):
     (problem,) = find_reference_problems(image)
-    assert told in problem
+    assert expected in problem
     assert "word@" not in problem
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         ("a\0b", "cannot be seen"),
         ("a\nb", "cannot be seen"),
@@ -133,31 +133,31 @@ def test_a_reference_that_is_a_trap_is_refused(image, told):
         ("x" * 5_000, "id has 5,000 characters"),
     ],
 )
-def test_an_id_that_cannot_name_a_file_is_refused(given, told):
-    assert told in reason(id=given, prompt="x")
+def test_id_that_cannot_name_a_file_is_refused(given, expected):
+    assert expected in reason(id=given, prompt="x")
 
 
-def test_several_references_are_a_list_in_json_or_separated_by_spaces():
+def test_references_are_json_or_separated_by_spaces():
     for text in (f'["{URL}", "http://a.test/b c.png"]', f"{URL}  http://a.test/b"):
         assert len(make_row(2, {"images": text, "prompt": "x"}).request.image_urls) == 2
 
 
 @pytest.mark.parametrize("text", ["[", '["a"', "[1]", "[" * 100_000])
-def test_several_references_that_are_no_list_are_refused(text):
-    assert "is not a list" in reason(images=text, prompt="x")
+def test_invalid_list_of_references_is_refused(text):
+    assert "JSON list" in reason(images=text, prompt="x")
 
 
-def test_one_reference_and_several_at_once_are_refused():
+def test_image_and_images_together_are_refused():
     assert "both `image` and `images`" in reason(image=URL, images=URL, prompt="x")
 
 
 @pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x y.png", "http://[::1]:80/x?sig=1#f"])
-def test_a_reference_that_the_service_may_fetch_is_let_through(image):
+def test_public_reference_is_accepted(image):
     assert find_reference_problems(image) == []
 
 
 @given(st.dictionaries(st.sampled_from(["id", "image", "prompt", "mode", "other"]), st.text()))
-def test_no_cells_whatsoever_make_a_row_raise(cells):
+def test_no_cells_make_a_row_raise(cells):
     row = make_row(2, cells, prompt="x")
     assert isinstance(row, Row | RefusedRow)
     assert row.id
