@@ -1,4 +1,4 @@
-"""Any bytes whatsoever are rows, refused rows or a ManifestError; and what is written is read."""
+"""Any bytes give rows, refused rows or a ManifestError, and written manifests are read back."""
 
 import contextlib
 import csv
@@ -62,8 +62,8 @@ def rows_of(name, data):
         return list(Manifest(str(path)).rows())
 
 
-def read_or_refused(name, data):
-    """Any other error than a ManifestError would fail the test."""
+def read_or_refuse(name, data):
+    """Read a manifest. Any error other than a ManifestError fails the test."""
     with contextlib.suppress(ManifestError):
         assert all(isinstance(row, Row | RefusedRow) for row in rows_of(name, data))
 
@@ -71,26 +71,26 @@ def read_or_refused(name, data):
 @pytest.mark.parametrize("name", [*KINDS, "m.tsv", "m.jsonl.gz", "m"])
 @settings(max_examples=40)
 @given(data=st.binary(max_size=300))
-def test_any_bytes_are_read_or_refused_by_name(name, data):
-    read_or_refused(name, data)
+def test_any_bytes_are_read_or_refused(name, data):
+    read_or_refuse(name, data)
 
 
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=40)
 @given(lines=LINES, cuts=st.data())
-def test_a_manifest_that_is_broken_anywhere_is_read_or_refused_by_name(name, lines, cuts):
+def test_damaged_manifest_is_read_or_refused(name, lines, cuts):
     data = bytearray(KINDS[name](lines))
     for _ in range(cuts.draw(st.integers(1, 3))):
         place = cuts.draw(st.integers(0, len(data)))
         data[place : place + cuts.draw(st.integers(0, 8))] = cuts.draw(st.binary(max_size=8))
-    read_or_refused(name, bytes(data))
+    read_or_refuse(name, bytes(data))
 
 
 @settings(max_examples=40)
 @given(lines=LINES)
-def test_the_same_lines_make_the_same_rows_whatever_file_they_are_in(lines):
+def test_every_format_makes_the_same_rows(lines):
     read = {name: rows_of(name, write(lines)) for name, write in KINDS.items()}
-    told = {
+    outcomes = {
         name: [
             (row.id, row.request.body()["input"], row.cells["sku"])
             if isinstance(row, Row)
@@ -99,5 +99,5 @@ def test_the_same_lines_make_the_same_rows_whatever_file_they_are_in(lines):
         ]
         for name, rows in read.items()
     }
-    assert len(told["m.csv"]) == len(lines)
-    assert all(rows == told["m.csv"] for rows in told.values())
+    assert len(outcomes["m.csv"]) == len(lines)
+    assert all(rows == outcomes["m.csv"] for rows in outcomes.values())

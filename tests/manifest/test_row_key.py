@@ -1,4 +1,4 @@
-"""The row key says what is paid for, and nothing else."""
+"""The row key depends on the inputs that determine a payment, and on nothing else."""
 
 import random
 from urllib.parse import quote
@@ -17,7 +17,7 @@ from prefect_flux_kontext.references.identity import url_identity
 
 TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.strip())
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_.", min_size=1, max_size=12)
-# No bare word: it may be a name that is the batch's own, or one that Windows reserves.
+# Not a bare word, which may be the name of a batch's own file or reserved on Windows.
 IDS = WORDS.map("row-{}-1".format)
 PLAIN = TEXT.filter(lambda text: "{" not in text)  # no template
 URLS = st.builds(
@@ -53,7 +53,7 @@ SIGNATURES = [
 
 
 @given(REQUESTS)
-def test_a_callback_url_does_not_change_it(request_):
+def test_key_ignores_the_callback_url(request_):
     called_back = request_.model_copy(
         update={"callback_url": "https://us.test/token", "request_type": "callback"}
     )
@@ -61,7 +61,7 @@ def test_a_callback_url_does_not_change_it(request_):
 
 
 @given(REQUESTS, REQUESTS)
-def test_two_requests_share_it_only_where_the_same_is_paid_for(one, other):
+def test_keys_are_equal_only_for_equal_payments(one, other):
     references = [[url_identity(url) for url in each.image_urls] for each in (one, other)]
     same = one.body()["input"] == other.body()["input"] and one.provider == other.provider
     same = same or (
@@ -90,7 +90,7 @@ def test_two_requests_share_it_only_where_the_same_is_paid_for(one, other):
         ]
     ),
 )
-def test_each_thing_that_is_paid_for_changes_it(request_, change):
+def test_every_paid_parameter_changes_the_key(request_, change):
     name, value = change
     others = {
         "mode": {"pro": "max", "max": "pro"},
@@ -108,17 +108,17 @@ def test_each_thing_that_is_paid_for_changes_it(request_, change):
 
 
 @given(st.lists(st.tuples(IDS, PLAIN), min_size=1, max_size=5), st.randoms())
-def test_order_and_ids_and_lines_do_not_change_it(rows, dice):
+def test_key_ignores_order_ids_and_lines(rows, rng):
     cells = [{"id": row_id, "prompt": prompt} for row_id, prompt in rows]
     keys = {c["prompt"].strip(): compute_row_key(make_row(2, c).request) for c in cells}
-    dice.shuffle(cells)
+    rng.shuffle(cells)
     for line, row in enumerate(cells, start=7):
-        again = make_row(line, {**row, "id": f"{dice.random()}"})
+        again = make_row(line, {**row, "id": f"{rng.random()}"})
         assert compute_row_key(again.request) == keys[row["prompt"].strip()]
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
-def test_a_new_signature_does_not_change_it(signature):
+def test_url_identity_ignores_signatures(signature):
     plain = "https://bucket.test/a%20cat.jpg?versionId=7"
     today, tomorrow = (f"{plain}&{signature.format(n=n)}" for n in (1, 2))
     assert url_identity(today) == url_identity(tomorrow) == url_identity(plain)
@@ -135,26 +135,28 @@ def test_a_new_signature_does_not_change_it(signature):
         ("https://h.test/i?a=1&sig=x", "https://h.test/i?a=2&sig=x"),
     ],
 )
-def test_what_only_looks_like_a_signature_tells_images_apart(one, other):
+def test_url_identity_keeps_other_parameters(one, other):
+    """Some parameters only resemble a signature."""
     assert url_identity(one) != url_identity(other)
 
 
 @pytest.mark.parametrize(
     "reference", ["/data/a#1?v=2.jpg", "s3://bucket/a b?x#y", "abfs://container@account/a.jpg"]
 )
-def test_what_is_not_on_the_web_is_itself(reference):
+def test_reference_that_is_not_a_web_url_is_its_own_identity(reference):
     assert url_identity(reference) == reference
 
 
 @given(URLS, st.sampled_from(SIGNATURES), st.booleans())
-def test_the_identity_of_an_identity_is_itself(url, signature, signed):
+def test_url_identity_is_idempotent(url, signature, signed):
     if signed:
         url += "&" + signature.format(n=random.randint(1, 9))
     assert url_identity(url_identity(url)) == url_identity(url)
 
 
 @pytest.mark.anyio
-async def test_a_record_holds_neither_signatures_nor_passwords_nor_callback_tokens(tmp_path):
+async def test_record_contains_no_secrets(tmp_path):
+    """Signatures, passwords and callback tokens are not written to the ledger."""
     url = f"https://user:hunter2@bucket.test/cat.jpg?{SIGNATURES[0].format(n='s3cr3t')}"
     request = GenerationRequest(
         prompt="a cat", image_urls=[url], callback_url="https://us.test/s3cr3t-token"
@@ -166,5 +168,5 @@ async def test_a_record_holds_neither_signatures_nor_passwords_nor_callback_toke
     text = "".join(p.read_text() for p in tmp_path.rglob("*.json"))
     assert "s3cr3t" not in text
     assert "hunter2" not in text
-    # It is found again from its own record, as `collect` does.
+    # `collect` computes the same key from the record.
     assert compute_row_key(entry.intent.request) == key
