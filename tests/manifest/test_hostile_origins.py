@@ -1,7 +1,7 @@
-"""What hosts of results may answer, over real connections: a whole image is stored, nothing else.
+"""Hostile origins of results, over real connections: only a whole image is stored.
 
-Each row of the table is an origin. Whatever it does ends in a stored image or in one clear error,
-within bounds of memory and time.
+Each row of the table is an origin. Each ends in a stored image or in one clear error, within
+limits of memory and time.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
-from prefect_flux_kontext.images import download as downloading
+from prefect_flux_kontext.images import download
 from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import GenerationResult
@@ -45,12 +45,12 @@ def gif():
 
 
 def gzip_bomb():
-    packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
-    return b"".join(packer.compress(MEGABYTE) for _ in range(100)) + packer.flush()
+    compressor = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    return b"".join(compressor.compress(MEGABYTE) for _ in range(100)) + compressor.flush()
 
 
 def raw(*pieces):
-    """Just these bytes, then the connection is closed."""
+    """Send the given bytes, then close the connection."""
 
     async def play(writer):
         for piece in pieces:
@@ -61,8 +61,8 @@ def raw(*pieces):
     return play
 
 
-def without_end(head, piece):
-    """A head, then the same piece for ever."""
+def endless(head, piece):
+    """Send a head, then the same piece without end."""
 
     async def play(writer):
         writer.write(head)
@@ -73,8 +73,8 @@ def without_end(head, piece):
     return play
 
 
-def drop_by_drop(head, piece):
-    """A head, then a piece now and then, for ever."""
+def slow(head, piece):
+    """Send a head, then a piece every 20 ms without end."""
 
     async def play(writer):
         writer.write(head)
@@ -96,35 +96,35 @@ def sized(size, body):
 
 
 ORIGINS = {
-    # What is right, if not always told so.
+    # Valid images, some with misleading headers.
     "an image": (reply(200, JPEG), STORED),
     "an image in chunks": (chunked(JPEG[:100], JPEG[100:]), STORED),
     "an image without a length": (raw(OK + b"\r\n" + JPEG), STORED),
-    "an image said to be a page": (reply(200, JPEG, content_type="text/html"), STORED),
-    # Replies that are no image.
+    "an image labeled as a page": (reply(200, JPEG, content_type="text/html"), STORED),
+    # Replies that are not images.
     "a page": (html(200), InvalidImageError),
     "JSON": (reply(200, {"error": "later"}), InvalidImageError),
     "nothing": (reply(200, b""), InvalidImageError),
     "a byte": (reply(200, b"\xff"), InvalidImageError),
     "a GIF": (reply(200, gif()), InvalidImageError),
     "an SVG": (reply(200, b"<svg xmlns='http://www.w3.org/2000/svg'/>"), InvalidImageError),
-    "an image packed with gzip": (
+    "an image compressed with gzip": (
         reply(200, gzip.compress(JPEG), content_encoding="gzip"),
         InvalidImageError,
     ),
     "a gzip bomb": (reply(200, gzip_bomb(), content_encoding="gzip"), InvalidImageError),
     "a pixel bomb": (reply(200, png_that_claims(50_000, 50_000)), InvalidImageError),
-    # Parts of an image.
-    "half an image as if it were whole": (reply(200, JPEG[: len(JPEG) // 2]), InvalidImageError),
+    # Incomplete images.
+    "half an image with its own length": (reply(200, JPEG[: len(JPEG) // 2]), InvalidImageError),
     "all but the end of a PNG": (reply(200, PNG[:-5]), InvalidImageError),
     "half an image without a length": (raw(OK + b"\r\n" + JPEG[:700]), InvalidImageError),
-    "half of what was promised": (sized(len(JPEG), JPEG[:700]), DownloadError),
-    "ten gigabytes promised": (sized(10**10, JPEG), DownloadError),
-    "a chunk that is cut off": (
+    "half of the declared length": (sized(len(JPEG), JPEG[:700]), DownloadError),
+    "ten gigabytes declared": (sized(10**10, JPEG), DownloadError),
+    "a truncated chunk": (
         raw(OK + b"Transfer-Encoding: chunked\r\n\r\nffff\r\n" + JPEG),
         DownloadError,
     ),
-    # Other statuses, with an image or without.
+    # Other statuses, with or without an image.
     "204": (raw(b"HTTP/1.1 204 No Content\r\n\r\n"), DownloadError),
     "206": (reply(206, JPEG), DownloadError),
     "403 with an image": (reply(403, JPEG), DownloadError),
@@ -133,7 +133,7 @@ ORIGINS = {
     "304": (raw(b"HTTP/1.1 304 Not Modified\r\n\r\n"), DownloadError),
     # Broken HTTP.
     "no HTTP": (raw(b"SSH-2.0-OpenSSH_9.9\r\n"), DownloadError),
-    "a length below nothing": (sized(-1, JPEG), DownloadError),
+    "a negative length": (sized(-1, JPEG), DownloadError),
     "two lengths": (
         raw(OK + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
         DownloadError,
@@ -144,16 +144,16 @@ ORIGINS = {
     ),
     "a hang-up": (hang_up, DownloadError),
     "a reset": (reset, DownloadError),
-    # More than anybody wants.
-    "a body without end": (without_end(OK + b"\r\n", MEGABYTE), DownloadError),
+    # Endless or oversized replies.
+    "a body without end": (endless(OK + b"\r\n", MEGABYTE), DownloadError),
     "chunks without end": (
-        without_end(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"100000\r\n%b\r\n" % MEGABYTE),
+        endless(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"100000\r\n%b\r\n" % MEGABYTE),
         DownloadError,
     ),
     "a header of a megabyte": (raw(OK + b"X: " + MEGABYTE + b"\r\n\r\n" + JPEG), DownloadError),
     "a hundred thousand headers": (raw(OK + b"X: y\r\n" * 100_000 + b"\r\n"), DownloadError),
-    "headers without end": (without_end(OK, b"X: y\r\n" * 1_000), DownloadError),
-    "a first line without end": (without_end(b"HTTP/1.1 200 ", b"O" * 9_000), DownloadError),
+    "headers without end": (endless(OK, b"X: y\r\n" * 1_000), DownloadError),
+    "a first line without end": (endless(b"HTTP/1.1 200 ", b"O" * 9_000), DownloadError),
     # Redirects.
     "a redirect to itself": (redirect("/"), DownloadError),
     "a redirect to nowhere": (redirect("http://[::1"), DownloadError),
@@ -161,38 +161,38 @@ ORIGINS = {
     "a redirect to FTP": (redirect("ftp://127.0.0.1/a.jpg"), RefusedUrlError),
     "a redirect to metadata": (redirect("http://169.254.169.254/latest/"), RefusedUrlError),
     "a redirect into a network": (redirect("http://10.0.0.1/a.jpg"), RefusedUrlError),
-    "a redirect to a number": (redirect("http://2852039166/latest/"), RefusedUrlError),
+    "a redirect to a decimal address": (redirect("http://2852039166/latest/"), RefusedUrlError),
 }
 
 SLOW = {
     "silence": silence,
-    "a head that never ends": drop_by_drop(OK, b"X: y\r\n"),
-    "a body that never ends": drop_by_drop(OK + b"Content-Length: 99999\r\n\r\n", b"x"),
-    "a promise to go on, again and again": drop_by_drop(b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+    "a head that never ends": slow(OK, b"X: y\r\n"),
+    "a body that never ends": slow(OK + b"Content-Length: 99999\r\n\r\n", b"x"),
+    "endless interim replies": slow(b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
 }
 
 
 @pytest.fixture(autouse=True)
 def _one_attempt(monkeypatch):
-    monkeypatch.setattr(downloading, "_ATTEMPTS", 1)
+    monkeypatch.setattr(download, "_ATTEMPTS", 1)
 
 
-async def persist(origin, output):
+async def download_and_persist(origin, output):
     async with ScriptedServer(origin) as server, open_download_client(base_url=server.url) as http:
         result = GenerationResult(task_id="task_1", result_urls=[f"{server.url}/?key=canary"])
         return await persist_result(result, OutputFolder(output), http, name="cat", ai_mark=False)
 
 
 @pytest.mark.parametrize("name", ORIGINS)
-async def test_an_origin_gives_a_whole_image_or_one_clear_error(name, tmp_path):
+async def test_origin_gives_a_whole_image_or_one_clear_error(name, tmp_path):
     origin, expected = ORIGINS[name]
     if expected is STORED:
-        (stored,) = await persist(origin, tmp_path)
+        (stored,) = await download_and_persist(origin, tmp_path)
         assert (tmp_path / "cat.jpg").read_bytes() == JPEG
         assert stored.size == len(JPEG)
         return
     with pytest.raises(expected) as raised:
-        await persist(origin, tmp_path)
+        await download_and_persist(origin, tmp_path)
     assert type(raised.value) is expected, raised.value
     assert raised.value.message.startswith("Task task_1 is paid for, but its result http://127")
     assert len(raised.value.message) < 600
@@ -201,14 +201,14 @@ async def test_an_origin_gives_a_whole_image_or_one_clear_error(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SLOW)
-async def test_an_origin_that_takes_its_time_is_left(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloading, "_LONGEST_ATTEMPT", 0.5)
+async def test_slow_origin_times_out(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_LONGEST_ATTEMPT", 0.5)
     with pytest.raises(DownloadError, match="TimeoutError"):
-        await persist(SLOW[name], tmp_path)
+        await download_and_persist(SLOW[name], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_no_origin_makes_memory_grow_beyond_the_largest_image(tmp_path):
+async def test_no_origin_exceeds_the_memory_limit(tmp_path):
     tracemalloc.start()
     try:
         for name, (origin, expected) in ORIGINS.items():
@@ -216,7 +216,7 @@ async def test_no_origin_makes_memory_grow_beyond_the_largest_image(tmp_path):
             before, _ = tracemalloc.get_traced_memory()
             if expected is not STORED:
                 with pytest.raises(expected):
-                    await persist(origin, tmp_path)
+                    await download_and_persist(origin, tmp_path)
             _, peak = tracemalloc.get_traced_memory()
             assert peak - before < 80 * 2**20, name
     finally:
