@@ -5,8 +5,7 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext import errors
-from prefect_flux_kontext.batch import submission as submitting
-from prefect_flux_kontext.batch import waves
+from prefect_flux_kontext.batch import stopping, waves
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger import ledger as ledger_module
 from prefect_flux_kontext.ledger.ledger import Ledger
@@ -193,8 +192,8 @@ def test_without_a_gate_before_the_post_a_stopped_batch_pays_on(monkeypatch):
         return world.posts
 
     gated = count(main)
-    monkeypatch.setattr(submitting.Submitter, "_check_going_on", lambda _self: None)
-    monkeypatch.setattr(submitting.Submitter, "stop", lambda _self, _why: None)
+    monkeypatch.setattr(stopping.StopGate, "check", lambda _self: None)
+    monkeypatch.setattr(stopping.StopGate, "stop", lambda _self, _reason: None)
     assert max(gated) < 5 + 3
     assert min(count(main)) > max(gated)
 
