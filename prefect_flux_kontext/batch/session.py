@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.collection import Deferral
 from prefect_flux_kontext.batch.index import StoredRows
+from prefect_flux_kontext.batch.outage import PostGate
 from prefect_flux_kontext.batch.row import RowRunner, create_row_storer
 from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.options import CallbackOptions
@@ -95,7 +96,11 @@ async def open_session(
                     submitter = Submitter(
                         client,
                         ledger,
-                        settings.concurrent_submits,
+                        PostGate(
+                            settings.concurrent_submits,
+                            client.is_answering,
+                            patience_seconds=settings.outage_timeout,
+                        ),
                         budget,
                         options.references,
                         called.request,

@@ -5,7 +5,6 @@ This is the only path on which a batch spends money.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from prefect_flux_kontext.references.resolver import References
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from prefect_flux_kontext.batch.outage import PostGate
     from prefect_flux_kontext.client.client import (
         FluxKontextClient,
         SubmitAttempts,
@@ -40,8 +40,7 @@ class Submitter:
     Args:
         client: The service.
         ledger: Where intents and outcomes are recorded.
-        max_posts: POSTs under way at the same time. Apart from the number of running tasks,
-            because these are the rows that a crash leaves unknown.
+        posts: Limits POSTs under way, and pauses submitting during an outage.
         budget: What may be spent; None for no cap.
         references: Makes the rows' reference images available to the service.
         prepare: Returns the request to send for a claimed attempt, with its callback URL.
@@ -57,7 +56,7 @@ class Submitter:
         self,
         client: FluxKontextClient,
         ledger: Ledger,
-        max_posts: int,
+        posts: PostGate,
         budget: Budget | None = None,
         references: References | None = None,
         prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
@@ -71,7 +70,7 @@ class Submitter:
         self._budget = budget or Budget(None)
         self._references = references or References()
         self._prepare = prepare or (lambda request, _entry: request)
-        self._room = asyncio.Semaphore(max_posts)
+        self._posts = posts
 
     @property
     def stopped(self) -> FluxKontextError | None:
@@ -117,7 +116,7 @@ class Submitter:
         """Wait for a slot at the account and for room among the POSTs under way."""
         slot = await attempts.next_slot()
         try:
-            await self._room.acquire()
+            await self._posts.acquire()
         except BaseException:
             slot.release()
             raise
@@ -132,6 +131,7 @@ class Submitter:
     ) -> tuple[Entry, SubmitOutcome]:
         """Claim the next attempt, send it, and record what is known of it."""
         price = self._ledger.price_of(row.request)
+        outcome = None
         try:
             async with slot:
                 self.gate.check()
@@ -147,21 +147,13 @@ class Submitter:
                         await self._record_rejection(attempt, error)
                         raise
                     is_free = False
-                    outcome = await self._post(slot, request)
+                    outcome = await slot.post(request)
                     is_free = outcome.is_rejected
                     return await self._record(attempt, outcome), outcome
                 finally:
                     await self._budget.settle(price, given_back=is_free)
         finally:
-            self._room.release()
-
-    async def _post(self, slot: SubmitSlot, request: GenerationRequest) -> SubmitOutcome:
-        try:
-            return await slot.post(request)
-        except Exception as error:
-            logger.exception("A submit met an unexpected error.")
-            reason = f"{type(error).__name__}: {error}"
-            raise ReplyLostError(f"The submit met an unexpected error: {reason}") from None
+            await self._posts.release(outcome)
 
     async def _record(self, attempt: Entry, outcome: SubmitOutcome) -> Entry:
         if outcome.is_accepted:

@@ -35,6 +35,7 @@ from prefect_flux_kontext.errors import (
     ConfigurationError,
     NotConnectedError,
     RateLimitedError,
+    RefusedError,
     ReplyLostError,
     UnauthorizedError,
 )
@@ -205,6 +206,16 @@ class FluxKontextClient:
             logger.debug("Balance unavailable: %s", error)
             return None
 
+    async def is_answering(self) -> bool:
+        """Return whether the service gives usable replies. Costs nothing."""
+        try:
+            await self._request_until_allowed(lambda data, **_: data, _BALANCE_PATH)
+        except RefusedError:
+            return True  # it answers, for example that it tells no balance
+        except ApiError:
+            return False
+        return True
+
     async def _request_until_allowed(
         self, read: Callable[..., _Result], path: str, *, task_id: str | None = None
     ) -> _Result:
@@ -304,6 +315,11 @@ class SubmitOutcome:
         return self.error is not None and self.error.not_accepted
 
     @property
+    def is_usable_reply(self) -> bool:
+        """Whether the service itself answered, in its own format."""
+        return self.is_accepted or isinstance(self.error, RefusedError)
+
+    @property
     def may_retry(self) -> bool:
         """Whether the request was not accepted and may be accepted later."""
         return self.error is not None and self.error.not_accepted and self.error.retryable
@@ -337,6 +353,7 @@ class SubmitSlot:
     async def post(self, request: GenerationRequest) -> SubmitOutcome:
         """Send the request once. What the service or the network does is in the outcome."""
         limiter = self._client.limiter.tasks
+        self._client._connections.check_open()  # noqa: SLF001 - one class in two parts
         try:
             task_id = await self._client._request(  # noqa: SLF001 - one class in two parts
                 read_task_id, "POST", _SUBMIT_PATH, body=request.body()
@@ -346,6 +363,11 @@ class SubmitSlot:
             if isinstance(error, RateLimitedError):
                 self._is_open = False
                 limiter.record_rejection(acquired_at=self._acquired_at)
+        except Exception as error:
+            # Without a traceback: its frames hold the request, whose URLs may be signed.
+            reason = f"{type(error).__name__}: {error}"
+            lost = ReplyLostError(f"The submit met an unexpected error: {reason}")
+            outcome = SubmitOutcome(error=lost)
         else:
             outcome = SubmitOutcome(task_id)
             self._is_open = False
