@@ -363,7 +363,7 @@ class SubmitSlot:
             if isinstance(error, RateLimitedError):
                 self._is_open = False
                 limiter.record_rejection(acquired_at=self._acquired_at)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - nobody knows whether it was sent
             # Without a traceback: its frames hold the request, whose URLs may be signed.
             reason = f"{type(error).__name__}: {error}"
             lost = ReplyLostError(f"The submit met an unexpected error: {reason}")
