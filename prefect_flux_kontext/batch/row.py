@@ -80,7 +80,7 @@ class UnknownOutcomeResolver:
         Raises:
             LedgerError: The ledger cannot be read or written.
         """
-        entry, gone = await self._ledger.settled(entry)
+        entry, gone = await self._ledger.wait_until_settled(entry)
         if entry.state is not State.INTENT or entry.intent is None:
             return entry
         adopted = await self._called.adopted(entry)

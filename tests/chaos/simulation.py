@@ -65,7 +65,7 @@ def simulated(world):
     for module in (owners, ledger_module, atomic):
         put(module, "secrets", chance)
     put(owners, "os", types.SimpleNamespace(getpid=lambda: current_process.get().number))
-    put(owners, "_process_started", world_started(world))
+    put(owners, "_read_process_start", world_started(world))
     put(waves, "WAVE_ROWS", 4)
     put(
         session_module,

@@ -24,7 +24,7 @@ PRICES = {"pro": 0.03, "max": 0.06}
 
 async def sign(store, **told):
     living = {"host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
-    living["started"] = owners._process_started(os.getpid())
+    living["started"] = owners._read_process_start(os.getpid())
     await store.replace("owners/them.json", json.dumps(living | told).encode())
 
 
@@ -47,7 +47,7 @@ def process():
 
 
 async def test_a_killed_process_is_dead_at_once(store, process):
-    await sign(store, pid=process.pid, started=owners._process_started(process.pid))
+    await sign(store, pid=process.pid, started=owners._read_process_start(process.pid))
     assert await is_alive(store, "them")
     process.kill()
     process.wait()
@@ -87,7 +87,7 @@ async def test_an_outage_is_not_death(store, faulty):
 
 
 async def test_the_heart_beats_and_survives_an_outage(store, monkeypatch):
-    monkeypatch.setattr(owners, "_BEAT", 0.001)
+    monkeypatch.setattr(owners, "_HEARTBEAT_SECONDS", 0.001)
     async with keep_heartbeat(store) as owner:
         first = await store.read(f"owners/{owner}.json")
         monkeypatch.setattr("prefect_flux_kontext.ledger.store.replace_file", _refuse(3))
@@ -119,18 +119,18 @@ async def claimed(store):
 async def test_the_intent_of_a_dead_owner_is_unknown(claimed, store):
     _, ours, _, entry = claimed
     await store.remove("owners/them.json")
-    assert await ours.settled(entry) == (entry, True)
+    assert await ours.wait_until_settled(entry) == (entry, True)
 
 
 async def test_our_own_intent_is_unknown_at_once_though_we_live(claimed):
     theirs, _, _, entry = claimed
-    assert await theirs.settled(entry) == (entry, False)
+    assert await theirs.wait_until_settled(entry) == (entry, False)
 
 
 @pytest.mark.virtual_time
 async def test_a_living_owner_is_waited_for(claimed):
     theirs, ours, _, entry = claimed
-    waiting = asyncio.create_task(ours.settled(entry))
+    waiting = asyncio.create_task(ours.wait_until_settled(entry))
     await asyncio.sleep(30)
     assert not waiting.done()
     await theirs.accepted(entry, "task_1")
@@ -142,7 +142,7 @@ async def test_a_living_owner_is_waited_for(claimed):
 async def test_a_living_owner_that_never_tells_is_not_waited_for_for_ever(claimed):
     """Else two runs that lost a reply each wait for one another's end."""
     _, ours, _, entry = claimed
-    assert await ours.settled(entry) == (entry, False)
+    assert await ours.wait_until_settled(entry) == (entry, False)
 
 
 async def test_what_a_dying_owner_wrote_last_is_seen(claimed, store, monkeypatch):
@@ -155,7 +155,7 @@ async def test_what_a_dying_owner_wrote_last_is_seen(claimed, store, monkeypatch
         return False
 
     monkeypatch.setattr("prefect_flux_kontext.ledger.ledger.is_alive", ends)
-    settled, _ = await ours.settled(entry)
+    settled, _ = await ours.wait_until_settled(entry)
     assert settled.state is State.ACCEPTED
 
 
@@ -168,7 +168,7 @@ async def test_the_death_of_one_owner_says_nothing_of_the_next_attempt(claimed, 
         rejected = await ledger.rejected(entry, _given_up(), by="person")
         again = await ledger.claim(row, rejected)
         await ledger.accepted(again, "task_2")
-    settled, gone = await ours.settled(entry)
+    settled, gone = await ours.wait_until_settled(entry)
     assert (settled.state, settled.attempt, gone) == (State.ACCEPTED, 2, False)
 
 
