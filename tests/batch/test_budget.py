@@ -75,8 +75,8 @@ async def test_rows_that_may_be_paid_for_count(tmp_path):
     await open_wave(store, OpenWave(name="gone-1", owner="gone", keys=keys))
     budget = await open_budget(store, "me", RowOptions(cadence=QUICK, budget_usd=0.10))
     await budget.reserve(0.03)
-    with pytest.raises(BudgetReachedError, match=r"\$0\.01 are left"):
-        await asyncio.gather(budget.settle(0.03, given_back=False), budget.reserve(0.03))
+    with pytest.raises(BudgetReachedError, match=r"\$0\.01 is left"):
+        await asyncio.gather(budget.settle(0.03, refunded=False), budget.reserve(0.03))
 
 
 async def test_two_runs_with_a_budget_never_pay_into_one_output_at_once(tmp_path):
@@ -97,13 +97,13 @@ async def test_what_is_in_flight_is_counted_until_it_is_known_not_to_be_owed():
     third = asyncio.create_task(budget.reserve(0.03))
     await asyncio.sleep(0)
     assert not third.done()
-    await budget.settle(0.03, given_back=True)
+    await budget.settle(0.03, refunded=True)
     await third
     fourth = asyncio.create_task(budget.reserve(0.03))
     await asyncio.sleep(0)
-    await budget.settle(0.03, given_back=False)
+    await budget.settle(0.03, refunded=False)
     assert not fourth.done()
-    await budget.settle(0.03, given_back=False)
+    await budget.settle(0.03, refunded=False)
     with pytest.raises(BudgetReachedError):
         await fourth
 
@@ -112,7 +112,7 @@ async def test_a_thousand_cents_lose_nothing_to_rounding():
     budget = Budget(10.0)
     for _ in range(1_000):
         await budget.reserve(0.01)
-        await budget.settle(0.01, given_back=False)
+        await budget.settle(0.01, refunded=False)
     with pytest.raises(BudgetReachedError):
         await budget.reserve(0.01)
 
@@ -120,4 +120,4 @@ async def test_a_thousand_cents_lose_nothing_to_rounding():
 async def test_no_budget_is_no_cap():
     budget = Budget(None)
     await budget.reserve(1e9)
-    await budget.settle(1e9, given_back=False)
+    await budget.settle(1e9, refunded=False)

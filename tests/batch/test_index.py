@@ -32,10 +32,10 @@ async def test_the_whole_record_of_a_stored_row_is_found_and_no_other():
     lines = "".join(f"{row.model_dump_json()}\n" for row in rows)
     await store.replace("waves/one.jsonl", lines.encode())
     with StoredRows() as stored:
-        assert await stored.of([rows[0].key]) == {}
+        assert await stored.find([rows[0].key]) == {}
         await stored.read(store)
         wanted = [row.key for row in rows[:20]] + [rows[-1].key, "f" * 32]
-        found = await stored.of(wanted)
+        found = await stored.find(wanted)
     assert found == {row.key: row for row in [*rows[:20], rows[-1]] if row.ended.state == "stored"}
 
 

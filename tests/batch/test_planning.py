@@ -58,7 +58,7 @@ def test_every_refused_row_is_told_as_it_is_found():
 
 
 def test_a_long_list_of_refused_rows_is_told_in_part_and_counted():
-    with pytest.raises(ManifestError, match=r"and 10 more\. Mend them\.$"):
+    with pytest.raises(ManifestError, match=r"and 10 more\. Fix them\.$"):
         build_plan(manifest(*[""] * 30)).check(skip_invalid=True)
 
 
@@ -75,9 +75,13 @@ def test_a_finished_batch_has_nothing_to_pay_and_failures_are_left_unless_retrie
         asyncio.run(run(sandbox, rows, tmp_path))
     store = open_ledger_store(OutputFolder(str(tmp_path)))
     plan = build_plan(manifest("a", "b", "nsfw", "new"), store, budget_usd=0.10)
-    assert plan.standings == {PlannedAction.STORED: 2, PlannedAction.LEFT: 1, PlannedAction.PAY: 1}
+    assert plan.standings == {
+        PlannedAction.STORED: 2,
+        PlannedAction.FAILED: 1,
+        PlannedAction.PAY: 1,
+    }
     assert plan.spent == pytest.approx(0.09)
-    assert "$0.10  budget for all runs: it ends before the rows do" in str(plan)
+    assert "$0.10  budget for all runs: not enough for all rows" in str(plan)
     # Against the content rules, so not even when it is asked for.
     assert build_plan(rows, store, retry_failed=True).to_pay == 0
     summary = plan.summary("out")
@@ -113,11 +117,11 @@ def test_rows_of_unfinished_waves_stand_where_their_records_say(tmp_path):
     plan, resubmitting = asyncio.run(records())
     assert plan.standings == {
         PlannedAction.UNKNOWN: 1,
-        PlannedAction.OUTSTANDING_STATES: 2,
+        PlannedAction.OUTSTANDING: 2,
         PlannedAction.PAY: 2,
     }
     assert plan.spent == pytest.approx(0.09)
-    assert resubmitting.standings == {PlannedAction.OUTSTANDING_STATES: 2, PlannedAction.PAY: 3}
+    assert resubmitting.standings == {PlannedAction.OUTSTANDING: 2, PlannedAction.PAY: 3}
 
 
 def test_what_a_person_was_not_asked_for_is_capped():

@@ -26,7 +26,7 @@ async def run(rows, run_row, *, slots):
 
     async def one(wave, row):
         await run_row(row)
-        wave._row_ended()
+        wave._release_row()
 
     async def run_wave(wave):
         nonlocal under_way, most
@@ -77,7 +77,7 @@ async def test_rows_of_a_wave_that_could_not_be_recorded_keep_no_room():
 async def test_a_wave_that_is_run_again_gives_its_room_back_once():
     async def run_wave(wave):
         for _ in 2 * wave._rows:
-            wave._row_ended()
+            wave._release_row()
         return BatchSummary(rows=len(wave._rows))
 
     summary = await run_waves(make_session(), range(3 * WAVE_ROWS), run_wave, concurrent_tasks=1)

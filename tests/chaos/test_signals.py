@@ -45,7 +45,7 @@ def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
     assert found.unknown == 0
     owed = batch.accepted - found.stored
     assert owed > 0
-    told = re.search(r"(\d+) rows are paid for and not yet stored", ended.said)
+    told = re.search(r"(\d+) rows? (?:is|are) paid for and not yet stored", ended.said)
     # A row that was just being recorded as stored is told as owed.
     assert owed <= int(told[1]) <= owed + 16, ended.said
     assert f"flux-kontext collect file://{batch.output}" in ended.said

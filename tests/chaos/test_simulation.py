@@ -193,7 +193,7 @@ def test_without_a_gate_before_the_post_a_stopped_batch_pays_on(monkeypatch):
         return world.posts
 
     gated = count(main)
-    monkeypatch.setattr(submitting.Submitter, "_check_going_on", lambda _self: None)
+    monkeypatch.setattr(submitting.Submitter, "_raise_if_stopped", lambda _self: None)
     monkeypatch.setattr(submitting.Submitter, "stop", lambda _self, _why: None)
     assert max(gated) < 5 + 3
     assert min(count(main)) > max(gated)
