@@ -15,7 +15,7 @@ import fsspec
 from PIL import Image
 
 from tests.chaos.plain_ledger import PlainLedger
-from tests.chaos.told import check_results
+from tests.chaos.report_checks import check_results
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A batch's process: the command line as it is, with a bomb inside where one is wanted."""
+"""A batch's process: the command line as it is, with a kill_point inside where one is wanted."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 _LOOKS_BEFORE_IT_JUMPS = 200
 
 
-def _explode(when, number, at):
+def _kill_at_call(when, number, at):
     """Wrap an async function so that the process kills itself at its n-th call."""
     calls = [0]
 
@@ -68,14 +68,14 @@ def _set_clock(first, then):
     time.time = lambda: right_time() + off()
 
 
-def main(arguments, environment, log, bomb=None, file_limit=None, clock=None):
+def main(arguments, environment, log, kill_point=None, file_limit=None, clock=None):
     """Run the command line and leave with its exit status.
 
     Args:
         arguments: Of the command line.
         environment: Variables to set.
         log: File for what it prints.
-        bomb: What to die at: (point, "before" or "after", n-th call).
+        kill_point: What to die at: (point, "before" or "after", n-th call).
         file_limit: Bytes that no file may pass, as on a full disk.
         clock: Seconds by which the process's clock is off at first, and later.
     """
@@ -102,9 +102,9 @@ def main(arguments, environment, log, bomb=None, file_limit=None, clock=None):
     patient = store.jittered_backoff
     for module in (store, storage, client, downloads):
         module.jittered_backoff = lambda attempt, **how: patient(attempt, **how) / 20
-    if bomb is not None:
-        point, when, number = bomb
-        _explode(when, number, _place(point))
+    if kill_point is not None:
+        point, when, number = kill_point
+        _kill_at_call(when, number, _place(point))
     if clock is not None:
         _set_clock(*clock)
     status = command_line(arguments)

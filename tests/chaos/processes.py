@@ -126,7 +126,7 @@ class Batch:
         self.lines = list(dict.fromkeys([*self.lines, *lines]))
         return path
 
-    def start(self, *command, bomb=None, file_limit=None, clock=None, **environment):
+    def start(self, *command, kill_point=None, file_limit=None, clock=None, **environment):
         self._logs += 1
         log = self.folder / f"log-{self._logs}.txt"
         process = _fork.Process(
@@ -135,7 +135,7 @@ class Batch:
                 list(map(str, command)),
                 self.environment | environment,
                 str(log),
-                bomb,
+                kill_point,
                 file_limit,
                 clock,
             ),

@@ -22,7 +22,7 @@ _COLUMNS = {
 }
 
 
-def as_table(lines, *, scale, minutes, left):
+def format_table(lines, *, scale, minutes, left):
     """The lines of a run by scenario, with their sum, as Markdown.
 
     Args:
@@ -36,10 +36,13 @@ def as_table(lines, *, scale, minutes, left):
     rows = [
         ["scenario", *_COLUMNS.values()],
         ["---"] * (len(_COLUMNS) + 1),
-        *([name, *(_shown(getattr(line, c)) for c in _COLUMNS)] for name, line in lines.items()),
+        *(
+            [name, *(_format_number(getattr(line, c)) for c in _COLUMNS)]
+            for name, line in lines.items()
+        ),
         [
             "**sum of what was not simulated**",
-            *(f"**{_shown(number)}**" for number in sums.values()),
+            *(f"**{_format_number(number)}**" for number in sums.values()),
         ],
     ]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -51,7 +54,7 @@ def as_table(lines, *, scale, minutes, left):
     return f"{text}\n\nOne run{size} of {minutes:.0f} minutes on {machine}{broken_off}."
 
 
-def _shown(number):
+def _format_number(number):
     return f"{number:,.2f}" if isinstance(number, Decimal) else f"{number:,}"
 
 

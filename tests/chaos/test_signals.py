@@ -11,7 +11,7 @@ from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.processes import Batch
-from tests.chaos.test_kills import assert_kept, lines
+from tests.chaos.test_kills import assert_no_problems, lines
 from tests.support.s3 import s3_server
 
 QUICK = SandboxSettings(mean=0.3, long_edge=16)
@@ -54,7 +54,7 @@ def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
     assert (collected.status, batch.accepted) == (0, paid), collected
     assert batch.run().status == 0
     assert batch.accepted == 50
-    assert assert_kept(batch).stored == 50
+    assert assert_no_problems(batch).stored == 50
 
 
 def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_nothing(
@@ -70,7 +70,7 @@ def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_not
     sleeper.send(signal.SIGCONT)
     assert [sleeper.end().status, other.end().status] == [0, 0]
     assert batch.accepted == 20
-    assert assert_kept(batch).stored == 20
+    assert assert_no_problems(batch).stored == 20
 
 
 @pytest.mark.parametrize("refusal", ["unauthorized", "no-balance"])
@@ -86,7 +86,7 @@ def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, r
     service.weather.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 60
-    assert_kept(batch)
+    assert_no_problems(batch)
 
 
 def test_a_full_disk_pays_for_nothing_that_it_cannot_record(tmp_path):
@@ -103,7 +103,7 @@ def test_a_full_disk_pays_for_nothing_that_it_cannot_record(tmp_path):
         assert not found.problems, found
         assert batch.run().status == 0
         assert batch.accepted == 8
-        assert assert_kept(batch).stored == 8
+        assert assert_no_problems(batch).stored == 8
 
 
 @pytest.mark.parametrize("output", ["relative", "with spaces/and more/", "ünïcode#?%20"])
@@ -113,11 +113,11 @@ def test_an_output_may_be_named_in_any_way(service, tmp_path, output):
     given = os.path.relpath(place / output) if output == "relative" else f"{place}/{output}"
     batch = Batch(service, tmp_path, output=given)
     batch.write(lines(6))
-    batch.run(bomb=("image", "before", 3))
+    batch.run(kill_point=("image", "before", 3))
     assert batch.run().status == 0
     batch.output = str(place / output)
     assert batch.accepted == 6
-    assert assert_kept(batch).stored == 6
+    assert assert_no_problems(batch).stored == 6
 
 
 def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path):
@@ -127,7 +127,7 @@ def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path)
             "FSSPEC_S3_KEY": "testing",
             "FSSPEC_S3_SECRET": "testing",
         }
-        for number, bomb in enumerate(
+        for number, kill_point in enumerate(
             [
                 ("create", "after", 3),
                 ("request", "after", 4),
@@ -138,8 +138,8 @@ def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path)
             output = f"{bucket}/batch {number}/"
             batch = Batch(service, folder, output=output, **access)
             batch.write(lines(4, start=1000 * number))
-            batch.run(bomb=bomb)
+            batch.run(kill_point=kill_point)
             batch.run()
             found = batch.check()
-            assert not found.problems, (bomb, str(found))
+            assert not found.problems, (kill_point, str(found))
             assert found.stored + found.unknown == 4

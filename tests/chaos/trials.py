@@ -6,17 +6,17 @@ from decimal import Decimal
 
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from tests.chaos.processes import Batch
-from tests.chaos.told import check_status, check_summary, check_summary_in_bad_weather
+from tests.chaos.report_checks import check_status, check_summary, check_summary_under_faults
 
 
-def tell(text):
+def print_now(text):
     """Say it now."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 @dataclass
-class Line:
+class Totals:
     """A line of the table."""
 
     runs: int = 0
@@ -40,7 +40,7 @@ class Line:
         self.unknown_held += found.unknown
         self.problems += len(found.problems)
         for problem in found.problems[:5]:
-            tell(f"     {problem}")
+            print_now(f"     {problem}")
 
     def broken(self):
         return self.paid_twice or self.lost or self.missing or self.problems
@@ -53,7 +53,7 @@ class Line:
         )
 
 
-class Place:
+class BatchFactory:
     """Folders, names and a service for the batches of a scenario."""
 
     def __init__(self, folder, service, bucket=None, access=None):
@@ -69,12 +69,12 @@ class Place:
         } | (access or {})
         self.number = 0
 
-    def weather(self, dice, faults, **how):
+    def inject_faults(self, rng, faults, **how):
         """Begin to let things go wrong."""
-        plan = FaultPlan(faults=faults, seed=dice.getrandbits(32), hang=0.5, slow=0.5, **how)
+        plan = FaultPlan(faults=faults, seed=rng.getrandbits(32), hang=0.5, slow=0.5, **how)
         self.service.weather.change(plan)
 
-    def batch(self, rows, **environment):
+    def create_batch(self, rows, **environment):
         """A batch of so many rows, of which one in fifty equals another."""
         self.number += 1
         folder = self.folder / f"{self.number}"
@@ -105,7 +105,7 @@ def finish(line, batch, runs, **how):
         if ended.status in (0, 1):
             break
     found = batch.check()
-    check_summary_in_bad_weather(found, first, billed, len(batch.lines))
+    check_summary_under_faults(found, first, billed, len(batch.lines))
     check_summary(found, ended, billed_then)
     check_status(found, batch.command("status").said)
     _, more = _billed(batch)

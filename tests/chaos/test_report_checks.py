@@ -11,13 +11,13 @@ from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.checker import Findings
 from tests.chaos.processes import Batch, Ended
-from tests.chaos.told import (
+from tests.chaos.report_checks import (
     check_status,
     check_summary,
-    check_summary_in_bad_weather,
-    summary_in,
+    check_summary_under_faults,
+    parse_summary,
 )
-from tests.chaos.trials import Line, finish
+from tests.chaos.trials import Totals, finish
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +36,19 @@ def test_summary_status_and_exit_tell_what_is_so(told):
     found = batch.check(killed=False)
     # The reply that was lost was billed, and the summary could not know it.
     check_summary(found, ended, batch.billed - Decimal("0.03"))
-    check_summary_in_bad_weather(found, ended, batch.billed, 30)
+    check_summary_under_faults(found, ended, batch.billed, 30)
     check_status(found, status)
     assert found.problems == []
-    assert summary_in(ended.said).unknown == 1
+    assert parse_summary(ended.said).unknown == 1
 
 
 @pytest.mark.parametrize(
-    ("so", "not_so"),
+    ("so", "wrong"),
     [("29 of 30", "28 of 30"), ("1 unknown", "2 unknown"), ("; $0", "; $1"), (" rows stored", "")],
 )
-def test_a_wrong_summary_is_seen(told, so, not_so):
+def test_a_wrong_summary_is_seen(told, so, wrong):
     batch, ended, _ = told
-    wrong = Ended(ended.status, ended.said.replace(so, not_so))
+    wrong = Ended(ended.status, ended.said.replace(so, wrong))
     assert wrong.said != ended.said
     found = batch.check(killed=False)
     check_summary(found, wrong, batch.billed - Decimal("0.03"))
@@ -66,15 +66,15 @@ def test_a_wrong_exit_status_is_seen(told):
 def test_in_bad_weather_too_money_that_nobody_told_of_is_seen(told, billed):
     batch, ended, _ = told
     found = Findings()
-    check_summary_in_bad_weather(found, ended, summary_in(ended.said).spent + Decimal(billed), 30)
+    check_summary_under_faults(found, ended, parse_summary(ended.said).spent + Decimal(billed), 30)
     assert "were billed meanwhile" in str(found), batch
 
 
-@pytest.mark.parametrize(("so", "not_so"), [("stored", "failed"), ("$0.03", "$0.06")])
-def test_a_wrong_status_is_seen(told, so, not_so):
+@pytest.mark.parametrize(("so", "wrong"), [("stored", "failed"), ("$0.03", "$0.06")])
+def test_a_wrong_status_is_seen(told, so, wrong):
     batch, _, status = told
     found = batch.check(killed=False)
-    check_status(found, status.replace(so, not_so))
+    check_status(found, status.replace(so, wrong))
     assert len(found.problems) == 1
 
 
@@ -114,7 +114,7 @@ def test_clocks_that_are_a_day_off_change_nothing_that_is_told(tmp_path):
             service, tmp_path, FLUX_KONTEXT_GALLERY_IMAGES="0", FLUX_KONTEXT_POLL_TIMEOUT="10"
         )
         batch.write([(f"row-{n}", f"lighthouse {n}") for n in range(30)])
-        line = Line()
+        line = Totals()
         finish(line, batch, 0, clock=(3_600, 86_400))
         assert not line.broken()
         assert line.rows == batch.accepted == 30

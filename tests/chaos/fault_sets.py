@@ -35,7 +35,7 @@ NOT_ACCEPTED = {"submit:unavailable", "submit:unavailable-in-200", "submit:reset
 """Of those in doubt, what the sandbox has not accepted."""
 
 
-def each_once(*kinds):
+def plan_each_fault_once(*kinds):
     """Every fault of the kinds once, a few requests apart, those that stop a batch at the end."""
     planned = []
     for kind in kinds:
@@ -45,6 +45,6 @@ def each_once(*kinds):
     return planned
 
 
-def shares(faults, share):
+def plan_fault_shares(faults, share):
     """Faults with a share each; fewer of those that slow a batch down on purpose."""
     return [f"{fault}={share / 10 if 'limited' in fault else share:g}" for fault in faults]

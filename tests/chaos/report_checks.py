@@ -40,7 +40,7 @@ class Summary:
     spent: Decimal
 
 
-def summary_in(said):
+def parse_summary(said):
     """The summary that a run has printed, or None for one that has not got so far."""
     lines = _SUMMARY.findall(said)
     if not lines:
@@ -62,7 +62,7 @@ def check_summary(found, ended, billed):
         ended: The run.
         billed: Dollars that were billed while it ran.
     """
-    told = summary_in(ended.said)
+    told = parse_summary(ended.said)
     if told is None:
         found.problems.append(f"a run has told no summary: {ended.said[-500:]}")
         return
@@ -82,9 +82,9 @@ def check_summary(found, ended, billed):
         found.problems.append(f"a run with {told} has ended with status {ended.status}")
 
 
-def check_summary_in_bad_weather(found, ended, billed, rows):
+def check_summary_under_faults(found, ended, billed, rows):
     """A run has told of each row once, and of the money what it could know."""
-    told = summary_in(ended.said)
+    told = parse_summary(ended.said)
     if told is None:
         return  # it could not reach its end, and has said why
     counted = told.stored + told.failed + told.unknown + told.outstanding + told.not_submitted

@@ -7,9 +7,9 @@ import pytest
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.fault_sets import DOUBTFUL, NOT_ACCEPTED, STOPPING, plan_each_fault_once
 from tests.chaos.processes import Batch
-from tests.chaos.test_kills import assert_kept, lines
-from tests.chaos.troubles import DOUBTFUL, NOT_ACCEPTED, STOPPING, each_once
+from tests.chaos.test_kills import assert_no_problems, lines
 
 ROWS = 90
 QUICK = SandboxSettings(mean=0.3, long_edge=16)
@@ -30,7 +30,7 @@ def run_until_done(batch, *, at_most):
 
 
 def test_every_fault_befalls_a_batch_and_it_is_finished_by_the_same_command(service, tmp_path):
-    faults = each_once("submit", "status", "download", "task")
+    faults = plan_each_fault_once("submit", "status", "download", "task")
     service.weather.change(FaultPlan(faults=faults, hang=0.3, slow=0.3))
     batch = Batch(service, tmp_path, FLUX_KONTEXT_POLL_TIMEOUT="5")
     batch.write(lines(ROWS))
@@ -42,7 +42,7 @@ def test_every_fault_befalls_a_batch_and_it_is_finished_by_the_same_command(serv
     assert set(service.weather.befallen) == every
     service.weather.change(FaultPlan())
     last = batch.run()
-    found = assert_kept(batch)
+    found = assert_no_problems(batch)
     # A row that was refused or stopped is paid for by a later run; one in doubt never is.
     assert found.unknown == len(DOUBTFUL), last
     assert found.stored == ROWS - len(DOUBTFUL)
@@ -57,12 +57,12 @@ def test_every_fault_befalls_a_batch_and_it_is_finished_by_the_same_command(serv
 @pytest.mark.parametrize("kind", ["status", "download"])
 def test_whatever_befalls_what_is_free_costs_no_row(service, tmp_path, kind):
     """Nothing is in doubt where no submit's reply is lost, so every row is stored."""
-    service.weather.change(FaultPlan(faults=each_once(kind), hang=0.3, slow=0.3))
+    service.weather.change(FaultPlan(faults=plan_each_fault_once(kind), hang=0.3, slow=0.3))
     batch = Batch(service, tmp_path)
     batch.write(lines(40))
     run_until_done(batch, at_most=4)
     assert batch.accepted == 40
-    assert assert_kept(batch).stored == 40
+    assert assert_no_problems(batch).stored == 40
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_a_row_whose_result_is_refused_is_outstanding_and_the_others_go_on(
     service.weather.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 4
-    assert assert_kept(batch).stored == 4
+    assert assert_no_problems(batch).stored == 4
