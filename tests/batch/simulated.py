@@ -1,4 +1,4 @@
-"""What a person does with a batch, played on virtual time, and the look at the money after it."""
+"""Helpers for batches on virtual time, and the check of their invariants and bill."""
 
 from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.ledger.store import open_ledger_store
@@ -14,7 +14,7 @@ SLOW = SandboxSettings(mean=60, long_edge=16)
 
 
 def fault_on(kind, fault, *numbers):
-    """A fault for the n-th requests of a kind."""
+    """Make a hook that fails the n-th requests of a kind, or all of them."""
 
     def hook(seen, _what, number):
         return fault if seen == kind and (not numbers or number in numbers) else None

@@ -1,4 +1,4 @@
-"""What killed and stopped runs have paid for is collected, told and counted, before it expires."""
+"""Outstanding rows of killed and stopped runs are collected, reported and counted."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from tests.chaos.checker import read_all
 from tests.chaos.simulation import in_process, manifest
 
 
-def test_what_a_killed_run_has_paid_for_is_collected_without_the_manifest():
+def test_collect_stores_rows_of_a_killed_run():
     async def main(env):
         assert await in_process(env, 20, manifest(LINES)) is None
         paid = env.posts
@@ -34,9 +34,9 @@ def test_what_a_killed_run_has_paid_for_is_collected_without_the_manifest():
     run_simulation(main, settings=SLOW)
 
 
-def test_the_result_manifest_learns_of_what_killed_runs_have_stored():
+def test_collect_reports_rows_that_killed_runs_stored():
     async def main(env):
-        # Killed when a row is stored whose wave has not ended.
+        # The run is killed after it stored a row and before its wave has ended.
         assert await in_process(env, 90, manifest(LINES)) is None
         await in_process(env, None, [], only_collect=True)
         files = read_all(env.url)
@@ -53,7 +53,7 @@ def test_the_result_manifest_learns_of_what_killed_runs_have_stored():
     run_simulation(main, settings=SLOW)
 
 
-def test_a_row_that_many_killed_runs_have_left_is_collected_and_counted_once():
+def test_row_of_many_killed_runs_is_counted_once():
     async def main(env):
         for _ in range(4):
             assert await in_process(env, 5, manifest(LINES)) is None
@@ -64,8 +64,8 @@ def test_a_row_that_many_killed_runs_have_left_is_collected_and_counted_once():
     run_simulation(main, settings=SLOW)
 
 
-def test_a_stopped_run_leaves_what_earlier_runs_have_paid_for_to_be_collected():
-    """It does not collect them itself, so it must not take them off the list either."""
+def test_stopped_run_keeps_earlier_rows_outstanding():
+    """It does not collect them, so it must not remove them from the open waves either."""
 
     async def main(env):
         await in_process(env, 20, manifest(LINES[:5]))
@@ -81,7 +81,7 @@ def test_a_stopped_run_leaves_what_earlier_runs_have_paid_for_to_be_collected():
     run_simulation(main, settings=SLOW)
 
 
-def test_a_collection_that_is_refused_takes_nothing_off_the_list():
+def test_refused_collection_keeps_rows_outstanding():
     async def main(env):
         first = await in_process(env, None, manifest(LINES))
         assert first.outstanding == 10
@@ -97,9 +97,9 @@ def test_a_collection_that_is_refused_takes_nothing_off_the_list():
 
 
 @pytest.mark.parametrize(
-    ("days", "told", "code"), [(5, False, None), (13, True, None), (16, True, "expired")]
+    ("days", "warned", "code"), [(5, False, None), (13, True, None), (16, True, "expired")]
 )
-def test_a_paid_result_near_its_end_is_told_and_a_lost_one_is_failed(caplog, days, told, code):
+def test_collect_warns_before_expiry_and_fails_expired_rows(caplog, days, warned, code):
     async def main(env):
         await in_process(env, 30, manifest(LINES[:1]))
         files = read_all(env.url)
@@ -111,14 +111,14 @@ def test_a_paid_result_near_its_end_is_told_and_a_lost_one_is_failed(caplog, day
             env.hook = fault_on("download", "download_trouble")
         with caplog.at_level(logging.WARNING):
             summary = await in_process(env, None, [], only_collect=True)
-        assert ("its result expires in" in caplog.text) is told
+        assert ("its result expires in" in caplog.text) is warned
         assert summary.stored == (code is None)
         assert list(summary.reasons) == ([code] if code else [])
 
     run_simulation(main, settings=SLOW)
 
 
-def test_an_output_that_refuses_an_old_result_does_not_make_it_expired(monkeypatch):
+def test_storage_error_does_not_expire_an_old_result(monkeypatch):
     async def main(env):
         await in_process(env, 30, manifest(LINES[:1]))
         files = read_all(env.url)

@@ -1,4 +1,4 @@
-"""Submitting everything now and storing it later: who waits, for how long, and what it costs."""
+"""Deferred batches: which rows wait, how long, and what a later run costs."""
 
 import pytest
 
@@ -19,7 +19,7 @@ async def status_of(env):
     return await read_ledger_status(open_ledger_store(OutputFolder(env.url)))
 
 
-def test_all_rows_are_submitted_and_none_is_waited_for():
+def test_deferred_batch_submits_all_and_waits_for_none():
     async def main(env):
         summary = await in_process(env, None, manifest(LINES), deferred=True, slots=100)
         assert (summary.rows, summary.outstanding) == (30, 30)
@@ -31,7 +31,7 @@ def test_all_rows_are_submitted_and_none_is_waited_for():
     run_simulation(main)
 
 
-def test_a_later_run_stores_them_and_pays_nothing():
+def test_later_run_stores_deferred_rows_for_free():
     async def main(env):
         await in_process(env, None, manifest(LINES), deferred=True, slots=100)
         summary = await in_process(env, None, manifest(LINES))
@@ -43,7 +43,7 @@ def test_a_later_run_stores_them_and_pays_nothing():
 
 
 @pytest.mark.parametrize("slots", [1, 7, 30])
-def test_with_fewer_slots_than_rows_results_are_stored_until_the_last_is_submitted(slots):
+def test_deferred_batch_stores_results_while_slots_are_short(slots):
     async def main(env):
         summary = await in_process(env, None, manifest(LINES), deferred=True, slots=slots)
         assert summary.rows == 30
@@ -56,7 +56,7 @@ def test_with_fewer_slots_than_rows_results_are_stored_until_the_last_is_submitt
     run_simulation(main, slots=slots)
 
 
-def test_equal_rows_do_not_hold_the_batch_up():
+def test_equal_rows_do_not_delay_a_deferred_batch():
     async def main(env):
         lines = [("a", "the same"), ("b", "the same"), ("c", "another")]
         summary = await in_process(env, None, manifest(lines), deferred=True)
@@ -67,7 +67,7 @@ def test_equal_rows_do_not_hold_the_batch_up():
     run_simulation(main)
 
 
-def test_rows_that_earlier_runs_left_are_left_alone():
+def test_deferred_batch_collects_no_earlier_rows():
     async def main(env):
         await in_process(env, None, manifest(LINES), deferred=True, slots=100)
         summary = await in_process(env, None, manifest([("new", "another row")]), deferred=True)

@@ -1,4 +1,4 @@
-"""Rows that fail and batches that stop: what is written down, and what is paid for again."""
+"""Failed rows and stopped batches: what is recorded, and what is paid for again."""
 
 import asyncio
 import csv
@@ -18,7 +18,7 @@ from tests.chaos.checker import ids_in, read_all
 from tests.chaos.simulation import in_process, manifest
 
 
-def test_a_stop_does_not_wait_until_a_refused_submit_may_be_sent_again():
+def test_stop_does_not_wait_for_a_rate_limit():
     async def main(env):
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -33,7 +33,7 @@ def test_a_stop_does_not_wait_until_a_refused_submit_may_be_sent_again():
     run_simulation(main, hook=hook)
 
 
-def test_failed_rows_are_a_manifest_and_only_they_are_paid_for_again():
+def test_retry_pays_only_for_failed_rows():
     lines = [*LINES, ("bad", "nsfw")]
     unlucky = SandboxSettings(mean=0.5, long_edge=16, fail_rate=0.45)
 
@@ -45,7 +45,7 @@ def test_failed_rows_are_a_manifest_and_only_they_are_paid_for_again():
         paid = env.posts
         cells = csv.DictReader(io.StringIO(failed.decode()))
         rows = [make_row(n, line) for n, line in enumerate(cells, start=2)]
-        # As it is: it pays for nothing, for what failed has failed.
+        # Run unchanged, it pays for nothing: a failed row stays failed.
         again = await in_process(env, None, rows)
         assert (again.failed, env.posts) == (first.failed, paid)
         retried = await in_process(env, None, rows, retry=True)
@@ -59,7 +59,7 @@ def test_failed_rows_are_a_manifest_and_only_they_are_paid_for_again():
     run_simulation(main, settings=unlucky)
 
 
-def test_a_stopped_retry_keeps_all_failed_rows_in_the_manifest():
+def test_stopped_retry_keeps_the_failed_rows_file():
     unlucky = SandboxSettings(mean=0.5, long_edge=16, fail_rate=0.45)
 
     async def main(env):
@@ -74,7 +74,7 @@ def test_a_stopped_retry_keeps_all_failed_rows_in_the_manifest():
     run_simulation(main, settings=unlucky)
 
 
-def test_a_refused_row_costs_nothing_and_is_written_down():
+def test_refused_row_costs_nothing_and_is_reported():
     refused = RefusedRow("bad", 3, "no prompt", {"id": "bad"})
 
     async def main(env):
@@ -88,7 +88,7 @@ def test_a_refused_row_costs_nothing_and_is_written_down():
 
 
 @pytest.mark.parametrize("refusal", ["unauthorized", "no_balance"])
-def test_an_account_that_is_refused_leaves_the_rest_unsubmitted(refusal):
+def test_refused_account_leaves_the_rest_unsubmitted(refusal):
     async def main(env):
         stopped = await in_process(env, None, manifest(LINES))
         assert isinstance(stopped, BatchStoppedError)
@@ -106,7 +106,7 @@ def test_an_account_that_is_refused_leaves_the_rest_unsubmitted(refusal):
     run_simulation(main, hook=hook)
 
 
-def test_a_batch_of_which_nearly_all_fails_is_stopped():
+def test_batch_stops_when_nearly_all_rows_fail():
     lines = [(f"r{n}", f"nsfw {n}") for n in range(200)]
 
     async def main(env):
@@ -118,7 +118,7 @@ def test_a_batch_of_which_nearly_all_fails_is_stopped():
     run_simulation(main)
 
 
-def test_an_old_failure_for_want_of_credit_does_not_stop_the_next_run():
+def test_old_stop_code_does_not_stop_the_next_run():
     async def main(env):
         policy = FailurePolicy(stop=["CONTENT_VIOLATION"], never=[])
         lines = [("a", "nsfw"), *LINES]

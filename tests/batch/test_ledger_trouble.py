@@ -1,4 +1,4 @@
-"""Records that are damaged, unwritable or late: no row is paid twice for it, none is lost."""
+"""Damaged, unwritable and late records: no row is paid twice or lost."""
 
 import pytest
 
@@ -20,8 +20,8 @@ from tests.chaos.checker import read_all
 from tests.chaos.simulation import in_process, manifest
 
 
-def test_settling_a_row_later_loses_no_other_row_from_the_count():
-    """The part of the wave that it was in has the others: it must not be written over."""
+def test_late_settling_keeps_other_rows_counted():
+    """The file of its old wave has the other rows, so it must not be overwritten."""
 
     async def main(env):
         await in_process(env, None, manifest(LINES))
@@ -33,7 +33,7 @@ def test_settling_a_row_later_loses_no_other_row_from_the_count():
     run_simulation(main, hook=fault_on("submit", "lost_reply", 2))
 
 
-def test_a_damaged_record_stops_only_its_own_row():
+def test_damaged_record_stops_only_its_own_row():
     async def main(env):
         await in_process(env, 20, manifest(LINES))
         files = read_all(env.url)
@@ -52,7 +52,7 @@ def test_a_damaged_record_stops_only_its_own_row():
     run_simulation(main, settings=SLOW)
 
 
-def test_a_damaged_sign_of_life_leaves_its_rows_alone():
+def test_rows_of_a_damaged_heartbeat_are_not_collected():
     async def main(env):
         await in_process(env, 20, manifest(LINES[:5]))
         name = next(name for name in read_all(env.url) if "/owners/" in name)
@@ -64,7 +64,7 @@ def test_a_damaged_sign_of_life_leaves_its_rows_alone():
     run_simulation(main, settings=SLOW)
 
 
-def test_a_wave_that_cannot_be_opened_pays_for_none_of_its_rows_and_the_others_end(monkeypatch):
+def test_wave_that_cannot_be_opened_pays_for_no_row(monkeypatch):
     replace = RecordStore.replace
 
     async def refused(self, name, data):
@@ -83,7 +83,7 @@ def test_a_wave_that_cannot_be_opened_pays_for_none_of_its_rows_and_the_others_e
     run_simulation(main)
 
 
-def test_a_wave_that_cannot_be_closed_is_read_again_later(monkeypatch):
+def test_wave_that_cannot_be_closed_is_read_again(monkeypatch):
     replace = RecordStore.replace
 
     async def refused(self, name, data):
@@ -93,7 +93,7 @@ def test_a_wave_that_cannot_be_closed_is_read_again_later(monkeypatch):
 
     async def main(env):
         monkeypatch.setattr(RecordStore, "replace", refused)
-        # Collecting fails in the same way; it takes nothing off the list then.
+        # The collection fails likewise, and then keeps all waves open.
         await in_process(env, None, manifest(LINES))
         monkeypatch.setattr(RecordStore, "replace", replace)
         await check_invariants(env, LINES)

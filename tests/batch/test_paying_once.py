@@ -1,4 +1,4 @@
-"""What is run again, reordered, renamed, moved or doubled is paid for once, on virtual time."""
+"""Rows that are rerun, reordered, renamed, moved or doubled are paid for once."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from tests.chaos.checker import read_all
 from tests.chaos.simulation import in_process, manifest
 
 
-def test_a_finished_batch_that_runs_again_asks_the_service_for_nothing():
+def test_rerun_of_a_finished_batch_sends_no_request():
     async def main(env):
         await in_process(env, None, manifest(LINES))
         requests = sum(env.numbers[kind] for kind in ("submit", "download"))
@@ -23,7 +23,7 @@ def test_a_finished_batch_that_runs_again_asks_the_service_for_nothing():
 
 
 @pytest.mark.parametrize("killed", [None, 20])
-def test_an_equal_row_of_a_later_wave_was_stored_by_this_run_whoever_has_paid(killed):
+def test_equal_row_of_a_later_wave_counts_as_stored_by_this_run(killed):
     async def main(env):
         waves.WAVE_ROWS = 1  # the end of the simulation puts it back
         if killed is not None:
@@ -36,7 +36,7 @@ def test_an_equal_row_of_a_later_wave_was_stored_by_this_run_whoever_has_paid(ki
     run_simulation(main, settings=SLOW)
 
 
-def test_a_reordered_renamed_and_extended_manifest_pays_only_for_what_is_new():
+def test_changed_manifest_pays_only_for_new_rows():
     async def main(env):
         await in_process(env, None, manifest(LINES))
         new = [("new", "another row"), *((f"x-{i}", p) for i, p in reversed(LINES))]
@@ -47,7 +47,7 @@ def test_a_reordered_renamed_and_extended_manifest_pays_only_for_what_is_new():
     run_simulation(main)
 
 
-def test_while_all_downloads_stall_submits_go_on_up_to_the_accounts_slots():
+def test_submits_continue_while_downloads_stall():
     lines = [(f"r{n}", f"row number {n}") for n in range(40)]
     stalled = True
 
@@ -68,7 +68,7 @@ def test_while_all_downloads_stall_submits_go_on_up_to_the_accounts_slots():
     )
 
 
-def test_ids_that_move_to_other_rows_give_each_row_its_own_image_and_lose_none():
+def test_moved_ids_keep_each_rows_image():
     shifted = [(f"r{n}", prompt) for n, (_, prompt) in enumerate([("new", "new"), *LINES])]
     swapped = [(i, p) for (i, _), (_, p) in zip(LINES, reversed(LINES), strict=True)]
 
@@ -83,7 +83,7 @@ def test_ids_that_move_to_other_rows_give_each_row_its_own_image_and_lose_none()
 
 
 @pytest.mark.parametrize("block", [1, 4, 100], ids=["across waves", "mixed", "within a wave"])
-def test_equal_rows_are_paid_for_once_and_each_gets_its_image(block):
+def test_equal_rows_are_paid_once_and_all_stored(block):
     lines = [(f"{i}-{n}", p) for n in range(3) for i, p in LINES[:4]]
 
     async def main(env):
@@ -95,7 +95,7 @@ def test_equal_rows_are_paid_for_once_and_each_gets_its_image(block):
     run_simulation(main)
 
 
-def test_two_manifests_with_the_same_ids_run_at_once_lose_no_image():
+def test_concurrent_manifests_with_equal_ids_lose_no_image():
     others = [(row_id, f"{prompt} in another style") for row_id, prompt in LINES]
 
     async def main(env):

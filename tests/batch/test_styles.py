@@ -1,4 +1,4 @@
-"""A batch in several styles, from its first image to its failed ones, on virtual time."""
+"""A batch in several styles, on virtual time."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ def failed_rows(env):
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_each_image_is_stored_in_each_style_and_running_again_pays_for_nothing():
+def test_each_image_is_stored_once_in_each_style():
     async def main(env):
         manifest = Manifest(ROWS, styles=["oil", "noir"])
         for _ in range(2):
@@ -42,7 +42,7 @@ def test_each_image_is_stored_in_each_style_and_running_again_pays_for_nothing()
     simulate(main, 1, None, QUICK)
 
 
-def test_what_a_killed_run_has_paid_for_is_stored_under_its_rows_names():
+def test_collected_rows_keep_their_names():
     async def main(env):
         manifest = Manifest(ROWS, styles=["oil", "noir"], names="{style}/{id}.{ext}")
         assert await in_process(env, 20, list(manifest.rows())) is None
@@ -62,7 +62,7 @@ def test_what_a_killed_run_has_paid_for_is_stored_under_its_rows_names():
     simulate(main, 1, None, SLOW)
 
 
-def test_the_failed_rows_of_a_matrix_are_a_manifest_as_they_stand(tmp_path):
+def test_failed_rows_of_a_matrix_can_be_run_again(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("banned: 'nsfw, {{ prompt }}'\n", encoding="utf-8")
     rows = [{"id": "cat", "image": "", "prompt": "{{ mood }} cat", "mood": "calm"}, *ROWS[1:]]
@@ -83,24 +83,24 @@ def test_the_failed_rows_of_a_matrix_are_a_manifest_as_they_stand(tmp_path):
             ("banned", "banned/cat"),
             ("banned", "banned/2024/dog"),
         }
-        # As it is, and without the names: the same rows, of which the ledger knows.
+        # Unchanged and without the name template, they are the same rows of the ledger.
         path = tmp_path / "failed.csv"
         path.write_bytes(read_all(env.url)[FAILED_ROWS])
         again = list(Manifest(str(path), styles=str(own)).rows())
         assert {row.name for row in again} == {"banned/cat", "banned/2024/dog"}
         await in_process(env, None, again, retry=True)
         assert env.posts == 4
-        # With the mistake mended it is paid for and named as it was meant.
+        # With the style fixed, the rows are paid for and stored under their names.
         own.write_text("banned: 'in ink, {{ prompt }}'\n", encoding="utf-8")
-        mended = list(Manifest(str(path), styles=str(own)).rows())
-        summary = await in_process(env, None, mended, retry=True)
+        fixed = list(Manifest(str(path), styles=str(own)).rows())
+        summary = await in_process(env, None, fixed, retry=True)
         assert (summary.stored, env.posts) == (2, 6)
         assert "banned/2024/dog.jpg" in images(env)
 
     simulate(main, 1, None, QUICK)
 
 
-def test_failed_rows_keep_the_prompt_for_all_rows():
+def test_failed_rows_keep_the_common_prompt():
     rows = [{"id": "cat", "image": "http://references.test/cat.jpg"}]
 
     async def main(env):
@@ -114,7 +114,7 @@ def test_failed_rows_keep_the_prompt_for_all_rows():
     simulate(main, 1, None, QUICK)
 
 
-def test_equal_images_of_a_matrix_are_paid_once_and_lie_under_both_names():
+def test_equal_images_of_a_matrix_are_paid_once():
     rows = [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}]
 
     async def main(env):

@@ -1,4 +1,4 @@
-"""Rows of which nobody knows whether they are paid for are held, named and settled."""
+"""Rows that may or may not have been billed are held, named and settled."""
 
 import asyncio
 
@@ -17,8 +17,8 @@ from tests.chaos.environment import SimulatedTransport, current_process
 from tests.chaos.simulation import check_environment, in_process, manifest
 
 
-def test_an_equal_row_after_a_lost_reply_is_unknown_and_waits_for_nobody():
-    """Its intent is our own, and we live: waiting for ourselves would never end."""
+def test_equal_row_after_a_lost_reply_is_unknown():
+    """The intent is this run's own: waiting for its own end would be endless."""
     lines = [("a", "same"), ("b", "same"), *LINES]
 
     async def main(env):
@@ -32,7 +32,7 @@ def test_an_equal_row_after_a_lost_reply_is_unknown_and_waits_for_nobody():
     run_simulation(main, hook=hook)
 
 
-def test_an_equal_row_after_a_lost_reply_is_not_paid_for_again_by_the_users_word():
+def test_resubmit_unknown_spares_rows_of_the_same_run():
     lines = [("a", "same"), ("b", "same")]
 
     async def main(env):
@@ -42,7 +42,7 @@ def test_an_equal_row_after_a_lost_reply_is_not_paid_for_again_by_the_users_word
     run_simulation(main, hook=fault_on("submit", "lost_reply", 1))
 
 
-def test_two_runs_that_lost_a_reply_each_do_not_wait_for_one_another():
+def test_two_runs_with_lost_replies_do_not_deadlock():
     unlucky = set()
 
     def hook(kind, _request, _number):
@@ -63,7 +63,7 @@ def test_two_runs_that_lost_a_reply_each_do_not_wait_for_one_another():
     run_simulation(main, hook=hook)
 
 
-def test_unknown_rows_are_held_until_a_person_says_to_pay_again():
+def test_unknown_rows_are_held_until_resubmitted():
     async def main(env):
         await in_process(env, None, manifest(LINES))
         for _ in range(2):
@@ -78,7 +78,7 @@ def test_unknown_rows_are_held_until_a_person_says_to_pay_again():
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_a_person_settles_an_unknown_row(accepted):
+def test_user_settles_an_unknown_row(accepted):
     fault = "lost_reply" if accepted else "trouble_before"
 
     async def main(env):
@@ -105,7 +105,7 @@ def test_a_person_settles_an_unknown_row(accepted):
     run_simulation(main, hook=fault_on("submit", fault, 4))
 
 
-def test_a_surprise_after_the_post_leaves_the_row_unknown_and_named(monkeypatch):
+def test_unexpected_error_after_the_post_leaves_row_unknown(monkeypatch):
     async def main(env):
         handle, surprises = SimulatedTransport.handle_async_request, [1]
 
@@ -124,7 +124,7 @@ def test_a_surprise_after_the_post_leaves_the_row_unknown_and_named(monkeypatch)
     run_simulation(main)
 
 
-def test_a_refusal_that_cannot_be_recorded_leaves_the_row_unknown_and_named(monkeypatch):
+def test_unrecorded_refusal_leaves_the_row_unknown(monkeypatch):
     create = RecordStore.create
 
     async def refused(self, name, data):

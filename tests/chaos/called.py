@@ -1,4 +1,4 @@
-"""Batches that are called back, while callbacks and submits go wrong and processes are killed."""
+"""Batches with callbacks, under faults of callbacks and submits, with killed processes."""
 
 import socket
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _CALLED = {
 
 @contextmanager
 def held_port():
-    """A port that nobody else is given, also while nobody listens on it."""
+    """Reserve a port, also while no process listens on it, and yield its number."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
@@ -44,7 +44,7 @@ class Receiver:
 
 @contextmanager
 def called_batch(factory, rows):
-    """A batch and the receiver of its callbacks."""
+    """Yield a batch and the running receiver of its callbacks."""
     with held_port() as port:
         url = f"http://127.0.0.1:{port}/hooks"
         batch = factory.create_batch(rows, **_CALLED, FLUX_KONTEXT_CALLBACK_URL=url)
@@ -56,19 +56,19 @@ def called_batch(factory, rows):
 
 
 def each_callback_fault(factory, line, rng, scale, *, rows=500):
-    """A batch under each fault of callbacks alone, killed once, while some replies are lost."""
+    """Run a batch under each fault of callbacks, kill it once, and lose some replies."""
     for name in FAULTS["callback"]:
         fault = f"callback:{name}"
         with called_batch(factory, round(rows * scale)) as (batch, _):
             factory.inject_faults(rng, [f"{fault}=0.5", *_LOST_REPLIES], late=_LATE)
             batch.run_and_kill(rng.uniform(0.3, 6))
-            befallen = factory.service.weather.befallen
+            occurrences = factory.service.weather.befallen
             finish(line, batch, 1)
-        print_now(f"    {fault} befell {befallen[fault]}; so far {line}")
+        print_now(f"    {fault} occurred {occurrences[fault]} times; so far {line}")
 
 
 def all_callback_faults(factory, line, rng, scale, *, batches=4, rows=500, kills=8):
-    """Batches under all faults of everything at once; runs and receivers are killed at random."""
+    """Run batches under all faults at a time; kill runs and receivers at random."""
     faults = plan_fault_shares([fault for fault in ALL if fault not in STOPPING], 0.004)
     faults += [f"callback:{name}=0.1" for name in FAULTS["callback"]]
     for number in range(batches):

@@ -1,4 +1,4 @@
-"""A batch's process: the command line as it is, with a kill_point inside where one is wanted."""
+"""A batch's process: the command line, which can kill itself at a given call."""
 
 import itertools
 import json
@@ -9,7 +9,8 @@ import sys
 import time
 from datetime import datetime, timedelta
 
-_LOOKS_BEFORE_IT_JUMPS = 200
+_READS_BEFORE_JUMP = 200
+"""Reads of the clock before it jumps."""
 
 
 def _kill_at_call(when, number, at):
@@ -51,13 +52,13 @@ def _place(point):
 
 
 def _set_clock(first, then):
-    """Let the process's clock be so many seconds off, and as many others once it was looked at."""
+    """Set the process's clock off by `first` seconds, and after some reads by `then` seconds."""
     from prefect_flux_kontext import models  # noqa: PLC0415
 
-    right_time, looks = time.time, itertools.count()
+    real_time, reads = time.time, itertools.count()
 
     def off():
-        return first if next(looks) < _LOOKS_BEFORE_IT_JUMPS else then
+        return first if next(reads) < _READS_BEFORE_JUMP else then
 
     class Skewed(datetime):
         @classmethod
@@ -65,18 +66,18 @@ def _set_clock(first, then):
             return datetime.now(tz) + timedelta(seconds=off())
 
     models.datetime = Skewed
-    time.time = lambda: right_time() + off()
+    time.time = lambda: real_time() + off()
 
 
 def main(arguments, environment, log, kill_point=None, file_limit=None, clock=None):
-    """Run the command line and leave with its exit status.
+    """Run the command line and exit with its status.
 
     Args:
         arguments: Of the command line.
         environment: Variables to set.
-        log: File for what it prints.
-        kill_point: What to die at: (point, "before" or "after", n-th call).
-        file_limit: Bytes that no file may pass, as on a full disk.
+        log: File for its output.
+        kill_point: Where the process kills itself: (point, "before" or "after", n-th call).
+        file_limit: Size in bytes that no file may exceed, as on a full disk.
         clock: Seconds by which the process's clock is off at first, and later.
     """
     os.environ.update(environment)
@@ -98,10 +99,10 @@ def main(arguments, environment, log, kill_point=None, file_limit=None, clock=No
     from prefect_flux_kontext.ledger import store  # noqa: PLC0415
     from prefect_flux_kontext.storage import filesystem as storage  # noqa: PLC0415
 
-    # Trouble is made often here, so patience is short.
-    patient = store.jittered_backoff
+    # Faults are frequent here, so retries wait only briefly.
+    backoff = store.jittered_backoff
     for module in (store, storage, client, downloads):
-        module.jittered_backoff = lambda attempt, **how: patient(attempt, **how) / 20
+        module.jittered_backoff = lambda attempt, **how: backoff(attempt, **how) / 20
     if kill_point is not None:
         point, when, number = kill_point
         _kill_at_call(when, number, _place(point))

@@ -1,4 +1,4 @@
-"""Batches whose processes see wrong clocks, which jump, beside a service whose clock is wrong."""
+"""Batches whose processes have wrong, jumping clocks, and a service whose clock is wrong."""
 
 from tests.chaos.trials import finish, print_now
 
@@ -9,7 +9,7 @@ _CLOCKS = (
     (_HOUR, -_HOUR),
     (-_DAY, _HOUR),
 )
-_WEATHER = (
+_FAULTS = (
     "status:skewed-clock=0.5",
     "submit:lost-reply=0.01",
     "submit:unavailable=0.01",
@@ -19,9 +19,9 @@ _WEATHER = (
 
 
 def wrong_clocks(factory, line, rng, scale, *, rows=500):
-    """Each run sees another clock, by up to a day, and is killed or ends; the last sees none."""
+    """Run with clocks off by up to a day, and kill or end each run; the last clock is right."""
     for clock in _CLOCKS:
-        factory.inject_faults(rng, _WEATHER)
+        factory.inject_faults(rng, _FAULTS)
         batch = factory.create_batch(round(rows * scale))
         for other in rng.sample(_CLOCKS, 3):
             batch.run_and_kill(rng.uniform(0.3, 3), clock=other)

@@ -1,7 +1,7 @@
-"""The env of a simulation: its processes, and a wire and a disk on which a seed decides.
+"""The environment of a simulation: processes, and a network and disk with faults by a seed.
 
-A process that dies takes no further effect on anything, at whatever instruction it was; what it
-had handed to the wire or the disk may still arrive.
+A killed process has no further effect, at whatever instruction it was; what it had handed to the
+network or the disk before may still arrive.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ numbers = itertools.count()
 
 
 class Killed(BaseException):
-    """The process is no more; whatever it still tries has no effect."""
+    """The process was killed; its further actions have no effect."""
 
 
 @dataclass
 class Faults:
-    """Shares of requests and of ledger calls that go wrong, by what goes wrong."""
+    """Shares of requests and of ledger calls that fail, by fault."""
 
     network: dict[str, float] = field(default_factory=dict)
     disk: dict[str, float] = field(default_factory=dict)
@@ -58,7 +58,7 @@ _REFUSALS = {
 
 
 class SimLoop(VirtualTimeLoop):
-    """Virtual time, in which threads are callbacks that come a little later."""
+    """An event loop on virtual time, whose threads are callbacks that run a little later."""
 
     env = None
 
@@ -76,7 +76,7 @@ class Process:
 
 
 class _Task(asyncio.Task):
-    """A task whose place in a set is by number, not by address: else no seed repeats itself."""
+    """A task that hashes by number and not by address, so that a seed repeats itself."""
 
     def __init__(self, work, **how):
         self.number = next(numbers)
@@ -90,7 +90,7 @@ class _Task(asyncio.Task):
 
 
 def create_process_task(loop, work, context=None, **how):
-    """Tasks belong to the process that has started them, so that they die with it."""
+    """Create a task that belongs to the current process, so that it dies with it."""
     task = _Task(work, loop=loop, context=context, **how)
     process = (context or contextvars.copy_context()).get(current_process)
     if process is not None:
@@ -114,7 +114,7 @@ class Environment:
         self.url = f"memory://simulation-{next(numbers)}"
 
     def call(self, loop, func, args):
-        """A call in a thread: its effect comes later, and its result later still."""
+        """Simulate a call in a thread: its effect comes later, and its result later still."""
         process, answer = current_process.get(), loop.create_future()
 
         def effect():
@@ -125,7 +125,7 @@ class Environment:
             try:
                 if fault != "refused":
                     outcome = func(*args)
-            except Exception as raised:  # noqa: BLE001 - it is handed to who waits
+            except Exception as raised:  # noqa: BLE001 - it is raised in the waiting task
                 error = raised
             if fault is not None:
                 error = OSError(5, "the disk says no")
@@ -174,7 +174,7 @@ class Environment:
 
 
 class SimulatedTransport(httpx.AsyncBaseTransport):
-    """The sandbox, reached over a network that loses things."""
+    """The sandbox behind a network with faults."""
 
     def __init__(self, env):
         self._env = env

@@ -1,4 +1,4 @@
-"""A random batch with random troubles, made of a seed: what the simulation runs thousands of."""
+"""A random batch with random faults, made from a seed; the simulation runs thousands of them."""
 
 import asyncio
 import random
@@ -9,10 +9,10 @@ from tests.chaos.simulation import check_environment, in_process, manifest, simu
 
 
 def run_random_batch(seed):
-    """Live through the seed's troubles, finish without any, and check.
+    """Run a batch under the seed's faults, finish it without faults, and check it.
 
     Returns:
-        The findings, with what went wrong in `problems`; the number of kills; the decisions.
+        The findings with their `problems`, the number of kills, and the log of decisions.
     """
     rng = random.Random(f"story {seed}")
     prompts = [f"seed {seed} row {n}" for n in range(rng.randint(1, 9))]
@@ -31,12 +31,12 @@ def run_random_batch(seed):
     rounds = rng.randint(1, 4)
 
     async def main(env):
-        return await _live(env, rng, lines, faults, rounds)
+        return await _run_rounds(env, rng, lines, faults, rounds)
 
     return simulate(main, seed, faults, settings)
 
 
-async def _live(env, rng, lines, faults, rounds):
+async def _run_rounds(env, rng, lines, faults, rounds):
     kills = 0
     for _ in range(rounds):
         runs = []

@@ -1,4 +1,4 @@
-"""What batches go through at large: kills, signals, sleep, company, and bad weather."""
+"""The scenarios of the large run: kills, signals, pauses, concurrent runs and faults."""
 
 import signal
 from functools import partial
@@ -22,7 +22,7 @@ TROUBLE = (
     "submit:trouble-after=0.005",
     "submit:unavailable=0.01",
     "submit:reset=0.005",
-    # Few, for each makes the governor careful for half a minute, by design.
+    # Few, because each one slows the account limiter down for half a minute, by design.
     "submit:limited=0.001",
     "submit:limited-in-200=0.001",
     "status:unavailable=0.02",
@@ -43,7 +43,7 @@ STEPS = {
 
 
 def at_random(factory, line, rng, scale, *, batches, rows, kills):
-    """`kill -9` at random moments under a network with faults of every kind."""
+    """Send `kill -9` at random moments, under network faults of every kind."""
     for number in range(max(1, round(batches * scale))):
         factory.inject_faults(rng, TROUBLE)
         batch = factory.create_batch(rows)
@@ -54,9 +54,9 @@ def at_random(factory, line, rng, scale, *, batches, rows, kills):
 
 
 def each_fault(factory, line, rng, scale, *, kind, rows=500):
-    """A batch under each fault of a kind alone, killed once."""
+    """Run a batch under each fault of a kind, and kill it once."""
     for fault in [fault for fault in ALL if fault.startswith(f"{kind}:")]:
-        # A key that is refused is refused from some moment on; the others befall at least once.
+        # A refused key stays refused from some request on; the other faults occur at least once.
         planned = (
             [f"{fault}@10-"]
             if fault in STOPPING
@@ -65,13 +65,13 @@ def each_fault(factory, line, rng, scale, *, kind, rows=500):
         factory.inject_faults(rng, planned)
         batch = factory.create_batch(round(rows * scale))
         batch.run_and_kill(rng.uniform(0.3, 6))
-        befallen = factory.service.weather.befallen
+        occurrences = factory.service.weather.befallen
         finish(line, batch, 1)
-        print_now(f"    {fault} befell {befallen[fault]}; so far {line}")
+        print_now(f"    {fault} occurred {occurrences[fault]} times; so far {line}")
 
 
 def all_faults(factory, line, rng, scale, *, batches=4, rows=500):
-    """Batches under all faults at once but those that stop a batch, killed at random."""
+    """Run batches under all faults that do not stop a batch, and kill them at random."""
     together = [fault for fault in ALL if fault not in STOPPING]
     for number in range(batches):
         factory.inject_faults(rng, plan_fault_shares(together, 0.004))
@@ -83,7 +83,7 @@ def all_faults(factory, line, rng, scale, *, batches=4, rows=500):
 
 
 def at_every_step(factory, line, _dice, scale, *, rows=2):
-    """`kill -9` right before and right after each write, read, request and image."""
+    """Send `kill -9` right before and right after each write, read, request and image."""
     kill_points = [
         (point, when, number)
         for point, last in STEPS.items()
@@ -97,7 +97,7 @@ def at_every_step(factory, line, _dice, scale, *, rows=2):
 
 
 def together(factory, line, rng, scale, *, starts, rows=150):
-    """Several runs over one output at once; all but one are killed."""
+    """Start several runs over one output at the same time, and kill all but one."""
     for _ in range(max(1, round(3 * scale))):
         factory.inject_faults(rng, TROUBLE)
         batch = factory.create_batch(rows)
@@ -111,7 +111,7 @@ def together(factory, line, rng, scale, *, starts, rows=150):
 
 
 def stop_by_signal(factory, line, rng, scale):
-    """SIGTERM and SIGINT at random moments."""
+    """Send SIGTERM and SIGINT at random moments."""
     for number in range(max(1, round(12 * scale))):
         batch = factory.create_batch(100)
         running = batch.start_run()
@@ -126,14 +126,14 @@ def stop_by_signal(factory, line, rng, scale):
 
 
 def lost_replies(factory, line, rng, scale):
-    """Two of a hundred replies are lost after the service has accepted; nobody is killed."""
+    """Lose two of a hundred replies after the service has accepted; kill no process."""
     for _ in range(max(1, round(2 * scale))):
         factory.inject_faults(rng, ["submit:lost-reply=0.01", "submit:trouble-after=0.01"])
         finish(line, factory.create_batch(500), 0)
 
 
 def sleepers(factory, line, rng, scale):
-    """A run sleeps, another takes over, and the first wakes."""
+    """Suspend a run, let another take over, and continue the first."""
     for _ in range(max(1, round(4 * scale))):
         batch = factory.create_batch(60)
         sleeper = batch.start_run()

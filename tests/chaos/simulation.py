@@ -1,7 +1,7 @@
-"""Whole batches in virtual time: a seed decides what fails, who dies and when.
+"""Whole batches on virtual time: a seed decides what fails, and which process dies when.
 
-Everything is real but the clock, the wire and the disk: the batch, the ledger and the sandbox
-share one event loop whose time jumps.
+Only the clock, the network and the disk are simulated. The batch, the ledger and the sandbox
+share one event loop, whose time jumps.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ _trust = functools.cache(ssl.create_default_context)
 
 @contextlib.contextmanager
 def simulated(env):
-    """Put the env's clock, rng and processes where the package looks for them."""
+    """Patch the package with the environment's random numbers, processes and transport."""
     patched = []
 
     def put(module, name, value):
@@ -104,13 +104,13 @@ async def run(
     deferred=False,
     slots=6,
 ):
-    """One run of the batch, in the process of the present context."""
-    governor = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=slots)
+    """Run the batch once, in the current process."""
+    limiter = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=slots)
     client = FluxKontextClient(
         CANARY,
         base_url="http://sandbox.test",
         transport=SimulatedTransport(env),
-        governor=governor,
+        governor=limiter,
     )
     options = RowOptions(
         cadence=PollingCadence(initial_delay=1, interval=1, timeout=600),
@@ -128,10 +128,10 @@ async def run(
 
 
 async def in_process(env, lives, *args, stops=False, **how):
-    """Run in a process of its own, which is killed, or told to stop, after so many seconds.
+    """Run in a new process, which is killed or stopped after some seconds.
 
     Returns:
-        The summary, or what was raised, or None for one that was killed.
+        The summary, or the exception raised, or None if it was killed.
     """
     process = Process(len(env.processes) + 1)
     env.processes[process.number] = process
@@ -155,7 +155,7 @@ async def in_process(env, lives, *args, stops=False, **how):
 
 
 def manifest(lines):
-    """Rows of (id, prompt)."""
+    """Make rows of (id, prompt)."""
     return [make_row(n, {"id": i, "prompt": p}) for n, (i, p) in enumerate(lines, start=2)]
 
 
@@ -172,7 +172,7 @@ def simulate(main, seed, faults=None, settings=None, *, hook=None):
 
 
 async def fetch_results(env, task_ids):
-    """What the service serves for each task, asked outside of any process."""
+    """Fetch the result of each task, outside of any process."""
     pictures = {}
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=env.sandbox.app), verify=False
@@ -186,7 +186,7 @@ async def fetch_results(env, task_ids):
 
 
 async def check_environment(env, lines, **how):
-    """Check the invariants as the env stands."""
+    """Check the invariants in the environment's current state."""
     records = list(env.sandbox.service.records())
     pictures = await fetch_results(env, [record["taskId"] for record in records])
     return check(

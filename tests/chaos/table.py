@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, which the run itself writes."""
+"""The table in docs/reliability.md, written by the large chaos run."""
 
 import os
 import platform
@@ -23,13 +23,13 @@ _COLUMNS = {
 
 
 def format_table(lines, *, scale, minutes, left):
-    """The lines of a run by scenario, with their sum, as Markdown.
+    """Format the totals of a run by scenario, with their sum, as Markdown.
 
     Args:
-        lines: Of the scenarios that came to their end.
+        lines: The totals of the finished scenarios.
         scale: Share of the full size.
         minutes: How long it took.
-        left: Scenarios that did not come to their end.
+        left: Number of unfinished scenarios.
     """
     real = [line for name, line in lines.items() if not name.startswith(SIMULATED)]
     sums = {column: sum(getattr(line, column) for line in real) for column in _COLUMNS}
@@ -59,7 +59,7 @@ def _format_number(number):
 
 
 def write_table(text):
-    """Put it between the page's marks."""
+    """Write the table between the marks in the page."""
     page = _PAGE.read_text()
     marks = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     assert marks.search(page), f"no marks in {_PAGE}"

@@ -1,4 +1,4 @@
-"""Callbacks that are lost, doubled, late, overtaken and forged, at once, with kills."""
+"""Callbacks that are lost, doubled, late, reordered and forged, with killed processes."""
 
 import random
 
@@ -8,7 +8,7 @@ from tests.chaos.called import all_callback_faults
 from tests.chaos.trials import BatchFactory, Totals
 
 
-def test_whatever_befalls_callbacks_no_row_is_paid_twice_or_lost(tmp_path):
+def test_callback_faults_neither_lose_nor_pay_rows_twice(tmp_path):
     settings = SandboxSettings(mean=0.5, long_edge=16, callback_delay_scale=0.02)
     with running_sandbox(settings) as service:
         line = Totals()

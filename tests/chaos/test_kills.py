@@ -1,4 +1,4 @@
-"""`kill -9` wherever it hurts, then the same command again: nothing paid twice, nothing lost."""
+"""`kill -9` at any moment, then the same command again: nothing is paid twice or lost."""
 
 import random
 
@@ -44,7 +44,7 @@ def assert_no_problems(batch):
     return found
 
 
-def test_a_batch_killed_at_random_moments_is_finished_by_the_same_command(service, tmp_path):
+def test_batch_killed_at_random_is_finished_by_a_rerun(service, tmp_path):
     rng = random.Random(1)
     service.weather.change(TROUBLE)
     batch = Batch(service, tmp_path)
@@ -77,7 +77,7 @@ POINTS = [
 
 
 @pytest.mark.timeout(400)  # 44 processes, one after the other
-def test_a_batch_killed_at_any_of_its_steps_is_finished_by_the_same_command(service, tmp_path):
+def test_batch_killed_at_any_step_is_finished_by_a_rerun(service, tmp_path):
     for number, kill_point in enumerate(POINTS):
         folder = tmp_path / "-".join(map(str, kill_point))
         folder.mkdir()
@@ -91,7 +91,7 @@ def test_a_batch_killed_at_any_of_its_steps_is_finished_by_the_same_command(serv
         assert (ended.status == 0) == (found.unknown == 0), (kill_point, ended)
 
 
-def test_two_runs_started_together_never_both_pay_for_a_row(service, tmp_path):
+def test_two_concurrent_runs_pay_each_row_once(service, tmp_path):
     batch = Batch(service, tmp_path)
     batch.write(lines(30))
     both = [batch.start_run() for _ in range(2)]
@@ -100,7 +100,7 @@ def test_two_runs_started_together_never_both_pay_for_a_row(service, tmp_path):
     assert assert_no_problems(batch).stored == 30
 
 
-def test_five_runs_of_which_some_are_killed_never_pay_for_a_row_twice(service, tmp_path):
+def test_five_runs_with_kills_pay_each_row_once(service, tmp_path):
     batch = Batch(service, tmp_path)
     batch.write(lines(30))
     rng = random.Random(5)

@@ -1,4 +1,4 @@
-"""Stopping, sleeping, refusing accounts and full disks, with real processes."""
+"""Signals, suspended processes, refused accounts and full disks, with real processes."""
 
 import os
 import re
@@ -26,9 +26,7 @@ def service():
 @pytest.mark.parametrize(
     ("number", "status", "accepted"), [(signal.SIGTERM, 143, 20), (signal.SIGINT, 130, 1)]
 )
-def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
-    service, tmp_path, number, status, accepted
-):
+def test_signal_bills_only_posts_in_flight(service, tmp_path, number, status, accepted):
     service.weather.change(FaultPlan(faults=["submit:slow"], slow=0.05))
     batch = Batch(service, tmp_path)
     batch.write(lines(50))
@@ -38,16 +36,16 @@ def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
     before = batch.accepted
     ended = running.end()
     assert ended.status == status, ended
-    # Of the eight POSTs at once some were already counted when the signal was sent.
+    # Of the eight POSTs in flight, some were counted before the signal was sent.
     assert batch.accepted - before <= 8
     found = batch.check(killed=False, complete=False)
     assert not found.problems, found
     assert found.unknown == 0
-    owed = batch.accepted - found.stored
-    assert owed > 0
-    told = re.search(r"(\d+) rows? (?:is|are) paid for and not yet stored", ended.said)
-    # A row that was just being recorded as stored is told as owed.
-    assert owed <= int(told[1]) <= owed + 16, ended.said
+    outstanding = batch.accepted - found.stored
+    assert outstanding > 0
+    reported = re.search(r"(\d+) rows? (?:is|are) paid for and not yet stored", ended.said)
+    # A row that is being recorded as stored is reported as outstanding.
+    assert outstanding <= int(reported[1]) <= outstanding + 16, ended.said
     assert f"flux-kontext collect file://{batch.output}" in ended.said
     paid = batch.accepted
     collected = batch.command("collect")
@@ -57,9 +55,7 @@ def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
     assert assert_no_problems(batch).stored == 50
 
 
-def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_nothing(
-    service, tmp_path
-):
+def test_resumed_process_pays_nothing_after_another_run(service, tmp_path):
     batch = Batch(service, tmp_path)
     batch.write(lines(20))
     sleeper = batch.start_run()
@@ -74,7 +70,7 @@ def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_not
 
 
 @pytest.mark.parametrize("refusal", ["unauthorized", "no-balance"])
-def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, refusal):
+def test_refused_account_stops_the_batch(service, tmp_path, refusal):
     service.weather.change(FaultPlan(faults=[f"submit:{refusal}@20-"]))
     batch = Batch(service, tmp_path)
     batch.write(lines(60))
@@ -89,11 +85,11 @@ def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, r
     assert_no_problems(batch)
 
 
-def test_a_full_disk_pays_for_nothing_that_it_cannot_record(tmp_path):
+def test_full_disk_pays_for_nothing_unrecorded(tmp_path):
     with running_sandbox(SandboxSettings(mean=0.3, long_edge=256)) as service:
         batch = Batch(service, tmp_path)
         batch.write(lines(8))
-        full = batch.run(file_limit=120)  # enough for a sign of life, too little for an intent
+        full = batch.run(file_limit=120)  # enough for a heartbeat, too little for an intent
         assert batch.accepted == 0, full
         assert full.status != 0
         images = batch.run(file_limit=1_500)  # enough for records, too little for images
@@ -107,7 +103,7 @@ def test_a_full_disk_pays_for_nothing_that_it_cannot_record(tmp_path):
 
 
 @pytest.mark.parametrize("output", ["relative", "with spaces/and more/", "ünïcode#?%20"])
-def test_an_output_may_be_named_in_any_way(service, tmp_path, output):
+def test_output_may_have_any_name(service, tmp_path, output):
     place = tmp_path / "place"
     place.mkdir()
     given = os.path.relpath(place / output) if output == "relative" else f"{place}/{output}"
@@ -120,7 +116,7 @@ def test_an_output_may_be_named_in_any_way(service, tmp_path, output):
     assert assert_no_problems(batch).stored == 6
 
 
-def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path):
+def test_batch_killed_on_s3_is_finished_by_a_rerun(service, tmp_path):
     with s3_server() as (bucket, client):
         access = {
             "FSSPEC_S3_ENDPOINT_URL": client.meta.endpoint_url,

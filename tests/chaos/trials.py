@@ -1,4 +1,4 @@
-"""Where the batches of a scenario live, how each is brought to its end, and what came of it."""
+"""Batches of a scenario: how they are made, finished and counted."""
 
 import sys
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from tests.chaos.report_checks import check_status, check_summary, check_summary
 
 
 def print_now(text):
-    """Say it now."""
+    """Print the text and flush."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 @dataclass
 class Totals:
-    """A line of the table."""
+    """The totals of a scenario, a line of the table."""
 
     runs: int = 0
     rows: int = 0
@@ -54,13 +54,13 @@ class Totals:
 
 
 class BatchFactory:
-    """Folders, names and a service for the batches of a scenario."""
+    """Creates the batches of a scenario, with their folders and service."""
 
     def __init__(self, folder, service, bucket=None, access=None):
         self.folder = folder
         self.service = service
         self.bucket = bucket
-        # Fewer polls than in the small tests: two cores serve all of it.
+        # Fewer polls than in the small tests, because two cores serve all of it.
         self.environment = {
             "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.6",
             "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
@@ -70,12 +70,12 @@ class BatchFactory:
         self.number = 0
 
     def inject_faults(self, rng, faults, **how):
-        """Begin to let things go wrong."""
+        """Activate faults of the service."""
         plan = FaultPlan(faults=faults, seed=rng.getrandbits(32), hang=0.5, slow=0.5, **how)
         self.service.weather.change(plan)
 
     def create_batch(self, rows, **environment):
-        """A batch of so many rows, of which one in fifty equals another."""
+        """Create a batch in which one of fifty rows equals another."""
         self.number += 1
         folder = self.folder / f"{self.number}"
         folder.mkdir(parents=True)
@@ -87,15 +87,15 @@ class BatchFactory:
 
 
 def finish(line, batch, runs, **how):
-    """Run to the end, check, and check that a further run pays for nothing.
+    """Finish a batch, check it, and check that a further run pays for nothing.
 
-    The first of the runs meets the weather as it is, the others meet none.
+    The first run is under the active faults, the others are not.
 
     Args:
-        line: Takes what came of it.
-        batch: What is to be finished.
+        line: The totals to add the findings to.
+        batch: The batch to finish.
         runs: How many runs there were before.
-        how: How the first run is started.
+        how: Options of the first run.
     """
     first, billed = _billed(batch, **how)
     batch.service.weather.change(FaultPlan())
