@@ -1,4 +1,4 @@
-"""Paying for rows: an intent before each POST, its outcome right after, nothing once stopped."""
+"""Submission of rows: an intent is recorded before each POST, and its outcome right after."""
 
 from __future__ import annotations
 
@@ -30,32 +30,31 @@ logger = logging.getLogger(__name__)
 
 
 class Submitter:
-    """Submits rows, so that each POST is on record before and after.
+    """Submits rows, and records each POST in the ledger before and after.
 
-    A POST that has begun is seen to its end, whatever is cancelled meanwhile: its reply is
-    worth money.
+    A POST that has begun is never cancelled, because its reply names a paid task.
 
     Args:
-        client: The service.
-        ledger: Where intents and outcomes go.
-        posts_at_once: POSTs under way at once; apart from the tasks that run, because these are
-            what a crash makes doubtful.
+        client: The client of the service.
+        ledger: Where intents and outcomes are recorded.
+        max_posts: POSTs in flight at a time. They are limited apart from running tasks, because a
+            crash leaves their rows unknown.
         budget: What may be spent; None for no cap.
-        references: Has the rows' reference images where the service can fetch them.
-        prepare: Makes of a row's request, and the attempt that was claimed, what is sent.
+        references: Makes the rows' reference images available to the service.
+        prepare: Makes the request to send from a row's request and the claimed attempt.
 
     Attributes:
-        stopped: Why nothing is submitted any more.
-        accepted: Rows accepted in this run.
+        stopped: Why nothing is submitted any more; None while rows are submitted.
+        accepted: Number of rows accepted in this run.
         spent: Dollars for the rows accepted in this run.
-        outstanding: Keys of rows that are paid for and have not ended, so far as this run knows.
+        outstanding: Keys of rows that are paid for and have not ended, as far as this run knows.
     """
 
     def __init__(
         self,
         client: FluxKontextClient,
         ledger: Ledger,
-        posts_at_once: int,
+        max_posts: int,
         budget: Budget | None = None,
         references: References | None = None,
         prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
@@ -69,19 +68,19 @@ class Submitter:
         self._budget = budget or Budget(None)
         self._references = references or References()
         self._prepare = prepare or (lambda request, _entry: request)
-        self._room = asyncio.Semaphore(posts_at_once)
+        self._post_slots = asyncio.Semaphore(max_posts)
         self._all: set[asyncio.Task[Entry]] = set()
         self._posting: set[asyncio.Task[Entry]] = set()
 
-    def stop(self, why: FluxKontextError) -> None:
+    def stop(self, reason: FluxKontextError) -> None:
         """Submit nothing from now on; POSTs that have begun are still recorded."""
         if self.stopped is None:
-            self.stopped = why
+            self.stopped = reason
             for work in self._all - self._posting:
                 work.cancel()
 
     async def drained(self) -> None:
-        """Wait until every POST that has begun is on record."""
+        """Wait until the outcome of every POST that has begun is recorded."""
         if self._posting:
             await asyncio.wait(self._posting)
 
@@ -92,15 +91,16 @@ class Submitter:
             The row with its accepted task.
 
         Raises:
-            RowTakenError: Another run was first; nothing was sent.
+            RowAlreadyClaimedError: Another run claimed the attempt first; nothing was sent.
             BatchStoppedError: The batch was stopped; nothing was sent.
             LedgerError: The intent could not be recorded; nothing was sent.
-            ReferenceImageError: A reference image is not to be used any more; nothing was sent.
+            ReferenceImageError: A reference image is missing, changed or invalid; nothing was
+                sent.
             StorageError: A reference image could not be staged; nothing was sent.
-            ApiError: See `FluxKontextClient.submit`; where it is `not_accepted`, that is on
-                record, else the row is doubtful.
+            ApiError: See `FluxKontextClient.submit`. If it is `not_accepted`, that is recorded;
+                else the row's outcome is unknown.
         """
-        self._check_going_on()
+        self._raise_if_stopped()
         work = asyncio.create_task(self._submit(row, entry))
         self._all.add(work)
         work.add_done_callback(self._all.discard)
@@ -110,7 +110,7 @@ class Submitter:
             if work not in self._posting:
                 work.cancel()
             if work.cancelled():
-                self._check_going_on()
+                self._raise_if_stopped()
             raise
 
     async def _submit(self, row: Row, entry: Entry) -> Entry:
@@ -122,36 +122,37 @@ class Submitter:
         @asynccontextmanager
         async def attempt() -> AsyncIterator[GenerationRequest]:
             nonlocal latest
-            async with self._room:
-                self._check_going_on()
+            async with self._post_slots:
+                self._raise_if_stopped()
                 request = await sending()
                 await self._budget.reserve(price)
                 self._posting.add(work)
-                sent = owed = False
+                sent = may_be_billed = False
                 try:
                     latest = await self._ledger.claim(row, latest)
-                    self._check_going_on()  # writing it took a while
+                    self._raise_if_stopped()  # the batch may have stopped during the write
                     request = self._prepare(request, latest)
-                    sent = owed = True
+                    sent = may_be_billed = True
                     yield request
                 except FluxKontextError as error:
-                    unsent = error.not_accepted or not sent
-                    owed = not unsent
-                    if unsent and latest.state is State.INTENT:
+                    not_accepted = error.not_accepted or not sent
+                    may_be_billed = not not_accepted
+                    if not_accepted and latest.state is State.INTENT:
                         latest = await self._reject(latest, error)
                     self._posting.discard(work)
-                    if unsent and error.retryable:
-                        # It would else be waited out only to find the batch stopped.
-                        self._check_going_on()
+                    if not_accepted and error.retryable:
+                        # Otherwise the client would wait for its retry and only then stop.
+                        self._raise_if_stopped()
                     raise
                 except Exception as error:
                     if not sent:
                         raise
-                    # Who knows how far it got.
-                    told = f"{type(error).__name__}: {error}"
-                    raise ReplyLostError(f"The submit met an unforeseen error: {told}") from None
+                    # The request may have reached the service, so the outcome is unknown.
+                    raise ReplyLostError(
+                        f"Unexpected error during the submit: {type(error).__name__}: {error}"
+                    ) from None
                 finally:
-                    await self._budget.settle(price, given_back=not owed)
+                    await self._budget.settle(price, refunded=not may_be_billed)
 
         try:
             task = await self._client.submit(row.request, around_post=attempt)
@@ -164,8 +165,8 @@ class Submitter:
             return await self._ledger.rejected(entry, error)
         except LedgerError as trouble:
             raise ReplyLostError(
-                f"Not accepted ({error}), which could not be recorded: {trouble} So the ledger "
-                f"does not know: flux-kontext resolve OUTPUT {entry.key} --rejected"
+                f"Not accepted ({error}), but that could not be recorded: {trouble} To record "
+                f"it: flux-kontext resolve OUTPUT {entry.key} --rejected"
             ) from None
 
     async def _record(self, entry: Entry, task_id: str) -> Entry:
@@ -173,9 +174,9 @@ class Submitter:
         try:
             recorded = await self._ledger.accepted(entry, task_id)
         except LedgerError as error:
-            logger.error(  # noqa: TRY400 - the id is what counts
-                "Row %s is paid for as task %s, which could not be recorded: %s If this run does "
-                "not store it: flux-kontext resolve OUTPUT %s --accepted %s",
+            logger.error(  # noqa: TRY400 - the message has the id, a traceback adds nothing
+                "Row %s is paid for as task %s, but that could not be recorded: %s If this run "
+                "does not store it: flux-kontext resolve OUTPUT %s --accepted %s",
                 entry.key,
                 task_id,
                 error,
@@ -186,8 +187,8 @@ class Submitter:
             return entry.model_copy(update={"posted": posted})
         if recorded.posted is not None and recorded.posted.task_id != task_id:
             logger.error(
-                "Row %s was settled as %s by %s while its submit was under way, and then accepted "
-                "as task %s: look whether it is paid for twice.",
+                "Row %s was settled as %s by %s during its submit, and then accepted as task %s. "
+                "Check whether it was billed twice.",
                 entry.key,
                 recorded.posted.state,
                 recorded.posted.by,
@@ -196,11 +197,11 @@ class Submitter:
         return recorded
 
     def count(self, entry: Entry) -> None:
-        """Count a row of this run as accepted."""
+        """Count a row as accepted in this run."""
         self.accepted += 1
         self.outstanding.add(entry.key)
         self.spent += entry.intent.price if entry.intent else 0.0
 
-    def _check_going_on(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self.stopped is not None:
             raise BatchStoppedError(f"Not submitted: {self.stopped}")
