@@ -141,7 +141,7 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
         async def wave(wave: Wave) -> BatchSummary:
             async def row(number: int) -> None:
                 await image(client, number)
-                wave._row_ended()  # noqa: SLF001
+                wave._release_row()  # noqa: SLF001
 
             await asyncio.gather(*map(row, wave._rows))  # type: ignore[arg-type]  # noqa: SLF001
             return BatchSummary()

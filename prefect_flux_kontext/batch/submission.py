@@ -151,7 +151,7 @@ class Submitter:
                     is_free = outcome.is_rejected
                     return await self._record(attempt, outcome), outcome
                 finally:
-                    await self._budget.settle(price, given_back=is_free)
+                    await self._budget.settle(price, refunded=is_free)
         finally:
             await self._posts.release(outcome)
 

@@ -100,7 +100,7 @@ async def test_cancelled_waiter_leaves_its_place_to_the_next():
 
 @pytest.mark.parametrize("error", ["trouble_before", "trouble_after", "lost_reply"])
 def test_ten_seconds_of_outage_leave_few_rows_unknown(error):
-    async def main(world):
+    async def main(env):
         loop = asyncio.get_running_loop()
 
         def hook(kind, _request, _number):
@@ -108,9 +108,9 @@ def test_ten_seconds_of_outage_leave_few_rows_unknown(error):
             return error if in_outage and kind in {"submit", "other"} else None
 
         began = loop.time()
-        world.hook = hook
+        env.hook = hook
         lines = [(f"r{n}", f"row {n}") for n in range(600)]
-        return await in_process(world, None, manifest(lines))
+        return await in_process(env, None, manifest(lines))
 
     summary = simulate(main, 1)
     assert summary.unknown <= 16
@@ -118,10 +118,10 @@ def test_ten_seconds_of_outage_leave_few_rows_unknown(error):
 
 
 def test_service_whose_submits_all_fail_leaves_few_rows_unknown():
-    async def main(world):
-        world.hook = lambda kind, *_: "trouble_before" if kind == "submit" else None
-        result = await in_process(world, None, manifest([(f"r{n}", str(n)) for n in range(200)]))
-        return result, world
+    async def main(env):
+        env.hook = lambda kind, *_: "trouble_before" if kind == "submit" else None
+        result = await in_process(env, None, manifest([(f"r{n}", str(n)) for n in range(200)]))
+        return result, env
 
     error, _ = simulate(main, 1)
     assert isinstance(error, BatchStoppedError)
