@@ -65,6 +65,13 @@ class FluxKontextSettings(BaseSettings):
         description="Maximum number of submits in flight. A crash leaves at most this many rows "
         "unknown.",
     )
+    outage_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for which submitting pauses while the service gives no usable "
+        "replies. After that the batch stops.",
+    )
     staging_url: str | None = Field(
         default=None,
         description="Folder or bucket to which local reference images are copied, so that the "

@@ -6,8 +6,8 @@ import asyncio
 import functools
 import itertools
 import logging
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlencode
 
 import httpx
@@ -35,6 +35,7 @@ from prefect_flux_kontext.errors import (
     ConfigurationError,
     NotConnectedError,
     RateLimitedError,
+    RefusedError,
     ReplyLostError,
     UnauthorizedError,
 )
@@ -42,15 +43,20 @@ from prefect_flux_kontext.models import GenerationTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractAsyncContextManager
 
+    from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.models import GenerationRequest, TaskStatus
 
-__all__ = ["AroundPost", "FluxKontextClient", "normalize_api_key", "normalize_base_url"]
+__all__ = [
+    "FluxKontextClient",
+    "SubmitAttempts",
+    "SubmitOutcome",
+    "SubmitSlot",
+    "normalize_api_key",
+    "normalize_base_url",
+]
 
 logger = logging.getLogger(__name__)
-
-AroundPost: TypeAlias = "Callable[[], AbstractAsyncContextManager[GenerationRequest | None]]"
 
 _Result = TypeVar("_Result")
 
@@ -132,12 +138,7 @@ class FluxKontextClient:
         """Close the connections."""
         await self._connections.aclose()
 
-    async def submit(
-        self,
-        request: GenerationRequest,
-        *,
-        around_post: AroundPost = nullcontext,
-    ) -> GenerationTask:
+    async def submit(self, request: GenerationRequest) -> GenerationTask:
         """Submit a generation. The service bills it when it accepts it.
 
         The POST is repeated only if it is known that the service did not accept it: no
@@ -146,10 +147,6 @@ class FluxKontextClient:
 
         Args:
             request: The generation to submit.
-            around_post: Creates a context for each POST. The client enters it when the limits
-                allow the POST, so it is the last moment to raise an error and send nothing.
-                Errors of the POST are raised inside it. If it yields a request, the client
-                sends that one instead and does not keep it.
 
         Raises:
             RefusedError: The service refused the request (4xx). It was not accepted and not
@@ -161,35 +158,15 @@ class FluxKontextClient:
             UnreadableReplyError: The reply does not follow the contract. The request may be
                 accepted and billed.
         """
-        slots = self.limiter.tasks
-        body = request.body()
-        failed_connects = rejections = 0
-        while True:
-            await slots.acquire()
-            acquired_at = asyncio.get_running_loop().time()
-            task_id = None
-            is_rejected = False
-            try:
-                task_id = await self._request(
-                    read_task_id, "POST", _SUBMIT_PATH, body=body, around=around_post
-                )
-            except RateLimitedError:
-                is_rejected = True
-                rejections += 1
-            except NotConnectedError:
-                failed_connects += 1
-                if failed_connects == _CONNECT_ATTEMPTS:
-                    raise
-            finally:
-                if task_id is not None:
-                    slots.record_acceptance(task_id, acquired_at=acquired_at)
-                elif is_rejected:
-                    slots.record_rejection(acquired_at=acquired_at)
-                else:
-                    slots.release()
-            if task_id is not None:
-                return GenerationTask(task_id=task_id, request=request)
-            await asyncio.sleep(jittered_backoff(rejections if is_rejected else failed_connects))
+        attempts = self.submit_attempts()
+        while not attempts.is_over:
+            async with await attempts.next_slot() as slot:
+                outcome = await slot.post(request)
+        return outcome.to_task(request)
+
+    def submit_attempts(self) -> SubmitAttempts:
+        """Start submitting one request; see `SubmitAttempts`."""
+        return SubmitAttempts(self)
 
     async def status(self, task_id: str) -> TaskStatus:
         """Return the status of a task. Counts as one request of the account's limit.
@@ -229,11 +206,22 @@ class FluxKontextClient:
             logger.debug("Balance unavailable: %s", error)
             return None
 
+    async def is_answering(self) -> bool:
+        """Return whether the service gives usable replies. Costs nothing."""
+        try:
+            await self._request_until_allowed(lambda data, **_: data, _BALANCE_PATH)
+        except RefusedError:
+            return True  # it answers, for example that it tells no balance
+        except ApiError:
+            return False
+        return True
+
     async def _request_until_allowed(
         self, read: Callable[..., _Result], path: str, *, task_id: str | None = None
     ) -> _Result:
         """Send a GET request, and repeat it for as long as the service answers 429."""
         for rejections in itertools.count(1):
+            await self.limiter.requests.acquire()
             try:
                 return await self._request(read, "GET", path, task_id=task_id)
             except RateLimitedError as error:
@@ -249,41 +237,34 @@ class FluxKontextClient:
         *,
         body: object = None,
         task_id: str | None = None,
-        around: AroundPost = nullcontext,
     ) -> _Result:
-        """Send one request when the limits allow it, and read the `data` of the reply."""
+        """Send one request, for which the rate limiter has given leave, and read its `data`."""
         is_submit = method == "POST"
-        await self.limiter.requests.acquire(has_priority=is_submit)
-        async with around() as replacement:
-            if replacement is not None:
-                body = replacement.body()
-            loop = asyncio.get_running_loop()
-            sent_at = loop.time()
+        loop = asyncio.get_running_loop()
+        sent_at = loop.time()
+        try:
+            status, headers, reply = await send_request(
+                self._connections, method, f"{self.base_url}{path}", json=body
+            )
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            failure = self._transport_error(error, task_id)
+        else:
+            retry_after = parse_retry_after(headers.get("Retry-After"))
             try:
-                status, headers, reply = await send_request(
-                    self._connections, method, f"{self.base_url}{path}", json=body
+                data = read_envelope(
+                    status, reply, retry_after=retry_after, task_id=task_id, secret=self._key
                 )
-            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-                failure = self._transport_error(error, task_id)
-            else:
-                retry_after = parse_retry_after(headers.get("Retry-After"))
-                try:
-                    data = read_envelope(
-                        status, reply, retry_after=retry_after, task_id=task_id, secret=self._key
-                    )
-                except RateLimitedError:
-                    self.limiter.record_rejection(
-                        retry_after, sent_at=sent_at, is_submit=is_submit
-                    )
-                    raise
-                except ApiError:
-                    self.limiter.record_success(round_trip=loop.time() - sent_at)
-                    raise
+            except RateLimitedError:
+                self.limiter.record_rejection(retry_after, sent_at=sent_at, is_submit=is_submit)
+                raise
+            except ApiError:
                 self.limiter.record_success(round_trip=loop.time() - sent_at)
-                return read(data, secret=self._key)
-            # Raised outside of the handler, so that the error has no reference to httpx's
-            # error, whose request contains the key.
-            raise failure
+                raise
+            self.limiter.record_success(round_trip=loop.time() - sent_at)
+            return read(data, secret=self._key)
+        # Raised outside of the handler, so that the error has no reference to httpx's
+        # error, whose request contains the key.
+        raise failure
 
     def _transport_error(self, error: Exception, task_id: str | None) -> ApiError:
         reason = f"{type(error).__name__}: {error}".rstrip(": ").replace(self._key, "***")
@@ -304,6 +285,148 @@ class FluxKontextClient:
         is_https = self.base_url.startswith("https")
         proxy = find_proxy(httpx.URL(self.base_url)) if is_https else None
         return create_proxy_transport(proxy) if proxy else AiohttpTransport(create_tls_context())
+
+
+@dataclass(frozen=True)
+class SubmitOutcome:
+    """What is known after one POST: accepted, not accepted, or unknown.
+
+    Attributes:
+        task_id: The accepted task.
+        error: Why it was not accepted, or why that is not known. None if it was accepted.
+    """
+
+    task_id: str = ""
+    error: FluxKontextError | None = None
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the service accepted the request, and so bills it."""
+        return self.error is None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the service may have accepted the request: it must not be sent again."""
+        return self.error is not None and not self.error.not_accepted
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether it is known that the service did not accept the request: it costs nothing."""
+        return self.error is not None and self.error.not_accepted
+
+    @property
+    def is_usable_reply(self) -> bool:
+        """Whether the service itself answered, in its own format."""
+        return self.is_accepted or isinstance(self.error, RefusedError)
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether the request was not accepted and may be accepted later."""
+        return self.error is not None and self.error.not_accepted and self.error.retryable
+
+    def to_task(self, request: GenerationRequest) -> GenerationTask:
+        """Return the accepted task, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return GenerationTask(task_id=self.task_id, request=request)
+
+
+class SubmitSlot:
+    """A place for one more task at the account, and leave to send one request.
+
+    An async context manager: leaving it gives the place back, unless the POST was accepted. Then
+    the task holds it.
+    """
+
+    def __init__(self, client: FluxKontextClient, attempts: SubmitAttempts) -> None:
+        self._client = client
+        self._attempts = attempts
+        self._acquired_at = asyncio.get_running_loop().time()
+        self._is_open = True
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    async def post(self, request: GenerationRequest) -> SubmitOutcome:
+        """Send the request once. What the service or the network does is in the outcome."""
+        limiter = self._client.limiter.tasks
+        self._client._connections.check_open()  # noqa: SLF001 - one class in two parts
+        try:
+            task_id = await self._client._request(  # noqa: SLF001 - one class in two parts
+                read_task_id, "POST", _SUBMIT_PATH, body=request.body()
+            )
+        except ApiError as error:
+            outcome = SubmitOutcome(error=error)
+            if isinstance(error, RateLimitedError):
+                self._is_open = False
+                limiter.record_rejection(acquired_at=self._acquired_at)
+        except Exception as error:  # noqa: BLE001 - nobody knows whether it was sent
+            # Without a traceback: its frames hold the request, whose URLs may be signed.
+            reason = f"{type(error).__name__}: {error}"
+            lost = ReplyLostError(f"The submit met an unexpected error: {reason}")
+            outcome = SubmitOutcome(error=lost)
+        else:
+            outcome = SubmitOutcome(task_id)
+            self._is_open = False
+            limiter.record_acceptance(task_id, acquired_at=self._acquired_at)
+        self._attempts.record(outcome)
+        return outcome
+
+    def release(self) -> None:
+        """Give the place back, if the POST has not used it."""
+        if self._is_open:
+            self._is_open = False
+            self._client.limiter.tasks.release()
+
+
+class SubmitAttempts:
+    """The attempts to submit one request: the only place where a POST is repeated.
+
+    There is a further attempt only if the service is known not to have accepted the one before,
+    and may accept it later: no connection was made (up to eight attempts), or it answered 429.
+
+    Example:
+        attempts = client.submit_attempts()
+        while not attempts.is_over:
+            async with await attempts.next_slot() as slot:
+                outcome = await slot.post(request)
+
+    Attributes:
+        is_over: Whether the latest outcome is final.
+    """
+
+    def __init__(self, client: FluxKontextClient) -> None:
+        self.is_over = False
+        self._client = client
+        self._rejections = 0
+        self._failed_connects = 0
+        self._delay = 0.0
+
+    async def next_slot(self) -> SubmitSlot:
+        """Wait until the account's limits allow the next attempt."""
+        if self._delay:
+            await asyncio.sleep(self._delay)
+        await self._client.limiter.tasks.acquire()
+        slot = SubmitSlot(self._client, self)
+        try:
+            await self._client.limiter.requests.acquire(has_priority=True)
+        except BaseException:
+            slot.release()
+            raise
+        return slot
+
+    def record(self, outcome: SubmitOutcome) -> None:
+        """Decide by what a POST came to whether there is another attempt, and when."""
+        if isinstance(outcome.error, RateLimitedError):
+            self._rejections += 1
+            self._delay = jittered_backoff(self._rejections)
+        elif outcome.may_retry:
+            self._failed_connects += 1
+            self._delay = jittered_backoff(self._failed_connects)
+        self.is_over = not outcome.may_retry or self._failed_connects >= _CONNECT_ATTEMPTS
 
 
 def normalize_api_key(api_key: str | SecretStr) -> str:

@@ -188,6 +188,11 @@ class Connections:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
+    def check_open(self) -> None:
+        """Raise RuntimeError if the connections are closed: nothing would close a new one."""
+        if self._closed:
+            raise RuntimeError("The client is closed.")
+
     async def aclose(self) -> None:
         """Close all connections. Later requests fail."""
         self._closed = True
@@ -215,8 +220,7 @@ class Connections:
             headers={**self._headers, **(headers or {})},
             extensions={"timeout": self.timeout.as_dict()},
         )
-        if self._closed:  # nothing would close a new connection
-            raise RuntimeError("The client is closed.")
+        self.check_open()
         response = await self._transport.handle_async_request(request)
         try:
             response.request = request

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -33,6 +33,15 @@ from tests.support.scripted_server import (
 )
 
 pytestmark = pytest.mark.anyio
+
+
+async def post_until_final(client):
+    """Post the request until the outcome is final. Returns all outcomes."""
+    attempts, outcomes = client.submit_attempts(), []
+    while not attempts.is_over:
+        async with await attempts.next_slot() as slot:
+            outcomes.append(await slot.post(REQUEST))
+    return outcomes
 
 
 def dropped_head(status):
@@ -99,18 +108,11 @@ async def test_refused_connection_is_attempted_eight_times(monkeypatch):
     with socket.socket() as bound:  # it does not listen
         bound.bind(("127.0.0.1", 0))
         async with make_client(f"http://127.0.0.1:{bound.getsockname()[1]}") as client:
-            posts = []
-
-            @asynccontextmanager
-            async def around():
-                posts.append(1)
-                yield
-
-            with pytest.raises(NotConnectedError) as caught:
-                await client.submit(REQUEST, around_post=around)
+            outcomes = await post_until_final(client)
             assert client.limiter.tasks.running == 0
-    assert len(posts) == 8
-    assert caught.value.not_accepted
+    assert len(outcomes) == 8
+    assert all(isinstance(outcome.error, NotConnectedError) for outcome in outcomes)
+    assert all(outcome.is_rejected and not outcome.is_unknown for outcome in outcomes)
 
 
 async def test_service_that_starts_late_gets_the_request_once(monkeypatch):
@@ -178,39 +180,41 @@ async def test_trickling_reply_is_lost_after_two_minutes():
         assert asyncio.get_running_loop().time() - began == pytest.approx(120)
 
 
-async def test_each_post_has_its_own_context(monkeypatch):
+async def test_each_post_has_its_own_slot(monkeypatch):
     monkeypatch.setattr(
         "prefect_flux_kontext.client.limits.account.jittered_backoff", lambda _: 0.0
     )
-    calls = []
-
-    @asynccontextmanager
-    async def around():
-        calls.append(("enter", len(server.seen)))
-        try:
-            yield
-        except RateLimitedError:
-            calls.append(("refused", len(server.seen)))
-            raise
-        calls.append(("accepted", len(server.seen)))
-
     async with (
         ScriptedServer(envelope(429, status=429), accepted()) as server,
         make_client(server.url) as client,
     ):
-        await client.submit(REQUEST, around_post=around)
-    assert calls == [("enter", 0), ("refused", 1), ("enter", 1), ("accepted", 2)]
+        rejected, last = await post_until_final(client)
+        assert client.limiter.tasks.running == 1
+    assert isinstance(rejected.error, RateLimitedError)
+    assert rejected.may_retry
+    assert last.is_accepted
+    assert last.task_id == "task_1"
+
+
+async def test_unknown_outcome_ends_the_attempts():
+    async with (
+        ScriptedServer(envelope(502, status=502)) as server,
+        make_client(server.url) as client,
+    ):
+        (outcome,) = await post_until_final(client)
+        assert client.limiter.tasks.running == 0
+    assert outcome.is_unknown
+    assert not outcome.is_rejected
+    assert not outcome.may_retry
 
 
 async def test_error_before_the_post_sends_nothing_and_frees_the_slot():
-    @asynccontextmanager
-    async def around():
-        raise BatchStoppedError("enough")
-        yield
-
     async with ScriptedServer(accepted()) as server, make_client(server.url) as client:
+        slot = await client.submit_attempts().next_slot()
+        assert client.limiter.tasks.running == 1
         with pytest.raises(BatchStoppedError):
-            await client.submit(REQUEST, around_post=around)
+            async with slot:
+                raise BatchStoppedError("enough")
         assert server.seen == []
         assert client.limiter.tasks.running == 0
 

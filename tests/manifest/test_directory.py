@@ -195,8 +195,8 @@ def test_plan_counts_files_that_are_not_images(local):
     staging = Staging(f"{path}/.staged", "https://staged.example.com")
     plan = build_plan(Manifest(path, styles="oil"), references=References(staging))
     assert (plan.rows, plan.left_out, plan.to_pay) == (1, 3, 1)
-    assert "        3  other files left out" in str(plan)
-    assert "left out" not in str(build_plan(Manifest([{"prompt": "x"}])))
+    assert "        3  non-image files skipped" in str(plan)
+    assert "skipped" not in str(build_plan(Manifest([{"prompt": "x"}])))
 
 
 def test_folder_without_images_is_refused(local):

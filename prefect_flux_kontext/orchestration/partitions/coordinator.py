@@ -270,7 +270,7 @@ async def run_partitions(
     )
     if (
         left.to_pay
-        or left.standings[PlannedAction.OUTSTANDING_STATES]
+        or left.standings[PlannedAction.OUTSTANDING]
         or left.standings[PlannedAction.UNKNOWN]
     ):
         get_run_logger().info("What the partitions have left:\n%s", left)
