@@ -79,11 +79,14 @@ class Columns:
                     f"The manifest {url} has a column {name!r}; rename it to `{standard}`."
                 )
         if not {"image", "images", "prompt"} & set(self.names):
-            found = ", ".join(names)[:200]
+            if not any(name.strip() for name in names):
+                raise ManifestError(
+                    f"The manifest {url} has no column names; it needs a column `image` or "
+                    "`prompt`."
+                )
             raise ManifestError(
-                f"The manifest {url} has no column `image` or `prompt`; "
-                f"{f'its columns are: {found}' if found else 'it has no columns'}."
-                f"{_suggest_fix(names)}"
+                f"The manifest {url} has no column `image` or `prompt`; its columns are: "
+                f"{', '.join(names)[:200]}.{_suggest_fix(names)}"
             )
 
     def _apply_renames(self, url: str, names: list[str], renames: Mapping[str, str]) -> list[str]:
@@ -106,8 +109,6 @@ def _suggest_fix(names: Sequence[str]) -> str:
             return f" The delimiter seems to be {name}; use commas."
     if any("://" in name for name in names):
         return " The header seems to be missing; add a first line with the column names."
-    if not any(names):
-        return ""
     return (
         " If one of these columns holds the images, name it: --columns image=NAME (in a flow, "
         "columns)."

@@ -1,6 +1,6 @@
-"""Bad manifests, one of each kind: what is in them and what a run must say of them.
+"""Table of bad manifests, one of each kind, with the message that a run must give.
 
-`docs/bad-input.md` is written from this table: `python -m tests.manifest.bad_inputs`.
+`python -m tests.manifest.bad_inputs` generates `docs/bad-input.md` from this table.
 """
 
 import gzip
@@ -23,31 +23,49 @@ from tests.support.plans import build_plan
 from tests.support.served_folder import served_folder
 
 URL = "https://pictures.example.com/cat.jpg"
-HEAD = "id,image,prompt\n"
-GOOD = f"good,{URL},oil\n"
-TABLE = HEAD + GOOD
+HEADER = "id,image,prompt\n"
+GOOD_ROW = f"good,{URL},oil\n"
+TABLE = HEADER + GOOD_ROW
 PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
+INTRODUCTION = """\
+# Bad input
+
+`flux-kontext plan` and the start of each run check every row before anything is submitted.
+This page shows the message for each kind of bad input.
+
+- A message about the manifest, the styles or the output names stops the run. Nothing is
+  submitted.
+- A message about rows names each invalid row by its line. With `--skip-invalid`
+  (in a flow, `skip_invalid`) these rows are refused and the others are submitted.
+- `accepted` marks input that looks wrong but is valid. An id that is not a valid file name is
+  made safe.
+
+`python -m tests.manifest.bad_inputs` generates this page from `tests/manifest/bad_inputs.py`.
+
+| input | message |
+|---|---|
+"""
 
 
-class Bad(NamedTuple):
-    """A bad manifest.
+class BadInput(NamedTuple):
+    """A manifest that is bad, or looks bad but is accepted.
 
     Attributes:
-        what: Names it.
-        name: Its file name.
-        content: Its bytes or text; None for no file at all.
-        told: A part of the message; None where the input is fine after all.
-        style: The style for all rows: a name, or a file beside it.
-        styles: What is in that file.
+        title: Title of the case, on the page and in test ids.
+        file_name: File name of the manifest.
+        content: Content of the manifest; None for no file.
+        expected: Text that the message must contain; None if the input is accepted.
+        style: The style for all rows: a name, or a file beside the manifest.
+        styles: Content of the file of styles.
         names: The template of output names.
-        picture: What is in the file `x.jpg` beside it, if there is one.
-        served: The manifest comes from the web.
+        picture: Content of the file `x.jpg` beside the manifest, if there is one.
+        served: Whether the manifest is read from a web server.
     """
 
-    what: str
-    name: str
+    title: str
+    file_name: str
     content: bytes | str | None
-    told: str | None
+    expected: str | None
     style: str | None = None
     styles: str | None = None
     names: str | None = None
@@ -55,53 +73,53 @@ class Bad(NamedTuple):
     served: bool = False
 
 
-def csv(what, row, told):
-    """A row of CSV between two good ones."""
-    return Bad(what, "m.csv", f"{HEAD}{GOOD}{row}\nlast,{URL},ink\n", told)
+def csv_row(title, row, expected):
+    """Return a CSV manifest with a row between two valid ones."""
+    return BadInput(title, "m.csv", f"{HEADER}{GOOD_ROW}{row}\nlast,{URL},ink\n", expected)
 
 
-def ident(what, text, told):
-    """An id."""
-    return csv(what, f'"{text}",{URL},pencil', told)
+def row_id(title, text, expected):
+    """Return a CSV manifest with an id."""
+    return csv_row(title, f'"{text}",{URL},pencil', expected)
 
 
-def reference(what, url, told):
-    """A reference image."""
-    return csv(what, f'x,"{url}",pencil', told)
+def reference(title, url, expected):
+    """Return a CSV manifest with a reference image."""
+    return csv_row(title, f'x,"{url}",pencil', expected)
 
 
-def picture_file(what, content, told):
-    """A file of an image beside the manifest."""
-    return reference(what, "x.jpg", told)._replace(picture=content)
+def picture_file(title, content, expected):
+    """Return a CSV manifest with an image file beside it."""
+    return reference(title, "x.jpg", expected)._replace(picture=content)
 
 
-def line(what, text, told):
-    """A line of JSON between two good ones."""
-    return Bad(what, "m.jsonl", f'{{"prompt": "a"}}\n{text}\n{{"prompt": "b"}}\n', told)
+def json_line(title, text, expected):
+    """Return a JSON Lines manifest with a line between two valid ones."""
+    return BadInput(title, "m.jsonl", f'{{"prompt": "a"}}\n{text}\n{{"prompt": "b"}}\n', expected)
 
 
-def output(what, text, told):
-    """An output name."""
-    head = HEAD.replace("\n", ",output\n")
-    return Bad(what, "m.csv", f"{head}good,{URL},oil,good\nx,{URL},ink,{text}\n", told)
+def output_name(title, text, expected):
+    """Return a CSV manifest with an output name."""
+    head = HEADER.replace("\n", ",output\n")
+    return BadInput(title, "m.csv", f"{head}good,{URL},oil,good\nx,{URL},ink,{text}\n", expected)
 
 
-def names(what, text, told):
-    """A template of output names."""
-    return Bad(what, "m.csv", f"{HEAD}{GOOD}x,{URL},ink\n", told, names=text)
+def names_template(title, text, expected):
+    """Return a valid manifest with a template of output names."""
+    return BadInput(title, "m.csv", f"{HEADER}{GOOD_ROW}x,{URL},ink\n", expected, names=text)
 
 
-def styles(what, text, told):
-    """A file of styles."""
-    return Bad(what, "m.csv", TABLE, told, style="own.yaml", styles=text)
+def style_file(title, text, expected):
+    """Return a valid manifest with a file of styles."""
+    return BadInput(title, "m.csv", TABLE, expected, style="own.yaml", styles=text)
 
 
-def template(what, text, told):
-    """A prompt that is a template."""
-    return Bad(what, "m.csv", f'id,mood,prompt\nx,,"{text}"\n', told)
+def prompt_template(title, text, expected):
+    """Return a CSV manifest with a prompt template."""
+    return BadInput(title, "m.csv", f'id,mood,prompt\nx,,"{text}"\n', expected)
 
 
-def parquet(column):
+def parquet_file(column):
     file = io.BytesIO()
     pq.write_table(pa.table({"prompt": column}), file, compression="zstd")
     return file.getvalue()
@@ -109,56 +127,77 @@ def parquet(column):
 
 _LONG = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000, pa.int32()), ["x" * 1_000_000])
 
-BAD = [
-    Bad("no such file", "none.csv", None, "There is no manifest at"),
-    Bad("an empty file", "m.csv", "", "names nothing"),
-    Bad("a header only", "m.csv", HEAD, "has no rows"),
-    Bad("no header", "m.csv", GOOD, "It seems to have no line of column names"),
-    Bad("a missing column", "m.csv", f"id,file\n1,{URL}\n", "neither a column `image` nor"),
-    Bad("a column twice", "m.csv", "id,prompt,prompt\n1,a,b\n", "has a column twice"),
-    Bad("a column in other letters", "m.csv", "ID,Prompt\n1,a\n", "spell it `id`"),
-    ident("an id twice", "good", "is on line 2 already"),
-    ident("ids equal but for case", "GOOD", "is on line 2 already"),
-    Bad(
-        "ids equal but for their Unicode form",
+BAD_INPUTS = [
+    BadInput("no such file", "none.csv", None, "There is no manifest at"),
+    BadInput("an empty file", "m.csv", "", "has no column names"),
+    BadInput("a header only", "m.csv", HEADER, "has no rows"),
+    BadInput("no header", "m.csv", GOOD_ROW, "header seems to be missing"),
+    BadInput("a missing column", "m.csv", f"id,file\n1,{URL}\n", "no column `image` or `prompt`"),
+    BadInput("a duplicate column", "m.csv", "id,prompt,prompt\n1,a,b\n", "duplicate columns"),
+    BadInput("a column in another case", "m.csv", "ID,Prompt\n1,a\n", "rename it to `id`"),
+    row_id("a duplicate id", "good", "first used on line 2"),
+    row_id("ids that differ only in case", "GOOD", "first used on line 2"),
+    BadInput(
+        "ids that differ only in Unicode form",
         "m.csv",
-        f"{HEAD}caf\u00e9,{URL},a\ncafe\u0301,{URL},b\n",
-        "is on line 2 already",
+        f"{HEADER}caf\u00e9,{URL},a\ncafe\u0301,{URL},b\n",
+        "first used on line 2",
     ),
-    csv("a blank id", f",{URL},pencil", None),
-    ident("an id of spaces", "   ", None),
-    ident("an id that leads out", "../../etc/passwd", "leads out of the output"),
-    ident("an absolute id", "/etc/passwd", "is an absolute path"),
-    ident("a NUL in an id", "a\0b", "holds a NUL character"),
-    ident("a line end in an id", "a\nb", "cannot be seen"),
-    ident("an id of 5,000 characters", "x" * 5_000, "has at most 200"),
-    ident("an id that Windows reserves", "CON", "is reserved on Windows"),
-    ident("an id that turns the text around", "a\u202egpj", "cannot be seen"),
-    ident("an id that spreadsheets compute", "=cmd|' /C calc'!A0", None),
-    Bad("a byte order mark", "m.csv", (HEAD + GOOD).encode("utf-8-sig"), None),
-    Bad("UTF-16", "m.csv", (HEAD + GOOD).encode("utf-16"), "save the manifest as UTF-8"),
-    Bad("UTF-16 unmarked", "m.csv", (HEAD + GOOD).encode("utf-16-le"), "save the manifest as"),
-    Bad("Latin-1", "m.csv", f"{HEAD}x,{URL},\u00e9t\u00e9\n".encode("latin-1"), "not in UTF-8"),
-    csv("a row that is too short", f"x,{URL}", "2 cells where there are 3 columns"),
-    csv("a row that is too long", f"x,{URL},oil, thick", "1 cells more than there are"),
-    csv("a quote that never ends", f'x,{URL},"oil', "a quote that is never closed"),
-    Bad("semicolons", "m.csv", (HEAD + GOOD).replace(",", ";"), "separated by semicolons"),
-    csv("a cell of a megabyte", f"x,{URL},{'x' * 900_000}", "larger than field limit"),
-    csv("a cell of ten megabytes", f"x,{URL},{'x' * 10_000_000}", "more than 1,000,000 char"),
-    Bad("carriage returns alone", "m.csv", (HEAD + GOOD).replace("\n", "\r"), None),
-    Bad("an HTML error page", "m.csv", "<!DOCTYPE html>\n<p>403</p>\n", "a page of HTML"),
-    reference("a local file that is not there", "/data/cat.jpg", "'/data/cat.jpg' is not there"),
+    csv_row("a blank id", f",{URL},pencil", None),
+    row_id("an id of spaces", "   ", None),
+    row_id("an id that leads out of the output", "../../etc/passwd", "leads out of the output"),
+    row_id("an absolute id", "/etc/passwd", "is an absolute path"),
+    row_id("a NUL in an id", "a\0b", "contains a NUL character"),
+    row_id("a line end in an id", "a\nb", "cannot be seen"),
+    row_id("an id of 5,000 characters", "x" * 5_000, "the limit is 200"),
+    row_id("an id that Windows reserves", "CON", "is reserved on Windows"),
+    row_id("an id with a right-to-left override", "a\u202egpj", "cannot be seen"),
+    row_id("an id that is a spreadsheet formula", "=cmd|' /C calc'!A0", None),
+    BadInput("a byte order mark", "m.csv", (HEADER + GOOD_ROW).encode("utf-8-sig"), None),
+    BadInput(
+        "UTF-16", "m.csv", (HEADER + GOOD_ROW).encode("utf-16"), "save the manifest as UTF-8"
+    ),
+    BadInput(
+        "UTF-16 without a byte order mark",
+        "m.csv",
+        (HEADER + GOOD_ROW).encode("utf-16-le"),
+        "save the manifest as",
+    ),
+    BadInput(
+        "Latin-1", "m.csv", f"{HEADER}x,{URL},\u00e9t\u00e9\n".encode("latin-1"), "is not UTF-8"
+    ),
+    csv_row("a row that is too short", f"x,{URL}", "has 2 of 3 cells"),
+    csv_row("a row that is too long", f"x,{URL},oil, thick", "1 more cell than columns"),
+    csv_row("an unclosed quote", f'x,{URL},"oil', "a quote that is never closed"),
+    BadInput(
+        "semicolons",
+        "m.csv",
+        (HEADER + GOOD_ROW).replace(",", ";"),
+        "delimiter seems to be semicolons",
+    ),
+    csv_row("a cell of a megabyte", f"x,{URL},{'x' * 900_000}", "larger than field limit"),
+    csv_row("a cell of ten megabytes", f"x,{URL},{'x' * 10_000_000}", "more than 1,000,000 char"),
+    BadInput(
+        "lines that end in carriage returns",
+        "m.csv",
+        (HEADER + GOOD_ROW).replace("\n", "\r"),
+        None,
+    ),
+    BadInput(
+        "an HTML error page", "m.csv", "<!DOCTYPE html>\n<p>403</p>\n", "an HTML or XML page"
+    ),
+    reference("a missing local file", "/data/cat.jpg", "'/data/cat.jpg' is not there"),
     reference("a local folder", "/etc", "is a folder"),
-    reference("file: of no image", "file:///etc/passwd", "is text by its content"),
+    reference("file: that is not an image", "file:///etc/passwd", "is text by its content"),
     reference(
         "file: in a manifest from the web", "file:///etc/passwd", "is a local file, and"
     )._replace(served=True),
     reference("gist:", "gist://1/cat.jpg", "not an http or https URL"),
     reference("data:", "data:image/png;base64,AAAA", "not an http or https URL"),
-    reference("filesystems in a chain", "zip://x.jpg::s3://a/b.zip", "not an http or https URL"),
+    reference("chained filesystems", "zip://x.jpg::s3://a/b.zip", "not an http or https URL"),
     picture_file("an empty image", b"", "is an empty file"),
     picture_file("an image that is text", b"a cat, in words", "is text by its content"),
-    picture_file("an image that is a page of HTML", b"<!DOCTYPE html><p>403", "a page of HTML"),
+    picture_file("an image that is an HTML page", b"<!DOCTYPE html><p>403", "a page of HTML"),
     picture_file("an SVG", b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG"),
     picture_file("a GIF", pictures.picture("gif"), "is a GIF"),
     picture_file("a truncated JPEG", pictures.picture()[:-1_000], "is cut off or damaged"),
@@ -172,80 +211,97 @@ BAD = [
     reference("a cloud's metadata service", "http://169.254.169.254/x", "link-local"),
     reference("a password in a URL", "https://me:word@a.example.com/x", "user name or password"),
     reference("no scheme", "pictures.example.com/cat.jpg", "example.com/cat.jpg' is not there"),
-    reference("a line end in a URL", "https://a.example.com/\r\nx", "cannot be seen"),
-    line("a torn last line", '{"prompt": "x', "is not JSON"),
-    line("an array", '["x"]', "is not an object but list"),
-    line("NaN", '{"prompt": "x", "n": NaN}', "NaN is not JSON"),
-    line("a name twice", '{"prompt": "x", "prompt": "y"}', "it names prompt twice"),
-    line("100,000 levels", '{"prompt": "x", "n": ' + "[" * 100_000, "nested too deeply"),
-    Bad(
-        "a number and its text as ids",
+    reference("a line end in a URL", "https://a.example.com/\r\nx", "an invisible character"),
+    json_line("a truncated line", '{"prompt": "x', "is not valid JSON"),
+    json_line("an array", '["x"]', "expected an object, got list"),
+    json_line("NaN", '{"prompt": "x", "n": NaN}', "NaN is not valid JSON"),
+    json_line("a duplicate name", '{"prompt": "x", "prompt": "y"}', "duplicate name prompt"),
+    json_line(
+        "100,000 nested arrays", '{"prompt": "x", "n": ' + "[" * 100_000, "nested too deeply"
+    ),
+    BadInput(
+        "a number and the same text as ids",
         "m.jsonl",
         '{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n',
-        "is on line 1 already",
+        "first used on line 1",
     ),
-    line(
-        "a number of 5,000 digits", '{"id": ' + "1" * 5_000 + "}", "number of thousands of digits"
+    json_line(
+        "a number of 5,000 digits",
+        '{"id": ' + "1" * 5_000 + "}",
+        "number with thousands of digits",
     ),
-    line("half a character", '{"prompt": "\\ud800"}', "holds half a character"),
-    Bad("JSON over several lines", "m.json", '[\n{"prompt": "x"}\n]\n', "JSON over several"),
-    Bad(
-        "a truncated gzip", "m.csv.gz", gzip.compress((HEAD + GOOD).encode())[:-9], "end-of-stream"
+    json_line("half a character", '{"prompt": "\\ud800"}', "contains half a character"),
+    BadInput("multi-line JSON", "m.json", '[\n{"prompt": "x"}\n]\n', "is multi-line JSON"),
+    BadInput(
+        "a truncated gzip",
+        "m.csv.gz",
+        gzip.compress((HEADER + GOOD_ROW).encode())[:-9],
+        "end-of-stream",
     ),
-    Bad("a gzip bomb", "m.csv.gz", gzip.compress(bytes(30_000_000)), "1,000,000 characters"),
-    Bad("a truncated Parquet", "m.parquet", parquet(["x"])[:-9], "cannot be read"),
-    Bad("a Parquet bomb", "m.parquet", parquet(_LONG), "a cell of 1,000,000 bytes"),
-    output("an output name that leads out", "../../etc/passwd", "leads out of the output"),
-    output("an absolute output name", "/etc/passwd", "is an absolute path"),
-    output("an output name with a backslash", "a\\b", "holds a backslash"),
-    output("an output name that Windows reserves", "nul.jpg", "is reserved on Windows"),
-    output("an output name of 5,000 characters", "x" * 5_000, "more than 80 characters"),
-    output("an output name in the ledger", "_ledger/rows/x", "the batch's own _ledger"),
-    output("an output name of a file of ours", "failed.csv", "the batch's own failed.csv"),
-    output("an output name of another kind", "x.png", "is not jpeg"),
-    output("output names equal but for case", "GOOD.jpg", "is that of line 2 already"),
-    names("names by a column that is not there", "{sku}/{id}.{ext}", "need a column 'sku'"),
-    names("names that are no template", "../{id!r}.jpg", "cannot be used"),
-    names("one name for all rows", "all.{ext}", "is that of line 2 already"),
-    Bad("an unknown style", "m.csv", f"image,style\n{URL},watercolor\n", "did you mean"),
-    Bad("an unknown style for all rows", "m.csv", TABLE, "did you mean", style="watercolor"),
-    Bad("no such file of styles", "m.csv", TABLE, "There are no styles at", style="none.yaml"),
-    styles("styles that are a list", "- ink\n", "are not a mapping"),
-    styles("a style with an unknown field", "ink: {prompt: x, size: 9}", "no field `size`"),
-    styles("a style with an unknown ratio", "a: {prompt: x, aspect_ratio: '2:1'}", "'21:9'"),
-    styles("a style twice", "ink: x\nink: y\n", "it names 'ink' twice"),
-    styles("a style that leads out", "../ink: x\n", "the name leads out"),
-    styles("a bomb of YAML", "a: &a [x]\nb: &b [*a, *a]\nc: [*b]\n", "holds an alias"),
-    styles("an object in YAML", "a: !!python/object/apply:os.getcwd []", "could not determine"),
-    styles("styles of two megabytes", f"ink: {'x' * 2_000_000}", "more than 1,000,000 bytes"),
-    template("a template of a missing column", "{{ colour }}", "no column 'colour'; there are id"),
-    template("a template of an empty cell", "a {{ mood }} cat", "the column 'mood' is empty"),
-    template("an endless loop", "{% for x in range(9**9) %}x{% endfor %}", "holds a loop"),
-    template("a template that calls", "{{ lipsum() }}", "holds a call"),
-    template("a template that reaches inside", "{{ id.__class__ }}", "a look inside a value"),
-    template("a template of a gigabyte", "{{ 'x' * 10**9 }}", "holds arithmetic"),
-    template("a nested bomb", "{{ " + "(" * 9_000, "nested too deeply"),
-    template("a template that holds itself", "{{ prompt }}{{ prompt }}", "cannot hold itself"),
-    template("a template that is not closed", "a {{ colour", "cannot be read"),
-    Bad("a folder without images", "photos/", None, "There are no images at", style="oil"),
-    Bad("images without a prompt", "more/x.jpg", b"\xff\xd8", "need a prompt or styles"),
-    csv("an empty prompt", f"x,{URL},", "prompt is missing"),
-    csv("a prompt of 10,001 characters", f"x,{URL},{'x' * 10_001}", "at most 10000 characters"),
-    Bad("an unknown mode", "m.csv", "prompt,mode\nx,turbo\n", "should be 'pro' or 'max'"),
-    Bad("an unknown ratio", "m.csv", "prompt,aspect_ratio\nx,2:1\n", "should be '21:9'"),
-    Bad("an unknown format", "m.csv", "prompt,output_format\nx,gif\n", "'jpeg' or 'png'"),
-    Bad("an unknown provider", "m.csv", "prompt,provider\nx,best\n", "should be 'auto'"),
+    BadInput("a gzip bomb", "m.csv.gz", gzip.compress(bytes(30_000_000)), "1,000,000 characters"),
+    BadInput("a truncated Parquet", "m.parquet", parquet_file(["x"])[:-9], "cannot be read"),
+    BadInput("a Parquet bomb", "m.parquet", parquet_file(_LONG), "a cell of 1,000,000 bytes"),
+    output_name("an output name outside the output", "../../x", "leads out of the output"),
+    output_name("an absolute output name", "/etc/passwd", "is an absolute path"),
+    output_name("an output name with a backslash", "a\\b", "contains a backslash"),
+    output_name("an output name that Windows reserves", "nul.jpg", "is reserved on Windows"),
+    output_name("an output name of 5,000 characters", "x" * 5_000, "more than 80 characters"),
+    output_name("an output name in the ledger", "_ledger/rows/x", "the batch's own _ledger"),
+    output_name("an output name of a batch file", "failed.csv", "the batch's own failed.csv"),
+    output_name("an output name of another format", "x.png", "output_format is jpeg"),
+    output_name("output names that differ only in case", "GOOD.jpg", "first used on line 2"),
+    names_template("a template of names with a missing column", "{sku}/{id}.{ext}", "'sku' that"),
+    names_template("an invalid template of names", "../{id!r}.jpg", "cannot be used"),
+    names_template("one name for all rows", "all.{ext}", "first used on line 2"),
+    BadInput("an unknown style", "m.csv", f"image,style\n{URL},watercolor\n", "did you mean"),
+    BadInput("an unknown style for all rows", "m.csv", TABLE, "did you mean", style="watercolor"),
+    BadInput(
+        "a missing file of styles", "m.csv", TABLE, "There are no styles at", style="none.yaml"
+    ),
+    style_file("styles that are a list", "- ink\n", "are not a mapping"),
+    style_file("a style with an unknown field", "ink: {prompt: x, size: 9}", "no field `size`"),
+    style_file("a style with an unknown ratio", "a: {prompt: x, aspect_ratio: '2:1'}", "'21:9'"),
+    style_file("a duplicate style", "ink: x\nink: y\n", "it names 'ink' twice"),
+    style_file("a style outside the output", "../ink: x\n", "the name leads out"),
+    style_file("a YAML bomb", "a: &a [x]\nb: &b [*a, *a]\nc: [*b]\n", "holds an alias"),
+    style_file(
+        "an object in YAML", "a: !!python/object/apply:os.getcwd []", "could not determine"
+    ),
+    style_file("a file of styles of 2 MB", f"ink: {'x' * 2_000_000}", "more than 1,000,000 bytes"),
+    prompt_template(
+        "a template with a missing column", "{{ colour }}", "no column 'colour'; there are id"
+    ),
+    prompt_template(
+        "a template with an empty cell", "a {{ mood }} cat", "the column 'mood' is empty"
+    ),
+    prompt_template("an endless loop", "{% for x in range(9**9) %}x{% endfor %}", "holds a loop"),
+    prompt_template("a template that calls", "{{ lipsum() }}", "holds a call"),
+    prompt_template("a template with an attribute", "{{ id.__class__ }}", "a look inside a value"),
+    prompt_template("a template that makes a gigabyte", "{{ 'x' * 10**9 }}", "holds arithmetic"),
+    prompt_template("a nested bomb", "{{ " + "(" * 9_000, "nested too deeply"),
+    prompt_template("a template of itself", "{{ prompt }}{{ prompt }}", "cannot contain itself"),
+    prompt_template("an unclosed template", "a {{ colour", "cannot be read"),
+    BadInput("a folder without images", "photos/", None, "There are no images at", style="oil"),
+    BadInput("images without a prompt", "more/x.jpg", b"\xff\xd8", "need a prompt or a style"),
+    csv_row("an empty prompt", f"x,{URL},", "prompt is missing"),
+    csv_row(
+        "a prompt of 10,001 characters", f"x,{URL},{'x' * 10_001}", "at most 10000 characters"
+    ),
+    BadInput("an unknown mode", "m.csv", "prompt,mode\nx,turbo\n", "should be 'pro' or 'max'"),
+    BadInput("an unknown ratio", "m.csv", "prompt,aspect_ratio\nx,2:1\n", "should be '21:9'"),
+    BadInput("an unknown format", "m.csv", "prompt,output_format\nx,gif\n", "'jpeg' or 'png'"),
+    BadInput("an unknown provider", "m.csv", "prompt,provider\nx,best\n", "should be 'auto'"),
 ]
 
 
-def message(bad, folder):
-    """What a run says of it before anything is submitted; None where it would go on."""
-    path = Path(folder) / bad.name
+def get_message(bad, folder):
+    """Return the message of a plan for the input, or None if the plan accepts it."""
+    path = Path(folder) / bad.file_name
     path.parent.mkdir(exist_ok=True)
     if bad.content is not None:
         content = bad.content
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if bad.name.endswith("/"):
+    if bad.file_name.endswith("/"):
         path.mkdir()
     if bad.styles is not None:
         (Path(folder) / bad.style).write_text(bad.styles)
@@ -254,46 +310,39 @@ def message(bad, folder):
     references = References(Staging(f"{folder}/staged", "https://staged.example.com"))
     try:
         with served_folder(folder) if bad.served else nullcontext() as served:
-            url = f"{served}/{bad.name}" if served else manifest_of(bad, folder)
-            made = Manifest(url, styles=style_of(bad, folder), names=bad.names)
+            url = f"{served}/{bad.file_name}" if served else manifest_path(bad, folder)
+            made = Manifest(url, styles=style_option(bad, folder), names=bad.names)
             build_plan(made, references=references).check(skip_invalid=False)
     except FluxKontextError as error:
         return error.message
     return None
 
 
-def manifest_of(bad, folder):
-    """What to give as the manifest: of an image its folder."""
-    return str(Path(folder) / bad.name.removesuffix("x.jpg"))
+def manifest_path(bad, folder):
+    """Return the manifest to pass: for an image, its folder."""
+    return str(Path(folder) / bad.file_name.removesuffix("x.jpg"))
 
 
-def style_of(bad, folder):
-    """What to give as the style: a file by its path."""
+def style_option(bad, folder):
+    """Return the style to pass: for a file, its path."""
     if bad.style is None or "." not in bad.style:
         return bad.style
     return str(Path(folder) / bad.style)
 
 
-def page():
-    """The table as a page."""
+def render_page():
+    """Return the page with the message of every input."""
     rows = []
-    for bad in BAD:
+    for bad in BAD_INPUTS:
         with tempfile.TemporaryDirectory() as folder:
-            told = message(bad, folder)
-            shown = "accepted" if told is None else told.replace(f"{folder}/", "")
+            message = get_message(bad, folder)
+            shown = "accepted" if message is None else message.replace(f"{folder}/", "")
             shown = re.sub(r"http://127\.0\.0\.1:\d+/", "https://example.com/", shown)
-        shown = shown.partition(" Fix them")[0].partition("Fix them.")[0].strip()
-        shown = shown.replace("\n", " ").replace("|", "\\|")
-        rows.append(f"| {bad.what} | {shown if len(shown) < 400 else shown[:400] + '…'} |")
-    head = (
-        "# Bad input, and what is said of it\n\nEach of these is known before anything is "
-        "submitted, and in a run that skips invalid\nrows only the rows named are left out. "
-        "Ids that are accepted are made safe as file names.\nWritten from the table of "
-        "`tests/manifest/bad_inputs.py` by `python -m tests.manifest.bad_inputs`.\n\n"
-        "| input | message |\n|---|---|\n"
-    )
-    return head + "\n".join(rows) + "\n"
+        # Every message about rows ends with the same advice.
+        shown = shown.partition(" Fix them")[0].strip().replace("\n", " ").replace("|", "\\|")
+        rows.append(f"| {bad.title} | {shown if len(shown) < 400 else shown[:400] + '…'} |")
+    return INTRODUCTION + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(render_page(), encoding="utf-8")

@@ -1,43 +1,43 @@
-"""Every bad manifest of the table gets a clear message, and no request is made for it."""
+"""Every bad input of the table gets its message, and none of them makes a paid request."""
 
 import pytest
 
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.manifest.bad_inputs import BAD, PAGE, manifest_of, message, style_of
+from tests.manifest.bad_inputs import BAD_INPUTS, PAGE, get_message, manifest_path, style_option
 
 
-@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.what)
-def test_a_bad_manifest_is_told_by_name_with_its_reason(bad, tmp_path):
-    told = message(bad, tmp_path)
-    if bad.told is None:
-        assert told is None
+@pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.title)
+def test_bad_input_is_named_with_its_reason(bad, tmp_path):
+    message = get_message(bad, tmp_path)
+    if bad.expected is None:
+        assert message is None
     else:
-        assert bad.told in told
+        assert bad.expected in message
         if bad.style is None and bad.names is None:
-            assert bad.name.removesuffix("x.jpg").rstrip("/") in told
+            assert bad.file_name.removesuffix("x.jpg").rstrip("/") in message
 
 
-def test_no_bad_manifest_makes_a_request_that_is_paid(tmp_path, monkeypatch):
+def test_bad_input_makes_no_paid_request(tmp_path, monkeypatch):
     key = "key-of-the-tests"
     with running_sandbox(SandboxSettings(mean=0.05, long_edge=16, api_key=key)) as sandbox:
         monkeypatch.setenv("FLUX_KONTEXT_API_KEY", key)
         monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", sandbox.url)
         monkeypatch.setenv("FLUX_KONTEXT_STAGING_URL", str(tmp_path / "staged"))
         monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", sandbox.url)
-        for number, bad in enumerate(BAD):
+        for number, bad in enumerate(BAD_INPUTS):
             folder = tmp_path / str(number)
             folder.mkdir()
-            message(bad, folder)
-            if bad.told is not None:
-                options = ["--style", style_of(bad, folder)] if bad.style else []
+            get_message(bad, folder)
+            if bad.expected is not None:
+                options = ["--style", style_option(bad, folder)] if bad.style else []
                 options += ["--names", bad.names] if bad.names else []
-                run = ["run", manifest_of(bad, folder), str(folder / "out"), *options]
-                assert main(run) == 2, bad.what
+                run = ["run", manifest_path(bad, folder), str(folder / "out"), *options]
+                assert main(run) == 2, bad.title
         assert sandbox.service.bill()["accepted"] == 0
 
 
-def test_the_page_names_them_all():
+def test_page_lists_every_bad_input():
     page = PAGE.read_text(encoding="utf-8")
-    assert all(f"| {bad.what} |" in page for bad in BAD)
+    assert all(f"| {bad.title} |" in page for bad in BAD_INPUTS)

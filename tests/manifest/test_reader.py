@@ -112,8 +112,8 @@ def test_quoted_cell_keeps_commas_and_line_ends(manifest):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "it has no columns"),
-        (b"\n\n", "it has no columns"),
+        (b"", "has no column names"),
+        (b"\n\n", "has no column names"),
         (b"id,image,prompt\n", "has no rows"),
         (b"id,image,prompt\n,,\n\n", "has no rows"),
         (
