@@ -100,46 +100,6 @@ class Columns:
         return [standard_names.get(name, name) for name in names]
 
 
-def _suggest_fix(names: Sequence[str]) -> str:
-    text = "".join(names)
-    if text.lstrip().startswith("<"):
-        return " The file looks like an HTML or XML page, such as an error page."
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "pipes")):
-        if len(names) == 1 and delimiter in text:
-            return f" The delimiter seems to be {name}; use commas."
-    if any("://" in name for name in names):
-        return " The header seems to be missing; add a first line with the column names."
-    return (
-        " If one of these columns holds the images, name it: --columns image=NAME (in a flow, "
-        "columns)."
-    )
-
-
-def to_text(value: Any) -> str:
-    """Convert a typed value to the text of a cell: lists and objects as JSON, None as empty.
-
-    Raises:
-        ValueError: The value has no text form: NaN, infinity or bytes.
-    """
-    match value:
-        case None:
-            return ""
-        case str():
-            return value
-        case bool():
-            return "true" if value else "false"
-        case float() if not math.isfinite(value):
-            raise ValueError(f"{value} is not a valid number")
-        case int() | float():
-            return str(value)
-        case list() | dict():
-            return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-        case bytes() | bytearray() | memoryview():
-            raise ValueError("the cell holds bytes, not text")
-        case _:
-            return str(value)
-
-
 def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
     """Convert the typed values of a row to cells.
 
@@ -168,3 +128,43 @@ def find_cell_problem(cells: Mapping[str, str]) -> str | None:
             except UnicodeEncodeError:
                 return f"{name} contains half a character (a lone surrogate)"
     return None
+
+
+def to_text(value: Any) -> str:
+    """Convert a typed value to the text of a cell: lists and objects as JSON, None as empty.
+
+    Raises:
+        ValueError: The value has no text form: NaN, infinity or bytes.
+    """
+    match value:
+        case None:
+            return ""
+        case str():
+            return value
+        case bool():
+            return "true" if value else "false"
+        case float() if not math.isfinite(value):
+            raise ValueError(f"{value} is not a valid number")
+        case int() | float():
+            return str(value)
+        case list() | dict():
+            return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        case bytes() | bytearray() | memoryview():
+            raise ValueError("the cell holds bytes, not text")
+        case _:
+            return str(value)
+
+
+def _suggest_fix(names: Sequence[str]) -> str:
+    text = "".join(names)
+    if text.lstrip().startswith("<"):
+        return " The file looks like an HTML or XML page, such as an error page."
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "pipes")):
+        if len(names) == 1 and delimiter in text:
+            return f" The delimiter seems to be {name}; use commas."
+    if any("://" in name for name in names):
+        return " The header seems to be missing; add a first line with the column names."
+    return (
+        " If one of these columns holds the images, name it: --columns image=NAME (in a flow, "
+        "columns)."
+    )

@@ -72,6 +72,111 @@ def as_manifest_error(url: str) -> Iterator[None]:
         raise ManifestError(f"The manifest {url} cannot be read: {reason}") from None
 
 
+def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iterator[Line]:
+    """Yield the rows of a CSV or TSV file in UTF-8, reading no further than needed.
+
+    Raises:
+        ManifestError: The file is not a valid table. Raised when the invalid line is reached.
+        Exception: What the filesystem or the decoder raises.
+    """
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    lines = _read_text_lines(url, line_ends_at_cr=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    first_line = 1
+    try:
+        header = next(reader, [])
+        _check_encoding(header, 1, url)
+        if "\0" in "".join(header):
+            raise ManifestError(
+                f"Line 1 of {url} contains NUL characters, as in UTF-16; save the manifest as "
+                "UTF-8."
+            )
+        columns = Columns(url, header, renames).names
+        width = max(number for number, name in enumerate(columns, start=1) if name)
+        first_line = reader.line_num + 1
+        for values in reader:
+            number = reader.line_num
+            _check_encoding(values, number, url)
+            # Spreadsheets end a table with empty rows and columns.
+            if any(text.strip() for text in values):
+                cells = dict(zip(columns, values, strict=False))
+                problem = _find_width_problem(columns, width, values)
+                yield Line(number, cells, problem or find_cell_problem(cells))
+            first_line = number + 1
+    except csv.Error as error:
+        has_open_quote = first_line < reader.line_num or "end of data" in str(error)
+        hint = f"; the row starts on line {first_line} and may have a quote that is never closed"
+        raise ManifestError(
+            f"Line {reader.line_num} of {url} is not valid CSV: {error}"
+            f"{hint if has_open_quote else ''}."
+        ) from None
+
+
+def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
+    """Yield the rows of a JSON Lines file in UTF-8, reading no further than needed.
+
+    A line that is not an object is yielded with its problem; the lines after it are still read.
+
+    Raises:
+        ManifestError: The file is not JSON Lines.
+        Exception: What the filesystem or the decoder raises.
+    """
+    columns: dict[tuple[str, ...], list[str]] = {}
+    unseen = set(renames.values())
+    for number, line in enumerate(_read_text_lines(url, line_ends_at_cr=False), start=1):
+        text = line.strip()
+        if not text:
+            continue
+        if number == 1 and text in ("[", "{", "[{"):
+            raise ManifestError(
+                f"The manifest {url} is multi-line JSON; write one object on each line."
+            )
+        if number == 1 and text.startswith(("<", "\udcff", "\udcfe")):
+            raise ManifestError(
+                f"The manifest {url} is not JSON Lines in UTF-8; it starts with {text[:30]!r}."
+            )
+        try:
+            values = _parse_object(text)
+        except (ValueError, RecursionError) as error:
+            yield Line(number, {}, _explain_error(error))
+            continue
+        shape = tuple(values)
+        if shape not in columns:
+            unseen.difference_update(shape)
+            if len(columns) == _MAX_CACHED_SHAPES:
+                columns.clear()
+            try:
+                columns[shape] = resolve_columns(url, shape, renames)
+            except ManifestError as error:
+                yield Line(number, {}, error.message.rstrip("."))
+                continue
+        cells, problem = to_cells(dict(zip(columns[shape], values.values(), strict=True)))
+        yield Line(number, cells, problem)
+    check_renames_used(url, unseen)
+
+
+def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
+    """Return the standard column names of one object, which may omit renamed columns.
+
+    Raises:
+        ManifestError: The columns are invalid.
+    """
+    present = {standard: name for standard, name in renames.items() if name in names}
+    return Columns(url, names, present).names
+
+
+def check_renames_used(url: str, unseen: set[str]) -> None:
+    """Check, after the last row, that every renamed column appeared in some row.
+
+    Raises:
+        ManifestError: A renamed column did not appear.
+    """
+    if unseen:
+        raise ManifestError(
+            f"No row of {url} has a column {', '.join(sorted(unseen))}, which --columns names."
+        )
+
+
 def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
     """Yield the lines of a file, with their line ends.
 
@@ -168,46 +273,6 @@ class _ZstandardReader(io.RawIOBase):
         return len(chunk)
 
 
-def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iterator[Line]:
-    """Yield the rows of a CSV or TSV file in UTF-8, reading no further than needed.
-
-    Raises:
-        ManifestError: The file is not a valid table. Raised when the invalid line is reached.
-        Exception: What the filesystem or the decoder raises.
-    """
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
-    lines = _read_text_lines(url, line_ends_at_cr=True)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    first_line = 1
-    try:
-        header = next(reader, [])
-        _check_encoding(header, 1, url)
-        if "\0" in "".join(header):
-            raise ManifestError(
-                f"Line 1 of {url} contains NUL characters, as in UTF-16; save the manifest as "
-                "UTF-8."
-            )
-        columns = Columns(url, header, renames).names
-        width = max(number for number, name in enumerate(columns, start=1) if name)
-        first_line = reader.line_num + 1
-        for values in reader:
-            number = reader.line_num
-            _check_encoding(values, number, url)
-            # Spreadsheets end a table with empty rows and columns.
-            if any(text.strip() for text in values):
-                cells = dict(zip(columns, values, strict=False))
-                problem = _find_width_problem(columns, width, values)
-                yield Line(number, cells, problem or find_cell_problem(cells))
-            first_line = number + 1
-    except csv.Error as error:
-        has_open_quote = first_line < reader.line_num or "end of data" in str(error)
-        hint = f"; the row starts on line {first_line} and may have a quote that is never closed"
-        raise ManifestError(
-            f"Line {reader.line_num} of {url} is not valid CSV: {error}"
-            f"{hint if has_open_quote else ''}."
-        ) from None
-
-
 def _find_width_problem(columns: list[str], width: int, values: list[str]) -> str | None:
     surplus = sum(1 for text in values[len(columns) :] if text.strip())
     if surplus:
@@ -227,71 +292,6 @@ def _check_encoding(values: list[str], line: int, url: str) -> None:
             raise ManifestError(
                 f"Line {line} of {url} is not UTF-8; save the manifest as UTF-8."
             ) from None
-
-
-def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
-    """Yield the rows of a JSON Lines file in UTF-8, reading no further than needed.
-
-    A line that is not an object is yielded with its problem; the lines after it are still read.
-
-    Raises:
-        ManifestError: The file is not JSON Lines.
-        Exception: What the filesystem or the decoder raises.
-    """
-    columns: dict[tuple[str, ...], list[str]] = {}
-    unseen = set(renames.values())
-    for number, line in enumerate(_read_text_lines(url, line_ends_at_cr=False), start=1):
-        text = line.strip()
-        if not text:
-            continue
-        if number == 1 and text in ("[", "{", "[{"):
-            raise ManifestError(
-                f"The manifest {url} is multi-line JSON; write one object on each line."
-            )
-        if number == 1 and text.startswith(("<", "\udcff", "\udcfe")):
-            raise ManifestError(
-                f"The manifest {url} is not JSON Lines in UTF-8; it starts with {text[:30]!r}."
-            )
-        try:
-            values = _parse_object(text)
-        except (ValueError, RecursionError) as error:
-            yield Line(number, {}, _explain_error(error))
-            continue
-        shape = tuple(values)
-        if shape not in columns:
-            unseen.difference_update(shape)
-            if len(columns) == _MAX_CACHED_SHAPES:
-                columns.clear()
-            try:
-                columns[shape] = resolve_columns(url, shape, renames)
-            except ManifestError as error:
-                yield Line(number, {}, error.message.rstrip("."))
-                continue
-        cells, problem = to_cells(dict(zip(columns[shape], values.values(), strict=True)))
-        yield Line(number, cells, problem)
-    check_renames_used(url, unseen)
-
-
-def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
-    """Return the standard column names of one object, which may omit renamed columns.
-
-    Raises:
-        ManifestError: The columns are invalid.
-    """
-    present = {standard: name for standard, name in renames.items() if name in names}
-    return Columns(url, names, present).names
-
-
-def check_renames_used(url: str, unseen: set[str]) -> None:
-    """Check, after the last row, that every renamed column appeared in some row.
-
-    Raises:
-        ManifestError: A renamed column did not appear.
-    """
-    if unseen:
-        raise ManifestError(
-            f"No row of {url} has a column {', '.join(sorted(unseen))}, which --columns names."
-        )
 
 
 def _parse_object(text: str) -> dict[str, Any]:

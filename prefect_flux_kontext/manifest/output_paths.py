@@ -57,7 +57,7 @@ def parse_path_template(text: str) -> PathTemplate:
     shape = "".join(literal + ("x" if column is not None else "") for literal, column in fields)
     if not all(_LITERAL.fullmatch(literal) for literal, _ in fields):
         problems.append("text outside columns may contain only letters, digits, . _ - and /")
-    elif any(not part.strip(".-") or part[0] in ".-" for part in shape.split("/")):
+    elif any(not segment.strip(".-") or segment[0] in ".-" for segment in shape.split("/")):
         problems.append("a path segment is empty or starts with a dot or dash")
     elif problem := find_name_problem(shape):
         problems.append(problem)

@@ -22,7 +22,11 @@ from prefect_flux_kontext.manifest.row import (
     expand_line,
     resolve_row_defaults,
 )
-from prefect_flux_kontext.manifest.tables import normalize_source, read_given_rows, read_parquet
+from prefect_flux_kontext.manifest.tables import (
+    normalize_source,
+    read_in_memory_rows,
+    read_parquet,
+)
 from prefect_flux_kontext.references.location import manifest_folder
 
 if TYPE_CHECKING:
@@ -120,7 +124,7 @@ class Manifest:
                 f"columns are {', '.join(sorted(COLUMNS))}."
             )
         if not isinstance(source, str):
-            return read_given_rows(source, self.columns)
+            return read_in_memory_rows(source, self.columns)
         if "::" in source:
             raise ManifestError(
                 f"The manifest {source} chains several filesystems; use a single URL."

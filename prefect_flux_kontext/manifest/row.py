@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 # Ids name files. The limit is that of a path segment in `storage.names`.
 _MAX_ID_CHARACTERS = 200
 
-PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
-"""Columns that the request takes unchanged."""
+# Columns that the request takes unchanged.
+_REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,185 +67,6 @@ class RefusedRow:
     line: int
     reason: str
     cells: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-def make_row(
-    line: int,
-    cells: Mapping[str, str],
-    *,
-    prompt: str | None = None,
-    style: Style | None = None,
-    names: PathTemplate | None = None,
-    version: str | None = None,
-    folder: str | None = None,
-) -> Row | RefusedRow:
-    """Make a row from the cells of one line.
-
-    Args:
-        line: Line number in the manifest.
-        cells: Column name to text. Empty text counts as absent.
-        prompt: The prompt for rows without one.
-        style: The style to apply. The row's own cells override the style's parameters.
-        names: The template of output names.
-        version: Version of the image's content, if the folder listing has one.
-        folder: Base folder of relative reference paths; None if local files are not allowed.
-    """
-    given = {name: text.strip() for name, text in cells.items() if text and text.strip()}
-    values: dict[str, Any] = {name: given[name] for name in PARAMETERS if name in given}
-    kept = cells
-    if prompt is not None and "prompt" not in values:
-        values["prompt"] = prompt
-        # Keep the prompt, so that a retry from the manifest of failed rows is the same row.
-        kept = {**cells, "prompt": prompt}
-    images, problems = _parse_references(given)
-    row_id = given.get("id") or _make_id(images, values)
-    problems += _find_id_problems(given.get("id", ""))
-    problems += [problem for image in images for problem in find_reference_problems(image, folder)]
-    located = [locate(image, folder) for image in images]
-    if located != images:
-        # The manifest of failed rows is in another folder, where relative paths would break.
-        kept = {**kept, **_format_references(given, located)}
-    if not (images or problems or "prompt" in given) and (prompt is not None or style is not None):
-        # Otherwise an empty reference cell would be paid for as text to image.
-        problems.append("the row has neither an image nor a prompt of its own; add one of them")
-    if style is not None or is_template(values.get("prompt", "")):
-        problems += _apply_style(values, style, cells)
-    if images:
-        values["image_urls"] = located
-    name, style_name = "", None if style is None else style.name
-    try:
-        request = GenerationRequest(**values)
-        name = build_output_path(row_id, style_name, cells, names, request.output_format)
-    except ValidationError as error:
-        problems += [_format_error(problem) for problem in error.errors()]
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        # Without an image, a filled-in prompt would turn the row into valid text to image.
-        kept = kept if images else cells
-        return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=kept)
-    if names is not None and "output" not in given:
-        kept = {**kept, "output": name}
-    return Row(
-        id=row_id,
-        line=line,
-        request=request,
-        key=compute_row_key(request),
-        name=name,
-        cells=kept,
-        style=style_name,
-        version=version,
-    )
-
-
-def _apply_style(
-    values: dict[str, Any], style: Style | None, cells: Mapping[str, str]
-) -> list[str]:
-    """Render the prompt, and add the style's parameters that the row does not set.
-
-    Returns:
-        The problems of the templates.
-    """
-    where, prompt = "prompt", values.get("prompt")
-    try:
-        if prompt is not None and is_template(prompt):
-            prompt = _render_prompt(prompt, cells)
-        if style is not None:
-            where = f"style {style.name!r}"
-            prompt = style.text(prompt, cells)
-    except ValueError as error:
-        # A placeholder, so that validation does not report the prompt as missing too.
-        values.setdefault("prompt", "invalid template")
-        return [f"{where}: {error}"]
-    values["prompt"] = prompt
-    if style is not None:
-        values |= style.parameters | values
-    return []
-
-
-def _render_prompt(prompt: str, cells: Mapping[str, str]) -> str:
-    template = parse_template(prompt)
-    if "prompt" in template.columns:
-        raise ValueError("a prompt cannot contain itself, `{{ prompt }}`")
-    return template.render(cells)
-
-
-def _parse_references(given: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return the references of a row, and the problems of their column."""
-    images = [given["image"]] if "image" in given else []
-    text = given.get("images")
-    if text is None:
-        return images, []
-    if images:
-        return images, ["the row has both `image` and `images`; remove one of them"]
-    if not text.startswith("["):
-        return text.split(), []
-    try:
-        images = json.loads(text)
-    except (ValueError, RecursionError):
-        return [], [f"images {text[:60]!r} is not a valid JSON list"]
-    if not all(isinstance(image, str) for image in images):
-        return [], [f"images {text[:60]!r} must be a JSON list of strings"]
-    return images, []
-
-
-def _format_references(given: Mapping[str, str], images: list[str]) -> dict[str, str]:
-    return {"image": images[0]} if "image" in given else {"images": json.dumps(images)}
-
-
-def _make_id(images: list[str], values: dict[str, Any]) -> str:
-    # A single reference is hashed as text, not as a list, to keep the ids of existing outputs.
-    hashed = images[0] if len(images) == 1 else images or None
-    digest = hashlib.sha256(json.dumps([hashed, values], sort_keys=True).encode()).hexdigest()[:12]
-    stem = PurePosixPath(unquote(_split_url(images[0]).path)).stem if images else ""
-    return f"{stem}-{digest}" if stem else digest
-
-
-def _find_id_problems(row_id: str) -> list[str]:
-    if len(row_id) > _MAX_ID_CHARACTERS:
-        return [f"id has {len(row_id):,} characters; the limit is {_MAX_ID_CHARACTERS}"]
-    problem = find_text_problem(row_id)
-    return [f"id {row_id!r:.80} {problem}; ids name files"] if problem else []
-
-
-def _split_url(url: str) -> SplitResult:
-    try:
-        return urlsplit(url)
-    except ValueError:
-        return urlsplit("")
-
-
-def find_reference_problems(image: str, folder: str | None = None) -> list[str]:
-    """Return the reasons why the text of a reference image makes it unusable for the service.
-
-    Args:
-        image: The reference as the manifest has it.
-        folder: Base folder of relative paths; None if local files are not allowed.
-    """
-    if INVISIBLE_CHARACTERS.search(image):
-        # A URL parser would drop them silently.
-        return [f"image {image[:100]!r} contains an invisible character"]
-    parts = _split_url(image)
-    host = parts.hostname
-    if parts.scheme in ("http", "https") and host:
-        if parts.username is not None or parts.password is not None:
-            return [
-                f"image at {host} has a user name or password in its URL; use a signed URL instead"
-            ]
-        if host.startswith(("169.254.", "fe80:")):
-            return [
-                f"image {image[:100]!r} is at a link-local address, which the service cannot reach"
-            ]
-        return []
-    problem = find_location_problem(image, folder)
-    return [problem] if problem else []
-
-
-def _format_error(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "missing":
-        return f"{where} is missing; give the row one, or set a prompt for all rows"
-    return f"{where} {problem['input']!r:.60}: {problem['msg']}"
 
 
 class RowDefaults(NamedTuple):
@@ -301,6 +122,103 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
         yield RefusedRow(row.id, line.number, reason, line.cells)
 
 
+def make_row(
+    line: int,
+    cells: Mapping[str, str],
+    *,
+    prompt: str | None = None,
+    style: Style | None = None,
+    names: PathTemplate | None = None,
+    version: str | None = None,
+    folder: str | None = None,
+) -> Row | RefusedRow:
+    """Make a row from the cells of one line.
+
+    Args:
+        line: Line number in the manifest.
+        cells: Column name to text. Empty text counts as absent.
+        prompt: The prompt for rows without one.
+        style: The style to apply. The row's own cells override the style's parameters.
+        names: The template of output names.
+        version: Version of the image's content, if the folder listing has one.
+        folder: Base folder of relative reference paths; None if local files are not allowed.
+    """
+    filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
+    values: dict[str, Any] = {name: filled[name] for name in _REQUEST_COLUMNS if name in filled}
+    row_cells = cells
+    if prompt is not None and "prompt" not in values:
+        values["prompt"] = prompt
+        # Keep the prompt, so that a retry from the manifest of failed rows is the same row.
+        row_cells = {**cells, "prompt": prompt}
+    images, problems = _parse_references(filled)
+    row_id = filled.get("id") or _make_id(images, values)
+    problems += _find_id_problems(filled.get("id", ""))
+    problems += [problem for image in images for problem in find_reference_problems(image, folder)]
+    located = [locate(image, folder) for image in images]
+    if located != images:
+        # The manifest of failed rows is in another folder, where relative paths would break.
+        row_cells = {**row_cells, **_format_references(filled, located)}
+    if not (images or problems or "prompt" in filled) and (
+        prompt is not None or style is not None
+    ):
+        # Otherwise an empty reference cell would be paid for as text to image.
+        problems.append("the row has neither an image nor a prompt of its own; add one of them")
+    if style is not None or is_template(values.get("prompt", "")):
+        problems += _apply_style(values, style, cells)
+    if images:
+        values["image_urls"] = located
+    name, style_name = "", None if style is None else style.name
+    try:
+        request = GenerationRequest(**values)
+        name = build_output_path(row_id, style_name, cells, names, request.output_format)
+    except ValidationError as error:
+        problems += [_format_error(problem) for problem in error.errors()]
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        # Without an image, a filled-in prompt would turn the row into valid text to image.
+        row_cells = row_cells if images else cells
+        return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=row_cells)
+    if names is not None and "output" not in filled:
+        row_cells = {**row_cells, "output": name}
+    return Row(
+        id=row_id,
+        line=line,
+        request=request,
+        key=compute_row_key(request),
+        name=name,
+        cells=row_cells,
+        style=style_name,
+        version=version,
+    )
+
+
+def find_reference_problems(image: str, folder: str | None = None) -> list[str]:
+    """Return the reasons why the text of a reference image makes it unusable for the service.
+
+    Args:
+        image: The reference as the manifest has it.
+        folder: Base folder of relative paths; None if local files are not allowed.
+    """
+    if INVISIBLE_CHARACTERS.search(image):
+        # A URL parser would drop them silently.
+        return [f"image {image[:100]!r} contains an invisible character"]
+    parts = _split_url(image)
+    host = parts.hostname
+    if parts.scheme in ("http", "https") and host:
+        if parts.username is not None or parts.password is not None:
+            return [
+                f"image at {host} has a user name or password in its URL; use a signed URL instead"
+            ]
+        if host.startswith(("169.254.", "fe80:")):
+            return [
+                f"image {image[:100]!r} is at a link-local address, which the service cannot reach"
+            ]
+        return []
+    problem = find_location_problem(image, folder)
+    return [problem] if problem else []
+
+
 def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> Row | RefusedRow:
     return make_row(
         line.number,
@@ -311,3 +229,87 @@ def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> 
         version=line.version,
         folder=defaults.folder,
     )
+
+
+def _apply_style(
+    values: dict[str, Any], style: Style | None, cells: Mapping[str, str]
+) -> list[str]:
+    """Render the prompt, and add the style's parameters that the row does not set.
+
+    Returns:
+        The problems of the templates.
+    """
+    where, prompt = "prompt", values.get("prompt")
+    try:
+        if prompt is not None and is_template(prompt):
+            prompt = _render_prompt(prompt, cells)
+        if style is not None:
+            where = f"style {style.name!r}"
+            prompt = style.text(prompt, cells)
+    except ValueError as error:
+        # A placeholder, so that validation does not report the prompt as missing too.
+        values.setdefault("prompt", "invalid template")
+        return [f"{where}: {error}"]
+    values["prompt"] = prompt
+    if style is not None:
+        values |= style.parameters | values
+    return []
+
+
+def _render_prompt(prompt: str, cells: Mapping[str, str]) -> str:
+    template = parse_template(prompt)
+    if "prompt" in template.columns:
+        raise ValueError("a prompt cannot contain itself, `{{ prompt }}`")
+    return template.render(cells)
+
+
+def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the references of a row, and the problems of their column."""
+    images = [filled["image"]] if "image" in filled else []
+    text = filled.get("images")
+    if text is None:
+        return images, []
+    if images:
+        return images, ["the row has both `image` and `images`; remove one of them"]
+    if not text.startswith("["):
+        return text.split(), []
+    try:
+        images = json.loads(text)
+    except (ValueError, RecursionError):
+        return [], [f"images {text[:60]!r} is not a valid JSON list"]
+    if not all(isinstance(image, str) for image in images):
+        return [], [f"images {text[:60]!r} must be a JSON list of strings"]
+    return images, []
+
+
+def _format_references(filled: Mapping[str, str], images: list[str]) -> dict[str, str]:
+    return {"image": images[0]} if "image" in filled else {"images": json.dumps(images)}
+
+
+def _make_id(images: list[str], values: dict[str, Any]) -> str:
+    # A single reference is hashed as text, not as a list, to keep the ids of existing outputs.
+    hashed = images[0] if len(images) == 1 else images or None
+    digest = hashlib.sha256(json.dumps([hashed, values], sort_keys=True).encode()).hexdigest()[:12]
+    stem = PurePosixPath(unquote(_split_url(images[0]).path)).stem if images else ""
+    return f"{stem}-{digest}" if stem else digest
+
+
+def _find_id_problems(row_id: str) -> list[str]:
+    if len(row_id) > _MAX_ID_CHARACTERS:
+        return [f"id has {len(row_id):,} characters; the limit is {_MAX_ID_CHARACTERS}"]
+    problem = find_text_problem(row_id)
+    return [f"id {row_id!r:.80} {problem}; ids name files"] if problem else []
+
+
+def _split_url(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+def _format_error(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{where} is missing; give the row one, or set a prompt for all rows"
+    return f"{where} {problem['input']!r:.60}: {problem['msg']}"

@@ -91,7 +91,7 @@ def test_failed_rows_are_retried_in_the_styles_of_their_file(sandbox, tmp_path, 
     ("options", "told"),
     [
         (["--style", "watercolor"], "did you mean 'watercolour'?"),
-        (["--names", "{id}.jpg", "--prompt", "x"], "does not end in `.{ext}`"),
+        (["--names", "{id}.jpg", "--prompt", "x"], "must end in `.{ext}`"),
         (["--prompt", "{{ a.b }}"], "The prompt for all rows: the template holds a look inside"),
     ],
 )
