@@ -53,8 +53,8 @@ def normalize_source(value: Any) -> Any:
     if isinstance(value, list | tuple) and all(isinstance(row, dict) for row in value):
         return list(value)
     raise TypeError(
-        "A manifest must be a path, an fsspec URL, a list of dicts or an Arrow-compatible table, "
-        f"not {type(value).__name__}."
+        "A manifest must be a path, an fsspec URL, a list of dicts or a table with Arrow's "
+        f"interface, not {type(value).__name__}."
     )
 
 
