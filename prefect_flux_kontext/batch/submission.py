@@ -178,7 +178,7 @@ class Submitter:
             recorded = await self._ledger.accepted(attempt, task_id)
         except LedgerError as error:
             logger.error(  # noqa: TRY400 - the task id is what counts
-                "Row %s is paid for as task %s, which could not be recorded: %s If this run does "
+                "Row %s is paid for as task %s, but that could not be recorded: %s If this run does "
                 "not store it: flux-kontext resolve OUTPUT %s --accepted %s",
                 attempt.key,
                 task_id,
@@ -191,7 +191,7 @@ class Submitter:
         if recorded.posted is not None and recorded.posted.task_id != task_id:
             logger.error(
                 "Row %s was settled as %s by %s while its submit was under way, and then accepted "
-                "as task %s. Check whether it is paid for twice.",
+                "as task %s. Check whether it was billed twice.",
                 attempt.key,
                 recorded.posted.state,
                 recorded.posted.by,
