@@ -178,8 +178,8 @@ class Submitter:
             recorded = await self._ledger.accepted(attempt, task_id)
         except LedgerError as error:
             logger.error(  # noqa: TRY400 - the task id is what counts
-                "Row %s is paid for as task %s, but that could not be recorded: %s If this run does "
-                "not store it: flux-kontext resolve OUTPUT %s --accepted %s",
+                "Row %s is paid for as task %s, but that could not be recorded: %s If this run "
+                "does not store it: flux-kontext resolve OUTPUT %s --accepted %s",
                 attempt.key,
                 task_id,
                 error,
