@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -38,7 +39,7 @@ class ImageFolder:
         root: The folder's path there.
         pattern: What the paths below it are to match; None for all of them.
         deepest: Folders below one another that are looked into.
-        output: The path of the output, where it is on the same filesystem.
+        output: The real path of the output, where it is on the same filesystem.
         left_out: Files that were none, when the folder was last read.
     """
 
@@ -60,7 +61,8 @@ class ImageFolder:
             ManifestError: There are no images, or the output is the folder itself.
             Exception: What the filesystem raises.
         """
-        if self.output is not None and f"{self.root}/".startswith(f"{self.output}/"):
+        root = _real_path(self.fs, self.root)
+        if self.output is not None and f"{root}/".startswith(f"{self.output}/"):
             raise ManifestError(
                 f"The output holds the images of {self.url}, so that the next run would pay for "
                 "its own results; choose another, such as a folder inside."
@@ -91,7 +93,14 @@ class ImageFolder:
         while waiting:
             folder = waiting.pop()
             names, versions, inside = [], {}, []
-            for name, entry in self._listed(folder):
+            entries = self._listed(folder)
+            if folder and any(name == _LEDGER for name, _ in entries):
+                # The output of another batch: its images are results, and paid for already.
+                self.left_out += 1
+                continue
+            for name, entry in entries:
+                if name == _LEDGER:
+                    continue
                 if entry["type"] == "directory":
                     inside.append(f"{folder}{name}/")
                 elif self._is_image(f"{folder}{name}", entry):
@@ -103,16 +112,20 @@ class ImageFolder:
             if names:
                 yield folder, sorted(names), versions
 
-    def _listed(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """What is in a folder, without what is hidden, the output and any ledger."""
+    def _listed(self, folder: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """What is in a folder, without what is hidden and the output."""
         # A listing of before may be old by now, and all of them together large.
         self.fs.invalidate_cache()
+        found = []
         for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
             path = str(entry["name"]).rstrip("/")
             name = path.removeprefix(f"{self.root}/{folder}")
-            ours = path == self.output or name == _LEDGER
-            if name and "/" not in name and not name.startswith(".") and not ours:
-                yield name, entry
+            if not name or "/" in name or name.startswith("."):
+                continue
+            if entry["type"] == "directory" and _real_path(self.fs, path) == self.output:
+                continue
+            found.append((name, entry))
+        return found
 
     def _is_image(self, below: str, entry: Mapping[str, Any]) -> bool:
         """Whether a file is an image by its name; counts those that are not."""
@@ -167,7 +180,15 @@ def _inside(fs: Any, output: str | None) -> str | None:
         return None
     protocol = split_protocol(output)[0] or "file"
     known = [fs.protocol] if isinstance(fs.protocol, str) else list(fs.protocol)
-    return str(fsspec.core.url_to_fs(output)[1]).rstrip("/") if protocol in known else None
+    if protocol not in known:
+        return None
+    return _real_path(fs, str(fsspec.core.url_to_fs(output)[1]))
+
+
+def _real_path(fs: Any, path: str) -> str:
+    """The path without links, `..` and other spellings of the same place."""
+    real = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path
+    return real.rstrip("/")
 
 
 def _ids(names: Sequence[str]) -> Iterator[str]:
