@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,10 @@ from prefect_flux_kontext.cli import (
     styles,
 )
 from prefect_flux_kontext.cli.outputs import open_output_argument
+from prefect_flux_kontext.cli.parser import CommandParser
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 COULD_NOT_START = 2
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="flux-kontext",
         description="Restyle whole manifests of images with the Flux Kontext API.",
         epilog="The account comes from FLUX_KONTEXT_API_KEY and FLUX_KONTEXT_BASE_URL.",

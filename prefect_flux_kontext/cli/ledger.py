@@ -35,7 +35,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     resolve.add_argument("output", metavar="OUTPUT", help="the batch's output")
     resolve.add_argument("key", metavar="KEY", help="the row key, as `status` shows it")
     word = resolve.add_mutually_exclusive_group(required=True)
-    word.add_argument("--accepted", metavar="TASK_ID", help="it was accepted as this task")
+    word.add_argument(
+        "--accepted", type=str.strip, metavar="TASK_ID", help="it was accepted as this task"
+    )
     word.add_argument("--rejected", action="store_true", help="it was not accepted")
     resolve.set_defaults(func=lambda options: asyncio.run(_resolve(options)))
 
@@ -88,7 +90,7 @@ async def _resolve(options: argparse.Namespace) -> int:
     if await is_alive(store, entry.intent.owner):
         print(f"Row {options.key} is being submitted right now.", file=sys.stderr)
         return 1
-    if options.accepted:
+    if options.accepted is not None:
         entry = await ledger.accepted(entry, options.accepted)
         told = f"Accepted. To collect its image: flux-kontext collect {options.output}"
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.batch.planning import Plan
@@ -42,6 +42,7 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         type=column_names,
+        action=_AddColumns,
         default={},
         metavar="IMAGE=PHOTO_URL,…",
         help="the manifest's own names for columns: image=photo_url,prompt=text",
@@ -109,6 +110,25 @@ def add_budget_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _AddColumns(argparse.Action):
+    """Adds up repeated `--columns`; refuses two names for one column."""
+
+    def __call__(
+        self,
+        _parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        _option_string: str | None = None,
+    ) -> None:
+        names = dict(getattr(namespace, self.dest))
+        for column, name in values.items():
+            if names.setdefault(column, name) != name:
+                raise argparse.ArgumentError(
+                    self, f"{column} is both {names[column]!r} and {name!r}"
+                )
+        setattr(namespace, self.dest, names)
+
+
 def column_names(text: str) -> dict[str, str]:
     """`image=photo_url,prompt=text` as the manifest's own names for columns.
 
@@ -118,6 +138,9 @@ def column_names(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(meant.strip() and name.strip() for meant, _, name in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not like image=photo_url,prompt=text")
+    columns = [meant.strip() for meant, _, _ in pairs]
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise argparse.ArgumentTypeError(f"{', '.join(twice)} stands twice in {text!r}")
     return {meant.strip(): name.strip() for meant, _, name in pairs}
 
 

@@ -197,7 +197,8 @@ def _find_task_id(data: Any) -> str:
     """Return the `taskId` in a submit's `data`, or an empty string if none is usable."""
     value = _as_dict(data).get("taskId")
     task_id = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    is_usable = task_id.isprintable() and 0 < len(task_id.strip()) <= _MAX_TASK_ID_CHARACTERS
+    task_id = task_id.strip()
+    is_usable = task_id.isprintable() and 0 < len(task_id) <= _MAX_TASK_ID_CHARACTERS
     return task_id if is_usable else ""
 
 

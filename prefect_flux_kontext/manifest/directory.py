@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -41,8 +42,9 @@ class ImageFolder:
         root: The folder's path on the filesystem.
         pattern: Pattern that the paths below the folder must match; None for all.
         max_depth: Levels of subfolders to read.
-        output: Path of the output, if it is on the same filesystem.
-        left_out: Number of files that are not images, as of the last read.
+        output: Real path of the output, if it is on the same filesystem.
+        left_out: Number of files that are not images, and of outputs of other batches, as of the
+            last read.
     """
 
     url: str
@@ -63,7 +65,8 @@ class ImageFolder:
             ManifestError: There are no images, or the folder is inside the output.
             Exception: What the filesystem raises.
         """
-        if self.output is not None and f"{self.root}/".startswith(f"{self.output}/"):
+        root = _resolve_links(self.fs, self.root)
+        if self.output is not None and f"{root}/".startswith(f"{self.output}/"):
             raise ManifestError(
                 f"The output contains the images of {self.url}, so the next run would pay for "
                 "its own results; choose another output, such as a subfolder."
@@ -95,7 +98,14 @@ class ImageFolder:
         while pending:
             folder = pending.pop()
             names, versions, subfolders = [], {}, []
-            for name, entry in self._list_entries(folder):
+            entries = self._list_entries(folder)
+            if folder and any(name == _LEDGER_FOLDER for name, _ in entries):
+                # The output of another batch: its images are results, and paid for already.
+                self.left_out += 1
+                continue
+            for name, entry in entries:
+                if name == _LEDGER_FOLDER:
+                    continue
                 if entry["type"] == "directory":
                     subfolders.append(f"{folder}{name}/")
                 elif self._is_image(f"{folder}{name}", entry):
@@ -107,16 +117,20 @@ class ImageFolder:
             if names:
                 yield folder, sorted(names), versions
 
-    def _list_entries(self, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the entries of a folder, except hidden ones, the output and ledgers."""
+    def _list_entries(self, folder: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return the entries of a folder, except hidden ones and the output."""
         # A cached listing may be outdated, and all of them together can be large.
         self.fs.invalidate_cache()
+        entries = []
         for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
             path = str(entry["name"]).rstrip("/")
             name = path.removeprefix(f"{self.root}/{folder}")
-            is_excluded = path == self.output or name == _LEDGER_FOLDER
-            if name and "/" not in name and not name.startswith(".") and not is_excluded:
-                yield name, entry
+            if not name or "/" in name or name.startswith("."):
+                continue
+            if entry["type"] == "directory" and _resolve_links(self.fs, path) == self.output:
+                continue
+            entries.append((name, entry))
+        return entries
 
     def _is_image(self, path: str, entry: Mapping[str, Any]) -> bool:
         """Return whether a file is an image by its name. Counts the files that are not."""
@@ -173,7 +187,15 @@ def _find_output_path(fs: Any, output: str | None) -> str | None:
         return None
     protocol = split_protocol(output)[0] or "file"
     known = [fs.protocol] if isinstance(fs.protocol, str) else list(fs.protocol)
-    return str(fsspec.core.url_to_fs(output)[1]).rstrip("/") if protocol in known else None
+    if protocol not in known:
+        return None
+    return _resolve_links(fs, str(fsspec.core.url_to_fs(output)[1]))
+
+
+def _resolve_links(fs: Any, path: str) -> str:
+    """Return a path without links, `..` and other spellings of the same place."""
+    real = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path
+    return real.rstrip("/")
 
 
 def _make_ids(names: Sequence[str]) -> Iterator[str]:

@@ -60,3 +60,20 @@ def test_a_row_that_nobody_knows_is_not_settled(tmp_path, capsys):
 def test_the_status_of_a_mistyped_output_says_that_nothing_is_there(tmp_path, capsys):
     assert main(["status", str(tmp_path / "typo")]) == 0
     assert "No row is on record" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task_id", ["", " ", "\t"])
+def test_resolve_refuses_an_empty_task_id(unknown, task_id, capsys):
+    """An unset shell variable must not record a paid row as rejected."""
+    output, key, ledger = unknown
+    with pytest.raises(SystemExit) as ended:
+        main(["resolve", output, key, "--accepted", task_id])
+    assert ended.value.code == 2
+    assert "--accepted: the value is empty" in capsys.readouterr().err
+    assert asyncio.run(ledger.read(key)).state == "intent"
+
+
+def test_resolve_strips_blanks_around_the_task_id(unknown):
+    output, key, ledger = unknown
+    assert main(["resolve", output, key, "--accepted", " task_1 "]) == 0
+    assert asyncio.run(ledger.read(key)).task.task_id == "task_1"

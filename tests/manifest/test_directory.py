@@ -296,3 +296,50 @@ def test_many_images_are_read_in_little_memory():
 def test_depth_of_folders_is_limited(local):
     path = local("/".join(["d"] * (directory._MAX_DEPTH_FOLDERS + 1)) + "/x.jpg", "a.jpg")
     assert ids(path) == ["a"]
+
+
+OWN_RESULTS = ("out/a.jpg", "out/_ledger/rows/1.json", "a.jpg", "b.jpg")
+
+
+@pytest.mark.parametrize("output", ["out", "./out/", "../photos/out", "x/../out", "link", "OUT/"])
+def test_output_inside_under_another_spelling_is_left_out(tmp_path, monkeypatch, output):
+    """Otherwise each run would pay for the results of the one before."""
+    photos = tmp_path / "photos"
+    put(str(photos), *OWN_RESULTS)
+    (photos / "out" / "_ledger").rename(photos / "aside")  # only the path tells
+    (photos / "aside").rename(tmp_path / "aside")
+    (photos / "OUT").symlink_to(photos / "out")
+    (tmp_path / "link").symlink_to(photos / "out")
+    monkeypatch.chdir(tmp_path if output == "link" else photos)
+    assert ids(str(photos), output) == ["a", "b"]
+    assert ids(".", output) == ["a", "b"] if output != "link" else True
+
+
+@pytest.mark.parametrize("manifest", ["link", "../photos", "."])
+def test_manifest_under_another_spelling_leaves_the_output_out(tmp_path, monkeypatch, manifest):
+    photos = tmp_path / "photos"
+    put(str(photos), *OWN_RESULTS)
+    (photos / "link").symlink_to(photos)
+    monkeypatch.chdir(photos)
+    assert ids(manifest, str(photos / "out")) == ["a", "b"]
+
+
+def test_output_around_the_images_through_a_link_is_refused(tmp_path):
+    put(str(tmp_path / "out"), "in/a.jpg")
+    (tmp_path / "photos").symlink_to(tmp_path / "out" / "in")
+    told = problem(str(tmp_path / "photos"), output=str(tmp_path / "out"), styles="oil")
+    assert "choose another output" in told
+
+
+def test_outputs_of_other_batches_are_left_out_and_counted(photos):
+    put(photos, *OWN_RESULTS, "deep/er/out/c.jpg", "deep/er/out/_ledger/format.json")
+    folder = find_image_folder(photos, f"{photos}/elsewhere")
+    found = [line.cells["id"] for line in folder.read_lines()]
+    assert "a" in found
+    assert not [name for name in found if "out/" in name]
+    assert folder.left_out >= 2
+
+
+def test_folder_that_is_an_earlier_output_may_be_a_manifest(photos):
+    put(photos, "_ledger/rows/1.json", "a.jpg")
+    assert "a" in ids(photos, f"{photos}/next")
