@@ -26,7 +26,7 @@ def test_every_exported_name_can_be_imported():
 
 
 def test_every_exported_name_has_one_home():
-    homes = [name for names in prefect_flux_kontext._HOMES.values() for name in names]
+    homes = [name for names in prefect_flux_kontext._MODULES.values() for name in names]
     assert sorted(homes) == prefect_flux_kontext.__all__
 
 

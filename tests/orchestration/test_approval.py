@@ -116,7 +116,7 @@ class TestApproval:
         state = await self.answered(
             account, str(path), str(tmp_path / "out"), "changed", answer, meanwhile=grow
         )
-        with pytest.raises(BatchStoppedError, match="has changed since the plan"):
+        with pytest.raises(BatchStoppedError, match="has changed since it was approved"):
             await state.aresult()
         assert sandbox.service.bill()["accepted"] == 0
 

@@ -280,7 +280,7 @@ class TestWhatIsRefusedAtTheStart:
         return str(error.value)
 
     async def test_results_that_are_not_waited_for(self, place, account, tmp_path):
-        assert "waits for its results" in await self.refused(account, tmp_path, wait="collect")
+        assert "not possible with partitions" in await self.refused(account, tmp_path, wait="collect")
 
     async def test_a_deployment_that_is_not_there(self, place, account, tmp_path):
         told = await self.refused(
