@@ -139,7 +139,7 @@ def find_browser_url(uri: str, public_urls: Mapping[str, str]) -> str | None:
 
 
 def format_summary(batch: BatchSummary, outcome: str, files: Mapping[str, str]) -> str:
-    """Format the summary as Markdown: counts, dollars, reasons, files and the first failed rows."""
+    """Format a summary as Markdown: counts, dollars, reasons, files, first rows not stored."""
     numbers = [
         ("Stored", f"{batch.stored:,} of {batch.rows:,}"),
         ("Stored before this run", f"{batch.already_stored:,}"),

@@ -1,4 +1,4 @@
-"""The parameter types of the flows, with examples for Prefect's form, and how outputs are opened."""
+"""The parameter types of the flows, with examples for Prefect's form, and opening outputs."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ async def _load_options(value: Any) -> dict[str, Any]:
     if block is not None:
         if not _has_credentials(block):
             raise ConfigurationError(
-                f"The Block {type(block).__name__} has no keys for a store. To store images in it, "
-                "give it as the output."
+                f"The Block {type(block).__name__} has no keys for a store. To store images in "
+                "it, give it as the output."
             )
         return _build_s3_options(block)
     return dict(value or {})

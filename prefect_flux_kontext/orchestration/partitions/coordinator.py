@@ -218,8 +218,8 @@ async def _watch(running: list[PartitionRuns], total: BatchSummary) -> None:
             last_running_at = clock()
         elif clock() - last_running_at > START_TIMEOUT_SECONDS:
             get_run_logger().warning(
-                "No worker has begun the remaining partitions, so the batch runs their rows. Check "
-                "that the work pool has enough workers and a high enough concurrency limit."
+                "No worker has begun the remaining partitions, so the batch runs their rows. "
+                "Check that the work pool has enough workers and a high enough concurrency limit."
             )
             return
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 120.0
-"""How long the slots of a killed holder stay leased, and how long an outage of Prefect may last."""
+"""How long the slots of a killed holder stay leased, and an outage of Prefect may last."""
 
 RENEWAL_INTERVAL_SECONDS = 20.0
 """A sixth of the lease, so that several renewals may fail."""
