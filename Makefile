@@ -22,9 +22,10 @@ bench: .venv/installed-dev ## measure all that docs/performance.md tells (two ho
 	@$(BIN)/python -m benchmarks.governor
 	@$(BIN)/python benchmarks/run.py --page docs/performance.md $(BENCH)
 
-check: .venv/installed-dev ## linters and types
+check: .venv/installed-dev ## linters, layers and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 docs: .venv/installed-dev ## build the documentation: docs/_build/index.html

@@ -1,4 +1,4 @@
-"""The governor and the cadence against the account's limits, simulated in virtual time.
+"""The account limiter and the cadence against the account's limits, simulated in virtual time.
 
     python -m benchmarks.governor
     python -m benchmarks.governor --images 1000 --only steady drift
@@ -125,7 +125,11 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
 
     async def image(client: FluxKontextClient, number: int) -> None:
         request = GenerationRequest(prompt=f"image {number}")
-        task = await client.submit(request, around_post=lambda: posts)
+        attempts = client.submit_attempts()
+        while not attempts.is_over:
+            async with await attempts.next_slot() as slot, posts:
+                outcome = await slot.post(request)
+        task = outcome.to_task(request)
         ours.add(task.task_id)
         await wait(client, task)
         delays.append(loop.time() - account.service._tasks[task.task_id].ready_at)  # noqa: SLF001
@@ -137,7 +141,7 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
         async def wave(wave: Wave) -> BatchSummary:
             async def row(number: int) -> None:
                 await image(client, number)
-                wave._row_ended()  # noqa: SLF001
+                wave._release_row()  # noqa: SLF001
 
             await asyncio.gather(*map(row, wave._rows))  # type: ignore[arg-type]  # noqa: SLF001
             return BatchSummary()
@@ -191,9 +195,9 @@ def figures(
 
 
 async def fixed(client: FluxKontextClient, task: GenerationTask, interval: float) -> None:
-    """The polling loop of the known SDKs, kept within the account's limits by our governor."""
-    gate = client.governor.tasks
-    gate.watched(task.task_id)
+    """The polling loop of the known SDKs, kept within the account's limits by our limiter."""
+    slots = client.limiter.tasks
+    slots.watch(task.task_id)
     try:
         while True:
             await asyncio.sleep(interval)
@@ -201,7 +205,7 @@ async def fixed(client: FluxKontextClient, task: GenerationTask, interval: float
             if status.state in ("success", "failed"):
                 return
     finally:
-        gate.ended(task.task_id)
+        slots.release_task(task.task_id)
 
 
 async def other_client(account: SimulatedAccount, slots: int) -> None:

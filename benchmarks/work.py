@@ -93,7 +93,7 @@ async def batch(folder: Path, *, fixed: float | None = None) -> int:
 
     async def wait(client: Any, task: Any, cadence: Any, pauses: Any) -> Any:
         if fixed is not None:
-            client.governor._curves.clear()  # noqa: SLF001 - it learns nothing
+            client.limiter._latency_models.clear()  # noqa: SLF001 - it learns nothing
             cadence = cadence.model_copy(update={"initial_delay": fixed, "interval": fixed})
         result = await ours(client, task, cadence, pauses)
         if result.completed_at is not None:

@@ -1,23 +1,89 @@
 """Pages that are written from the code when the documentation is built."""
 
-from pathlib import Path
+from __future__ import annotations
 
+import argparse
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.cli import _parser
 from prefect_flux_kontext.settings import FluxKontextSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_USAGE_WIDTH = 88
+"""Characters of a line of usage, so that a block of it needs no scroll bar."""
 
 
 def settings_table() -> str:
-    """The environment settings as a Markdown table, from the settings class."""
+    """Return the environment settings as a Markdown table, from the settings class."""
     lines = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in FluxKontextSettings.model_fields.items():
         default = "" if field.default is None else f"`{field.default}`"
-        meaning = (field.description or "").replace("|", "\\|")
-        lines.append(f"| `FLUX_KONTEXT_{name.upper()}` | {default} | {meaning} |")
-    return "\n".join(lines)
+        lines.append(
+            f"| `FLUX_KONTEXT_{name.upper()}` | {default} | {_cell(field.description or '')} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
-def write_settings(page: Path) -> None:
-    """Write the table where `settings.md` includes it, unless it stands there already."""
-    text = settings_table() + "\n"
+def command_line() -> str:
+    """Return the commands with their arguments and options, from the command line's parser."""
+    parser = _parser()
+    parts = [parser.description, parser.epilog]
+    for name, command in _commands(parser):
+        parts += [f"## {name}", command.description, f"```text\n{_usage(command)}\n```"]
+        table = _arguments(command)
+        if table:
+            parts.append(table)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_page(page: Path, text: str) -> None:
+    """Write a page that others include, unless it is up to date."""
     page.parent.mkdir(exist_ok=True)
     if not page.exists() or page.read_text(encoding="utf-8") != text:
         page.write_text(text, encoding="utf-8")
+
+
+def _commands(
+    parser: argparse.ArgumentParser, before: str = ""
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield each command that can be run, by its words without `flux-kontext`."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no public way to ask
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            for word, command in action.choices.items():
+                deeper = list(_commands(command, f"{before}{word} "))
+                yield from deeper or [(f"{before}{word}", command)]
+
+
+def _usage(command: argparse.ArgumentParser) -> str:
+    formatter = argparse.HelpFormatter(command.prog, width=_USAGE_WIDTH)
+    formatter.add_usage(
+        None,
+        [action for action in command._actions if action.dest != "help"],  # noqa: SLF001
+        command._mutually_exclusive_groups,  # noqa: SLF001
+        prefix="",
+    )
+    return formatter.format_help().strip()
+
+
+def _arguments(command: argparse.ArgumentParser) -> str:
+    formatter = argparse.HelpFormatter(command.prog)
+    rows = []
+    for action in command._actions:  # noqa: SLF001
+        if action.dest == "help":
+            continue
+        metavar = formatter._format_args(  # noqa: SLF001
+            action,
+            formatter._get_default_metavar_for_optional(action),  # noqa: SLF001
+        )
+        names = action.option_strings
+        named = f"{', '.join(names)} {metavar}".strip() if names else action.metavar
+        meaning = formatter._expand_help(action) if action.help else ""  # noqa: SLF001
+        rows.append(f"| `{_cell(str(named))}` | {_cell(meaning)} |")
+    return "\n".join(["| argument | meaning |", "|---|---|", *rows]) if rows else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""The credentials Block, and where credentials come from."""
+"""The credentials Block, and how credentials are resolved."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.settings import FluxKontextSettings
 
+__all__ = ["FluxKontextCredentials", "resolve_credentials"]
+
 _SLUG = "flux-kontext-credentials"
 
 
 class FluxKontextCredentials(CredentialsBlock):
-    """An account of the Flux Kontext image API: its key, its address and its limits.
+    """An account of the Flux Kontext image API: key, base URL and limits.
 
-    What is left out comes from the environment (`FLUX_KONTEXT_…`) at the moment the Block is
-    made, else from the defaults. A saved Block keeps what it was saved with.
+    A field that is not given is read from the environment (`FLUX_KONTEXT_…`) when the Block is
+    created, else it has its default. A saved Block keeps the values it was saved with.
 
     Example:
-        Load a saved account and ask for its balance:
+        Load a saved account and read its balance:
         ```python
         from prefect_flux_kontext import FluxKontextCredentials
 
@@ -33,46 +35,46 @@ class FluxKontextCredentials(CredentialsBlock):
 
     _block_type_name = "Flux Kontext Credentials"
     _block_type_slug = _SLUG
-    _logo_url = Secret._logo_url  # noqa: SLF001 - Prefect draws it for keys
+    _logo_url = Secret._logo_url  # noqa: SLF001 - the logo of Prefect's own Secret Block
     _documentation_url = "https://apixo.ai/docs/models/image/flux-kontext"  # type: ignore[assignment]
 
     model_config = ConfigDict(extra="forbid")
 
-    api_key: SecretStr = Field(description="The account's API key.")
+    api_key: SecretStr = Field(description="API key of the account.")
     base_url: str = Field(
         default_factory=lambda: FluxKontextSettings().base_url,
-        description="Where the service is, without a path. Unset: FLUX_KONTEXT_BASE_URL, else "
-        "https://api.apixo.ai.",
+        description="Base URL of the service, in the form https://host[:port]. Unset: "
+        "FLUX_KONTEXT_BASE_URL, else https://api.apixo.ai.",
     )
     account: str = Field(
         default_factory=lambda: FluxKontextSettings().account,
-        description="A label for the account, shown in logs. Unset: FLUX_KONTEXT_ACCOUNT, else "
-        "'default'.",
+        description="Label of the account. It may appear in logs. Unset: FLUX_KONTEXT_ACCOUNT, "
+        "else 'default'.",
     )
     requests_per_minute: int = Field(
         default_factory=lambda: FluxKontextSettings().requests_per_minute,
         ge=1,
-        description="The account's limit of requests, submits and polls together. Unset: "
-        "FLUX_KONTEXT_REQUESTS_PER_MINUTE, else 10,000.",
+        description="Request limit of the account, in requests per minute. Submits and status "
+        "requests count together. Unset: FLUX_KONTEXT_REQUESTS_PER_MINUTE, else 10,000.",
     )
     concurrent_tasks: int = Field(
         default_factory=lambda: FluxKontextSettings().concurrent_tasks,
         ge=1,
-        description="The account's limit of tasks running at once. Unset: "
-        "FLUX_KONTEXT_CONCURRENT_TASKS, else 1,000.",
+        description="Concurrency limit of the account: tasks that may run at the same time. "
+        "Unset: FLUX_KONTEXT_CONCURRENT_TASKS, else 1,000.",
     )
 
     callback_secret: SecretStr | None = Field(
         default_factory=lambda: FluxKontextSettings().callback_secret,
-        description="What the tokens in callback URLs are made with, the same for batches and "
-        "their receiver. Unset: FLUX_KONTEXT_CALLBACK_SECRET.",
+        description="Secret that signs the tokens in callback URLs. Batches and their receiver "
+        "need the same value. Unset: FLUX_KONTEXT_CALLBACK_SECRET.",
     )
 
     def get_client(self) -> FluxKontextClient:
-        """A new client for the account, for the event loop it is used on.
+        """Create a client for the account. Use each client on one event loop only.
 
         Raises:
-            ConfigurationError: The key or the base URL cannot be right.
+            ConfigurationError: The key or the base URL is invalid.
         """
         return FluxKontextClient(
             self.api_key,
@@ -85,10 +87,14 @@ class FluxKontextCredentials(CredentialsBlock):
 async def resolve_credentials(
     credentials: FluxKontextCredentials | str | None,
 ) -> FluxKontextCredentials:
-    """The account meant by a Block, by the name of a saved Block, or by the environment.
+    """Return the credentials of a Block, of the saved Block of a name, or of the environment.
+
+    Args:
+        credentials: A Block, the name of a saved Block (with or without its type), or None for
+            the environment.
 
     Raises:
-        ConfigurationError: There is no valid Block of that name, or the environment has no key.
+        ConfigurationError: No valid Block has that name, or FLUX_KONTEXT_API_KEY is not set.
     """
     if isinstance(credentials, FluxKontextCredentials):
         return credentials
@@ -96,7 +102,7 @@ async def resolve_credentials(
         name = credentials.removeprefix(f"{_SLUG}/")
         try:
             return await FluxKontextCredentials.aload(name)
-        # Prefect's RuntimeError: it was saved with fields that are not valid any more.
+        # Prefect raises RuntimeError for a Block that was saved with fields now invalid.
         except (ValueError, RuntimeError) as error:
             raise ConfigurationError(f"No saved Block {_SLUG}/{name}: {error}") from None
     return FluxKontextCredentials(api_key=FluxKontextSettings().required_api_key())

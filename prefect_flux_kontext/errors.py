@@ -1,37 +1,37 @@
-"""Everything that can go wrong, as one tree.
+"""The exceptions of the package, as one tree.
 
 ::
 
     FluxKontextError
-    ├── ConfigurationError           settings, credentials or arguments are wrong
-    ├── ManifestError                the manifest cannot be read at all
-    ├── ApiError                     a request to the service went wrong
-    │   ├── NotConnectedError        it never left: DNS, refused, no free connection
-    │   ├── ReplyLostError           it was sent, and no whole reply came back
-    │   ├── UnreadableReplyError     a reply came that is not the contract's
-    │   ├── ServiceTroubleError      500 and above
-    │   └── RefusedError             any 4xx: known not to have been accepted
+    ├── ConfigurationError           invalid settings, credentials or arguments
+    ├── ManifestError                the manifest cannot be read
+    ├── ApiError                     a request to the service failed
+    │   ├── NotConnectedError        not sent: DNS, connection refused, no free connection
+    │   ├── ReplyLostError           sent, but no complete reply was received
+    │   ├── UnreadableReplyError     the reply does not follow the service's contract
+    │   ├── ServiceTroubleError      5xx
+    │   └── RefusedError             4xx: known not to have been accepted
     │       ├── InvalidRequestError      400
     │       ├── UnauthorizedError        401
     │       ├── InsufficientBalanceError 402
     │       ├── ForbiddenError           403
     │       ├── NotFoundError            404
     │       └── RateLimitedError         429
-    ├── GenerationFailedError        the service gave up on the task and says why
-    ├── GenerationTimeoutError       the task did not end before our deadline
-    ├── DownloadError                a result could not be fetched
-    │   └── RefusedUrlError          its URL leads where no download may go
-    ├── StorageError                 the output refused a file
-    ├── LedgerError                  a record of what was paid cannot be trusted
-    ├── ReferenceImageError          a reference image is not to be had, or not to be used
-    ├── InvalidImageError            the bytes are not a whole image of the promised kind
-    └── BatchStoppedError            the batch ended before its rows did
-        └── BudgetReachedError           the next image would have passed the budget
+    ├── GenerationFailedError        the service reports that the task failed
+    ├── GenerationTimeoutError       the task did not end before the deadline
+    ├── DownloadError                a result could not be downloaded
+    │   └── RefusedUrlError          the result's URL leads to an address that is not allowed
+    ├── StorageError                 the output could not store a file
+    ├── LedgerError                  a ledger record cannot be read, written or trusted
+    ├── ReferenceImageError          a reference image is missing, changed or invalid
+    ├── InvalidImageError            the bytes are not a complete image of an expected format
+    └── BatchStoppedError            the batch stopped before all of its rows ended
+        └── BudgetReachedError           the next image would exceed the budget
 
-Three questions a caller may ask of each: was the request known not to be accepted
-(`not_accepted`), may the same request be made again later (`retryable`), and is there no
-point in going on with other rows (`fatal`). None of them ever holds the API key, nor a
-request or response object that would.
+Each class answers three questions for the caller: is it known that the request was not accepted
+(`not_accepted`), can the same request be made again later (`retryable`), and would the other
+rows of a batch fail in the same way (`fatal`). No error holds the API key, or a request or
+response object that contains it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,18 @@ from typing import ClassVar
 
 
 class FluxKontextError(Exception):
-    """The root: catching it catches everything this package raises on purpose.
+    """Base class of all exceptions that this package raises.
 
     Args:
-        message: What happened and what to do, for a person.
-        task_id: The service's task, where there is one. A paid image hangs on it.
-        code: The service's own code, an HTTP-like number or a fail code, kept verbatim.
+        message: What happened and what to do.
+        task_id: The task at the service, if there is one. It is needed to fetch a paid image.
+        code: The service's code, unchanged: a number as in HTTP, or a fail code.
+
+    Attributes:
+        not_accepted: Whether it is known that the service did not accept, and so did not bill,
+            the request.
+        retryable: Whether the same request may succeed later.
+        fatal: Whether other rows would fail in the same way, so that a batch stops.
     """
 
     not_accepted: ClassVar[bool] = False
@@ -62,30 +68,30 @@ class FluxKontextError(Exception):
 
     @property
     def reason(self) -> str:
-        """A short word to count failures by: the service's code, else the error's name."""
+        """The service's code, else the name of the class: a short label to group failures."""
         return str(self.code) if self.code is not None else type(self).__name__
 
 
 class ConfigurationError(FluxKontextError):
-    """Settings, credentials or arguments are wrong; nothing was sent."""
+    """Settings, credentials or arguments are invalid. Nothing was sent."""
 
     not_accepted = True
     fatal = True
 
 
 class ManifestError(FluxKontextError):
-    """The manifest cannot be read at all; nothing was sent."""
+    """The manifest cannot be read, or has invalid rows. Nothing was sent."""
 
     not_accepted = True
     fatal = True
 
 
 class ApiError(FluxKontextError):
-    """A request to the service went wrong."""
+    """Base class of errors of requests to the service."""
 
 
 class NotConnectedError(ApiError):
-    """The request never left this machine, so it was not accepted."""
+    """No connection was made, so the request was not sent and not accepted."""
 
     not_accepted = True
     retryable = True
@@ -93,31 +99,31 @@ class NotConnectedError(ApiError):
 
 
 class ReplyLostError(ApiError):
-    """The request was sent and no whole reply came back: a submit may have been accepted."""
+    """The request was sent, but no complete reply was received. A submit may be accepted."""
 
     retryable = True
 
 
 class UnreadableReplyError(ApiError):
-    """A reply came that is not the contract's: a submit may have been accepted."""
+    """The reply does not follow the service's contract. A submit may have been accepted."""
 
     retryable = True
 
 
 class ServiceTroubleError(ApiError):
-    """The service answered 500 or above: a submit may have been accepted."""
+    """The service answered with 500 or above. A submit may have been accepted."""
 
     retryable = True
 
 
 class RefusedError(ApiError):
-    """The service refused the request (a 4xx): it was not accepted and costs nothing."""
+    """The service refused the request (4xx). It was not accepted and not billed."""
 
     not_accepted = True
 
 
 class InvalidRequestError(RefusedError):
-    """400: the parameters are wrong; the same request will never do."""
+    """400: the parameters are invalid. Not retryable."""
 
 
 class UnauthorizedError(RefusedError):
@@ -133,18 +139,21 @@ class InsufficientBalanceError(RefusedError):
 
 
 class ForbiddenError(RefusedError):
-    """403: not allowed, or against the content rules."""
+    """403: not allowed, or against the content policy."""
 
 
 class NotFoundError(RefusedError):
-    """404: no such task or model."""
+    """404: the task or model does not exist."""
 
 
 class RateLimitedError(RefusedError):
-    """429: one of the account's limits was passed.
+    """429: a limit of the account was exceeded.
 
     Args:
-        retry_after: Seconds the service asks to wait, where it says so.
+        message: What happened and what to do.
+        task_id: The task that the request was about, if any.
+        code: The service's code.
+        retry_after: Seconds to wait, from the `Retry-After` header, if the service sent one.
     """
 
     retryable = True
@@ -162,52 +171,55 @@ class RateLimitedError(RefusedError):
 
 
 class GenerationFailedError(FluxKontextError):
-    """The service gave up on the task; `code` is its fail code, `message` its reason."""
+    """The service reports that the task failed. `code` is its fail code."""
 
 
 class GenerationTimeoutError(FluxKontextError):
-    """The task did not end before the deadline; it may still, and is paid for either way."""
+    """The task did not end before the deadline. It is paid for and may still end."""
 
 
 class DownloadError(FluxKontextError):
-    """A result could not be fetched; the task stays paid and can be persisted again."""
+    """A result could not be downloaded. The task is paid for; persist it again later."""
 
     retryable = True
 
 
 class RefusedUrlError(DownloadError):
-    """A result's URL leads where no download may go: another scheme, this machine, its network."""
+    """A result's URL has a scheme or leads to an address that is not allowed.
+
+    Not allowed are schemes other than http and https, this machine and its private network.
+    """
 
     retryable = False
 
 
 class StorageError(FluxKontextError):
-    """The output refused a file; the task stays paid and can be persisted again."""
+    """The output could not store a file. The task is paid for; persist it again later."""
 
     retryable = True
 
 
 class LedgerError(FluxKontextError):
-    """A record of what was paid cannot be read, written or trusted; its row is not paid for."""
+    """A ledger record cannot be read, written or trusted, so its row is not submitted."""
 
 
 class ReferenceImageError(FluxKontextError):
-    """A reference image is missing, has changed or is none; nothing was sent for its row."""
+    """A reference image is missing, changed or invalid. Nothing was sent for its row."""
 
     not_accepted = True
 
 
 class InvalidImageError(FluxKontextError):
-    """The bytes are not a whole image of the promised kind."""
+    """The bytes are not a complete image of an expected format."""
 
     retryable = True
 
 
 class BatchStoppedError(FluxKontextError):
-    """The batch ended before its rows did; the message counts what is left."""
+    """The batch stopped before all of its rows ended. The message counts what is left."""
 
     fatal = True
 
 
 class BudgetReachedError(BatchStoppedError):
-    """The next image would have cost more than the budget has left; it was not submitted."""
+    """The next image would exceed the budget. It was not submitted."""

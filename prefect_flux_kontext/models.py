@@ -1,7 +1,7 @@
-"""The nouns of the package: what is asked for, what is running, what came of it.
+"""Data models: requests, tasks, statuses, results and stored images.
 
-All are small pydantic models that survive JSON, so that a task id can be stored and waited
-for later, by another flow on another machine.
+All are pydantic models that can be saved as JSON and loaded again, so that a task can be waited
+for later, by another flow or on another machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+__all__ = [
+    "AspectRatio",
+    "GenerationRequest",
+    "GenerationResult",
+    "GenerationTask",
+    "Mode",
+    "OutputFormat",
+    "Provider",
+    "StoredImage",
+    "TaskStatus",
+    "utc_now",
+]
+
 Mode = Literal["pro", "max"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "1:1", "3:4", "9:16"]
 OutputFormat = Literal["jpeg", "png"]
@@ -22,12 +35,15 @@ Provider = Literal["auto", "value", "official"]
 
 
 def utc_now() -> datetime:
-    """The present moment, with its time zone."""
+    """Return the current time in UTC, with its time zone."""
     return datetime.now(UTC)
 
 
 class _RedactedRepr(BaseModel):
-    """A model whose repr leaves out what gives access: queries of URLs, and the callback URL."""
+    """Base class of models whose repr holds no secrets.
+
+    The repr leaves out the query strings of URLs, which may be signed, and the callback URL.
+    """
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
@@ -38,50 +54,51 @@ class _RedactedRepr(BaseModel):
 
 
 class GenerationRequest(_RedactedRepr):
-    """One image to make: a prompt, and for style transfer the reference image.
+    """The request for one image: a prompt, and reference images for style transfer.
 
-    Limits and defaults are those of the service's reference page.
+    Limits and defaults are those of the service's API reference.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: str = Field(
-        min_length=1, max_length=10_000, description="What to make, 1 to 10,000 characters."
+        min_length=1, max_length=10_000, description="Prompt, 1 to 10,000 characters."
     )
     image_urls: list[str] = Field(
         default_factory=list,
-        description="Reference images as URLs that the service can fetch. None: text to image.",
+        description="URLs of reference images that the service can fetch. Empty: text to image.",
     )
     mode: Mode = Field(
         default="pro", description="`pro`: higher quality, slower. `max`: balanced."
     )
-    aspect_ratio: AspectRatio = Field(default="16:9", description="Width to height.")
-    output_format: OutputFormat = Field(default="jpeg", description="Kind of the result.")
-    provider: Provider = Field(default="auto", description="How the service routes the task.")
+    aspect_ratio: AspectRatio = Field(default="16:9", description="Ratio of width to height.")
+    output_format: OutputFormat = Field(default="jpeg", description="Image format of the result.")
+    provider: Provider = Field(default="auto", description="Route of the task at the service.")
     callback_url: str | None = Field(
-        default=None, description="Public HTTPS URL to be called when the task ends."
+        default=None, description="Public HTTPS URL that the service calls when the task ends."
     )
     request_type: Literal["async", "callback"] = Field(
-        default="async", description="`callback` follows from a `callback_url`."
+        default="async", description="`callback` if, and only if, there is a `callback_url`."
     )
     prompt_upsampling: bool | None = Field(
-        default=None, description="Let the service elaborate the prompt."
+        default=None, description="Whether the service elaborates the prompt. Unset: not sent."
     )
     enable_translation: bool | None = Field(
-        default=None, description="Let the service translate the prompt to English."
+        default=None,
+        description="Whether the service translates the prompt to English. Unset: not sent.",
     )
     safety_tolerance: int | None = Field(
-        default=None, ge=0, le=2, description="0 strict to 2 tolerant."
+        default=None, ge=0, le=2, description="Safety tolerance from 0 (strict) to 2 (tolerant)."
     )
-    watermark: str | None = Field(default=None, description="Text to mark the image with.")
+    watermark: str | None = Field(default=None, description="Text of a watermark on the image.")
     extra: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further input of the model, merged into the request as it is.",
+        description="Additional model input, merged into the request unchanged.",
     )
 
     @field_validator("extra")
     @classmethod
-    def _extra_can_be_sent(cls, extra: dict[str, Any]) -> dict[str, Any]:
+    def _validate_extra(cls, extra: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(extra, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
@@ -90,19 +107,22 @@ class GenerationRequest(_RedactedRepr):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_callback_url_means_callback(cls, values: Any) -> Any:
+    def _set_request_type(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("callback_url"):
             return {"request_type": "callback", **values}
         return values
 
     @model_validator(mode="after")
-    def _callback_mode_and_url_go_together(self) -> Self:
+    def _validate_callback(self) -> Self:
         if (self.request_type == "callback") != (self.callback_url is not None):
-            raise ValueError("request_type 'callback' and a callback_url go together")
+            raise ValueError(
+                "request_type 'callback' needs a callback_url, and a callback_url needs "
+                "request_type 'callback'"
+            )
         return self
 
     def body(self) -> dict[str, Any]:
-        """The JSON body of the submit request."""
+        """Return the JSON body of the submit request."""
         optional = {
             "image_urls": self.image_urls or None,
             "promptUpsampling": self.prompt_upsampling,
@@ -128,32 +148,33 @@ class GenerationRequest(_RedactedRepr):
 
 
 class GenerationTask(BaseModel):
-    """A task the service has accepted, and bills. Its id is all that is needed to wait for it."""
+    """A task that the service accepted and bills. Its id is enough to wait for it."""
 
     model_config = ConfigDict(frozen=True)
 
-    task_id: str = Field(min_length=1, description="The service's name for the task.")
+    task_id: str = Field(min_length=1, description="The task's id at the service.")
     request: GenerationRequest | None = Field(
-        default=None, description="What was asked for, where it is known."
+        default=None, description="The request, if it is known."
     )
     submitted_at: datetime = Field(
-        default_factory=utc_now, description="When it was accepted; the first look counts from it."
+        default_factory=utc_now,
+        description="When the task was accepted. Polling delays count from it.",
     )
 
     @field_validator("submitted_at")
     @classmethod
-    def _without_a_time_zone_it_is_utc(cls, moment: datetime) -> datetime:
+    def _assume_utc(cls, moment: datetime) -> datetime:
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class TaskStatus(_RedactedRepr):
-    """One answer to a status request, read tolerantly."""
+    """The reply to a status request. Unknown states are kept."""
 
     model_config = ConfigDict(frozen=True)
 
     task_id: str
     state: str = Field(
-        description="`pending`, `processing`, `success`, `failed`, or what the service says."
+        description="`pending`, `processing`, `success`, `failed` or an unknown state, unchanged."
     )
     result_urls: list[str] = Field(default_factory=list)
     fail_code: str | None = None
@@ -164,32 +185,36 @@ class TaskStatus(_RedactedRepr):
 
 
 class GenerationResult(_RedactedRepr):
-    """A task that ended well. Its URLs live for days only: persist them."""
+    """The result of a successful task. Its URLs expire after days, so persist the images."""
 
     model_config = ConfigDict(frozen=True)
 
     task_id: str
-    result_urls: list[str] = Field(min_length=1, description="Where the images can be fetched.")
+    result_urls: list[str] = Field(min_length=1, description="URLs of the images.")
     request: GenerationRequest | None = None
     submitted_at: datetime | None = None
     completed_at: datetime | None = None
     generation_seconds: float | None = Field(
-        default=None, description="Seconds the service spent, by its own count."
+        default=None, description="Seconds of generation, as reported by the service."
     )
     base_url: str | None = Field(
-        default=None, description="The service that told it, whose private network may serve it."
+        default=None,
+        description="Base URL of the service that reported the result. Downloads from its "
+        "private network are allowed.",
     )
 
 
 class StoredImage(BaseModel):
-    """An image that was checked and is whole in its place."""
+    """An image that was validated and stored completely."""
 
     model_config = ConfigDict(frozen=True)
 
-    uri: str = Field(description="Where it is, as an fsspec URL or a local path.")
+    uri: str = Field(description="Location, as an fsspec URL or a local path.")
     task_id: str
-    format: OutputFormat | Literal["webp"] = Field(description="By its content, not its name.")
-    size: int = Field(description="Bytes.")
-    sha256: str = Field(description="Checksum of the bytes, in hexadecimal.")
-    width: int = Field(description="Pixels.")
-    height: int = Field(description="Pixels.")
+    format: OutputFormat | Literal["webp"] = Field(
+        description="Image format, detected from the content."
+    )
+    size: int = Field(description="Size in bytes.")
+    sha256: str = Field(description="SHA-256 of the bytes, in hexadecimal.")
+    width: int = Field(description="Width in pixels.")
+    height: int = Field(description="Height in pixels.")

@@ -1,4 +1,4 @@
-"""Settings from the environment, all named `FLUX_KONTEXT_…`."""
+"""Settings from environment variables, all with the prefix `FLUX_KONTEXT_`."""
 
 from __future__ import annotations
 
@@ -13,143 +13,194 @@ from prefect_flux_kontext.errors import ConfigurationError
 
 
 class FluxKontextSettings(BaseSettings):
-    """What the environment says. Arguments and saved Blocks win over it.
+    """The settings of the package, read from the environment.
+
+    Arguments and saved Blocks take precedence over the environment. An empty variable counts
+    as unset.
 
     Raises:
-        ConfigurationError: A variable cannot be what it says; all of them are named at once.
+        ConfigurationError: One or more variables are invalid. The message names all of them,
+            without their values.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="FLUX_KONTEXT_", extra="ignore", env_ignore_empty=True
     )
 
-    api_key: SecretStr | None = Field(default=None, description="The account's API key.")
+    api_key: SecretStr | None = Field(default=None, description="API key of the account.")
     base_url: str = Field(
-        default="https://api.apixo.ai", description="Where the service is, without a path."
+        default="https://api.apixo.ai",
+        description="Base URL of the service, in the form `https://host[:port]`.",
     )
     account: str = Field(
-        default="default", description="A label for the account; it may appear in logs."
+        default="default", description="Label of the account. It may appear in logs."
     )
     requests_per_minute: int = Field(
-        default=10_000, ge=1, description="The account's limit, submits and polls together."
+        default=10_000,
+        ge=1,
+        description="Request limit of the account, in requests per minute. Submits and status "
+        "requests count together.",
     )
     concurrent_tasks: int = Field(
-        default=1_000, ge=1, description="The account's limit of tasks running at once."
+        default=1_000,
+        ge=1,
+        description="Concurrency limit of the account: tasks that may run at the same time.",
     )
     poll_initial_delay: float = Field(
-        default=20.0, ge=0, description="Seconds from submit to the first look."
+        default=20.0, ge=0, description="Seconds from the submit to the first status request."
     )
-    poll_interval: float = Field(default=3.0, gt=0, description="Seconds between further looks.")
+    poll_interval: float = Field(
+        default=3.0, gt=0, description="Seconds between later status requests for a task."
+    )
     poll_timeout: float = Field(
-        default=900.0, gt=0, description="Seconds to wait for a task before giving up on it."
+        default=900.0,
+        gt=0,
+        description="Seconds to wait for a task. A task that is still running then stays "
+        "outstanding and can be collected later.",
     )
 
     concurrent_submits: int = Field(
-        default=16, ge=1, description="Submits under way at once: what a crash makes doubtful."
+        default=16,
+        ge=1,
+        description="Maximum number of submits in flight. A crash leaves at most this many rows "
+        "unknown.",
+    )
+    outage_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for which submitting pauses while the service gives no usable "
+        "replies. After that the batch stops.",
     )
     staging_url: str | None = Field(
         default=None,
-        description="Folder or bucket where local reference images are put for the service.",
+        description="Folder or bucket to which local reference images are copied, so that the "
+        "service can fetch them.",
     )
     staging_public_url: str | None = Field(
-        default=None, description="Where that is on the web; without it, URLs are signed."
+        default=None,
+        description="Public URL of the staging folder. Unset: staged images get signed URLs.",
     )
-    price_pro: float = Field(default=0.03, ge=0, description="Dollars for an image in `pro`.")
-    price_max: float = Field(default=0.06, ge=0, description="Dollars for an image in `max`.")
+    price_pro: float = Field(
+        default=0.03, ge=0, description="Price of an image in mode `pro`, in US dollars."
+    )
+    price_max: float = Field(
+        default=0.06, ge=0, description="Price of an image in mode `max`, in US dollars."
+    )
     result_days: float = Field(
-        default=15.0, gt=0, description="Days for which the service keeps a result."
+        default=15.0,
+        gt=0,
+        description="Days for which the service keeps a result. Outstanding rows whose results "
+        "expire soon are reported.",
     )
     storage_options: SecretStr | None = Field(
         default=None,
-        description="What the output's filesystem needs to know, as a JSON object.",
+        description="Options of the output's fsspec filesystem, such as keys and endpoints, as "
+        "a JSON object.",
     )
     ai_mark: bool = Field(
-        default=True, description="Mark images as made by AI, in XMP beside the pixels."
+        default=True,
+        description="Mark stored images as made by AI, in XMP metadata. The pixels do not change.",
     )
-
-    @field_validator("storage_options")
-    @classmethod
-    def _options_are_a_json_object(cls, options: SecretStr | None) -> SecretStr | None:
-        if options is not None:
-            try:
-                good = isinstance(json.loads(options.get_secret_value()), dict)
-            except (ValueError, RecursionError):
-                good = False
-            if not good:
-                raise ValueError("it is no JSON object")
-        return options
 
     gallery_images: int = Field(
-        default=10_000, ge=0, description="Rows that the gallery shows at most; 0 makes none."
+        default=10_000,
+        ge=0,
+        description="Maximum number of rows in the HTML gallery. 0: no gallery.",
     )
     gallery_references: bool = Field(
-        default=True, description="Fetch references, to show them as `before` in the gallery."
+        default=True,
+        description="Fetch the reference images and show each one as `before` in the gallery.",
     )
 
     callback_url: str | None = Field(
         default=None,
-        description="Public URL of the receiver of callbacks. Unset: poll.",
+        description="Public URL of the callback receiver. Unset: completion is found by polling.",
     )
     callback_secret: SecretStr | None = Field(
-        default=None, description="What the tokens in callback URLs are made with."
+        default=None,
+        description="Secret that signs the tokens in callback URLs. Batches and their receiver "
+        "need the same value.",
     )
     callback_listen: str | None = Field(
         default=None,
-        description="host:port of a receiver in the batch's own process, if any.",
+        description="Address (`host:port`) on which the batch itself receives callbacks. Unset: "
+        "a separate receiver is expected.",
     )
     callback_inbox: str | None = Field(
-        default=None, description="Where callbacks are kept. Unset: in the output's own ledger."
+        default=None,
+        description="Folder in which receivers store callbacks. Unset: the output's own ledger.",
     )
     callback_sweep: float = Field(
-        default=60.0, gt=0, description="Seconds between looks at a row that is not called back."
+        default=60.0,
+        gt=0,
+        description="Seconds between status requests for a task whose callback has not arrived.",
     )
     callback_grace: float = Field(
         default=300.0,
         ge=0,
-        description="Seconds that a row whose submit's reply was lost waits for its callback.",
+        description="Seconds to wait for a callback after the reply to a submit was lost, before "
+        "the row is reported as unknown.",
     )
 
     public_urls: dict[str, str] = Field(
         default_factory=dict,
-        description="Where a browser finds what is stored, as JSON: output prefix to http(s) URL.",
+        description="Public URLs of outputs, as a JSON object that maps an output prefix to an "
+        "http(s) URL. Prefect artifacts use them as links.",
     )
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**given)
+            super().__init__(**values)
         except ValidationError as error:
-            problems = error.errors(include_input=False, include_url=False)
-            told = "; ".join(
+            problems = "; ".join(
                 f"FLUX_KONTEXT_{str(problem['loc'][0]).upper()}: {problem['msg']}"
-                for problem in problems
+                for problem in error.errors(include_input=False, include_url=False)
             )
-            raise ConfigurationError(f"The environment is not usable: {told}.") from None
+            # `from None`: the ValidationError holds the values, and so possibly secrets.
+            raise ConfigurationError(f"Invalid environment variables: {problems}.") from None
+
+    @field_validator("storage_options")
+    @classmethod
+    def _validate_storage_options(cls, options: SecretStr | None) -> SecretStr | None:
+        if options is not None:
+            try:
+                is_object = isinstance(json.loads(options.get_secret_value()), dict)
+            except (ValueError, RecursionError):
+                is_object = False
+            if not is_object:
+                raise ValueError("must be a JSON object")
+        return options
 
     def prices(self) -> dict[str, float]:
-        """Dollars for an image, by mode."""
+        """Return the price of an image by mode, in US dollars."""
         return {"pro": self.price_pro, "max": self.price_max}
 
     def fsspec_options(self) -> dict[str, Any]:
-        """What the output's filesystem needs to know; it may be secret."""
+        """Return the options of the output's filesystem. They may hold secrets."""
         if self.storage_options is None:
             return {}
         return dict(json.loads(self.storage_options.get_secret_value()))
 
     def required_api_key(self) -> SecretStr:
-        """The API key.
+        """Return the API key.
 
         Raises:
             ConfigurationError: FLUX_KONTEXT_API_KEY is not set.
         """
         if self.api_key is None:
             raise ConfigurationError(
-                "No API key: set FLUX_KONTEXT_API_KEY. In a flow, a FluxKontextCredentials Block "
-                "or the name of a saved one does as well."
+                "No API key: set FLUX_KONTEXT_API_KEY. In a flow, you can also pass a "
+                "FluxKontextCredentials Block or the name of a saved one."
             )
         return self.api_key
 
     def cadence(self) -> PollingCadence:
-        """The polling cadence that the environment asks for."""
+        """Return the polling cadence of these settings.
+
+        Raises:
+            ConfigurationError: The timeout is not longer than the initial delay.
+        """
         try:
             return PollingCadence(
                 initial_delay=self.poll_initial_delay,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
@@ -25,8 +24,6 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.names import safe_name
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from prefect.client.schemas.objects import State, TaskRun
 
 
@@ -90,12 +87,12 @@ async def submit_own_reference(
     """
     sending = await references.prepared(request)
 
-    @asynccontextmanager
-    async def signed_now() -> AsyncIterator[GenerationRequest]:
-        yield await sending()
-
     async with account.get_client() as client:
-        return await client.submit(request, around_post=signed_now)
+        attempts = client.submit_attempts()
+        while not attempts.is_over:
+            async with await attempts.next_slot() as slot:
+                outcome = await slot.post(await sending())
+    return outcome.to_task(request)
 
 
 @task(

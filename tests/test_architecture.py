@@ -1,158 +1,75 @@
-"""The pictures of docs/architecture.md, held against the code."""
+"""What docs/architecture.md says, held against the code.
 
-import ast
+The layers themselves are contracts in pyproject.toml, which `lint-imports` checks.
+"""
+
 import re
-import subprocess
-import sys
-from functools import cache
+import tomllib
 from pathlib import Path
-from typing import NamedTuple
-
-import pytest
 
 from prefect_flux_kontext.ledger.records import MOVES, State
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = "prefect_flux_kontext"
+PACKAGE = ROOT / "prefect_flux_kontext"
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
-NAMES_END = 26
-"""The column of the picture at which names end and what they are for begins."""
 
 
-class Room(NamedTuple):
-    """A place in the picture.
-
-    Attributes:
-        floor: Its line, counted from the top.
-        place: Its place on the line, counted from the left.
-        core: Whether it is below the line.
-    """
-
-    floor: int
-    place: int
-    core: bool
-
-
-def picture(heading):
-    """The lines of the drawing below a heading."""
+def drawing(heading):
+    """The lines of the first drawing below a heading."""
     return TEXT.partition(f"## {heading}\n")[2].split("```\n")[1].splitlines()
 
 
-def drawn():
-    """Each room of the picture by name, and the folders drawn inside rooms."""
-    rooms, inside, core, around = {}, [], False, None
-    for floor, line in enumerate(picture("Rooms")):
-        if line.startswith("──"):
-            core = True
-            continue
-        names = line[:NAMES_END].split()
-        if line.startswith("  ") and names:
-            inside += [f"{around}{name}" for name in names]
-            continue
-        for place, name in enumerate(names):
-            rooms[name.rstrip("/")] = Room(floor, place, core)
-            around = name
-    return rooms, inside
+def top_level_names():
+    """Packages and modules directly in the package, without `__init__` and `__main__`."""
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    return packages | {name for name in modules if not name.startswith("__")}
 
 
-ROOMS, INSIDE = drawn()
-MODULES = {
-    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-    for path in sorted((ROOT / PACKAGE).rglob("*.py"))
-}
-FACES = {f"{PACKAGE}.__init__", f"{PACKAGE}.__main__"}
-"""They hand on names, and start the command line."""
+def contracts():
+    """The import contracts by name."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    return {contract["name"]: contract for contract in tool["importlinter"]["contracts"]}
 
 
-def room_of(module):
-    return module.split(".")[1]
+def test_layers_contract_names_every_package():
+    layers = contracts()["Lower layers never import higher ones"]["layers"]
+    assert {*layers, "sandbox"} == top_level_names()
 
 
-@cache
-def imports(module):
-    """What a module imports wherever in it, also for its types alone: that is to know it too."""
-    found = []
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} imports by dots"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+def test_core_contract_names_every_layer_below_credentials():
+    layers = contracts()["Lower layers never import higher ones"]["layers"]
+    below = layers[layers.index("credentials") + 1 :]
+    core = contracts()["The core does not import Prefect"]["source_modules"]
+    assert core == sorted(f"prefect_flux_kontext.{name}" for name in [*below, "sandbox"])
 
 
-def own_imports(module):
-    """What of ours a module imports."""
-    return [name for name in imports(module) if name.startswith(f"{PACKAGE}.")]
+def test_sandbox_contracts_name_every_other_package():
+    others = {f"prefect_flux_kontext.{name}" for name in top_level_names() - {"sandbox"}}
+    shares = contracts()["The sandbox shares no code with the rest"]["forbidden_modules"]
+    starts = contracts()["Only the command line starts the sandbox"]["source_modules"]
+    assert set(shares) == others
+    assert set(starts) == others - {"prefect_flux_kontext.cli"}
 
 
-def may_know(importer, imported):
-    """Whether the picture lets one room import another."""
-    a, b = ROOMS[importer], ROOMS[imported]
-    return importer == imported or (a.floor, a.place) < (b.floor, b.place)
+def test_drawing_of_layers_names_every_package():
+    drawn = {word.rstrip("/") for line in drawing("Layers") for word in line[:26].split()}
+    assert top_level_names() <= drawn
 
 
-def test_each_module_has_its_place_in_the_picture_and_each_place_its_module():
-    assert {room_of(module) for module in MODULES.keys() - FACES} == ROOMS.keys()
-    folders = {
-        f"{path.relative_to(ROOT / PACKAGE).as_posix()}/"
-        for path in (ROOT / PACKAGE).glob("*/*")
-        if path.is_dir() and (path / "__init__.py").exists()
-    }
-    assert folders == set(INSIDE)
+def test_at_most_twelve_modules_are_loose():
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_a_room_imports_only_what_is_drawn_below_it(name):
-    upwards = [
-        f"{module} imports {imported}"
-        for module in MODULES.keys() - FACES
-        if room_of(module) == name
-        for imported in own_imports(module)
-        if room_of(imported) in ROOMS and not may_know(name, room_of(imported))
-    ]
-    assert upwards == []
+def test_way_of_a_row_names_every_state():
+    words = set(re.findall(r"\w+", "\n".join(drawing("The way of one row"))))
+    assert set(State) <= words
 
 
-def test_the_sandbox_shares_no_code_with_the_rest():
-    for module in MODULES.keys() - FACES:
-        rooms = {room_of(imported) for imported in own_imports(module)} & ROOMS.keys()
-        if room_of(module) == "sandbox":
-            assert rooms <= {"sandbox"}, module
-        elif room_of(module) != "cli":
-            assert "sandbox" not in rooms, module
-
-
-def test_below_the_line_nothing_names_prefect():
-    core = [module for module in MODULES.keys() - FACES if ROOMS[room_of(module)].core]
-    assert len(core) > 80
-    for module in core:
-        assert not [name for name in imports(module) if name.split(".")[0] == "prefect"], module
-    code = (
-        "import importlib, sys\n"
-        f"for name in {sorted(core)!r}:\n"
-        "    importlib.import_module(name.removesuffix('.__init__'))\n"
-        "    if 'prefect' in sys.modules:\n"
-        "        sys.exit(f'{name} imports prefect')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_way_of_a_row_names_the_states_that_there_are():
-    lines = picture("The way of one row")
-    asked = [line.split("─►")[0].split() for line in lines if re.match(r"   \w", line)]
-    assert sorted(state for (state,) in asked) == sorted(set(State) - {State.SUCCEEDED})
-    named = set(re.findall(r"\w+", "\n".join(lines)))
-    assert set(State) <= named
-
-
-def test_the_moves_of_a_row_are_those_of_the_ledger():
-    told = TEXT.partition("| from | to |\n|---|---|\n")[2].partition("\n\n")[0]
+def test_table_of_moves_is_the_ledgers():
+    table = TEXT.partition("| from | to |\n|---|---|\n")[2].partition("\n\n")[0]
     moves = {}
-    for line in told.splitlines():
+    for line in table.splitlines():
         state, to = (cell.strip() for cell in line.strip("|").split("|"))
         moves[State(state)] = {State(name) for name in to.split(", ") if name}
     assert moves == MOVES

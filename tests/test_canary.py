@@ -103,7 +103,7 @@ def leaks(folder):
 
 
 ENDINGS = {
-    "well": ("401", "nobody has foreseen this", "met an unforeseen error", "    key = "),
+    "well": ("401", "nobody has foreseen this", "unexpected error", "    key = "),
     "unhandled": ("nobody has foreseen this", "    manifest = "),
     "aborted": ("Fatal Python error: Aborted",),
 }

@@ -1,4 +1,4 @@
-"""The error tree: as drawn, and each error whole after a journey."""
+"""The error tree matches its docstring, and errors survive copy and pickle."""
 
 import copy
 import inspect
@@ -17,8 +17,8 @@ KINDS = [
 ]
 
 
-def drawn_tree():
-    """Parent of each class by the indentation of the drawing in the module's docstring."""
+def parse_tree():
+    """Return the parent of each class, from the indentation of the tree in the docstring."""
     parents, above = {}, {}
     for line in errors.__doc__.splitlines():
         match = re.match(r"    ([│├└─ ]*)(\w+Error)\b", line)
@@ -29,40 +29,40 @@ def drawn_tree():
     return parents
 
 
-def test_the_tree_is_as_it_is_drawn():
+def test_error_tree_matches_the_docstring():
     real = {kind.__name__: kind.__bases__[0].__name__ for kind in KINDS}
-    assert drawn_tree() == {**real, "FluxKontextError": None}
+    assert parse_tree() == {**real, "FluxKontextError": None}
 
 
-def test_each_class_has_one_parent():
+def test_error_has_one_parent():
     assert all(len(kind.__bases__) == 1 for kind in KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("journey", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
-def test_an_error_arrives_with_its_fields(kind, journey):
+@pytest.mark.parametrize("transfer", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_error_survives_copy_and_pickle(kind, transfer):
     error = kind("what and why", task_id="task_1", code="CODE")
     error.add_note("seen at noon")
-    arrived = journey(error)
-    assert type(arrived) is kind
-    assert str(arrived) == arrived.message == "what and why"
-    assert (arrived.task_id, arrived.code, arrived.reason) == ("task_1", "CODE", "CODE")
-    assert arrived.__notes__ == ["seen at noon"]
+    received = transfer(error)
+    assert type(received) is kind
+    assert str(received) == received.message == "what and why"
+    assert (received.task_id, received.code, received.reason) == ("task_1", "CODE", "CODE")
+    assert received.__notes__ == ["seen at noon"]
 
 
-def test_a_rate_limit_arrives_with_its_advice():
-    arrived = pickle.loads(pickle.dumps(RateLimitedError("slow down", retry_after=7.5)))
-    assert (arrived.retry_after, arrived.code) == (7.5, 429)
+def test_rate_limit_error_survives_pickle():
+    received = pickle.loads(pickle.dumps(RateLimitedError("slow down", retry_after=7.5)))
+    assert (received.retry_after, received.code) == (7.5, 429)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_without_a_code_the_reason_is_the_name(kind):
+def test_reason_without_a_code_is_the_class_name(kind):
     expected = "429" if kind is RateLimitedError else kind.__name__
     assert kind("what").reason == expected
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_refusal_is_known_not_to_be_accepted_and_so_is_what_was_never_sent(kind):
+def test_not_accepted_is_true_for_refused_and_unsent_requests(kind):
     known = issubclass(
         kind,
         errors.RefusedError
@@ -74,7 +74,7 @@ def test_a_refusal_is_known_not_to_be_accepted_and_so_is_what_was_never_sent(kin
     assert kind.not_accepted is known
 
 
-def test_what_stops_a_batch():
+def test_fatal_errors_are_these():
     assert {kind.__name__ for kind in KINDS if kind.fatal} == {
         "BatchStoppedError",
         "BudgetReachedError",
@@ -86,5 +86,5 @@ def test_what_stops_a_batch():
     }
 
 
-def test_each_class_says_what_it_is():
+def test_error_has_a_docstring():
     assert all(kind.__doc__ for kind in KINDS)

@@ -1,4 +1,4 @@
-"""The nouns: what is allowed, and that they survive JSON."""
+"""The models: which values they accept, and that they survive JSON."""
 
 from datetime import UTC, datetime
 
@@ -15,7 +15,7 @@ from prefect_flux_kontext.models import (
 )
 
 
-def test_the_defaults_are_the_contracts():
+def test_defaults_match_the_contract():
     assert GenerationRequest(prompt="a").body() == {
         "request_type": "async",
         "provider": "auto",
@@ -28,30 +28,30 @@ def test_the_defaults_are_the_contracts():
     }
 
 
-def test_a_callback_url_means_callback():
+def test_callback_url_sets_request_type():
     body = GenerationRequest(prompt="a", callback_url="https://hooks.test/1").body()
     assert (body["request_type"], body["callback_url"]) == ("callback", "https://hooks.test/1")
 
 
-def test_extra_input_is_merged_as_it_is():
+def test_extra_input_is_merged_unchanged():
     body = GenerationRequest(prompt="a", extra={"seed": 7, "nested": {"a": None}}).body()
     assert body["input"]["seed"] == 7
     assert body["input"]["nested"] == {"a": None}
 
 
 @pytest.mark.parametrize("name", ["prompt_upsampling", "enable_translation", "safety_tolerance"])
-def test_what_is_off_is_sent_and_what_is_unset_is_not(name):
-    wire = {
+def test_option_that_is_off_is_sent_and_unset_is_not(name):
+    field = {
         "prompt_upsampling": "promptUpsampling",
         "enable_translation": "enableTranslation",
         "safety_tolerance": "safetyTolerance",
     }[name]
-    assert wire not in GenerationRequest(prompt="a").body()["input"]
-    assert GenerationRequest(prompt="a", **{name: 0}).body()["input"][wire] == 0
+    assert field not in GenerationRequest(prompt="a").body()["input"]
+    assert GenerationRequest(prompt="a", **{name: 0}).body()["input"][field] == 0
 
 
 @pytest.mark.parametrize("prompt", ["a", "a" * 10_000, "\N{SUNRISE}" * 10_000, " "])
-def test_a_prompt_has_1_to_10_000_characters(prompt):
+def test_prompt_has_1_to_10_000_characters(prompt):
     assert GenerationRequest(prompt=prompt).body()["input"]["prompt"] == prompt
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_has_1_to_10_000_characters(prompt):
         {"prompt": "a", "extra": {"a": "\ud800"}},
     ],
 )
-def test_what_the_service_would_refuse_or_cannot_be_sent_is_no_request(fields):
+def test_invalid_request_is_rejected(fields):
     with pytest.raises(ValidationError):
         GenerationRequest(**fields)
 
@@ -103,27 +103,27 @@ REQUEST = GenerationRequest(prompt="a", callback_url="https://hooks.test/1", ext
     ],
     ids=lambda model: type(model).__name__,
 )
-def test_a_model_survives_json(model):
+def test_model_survives_json(model):
     assert type(model).model_validate_json(model.model_dump_json()) == model
 
 
-def test_a_task_id_alone_is_a_task():
+def test_task_needs_only_a_task_id():
     task = GenerationTask(task_id="task_1")
     assert task.request is None
     assert abs((datetime.now(UTC) - task.submitted_at).total_seconds()) < 60
 
 
-def test_a_submit_time_without_a_time_zone_is_utc():
+def test_submit_time_without_time_zone_is_utc():
     task = GenerationTask.model_validate({"task_id": "t", "submitted_at": "2026-01-01T12:00:00"})
     assert task.submitted_at == datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
-def test_a_result_without_a_url_is_none():
+def test_result_needs_a_url():
     with pytest.raises(ValidationError):
         GenerationResult(task_id="task_1", result_urls=[])
 
 
-def test_a_repr_holds_nothing_that_gives_access():
+def test_repr_contains_no_secrets():
     request = GenerationRequest(
         prompt="oil",
         image_urls=["https://a.test/cat.png?X-Amz-Signature=canary", "https://a.test/dog.png"],
@@ -133,7 +133,7 @@ def test_a_repr_holds_nothing_that_gives_access():
         task_id="task_1", result_urls=["https://cdn.test/1.png?sig=canary"], request=request
     )
     row = Row("a", 2, request, "key", "a", cells={"image": "https://a.test/?canary"})
-    told = f"{request!r} {request} {result!r} {result} {row!r} {row}"
-    assert "canary" not in told
+    text = f"{request!r} {request} {result!r} {result} {row!r} {row}"
+    assert "canary" not in text
     for shown in ("https://a.test/cat.png'", "https://a.test/dog.png", "https://cdn.test/1.png"):
-        assert shown in told
+        assert shown in text

@@ -1,4 +1,4 @@
-"""Settings: their names in the environment, their defaults, and who wins."""
+"""The settings: their names in the environment, defaults and precedence."""
 
 import json
 
@@ -19,6 +19,7 @@ NAMES = {
     "FLUX_KONTEXT_POLL_INTERVAL": ("poll_interval", 0.5, 3.0),
     "FLUX_KONTEXT_POLL_TIMEOUT": ("poll_timeout", 60.0, 900.0),
     "FLUX_KONTEXT_CONCURRENT_SUBMITS": ("concurrent_submits", 4, 16),
+    "FLUX_KONTEXT_OUTAGE_TIMEOUT": ("outage_timeout", 30.0, 600.0),
     "FLUX_KONTEXT_STAGING_URL": ("staging_url", "s3://pictures/staged", None),
     "FLUX_KONTEXT_STAGING_PUBLIC_URL": ("staging_public_url", "https://a.test", None),
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
@@ -43,13 +44,13 @@ def value_of(settings, field):
     return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
-def test_every_setting_has_its_name_in_the_table():
+def test_every_setting_is_tested():
     names = {f"FLUX_KONTEXT_{field.upper()}" for field in FluxKontextSettings.model_fields}
     assert names == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_default_then_environment_then_argument(name, monkeypatch):
+def test_argument_wins_over_environment_over_default(name, monkeypatch):
     field, value, default = NAMES[name]
     assert value_of(FluxKontextSettings(), field) == default
     monkeypatch.setenv(name, "")
@@ -79,7 +80,7 @@ def test_default_then_environment_then_argument(name, monkeypatch):
         ("CALLBACK_GRACE", "-1"),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name_and_without_the_key(name, value, monkeypatch):
+def test_value_out_of_range_names_the_variable_but_no_key(name, value, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
     monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value)
     with pytest.raises(ConfigurationError, match=name) as caught:
@@ -87,7 +88,7 @@ def test_a_value_out_of_range_is_refused_by_name_and_without_the_key(name, value
     assert "canary" not in str(caught.value)
 
 
-def test_the_cadence_follows_the_settings(monkeypatch):
+def test_cadence_follows_the_settings(monkeypatch):
     assert FluxKontextSettings().cadence() == PollingCadence()
     for name, value in (("INITIAL_DELAY", "1"), ("INTERVAL", "2"), ("TIMEOUT", "3")):
         monkeypatch.setenv(f"FLUX_KONTEXT_POLL_{name}", value)
@@ -95,29 +96,29 @@ def test_the_cadence_follows_the_settings(monkeypatch):
     assert cadence == PollingCadence(initial_delay=1, interval=2, timeout=3)
 
 
-def test_the_advice_of_the_service_is_the_default_cadence():
+def test_default_cadence_follows_the_services_advice():
     assert (PollingCadence().initial_delay, PollingCadence().interval) == (20, 3)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"initial_delay": -1}, {"interval": 0}, {"timeout": 0}, {"a": 1}]
 )
-def test_a_cadence_out_of_range_is_none(wrong):
+def test_cadence_out_of_range_is_rejected(wrong):
     with pytest.raises(ValidationError):
         PollingCadence(**wrong)
 
 
-def test_the_prices_are_told_by_mode(monkeypatch):
+def test_prices_are_by_mode(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_PRICE_MAX", "0.1")
     assert FluxKontextSettings().prices() == {"pro": 0.03, "max": 0.1}
 
 
-def test_a_missing_key_names_its_variable():
+def test_missing_key_names_its_variable():
     with pytest.raises(ConfigurationError, match="FLUX_KONTEXT_API_KEY"):
         FluxKontextSettings().required_api_key()
 
 
-def test_the_key_does_not_show(monkeypatch):
+def test_key_is_not_shown(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
     settings = FluxKontextSettings()
     assert settings.required_api_key().get_secret_value() == "canary-key"
@@ -125,27 +126,29 @@ def test_the_key_does_not_show(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["canary", "[1]", '"canary"', '{"key": "canary"', "{" * 99_999])
-def test_storage_options_that_are_no_object_are_refused_without_being_told(wrong, monkeypatch):
+def test_invalid_storage_options_are_rejected_without_showing_them(wrong, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", wrong)
-    with pytest.raises(ConfigurationError, match=r"STORAGE_OPTIONS.*no JSON object") as caught:
+    with pytest.raises(
+        ConfigurationError, match=r"STORAGE_OPTIONS.*must be a JSON object"
+    ) as caught:
         FluxKontextSettings()
     assert "canary" not in repr(caught.value)
 
 
-def test_storage_options_do_not_show(monkeypatch):
+def test_storage_options_are_not_shown(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", '{"secret": "canary"}')
     settings = FluxKontextSettings()
     assert settings.fsspec_options() == {"secret": "canary"}
     assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 
-def test_variables_of_others_are_none_of_ours(monkeypatch):
+def test_unrelated_variables_are_ignored(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_SOMETHING_ELSE", "1")
-    monkeypatch.setenv("ACCOUNT", "somebody")
+    monkeypatch.setenv("ACCOUNT", "another")
     assert FluxKontextSettings().account == "default"
 
 
-def test_a_cadence_that_would_never_ask_is_refused(monkeypatch):
+def test_cadence_that_never_polls_is_rejected(monkeypatch):
     with pytest.raises(ValidationError, match="longer than initial_delay"):
         PollingCadence(initial_delay=20, timeout=15)
     monkeypatch.setenv("FLUX_KONTEXT_POLL_TIMEOUT", "15")
@@ -153,7 +156,7 @@ def test_a_cadence_that_would_never_ask_is_refused(monkeypatch):
         FluxKontextSettings().cadence()
 
 
-def test_all_variables_that_are_wrong_are_named_at_once(monkeypatch):
+def test_all_invalid_variables_are_named(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_POLL_INTERVAL", "soon")
     monkeypatch.setenv("FLUX_KONTEXT_CONCURRENT_TASKS", "0")
     with pytest.raises(ConfigurationError, match=r"CONCURRENT_TASKS.*; .*POLL_INTERVAL"):

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Budget:
-    """Dollars that may still be committed. Sums are whole millionths, so none is lost.
+    """Dollars that may still be committed, counted in whole millionths to avoid rounding errors.
 
-    Each POST's price is reserved before its intent is written, and given back only when the POST
-    is known not to have been accepted. What may have been accepted stays counted.
+    Each POST's price is reserved before its intent is written, and returned only when the POST is
+    known not to have been accepted. What may have been accepted stays counted.
 
     Args:
-        dollars: The cap; None for none.
-        committed: Dollars that were spent, or may have been, before.
+        dollars: The cap; None for no cap.
+        committed: Dollars that earlier runs have spent, or may have spent.
     """
 
     def __init__(self, dollars: float | None, committed: float = 0.0) -> None:
@@ -32,10 +32,10 @@ class Budget:
         self._changed = asyncio.Condition()
 
     async def reserve(self, price: float) -> None:
-        """Set the price of a POST aside, or wait while what is in flight may still be given back.
+        """Reserve the price of a POST; wait while POSTs in flight may still return theirs.
 
         Raises:
-            BudgetReachedError: The cap would be passed.
+            BudgetReachedError: The cap would be exceeded.
         """
         if self._left is None:
             return
@@ -45,32 +45,38 @@ class Budget:
                 if not self._in_flight:
                     raise BudgetReachedError(
                         f"The budget of ${self._dollars:,.2f} for this output is reached: "
-                        f"${self._left / 1_000_000:,.2f} are left, the next image costs "
+                        f"${self._left / 1_000_000:,.2f} is left, the next image costs "
                         f"${price:g}."
                     )
                 await self._changed.wait()
             self._left -= needed
             self._in_flight += 1
 
-    async def settle(self, price: float, *, given_back: bool) -> None:
-        """Say what became of a POST: its price stays counted, or is known not to be owed."""
+    async def settle(self, price: float, *, refunded: bool) -> None:
+        """Settle a reservation when the outcome of its POST is known.
+
+        Args:
+            price: The reserved price, in dollars.
+            refunded: Whether the POST is known not to have been accepted; else it stays counted.
+        """
         if self._left is None:
             return
         async with self._changed:
             self._in_flight -= 1
-            if given_back:
+            if refunded:
                 self._left += _millionths(price)
             self._changed.notify_all()
 
 
 async def open_budget(store: RecordStore, owner: str, options: RowOptions) -> Budget:
-    """The budget of a run, less what all earlier ones have spent or may have.
+    """Open the budget of a run, less what earlier runs have spent or may have spent.
 
-    Two runs that pay into one output at once would each count without the other, so a run with
-    a budget starts only where no other lives. Both say that they live before they look.
+    Two runs that pay into one output at the same time would not see each other's payments, so a
+    run with a budget starts only while no other run is alive. Each run registers its heartbeat
+    before it checks for others.
 
     Raises:
-        ConfigurationError: Another run lives.
+        ConfigurationError: Another run is paying into the output.
         LedgerError: The ledger cannot be read.
     """
     if options.share_usd is not None:
@@ -78,24 +84,24 @@ async def open_budget(store: RecordStore, owner: str, options: RowOptions) -> Bu
     if options.budget_usd is None:
         return Budget(None)
     await ensure_sole_run(store, owner)
-    with LedgerIndex() as standings:
-        await standings.read(store, options)
-        return Budget(options.budget_usd, standings.dollars())
+    with LedgerIndex() as index:
+        await index.read(store, options)
+        return Budget(options.budget_usd, index.sum_dollars())
 
 
 async def ensure_sole_run(store: RecordStore, owner: str) -> None:
-    """Make sure that no other run pays into the output.
+    """Check that no other run is paying into the output.
 
     Raises:
-        ConfigurationError: One does.
+        ConfigurationError: Another run is alive.
         LedgerError: The ledger cannot be read.
     """
     for name in await store.names("owners"):
         other = name.removesuffix(".json")
         if other != owner and await is_alive(store, other):
             raise ConfigurationError(
-                "Another run is paying into this output, so a budget cannot be kept: wait until "
-                "it has ended (a run that died on another machine counts as living for a minute)."
+                "Another run is paying into this output, so a budget cannot be kept. Wait until "
+                "it has ended (a run that died on another machine counts as alive for a minute)."
             )
 
 

@@ -1,4 +1,4 @@
-"""Collecting what ended runs have paid for, and leaving results to be collected."""
+"""Collection of outstanding results, the status of a ledger, and deferred collection."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
-from prefect_flux_kontext.errors import (
-    FluxKontextError,
-    LedgerError,
-)
+from prefect_flux_kontext.errors import FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
@@ -31,38 +28,33 @@ from prefect_flux_kontext.ledger.waves import (
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
-
-    from prefect_flux_kontext.manifest.row import RefusedRow, Row
-if TYPE_CHECKING:
-    from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.ledger.store import RecordStore
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.batch.waves import RunWave
     from prefect_flux_kontext.ledger.records import Entry
+    from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
-
 
 logger = logging.getLogger(__name__)
 
-_WARN_BEFORE = timedelta(days=3)
+PENDING_COLLECTION = "PENDING_COLLECTION"
+"""The reason of a row that was submitted without waiting for its result."""
 
+_EXPIRY_WARNING = timedelta(days=3)
+"""How long before its result expires an outstanding row is reported."""
 
-_TOLD = 20
+_MAX_EXPIRY_WARNINGS = 20
 
-
-_COLLECTING_FROM = 500_001
-"""Numbers of the waves that collect, apart from those of the manifest's waves."""
+_FIRST_COLLECTION_WAVE = 500_001
+"""Number of the first collecting wave, so that no number is also one of the manifest's waves."""
 
 
 async def collect_outstanding(
     session: Session, run_wave: RunWave, *, concurrent_tasks: int
 ) -> BatchSummary:
-    """Wait for, download and store what ended runs have paid for; pays for nothing.
+    """Wait for, download and store the outstanding results of ended runs; pay for nothing.
 
     Raises:
         LedgerError: The ledger cannot be reached.
@@ -70,53 +62,54 @@ async def collect_outstanding(
     session.rows.submits = False
     ledger = session.ledger
     others = [wave async for wave in read_open_waves(ledger.store) if wave.owner != ledger.owner]
-    abandoned = [wave for wave in others if await _is_left(ledger, wave)]
-    entries, unreadable = await _read(ledger, {key for wave in abandoned for key in wave.keys})
-    owed = [entry for entry in entries if entry.state in OUTSTANDING_STATES]
+    abandoned = [wave for wave in others if await _is_abandoned(ledger, wave)]
+    keys = {key for wave in abandoned for key in wave.keys}
+    entries, unreadable = await _read_entries(ledger, keys)
+    outstanding = [entry for entry in entries if entry.state in OUTSTANDING_STATES]
     # The oldest first: its result is the next to expire.
-    owed.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
-    _warn_of_expiry(owed, session.rows.options.result_days)
-    rows = [row_from_entry(entry) for entry in owed]
+    outstanding.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
+    _warn_of_expiry(outstanding, session.rows.options.result_days)
+    rows = [row_from_entry(entry) for entry in outstanding]
     summary = await run_waves(
-        session, rows, run_wave, concurrent_tasks=concurrent_tasks, first=_COLLECTING_FROM
+        session, rows, run_wave, concurrent_tasks=concurrent_tasks, first=_FIRST_COLLECTION_WAVE
     )
-    # Of what had ended, its run may have died before the result manifest said so.
+    # The run of an ended row may have died before it wrote the row to the result manifest.
     lines = [line_from_entry(session, entry) for entry in entries if entry.ended is not None]
     if lines:
-        await session.report.add(_COLLECTING_FROM - 1, lines)
+        await session.report.add(_FIRST_COLLECTION_WAVE - 1, lines)
     for key, error in unreadable.items():
         summary.count(
             RowOutcome(id=key, line=0, state="failed", reason=error.reason, message=error.message)
         )
     if abandoned and session.submitter.stopped is None:
-        # What they owed is in waves of our own by now, what cannot be read stays in theirs.
+        # Their outstanding rows are in waves of this run by now; unreadable rows stay in theirs.
         ended = [entry for entry in entries if entry.state not in OUTSTANDING_STATES]
         ours = OpenWave(name=f"{ledger.owner}-ended", owner=ledger.owner, keys=[])
         await close_wave(ledger.store, ours, ended)
         for wave in abandoned:
-            if keys := [key for key in wave.keys if key in unreadable]:
-                await open_wave(ledger.store, wave.model_copy(update={"keys": keys}))
+            if kept := [key for key in wave.keys if key in unreadable]:
+                await open_wave(ledger.store, wave.model_copy(update={"keys": kept}))
             else:
                 await delete_wave(ledger.store, wave)
-        if others == abandoned:  # else a living run may still wait to be told of such rows
-            made_by = {entry.intent.owner for entry in owed if entry.intent is not None}
-            await session.rows.called.clear(made_by | {wave.owner for wave in abandoned})
+        if others == abandoned:  # else a living run may still wait for callbacks of such rows
+            owners = {entry.intent.owner for entry in outstanding if entry.intent is not None}
+            await session.rows.callbacks.clear(owners | {wave.owner for wave in abandoned})
     return summary
 
 
-async def _is_left(ledger: Ledger, wave: OpenWave) -> bool:
-    """Whether the wave's run is gone; one that cannot be told may live."""
+async def _is_abandoned(ledger: Ledger, wave: OpenWave) -> bool:
+    """Whether the wave's run is dead; a run with an unreadable heartbeat counts as alive."""
     try:
         return not await is_alive(ledger.store, wave.owner)
     except LedgerError as error:
-        logger.warning("Rows of an earlier run are left alone: %s", error)
+        logger.warning("Rows of an earlier run were not collected: %s", error)
         return False
 
 
-async def _read(
+async def _read_entries(
     ledger: Ledger, keys: Iterable[str]
 ) -> tuple[Sequence[Entry], dict[str, LedgerError]]:
-    """Where rows stand, and what is wrong with the records of the others."""
+    """Read rows; return their entries, and the errors of the unreadable ones by row key."""
     unreadable: dict[str, LedgerError] = {}
 
     async def read(key: str) -> Entry | None:
@@ -130,40 +123,52 @@ async def _read(
     return [entry for entry in read_all if entry is not None], unreadable
 
 
-def _warn_of_expiry(owed: Sequence[Entry], result_days: float) -> None:
-    soon = find_expiring(owed, result_days)
-    for entry, left in soon[:_TOLD]:
+def _warn_of_expiry(outstanding: Sequence[Entry], result_days: float) -> None:
+    expiring = find_expiring(outstanding, result_days)
+    for entry, left in expiring[:_MAX_EXPIRY_WARNINGS]:
         logger.warning(
             "Row %s (task %s) is paid for and its result expires in %.1f days.",
             entry.key,
             entry.task.task_id,
             left.total_seconds() / 86_400,
         )
-    if len(soon) > _TOLD:
-        logger.warning("So do the results of %d more rows.", len(soon) - _TOLD)
+    if len(expiring) > _MAX_EXPIRY_WARNINGS:
+        logger.warning(
+            "The results of %d more rows expire soon.", len(expiring) - _MAX_EXPIRY_WARNINGS
+        )
 
 
-def find_expiring(owed: Sequence[Entry], result_days: float) -> list[tuple[Entry, timedelta]]:
-    """The rows whose results are gone in three days or less, and how long each still lives."""
-    ends = timedelta(days=result_days)
-    left = [
-        (entry, entry.task.submitted_at + ends - utc_now())
-        for entry in owed
+def find_expiring(
+    outstanding: Sequence[Entry], result_days: float
+) -> list[tuple[Entry, timedelta]]:
+    """Find the rows whose results expire within three days.
+
+    Args:
+        outstanding: Rows that are paid for and not stored.
+        result_days: Days for which the service keeps a result.
+
+    Returns:
+        Each such row, and the time until its result expires.
+    """
+    lifetime = timedelta(days=result_days)
+    remaining = [
+        (entry, entry.task.submitted_at + lifetime - utc_now())
+        for entry in outstanding
         if entry.state is State.ACCEPTED
     ]
-    return [(entry, lives) for entry, lives in left if lives < _WARN_BEFORE]
+    return [(entry, left) for entry, left in remaining if left < _EXPIRY_WARNING]
 
 
 @dataclass
 class LedgerStatus:
-    """Where the rows of an output stand.
+    """The states and costs of an output's rows.
 
     Attributes:
-        states: How many rows are in each state.
+        states: Number of rows in each state.
         spent: Dollars for all accepted attempts.
-        doubtful: Dollars that unknown rows may have cost on top.
+        doubtful: Dollars that unknown rows may have cost in addition.
         outstanding: Rows paid for and not stored, the oldest first.
-        unknown: Rows that may be paid for, whose run is gone.
+        unknown: Rows that may or may not have been billed, and whose run is dead.
     """
 
     states: Counter[State] = field(default_factory=Counter)
@@ -174,14 +179,14 @@ class LedgerStatus:
 
 
 async def read_ledger_status(store: RecordStore) -> LedgerStatus:
-    """Read where all rows stand.
+    """Read the states and costs of all rows.
 
     Raises:
         LedgerError: The ledger cannot be read or is damaged.
     """
     status = LedgerStatus()
     rows: dict[str, tuple[int, State, float]] = {}
-    # Unfinished waves first: one that ends meanwhile is then in both rather than in neither.
+    # Unfinished waves first: a wave that ends meanwhile is then read twice rather than not at all.
     for entry in await unfinished_entries(store):
         state = entry.state
         if state is State.INTENT and entry.intent is not None:
@@ -202,28 +207,24 @@ async def read_ledger_status(store: RecordStore) -> LedgerStatus:
 
 
 async def unfinished_entries(store: RecordStore) -> list[Entry]:
-    """The rows of all unfinished waves, read one by one.
+    """Read the rows of all unfinished waves from their own records.
 
     Raises:
-        LedgerError: One cannot be read or is damaged.
+        LedgerError: A record cannot be read or is damaged.
     """
     ledger = Ledger(store, owner="", prices={})
     keys = {key async for wave in read_open_waves(store) for key in wave.keys}
     return await asyncio.gather(*(ledger.read(key) for key in sorted(keys)))
 
 
-PENDING_COLLECTION = "LEFT_TO_COLLECT"
-"""Why a row that was submitted is outstanding: it was meant to be."""
-
-
 class Deferral:
-    """Lets rows wait for their results until nothing is left to submit, and no longer.
+    """Lets rows wait for their results only until every row is submitted.
 
-    An account has so many slots. While there are more rows than that, the rest can only be
-    submitted as tasks end, so until then results are waited for and stored as ever.
+    An account has a limited number of slots. While there are more rows than slots, the rest can
+    only be submitted as tasks end, so until then results are waited for and stored as usual.
 
     Args:
-        on: Whether rows are left to be collected at all; else each waits to its end.
+        on: Whether results are left for a later collection; else each row waits for its own.
     """
 
     def __init__(self, *, on: bool) -> None:
@@ -233,27 +234,27 @@ class Deferral:
         self._waiting: set[asyncio.Timeout] = set()
 
     def expect(self, rows: Iterable[Row | RefusedRow]) -> None:
-        """Say which rows are about to be run."""
+        """Register rows that are about to be run."""
         self._to_submit.update(map(id, rows))
 
-    def submitted(self, row: Row | RefusedRow) -> None:
-        """Say that a row is accepted, or needs no slot."""
+    def mark_submitted(self, row: Row | RefusedRow) -> None:
+        """Note that a row is accepted, or needs no slot."""
         self._to_submit.discard(id(row))
         self._end_waits()
 
-    def all_read(self) -> None:
-        """Say that no further row will come."""
+    def mark_all_read(self) -> None:
+        """Note that no further row will be registered."""
         self._all_read = True
         self._end_waits()
 
     @asynccontextmanager
-    async def waiting(self, row: Row) -> AsyncIterator[None]:
-        """Wait for an accepted row's result inside, for as long as it is to be waited for.
+    async def limit_wait(self, row: Row) -> AsyncIterator[None]:
+        """End the block, which waits for an accepted row's result, once all is submitted.
 
         Raises:
-            FluxKontextError: It is left to be collected.
+            FluxKontextError: The result is left for a later collection.
         """
-        self.submitted(row)
+        self.mark_submitted(row)
         try:
             async with asyncio.timeout(None) as wait:
                 self._waiting.add(wait)
@@ -264,16 +265,16 @@ class Deferral:
                     self._waiting.discard(wait)
         except TimeoutError:
             raise FluxKontextError(
-                "It is submitted and paid for; its result is left to be collected.",
+                "Submitted and paid; result pending collection.",
                 code=PENDING_COLLECTION,
             ) from None
 
     @property
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         return self._on and self._all_read and not self._to_submit
 
     def _end_waits(self) -> None:
-        if self._over:
+        if self._is_over:
             for wait in self._waiting:
                 wait.reschedule(0)
             self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Where every row of a ledger stands, for as many as there are, with little held in memory."""
+"""Indexes of a ledger's rows by row key, in temporary databases instead of in memory."""
 
 from __future__ import annotations
 
@@ -21,128 +21,91 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
 
-
-_BLOCK = 1_000
+_INSERT_BLOCK_ROWS = 1_000
+"""Rows inserted at a time: few enough to hold little in memory."""
 
 
 class PlannedAction(StrEnum):
-    """What a run will do about a row."""
+    """What a run will do about a row; the values are shown to users."""
 
     PAY = "to be paid"
     STORED = "stored already"
-    OUTSTANDING_STATES = "paid for already, to be collected"
-    UNKNOWN = "unknown: maybe paid for, not submitted again"
-    LEFT = "failed before, not paid for again"
+    OUTSTANDING = "paid, result outstanding"
+    UNKNOWN = "unknown: may have been billed, not submitted again"
+    FAILED = "failed before, not retried"
 
 
-class _Known(NamedTuple):
+class _IndexedRow(NamedTuple):
     key: str
     attempt: int
-    standing: PlannedAction
-    served: PlannedAction
+    action: PlannedAction
+    served_action: PlannedAction
     dollars: float
 
 
 class LedgerIndex(TempDatabase):
-    """What the ledger says of each row key, in a private database in a temporary file."""
+    """The planned action of each row key, in a private database in a temporary file."""
 
     def __init__(self) -> None:
         super().__init__(
-            "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, standing TEXT, "
-            "served TEXT, dollars REAL) WITHOUT ROWID"
+            "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, action TEXT, "
+            "served_action TEXT, dollars REAL) WITHOUT ROWID"
         )
         self._empty = True
 
-    def of(self, key: str, references: Iterable[str] = ()) -> PlannedAction:
-        """Where a row stands; one that the ledger does not know is to be paid.
+    def get_action(self, key: str, references: Iterable[str] = ()) -> PlannedAction:
+        """Return what a run will do about a row; a row unknown to the ledger is to be paid.
 
         Args:
             key: The row key.
-            references: Its reference images; those that we serve get a second chance.
+            references: Its reference images. A row with references that we sign or stage is
+                retried for more fail codes (`FailurePolicy.serve_again`).
         """
         if self._empty:
             return PlannedAction.PAY
         found = self._database.execute(
-            "SELECT standing, served FROM rows WHERE key = ?", (bytes.fromhex(key),)
+            "SELECT action, served_action FROM rows WHERE key = ?", (bytes.fromhex(key),)
         ).fetchone()
-        return (
-            PlannedAction(found[any(non_public_references(references))])
-            if found
-            else PlannedAction.PAY
-        )
+        if not found:
+            return PlannedAction.PAY
+        return PlannedAction(found[any(non_public_references(references))])
 
-    def dollars(self) -> float:
-        """Dollars for everything that was accepted or may have been, of whatever run."""
+    def sum_dollars(self) -> float:
+        """Sum the price of everything that was or may have been accepted, over all runs."""
         (total,) = self._database.execute("SELECT total(dollars) FROM rows").fetchone()
         return float(total)
 
     async def read(self, store: RecordStore, options: RowOptions) -> None:
-        """Read a ledger, in which a later attempt of a row may stand beside an earlier one.
+        """Read a ledger; of several attempts of a row, the latest counts.
 
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
         """
-        # Unfinished waves first: one that ends meanwhile is then in both rather than in neither.
+        # Unfinished waves first: a wave that ends meanwhile is then read twice rather than never.
         entries = await unfinished_entries(store)
-        known = [await _of_entry(store, entry, options) for entry in entries]
+        block = [await _index_entry(store, entry, options) for entry in entries]
         async for row in read_finished_rows(store):
             failed = row.ended.state == "failed"
-            stand = (
-                _after_failure(options, row.ended.reason, row.failures)
+            actions = (
+                _plan_failed_row(options, row.ended.reason, row.failures)
                 if failed
                 else (PlannedAction.STORED, PlannedAction.STORED)
             )
-            known.append(_Known(row.key, row.attempt, *stand, row.spent + row.doubtful))
-            if len(known) >= _BLOCK:
-                await asyncio.to_thread(self._add, known)
-                known = []
-        await asyncio.to_thread(self._add, known)
+            block.append(_IndexedRow(row.key, row.attempt, *actions, row.spent + row.doubtful))
+            if len(block) >= _INSERT_BLOCK_ROWS:
+                await asyncio.to_thread(self._add, block)
+                block = []
+        await asyncio.to_thread(self._add, block)
 
-    def _add(self, known: list[_Known]) -> None:
-        self._empty = self._empty and not known
+    def _add(self, block: list[_IndexedRow]) -> None:
+        self._empty = self._empty and not block
         self._database.executemany(
             "INSERT INTO rows VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET attempt = "
-            "excluded.attempt, standing = excluded.standing, served = excluded.served, "
+            "excluded.attempt, action = excluded.action, served_action = excluded.served_action, "
             "dollars = excluded.dollars "
             "WHERE excluded.attempt >= attempt",
-            [(bytes.fromhex(row.key), *row[1:]) for row in known],
+            [(bytes.fromhex(row.key), *row[1:]) for row in block],
         )
-
-
-async def _of_entry(store: RecordStore, entry: Entry, options: RowOptions) -> _Known:
-    dollars = entry.spent + entry.doubtful
-    match entry.state:
-        case State.INTENT if entry.intent is not None:
-            dollars += entry.intent.price
-            if await is_alive(store, entry.intent.owner):
-                standing = PlannedAction.OUTSTANDING_STATES
-            else:
-                again = options.resubmit_unknown
-                standing = PlannedAction.PAY if again else PlannedAction.UNKNOWN
-        case State.STORED:
-            standing = PlannedAction.STORED
-        case State.FAILED:
-            reason = entry.ended.reason if entry.ended else None
-            stand = _after_failure(options, reason, entry.failures)
-            return _Known(entry.key, entry.attempt, *stand, dollars)
-        case State.ACCEPTED:
-            standing = PlannedAction.OUTSTANDING_STATES
-        case _:
-            standing = PlannedAction.PAY
-    return _Known(entry.key, entry.attempt, standing, standing, dollars)
-
-
-def _after_failure(
-    options: RowOptions, reason: str | None, failures: int
-) -> tuple[PlannedAction, PlannedAction]:
-    decisions = [
-        options.policy.decide(reason, failures, asked_to_retry=options.retry_failed, served=served)
-        for served in (False, True)
-    ]
-    plain, served = (
-        PlannedAction.PAY if told == "retry" else PlannedAction.LEFT for told in decisions
-    )
-    return plain, served
 
 
 class StoredRows(TempDatabase):
@@ -150,12 +113,12 @@ class StoredRows(TempDatabase):
 
     def __init__(self) -> None:
         super().__init__("CREATE TABLE rows (key BLOB PRIMARY KEY, record TEXT) WITHOUT ROWID")
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
 
     async def read(self, store: RecordStore) -> None:
-        """Read a ledger's parts.
+        """Read the stored rows of a ledger's wave files.
 
-        A failed row may have gone on in a later attempt, so only what is stored is taken as read.
+        Failed rows are not read, because a later attempt may have changed their state.
 
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
@@ -164,13 +127,13 @@ class StoredRows(TempDatabase):
         async for row in read_finished_rows(store):
             if row.ended.state == "stored":
                 block.append((bytes.fromhex(row.key), row.model_dump_json(exclude_none=True)))
-            if len(block) >= _BLOCK:
+            if len(block) >= _INSERT_BLOCK_ROWS:
                 await asyncio.to_thread(self._add, block)
                 block = []
         await asyncio.to_thread(self._add, block)
 
-    async def of(self, keys: Collection[str]) -> dict[str, FinishedRow]:
-        """Those of the rows that are stored, by row key."""
+    async def find(self, keys: Collection[str]) -> dict[str, FinishedRow]:
+        """Return those of the rows that are stored, by row key."""
         return await asyncio.to_thread(self._find, keys)
 
     def _add(self, block: list[tuple[bytes, str]]) -> None:
@@ -178,7 +141,7 @@ class StoredRows(TempDatabase):
 
     def _find(self, keys: Collection[str]) -> dict[str, FinishedRow]:
         found = {}
-        with self._one_at_a_time:
+        with self._lock:
             for key in keys:
                 [record] = self._database.execute(
                     "SELECT record FROM rows WHERE key = ?", (bytes.fromhex(key),)
@@ -186,3 +149,41 @@ class StoredRows(TempDatabase):
                 if record is not None:
                     found[key] = FinishedRow.model_validate_json(record)
         return found
+
+
+async def _index_entry(store: RecordStore, entry: Entry, options: RowOptions) -> _IndexedRow:
+    dollars = entry.spent + entry.doubtful
+    match entry.state:
+        case State.INTENT if entry.intent is not None:
+            dollars += entry.intent.price
+            if await is_alive(store, entry.intent.owner):
+                action = PlannedAction.OUTSTANDING
+            else:
+                again = options.resubmit_unknown
+                action = PlannedAction.PAY if again else PlannedAction.UNKNOWN
+        case State.STORED:
+            action = PlannedAction.STORED
+        case State.FAILED:
+            reason = entry.ended.reason if entry.ended else None
+            actions = _plan_failed_row(options, reason, entry.failures)
+            return _IndexedRow(entry.key, entry.attempt, *actions, dollars)
+        case State.ACCEPTED:
+            action = PlannedAction.OUTSTANDING
+        case _:
+            action = PlannedAction.PAY
+    return _IndexedRow(entry.key, entry.attempt, action, action, dollars)
+
+
+def _plan_failed_row(
+    options: RowOptions, reason: str | None, failures: int
+) -> tuple[PlannedAction, PlannedAction]:
+    """Return the action for a row with public references only, and for one with others."""
+    decisions = [
+        options.policy.decide(reason, failures, asked_to_retry=options.retry_failed, served=served)
+        for served in (False, True)
+    ]
+    public, served = (
+        PlannedAction.PAY if decision == "retry" else PlannedAction.FAILED
+        for decision in decisions
+    )
+    return public, served

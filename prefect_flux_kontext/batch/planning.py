@@ -1,4 +1,4 @@
-"""Rows whose references are not on the web: their keys, and which of them cannot be paid for."""
+"""The plan of a batch: row keys, checks of reference images, and what a run would pay."""
 
 from __future__ import annotations
 
@@ -22,27 +22,39 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.reader import Manifest
     from prefect_flux_kontext.references.cache import ReferenceInfo
     from prefect_flux_kontext.references.resolver import References
 
-_BLOCK = 250
+_REFERENCE_BLOCK_ROWS = 250
+"""Rows whose references are inspected together, so that many are read in parallel."""
+
+_MAX_PROBLEMS = 1_000
+"""Refused rows that a plan keeps, so that its size does not grow with the manifest."""
+
+_MAX_SHOWN_PROBLEMS = 20
+"""Refused rows that an error message names."""
+
+_GENERATION_SECONDS = 30.0
+"""How long the service takes for an image, by its own reference page."""
 
 
 def with_row_keys(
     rows: Iterable[Row | RefusedRow], references: References
 ) -> Iterator[Row | RefusedRow]:
-    """The rows in order, with keys that tell what their references hold.
+    """Yield the rows in order, with keys that depend on the content of their references.
 
-    A row is refused when a reference of it cannot be looked at.
+    A row is refused if one of its references cannot be inspected. References on the web are not
+    inspected.
 
     Args:
-        rows: Rows of a manifest, whose keys know no more than the references' text.
-        references: Looks at them, many at a time.
+        rows: Rows of a manifest, whose keys depend only on the references' text.
+        references: Inspects references, many at a time.
     """
-    for block in _blocks(rows):
-        own = {image for row in block for image in _own(row)}
+    for block in _split_into_blocks(rows):
+        own = {image for row in block for image in _list_own_references(row)}
         if not own:
             yield from block
             continue
@@ -50,11 +62,11 @@ def with_row_keys(
             image: row.version
             for row in block
             if isinstance(row, Row) and row.version
-            for image in _own(row)
+            for image in _list_own_references(row)
         }
-        looks = references.look_at(sorted(own), versions)
+        infos = references.look_at(sorted(own), versions)
         for row in block:
-            yield _keyed(row, looks)
+            yield _set_row_key(row, infos)
 
 
 def with_reference_checks(
@@ -62,54 +74,50 @@ def with_reference_checks(
     references: References,
     is_to_be_paid: Callable[[Row], bool],
 ) -> Iterator[Row | RefusedRow]:
-    """The rows in order, as `keyed`, with those refused that the service would not take.
+    """Yield the rows as `with_row_keys`, and refuse those that the service would not accept.
 
     Args:
         rows: Rows of a manifest.
-        references: Reads them, many at a time.
-        is_to_be_paid: Says of a row whether it is; the references of others are not read.
+        references: Reads references, many at a time.
+        is_to_be_paid: Whether a row is to be paid; the references of other rows are not read.
     """
-    for block in _blocks(with_row_keys(rows, references)):
+    for block in _split_into_blocks(with_row_keys(rows, references)):
         read = {
             number: own
             for number, row in enumerate(block)
-            if (own := _own(row)) and isinstance(row, Row) and is_to_be_paid(row)
+            if (own := _list_own_references(row)) and isinstance(row, Row) and is_to_be_paid(row)
         }
         if not read:
             yield from block
             continue
         flaws = references.flaws(sorted({image for own in read.values() for image in own}))
         for number, row in enumerate(block):
-            yield _refused(row, [flaws[image] for image in read.get(number, ()) if image in flaws])
+            problems = [flaws[image] for image in read.get(number, ()) if image in flaws]
+            yield _refuse_if_invalid(row, problems)
 
 
-def _blocks(rows: Iterable[Row | RefusedRow]) -> Iterator[list[Row | RefusedRow]]:
+def _split_into_blocks(rows: Iterable[Row | RefusedRow]) -> Iterator[list[Row | RefusedRow]]:
     rows = iter(rows)
-    while block := list(itertools.islice(rows, _BLOCK)):
+    while block := list(itertools.islice(rows, _REFERENCE_BLOCK_ROWS)):
         yield block
 
 
-def _own(row: Row | RefusedRow) -> list[str]:
+def _list_own_references(row: Row | RefusedRow) -> list[str]:
     return non_public_references(row.request.image_urls) if isinstance(row, Row) else []
 
 
-def _keyed(row: Row | RefusedRow, looks: Mapping[str, ReferenceInfo]) -> Row | RefusedRow:
-    own = _own(row)
+def _set_row_key(row: Row | RefusedRow, infos: Mapping[str, ReferenceInfo]) -> Row | RefusedRow:
+    own = _list_own_references(row)
     if not isinstance(row, Row) or not own:
         return row
-    problems = [problem for image in own if (problem := looks[image].problem)]
-    identities = {image: looks[image].identity for image in own}
-    return _refused(replace(row, key=compute_row_key(row.request, identities)), problems)
+    problems = [problem for image in own if (problem := infos[image].problem)]
+    identities = {image: infos[image].identity for image in own}
+    keyed_row = replace(row, key=compute_row_key(row.request, identities))
+    return _refuse_if_invalid(keyed_row, problems)
 
 
-def _refused(row: Row | RefusedRow, problems: list[str]) -> Row | RefusedRow:
+def _refuse_if_invalid(row: Row | RefusedRow, problems: list[str]) -> Row | RefusedRow:
     return RefusedRow(row.id, row.line, "; ".join(problems), row.cells) if problems else row
-
-
-_KEPT = 1_000
-_TOLD = 20
-_GENERATION = 30.0
-"""Seconds that the service takes for an image, by its own reference page."""
 
 
 @dataclass(kw_only=True)
@@ -118,19 +126,19 @@ class Plan:
 
     Attributes:
         url: The manifest.
-        rows: Rows in all, refused ones among them.
-        left_out: Files of a folder that are no images by their names.
-        refused: Rows that are wrong.
-        problems: The first thousand of them.
-        equal: Rows that ask for what another row asks for: paid once.
-        standings: How many of the other rows stand where.
-        modes: How many images are to be paid, by mode.
-        prices: Dollars for an image, by mode.
-        seconds: How long it takes at the account's limits, when the service is as fast as it
-            says.
-        spent: Dollars that the output has cost so far, or may have.
-        budget: Dollars that the output may cost in all, if that is limited.
-        digest: Names exactly what is to be paid, in this order and at these prices.
+        rows: All rows, including refused ones.
+        left_out: Files of a folder that are not images, judged by their names.
+        refused: Invalid rows.
+        problems: The first thousand refused rows.
+        equal: Rows that ask for the same as another row, and are paid only once.
+        standings: Number of the other rows by planned action.
+        modes: Number of images to be paid, by mode.
+        prices: Dollars an image, by mode.
+        seconds: Estimated duration at the account's limits, if the service is as fast as
+            documented.
+        spent: Dollars that the output has cost so far, or may have cost.
+        budget: Dollars that the output may cost in all; None for no cap.
+        digest: Identifies exactly what is to be paid, in this order and at these prices.
     """
 
     url: str
@@ -149,35 +157,40 @@ class Plan:
 
     @property
     def to_pay(self) -> int:
-        """Images to be paid."""
+        """Number of images to be paid."""
         return self.standings[PlannedAction.PAY]
 
     @property
     def price(self) -> float:
-        """Dollars for them, if each does at the first attempt."""
+        """Dollars for all images to be paid, if each succeeds at the first attempt."""
         return sum(self.prices[mode] * images for mode, images in self.modes.items())
 
     def check(self, *, skip_invalid: bool) -> None:
-        """Refuse to go on while a row is invalid.
+        """Check that no row is invalid.
+
+        Args:
+            skip_invalid: Whether invalid rows are allowed, as long as there are valid ones.
 
         Raises:
-            ManifestError: Some are, and they are not to be skipped; or there is no other row.
+            ManifestError: Rows are invalid and are not to be skipped, or all rows are invalid.
         """
         if not self.refused or (skip_invalid and self.refused < self.rows):
             return
-        told = "; ".join(f"line {row.line}: {row.reason}" for row in self.problems[:_TOLD])
-        more = f"; and {self.refused - _TOLD:,} more" if self.refused > _TOLD else ""
-        end = "Mend them, or skip them with --skip-invalid (in a flow, skip_invalid)."
+        shown = self.problems[:_MAX_SHOWN_PROBLEMS]
+        problems = "; ".join(f"line {row.line}: {row.reason}" for row in shown)
+        if self.refused > _MAX_SHOWN_PROBLEMS:
+            problems += f"; and {self.refused - _MAX_SHOWN_PROBLEMS:,} more"
+        advice = "Fix them, or skip them with --skip-invalid (in a flow, skip_invalid)."
         raise ManifestError(
             f"{self.refused:,} of {self.rows:,} rows of {self.url} are invalid, so nothing was "
-            f"submitted: {told}{more}. {end if self.refused < self.rows else 'Mend them.'}"
+            f"submitted: {problems}. {advice if self.refused < self.rows else 'Fix them.'}"
         )
 
     def capped(self, options: RowOptions, unasked: float) -> RowOptions:
-        """The options with a budget that keeps the run to this plan's price.
+        """Return the options with a budget that limits the run to this plan's price.
 
         Args:
-            options: What a person has decided.
+            options: The user's options.
             unasked: Dollars that may be spent without asking anybody.
         """
         cap = self.spent + max(self.price, unasked)
@@ -187,32 +200,34 @@ class Plan:
         )
 
     def summary(self, output: str) -> BatchSummary:
-        """The summary of a run that stops here."""
-        told = {
+        """Return the summary of a run that stops after planning."""
+        counts = {
             "stored": self.standings[PlannedAction.STORED],
-            "failed": self.refused + self.standings[PlannedAction.LEFT],
+            "failed": self.refused + self.standings[PlannedAction.FAILED],
             "unknown": self.standings[PlannedAction.UNKNOWN],
-            "outstanding": self.standings[PlannedAction.OUTSTANDING_STATES],
+            "outstanding": self.standings[PlannedAction.OUTSTANDING],
         }
-        left = self.rows - sum(told.values())
-        already = told["stored"]
         return BatchSummary(
-            output=output, rows=self.rows, already_stored=already, not_submitted=left, **told
+            output=output,
+            rows=self.rows,
+            already_stored=counts["stored"],
+            not_submitted=self.rows - sum(counts.values()),
+            **counts,
         )
 
     def __str__(self) -> str:
         counts = [
             (self.refused, "invalid"),
             (self.equal, "equal to others, paid once"),
-            *((self.standings[standing], str(standing)) for standing in PlannedAction),
+            *((self.standings[action], str(action)) for action in PlannedAction),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
         if self.left_out:
-            lines.append(f"{self.left_out:>9,}  other files left out, told by their names")
+            lines.append(f"{self.left_out:>9,}  non-image files skipped")
         lines += [
-            f"{number:>9,}  {told}"
-            for number, told in counts
-            if number or told == PlannedAction.PAY
+            f"{number:>9,}  {label}"
+            for number, label in counts
+            if number or label == PlannedAction.PAY
         ]
         modes = [
             f"{images:,} in {mode} at ${self.prices[mode]:g}"
@@ -220,13 +235,13 @@ class Plan:
         ]
         lines.append(f"{f'${self.price:,.2f}':>9}  price{': ' if modes else ''}{', '.join(modes)}")
         if self.to_pay:
-            lines.append(f"{_span(self.seconds):>9}  at the account's limits, or more")
+            lines.append(f"{_format_duration(self.seconds):>9}  at the account's limits, or more")
         if self.spent:
-            lines.append(f"{f'${self.spent:,.2f}':>9}  spent by earlier runs, or maybe spent")
+            lines.append(f"{f'${self.spent:,.2f}':>9}  spent or possibly spent by earlier runs")
         if self.budget is not None:
-            short = self.spent + self.price > self.budget + 1e-9
-            ends = ": it ends before the rows do" if short else ""
-            lines.append(f"{f'${self.budget:,.2f}':>9}  budget for all runs{ends}")
+            exceeded = self.spent + self.price > self.budget + 1e-9
+            warning = ": not enough for all rows" if exceeded else ""
+            lines.append(f"{f'${self.budget:,.2f}':>9}  budget for all runs{warning}")
         return "\n".join(lines)
 
 
@@ -240,56 +255,66 @@ async def make_plan(
     concurrent_tasks: int,
     tell: Callable[[RefusedRow], None] | None = None,
 ) -> Plan:
-    """Read the manifest and the ledger from end to end; asks the service nothing.
+    """Read the manifest and the ledger from end to end, without a request to the service.
 
     Args:
-        manifest: What is to be done.
+        manifest: The rows to plan.
         store: The ledger of the output.
-        options: What a person has decided about the rows.
-        prices: Dollars for an image, by mode.
+        options: The user's options for the rows.
+        prices: Dollars an image, by mode.
         requests_per_minute: The account's limit.
         concurrent_tasks: The account's limit.
-        tell: Called in another thread with each row that is refused.
+        tell: Called in another thread with each refused row.
 
     Raises:
         ManifestError: The manifest cannot be read to its end, or has no rows.
         LedgerError: The ledger cannot be read or is damaged.
     """
-    with LedgerIndex() as standings:
-        await standings.read(store, options)
+    with LedgerIndex() as index:
+        await index.read(store, options)
         plan = Plan(
             url=manifest.url,
             prices=prices,
-            spent=standings.dollars(),
+            spent=index.sum_dollars(),
             budget=options.budget_usd,
         )
-        await asyncio.to_thread(_read, plan, manifest, standings, options.references, tell)
-    looks = 1 + max(0.0, _GENERATION - options.cadence.initial_delay) / options.cadence.interval
-    a_second = min(
-        concurrent_tasks / _GENERATION, requests_per_minute / 60 / (1 + math.ceil(looks))
+        await asyncio.to_thread(_plan_rows, plan, manifest, index, options.references, tell)
+    plan.seconds = _estimate_seconds(
+        plan.to_pay, options.cadence, requests_per_minute, concurrent_tasks
     )
-    plan.seconds = plan.to_pay / a_second + _GENERATION if plan.to_pay else 0.0
     return plan
 
 
-def _read(
+def _estimate_seconds(
+    images: int, cadence: PollingCadence, requests_per_minute: int, concurrent_tasks: int
+) -> float:
+    if not images:
+        return 0.0
+    polls = 1 + max(0.0, _GENERATION_SECONDS - cadence.initial_delay) / cadence.interval
+    images_per_second = min(
+        concurrent_tasks / _GENERATION_SECONDS, requests_per_minute / 60 / (1 + math.ceil(polls))
+    )
+    return images / images_per_second + _GENERATION_SECONDS
+
+
+def _plan_rows(
     plan: Plan,
     manifest: Manifest,
-    standings: LedgerIndex,
+    index: LedgerIndex,
     references: References,
     tell: Callable[[RefusedRow], None] | None,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
     def is_to_be_paid(row: Row) -> bool:
-        return _standing(standings, row) is PlannedAction.PAY
+        return _get_action(index, row) is PlannedAction.PAY
 
     with DuplicateIndex() as keys:
         for row in with_reference_checks(manifest.rows(), references, is_to_be_paid):
             plan.rows += 1
             if isinstance(row, RefusedRow):
                 plan.refused += 1
-                if len(plan.problems) < _KEPT:
+                if len(plan.problems) < _MAX_PROBLEMS:
                     plan.problems.append(row)
                 if tell is not None:
                     tell(row)
@@ -298,9 +323,9 @@ def _read(
             if keys.first(key.encode(), plan.rows) != plan.rows:
                 plan.equal += 1
                 continue
-            standing = _standing(standings, row)
-            plan.standings[standing] += 1
-            if standing is PlannedAction.PAY:
+            action = _get_action(index, row)
+            plan.standings[action] += 1
+            if action is PlannedAction.PAY:
                 plan.modes[row.request.mode] += 1
                 digest.update(key.encode())
     if not plan.rows:
@@ -309,12 +334,12 @@ def _read(
     plan.digest = digest.hexdigest()
 
 
-def _standing(standings: LedgerIndex, row: Row) -> PlannedAction:
-    return standings.of(row.key, row.request.image_urls)
+def _get_action(index: LedgerIndex, row: Row) -> PlannedAction:
+    return index.get_action(row.key, row.request.image_urls)
 
 
-def _span(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes = math.ceil(seconds / 60)
-    if minutes < 2:  # noqa: PLR2004 - below two minutes, seconds are of interest
+    if minutes < 2:  # noqa: PLR2004 - below two minutes, seconds are worth showing
         return f"{math.ceil(seconds)} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"  # noqa: PLR2004

@@ -1,4 +1,4 @@
-"""What a failure means for the row and for the batch."""
+"""The failure policy of a batch, the breaker that stops it, and the options of its rows."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.client.polling import PollingCadence
 
-_WINDOW = 50
-_FEWEST = 20
-_TOO_MANY = 0.9
+# Fewer than 20 rows prove nothing; when nine of ten fail, the cause is common to all of them.
+_WINDOW_ROWS = 50
+_MIN_ROWS = 20
+_MAX_FAILED_SHARE = 0.9
 
 
 class FailurePolicy(BaseModel):
-    """What to do for each fail code; a code that is not named here is left failed.
+    """What to do for each fail code; a row with any other code stays failed.
 
-    Codes are compared without case and underscores: the service spells some in two ways.
+    Codes are compared without case and underscores, because the service writes some of them in
+    two ways.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     retry: dict[str, int] = Field(
         default={"GENERATION_FAILED": 1, "PROCESSING_TIMEOUT": 1, "MODEL_UNAVAILABLE": 1},
-        description="Fail codes to pay for again, and how often at most.",
+        description="Fail codes to pay for again, and the number of retries at most.",
     )
     serve_again: dict[str, int] = Field(
         default={"INVALID_IMAGE_URL": 1, "IMAGE_DOWNLOAD_FAILED": 1},
-        description="Likewise for rows whose reference image we sign or stage: it is signed anew, "
-        "or what is staged is looked at, first.",
+        description="Likewise for rows whose reference image is signed or staged by the batch: "
+        "first the image is signed again, or the staged file is checked.",
     )
     stop: list[str] = Field(
         default=["INSUFFICIENT_CREDITS", "INSUFFICIENT_BALANCE"],
@@ -50,8 +52,8 @@ class FailurePolicy(BaseModel):
             "INVALID_PROMPT",
             "PROMPT_TOO_LONG",
         ],
-        description="Fail codes that are not paid for again even when failed rows are retried: "
-        "change the row instead.",
+        description="Fail codes that are never paid for again, even when failed rows are "
+        "retried: change the row instead.",
     )
 
     def decide(
@@ -62,57 +64,64 @@ class FailurePolicy(BaseModel):
         asked_to_retry: bool = False,
         served: bool = False,
     ) -> Literal["leave", "retry", "stop"]:
-        """What to do with a row.
+        """Decide what to do with a failed row.
 
         Args:
             code: The fail code of its latest attempt.
-            failures: How many of its attempts were paid and failed.
-            asked_to_retry: A person wants failed rows tried once more.
-            served: A reference image of it is signed or staged by us.
+            failures: Number of its attempts that were paid and failed.
+            asked_to_retry: Whether the user asked to retry failed rows.
+            served: Whether one of its reference images is signed or staged by the batch.
+
+        Returns:
+            "leave" to keep the row failed, "retry" to pay for another attempt, or "stop" to end
+            the batch.
         """
-        plain = _plain(code or "")
-        if plain in map(_plain, self.stop):
+        wanted = _normalize(code or "")
+        if wanted in map(_normalize, self.stop):
             return "retry" if asked_to_retry else "stop"
-        if plain in map(_plain, self.never):
+        if wanted in map(_normalize, self.never):
             return "leave"
         codes = {**self.serve_again, **self.retry} if served else self.retry
-        allowed = next((n for name, n in codes.items() if _plain(name) == plain), 0)
+        allowed = next((n for name, n in codes.items() if _normalize(name) == wanted), 0)
         return "retry" if asked_to_retry or failures <= allowed else "leave"
 
 
-def _plain(code: str) -> str:
+def _normalize(code: str) -> str:
     return re.sub(r"[^a-z0-9]", "", code.lower())
 
 
 class Breaker:
-    """Tells when so many rows fail that something must be wrong with all of them."""
+    """Detects that nearly all recent rows failed, so that the cause must be common to them."""
 
     def __init__(self) -> None:
-        self._recent: deque[bool] = deque(maxlen=_WINDOW)
+        self._recent: deque[bool] = deque(maxlen=_WINDOW_ROWS)
 
-    def broken(self, *, stored: bool) -> bool:
-        """Count a row; True when at least 20, and 9 of 10 of the last 50, have failed."""
+    def record(self, *, stored: bool) -> bool:
+        """Count a row; return whether to stop the batch.
+
+        That is so when, of the last 50 rows, at least 20 are counted and 9 of 10 have failed.
+        """
         self._recent.append(stored)
         failed = self._recent.count(False)
-        return len(self._recent) >= _FEWEST and failed >= _TOO_MANY * len(self._recent)
+        return len(self._recent) >= _MIN_ROWS and failed >= _MAX_FAILED_SHARE * len(self._recent)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """What a person decides about the rows of a batch.
+    """The user's options for the rows of a batch.
 
     Attributes:
-        cadence: When to ask how a task is doing.
-        policy: What a failure means.
-        resubmit_unknown: Pay again for rows that may be paid for already.
+        cadence: When to poll the service for a task.
+        policy: What to do with failed rows.
+        resubmit_unknown: Pay again for rows that may have been billed already.
         retry_failed: Pay again for rows that have failed.
         result_days: Days for which the service keeps a result.
         budget_usd: Dollars that the output may cost over all its runs; None for no cap.
-        share_usd: Dollars that this run may cost by itself, whatever others spend meanwhile: a
-            part's share of what is left of a budget; None for no share.
-        since: When the batch began, where its parts have stored rows before this run.
-        deferred: Submit all rows and leave results to be collected.
-        references: How reference images that are not on the web get to the service.
+        share_usd: Dollars that this run alone may cost, regardless of other runs: a partition's
+            share of the remaining budget; None for no share.
+        since: When the batch began, if its partitions have stored rows before this run.
+        deferred: Submit all rows and leave their results for a later collection.
+        references: How reference images that are not on the web reach the service.
     """
 
     cadence: PollingCadence

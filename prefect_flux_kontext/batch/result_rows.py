@@ -1,4 +1,4 @@
-"""A row's line in the result manifest."""
+"""Lines of the result manifest, made from a row's outcome or from the ledger."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _URL = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)
 
 
 def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
-    """The line of a row, without anything that gives access to a reference.
+    """Make the line of a row, without credentials or signatures of its references.
 
     Args:
-        done: The row and what became of it.
+        done: The row and its outcome.
         run: The name of the run.
         output: Where the images are.
     """
     row, outcome, _ = done
     line: Line = {
         **outcome.model_dump(include={"id", "line", "state", "reason", "message", "task_id"}),
-        **_facts(done),
+        **_read_ledger_columns(done),
         "uri": outcome.uris[0] if outcome.uris else None,
         "uris": outcome.uris or None,
         "file": output.relative(outcome.uris[0]) if outcome.uris else None,
@@ -43,21 +43,21 @@ def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
         "style": row.style if isinstance(row, Row) else row.cells.get("style"),
         "key": outcome.key,
         "run": run,
-        # A row that is collected has no line of a manifest, for the ledger keeps none.
+        # A collected row has no manifest line, because the ledger does not keep it.
         "source": "manifest" if row.cells else "ledger",
-        "recorded_at": _moment(utc_now()),
+        "recorded_at": _format_time(utc_now()),
     }
     if isinstance(row, Row):
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
         line["references"] = [url_identity(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | own_columns(row.cells)
-    return {name: _plain(value) for name, value in line.items() if value not in (None, "")}
+    return {name: _clean(value) for name, value in line.items() if value not in (None, "")}
 
 
 def row_from_entry(entry: Entry) -> Row:
-    """A row as the ledger knows it, without what else its manifest said."""
+    """Make a row from the ledger, without the other columns of its manifest."""
     intent = entry.intent
-    assert intent is not None  # noqa: S101 - whatever was paid for has one
+    assert intent is not None  # noqa: S101 - every paid row has an intent
     return Row(
         id=intent.row_id,
         line=intent.line,
@@ -69,9 +69,9 @@ def row_from_entry(entry: Entry) -> Row:
 
 
 def line_from_entry(session: Session, entry: Entry) -> Line:
-    """The line of a row that has ended, whatever run saw it, from the ledger alone."""
+    """Make the line of a row that has ended, in whichever run, from the ledger alone."""
     row, ended = row_from_entry(entry), entry.ended
-    assert ended is not None  # noqa: S101 - this is what it has ended with
+    assert ended is not None  # noqa: S101 - a condition of this function
     outcome = RowOutcome(
         id=row.id,
         line=row.line,
@@ -81,13 +81,13 @@ def line_from_entry(session: Session, entry: Entry) -> Line:
         message=ended.message,
         task_id=ended.task_id,
         uris=[session.output.uri(file) for file in ended.files],
-        already=ended.state == "stored" and not session.rows.ended_now(entry),
+        already=ended.state == "stored" and not session.rows.has_ended_in_run(entry),
     )
     return line_from_outcome(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
 
 
-def _facts(done: DoneRow) -> Line:
-    """What the ledger says of the row: its price, its times and its first image."""
+def _read_ledger_columns(done: DoneRow) -> Line:
+    """Return the row's price, times and first image, as the ledger has them."""
     _, outcome, record = done
     if record is None:
         return {}
@@ -98,15 +98,15 @@ def _facts(done: DoneRow) -> Line:
     line: Line = {
         "attempts": record.attempt,
         "price": record.spent,
-        "submitted_at": _moment(submitted),
+        "submitted_at": _format_time(submitted),
     }
     if ended is None or outcome.state != ended.state:
         return line
     line |= {
-        "finished_at": _moment(ended.at),
-        "waiting_seconds": _seconds(ended.waiting_seconds),
-        "generation_seconds": _seconds(ended.generation_seconds),
-        "download_seconds": _seconds(ended.download_seconds),
+        "finished_at": _format_time(ended.at),
+        "waiting_seconds": _round(ended.waiting_seconds),
+        "generation_seconds": _round(ended.generation_seconds),
+        "download_seconds": _round(ended.download_seconds),
     }
     if ended.images:
         first = ended.images[0]
@@ -115,14 +115,14 @@ def _facts(done: DoneRow) -> Line:
     return line
 
 
-def _plain(value: Any) -> Any:
-    """Text that can be written as UTF-8, its URLs without their signatures; others as they are."""
+def _clean(value: Any) -> Any:
+    """Make text valid UTF-8 and remove signatures from its URLs; return other values as is."""
     if not isinstance(value, str):
         return value
-    return _URL.sub(_unsigned, value.encode(errors="replace").decode())
+    return _URL.sub(_remove_signature, value.encode(errors="replace").decode())
 
 
-def _unsigned(found: re.Match[str]) -> str:
+def _remove_signature(found: re.Match[str]) -> str:
     url = found[0]
     try:
         return url_identity(url) if set("?@") & set(url) else url
@@ -130,9 +130,9 @@ def _unsigned(found: re.Match[str]) -> str:
         return "(a URL that cannot be read)"
 
 
-def _moment(at: datetime | None) -> str | None:
+def _format_time(at: datetime | None) -> str | None:
     return at.isoformat(timespec="milliseconds").replace("+00:00", "Z") if at else None
 
 
-def _seconds(seconds: float | None) -> float | None:
+def _round(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)

@@ -1,4 +1,4 @@
-"""A whole batch: its waves, what earlier runs have left behind, and the failed rows."""
+"""A whole batch: its waves, the outstanding rows of earlier runs, and the file of failed rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAILED_ROWS = "failed.csv"
-_WHY = ("failed_reason", "failed_message")
+"""The manifest of failed rows, below the output."""
+
+_FAILURE_COLUMNS = ("failed_reason", "failed_message")
 
 
 async def run_batch(
@@ -39,22 +41,30 @@ async def run_batch(
     *,
     concurrent_tasks: int,
 ) -> BatchSummary:
-    """Run all rows, collect what earlier runs have left, and write the failed rows down.
+    """Run all rows, collect the outstanding rows of earlier runs, and write the failed rows.
+
+    Args:
+        session: The batch's open resources.
+        rows: The rows to run.
+        run_wave: Runs one wave by calling its `run`, for example in a task run.
+        concurrent_tasks: The account's limit of tasks that run at a time.
 
     Raises:
-        BatchStoppedError: There is no point in submitting further rows (key, balance, nearly
-            all fail). What was submitted before is stored, or on record to be collected.
+        BatchStoppedError: Further rows would fail too (refused key, no balance, nearly all rows
+            failed). Rows submitted before are stored, or outstanding in the ledger.
+        BudgetReachedError: The next row would exceed the budget.
         LedgerError: The ledger cannot be reached.
+        ManifestError: The rows cannot be read to their end.
     """
     rows = with_row_keys(rows, session.rows.options.references)
     summary = await run_waves(session, rows, run_wave, concurrent_tasks=concurrent_tasks)
     if session.submitter.stopped is None:
-        # Else the failed rows stay as they are: they may be what was to be run.
-        await _write_failed(session)
+        # A stopped run keeps the old file, because its rows may be the ones that were to be run.
+        await _write_failed_rows(session)
     if session.submitter.stopped is None and not session.rows.options.deferred:
         left = await collect_outstanding(session, run_wave, concurrent_tasks=concurrent_tasks)
         if left.rows:
-            logger.info("Of rows that earlier runs left: %s.", left)
+            logger.info("Collected rows of earlier runs: %s.", left)
     if session.submitter.stopped is not None:
         kind = BatchStoppedError
         if isinstance(session.submitter.stopped, BudgetReachedError):
@@ -70,10 +80,17 @@ async def run_partition_rows(
     *,
     concurrent_tasks: int,
 ) -> BatchSummary:
-    """Run some of a batch's rows, and leave all that is told of the whole to whoever has all.
+    """Run the rows of one partition; the coordinator writes the batch's reports.
+
+    Args:
+        session: The partition's open resources.
+        rows: The partition's rows.
+        run_wave: Runs one wave by calling its `run`, for example in a task run.
+        concurrent_tasks: The partition's share of the account's limit.
 
     Raises:
-        BatchStoppedError: As for a batch, but for the budget: a part may end at its share.
+        BatchStoppedError: As `run_batch`, except at the budget: a partition may end when its
+            share is spent.
         LedgerError: The ledger cannot be reached.
     """
     keyed_rows = with_row_keys(rows, session.rows.options.references)
@@ -85,45 +102,46 @@ async def run_partition_rows(
 
 
 async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
-    """The failed rows of the last run, as a manifest of their own.
+    """Read the failed rows of the last run, as rows of a manifest.
 
     Raises:
-        ManifestError: There are none.
-        StorageError: They cannot be read.
+        ManifestError: There are no failed rows.
+        StorageError: The file cannot be read.
     """
     data = await output.read(FAILED_ROWS)
     if not data:
-        raise ManifestError(f"There are no failed rows: none are in {output.uri(FAILED_ROWS)}.")
+        raise ManifestError(f"There are no failed rows in {output.uri(FAILED_ROWS)}.")
     text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
     return list(csv.DictReader(text, strict=True))
 
 
-async def _forget_failed(output: OutputFolder) -> None:
+async def _delete_failed_rows(output: OutputFolder) -> None:
     if await output.read(FAILED_ROWS):
         try:
             await output.remove(FAILED_ROWS)
-        except StorageError:  # nothing may be removed there
+        except StorageError:  # the output may refuse to remove files
             await output.write(FAILED_ROWS, b"")
 
 
-async def _write_failed(session: Session) -> None:
-    """Write the failed rows as a manifest that can be run again as it is."""
-    failed = session.rows.unstored
+async def _write_failed_rows(session: Session) -> None:
+    """Write the failed rows as a manifest that can be run again unchanged."""
+    failed = session.rows.failed
     if not failed:
-        await _forget_failed(session.output)
+        await _delete_failed_rows(session.output)
         return
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
-    columns = [name for name in columns if name not in _WHY]
+    columns = [name for name in columns if name not in _FAILURE_COLUMNS]
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([*columns, *_WHY])
+    writer.writerow([*columns, *_FAILURE_COLUMNS])
     for cells, outcome in failed:
         row = [cells.get(name, "") for name in columns]
         writer.writerow([*row, outcome.reason or "", outcome.message or ""])
     await session.output.write(FAILED_ROWS, text.getvalue().encode(errors="surrogateescape"))
     logger.info(
-        "%d failed rows are in %s; to run them again: flux-kontext retry-failed %s",
+        "%d failed %s in %s. To run them again: flux-kontext retry-failed %s",
         len(failed),
+        "row is" if len(failed) == 1 else "rows are",
         session.output.uri(FAILED_ROWS),
         session.output,
     )

@@ -1,4 +1,4 @@
-"""What a batch needs open while it runs: connections, ledger, owner; all closed afterwards."""
+"""The open resources of a running batch: connections, ledger, heartbeat, report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.budget import open_budget
 from prefect_flux_kontext.batch.collection import Deferral
 from prefect_flux_kontext.batch.index import StoredRows
+from prefect_flux_kontext.batch.outage import PostGate
 from prefect_flux_kontext.batch.row import RowRunner, create_row_storer
 from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.options import CallbackOptions
@@ -36,7 +37,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """A batch's open things."""
+    """The open resources of a batch.
+
+    Attributes:
+        output: Where images and the ledger go.
+        ledger: The ledger, owned by this run.
+        submitter: Pays for rows.
+        rows: Runs rows.
+        stored: The rows that earlier runs have stored.
+        report: The result manifest and the gallery.
+    """
 
     output: OutputFolder
     ledger: Ledger
@@ -56,24 +66,25 @@ async def open_session(
     *,
     whole: bool = True,
 ) -> AsyncIterator[Session]:
-    """Open what a batch needs.
+    """Open the resources of a batch, and close them at the end of the block.
 
-    However the block is left, POSTs that have begun are recorded before this returns.
+    However the block ends, the outcome of every POST that has begun is recorded before this
+    returns.
 
     Args:
-        client: The service.
+        client: The client of the service.
         output: Where images and the ledger go.
-        options: What a person has decided about the rows.
-        settings: The environment's.
-        callbacks: How the batch is called back; None to poll.
-        whole: Whether the run has the whole batch, and so tells of it in the end.
+        options: The user's options for the rows.
+        settings: The settings from the environment.
+        callbacks: How callbacks are received; None polls only.
+        whole: Whether the run has the whole batch, and so writes its reports at the end.
 
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output; or
             callbacks cannot be received.
         LedgerError: The ledger cannot be read or written; nothing was paid.
-        NotConnectedError: Nothing answers at the base URL.
-        UnauthorizedError: The service does not know the key.
+        NotConnectedError: No service answers at the base URL.
+        UnauthorizedError: The service refused the key.
     """
     store = open_ledger_store(output)
     await sweep(output)
@@ -89,16 +100,20 @@ async def open_session(
                 async with (
                     open_callback_session(
                         callbacks or CallbackOptions(), client, ledger
-                    ) as called,
+                    ) as callback_session,
                     open_report(report),
                 ):
                     submitter = Submitter(
                         client,
                         ledger,
-                        settings.concurrent_submits,
+                        PostGate(
+                            settings.concurrent_submits,
+                            client.is_answering,
+                            patience_seconds=settings.outage_timeout,
+                        ),
                         budget,
                         options.references,
-                        called.request,
+                        callback_session.request,
                     )
                     deferral = Deferral(on=options.deferred)
                     store_row = create_row_storer(
@@ -106,26 +121,27 @@ async def open_session(
                         http,
                         output,
                         report.pictures,
-                        called,
+                        callback_session,
                         deferral,
                         options.cadence,
                         ai_mark=settings.ai_mark,
                     )
                     rows = RowRunner(
-                        store_row, output, ledger, submitter, called, deferral, options
+                        store_row, output, ledger, submitter, callback_session, deferral, options
                     )
                     try:
                         yield Session(output, ledger, submitter, rows, stored, report)
                     finally:
                         submitter.stop(BatchStoppedError("The batch is over."))
                         await asyncio.shield(submitter.drained())
-                        _warn_of_what_is_owed(submitter, output)
+                        _warn_of_outstanding(submitter, output)
 
 
-def _warn_of_what_is_owed(submitter: Submitter, output: OutputFolder) -> None:
-    if submitter.outstanding:
+def _warn_of_outstanding(submitter: Submitter, output: OutputFolder) -> None:
+    if number := len(submitter.outstanding):
         logger.warning(
-            "%d rows are paid for and not yet stored. To collect them: flux-kontext collect %s",
-            len(submitter.outstanding),
+            "%d %s paid for and not yet stored. To collect: flux-kontext collect %s",
+            number,
+            "row is" if number == 1 else "rows are",
             output,
         )

@@ -1,66 +1,67 @@
-"""Paying for rows: an intent before each POST, its outcome right after, nothing once stopped."""
+"""Paying for a row: room at the account, claim on record, POST, outcome on record.
+
+This is the only path on which a batch spends money.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.budget import Budget
-from prefect_flux_kontext.errors import (
-    BatchStoppedError,
-    FluxKontextError,
-    LedgerError,
-    ReplyLostError,
-)
-from prefect_flux_kontext.ledger.records import Posted, State
+from prefect_flux_kontext.batch.stopping import StopGate
+from prefect_flux_kontext.errors import FluxKontextError, LedgerError, ReplyLostError
+from prefect_flux_kontext.ledger.records import Posted
 from prefect_flux_kontext.references.resolver import References
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Awaitable, Callable
 
-    from prefect_flux_kontext.client.client import FluxKontextClient
+    from prefect_flux_kontext.batch.outage import PostGate
+    from prefect_flux_kontext.client.client import (
+        FluxKontextClient,
+        SubmitAttempts,
+        SubmitOutcome,
+        SubmitSlot,
+    )
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.row import Row
     from prefect_flux_kontext.models import GenerationRequest
 
+__all__ = ["Submitter"]
+
 logger = logging.getLogger(__name__)
 
 
 class Submitter:
-    """Submits rows, so that each POST is on record before and after.
-
-    A POST that has begun is seen to its end, whatever is cancelled meanwhile: its reply is
-    worth money.
+    """Pays for rows, so that each POST is on record before and after.
 
     Args:
         client: The service.
-        ledger: Where intents and outcomes go.
-        posts_at_once: POSTs under way at once; apart from the tasks that run, because these are
-            what a crash makes doubtful.
+        ledger: Where intents and outcomes are recorded.
+        posts: Limits POSTs under way, and pauses submitting during an outage.
         budget: What may be spent; None for no cap.
-        references: Has the rows' reference images where the service can fetch them.
-        prepare: Makes of a row's request, and the attempt that was claimed, what is sent.
+        references: Makes the rows' reference images available to the service.
+        prepare: Returns the request to send for a claimed attempt, with its callback URL.
 
     Attributes:
-        stopped: Why nothing is submitted any more.
+        gate: Stops submitting.
         accepted: Rows accepted in this run.
         spent: Dollars for the rows accepted in this run.
-        outstanding: Keys of rows that are paid for and have not ended, so far as this run knows.
+        outstanding: Keys of rows that this run knows to be paid and not ended.
     """
 
     def __init__(
         self,
         client: FluxKontextClient,
         ledger: Ledger,
-        posts_at_once: int,
+        posts: PostGate,
         budget: Budget | None = None,
         references: References | None = None,
         prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
     ) -> None:
-        self.stopped: FluxKontextError | None = None
+        self.gate = StopGate()
         self.accepted = 0
         self.spent = 0.0
         self.outstanding: set[str] = set()
@@ -69,21 +70,20 @@ class Submitter:
         self._budget = budget or Budget(None)
         self._references = references or References()
         self._prepare = prepare or (lambda request, _entry: request)
-        self._room = asyncio.Semaphore(posts_at_once)
-        self._all: set[asyncio.Task[Entry]] = set()
-        self._posting: set[asyncio.Task[Entry]] = set()
+        self._posts = posts
 
-    def stop(self, why: FluxKontextError) -> None:
+    @property
+    def stopped(self) -> FluxKontextError | None:
+        """Why nothing is submitted any more."""
+        return self.gate.reason
+
+    def stop(self, reason: FluxKontextError) -> None:
         """Submit nothing from now on; POSTs that have begun are still recorded."""
-        if self.stopped is None:
-            self.stopped = why
-            for work in self._all - self._posting:
-                work.cancel()
+        self.gate.stop(reason)
 
     async def drained(self) -> None:
         """Wait until every POST that has begun is on record."""
-        if self._posting:
-            await asyncio.wait(self._posting)
+        await self.gate.wait()
 
     async def submit(self, row: Row, entry: Entry) -> Entry:
         """Pay for the row's next attempt.
@@ -92,103 +92,107 @@ class Submitter:
             The row with its accepted task.
 
         Raises:
-            RowTakenError: Another run was first; nothing was sent.
+            RowAlreadyClaimedError: Another run was first; nothing was sent.
             BatchStoppedError: The batch was stopped; nothing was sent.
             LedgerError: The intent could not be recorded; nothing was sent.
-            ReferenceImageError: A reference image is not to be used any more; nothing was sent.
+            ReferenceImageError: A reference image cannot be used any more; nothing was sent.
             StorageError: A reference image could not be staged; nothing was sent.
-            ApiError: See `FluxKontextClient.submit`; where it is `not_accepted`, that is on
-                record, else the row is doubtful.
+            ApiError: See `FluxKontextClient.submit`. If it is `not_accepted`, that is on record;
+                otherwise the row is unknown.
         """
-        self._check_going_on()
-        work = asyncio.create_task(self._submit(row, entry))
-        self._all.add(work)
-        work.add_done_callback(self._all.discard)
+        prepared = self._references.prepared(row.request, doubted=entry.failures > 0)
+        make_request = await self.gate.interruptible(prepared)
+        attempts = self._client.submit_attempts()
+        while not attempts.is_over:
+            slot = await self.gate.interruptible(self._next_slot(attempts))
+            entry, outcome = await self.gate.finish(self._pay(slot, row, entry, make_request))
+            if outcome.may_retry:
+                self.gate.check()  # waiting for the next attempt would be in vain
+        if outcome.error is not None:
+            raise outcome.error
+        return entry
+
+    async def _next_slot(self, attempts: SubmitAttempts) -> SubmitSlot:
+        """Wait for a slot at the account and for room among the POSTs under way."""
+        slot = await attempts.next_slot()
         try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            if work not in self._posting:
-                work.cancel()
-            if work.cancelled():
-                self._check_going_on()
+            await self._posts.acquire()
+        except BaseException:
+            slot.release()
             raise
+        return slot
 
-    async def _submit(self, row: Row, entry: Entry) -> Entry:
-        latest = entry
-        work = cast("asyncio.Task[Entry]", asyncio.current_task())
+    async def _pay(
+        self,
+        slot: SubmitSlot,
+        row: Row,
+        entry: Entry,
+        make_request: Callable[[], Awaitable[GenerationRequest]],
+    ) -> tuple[Entry, SubmitOutcome]:
+        """Claim the next attempt, send it, and record what is known of it."""
         price = self._ledger.price_of(row.request)
-        sending = await self._references.prepared(row.request, doubted=entry.failures > 0)
-
-        @asynccontextmanager
-        async def attempt() -> AsyncIterator[GenerationRequest]:
-            nonlocal latest
-            async with self._room:
-                self._check_going_on()
-                request = await sending()
+        outcome = None
+        try:
+            async with slot:
+                self.gate.check()
+                request = await make_request()
                 await self._budget.reserve(price)
-                self._posting.add(work)
-                sent = owed = False
+                is_free = True
                 try:
-                    latest = await self._ledger.claim(row, latest)
-                    self._check_going_on()  # writing it took a while
-                    request = self._prepare(request, latest)
-                    sent = owed = True
-                    yield request
-                except FluxKontextError as error:
-                    unsent = error.not_accepted or not sent
-                    owed = not unsent
-                    if unsent and latest.state is State.INTENT:
-                        latest = await self._reject(latest, error)
-                    self._posting.discard(work)
-                    if unsent and error.retryable:
-                        # It would else be waited out only to find the batch stopped.
-                        self._check_going_on()
-                    raise
-                except Exception as error:
-                    if not sent:
+                    attempt = await self._ledger.claim(row, entry)
+                    try:
+                        self.gate.check()  # recording the claim took a while
+                        request = self._prepare(request, attempt)
+                    except FluxKontextError as error:
+                        await self._record_rejection(attempt, error)
                         raise
-                    # Who knows how far it got.
-                    told = f"{type(error).__name__}: {error}"
-                    raise ReplyLostError(f"The submit met an unforeseen error: {told}") from None
+                    is_free = False
+                    outcome = await slot.post(request)
+                    is_free = outcome.is_rejected
+                    return await self._record(attempt, outcome), outcome
                 finally:
-                    await self._budget.settle(price, given_back=not owed)
-
-        try:
-            task = await self._client.submit(row.request, around_post=attempt)
-            return await self._record(latest, task.task_id)
+                    await self._budget.settle(price, refunded=is_free)
         finally:
-            self._posting.discard(work)
+            await self._posts.release(outcome)
 
-    async def _reject(self, entry: Entry, error: FluxKontextError) -> Entry:
+    async def _record(self, attempt: Entry, outcome: SubmitOutcome) -> Entry:
+        if outcome.is_accepted:
+            return await self._record_acceptance(attempt, outcome.task_id)
+        if outcome.error is not None and outcome.is_rejected:
+            return await self._record_rejection(attempt, outcome.error)
+        return attempt  # an intent without an outcome is what `unknown` looks like
+
+    async def _record_rejection(self, attempt: Entry, error: FluxKontextError) -> Entry:
         try:
-            return await self._ledger.rejected(entry, error)
+            return await self._ledger.rejected(attempt, error)
         except LedgerError as trouble:
             raise ReplyLostError(
-                f"Not accepted ({error}), which could not be recorded: {trouble} So the ledger "
-                f"does not know: flux-kontext resolve OUTPUT {entry.key} --rejected"
+                f"Not accepted ({error}), but this could not be recorded: {trouble} The ledger "
+                f"holds the row as unknown. Settle it: flux-kontext resolve OUTPUT {attempt.key} "
+                "--rejected"
             ) from None
 
-    async def _record(self, entry: Entry, task_id: str) -> Entry:
-        self.count(entry)
+    async def _record_acceptance(self, attempt: Entry, task_id: str) -> Entry:
+        self.count(attempt)
         try:
-            recorded = await self._ledger.accepted(entry, task_id)
+            recorded = await self._ledger.accepted(attempt, task_id)
         except LedgerError as error:
-            logger.error(  # noqa: TRY400 - the id is what counts
+            logger.error(  # noqa: TRY400 - the task id is what counts
                 "Row %s is paid for as task %s, which could not be recorded: %s If this run does "
                 "not store it: flux-kontext resolve OUTPUT %s --accepted %s",
-                entry.key,
+                attempt.key,
                 task_id,
                 error,
-                entry.key,
+                attempt.key,
                 task_id,
             )
             posted = Posted(state="accepted", by=self._ledger.owner, task_id=task_id)
-            return entry.model_copy(update={"posted": posted})
+            return attempt.model_copy(update={"posted": posted})
         if recorded.posted is not None and recorded.posted.task_id != task_id:
             logger.error(
                 "Row %s was settled as %s by %s while its submit was under way, and then accepted "
-                "as task %s: look whether it is paid for twice.",
-                entry.key,
+                "as task %s. Check whether it is paid for twice.",
+                attempt.key,
                 recorded.posted.state,
                 recorded.posted.by,
                 task_id,
@@ -200,7 +204,3 @@ class Submitter:
         self.accepted += 1
         self.outstanding.add(entry.key)
         self.spent += entry.intent.price if entry.intent else 0.0
-
-    def _check_going_on(self) -> None:
-        if self.stopped is not None:
-            raise BatchStoppedError(f"Not submitted: {self.stopped}")

@@ -1,4 +1,4 @@
-"""What became of a batch, counted; small enough to pass around whatever the batch's size."""
+"""The outcome of single rows and the summary of a batch, whose size is bounded."""
 
 from __future__ import annotations
 
@@ -12,37 +12,36 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.waves import FinishedRow
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
 
-_TOLD = 100
+_MAX_FAILURES = 100
+"""Rows that a summary lists, so that its size does not grow with the batch."""
 
 RowState = Literal["stored", "failed", "unknown", "outstanding", "not_submitted"]
 
 
 class RowOutcome(BaseModel):
-    """What became of one row in this run."""
+    """The outcome of one row in this run."""
 
     id: str
     line: int
     style: str | None = None
     state: RowState
-    key: str | None = Field(default=None, description="The row key: names it in the ledger.")
+    key: str | None = Field(default=None, description="The row key, which names it in the ledger.")
     reason: str | None = Field(
         default=None, description="The service's code or the error's name, for counting."
     )
-    message: str | None = Field(default=None, description="What happened, for a person.")
-    task_id: str | None = Field(
-        default=None, description="The paid task, where the row has got that far."
-    )
-    uris: list[str] = Field(default_factory=list)
-    already: bool = Field(default=False, description="It was stored before this run.")
+    message: str | None = Field(default=None, description="What happened, in words.")
+    task_id: str | None = Field(default=None, description="The paid task, if there is one.")
+    uris: list[str] = Field(default_factory=list, description="Where its images are stored.")
+    already: bool = Field(default=False, description="Whether it was stored before this run.")
 
     @property
     def told(self) -> str:
-        """The row as a person knows it."""
+        """The row's id, with its style if it has one."""
         return f"{self.id} ({self.style})" if self.style else self.id
 
     @classmethod
     def refused(cls, row: RefusedRow) -> Self:
-        """A row that is wrong and costs nothing."""
+        """Make the outcome of an invalid row, which is never submitted."""
         return cls(
             id=row.id,
             line=row.line,
@@ -62,7 +61,7 @@ class RowOutcome(BaseModel):
         *,
         task_id: str | None = None,
     ) -> Self:
-        """A row that is not stored, because of the error."""
+        """Make the outcome of a row that is not stored because of an error."""
         return cls(
             id=row.id,
             line=row.line,
@@ -76,7 +75,7 @@ class RowOutcome(BaseModel):
 
 
 class DoneRow(NamedTuple):
-    """A row, what became of it, and what the ledger says of it where that is known."""
+    """A row, its outcome, and its ledger entry where known."""
 
     row: Row | RefusedRow
     outcome: RowOutcome
@@ -84,27 +83,31 @@ class DoneRow(NamedTuple):
 
 
 class BatchSummary(BaseModel):
-    """How many rows were stored, how many failed and why, and what is still owed."""
+    """The number of rows by outcome, the reasons of failures, and the dollars spent."""
 
     output: str = Field(default="", description="Where the images are.")
-    rows: int = Field(default=0, description="Rows seen.")
-    stored: int = Field(default=0, description="Rows with all their images in place.")
-    already_stored: int = Field(default=0, description="Those of them stored before this run.")
-    failed: int = Field(default=0, description="Rows that failed, refused ones among them.")
+    rows: int = Field(default=0, description="Rows processed.")
+    stored: int = Field(default=0, description="Rows whose images are all stored.")
+    already_stored: int = Field(
+        default=0, description="Stored rows that were stored before this run."
+    )
+    failed: int = Field(default=0, description="Rows that failed, including refused rows.")
     unknown: int = Field(
-        default=0, description="Rows that may be paid for: their submit's reply was lost."
+        default=0,
+        description="Rows that may or may not have been billed, because the submit's reply was "
+        "lost.",
     )
     outstanding: int = Field(default=0, description="Rows paid for and not yet stored.")
     not_submitted: int = Field(default=0, description="Rows left when the batch was stopped.")
     spent: float = Field(default=0.0, description="Dollars for what was accepted in this run.")
     reasons: dict[str, int] = Field(
-        default_factory=dict, description="How many rows are not stored for which reason."
+        default_factory=dict, description="Number of rows that are not stored, by reason."
     )
     failures: list[RowOutcome] = Field(
         default_factory=list,
         description="The first hundred rows that failed, are unknown or outstanding.",
     )
-    seconds: float = Field(default=0.0, description="From start to end.")
+    seconds: float = Field(default=0.0, description="Duration of the run.")
 
     @property
     def complete(self) -> bool:
@@ -112,19 +115,19 @@ class BatchSummary(BaseModel):
         return self.stored == self.rows
 
     def count(self, outcome: RowOutcome) -> Self:
-        """Add what became of one row."""
+        """Add the outcome of one row."""
         self.rows += 1
         setattr(self, outcome.state, getattr(self, outcome.state) + 1)
         self.already_stored += outcome.already
         if outcome.state in ("failed", "unknown", "outstanding"):
             reason = outcome.reason or "no reason given"
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-            if len(self.failures) < _TOLD:
+            if len(self.failures) < _MAX_FAILURES:
                 self.failures.append(outcome)
         return self
 
     def add(self, other: BatchSummary) -> Self:
-        """Add what became of the rows of another summary."""
+        """Add the counts, reasons and failures of another summary."""
         for name in (
             "rows",
             "stored",
@@ -137,21 +140,21 @@ class BatchSummary(BaseModel):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, number in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + number
-        self.failures += other.failures[: _TOLD - len(self.failures)]
+        self.failures += other.failures[: _MAX_FAILURES - len(self.failures)]
         return self
 
     def __str__(self) -> str:
         parts = [f"{self.stored} of {self.rows} rows stored"]
         if self.already_stored:
             parts[0] += f", {self.already_stored} of them before this run"
-        for number, told in (
+        for number, label in (
             (self.failed, "failed"),
             (self.unknown, "unknown (may be paid for)"),
             (self.outstanding, "outstanding (paid for, not yet stored)"),
             (self.not_submitted, "not submitted"),
         ):
             if number:
-                parts.append(f"{number} {told}")
+                parts.append(f"{number} {label}")
         if self.reasons:
             reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
             parts.append("why: " + ", ".join(f"{reason} {number}" for reason, number in reasons))

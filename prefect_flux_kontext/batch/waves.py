@@ -1,4 +1,4 @@
-"""A batch as waves: rows in blocks, a few blocks under way at a time."""
+"""The waves of a batch: blocks of rows, of which a few run at a time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ logger = logging.getLogger(__name__)
 RunWave: TypeAlias = "Callable[[Wave], Awaitable[BatchSummary]]"
 
 WAVE_ROWS = 250
-"""Rows of a wave: few enough to lose little with one, enough that 100 rows are no task run."""
+"""Rows of a wave: few enough that little is lost with one wave, and enough that the number of task
+runs stays small."""
 
-_ROWS_A_SLOT = 1.5
-"""Rows under way for each task that may run: some wait to be submitted, some are being stored."""
+_ROWS_PER_SLOT = 1.5
+"""Rows in progress for each slot: some wait to be submitted, some are being stored."""
 
 
 class Wave:
-    """A block of rows and its number, from 1. No dataclass: Prefect would look into it."""
+    """A block of rows and its number, from 1.
+
+    This is not a dataclass, because Prefect would inspect its fields.
+    """
 
     def __init__(
         self,
@@ -51,45 +55,45 @@ class Wave:
 
     @property
     def batch(self) -> BatchSummary:
-        """What became of all rows of the batch so far."""
+        """The summary of all rows of the batch so far."""
         return self._session.rows.progress
 
-    def _row_ended(self) -> None:
-        if self._open:  # a wave that is run again has given back some of its room already
+    def _release_row(self) -> None:
+        if self._open:  # a wave that is run again has released some of its rows already
             self._open -= 1
             self._room.release()
 
-    def give_back(self) -> None:
-        """Make room for as many rows as were never run."""
+    def release_rows(self) -> None:
+        """Release the room of rows that were never run."""
         while self._open:
-            self._row_ended()
+            self._release_row()
 
     async def run(self) -> BatchSummary:
-        """Run the rows between naming them in the ledger and writing what came of them.
+        """Record the wave in the ledger, run its rows, and record their outcomes.
 
         Raises:
             LedgerError: The ledger cannot be written to; none of the rows was run.
         """
         ledger, runner = self._session.ledger, self._session.rows
         keys = {row.key for row in self._rows if isinstance(row, Row)}
-        stored = await self._session.stored.of(keys)
+        stored = await self._session.stored.find(keys)
         keys.difference_update(stored)
         if not keys:
-            return await self._told(await runner.run(self._rows, stored, self._row_ended))
+            return await self._report(await runner.run(self._rows, stored, self._release_row))
         wave = OpenWave(
             name=f"{ledger.owner}-{self.number:06}", owner=ledger.owner, keys=sorted(keys)
         )
         await open_wave(ledger.store, wave)
-        done = await runner.run(self._rows, stored, self._row_ended)
+        done = await runner.run(self._rows, stored, self._release_row)
         entries = [runner.latest.pop(key) for key in keys if key in runner.latest]
         try:
             await close_wave(ledger.store, wave, entries)
         except LedgerError as error:
-            # Its rows are all on record. Named as unfinished, they are read again, that is all.
+            # All rows have records of their own, so the only cost is to read these again.
             logger.warning("Wave %d stays unfinished in the ledger: %s", self.number, error)
-        return await self._told(done)
+        return await self._report(done)
 
-    async def _told(self, done: list[DoneRow]) -> BatchSummary:
+    async def _report(self, done: list[DoneRow]) -> BatchSummary:
         summary = BatchSummary()
         for row in done:
             summary.count(row.outcome)
@@ -107,16 +111,16 @@ async def run_waves(
     concurrent_tasks: int,
     first: int = 1,
 ) -> BatchSummary:
-    """Run all rows, reading them as it goes; no further wave once the batch is stopped.
+    """Run all rows in waves; start no further wave once the batch is stopped.
 
-    Waves overlap, so that the account's slots never idle at a wave's tail: another begins as soon
-    as enough rows have ended, whichever waves they are of.
+    Waves overlap, so that the account's slots never idle at the end of a wave: the next wave
+    begins as soon as enough rows have ended, of whichever waves.
 
     Args:
-        session: What the batch has open.
-        rows: What is to be done; read in another thread, a wave at a time.
-        run_wave: Runs one wave, by its `run`; the place to make it a task run.
-        concurrent_tasks: The account's limit of tasks running at once.
+        session: The batch's open resources.
+        rows: The rows to run, read in another thread one wave at a time.
+        run_wave: Runs one wave by calling its `run`, for example in a task run.
+        concurrent_tasks: The account's limit of tasks that run at a time.
         first: Number of the first wave.
 
     Raises:
@@ -126,18 +130,18 @@ async def run_waves(
     loop = asyncio.get_running_loop()
     began = loop.time()
     summary = BatchSummary(output=str(session.output))
-    room = asyncio.Semaphore(math.ceil(_ROWS_A_SLOT * concurrent_tasks) + 2 * WAVE_ROWS)
-    broken: list[LedgerError] = []
+    room = asyncio.Semaphore(math.ceil(_ROWS_PER_SLOT * concurrent_tasks) + 2 * WAVE_ROWS)
+    ledger_errors: list[LedgerError] = []
 
     async def run(wave: Wave) -> None:
         try:
             summary.add(await run_wave(wave))
         except LedgerError as error:
-            # What the other waves have paid for is still to be stored.
+            # The other waves go on, to store what they have paid for.
             session.submitter.stop(error)
-            broken.append(error)
+            ledger_errors.append(error)
         finally:
-            wave.give_back()
+            wave.release_rows()
 
     source = iter(rows)
     try:
@@ -147,13 +151,13 @@ async def run_waves(
                     await room.acquire()
                 block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
                 if not block or session.submitter.stopped:
-                    session.rows.deferral.all_read()
+                    session.rows.deferral.mark_all_read()
                     break
                 group.create_task(run(Wave(session, number, block, room)))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    if broken:
-        raise broken[0]
+    if ledger_errors:
+        raise ledger_errors[0]
     summary.spent = session.submitter.spent
     summary.seconds = loop.time() - began
     return summary

@@ -1,1 +1,1 @@
-"""The service: client, transport, responses, polling and the account limits."""
+"""The service client: transport, replies, polling, retries and account limits."""

@@ -1,4 +1,4 @@
-"""The two things a client is made of, checked before they are used."""
+"""The async client of the Flux Kontext service: submit, status and balance."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import functools
 import itertools
 import logging
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlencode
 
 import httpx
@@ -35,6 +35,7 @@ from prefect_flux_kontext.errors import (
     ConfigurationError,
     NotConnectedError,
     RateLimitedError,
+    RefusedError,
     ReplyLostError,
     UnauthorizedError,
 )
@@ -42,32 +43,413 @@ from prefect_flux_kontext.models import GenerationTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractAsyncContextManager
 
+    from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.models import GenerationRequest, TaskStatus
+
+__all__ = [
+    "FluxKontextClient",
+    "SubmitAttempts",
+    "SubmitOutcome",
+    "SubmitSlot",
+    "normalize_api_key",
+    "normalize_base_url",
+]
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_SUBMIT_PATH = "/api/v1/generateTask/flux-kontext"
+_STATUS_PATH = "/api/v1/statusTask/flux-kontext"
+_BALANCE_PATH = "/api/v1/apikeys/current-balance"
+
+# Errors after which the service cannot have received the request. A ProxyError means that the
+# proxy refused to open the tunnel.
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+
+# With the backoff between them, eight attempts take about a minute.
+_CONNECT_ATTEMPTS = 8
+
+
+class FluxKontextClient:
+    """Async client of the Flux Kontext service.
+
+    All clients of an account in a process share one limiter, which keeps every request within
+    the account's limits. The client waits and retries after a 429; it never raises it. Use the
+    client as an async context manager, on one event loop only.
+
+    Args:
+        api_key: API key of the account.
+        base_url: Base URL of the service, in the form `https://host[:port]`.
+        requests_per_minute: Request limit of the account. Submits and status requests count
+            together.
+        concurrent_tasks: Concurrency limit of the account: tasks that may run at the same time.
+        transport: Transport to use instead of the network, for tests.
+        limiter: Limiter to use instead of the account's shared one.
+
+    Raises:
+        ConfigurationError: The key or the base URL is invalid.
+
+    Example:
+        async with FluxKontextClient("key", base_url="http://127.0.0.1:8765") as client:
+            task = await client.submit(GenerationRequest(prompt="a lighthouse at dusk"))
+            status = await client.status(task.task_id)
+    """
+
+    def __init__(
+        self,
+        api_key: str | SecretStr,
+        *,
+        base_url: str = "https://api.apixo.ai",
+        requests_per_minute: int = 10_000,
+        concurrent_tasks: int = 1_000,
+        transport: httpx.AsyncBaseTransport | None = None,
+        limiter: AccountLimiter | None = None,
+    ) -> None:
+        self._key = normalize_api_key(api_key)
+        self.base_url = normalize_base_url(base_url)
+        self.limiter = limiter or shared_limiter(
+            self.base_url,
+            self._key,
+            requests_per_minute=requests_per_minute,
+            concurrent_tasks=concurrent_tasks,
+        )
+        self._connections = Connections(
+            transport or self._create_transport(),
+            timeout=API_TIMEOUT,
+            headers={
+                "Authorization": f"Bearer {self._key}",
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+            },
+        )
+
+    def __repr__(self) -> str:
+        return f"FluxKontextClient(base_url={self.base_url!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._connections.aclose()
+
+    async def submit(self, request: GenerationRequest) -> GenerationTask:
+        """Submit a generation. The service bills it when it accepts it.
+
+        The POST is repeated only if it is known that the service did not accept it: no
+        connection was made (up to eight attempts in about a minute), or the service answered
+        429 (without limit).
+
+        Args:
+            request: The generation to submit.
+
+        Raises:
+            RefusedError: The service refused the request (4xx). It was not accepted and not
+                billed.
+            NotConnectedError: No connection could be made. The request was not accepted.
+            ReplyLostError: The reply was lost. The request may be accepted and billed.
+            ServiceTroubleError: The service answered 5xx. The request may be accepted and
+                billed.
+            UnreadableReplyError: The reply does not follow the contract. The request may be
+                accepted and billed.
+        """
+        attempts = self.submit_attempts()
+        while not attempts.is_over:
+            async with await attempts.next_slot() as slot:
+                outcome = await slot.post(request)
+        return outcome.to_task(request)
+
+    def submit_attempts(self) -> SubmitAttempts:
+        """Start submitting one request; see `SubmitAttempts`."""
+        return SubmitAttempts(self)
+
+    async def status(self, task_id: str) -> TaskStatus:
+        """Return the status of a task. Counts as one request of the account's limit.
+
+        Raises:
+            ApiError: The request failed. If the error is `retryable`, request the status again.
+        """
+        return await self._request_until_allowed(
+            functools.partial(read_status, task_id=task_id),
+            f"{_STATUS_PATH}?{urlencode({'taskId': task_id})}",
+            task_id=task_id,
+        )
+
+    async def balance(self) -> float:
+        """Return the account's balance in US dollars.
+
+        Raises:
+            ApiError: The request failed, or the reply contains no number.
+        """
+        return await self._request_until_allowed(read_balance, _BALANCE_PATH)
+
+    async def check(self) -> float | None:
+        """Check that the service is reachable and accepts the key, before anything is paid.
+
+        Returns:
+            The balance in US dollars, or None if the service does not report it.
+
+        Raises:
+            NotConnectedError: The service at the base URL cannot be reached.
+            UnauthorizedError: The key is missing or invalid.
+        """
+        try:
+            return await self.balance()
+        except (NotConnectedError, UnauthorizedError):
+            raise
+        except ApiError as error:
+            logger.debug("Balance unavailable: %s", error)
+            return None
+
+    async def is_answering(self) -> bool:
+        """Return whether the service gives usable replies. Costs nothing."""
+        try:
+            await self._request_until_allowed(lambda data, **_: data, _BALANCE_PATH)
+        except RefusedError:
+            return True  # it answers, for example that it tells no balance
+        except ApiError:
+            return False
+        return True
+
+    async def _request_until_allowed(
+        self, read: Callable[..., _Result], path: str, *, task_id: str | None = None
+    ) -> _Result:
+        """Send a GET request, and repeat it for as long as the service answers 429."""
+        for rejections in itertools.count(1):
+            await self.limiter.requests.acquire()
+            try:
+                return await self._request(read, "GET", path, task_id=task_id)
+            except RateLimitedError as error:
+                if not error.retry_after:  # otherwise the limiter pauses all requests
+                    await asyncio.sleep(jittered_backoff(rejections))
+        raise AssertionError  # itertools.count() does not end
+
+    async def _request(
+        self,
+        read: Callable[..., _Result],
+        method: str,
+        path: str,
+        *,
+        body: object = None,
+        task_id: str | None = None,
+    ) -> _Result:
+        """Send one request, for which the rate limiter has given leave, and read its `data`."""
+        is_submit = method == "POST"
+        loop = asyncio.get_running_loop()
+        sent_at = loop.time()
+        try:
+            status, headers, reply = await send_request(
+                self._connections, method, f"{self.base_url}{path}", json=body
+            )
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            failure = self._transport_error(error, task_id)
+        else:
+            retry_after = parse_retry_after(headers.get("Retry-After"))
+            try:
+                data = read_envelope(
+                    status, reply, retry_after=retry_after, task_id=task_id, secret=self._key
+                )
+            except RateLimitedError:
+                self.limiter.record_rejection(retry_after, sent_at=sent_at, is_submit=is_submit)
+                raise
+            except ApiError:
+                self.limiter.record_success(round_trip=loop.time() - sent_at)
+                raise
+            self.limiter.record_success(round_trip=loop.time() - sent_at)
+            return read(data, secret=self._key)
+        # Raised outside of the handler, so that the error has no reference to httpx's
+        # error, whose request contains the key.
+        raise failure
+
+    def _transport_error(self, error: Exception, task_id: str | None) -> ApiError:
+        reason = f"{type(error).__name__}: {error}".rstrip(": ").replace(self._key, "***")
+        if isinstance(error, _NEVER_SENT):
+            return NotConnectedError(
+                f"Could not connect to {self.base_url} ({reason}). Nothing was sent. Check "
+                "FLUX_KONTEXT_BASE_URL and the network.",
+                task_id=task_id,
+            )
+        return ReplyLostError(
+            f"The request to {self.base_url} was sent, but no complete reply was received "
+            f"({reason}).",
+            task_id=task_id,
+        )
+
+    def _create_transport(self) -> httpx.AsyncBaseTransport:
+        # Use the environment's proxy for https only: it cannot see the key there.
+        is_https = self.base_url.startswith("https")
+        proxy = find_proxy(httpx.URL(self.base_url)) if is_https else None
+        return create_proxy_transport(proxy) if proxy else AiohttpTransport(create_tls_context())
+
+
+@dataclass(frozen=True)
+class SubmitOutcome:
+    """What is known after one POST: accepted, not accepted, or unknown.
+
+    Attributes:
+        task_id: The accepted task.
+        error: Why it was not accepted, or why that is not known. None if it was accepted.
+    """
+
+    task_id: str = ""
+    error: FluxKontextError | None = None
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the service accepted the request, and so bills it."""
+        return self.error is None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the service may have accepted the request: it must not be sent again."""
+        return self.error is not None and not self.error.not_accepted
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether it is known that the service did not accept the request: it costs nothing."""
+        return self.error is not None and self.error.not_accepted
+
+    @property
+    def is_usable_reply(self) -> bool:
+        """Whether the service itself answered, in its own format."""
+        return self.is_accepted or isinstance(self.error, RefusedError)
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether the request was not accepted and may be accepted later."""
+        return self.error is not None and self.error.not_accepted and self.error.retryable
+
+    def to_task(self, request: GenerationRequest) -> GenerationTask:
+        """Return the accepted task, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return GenerationTask(task_id=self.task_id, request=request)
+
+
+class SubmitSlot:
+    """A place for one more task at the account, and leave to send one request.
+
+    An async context manager: leaving it gives the place back, unless the POST was accepted. Then
+    the task holds it.
+    """
+
+    def __init__(self, client: FluxKontextClient, attempts: SubmitAttempts) -> None:
+        self._client = client
+        self._attempts = attempts
+        self._acquired_at = asyncio.get_running_loop().time()
+        self._is_open = True
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    async def post(self, request: GenerationRequest) -> SubmitOutcome:
+        """Send the request once. What the service or the network does is in the outcome."""
+        limiter = self._client.limiter.tasks
+        self._client._connections.check_open()  # noqa: SLF001 - one class in two parts
+        try:
+            task_id = await self._client._request(  # noqa: SLF001 - one class in two parts
+                read_task_id, "POST", _SUBMIT_PATH, body=request.body()
+            )
+        except ApiError as error:
+            outcome = SubmitOutcome(error=error)
+            if isinstance(error, RateLimitedError):
+                self._is_open = False
+                limiter.record_rejection(acquired_at=self._acquired_at)
+        except Exception as error:  # noqa: BLE001 - nobody knows whether it was sent
+            # Without a traceback: its frames hold the request, whose URLs may be signed.
+            reason = f"{type(error).__name__}: {error}"
+            lost = ReplyLostError(f"The submit met an unexpected error: {reason}")
+            outcome = SubmitOutcome(error=lost)
+        else:
+            outcome = SubmitOutcome(task_id)
+            self._is_open = False
+            limiter.record_acceptance(task_id, acquired_at=self._acquired_at)
+        self._attempts.record(outcome)
+        return outcome
+
+    def release(self) -> None:
+        """Give the place back, if the POST has not used it."""
+        if self._is_open:
+            self._is_open = False
+            self._client.limiter.tasks.release()
+
+
+class SubmitAttempts:
+    """The attempts to submit one request: the only place where a POST is repeated.
+
+    There is a further attempt only if the service is known not to have accepted the one before,
+    and may accept it later: no connection was made (up to eight attempts), or it answered 429.
+
+    Example:
+        attempts = client.submit_attempts()
+        while not attempts.is_over:
+            async with await attempts.next_slot() as slot:
+                outcome = await slot.post(request)
+
+    Attributes:
+        is_over: Whether the latest outcome is final.
+    """
+
+    def __init__(self, client: FluxKontextClient) -> None:
+        self.is_over = False
+        self._client = client
+        self._rejections = 0
+        self._failed_connects = 0
+        self._delay = 0.0
+
+    async def next_slot(self) -> SubmitSlot:
+        """Wait until the account's limits allow the next attempt."""
+        if self._delay:
+            await asyncio.sleep(self._delay)
+        await self._client.limiter.tasks.acquire()
+        slot = SubmitSlot(self._client, self)
+        try:
+            await self._client.limiter.requests.acquire(has_priority=True)
+        except BaseException:
+            slot.release()
+            raise
+        return slot
+
+    def record(self, outcome: SubmitOutcome) -> None:
+        """Decide by what a POST came to whether there is another attempt, and when."""
+        if isinstance(outcome.error, RateLimitedError):
+            self._rejections += 1
+            self._delay = jittered_backoff(self._rejections)
+        elif outcome.may_retry:
+            self._failed_connects += 1
+            self._delay = jittered_backoff(self._failed_connects)
+        self.is_over = not outcome.may_retry or self._failed_connects >= _CONNECT_ATTEMPTS
 
 
 def normalize_api_key(api_key: str | SecretStr) -> str:
-    """The key without the white space that files and shells leave around it.
+    """Return the key without the white space that files and shells leave around it.
 
     Raises:
-        ConfigurationError: It is empty, or cannot stand in a header.
+        ConfigurationError: The key is empty or cannot be sent in a header.
     """
     key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
     key = key.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ConfigurationError(
-            "The API key is empty or has characters that no key has. Set FLUX_KONTEXT_API_KEY "
-            "or the Block's api_key."
+            "The API key is empty or has invalid characters. Set FLUX_KONTEXT_API_KEY or the "
+            "Block's api_key."
         )
     return key
 
 
 def normalize_base_url(base_url: str) -> str:
-    """The base URL without a slash at its end.
+    """Return the base URL without a slash at its end.
 
     Raises:
-        ConfigurationError: It is not of the form https://host[:port].
+        ConfigurationError: The URL is not of the form https://host[:port].
     """
     try:
         url = httpx.URL(base_url)
@@ -86,248 +468,3 @@ def normalize_base_url(base_url: str) -> str:
             "FLUX_KONTEXT_BASE_URL or the Block's base_url."
         )
     return base_url.rstrip("/")
-
-
-logger = logging.getLogger(__name__)
-
-_Read = TypeVar("_Read")
-
-AroundPost: TypeAlias = "Callable[[], AbstractAsyncContextManager[GenerationRequest | None]]"
-
-_SUBMIT = "/api/v1/generateTask/flux-kontext"
-_STATUS = "/api/v1/statusTask/flux-kontext"
-_BALANCE = "/api/v1/apikeys/current-balance"
-
-# A ProxyError is the proxy's refusal to connect us.
-_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
-_CONNECT_ATTEMPTS = 8
-
-
-class FluxKontextClient:
-    """The Flux Kontext service: submit a generation, ask how it is doing, read the balance.
-
-    Every request is kept within the account's limits by a governor that all clients of the
-    account in this process share, and a 429 is waited out, never raised. Use it as an async
-    context manager, on the event loop that it was entered on.
-
-    Args:
-        api_key: The account's key.
-        base_url: Where the service is, without a path.
-        requests_per_minute: The account's limit, submits and polls together.
-        concurrent_tasks: The account's limit of tasks running at once.
-        transport: Another way to reach the service than the network, for tests.
-        governor: Another governor than the account's shared one.
-
-    Raises:
-        ConfigurationError: The key or the base URL cannot be right.
-
-    Example:
-        async with FluxKontextClient("key", base_url="http://127.0.0.1:8765") as client:
-            task = await client.submit(GenerationRequest(prompt="a lighthouse at dusk"))
-            status = await client.status(task.task_id)
-    """
-
-    def __init__(
-        self,
-        api_key: str | SecretStr,
-        *,
-        base_url: str = "https://api.apixo.ai",
-        requests_per_minute: int = 10_000,
-        concurrent_tasks: int = 1_000,
-        transport: httpx.AsyncBaseTransport | None = None,
-        governor: AccountLimiter | None = None,
-    ) -> None:
-        self._key = normalize_api_key(api_key)
-        self.base_url = normalize_base_url(base_url)
-        self.governor = governor or shared_limiter(
-            self.base_url,
-            self._key,
-            requests_per_minute=requests_per_minute,
-            concurrent_tasks=concurrent_tasks,
-        )
-        self._connections = Connections(
-            transport or self._transport(),
-            timeout=API_TIMEOUT,
-            headers={
-                "Authorization": f"Bearer {self._key}",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-            },
-        )
-
-    def __repr__(self) -> str:
-        return f"FluxKontextClient(base_url={self.base_url!r})"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
-
-    def _transport(self) -> httpx.AsyncBaseTransport:
-        # A proxy of the environment is used for https, where it does not see the key.
-        https = self.base_url.startswith("https")
-        proxy = find_proxy(httpx.URL(self.base_url)) if https else None
-        return create_proxy_transport(proxy) if proxy else AiohttpTransport(create_tls_context())
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._connections.aclose()
-
-    async def submit(
-        self,
-        request: GenerationRequest,
-        *,
-        around_post: AroundPost = nullcontext,
-    ) -> GenerationTask:
-        """Submit a generation; from the reply on it is billed.
-
-        The POST is repeated only when it is known not to have been accepted: when the
-        connection was never made (up to eight times, in about a minute) or the service answered
-        429 (for ever).
-
-        Args:
-            request: What to make.
-            around_post: Makes a context for each POST, entered when the limits allow it: the
-                last moment to raise and send nothing. What went wrong is raised inside it. Where
-                it gives a request, that is sent instead, and kept nowhere.
-
-        Raises:
-            RefusedError: The service refused it (4xx): not accepted, costs nothing.
-            NotConnectedError: The service cannot be reached: not accepted.
-            ReplyLostError: The reply was lost: it may have been accepted and billed.
-            ServiceTroubleError: A 5xx: it may have been accepted and billed.
-            UnreadableReplyError: Not the contract's reply: it may have been accepted.
-        """
-        gate = self.governor.tasks
-        body = request.body()
-        unconnected = refused = 0
-        while True:
-            await gate.enter()
-            entered_at = asyncio.get_running_loop().time()
-            task_id = None
-            limited = False
-            try:
-                task_id = await self._request(
-                    read_task_id, "POST", _SUBMIT, body=body, around=around_post
-                )
-            except RateLimitedError:
-                limited = True
-                refused += 1
-            except NotConnectedError:
-                unconnected += 1
-                if unconnected == _CONNECT_ATTEMPTS:
-                    raise
-            finally:
-                if task_id is not None:
-                    gate.accepted(task_id, entered_at=entered_at)
-                elif limited:
-                    gate.refused(entered_at=entered_at)
-                else:
-                    gate.not_accepted()
-            if task_id is not None:
-                return GenerationTask(task_id=task_id, request=request)
-            await asyncio.sleep(jittered_backoff(refused if limited else unconnected))
-
-    async def status(self, task_id: str) -> TaskStatus:
-        """Ask how a task is doing. Costs one request of the account's budget.
-
-        Raises:
-            ApiError: The request went wrong; where the error is `retryable`, ask again.
-        """
-        return await self._request_until_allowed(
-            functools.partial(read_status, task_id=task_id),
-            f"{_STATUS}?{urlencode({'taskId': task_id})}",
-            task_id=task_id,
-        )
-
-    async def balance(self) -> float:
-        """The account's balance in dollars.
-
-        Raises:
-            ApiError: The request went wrong, or the reply holds no number.
-        """
-        return await self._request_until_allowed(read_balance, _BALANCE)
-
-    async def check(self) -> float | None:
-        """Make sure that the service is there and knows the key, before anything is paid.
-
-        Returns:
-            The balance in dollars, or None where the service does not tell it.
-
-        Raises:
-            NotConnectedError: Nothing answers at the base URL.
-            UnauthorizedError: The key is missing or invalid.
-        """
-        try:
-            return await self.balance()
-        except (NotConnectedError, UnauthorizedError):
-            raise
-        except ApiError as error:
-            logger.debug("The balance is not to be had: %s", error)
-            return None
-
-    async def _request_until_allowed(
-        self, read: Callable[..., _Read], path: str, *, task_id: str | None = None
-    ) -> _Read:
-        for refused in itertools.count(1):
-            try:
-                return await self._request(read, "GET", path, task_id=task_id)
-            except RateLimitedError as error:
-                if not error.retry_after:  # else the governor keeps all requests back
-                    await asyncio.sleep(jittered_backoff(refused))
-        raise AssertionError  # the count has no end
-
-    async def _request(
-        self,
-        read: Callable[..., _Read],
-        method: str,
-        path: str,
-        *,
-        body: object = None,
-        task_id: str | None = None,
-        around: AroundPost = nullcontext,
-    ) -> _Read:
-        """Send one request when the budget allows it, and read the reply's `data`."""
-        submit = method == "POST"
-        await self.governor.requests.take(first=submit)
-        async with around() as instead:
-            if instead is not None:
-                body = instead.body()
-            loop = asyncio.get_running_loop()
-            sent_at = loop.time()
-            try:
-                status, headers, reply = await send_request(
-                    self._connections, method, f"{self.base_url}{path}", json=body
-                )
-            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-                failure = self._transport_error(error, task_id)
-            else:
-                retry_after = parse_retry_after(headers.get("Retry-After"))
-                try:
-                    data = read_envelope(
-                        status, reply, retry_after=retry_after, task_id=task_id, secret=self._key
-                    )
-                except RateLimitedError:
-                    self.governor.refused(retry_after, sent_at=sent_at, submit=submit)
-                    raise
-                except ApiError:
-                    self.governor.heard(after=loop.time() - sent_at)
-                    raise
-                self.governor.heard(after=loop.time() - sent_at)
-                return read(data, secret=self._key)
-            # Raised here, outside the handler: httpx's error carries the key in its request.
-            raise failure
-
-    def _transport_error(self, error: Exception, task_id: str | None) -> ApiError:
-        told = f"{type(error).__name__}: {error}".rstrip(": ").replace(self._key, "***")
-        if isinstance(error, _NEVER_SENT):
-            return NotConnectedError(
-                f"Could not connect to {self.base_url} ({told}). Nothing was sent; check "
-                "FLUX_KONTEXT_BASE_URL and the network.",
-                task_id=task_id,
-            )
-        return ReplyLostError(
-            f"The request to {self.base_url} was sent, but no whole reply came ({told}).",
-            task_id=task_id,
-        )

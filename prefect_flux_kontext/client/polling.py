@@ -1,4 +1,4 @@
-"""When to ask the service how a task is doing."""
+"""Polling: the cadence of status requests, and the wait for a task to end."""
 
 from __future__ import annotations
 
@@ -22,45 +22,48 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
+__all__ = ["Pauses", "PollingCadence", "wait_until_ended"]
+
+logger = logging.getLogger(__name__)
+
+# For this long, the service may answer 404 for a task that it has just accepted.
+_UNKNOWN_TASK_GRACE_SECONDS = 60.0
+
 
 class PollingCadence(BaseModel):
-    """How long to wait before the first look, between looks, and in all.
+    """When to request a task's status, and how long to wait in total.
 
-    The defaults for the first two are the service's own advice: generation takes about 30 s,
-    so wait 20 s, then ask every 3 s.
+    The defaults of `initial_delay` and `interval` follow the service's advice: a generation
+    takes about 30 s, so wait 20 s, then poll every 3 s.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     initial_delay: float = Field(
-        default=20.0, ge=0, description="Seconds from submit to the first look."
+        default=20.0, ge=0, description="Seconds from the submit to the first status request."
     )
-    interval: float = Field(default=3.0, gt=0, description="Seconds between further looks.")
-    timeout: float = Field(
-        default=900.0, gt=0, description="Seconds to wait in all, by the clock."
+    interval: float = Field(
+        default=3.0, gt=0, description="Seconds between later status requests."
     )
+    timeout: float = Field(default=900.0, gt=0, description="Seconds to wait in total.")
 
     @model_validator(mode="after")
-    def _there_is_a_first_look(self) -> Self:
+    def _validate_timeout(self) -> Self:
         if self.timeout <= self.initial_delay:
-            raise ValueError("timeout must be longer than initial_delay, or nothing is ever asked")
+            raise ValueError(
+                "timeout must be longer than initial_delay, otherwise the task is never polled"
+            )
         return self
 
 
-logger = logging.getLogger(__name__)
-
-_UNKNOWN_AT_FIRST = 60.0
-"""Seconds for which a new task may still be unknown to the service that accepted it."""
-
-
 class Pauses(Protocol):
-    """The pauses of one wait; who knows when the task ends may cut them short."""
+    """The pauses of one wait. A callback that announces the task's end may shorten them."""
 
     async def before_first_look(self, age: float) -> None:
-        """Wait before the first look at a task that was submitted `age` seconds ago."""
+        """Wait before the first status request for a task submitted `age` seconds ago."""
 
     async def before_next_look(self) -> None:
-        """Wait after a look that found the task still running."""
+        """Wait after a status request that found the task still running."""
 
 
 async def wait_until_ended(
@@ -69,44 +72,44 @@ async def wait_until_ended(
     cadence: PollingCadence,
     pauses: Pauses | None = None,
 ) -> GenerationResult:
-    """Wait for a task to end, holding no thread.
+    """Wait for a task to end, without holding a thread.
 
-    The first look comes `cadence.initial_delay` seconds after the submit, further ones every
-    `cadence.interval`. A status request that fails in a way that may pass (5xx, a lost or
-    unreadable reply) is asked again with growing pauses.
+    The first status request is sent `cadence.initial_delay` seconds after the submit, later
+    ones every `cadence.interval` seconds, until enough is known about the duration of the mode's
+    tasks to choose better times. A status request that fails with a retryable error (5xx, a lost
+    or unreadable reply) is repeated with growing pauses.
 
     Args:
-        client: The service.
-        task: What to wait for.
-        cadence: When to look, and when to give up.
-        pauses: Other pauses between looks than those that the cadence and what was learned of
-            the task's mode ask for.
+        client: Client of the account.
+        task: The task to wait for.
+        cadence: When to poll and when to give up.
+        pauses: Replaces the pauses that follow from the cadence and the known durations.
 
     Returns:
         The result, with at least one URL.
 
     Raises:
-        GenerationFailedError: The service gave up on the task.
-        GenerationTimeoutError: It did not end within `cadence.timeout` seconds. It is paid
-            for all the same: wait again for the same task id later.
-        RefusedError: The service refuses to tell (4xx).
+        GenerationFailedError: The service reports that the task failed.
+        GenerationTimeoutError: The task did not end within `cadence.timeout` seconds. It is
+            paid for; wait for the same task id again later.
+        RefusedError: The service refuses the status request (4xx).
     """
-    troubles: list[ApiError] = []
-    looks = PollScheduler(client.governor, task, cadence, called=pauses is not None)
+    errors: list[ApiError] = []
+    scheduler = PollScheduler(client.limiter, task, cadence, has_callback=pauses is not None)
     try:
         async with asyncio.timeout(cadence.timeout):
-            status = await _last_status(client, task, cadence, looks, troubles, pauses)
+            status = await _poll_until_ended(client, task, cadence, scheduler, errors, pauses)
     except TimeoutError:
-        timed_out = True
+        is_timed_out = True
     else:
-        timed_out = False
+        is_timed_out = False
     finally:
-        looks.over()
-    if timed_out:
+        scheduler.close()
+    if is_timed_out:  # raised outside of the handler, without the TimeoutError as its context
         raise GenerationTimeoutError(
             f"Task {task.task_id} did not end within {cadence.timeout:g} s"
-            f"{f', and the last answer was {troubles[-1]}' if troubles else ''}. It is paid for "
-            "and may still end: wait for the same task id again, which costs nothing.",
+            f"{f' (last error: {errors[-1]})' if errors else ''}. It is paid for and may still "
+            "end. Waiting for the same task id again costs nothing.",
             task_id=task.task_id,
         )
     if status.state == "failed":
@@ -127,36 +130,41 @@ async def wait_until_ended(
     )
 
 
-async def _last_status(
+async def _poll_until_ended(
     client: FluxKontextClient,
     task: GenerationTask,
     cadence: PollingCadence,
-    looks: PollScheduler,
-    troubles: list[ApiError],
+    scheduler: PollScheduler,
+    errors: list[ApiError],
     pauses: Pauses | None,
 ) -> TaskStatus:
-    """Ask until it has ended; `troubles` holds what went wrong since the last good answer."""
+    """Return the first status that says that the task has ended.
+
+    `errors` collects the errors since the last readable status.
+    """
     if pauses is None:
-        for _ in range(2):  # more may be known after the first pause
-            await asyncio.sleep(looks.pause())
+        for _ in range(2):  # other tasks may have ended meanwhile, which changes the pause
+            await asyncio.sleep(scheduler.pause())
     else:
-        await pauses.before_first_look(looks.age)
+        await pauses.before_first_look(scheduler.age)
     while True:
         try:
             status = await client.status(task.task_id)
         except ApiError as error:
-            unknown_yet = isinstance(error, NotFoundError) and looks.age < _UNKNOWN_AT_FIRST
-            if not (error.retryable or unknown_yet):
+            may_be_new = (
+                isinstance(error, NotFoundError) and scheduler.age < _UNKNOWN_TASK_GRACE_SECONDS
+            )
+            if not (error.retryable or may_be_new):
                 raise
-            troubles.append(error)
-            logger.debug("Task %s: asking again after %s", task.task_id, error)
-            await asyncio.sleep(max(cadence.interval, jittered_backoff(len(troubles))))
+            errors.append(error)
+            logger.debug("Task %s: retrying the status request: %s", task.task_id, error)
+            await asyncio.sleep(max(cadence.interval, jittered_backoff(len(errors))))
         else:
-            looks.looked(status)
+            scheduler.record_poll(status)
             if status.state in ("success", "failed"):
                 return status
-            troubles.clear()
+            errors.clear()
             if pauses is None:
-                await asyncio.sleep(looks.pause())
+                await asyncio.sleep(scheduler.pause())
             else:
                 await pauses.before_next_look()

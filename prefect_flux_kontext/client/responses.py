@@ -1,7 +1,7 @@
-"""Reading what the service answers, tolerantly: pure functions, no I/O.
+"""Parsers of the service's replies: pure functions without I/O.
 
-An error may arrive as an HTTP status or as HTTP 200 with another `code` in the envelope;
-both mean the same. Anything may be missing, null or of another type.
+An error may arrive as an HTTP status, or as HTTP 200 with another `code` in the envelope; both
+mean the same. The parsers accept fields that are missing, null or of another type.
 """
 
 from __future__ import annotations
@@ -26,24 +26,35 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.models import TaskStatus
 
-_LONGEST_TASK_ID = 200
-_LONGEST_MESSAGE = 500
-_MOST_RESULTS = 100
+__all__ = [
+    "read_balance",
+    "read_callback",
+    "read_envelope",
+    "read_status",
+    "read_task_id",
+]
+
+_MAX_TASK_ID_CHARACTERS = 200
+_MAX_TEXT_CHARACTERS = 500
+_MAX_EXCERPT_CHARACTERS = 80
+_MAX_RESULT_URLS = 100
 _SUCCESS = range(200, 300)
 _RATE_LIMITED = 429
-# A message may repeat the URL of a reference: from what signs it on, that is nobody's to read.
-_SIGNED = re.compile(
+
+# The signature in a signed URL. A reply's message may repeat the URL of a reference image, which
+# every reader of the message could fetch with its signature.
+_URL_SIGNATURE = re.compile(
     r"(?:[?&]|%3f|%26)(?:x-amz-|x-goog-|awsaccesskeyid=|googleaccessid=|signature=|sig=|sv=)"
     r"[^\s\"'<>]*",
     re.IGNORECASE,
 )
 
 _REFUSALS: dict[int, tuple[type[RefusedError], str]] = {
-    400: (InvalidRequestError, "Correct the request; it costs nothing."),
+    400: (InvalidRequestError, "Correct the request. Nothing was billed."),
     401: (UnauthorizedError, "Check the API key: FLUX_KONTEXT_API_KEY or the Block's api_key."),
     402: (InsufficientBalanceError, "Top up the account, then run again."),
-    403: (ForbiddenError, "The account may not do this, or the content rules forbid it."),
-    404: (NotFoundError, "No such task or model; check FLUX_KONTEXT_BASE_URL and the task id."),
+    403: (ForbiddenError, "The account lacks permission, or the content policy forbids it."),
+    404: (NotFoundError, "No such task or model. Check FLUX_KONTEXT_BASE_URL and the task id."),
 }
 
 
@@ -55,102 +66,90 @@ def read_envelope(
     task_id: str | None = None,
     secret: str = "",
 ) -> Any:
-    """Return the `data` of a successful reply, or raise what the reply says went wrong.
+    """Return the `data` of a successful reply, or raise the error that the reply reports.
 
     Args:
         status: The HTTP status.
-        body: The whole body.
+        body: The complete body.
         retry_after: Seconds from the `Retry-After` header.
-        task_id: The task the request was about; None for a submit.
-        secret: What no message may repeat.
+        task_id: The task that the request was about. None for a submit.
+        secret: Text that error messages must not contain, such as the API key.
 
     Raises:
-        ApiError: The subclass for the code, by HTTP status first, else by the envelope.
+        ApiError: The subclass for the error code, which is the HTTP status, or if that is 2xx,
+            the envelope's code.
     """
-    envelope = _as_dict(_json(body))
+    envelope = _as_dict(_parse_json(body))
     data = envelope.get("data")
     code = _as_int(envelope.get("code"), default=status) if status in _SUCCESS else status
     if code in _SUCCESS and envelope:
         return data
-    if task_id is None and (named := _task_id(data)):
+    if task_id is None and (named := _find_task_id(data)):
         raise UnreadableReplyError(
-            f"The reply refuses ({code}) and names task {named} at once, so the task may have "
-            "been accepted and billed.",
+            f"The reply has error code {code} but names task {named}, so the task may have been "
+            "accepted and billed.",
             task_id=named,
             code=code,
         )
-    if not 400 <= code <= 599:  # noqa: PLR2004 - the range of HTTP's errors
+    if not 400 <= code <= 599:  # noqa: PLR2004 - the range of HTTP errors
         raise UnreadableReplyError(
-            f"The reply (HTTP {status}) is not the service's: {_glimpse(body, secret)}",
+            f"The reply (HTTP {status}) is not in the service's format: {_excerpt(body, secret)}",
             task_id=task_id,
             code=None if code in _SUCCESS else code,
         )
-    raise _error(code, _said(envelope, body, secret), retry_after, task_id)
-
-
-def _error(code: int, said: str, retry_after: float | None, task_id: str | None) -> ApiError:
-    if code == _RATE_LIMITED:
-        return RateLimitedError(
-            f"429: {said}. A limit of the account was passed.",
-            task_id=task_id,
-            retry_after=retry_after,
-        )
-    if code >= 500:  # noqa: PLR2004
-        return ServiceTroubleError(f"{code}: {said}.", task_id=task_id, code=code)
-    kind, advice = _REFUSALS.get(code, (RefusedError, "The request was refused."))
-    return kind(f"{code}: {said}. {advice}", task_id=task_id, code=code)
+    raise _create_error(code, _read_message(envelope, body, secret), retry_after, task_id)
 
 
 def read_task_id(data: Any, *, secret: str = "") -> str:
-    """The `taskId` of an accepted submit.
+    """Return the `taskId` of an accepted submit.
 
     Raises:
-        UnreadableReplyError: There is none that could be a task id. The submit may have been
-            accepted all the same.
+        UnreadableReplyError: The data has no usable task id. The submit may still have been
+            accepted.
     """
-    task_id = _task_id(data)
+    task_id = _find_task_id(data)
     if not task_id:
         raise UnreadableReplyError(
             "The service answered 200 without a usable taskId, so the task may have been "
-            f"accepted and billed. Its data: {_text(data, secret)}"
+            f"accepted and billed. Its data: {_printable(data, secret)}"
         )
     return task_id
 
 
 def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
-    """The status in a reply's `data`.
+    """Return the status in a reply's `data`.
 
     Raises:
-        UnreadableReplyError: It is about another task, has no state, or says `success` without
-            a result URL, or with too many; asking again may help.
+        UnreadableReplyError: The data is about another task, has no state, or reports `success`
+            with no result URL or more than 100. A later request may succeed.
     """
     data = _as_dict(data)
-    told = data.get("taskId")
-    if told is not None and _text(told) != task_id:
+    reported_id = data.get("taskId")
+    if reported_id is not None and _printable(reported_id) != task_id:
+        shown = _printable(reported_id, secret)[:_MAX_EXCERPT_CHARACTERS]
         raise UnreadableReplyError(
-            f"Asked for task {task_id}, the service answered for {_text(told, secret)[:80]!r}.",
-            task_id=task_id,
+            f"The status reply for task {task_id} is about task {shown!r}.", task_id=task_id
         )
     state = data.get("state")
     if not isinstance(state, str) or not _clean(state):
         raise UnreadableReplyError("The status reply has no state.", task_id=task_id)
-    result_urls = _result_urls(data.get("resultJson")) if state == "success" else []
+    result_urls = _find_result_urls(data.get("resultJson")) if state == "success" else []
     if state == "success" and not result_urls:
         raise UnreadableReplyError(
-            "The task succeeded, but its resultJson holds no result URL.", task_id=task_id
+            "The task succeeded, but its resultJson contains no result URL.", task_id=task_id
         )
-    if len(result_urls) > _MOST_RESULTS:
+    if len(result_urls) > _MAX_RESULT_URLS:
         raise UnreadableReplyError(
-            f"The task succeeded with {len(result_urls):,} result URLs; one task has no more than "
-            f"{_MOST_RESULTS} images.",
+            f"The task succeeded with {len(result_urls):,} result URLs. At most "
+            f"{_MAX_RESULT_URLS} are accepted.",
             task_id=task_id,
         )
     return TaskStatus(
         task_id=task_id,
         state=_clean(state),
         result_urls=result_urls,
-        fail_code=_text(data.get("failCode"), secret) or None,
-        fail_message=_text(data.get("failMsg"), secret) or None,
+        fail_code=_printable(data.get("failCode"), secret) or None,
+        fail_message=_printable(data.get("failMsg"), secret) or None,
         created_at=_as_moment(data.get("createTime")),
         completed_at=_as_moment(data.get("completeTime")),
         generation_seconds=_as_seconds(data.get("costTime")),
@@ -158,48 +157,51 @@ def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
 
 
 def read_callback(body: bytes) -> str | None:
-    """The task that a callback tells of, or None: whatever else it says, the status tells."""
-    envelope = _as_dict(_json(body))
-    return _task_id(envelope.get("data")) or _task_id(envelope) or None
+    """Return the id of the task that a callback is about, or None if it names none.
+
+    The rest of the callback is ignored; the status request decides.
+    """
+    envelope = _as_dict(_parse_json(body))
+    return _find_task_id(envelope.get("data")) or _find_task_id(envelope) or None
 
 
 def read_balance(data: Any, *, secret: str = "") -> float:
-    """The dollars in a balance reply, whichever of the likely shapes it has.
+    """Return the balance in US dollars from a balance reply in any of the likely shapes.
 
     Raises:
-        UnreadableReplyError: There is no number in it.
+        UnreadableReplyError: The reply contains no number.
     """
     names = ("balance", "currentBalance", "current_balance", "amount")
     values = [data.get(name) for name in names] if isinstance(data, dict) else [data]
     for value in values:
         try:
-            dollars = float(value)  # type: ignore[arg-type] # whatever it is, float() judges
+            dollars = float(value)  # type: ignore[arg-type] # float() rejects other types
         except (TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(dollars):
             return dollars
-    raise UnreadableReplyError(f"The balance reply holds no number: {_text(data, secret)}")
+    raise UnreadableReplyError(f"The balance reply contains no number: {_printable(data, secret)}")
 
 
-def _result_urls(value: Any) -> list[str]:
+def _find_result_urls(value: Any) -> list[str]:
     if isinstance(value, str):
-        value = _json(value)
+        value = _parse_json(value)
     urls = value.get("resultUrls") if isinstance(value, dict) else value
     if not isinstance(urls, list):
         return []
-    # What does not print (controls, lone surrogates) is in no URL that can be fetched.
+    # A URL with unprintable characters (controls, lone surrogates) cannot be fetched.
     return [url for url in urls if isinstance(url, str) and url and url.isprintable()]
 
 
-def _task_id(data: Any) -> str:
-    """The `taskId` in a submit's `data`, or nothing where there is none that could be one."""
+def _find_task_id(data: Any) -> str:
+    """Return the `taskId` in a submit's `data`, or an empty string if none is usable."""
     value = _as_dict(data).get("taskId")
     task_id = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    usable = task_id.isprintable() and 0 < len(task_id.strip()) <= _LONGEST_TASK_ID
-    return task_id if usable else ""
+    is_usable = task_id.isprintable() and 0 < len(task_id.strip()) <= _MAX_TASK_ID_CHARACTERS
+    return task_id if is_usable else ""
 
 
-def _json(text: str | bytes) -> Any:
+def _parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -231,27 +233,44 @@ def _as_moment(milliseconds: Any) -> datetime | None:
         return None
 
 
-def _said(envelope: dict[str, Any], body: bytes, secret: str) -> str:
+def _create_error(
+    code: int, message: str, retry_after: float | None, task_id: str | None
+) -> ApiError:
+    if code == _RATE_LIMITED:
+        return RateLimitedError(
+            f"429: {message}. A limit of the account was exceeded.",
+            task_id=task_id,
+            retry_after=retry_after,
+        )
+    if code >= 500:  # noqa: PLR2004
+        return ServiceTroubleError(f"{code}: {message}.", task_id=task_id, code=code)
+    kind, advice = _REFUSALS.get(code, (RefusedError, "The service refused the request."))
+    return kind(f"{code}: {message}. {advice}", task_id=task_id, code=code)
+
+
+def _read_message(envelope: dict[str, Any], body: bytes, secret: str) -> str:
+    """Return the messages of an error reply, or the beginning of its body if it has none."""
     error = _as_dict(envelope.get("data")).get("error")
-    parts = (envelope.get("message"), envelope.get("msg"), error)
-    said = ": ".join(dict.fromkeys(_text(part, secret) for part in parts if part))
-    return said.rstrip(".") or _glimpse(body, secret)
+    values = (envelope.get("message"), envelope.get("msg"), error)
+    message = ": ".join(dict.fromkeys(_printable(value, secret) for value in values if value))
+    return message.rstrip(".") or _excerpt(body, secret)
 
 
-def _glimpse(body: bytes, secret: str) -> str:
-    text = body[: 80 + len(secret)].decode(errors="replace")
-    return _text(text, secret)[:80] or "an empty body"
+def _excerpt(body: bytes, secret: str) -> str:
+    # Read more than is shown, so that a secret at the cut is recognised.
+    text = body[: _MAX_EXCERPT_CHARACTERS + len(secret)].decode(errors="replace")
+    return _printable(text, secret)[:_MAX_EXCERPT_CHARACTERS] or "an empty body"
 
 
-def _text(value: Any, secret: str = "") -> str:
-    """Anything from outside as text that can be shown; nothing for None."""
-    text = "" if value is None else _SIGNED.sub("…", str(value))
-    # Before it is cut to length: half a secret is one too.
+def _printable(value: Any, secret: str = "") -> str:
+    """Return a value of a reply as text that can be shown, without secrets. Empty for None."""
+    text = "" if value is None else _URL_SIGNATURE.sub("…", str(value))
+    # Replace the secret before the text is cut, so that no part of it is left at the end.
     return _clean(text.replace(secret, "***") if secret else text)
 
 
 def _clean(text: str) -> str:
-    """Text from outside on one line, without control characters, of bounded length."""
+    """Return text on one line, without control characters, of at most 500 characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[
-        :_LONGEST_MESSAGE
+        :_MAX_TEXT_CHARACTERS
     ]

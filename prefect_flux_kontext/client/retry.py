@@ -1,4 +1,4 @@
-"""How long to stay away after a request went wrong."""
+"""Retry delays, and the rate at which the service rejects requests with 429."""
 
 from __future__ import annotations
 
@@ -6,31 +6,41 @@ import random
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-LONGEST_RETRY_AFTER = 300.0
+__all__ = ["MAX_RETRY_AFTER_SECONDS", "RejectionRate", "jittered_backoff", "parse_retry_after"]
 
-_WEIGHT, _SOME, _MANY = 0.1, 0.15, 0.4
-"""Of the last ten answers or so, the share of refusals that says that a limit was passed. A
-service that refuses one in twenty at random would else slow us down for ever."""
+# A wrong header must not pause a batch for days.
+MAX_RETRY_AFTER_SECONDS = 300.0
+
+# Weight of one reply in the running share of rejections: about the last ten replies count.
+_REPLY_WEIGHT = 0.1
+
+# Two rejections in a row exceed the first share, five the second. A service that rejects one
+# request in twenty at random exceeds neither for long, and so does not slow the client down.
+_ELEVATED_SHARE = 0.15
+_HIGH_SHARE = 0.4
 
 
 def jittered_backoff(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float:
-    """Seconds to wait before trying again: full jitter below a doubling ceiling.
+    """Return the seconds to wait before the next attempt.
+
+    The ceiling doubles with each attempt; the delay is random between a quarter of the ceiling
+    and the ceiling.
 
     Args:
-        attempt: How often it went wrong so far, from 1.
-        base: The first ceiling, in seconds.
-        longest: The ceiling's own ceiling, in seconds.
+        attempt: Number of failed attempts so far, from 1.
+        base: First ceiling, in seconds.
+        longest: Largest ceiling, in seconds.
     """
     ceiling = min(longest, base * 2 ** min(attempt - 1, 16))
     return random.uniform(ceiling / 4, ceiling)
 
 
 def parse_retry_after(header: str | None) -> float | None:
-    """Read a `Retry-After` header, in seconds or as an HTTP date.
+    """Parse a `Retry-After` header, in seconds or as an HTTP date.
 
     Returns:
-        Seconds between 0 and 300, or None where the header is absent or makes no sense.
-        More than 300 is cut to it: a mistaken header must not park a batch for days.
+        Seconds between 0 and 300 (larger values are reduced to 300), or None if the header is
+        absent or invalid.
     """
     if header is None:
         return None
@@ -46,29 +56,32 @@ def parse_retry_after(header: str | None) -> float | None:
         seconds = (moment - datetime.now(UTC)).total_seconds()
     if not seconds >= 0:  # negative, or not a number
         return None
-    return min(seconds, LONGEST_RETRY_AFTER)
+    return min(seconds, MAX_RETRY_AFTER_SECONDS)
 
 
 class RejectionRate:
-    """Tells a run of refusals, which a limit makes, from single ones, which are weather."""
+    """The share of recent requests that the service rejected with 429.
+
+    A limit rejects several requests in a row; single rejections may be random.
+    """
 
     def __init__(self) -> None:
         self._share = 0.0
 
     @property
-    def many(self) -> bool:
-        """Whether of the last answers five in a row, or as good as that, were refusals."""
-        return self._share > _MANY
+    def elevated(self) -> bool:
+        """Whether about two requests in a row were rejected."""
+        return self._share > _ELEVATED_SHARE
 
     @property
-    def some(self) -> bool:
-        """Whether of the last answers two in a row, or as good as that, were refusals."""
-        return self._share > _SOME
+    def high(self) -> bool:
+        """Whether about five requests in a row were rejected."""
+        return self._share > _HIGH_SHARE
 
-    def refused(self) -> None:
-        """A request was refused with 429."""
-        self._share += _WEIGHT * (1 - self._share)
+    def record_rejection(self) -> None:
+        """Count a request that was rejected with 429."""
+        self._share += _REPLY_WEIGHT * (1 - self._share)
 
-    def heard(self) -> None:
-        """A request was answered otherwise."""
-        self._share *= 1 - _WEIGHT
+    def record_success(self) -> None:
+        """Count a request with any other reply."""
+        self._share *= 1 - _REPLY_WEIGHT

@@ -1,4 +1,8 @@
-"""httpx's requests over aiohttp's connections, which take a third of the time of httpx's own."""
+"""Transport: httpx requests over aiohttp connections.
+
+aiohttp's connections take a third of the time that httpx's own take. `AiohttpTransport` sends
+requests, `Connections` adds headers and time limits, and `send_request` reads a whole reply.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +24,51 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
     from aiohttp.connector import Connection
 
-MOST_CONNECTIONS = 128
-"""At full speed 33 submits and some 130 polls a second of 0.1 to 0.5 s each are under way."""
+__all__ = [
+    "API_TIMEOUT",
+    "AiohttpTransport",
+    "Connections",
+    "create_proxy_transport",
+    "create_tls_context",
+    "find_proxy",
+    "send_request",
+    "stream_response",
+]
 
-# An idle connection is dropped after 2 s, before servers do (5 s and up): a request sent into a
-# connection that is just being closed has an unknown fate.
-KEPT_IDLE = 2.0
+# Seconds for each step of a request. The limits are generous, because a submit whose reply is
+# not received may be billed without our knowledge.
+API_TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=60)
+_REQUEST_TIMEOUT_SECONDS = 120.0
 
-# A paid submit's reply is not lost for what a proxy adds to it.
-_LONGEST_HEADER = 65_536
-_MOST_HEADERS = 1_000
+# At full speed, 33 submits and about 130 polls a second are in flight for 0.1 to 0.5 s each.
+_MAX_CONNECTIONS = 128
 
-# What a connection has received is read within two turns of the event loop.
-_TURNS_UNTIL_READ = 2
+# Idle connections are closed before servers close them (after 5 s or more): whether a request
+# arrives that is sent into a closing connection is unknown.
+_KEEPALIVE_SECONDS = 2.0
+
+# Generous, so that headers added by a proxy do not make the reply to a paid submit unreadable.
+_MAX_HEADER_BYTES = 65_536
+_MAX_HEADERS = 1_000
+
+_MAX_REPLY_BYTES = 4 * 2**20
+_CLIENT_ERRORS = range(400, 500)
+
+# The event loop reads what a connection has received within two iterations.
+_LOOP_ITERATIONS_UNTIL_READ = 2
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Sends requests straight to their servers: no proxies, redirects, cookies or logins.
+    """Transport that sends requests directly, without proxies, redirects, cookies or logins.
 
-    What is raised tells what became of a submit. `httpx.ConnectError` and `httpx.ConnectTimeout`
-    are raised only where no connection was made, so that nothing was sent. A POST is sent once;
-    aiohttp sends a GET again whose connection was lost. Writing has no time limit of its own.
+    Its errors tell whether a submit may have been accepted: `httpx.ConnectError` and
+    `httpx.ConnectTimeout` are raised only if no connection was made, so nothing was sent. A POST
+    is sent once; aiohttp repeats a GET whose connection was lost. Writing has no time limit.
 
     Args:
-        tls: For https.
-        resolver: Finds the addresses of names; the system's by default.
-        socket_factory: Makes the socket for an address; tests give another.
+        tls: TLS context for https.
+        resolver: Resolver of host names. None: the system's.
+        socket_factory: Creates the socket for an address, for tests.
     """
 
     def __init__(
@@ -61,36 +84,43 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; the response's body is still to be read.
+        """Send a request and return the response, whose body is not read yet.
 
         Raises:
-            httpx.TransportError: It went wrong.
-            httpx.InvalidURL: The URL is none; nothing was sent.
+            httpx.TransportError: The request failed.
+            httpx.InvalidURL: The URL is invalid. Nothing was sent.
         """
-        with _as_httpx(request):
+        with _translate_errors(request):
             while True:
                 try:
-                    response = await self._sent(request)
+                    response = await self._send(request)
                     break
                 except _StaleResponseError:
                     continue
         return httpx.Response(
-            response.status, headers=response.raw_headers, stream=_Body(response, request)
+            response.status,
+            headers=response.raw_headers,
+            stream=_ResponseStream(response, request),
         )
 
-    async def _sent(self, request: httpx.Request) -> aiohttp.ClientResponse:
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _send(self, request: httpx.Request) -> aiohttp.ClientResponse:
         url = request.url
-        asked = URL.build(
+        target = URL.build(
             scheme=url.scheme,
             authority=url.netloc.decode(),
             path=url.raw_path.decode().partition("?")[0],
             query_string=url.query.decode(),
             encoded=True,
         )
-        seconds = request.extensions.get("timeout", {})
-        return await self._opened().request(
+        timeouts = request.extensions.get("timeout", {})
+        return await self._get_session().request(
             request.method,
-            asked,
+            target,
             headers=[
                 (name.decode("ascii"), value.decode("latin-1"))
                 for name, value in request.headers.raw
@@ -99,23 +129,18 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(
                 total=None,
-                connect=seconds.get("pool"),
-                sock_connect=seconds.get("connect"),
-                sock_read=seconds.get("read"),
+                connect=timeouts.get("pool"),
+                sock_connect=timeouts.get("connect"),
+                sock_read=timeouts.get("read"),
             ),
         )
 
-    async def aclose(self) -> None:
-        """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
-
-    def _opened(self) -> aiohttp.ClientSession:
-        """The session, made on the loop that it is used on."""
+    def _get_session(self) -> aiohttp.ClientSession:
+        """Return the session, which the first request creates on its event loop."""
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                limit=MOST_CONNECTIONS,
-                keepalive_timeout=KEPT_IDLE,
+                limit=_MAX_CONNECTIONS,
+                keepalive_timeout=_KEEPALIVE_SECONDS,
                 ssl=self._tls,
                 resolver=self._resolver or aiohttp.ThreadedResolver(),
                 use_dns_cache=False,
@@ -126,115 +151,24 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 request_class=_Request,
-                max_line_size=_LONGEST_HEADER,
-                max_field_size=_LONGEST_HEADER,
-                max_headers=_MOST_HEADERS,
+                max_line_size=_MAX_HEADER_BYTES,
+                max_field_size=_MAX_HEADER_BYTES,
+                max_headers=_MAX_HEADERS,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             )
         return self._session
 
 
-class _StaleResponseError(Exception):
-    """A kept connection holds a reply that nobody asked for; nothing was sent into it."""
-
-
-class _Request(aiohttp.ClientRequest):
-    """Is not sent into a connection whose next reply would be another's."""
-
-    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        for _ in range(_TURNS_UNTIL_READ):
-            await asyncio.sleep(0)
-        if conn.protocol is None or conn.protocol.should_close:
-            raise _StaleResponseError
-        return await super().send(conn)
-
-
-class _Body(httpx.AsyncByteStream):
-    """A response's body."""
-
-    def __init__(self, response: aiohttp.ClientResponse, request: httpx.Request) -> None:
-        self._response = response
-        self._request = request
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _as_httpx(self._request):
-            async for piece in self._response.content.iter_any():
-                yield piece
-
-    async def aclose(self) -> None:
-        # Closes the connection, unless the body was read to its end.
-        self._response.close()
-
-
-@contextmanager
-def _as_httpx(request: httpx.Request) -> Iterator[None]:
-    """Raise aiohttp's errors as httpx's.
-
-    The first three are of a connection that was never made; whatever else goes wrong, the request
-    may have arrived.
-    """
-    try:
-        yield
-    except aiohttp.ConnectionTimeoutError as error:
-        raise httpx.ConnectTimeout(str(error), request=request) from None
-    except aiohttp.ClientConnectorError as error:
-        raise httpx.ConnectError(str(error), request=request) from None
-    except UnicodeError as error:  # a name that no resolver is asked for
-        raise httpx.ConnectError(str(error), request=request) from None
-    except aiohttp.InvalidURL as error:
-        raise httpx.InvalidURL(str(error)) from None
-    except aiohttp.SocketTimeoutError as error:
-        raise httpx.ReadTimeout(str(error), request=request) from None
-    except aiohttp.ClientResponseError as error:
-        # The error itself has the request's headers in it, and so the key.
-        raise httpx.RemoteProtocolError(error.message, request=request) from None
-    except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError) as error:
-        raise httpx.RemoteProtocolError(str(error), request=request) from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise httpx.ReadError(str(error), request=request) from None
-
-
-_LARGEST_REPLY = 4 * 2**20
-_REFUSALS = range(400, 500)
-
-# A submit whose reply does not come may be billed without our knowing, so patience is cheap.
-API_TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=60)
-_LONGEST_REQUEST = 120.0
-
-
-@functools.cache
-def create_tls_context() -> ssl.SSLContext:
-    """The process's one TLS context: making one reads all certificates, some 20 ms."""
-    context = httpx.create_ssl_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-def find_proxy(url: httpx.URL) -> str | None:
-    """The environment's proxy for a URL (HTTPS_PROXY …), unless NO_PROXY names its host."""
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(url.host):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def create_proxy_transport(proxy: str) -> httpx.AsyncHTTPTransport:
-    """A transport that sends all requests through a proxy; httpx's, which knows every kind."""
-    limits = httpx.Limits(max_connections=MOST_CONNECTIONS, keepalive_expiry=KEPT_IDLE)
-    return httpx.AsyncHTTPTransport(proxy=proxy, verify=create_tls_context(), limits=limits)
-
-
 class Connections:
-    """A transport with the headers and time limits that all requests to a server share.
+    """A transport with the headers and timeouts that all requests to a server share.
 
-    There is no `httpx.AsyncClient` above it: its cookies, redirects and logins are not needed
-    here, and take two fifths of a request's time.
+    It replaces `httpx.AsyncClient`, whose cookies, redirects and logins are not needed here and
+    take two fifths of the time of a request.
 
     Args:
-        transport: Sends requests.
-        timeout: For each step of a request.
-        headers: Sent with each request.
+        transport: Transport that sends the requests.
+        timeout: Time limits for each step of a request.
+        headers: Headers of each request.
     """
 
     def __init__(
@@ -254,8 +188,13 @@ class Connections:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
+    def check_open(self) -> None:
+        """Raise RuntimeError if the connections are closed: nothing would close a new one."""
+        if self._closed:
+            raise RuntimeError("The client is closed.")
+
     async def aclose(self) -> None:
-        """Close all connections, for good."""
+        """Close all connections. Later requests fail."""
         self._closed = True
         await self._transport.aclose()
 
@@ -268,7 +207,12 @@ class Connections:
         json: object = None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        """Send a request and stream its response; a redirect is not followed."""
+        """Send a request and stream its response. Redirects are not followed.
+
+        Raises:
+            httpx.TransportError: The request failed.
+            RuntimeError: The connections are closed.
+        """
         request = httpx.Request(
             method,
             url,
@@ -276,8 +220,7 @@ class Connections:
             headers={**self._headers, **(headers or {})},
             extensions={"timeout": self.timeout.as_dict()},
         )
-        if self._closed:  # a new connection would never be closed
-            raise RuntimeError("The client has been closed.")
+        self.check_open()
         response = await self._transport.handle_async_request(request)
         try:
             response.request = request
@@ -286,44 +229,131 @@ class Connections:
             await response.aclose()
 
 
+@functools.cache
+def create_tls_context() -> ssl.SSLContext:
+    """Return the process's TLS context. It is created once: loading certificates takes 20 ms."""
+    context = httpx.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def find_proxy(url: httpx.URL) -> str | None:
+    """Return the environment's proxy for a URL (HTTPS_PROXY …), unless NO_PROXY has its host."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def create_proxy_transport(proxy: str) -> httpx.AsyncHTTPTransport:
+    """Create a transport that sends all requests through a proxy.
+
+    It is httpx's own, which supports every kind of proxy.
+    """
+    limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, keepalive_expiry=_KEEPALIVE_SECONDS)
+    return httpx.AsyncHTTPTransport(proxy=proxy, verify=create_tls_context(), limits=limits)
+
+
 def stream_response(response: httpx.Response) -> httpx.AsyncByteStream:
-    """The body in the pieces in which it comes, packed as it is sent."""
+    """Return the stream of a response's body as it arrives, without decompression."""
     return cast("httpx.AsyncByteStream", response.stream)
 
 
 async def send_request(
     connections: Connections, method: str, url: str, *, json: object = None
 ) -> tuple[int, httpx.Headers, bytes]:
-    """Send a request and read its whole reply, but no more than 4 MB and for no more than 120 s.
+    """Send a request and read its reply: at most 4 MB, for at most 120 s.
 
     Returns:
         Status, headers and body.
 
     Raises:
         httpx.HTTPError: The request failed.
-        TimeoutError: It took too long in all.
+        TimeoutError: The request and its reply took longer than 120 s.
     """
     body = bytearray()
     async with (
-        asyncio.timeout(_LONGEST_REQUEST),
+        asyncio.timeout(_REQUEST_TIMEOUT_SECONDS),
         connections.stream(method, url, json=json) as response,
     ):
         try:
             async for chunk in stream_response(response):
                 body += chunk
-                if len(body) > _LARGEST_REPLY:
+                if len(body) > _MAX_REPLY_BYTES:
                     break
         except httpx.TransportError:
-            if response.status_code not in _REFUSALS:
-                raise  # a refusal is one without its body too
-    return response.status_code, response.headers, _unpacked(bytes(body), response.headers)
+            # A refusal is known by its status, even if its body is incomplete.
+            if response.status_code not in _CLIENT_ERRORS:
+                raise
+    return response.status_code, response.headers, _decompress(bytes(body), response.headers)
 
 
-def _unpacked(body: bytes, headers: httpx.Headers) -> bytes:
-    """The body itself, from proxies too that compress it although we ask them not to."""
+class _StaleResponseError(Exception):
+    """A kept-alive connection holds a reply to no request of ours. Nothing was sent into it."""
+
+
+class _Request(aiohttp.ClientRequest):
+    """Request that is not sent into a connection which already holds another reply."""
+
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        for _ in range(_LOOP_ITERATIONS_UNTIL_READ):
+            await asyncio.sleep(0)
+        if conn.protocol is None or conn.protocol.should_close:
+            raise _StaleResponseError
+        return await super().send(conn)
+
+
+class _ResponseStream(httpx.AsyncByteStream):
+    """The body of an aiohttp response as an httpx stream."""
+
+    def __init__(self, response: aiohttp.ClientResponse, request: httpx.Request) -> None:
+        self._response = response
+        self._request = request
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with _translate_errors(self._request):
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+
+    async def aclose(self) -> None:
+        # Closes the connection, unless the body was read to its end.
+        self._response.close()
+
+
+@contextmanager
+def _translate_errors(request: httpx.Request) -> Iterator[None]:
+    """Raise aiohttp's errors as httpx's.
+
+    The first three mean that no connection was made. After any other error, the request may
+    have arrived.
+    """
+    try:
+        yield
+    except aiohttp.ConnectionTimeoutError as error:
+        raise httpx.ConnectTimeout(str(error), request=request) from None
+    except aiohttp.ClientConnectorError as error:
+        raise httpx.ConnectError(str(error), request=request) from None
+    except UnicodeError as error:  # a host name that cannot be encoded, and so not resolved
+        raise httpx.ConnectError(str(error), request=request) from None
+    except aiohttp.InvalidURL as error:
+        raise httpx.InvalidURL(str(error)) from None
+    except aiohttp.SocketTimeoutError as error:
+        raise httpx.ReadTimeout(str(error), request=request) from None
+    except aiohttp.ClientResponseError as error:
+        # Keep only the message: the error holds the request's headers, and so the key.
+        raise httpx.RemoteProtocolError(error.message, request=request) from None
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError) as error:
+        raise httpx.RemoteProtocolError(str(error), request=request) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise httpx.ReadError(str(error), request=request) from None
+
+
+def _decompress(body: bytes, headers: httpx.Headers) -> bytes:
+    """Return the decompressed body: some proxies compress it although we ask them not to."""
     if headers.get("Content-Encoding", "").strip().lower() not in ("gzip", "x-gzip", "deflate"):
         return body
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _LARGEST_REPLY)
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _MAX_REPLY_BYTES)
     except zlib.error:
         return body

@@ -1,1 +1,1 @@
-"""The durable record of what was paid for, stored beside the output."""
+"""The durable record of every paid attempt, stored beside the output."""

@@ -1,8 +1,8 @@
-"""Who is paying right now: a run says so, and others can tell whether it still lives.
+"""Heartbeats of running batches, by which other runs see whether an owner is alive.
 
-A run on this machine lives while its process does, so a killed one is known at once and no
-lock is left behind. A run elsewhere lives while its record is fresh. Nothing is paid on the
-strength of this: the intent of a dead owner is held as unknown, not sent again.
+A run on this machine is alive while its process is, so a killed run is detected immediately and
+leaves no lock behind. A run on another machine is alive while its record is fresh. Nothing is
+paid because of this: the intent of a dead owner is held as unknown, not submitted again.
 """
 
 from __future__ import annotations
@@ -24,40 +24,25 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.ledger.store import RecordStore
 
-_BEAT = 15.0
-_DEAD_AFTER = 60.0
-"""Seconds without a beat: four were missed."""
-
-
-def _process_started(pid: int) -> str | None:
-    """What tells a process from a later one of the same number; None where it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return "running"
+_HEARTBEAT_SECONDS = 15.0
+_STALE_AFTER_SECONDS = 60.0
+"""Age at which a heartbeat from another machine counts as dead: four beats were missed."""
 
 
 @contextlib.asynccontextmanager
 async def keep_heartbeat(store: RecordStore, name: str | None = None) -> AsyncIterator[str]:
-    """Be a known owner while the block runs; yields its name.
+    """Register as an owner while the block runs, and yield the owner's name.
 
     Args:
-        store: The ledger.
-        name: What others know it by; None for a new name.
+        store: The ledger's records.
+        name: The owner's name; None makes a new one.
 
     Raises:
         LedgerError: The ledger cannot be written to.
     """
     owner = name or secrets.token_hex(8)
     record = f"owners/{owner}.json"
-    await store.replace(record, _sign_of_life())
+    await store.replace(record, _make_heartbeat())
     beating = asyncio.create_task(_beat(store, record))
     try:
         yield owner
@@ -71,34 +56,49 @@ async def is_alive(store: RecordStore, owner: str) -> bool:
     """Whether the run of that name may still be about to pay.
 
     Raises:
-        LedgerError: The ledger cannot be read.
+        LedgerError: The ledger cannot be read, or the owner's record is damaged.
     """
-    sign = await store.read(f"owners/{owner}.json")
-    if sign is None:
+    record = await store.read(f"owners/{owner}.json")
+    if record is None:
         return False
     try:
-        told = json.loads(sign)
-        if told["host"] == socket.gethostname():
-            started = _process_started(told["pid"])
-            return started is not None and started == str(told["started"])
-        return abs(time.time() - float(told["beat"])) < _DEAD_AFTER
+        heartbeat = json.loads(record)
+        if heartbeat["host"] == socket.gethostname():
+            started = _read_process_start(heartbeat["pid"])
+            return started is not None and started == str(heartbeat["started"])
+        return abs(time.time() - float(heartbeat["beat"])) < _STALE_AFTER_SECONDS
     except (ValueError, KeyError, TypeError):
         raise LedgerError(f"The ledger record {store}/owners/{owner}.json is damaged.") from None
 
 
-def _sign_of_life() -> bytes:
+def _make_heartbeat() -> bytes:
     pid = os.getpid()
-    sign = {
+    heartbeat = {
         "host": socket.gethostname(),
         "pid": pid,
-        "started": _process_started(pid),
+        "started": _read_process_start(pid),
         "beat": time.time(),
     }
-    return json.dumps(sign).encode()
+    return json.dumps(heartbeat).encode()
+
+
+def _read_process_start(pid: int) -> str | None:
+    """Return what distinguishes a process from a later one with its id; None if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return "running"
 
 
 async def _beat(store: RecordStore, name: str) -> None:
     while True:
-        await asyncio.sleep(_BEAT)
+        await asyncio.sleep(_HEARTBEAT_SECONDS)
         with contextlib.suppress(LedgerError):
-            await store.replace(name, _sign_of_life())
+            await store.replace(name, _make_heartbeat())

@@ -1,4 +1,4 @@
-"""The ledger of a batch: one row's records, claimed, read and written."""
+"""The ledger of a batch: claims, reads and writes the records of single rows."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=BaseModel)
 
 _UNTIMED = Times()
-_LOOK_AGAIN = 2.0
-_LONGEST_SILENCE = 180.0
-"""Seconds after which a living owner will not tell any more: no POST takes 120, and recording
-its outcome some. Two runs that lost a reply each would else wait for one another's end."""
+_OUTCOME_RECHECK_SECONDS = 2.0
+_OUTCOME_WAIT_SECONDS = 180.0
+"""How long to wait for a living owner to record an outcome. A POST takes less than 120 s, and
+recording its outcome a little longer. Without a limit, two runs that each lost a reply would
+wait for each other forever."""
 
 
 class RowAlreadyClaimedError(Exception):
-    """Another run was first to claim the attempt; read the row again."""
+    """Another run claimed the attempt first; read the row again."""
 
 
 class Ledger:
-    """Claims rows and records what came of them.
+    """Claims rows and records their outcomes.
 
     Args:
-        store: Where the records are.
+        store: The ledger's records.
         owner: The name of this run.
-        prices: Dollars for an image, by mode.
+        prices: Dollars an image, by mode.
     """
 
     def __init__(self, store: RecordStore, owner: str, prices: dict[str, float]) -> None:
@@ -47,11 +48,11 @@ class Ledger:
         self._prices = prices
 
     def price_of(self, request: GenerationRequest) -> float:
-        """Dollars for one image of the request."""
+        """Return the price of one image of the request, in dollars."""
         return self._prices[request.mode]
 
     async def read(self, key: str) -> Entry:
-        """What the records say of a row.
+        """Read a row's records.
 
         Raises:
             LedgerError: A record cannot be read or is damaged; the row must not be paid for.
@@ -59,12 +60,12 @@ class Ledger:
         entry = Entry(key=key)
         while True:
             number = entry.attempt + 1
-            intent = await self._read(Intent, _name(key, number, "intent"))
+            intent = await self._read(Intent, _record_name(key, number, "intent"))
             if intent is None:
                 return entry
             posted, ended = await asyncio.gather(
-                self._read(Posted, _name(key, number, "posted")),
-                self._read(Ended, _name(key, number, "ended")),
+                self._read(Posted, _record_name(key, number, "posted")),
+                self._read(Ended, _record_name(key, number, "ended")),
             )
             entry = entry.next_attempt(intent).model_copy(
                 update={"posted": posted, "ended": ended}
@@ -72,35 +73,39 @@ class Ledger:
             if State.INTENT not in MOVES[entry.state]:
                 return entry
 
-    async def settled(self, entry: Entry) -> tuple[Entry, bool]:
-        """Wait while another run is paying for the row, and tell what it came to.
+    async def wait_until_settled(self, entry: Entry) -> tuple[Entry, bool]:
+        """Wait while another run is paying for the row.
 
         Returns:
-            The row, and whether it is certain that the intent's owner is gone. A row that comes
-            back as `intent` is `unknown`: nobody will write what became of it.
+            The row, and whether the intent's owner is known to be dead. A row that is returned
+            as `intent` is `unknown`: no run will record its outcome.
+
+        Raises:
+            LedgerError: The ledger cannot be read.
         """
         waited = 0.0
         while entry.state is State.INTENT and entry.intent is not None:
             ours = entry.intent.owner == self.owner  # a row is in one place at a time
             gone = not ours and not await is_alive(self.store, entry.intent.owner)
             before, entry = entry, await self.read(entry.key)
-            # Only now, for the owner may have told and gone between our two looks. And only of
-            # the attempt that it owned: another may have come after it.
+            # The row is read after the liveness check, because the owner may have recorded its
+            # outcome and ended in between. A changed row may have a further attempt, with
+            # another owner.
             if entry == before:
-                if ours or gone or waited >= _LONGEST_SILENCE:
+                if ours or gone or waited >= _OUTCOME_WAIT_SECONDS:
                     return entry, gone
-                await asyncio.sleep(_LOOK_AGAIN)
-                waited += _LOOK_AGAIN
+                await asyncio.sleep(_OUTCOME_RECHECK_SECONDS)
+                waited += _OUTCOME_RECHECK_SECONDS
         return entry, False
 
     async def claim(self, row: Row, entry: Entry) -> Entry:
         """Write the intent to pay for the row's next attempt, before the POST.
 
         Raises:
-            RowTakenError: Somebody else has claimed this attempt.
-            LedgerError: It cannot be written; nothing may be paid.
+            RowAlreadyClaimedError: Another run has claimed this attempt.
+            LedgerError: The intent cannot be written; nothing may be paid.
         """
-        _check(entry, State.INTENT)
+        _check_moves(entry, State.INTENT)
         intent = Intent(
             key=entry.key,
             attempt=entry.attempt + 1,
@@ -119,18 +124,18 @@ class Ledger:
         return claimed
 
     async def accepted(self, entry: Entry, task_id: str, *, by: str | None = None) -> Entry:
-        """Record that the attempt was accepted; another outcome on record stands."""
+        """Record that the attempt was accepted; an outcome already on record takes precedence."""
         posted = Posted(state="accepted", by=by or self.owner, task_id=task_id)
-        return await self._post(entry, posted)
+        return await self._record_post(entry, posted)
 
     async def rejected(
         self, entry: Entry, error: FluxKontextError, *, by: str | None = None
     ) -> Entry:
-        """Record that the attempt is known not to have been accepted, or is given up."""
+        """Record that the attempt is known not to have been accepted, or was given up."""
         posted = Posted(
             state="rejected", by=by or self.owner, reason=error.reason, message=error.message
         )
-        return await self._post(entry, posted)
+        return await self._record_post(entry, posted)
 
     async def stored(
         self,
@@ -139,8 +144,8 @@ class Ledger:
         images: list[StoredImage],
         times: Times = _UNTIMED,
     ) -> Entry:
-        """Record that the row's images are in their place."""
-        _check(entry, State.SUCCEEDED, State.STORED)
+        """Record that the row's images are stored."""
+        _check_moves(entry, State.SUCCEEDED, State.STORED)
         task = entry.task
         ended = Ended(
             state="stored",
@@ -150,11 +155,11 @@ class Ledger:
             submitted_at=task.submitted_at,
             **times._asdict(),
         )
-        return await self._end(entry, ended)
+        return await self._record_end(entry, ended)
 
     async def failed(self, entry: Entry, error: FluxKontextError) -> Entry:
-        """Record that the service gave up on the attempt."""
-        _check(entry, State.FAILED)
+        """Record that the accepted attempt failed."""
+        _check_moves(entry, State.FAILED)
         task = entry.task
         ended = Ended(
             state="failed",
@@ -163,22 +168,22 @@ class Ledger:
             message=error.message,
             submitted_at=task.submitted_at,
         )
-        return await self._end(entry, ended)
+        return await self._record_end(entry, ended)
 
-    async def _post(self, entry: Entry, posted: Posted) -> Entry:
-        _check(entry, State(posted.state))
+    async def _record_post(self, entry: Entry, posted: Posted) -> Entry:
+        _check_moves(entry, State(posted.state))
         if await self._create(entry, "posted", posted):
             return entry.model_copy(update={"posted": posted})
         return await self.read(entry.key)
 
-    async def _end(self, entry: Entry, ended: Ended) -> Entry:
+    async def _record_end(self, entry: Entry, ended: Ended) -> Entry:
         if await self._create(entry, "ended", ended):
             return entry.model_copy(update={"ended": ended})
         return await self.read(entry.key)
 
     async def _create(self, entry: Entry, step: str, record: BaseModel) -> bool:
         data = record.model_dump_json(exclude_none=True).encode()
-        return await self.store.create(_name(entry.key, entry.attempt, step), data)
+        return await self.store.create(_record_name(entry.key, entry.attempt, step), data)
 
     async def _read(self, kind: type[R], name: str) -> R | None:
         data = await self.store.read(name)
@@ -189,11 +194,11 @@ class Ledger:
         except ValidationError as error:
             raise LedgerError(
                 f"The ledger record {self.store}/{name} is damaged ({error.error_count()} "
-                f"problems in {len(data)} bytes), so its row is not paid for. Mend or remove it."
+                f"problems in {len(data)} bytes), so its row is not paid for. Fix or remove it."
             ) from None
 
 
-def _name(key: str, attempt: int, step: str) -> str:
+def _record_name(key: str, attempt: int, step: str) -> str:
     return f"rows/{key[:2]}/{key}.{attempt}.{step}.json"
 
 
@@ -207,7 +212,7 @@ def _without_secrets(request: GenerationRequest) -> GenerationRequest:
     )
 
 
-def _check(entry: Entry, *steps: State) -> None:
+def _check_moves(entry: Entry, *steps: State) -> None:
     state = entry.state
     for step in steps:
         if step not in MOVES[state]:

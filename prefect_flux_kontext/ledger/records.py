@@ -1,4 +1,4 @@
-"""The states of a row and the moves between them."""
+"""The records of a row, its states and the legal moves between them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from prefect_flux_kontext.models import GenerationRequest, GenerationTask, Store
 
 
 class State(StrEnum):
-    """How far a row has come.
+    """The state of a row.
 
-    `unknown` is a row whose submit may have been accepted without our learning of it: it is
-    never sent again by itself.
+    `unknown` is a row whose submit may have been accepted although no reply arrived. It is never
+    submitted again automatically.
     """
 
     PLANNED = "planned"
@@ -31,7 +31,7 @@ class State(StrEnum):
 MOVES: dict[State, frozenset[State]] = {
     State.PLANNED: frozenset({State.INTENT}),
     State.INTENT: frozenset({State.ACCEPTED, State.REJECTED, State.UNKNOWN}),
-    # A person, or a callback that names the row, settles it.
+    # Settled by a user, or by a callback that names the row.
     State.UNKNOWN: frozenset({State.ACCEPTED, State.REJECTED}),
     State.ACCEPTED: frozenset({State.SUCCEEDED, State.FAILED}),
     State.SUCCEEDED: frozenset({State.STORED}),
@@ -40,16 +40,16 @@ MOVES: dict[State, frozenset[State]] = {
     State.FAILED: frozenset({State.INTENT}),
     State.STORED: frozenset(),
 }
-"""The legal moves; every other is a mistake in this package."""
+"""The legal moves; any other move is a bug in this package."""
 
 PAID_STATES = frozenset({State.ACCEPTED, State.SUCCEEDED, State.FAILED, State.STORED})
 """States of an attempt that the service bills."""
 
 OUTSTANDING_STATES = frozenset({State.INTENT, State.UNKNOWN, State.ACCEPTED, State.SUCCEEDED})
-"""States in which something paid, or maybe paid, is still to come."""
+"""States in which a result that was, or may have been, paid for can still arrive."""
 
 GIVEN_UP = "resubmitted"
-"""The reason of an attempt that a person has paid for again without knowing what came of it."""
+"""The reason of an attempt whose outcome stayed unknown and that a user chose to pay again."""
 
 
 class _Record(BaseModel):
@@ -59,24 +59,24 @@ class _Record(BaseModel):
 
 
 class Intent(_Record):
-    """Durable before the first byte of the POST: from here on the row may be paid for."""
+    """Written before the first byte of the POST; from here on the row may be paid for."""
 
     key: str
     attempt: int
     owner: str = Field(description="The run that is about to pay.")
-    nonce: str = Field(description="Tells this attempt's records from every other's.")
+    nonce: str = Field(description="Makes this attempt's record different from every other's.")
     row_id: str
     line: int
     name: str | None = Field(
-        default=None, description="The row's name below the output; an old record has none."
+        default=None, description="The row's name below the output; None in old records."
     )
     style: str | None = None
     request: GenerationRequest
-    price: float = Field(description="Dollars, by the prices that were set.")
+    price: float = Field(description="Dollars, by the configured prices.")
 
 
 class Posted(_Record):
-    """What the POST came to: the first such record of an attempt stands."""
+    """The outcome of the POST; the first such record of an attempt takes precedence."""
 
     state: Literal["accepted", "rejected"]
     by: str = Field(description="The run, `person` or `callback`.")
@@ -86,7 +86,7 @@ class Posted(_Record):
 
 
 class Times(NamedTuple):
-    """When a task ended and what took how long; None where it is not known."""
+    """When a task ended and how long each step took, in seconds; None where unknown."""
 
     completed_at: datetime | None = None
     generation_seconds: float | None = None
@@ -95,7 +95,7 @@ class Times(NamedTuple):
 
 
 class Ended(_Record):
-    """Nothing more is to come of the attempt. For a stored row, also its image's sidecar."""
+    """The final outcome of an attempt. For a stored row, also the sidecar of its images."""
 
     state: Literal["stored", "failed"]
     task_id: str
@@ -104,10 +104,12 @@ class Ended(_Record):
     reason: str | None = None
     message: str | None = None
     submitted_at: datetime | None = Field(default=None, description="When it was accepted.")
-    completed_at: datetime | None = Field(default=None, description="By the service's clock.")
-    generation_seconds: float | None = Field(default=None, description="By the service's count.")
+    completed_at: datetime | None = Field(
+        default=None, description="When it ended, by the service's clock."
+    )
+    generation_seconds: float | None = Field(default=None, description="As the service reports.")
     waiting_seconds: float | None = Field(
-        default=None, description="From being accepted until its end was noticed."
+        default=None, description="From acceptance until a poll or callback reported the end."
     )
     download_seconds: float | None = Field(
         default=None, description="To download, check and store the images."
@@ -115,14 +117,17 @@ class Ended(_Record):
 
 
 class Entry(BaseModel):
-    """A row as its records tell it: the latest attempt, and what the earlier ones came to.
+    """A row as read from its records: the latest attempt, and the totals of earlier ones.
 
     Attributes:
         key: The row key.
-        attempt: Number of the latest attempt; 0 where there is none.
+        attempt: Number of the latest attempt; 0 if there is none.
+        intent: The latest attempt's intent.
+        posted: The outcome of the latest attempt's POST, where recorded.
+        ended: The final outcome of the latest attempt, where recorded.
         failed_before: Earlier attempts that were paid and failed.
-        spent_before: Dollars of earlier attempts that were accepted.
-        doubtful_before: Dollars of earlier attempts that were given up without being known.
+        spent_before: Dollars for earlier attempts that were accepted.
+        doubtful_before: Dollars for earlier attempts that were given up while unknown.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -138,7 +143,7 @@ class Entry(BaseModel):
 
     @property
     def state(self) -> State:
-        """The latest attempt's state; `intent` may turn out `unknown` when its owner is gone."""
+        """The latest attempt's state; `intent` means `unknown` when its owner is dead."""
         if self.ended is not None:
             return State(self.ended.state)
         if self.posted is not None:
@@ -147,23 +152,23 @@ class Entry(BaseModel):
 
     @property
     def spent(self) -> float:
-        """Dollars of all attempts that were accepted."""
+        """Dollars for all attempts that were accepted."""
         paid = self.intent is not None and self.state in PAID_STATES
         return self.spent_before + (self.intent.price if paid and self.intent else 0.0)
 
     @property
     def doubtful(self) -> float:
-        """Dollars of all attempts that were given up though they may have been accepted."""
+        """Dollars for all attempts that were given up although they may have been accepted."""
         given_up = self.posted is not None and self.posted.reason == GIVEN_UP
         return self.doubtful_before + (self.intent.price if given_up and self.intent else 0.0)
 
     @property
     def failures(self) -> int:
-        """Attempts that were paid and failed."""
+        """How many attempts were paid and failed."""
         return self.failed_before + (self.state is State.FAILED)
 
     def next_attempt(self, intent: Intent) -> Entry:
-        """The row with a further attempt, which has only its intent so far."""
+        """Return the row with a further attempt, which has only its intent so far."""
         return Entry(
             key=self.key,
             attempt=intent.attempt,
@@ -175,7 +180,11 @@ class Entry(BaseModel):
 
     @property
     def task(self) -> GenerationTask:
-        """The accepted task."""
+        """The accepted task.
+
+        Raises:
+            ValueError: The latest attempt was not accepted.
+        """
         if self.intent is None or self.posted is None or self.posted.task_id is None:
             raise ValueError(f"row {self.key} has no accepted task")
         return GenerationTask(

@@ -1,8 +1,8 @@
 """Small records on any fsspec filesystem: created once, read back, listed.
 
-Exclusive creation is all the coordination there is. It decides between processes and machines
-on local disks (a hard link), S3 and its like (`If-None-Match`), GCS and Azure (likewise, by
-their fsspec filesystems) and, within one process, in memory.
+Exclusive creation is the only coordination. It decides between processes and machines on local
+disks (a hard link), on S3 and compatible stores (`If-None-Match`), on GCS and Azure (likewise,
+through their fsspec filesystems) and, within one process, in memory.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LEDGER_FOLDER = "_ledger"
+"""The ledger's folder below the output."""
+
 # A row needs four small requests of 20 to 100 ms on an object store; at 33 rows a second that
 # is 3 to 13 at a time.
-_THREADS = ThreadPoolExecutor(32, thread_name_prefix="flux-kontext-records")
-_ATTEMPTS = 4
+_EXECUTOR = ThreadPoolExecutor(32, thread_name_prefix="flux-kontext-records")
+_MAX_ATTEMPTS = 4
+"""Tries of one store operation; transient errors are retried for longer."""
+_BACKOFF_SECONDS = 0.5
 
 
 class RecordStore:
-    """Records by name under one root.
+    """Records by name below one root.
 
-    Only "there is no such file" means absent. Everything else that goes wrong is tried four
-    times, or for a minute where the store is only too busy, and then raised, naming the record:
-    an outage read as absence would be paid for.
+    Only "file not found" means absent. Any other error is retried, four times in all or for a
+    minute if the store is only busy, and then raised with the record's name. An outage that was
+    taken for an absent record would lead to a second payment.
 
     Args:
         root: The folder, or its fsspec URL or local path.
@@ -47,20 +52,20 @@ class RecordStore:
         return str(self._fs.unstrip_protocol(self._root))
 
     def below(self, name: str) -> RecordStore:
-        """The records of a folder in this one, on the same filesystem."""
+        """Return the records of a folder below this one, on the same filesystem."""
         return RecordStore(self._folder.below(name))
 
     async def create(self, name: str, data: bytes) -> bool:
-        """Create a record, whole or not at all; False where there is one of that name already.
+        """Create a record atomically; return False if one of that name exists already.
 
-        A creation whose reply was lost may find itself there when it is tried again, so the
-        record is read back: the same bytes are ours.
+        When a creation is retried after a lost reply, the record may exist because of the first
+        try. So an existing record is read back: the same bytes mean that it is ours.
 
         Raises:
             LedgerError: The store could not be written to.
         """
         try:
-            await self._tried(
+            await self._run(
                 name, lambda: create_file(self._fs, self._path(name), data), FileExistsError
             )
         except FileExistsError:
@@ -68,13 +73,13 @@ class RecordStore:
         return True
 
     async def read(self, name: str) -> bytes | None:
-        """The bytes of a record, or None where there is none.
+        """Return the bytes of a record, or None if there is none.
 
         Raises:
             LedgerError: The store could not be read.
         """
         try:
-            data: bytes = await self._tried(
+            data: bytes = await self._run(
                 name, lambda: self._fs.cat_file(self._path(name)), FileNotFoundError
             )
         except FileNotFoundError:
@@ -82,21 +87,21 @@ class RecordStore:
         return data
 
     async def replace(self, name: str, data: bytes) -> None:
-        """Write a record over an older one, whole or not at all.
+        """Write a record atomically, over any older one.
 
         Raises:
             LedgerError: The store could not be written to.
         """
-        await self._tried(name, lambda: replace_file(self._fs, self._path(name), data))
+        await self._run(name, lambda: replace_file(self._fs, self._path(name), data))
 
     async def remove(self, name: str) -> None:
-        """Remove a record; one that is gone already is as well.
+        """Remove a record; do nothing if there is none.
 
         Raises:
-            LedgerError: The store could not be written to, or nothing may be removed there.
+            LedgerError: The store could not be written to, or refuses to remove the record.
         """
         try:
-            await self._tried(
+            await self._run(
                 name,
                 lambda: self._fs.rm_file(self._path(name)),
                 FileNotFoundError,
@@ -109,14 +114,14 @@ class RecordStore:
             raise LedgerError(f"{self}/{name} may not be removed: {problem}") from None
 
     async def names(self, folder: str) -> list[str]:
-        """The names of the records in a folder, sorted, without the folder.
+        """Return the names of the records in a folder, sorted, without the folder's own.
 
         Raises:
             LedgerError: The store could not be read.
         """
         path = self._path(folder)
         try:
-            found = await self._tried(
+            found = await self._run(
                 folder, lambda: self._fs.ls(path, detail=False), FileNotFoundError
             )
         except FileNotFoundError:
@@ -127,34 +132,34 @@ class RecordStore:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    async def _tried(
+    async def _run(
         self,
         name: str,
         action: Callable[[], T],
         *passes: type[FileExistsError | FileNotFoundError | PermissionError],
     ) -> T:
+        """Run a blocking action in a thread and retry it, except on the errors in `passes`."""
         loop = asyncio.get_running_loop()
         began, attempt = loop.time(), 0
         while True:
             attempt += 1
             try:
-                return await loop.run_in_executor(_THREADS, action)
+                return await loop.run_in_executor(_EXECUTOR, action)
             except passes:
                 raise
             except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-                again = attempt < _ATTEMPTS or is_transient(error, attempt, loop.time() - began)
+                again = attempt < _MAX_ATTEMPTS or is_transient(
+                    error, attempt, loop.time() - began
+                )
                 problem = describe_error(error, self._options)
             if not again:
                 raise LedgerError(
                     f"The ledger record {self}/{name} could not be reached after {attempt} "
                     f"attempts: {problem}"
                 )
-            await asyncio.sleep(jittered_backoff(attempt, base=0.5))
-
-
-LEDGER_FOLDER = "_ledger"
+            await asyncio.sleep(jittered_backoff(attempt, base=_BACKOFF_SECONDS))
 
 
 def open_ledger_store(output: OutputFolder) -> RecordStore:
-    """Where the ledger of an output is: beside the images."""
+    """Open the records of an output's ledger, which are stored beside the images."""
     return RecordStore(output.below(LEDGER_FOLDER))

@@ -1,8 +1,8 @@
-"""A wave's end in one object, so that a resume reads parts and not a million records.
+"""The files of waves, so that a resume reads one file a wave and not a million records.
 
-While a wave runs, `waves/<run>-<number>.open.json` names its rows. When it ends, one line for
-each row that is stored or failed goes to `waves/<run>-<number>.jsonl`, and the open object goes,
-or keeps naming the rows that are still owed something.
+While a wave runs, `waves/<run>-<number>.open.json` names its rows. When it ends, the wave file
+`waves/<run>-<number>.jsonl` gets one line for each row that is stored or failed. The open wave is
+then removed, or keeps naming the rows that are still outstanding or unknown.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
 
-_READ_AT_ONCE = 16
+_CONCURRENT_READS = 16
 
 
 class FinishedRow(BaseModel):
-    """A line of a part: a row to which nothing more will happen by itself."""
+    """A line of a wave file: a row that is stored or failed."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,7 +48,91 @@ class OpenWave(BaseModel):
     keys: list[str]
 
 
-def _finished(entry: Entry) -> FinishedRow | None:
+async def open_wave(store: RecordStore, wave: OpenWave) -> None:
+    """Record the rows of a wave before any of them is paid for.
+
+    Raises:
+        LedgerError: The ledger cannot be written to; nothing may be paid.
+    """
+    await store.replace(f"waves/{wave.name}.open.json", wave.model_dump_json().encode())
+
+
+async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry]) -> None:
+    """Write the wave file, and keep the wave open for rows that are outstanding or unknown.
+
+    Call this only once for a wave: a second wave file of that name would replace the first.
+
+    Args:
+        store: The ledger's records.
+        wave: The wave.
+        entries: The latest entries of its rows; a row that is missing here stays open.
+
+    Raises:
+        LedgerError: The ledger cannot be written to; the wave stays open.
+    """
+    known = {entry.key: entry for entry in entries}
+    finished = [row for entry in known.values() if (row := _to_finished_row(entry)) is not None]
+    unfinished = [
+        key for key in wave.keys if key not in known or known[key].state in OUTSTANDING_STATES
+    ]
+    if finished:
+        lines = "".join(f"{row.model_dump_json(exclude_none=True)}\n" for row in finished)
+        await store.replace(f"waves/{wave.name}.jsonl", lines.encode())
+    if unfinished:
+        await open_wave(store, wave.model_copy(update={"keys": unfinished}))
+    else:
+        await delete_wave(store, wave)
+
+
+async def delete_wave(store: RecordStore, wave: OpenWave) -> None:
+    """Remove an open wave whose rows are recorded in wave files or in other open waves.
+
+    If the store refuses to remove it, it is left without rows.
+
+    Raises:
+        LedgerError: The ledger cannot be written to.
+    """
+    try:
+        await store.remove(f"waves/{wave.name}.open.json")
+    except LedgerError:
+        await open_wave(store, wave.model_copy(update={"keys": []}))
+
+
+async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
+    """Yield every row of the wave files; several may hold attempts of the same row.
+
+    Raises:
+        LedgerError: A wave file cannot be read or is damaged.
+    """
+    names = [name for name in await store.names("waves") if name.endswith(".jsonl")]
+    async for name, data in _read_existing(store, names):
+        try:
+            for line in data.splitlines():
+                yield FinishedRow.model_validate_json(line)
+        except ValidationError:
+            raise LedgerError(
+                f"The ledger's wave file {store}/waves/{name} is damaged. Remove it: its rows are "
+                "then read from their own records."
+            ) from None
+
+
+async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
+    """Yield every wave that is not finished, whether or not its run is alive.
+
+    Raises:
+        LedgerError: An open wave cannot be read or is damaged.
+    """
+    names = [name for name in await store.names("waves") if name.endswith(".open.json")]
+    async for name, data in _read_existing(store, names):
+        try:
+            wave = OpenWave.model_validate_json(data)
+        except ValidationError:
+            raise LedgerError(f"The ledger record {store}/waves/{name} is damaged.") from None
+        if wave.keys:
+            yield wave
+
+
+def _to_finished_row(entry: Entry) -> FinishedRow | None:
     if entry.ended is None or entry.intent is None:
         return None
     return FinishedRow(
@@ -62,95 +146,15 @@ def _finished(entry: Entry) -> FinishedRow | None:
     )
 
 
-async def open_wave(store: RecordStore, wave: OpenWave) -> None:
-    """Name a wave's rows before any of them is paid for.
-
-    Raises:
-        LedgerError: The ledger cannot be written to; nothing may be paid.
-    """
-    await store.replace(f"waves/{wave.name}.open.json", wave.model_dump_json().encode())
-
-
-async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry]) -> None:
-    """Write the part of a wave, and keep it open for rows that are still owed something.
-
-    Only once for a wave: a second part of that name would replace the first.
-
-    Args:
-        store: The ledger's records.
-        wave: The wave.
-        entries: Where its rows stand; a row that is missing here stays open.
-
-    Raises:
-        LedgerError: The ledger cannot be written to; the wave stays open.
-    """
-    known = {entry.key: entry for entry in entries}
-    finished = [row for entry in known.values() if (row := _finished(entry)) is not None]
-    owed = [key for key in wave.keys if key not in known or known[key].state in OUTSTANDING_STATES]
-    if finished:
-        lines = "".join(f"{row.model_dump_json(exclude_none=True)}\n" for row in finished)
-        await store.replace(f"waves/{wave.name}.jsonl", lines.encode())
-    if owed:
-        await open_wave(store, wave.model_copy(update={"keys": owed}))
-    else:
-        await delete_wave(store, wave)
-
-
-async def delete_wave(store: RecordStore, wave: OpenWave) -> None:
-    """Name a wave no more: its rows are in other waves and parts.
-
-    Where nothing may be removed, it is left without rows.
-
-    Raises:
-        LedgerError: The ledger cannot be written to.
-    """
-    try:
-        await store.remove(f"waves/{wave.name}.open.json")
-    except LedgerError:
-        await open_wave(store, wave.model_copy(update={"keys": []}))
-
-
-async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
-    """Every row in the parts; a later attempt of a row may stand in another part.
-
-    Raises:
-        LedgerError: A part cannot be read or is damaged.
-    """
-    names = [name for name in await store.names("waves") if name.endswith(".jsonl")]
-    async for name, data in _contents(store, names):
-        try:
-            for line in data.splitlines():
-                yield FinishedRow.model_validate_json(line)
-        except ValidationError:
-            raise LedgerError(
-                f"The ledger's part {store}/waves/{name} is damaged. Remove it: its rows are read "
-                "from their own records then."
-            ) from None
-
-
-async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
-    """Every wave that is not finished, whether its run lives or not.
-
-    Raises:
-        LedgerError: One cannot be read or is damaged.
-    """
-    names = [name for name in await store.names("waves") if name.endswith(".open.json")]
-    async for name, data in _contents(store, names):
-        try:
-            wave = OpenWave.model_validate_json(data)
-        except ValidationError:
-            raise LedgerError(f"The ledger record {store}/waves/{name} is damaged.") from None
-        if wave.keys:
-            yield wave
-
-
-async def _contents(store: RecordStore, names: Sequence[str]) -> AsyncIterator[tuple[str, bytes]]:
-    for start in range(0, len(names), _READ_AT_ONCE):
-        block = names[start : start + _READ_AT_ONCE]
+async def _read_existing(
+    store: RecordStore, names: Sequence[str]
+) -> AsyncIterator[tuple[str, bytes]]:
+    for start in range(0, len(names), _CONCURRENT_READS):
+        block = names[start : start + _CONCURRENT_READS]
         for name, data in zip(
             block,
             await asyncio.gather(*(store.read(f"waves/{name}") for name in block)),
             strict=True,
         ):
-            if data is not None:  # another run has finished the wave meanwhile
+            if data is not None:  # else another run has finished the wave meanwhile
                 yield name, data

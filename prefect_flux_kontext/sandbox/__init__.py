@@ -1,6 +1,6 @@
-"""The Flux Kontext API, emulated on loopback: rehearse whole batches for $0.
+"""The Flux Kontext API, emulated on loopback: for rehearsals of whole batches at $0.
 
 Start it with `flux-kontext sandbox`, inside a test with `server.running_sandbox()`, or mount
 `app.create_app()`. It shares no code with the client side of this package, so that neither
-hides the other's mistakes.
+hides mistakes of the other.
 """

@@ -27,9 +27,9 @@ from prefect_flux_kontext.sandbox.faults.injector import (
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.lifecycle import Lifecycle
 from prefect_flux_kontext.sandbox.references import BadReferenceError, References
+from prefect_flux_kontext.sandbox.rendering import ResultRenderer
 from prefect_flux_kontext.sandbox.service import Service
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.sandbox.studio import Studio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-_RECORDS_A_PIECE = 500
-# Not from `mimetypes`: what it knows of WebP depends on the machine.
+_RECORDS_PER_CHUNK = 500
+# Not from `mimetypes`: whether it knows WebP depends on the machine.
 _MEDIA_TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -51,17 +51,17 @@ class Sandbox:
     """The endpoints, on top of the service and its helpers.
 
     Attributes:
-        settings: How it behaves.
-        weather: What goes wrong, in front of the service.
-        service: The state machine, for those who share the process.
-        app: The ASGI application. It works without its lifespan being run.
+        settings: The settings.
+        weather: The active faults, applied in front of the service.
+        service: The state machine, for callers in the same process.
+        app: The ASGI application. It also works without its lifespan.
     """
 
     def __init__(self, settings: SandboxSettings, plan: FaultPlan | None = None) -> None:
         self.settings = settings
         self.weather = ActiveFaults(plan or FaultPlan())
         self.app = Starlette(
-            # The two that matter for speed come first.
+            # Most requests go to the first two: routes are matched in order.
             routes=[
                 Route("/api/v1/statusTask/{model}", self._status),
                 Route("/api/v1/generateTask/{model}", self._submit, methods=["POST"]),
@@ -76,18 +76,18 @@ class Sandbox:
             ],
             middleware=[Middleware(FaultMiddleware, self.weather)],
             exception_handlers={
-                Refusal: _refused,
-                HTTPException: _unserved,
-                ClientDisconnect: _left,
+                Refusal: _answer_refusal,
+                HTTPException: _answer_http_error,
+                ClientDisconnect: _answer_disconnect,
             },
             lifespan=self._lifespan,
         )
         own = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         self.service = Service(settings)
         self._references = References(own, settings.fetch_timeout)
-        self._studio = Studio(self._references, settings.long_edge)
-        courier = CallbackSender(settings.callback_timeout, settings.callback_delay_scale)
-        self._lifecycle = Lifecycle(self.service, self._references, courier, self.weather)
+        self._renderer = ResultRenderer(self._references, settings.long_edge)
+        sender = CallbackSender(settings.callback_timeout, settings.callback_delay_scale)
+        self._lifecycle = Lifecycle(self.service, self._references, sender, self.weather)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -98,9 +98,9 @@ class Sandbox:
         key = self._api_key(request)
         _check_model(request)
         body = await request.body()
-        task = self.service.submit(key, _json(body), _base_url(request))
+        task = self.service.submit(key, _parse_json(body), _base_url(request))
         self.weather.accepted(task.task_id)
-        self._lifecycle.begin(task)
+        self._lifecycle.start(task)
         return JSONResponse(success({"taskId": task.task_id}))
 
     async def _status(self, request: Request) -> Response:
@@ -116,21 +116,21 @@ class Sandbox:
     async def _result(self, request: Request) -> Response:
         task = self.service.result(request.path_params["task_id"], request.url.path)
         try:
-            picture = await self._studio.picture(task)
+            picture = await self._renderer.render(task)
         except BadReferenceError as error:
             raise Refusal(502, "reference lost", str(error)) from error
         return Response(picture, media_type=f"image/{task.input.output_format}")
 
     async def _reference(self, request: Request) -> Response:
         name = request.path_params["name"]
-        content = await asyncio.to_thread(_read_inside, self.settings.references, name)
+        content = await asyncio.to_thread(_read_file, self.settings.references, name)
         if content is None:
             raise HTTPException(404)
         suffix = PurePath(name).suffix.lower()
         return Response(content, media_type=_MEDIA_TYPES.get(suffix, "application/octet-stream"))
 
     async def _list_references(self, request: Request) -> Response:
-        names = await asyncio.to_thread(_names_inside, self.settings.references)
+        names = await asyncio.to_thread(_list_images, self.settings.references)
         base = f"{_base_url(request)}/references/"
         return JSONResponse([{"name": name, "url": base + quote(name)} for name in names])
 
@@ -141,18 +141,18 @@ class Sandbox:
         return StreamingResponse(self._record_lines(), media_type="application/x-ndjson")
 
     async def _record_lines(self) -> AsyncIterator[str]:
-        piece = []
+        chunk = []
         for record in self.service.records():
-            piece.append(json.dumps(record) + "\n")
-            if len(piece) == _RECORDS_A_PIECE:
-                yield "".join(piece)
-                piece.clear()
-        yield "".join(piece)
+            chunk.append(json.dumps(record) + "\n")
+            if len(chunk) == _RECORDS_PER_CHUNK:
+                yield "".join(chunk)
+                chunk.clear()
+        yield "".join(chunk)
 
     async def _reset(self, _request: Request) -> Response:
         self._lifecycle.stop()
-        self._references.forget()
-        self._studio.forget()
+        self._references.clear()
+        self._renderer.clear()
         self.service.reset()
         return JSONResponse(self.service.bill())
 
@@ -169,11 +169,11 @@ class Sandbox:
 def create_app(
     settings: SandboxSettings | None = None, plan: FaultPlan | None = None
 ) -> Starlette:
-    """The sandbox as an ASGI application, for a server or for `httpx.ASGITransport`.
+    """Create the sandbox as an ASGI application, for a server or `httpx.ASGITransport`.
 
     Args:
-        settings: How it behaves; without them, as the real service does.
-        plan: What goes wrong; without one, nothing.
+        settings: The settings; by default those of the real service.
+        plan: The faults; by default none.
     """
     return Sandbox(settings or SandboxSettings(), plan).app
 
@@ -184,8 +184,8 @@ def _check_model(request: Request) -> None:
         raise Refusal(404, "model not found", f"no model {model[:64]!r}")
 
 
-def _read_inside(folder: Path, name: str) -> bytes | None:
-    """The bytes of a file in the folder; None when there is none, or it lies outside."""
+def _read_file(folder: Path, name: str) -> bytes | None:
+    """Read a file of the folder; None when it does not exist or is outside."""
     folder = folder.resolve()
     try:
         path = (folder / name).resolve()
@@ -194,7 +194,7 @@ def _read_inside(folder: Path, name: str) -> bytes | None:
         return None
 
 
-def _names_inside(folder: Path) -> list[str]:
+def _list_images(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -202,7 +202,7 @@ def _names_inside(folder: Path) -> list[str]:
     )
 
 
-def _json(body: bytes) -> object:
+def _parse_json(body: bytes) -> object:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -213,20 +213,20 @@ def _base_url(request: Request) -> str:
     return f"{request.url.scheme}://{request.headers.get('host', '')}"
 
 
-async def _refused(_request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, Refusal)  # noqa: S101 - it is registered for nothing else
+async def _answer_refusal(_request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, Refusal)  # noqa: S101 - registered for this type only
     headers = {}
     if refusal.retry_after is not None:
         headers["Retry-After"] = str(refusal.retry_after)
     return JSONResponse(failure(refusal), status_code=refusal.code, headers=headers)
 
 
-async def _left(_request: Request, _error: Exception) -> Response:
-    # A client that is killed in the middle of a request is nothing to print a traceback for.
+async def _answer_disconnect(_request: Request, _error: Exception) -> Response:
+    # A client that disconnects during a request must not cause a traceback.
     return Response(status_code=400)
 
 
-async def _unserved(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for nothing else
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type only
     refusal = Refusal(error.status_code, error.detail.lower(), request.url.path[:200])
-    return await _refused(request, refusal)
+    return await _answer_refusal(request, refusal)

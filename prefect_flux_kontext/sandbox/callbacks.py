@@ -1,4 +1,4 @@
-"""Delivering callbacks: once, and again when nobody answers with 200."""
+"""Delivery of callbacks, repeated until the receiver answers 200."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONNECTIONS = 1_000
 
 
 class CallbackSender:
-    """Takes envelopes to callback URLs.
+    """Posts envelopes to callback URLs.
 
     Args:
         timeout: Seconds a receiver has to answer with HTTP 200.
@@ -33,7 +33,7 @@ class CallbackSender:
         self._client = outbound_client(_CONNECTIONS)
 
     async def deliver(self, url: str, envelope: JsonObject) -> bool:
-        """Posts the envelope until it is taken; False when it never was."""
+        """Post the envelope until the receiver accepts it; return whether it did."""
         for delay in self._delays:
             if await self._post(url, envelope):
                 return True
@@ -46,7 +46,7 @@ class CallbackSender:
                 asyncio.timeout(self._timeout),
                 self._client.stream("POST", url, json=envelope) as response,
             ):
-                # Only the status counts; the body of a stranger is not read.
+                # Only the status counts; the body is not read.
                 return response.status_code == HTTPStatus.OK
         except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError):
             return False

@@ -1,4 +1,4 @@
-"""What goes over the wire: the submit body, the envelopes and the refusals.
+"""The wire format: the submit body, the envelopes and the refusals.
 
 Written from the service's contract alone, not from the client in this package.
 """
@@ -24,8 +24,8 @@ JsonObject = dict[str, Any]
 _HTTP_URL = TypeAdapter(AnyHttpUrl)
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not a fault of the sandbox
-    """A request that is not served; it becomes an HTTP status with an error envelope.
+class Refusal(Exception):  # noqa: N818 - an answer, not an error of the sandbox
+    """A refused request; it is answered with an HTTP status and an error envelope.
 
     Attributes:
         code: HTTP status and `code` of the envelope.
@@ -45,8 +45,8 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a fault of the sandbox
 
 
 class _Wire(BaseModel):
-    # Strict, because a client that sends "2" for 2 should learn it here, for $0. Fields nobody
-    # knows are accepted: the model grows, and so does its input.
+    # Strict, because a client that sends "2" for 2 should fail here, for $0. Unknown fields
+    # are accepted, because the service may add fields.
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
@@ -73,11 +73,11 @@ class Submission(_Wire):
     input: GenerationInput
 
     @model_validator(mode="after")
-    def _callback_has_an_address(self) -> Submission:
+    def _require_callback_url(self) -> Submission:
         if self.request_type == "callback":
             if self.callback_url is None:
                 raise ValueError("callback_url is required when request_type is callback")
-            # The real service wants HTTPS; a receiver on loopback has none.
+            # The real service requires HTTPS. A receiver on loopback has no certificate.
             try:
                 _HTTP_URL.validate_python(self.callback_url)
             except ValidationError:
@@ -86,10 +86,10 @@ class Submission(_Wire):
 
 
 def read_submission(payload: object) -> Submission:
-    """The submit body, checked.
+    """Validate a submit body.
 
     Raises:
-        Refusal: 400, with `error` naming the field at fault.
+        Refusal: 400; `error` names the invalid field.
     """
     if not isinstance(payload, dict):
         raise Refusal(400, "invalid parameters", "the body must be a JSON object")
@@ -104,10 +104,10 @@ def read_submission(payload: object) -> Submission:
 
 
 def success(data: JsonObject) -> JsonObject:
-    """The envelope of a request that was served."""
+    """Make the envelope of a successful request."""
     return {"code": 200, "message": "success", "data": data}
 
 
 def failure(refusal: Refusal) -> JsonObject:
-    """The envelope of a request that was not served."""
+    """Make the envelope of a refused request."""
     return {"code": refusal.code, "message": refusal.message, "data": {"error": refusal.error}}

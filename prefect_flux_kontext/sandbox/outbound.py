@@ -1,4 +1,4 @@
-"""How the sandbox calls others: to fetch references and to deliver callbacks."""
+"""The HTTP client that fetches references and delivers callbacks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import httpx
 
 
 def outbound_client(connections: int) -> httpx.AsyncClient:
-    """A client that bothers no proxy with loopback and leaves no idle connection behind.
+    """Create a client that uses no proxy for loopback and keeps no idle connection.
 
-    No connection is kept, so the client needs no closing: in process, through an ASGI
-    transport, nobody would tell the sandbox when to. Whoever uses it sets the time-out.
+    Without idle connections the client needs no closing. In process, through an ASGI
+    transport, the sandbox would not know when to close it. Callers set the time-out.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
         mounts={f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")},
-        timeout=None,  # noqa: S113 - the callers bound the whole exchange, not its parts
+        timeout=None,  # noqa: S113 - callers limit the whole exchange
     )

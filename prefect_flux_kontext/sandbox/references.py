@@ -1,4 +1,4 @@
-"""A cache that is bounded in bytes and makes each thing once."""
+"""Reference images: fetching, checking and caching."""
 
 from __future__ import annotations
 
@@ -20,77 +20,77 @@ T = TypeVar("T")
 
 
 class SharedCache(Generic[T]):
-    """Least recently used goes first; whoever asks for a thing in the making waits for it.
+    """An LRU cache, bounded in bytes, that makes each value once.
 
-    A failure reaches everybody who waits and is not kept.
+    Concurrent callers wait for the same value. All of them get its failure, which is not kept.
 
     Args:
-        capacity: Bytes held at most (a single larger thing is handed out but not kept).
-        weigh: Bytes of one thing.
+        capacity: Bytes kept at most; a single larger value is returned but not kept.
+        weigh: Returns the bytes of a value.
     """
 
     def __init__(self, capacity: int, weigh: Callable[[T], int]) -> None:
         self._capacity = capacity
         self._weigh = weigh
-        self._held: OrderedDict[Hashable, T] = OrderedDict()
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
         self._weight = 0
         self._making: dict[Hashable, asyncio.Future[T]] = {}
 
     def peek(self, key: Hashable) -> T | None:
-        """What is held under the key, now."""
-        thing = self._held.get(key)
-        if thing is not None:
-            self._held.move_to_end(key)
-        return thing
+        """Return the cached value of the key, or None."""
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
-        """What is held under the key, else what `make` makes."""
-        thing = self.peek(key)
-        if thing is not None:
-            return thing
+        """Return the cached value of the key, or make and cache it."""
+        value = self.peek(key)
+        if value is not None:
+            return value
         making = self._making.get(key)
         if making is None:
             making = asyncio.ensure_future(self._make(key, make))
             self._making[key] = making
-        # Shielded: one client that hangs up must not take the thing from the others.
+        # Shielded: a client that disconnects must not cancel the value of the others.
         return await asyncio.shield(making)
 
     async def _make(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
         try:
-            thing = await make()
+            value = await make()
         finally:
             del self._making[key]
-        weight = self._weigh(thing)
+        weight = self._weigh(value)
         if weight <= self._capacity:
-            self._held[key] = thing
+            self._values[key] = value
             self._weight += weight
             while self._weight > self._capacity:
-                _, dropped = self._held.popitem(last=False)
+                _, dropped = self._values.popitem(last=False)
                 self._weight -= self._weigh(dropped)
-        return thing
+        return value
 
     def clear(self) -> None:
-        """Forget everything held."""
-        self._held.clear()
+        """Drop all values."""
+        self._values.clear()
         self._weight = 0
 
 
 MAX_BYTES = 10 * 1024 * 1024
-"""The contract's limit for one reference."""
+"""Size limit of one reference in bytes, from the service's contract."""
 
 MAX_PIXELS = 64_000_000
-"""Ours: a small file must not unpack to more than the machine has."""
+"""Limit of the sandbox: a small file must not unpack to more than the memory holds."""
 
-_CACHED_BYTES = 128 * 1024 * 1024
+_CACHE_BYTES = 128 * 1024 * 1024
 _CONNECTIONS = 20
 
 
 class BadReferenceError(Exception):
-    """A reference that cannot be fetched or is no image the service takes."""
+    """A reference cannot be fetched or is not an image that the service accepts."""
 
 
 class Reference(NamedTuple):
-    """A reference that was fetched and looked at.
+    """A reference that was fetched and checked.
 
     Attributes:
         content: The file's bytes.
@@ -105,7 +105,7 @@ class References:
     """Fetches references once each and keeps a bounded number of bytes of them.
 
     Args:
-        own: Transport to the sandbox itself: its own URLs are asked in process, so that they
+        own: Transport to the sandbox itself. Its own URLs are fetched in process, so that they
             work without a socket and do not wait behind the requests of clients.
         timeout: Seconds for one whole fetch.
     """
@@ -113,21 +113,21 @@ class References:
     def __init__(self, own: httpx.AsyncBaseTransport, timeout: float) -> None:
         self._timeout = timeout
         self._own = httpx.AsyncClient(transport=own)
-        self._others = outbound_client(_CONNECTIONS)
-        self._cache = SharedCache[Reference](_CACHED_BYTES, lambda held: len(held.content))
+        self._outbound = outbound_client(_CONNECTIONS)
+        self._cache = SharedCache[Reference](_CACHE_BYTES, lambda held: len(held.content))
 
     async def get(self, url: str, base_url: str) -> Reference:
-        """The image behind the URL; `base_url` is where the sandbox itself was reached.
+        """Fetch the image at a URL; `base_url` is the URL of the sandbox itself.
 
         Raises:
-            BadReferenceError: When it cannot be fetched, is over 10 MB or is no whole JPG, PNG or
-                WebP.
+            BadReferenceError: It cannot be fetched, is over 10 MB or is not a complete JPG, PNG
+                or WebP.
         """
-        client = self._own if url.startswith(base_url + "/") else self._others
+        client = self._own if url.startswith(base_url + "/") else self._outbound
         return await self._cache.get(url, lambda: self._fetch(client, url))
 
     async def check(self, urls: Sequence[str], base_url: str) -> str | None:
-        """What is wrong with one of the references, or None."""
+        """Return the problem of the first bad reference, or None."""
         try:
             for url in urls:
                 await self.get(url, base_url)
@@ -135,12 +135,12 @@ class References:
             return str(error)
         return None
 
-    def held(self, urls: Sequence[str]) -> bool:
-        """Whether all the references are known to be good without fetching."""
+    def are_cached(self, urls: Sequence[str]) -> bool:
+        """Return whether all references are cached."""
         return all(self._cache.peek(url) for url in urls)
 
-    def forget(self) -> None:
-        """Fetch everything anew from now on."""
+    def clear(self) -> None:
+        """Drop all cached references."""
         self._cache.clear()
 
     async def _fetch(self, client: httpx.AsyncClient, url: str) -> Reference:
@@ -171,14 +171,15 @@ async def _download(client: httpx.AsyncClient, url: str) -> bytes:
 
 
 def open_image(content: bytes, long_edge: int = 1024) -> Image.Image:
-    """Decodes a reference: upright, RGB, transparent parts on white.
+    """Decode a reference: upright, RGB, transparent parts on white.
 
     Args:
         content: The file's bytes.
-        long_edge: Pixels that are enough; a larger JPG is decoded to no less than these.
+        long_edge: Sufficient pixels on the long edge; a larger JPG may be decoded
+            smaller, but not below this.
 
     Raises:
-        BadReferenceError: When it is no whole JPG, PNG or WebP, or far too large to unpack.
+        BadReferenceError: It is not a complete JPG, PNG or WebP, or has too many pixels.
     """
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
@@ -191,9 +192,9 @@ def open_image(content: bytes, long_edge: int = 1024) -> Image.Image:
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
             picture = picture.convert("RGB")
-    # Whatever Pillow trips over in a stranger's bytes, they are no image.
+    # Pillow raises many types of errors for invalid bytes.
     except Exception as error:
-        raise BadReferenceError("is no JPG, PNG or WebP image") from error
+        raise BadReferenceError("is not a JPG, PNG or WebP image") from error
     if not small_enough:
         raise BadReferenceError("has too many pixels")
     return picture

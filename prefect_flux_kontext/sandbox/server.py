@@ -1,4 +1,4 @@
-"""Serving the sandbox over HTTP: in the foreground, or in a thread beside a test."""
+"""The sandbox's HTTP server, in the foreground or in a thread."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.sandbox.service import Service
 
 _BACKLOG = 4_096
-# Longer than any client's pool keeps an idle connection: one that the server closes under a
-# POST leaves the client in doubt whether it has just paid.
+# Longer than clients keep idle connections. When the server closes one during a POST, the
+# client cannot know whether it was accepted.
 _KEEP_ALIVE_SECONDS = 75
-_LAST_REQUESTS_SECONDS = 2
+_GRACEFUL_SHUTDOWN_SECONDS = 2
 
 
 @dataclass(frozen=True)
 class RunningSandbox:
-    """A sandbox that is being served by another thread.
+    """A sandbox served by another thread.
 
     Attributes:
         url: Its base URL, without a slash at the end.
-        settings: How it behaves.
-        service: Its state machine; `service.bill()` tells what was paid.
-        weather: What goes wrong; it can be changed from any thread.
+        settings: The settings.
+        service: The state machine; `service.bill()` returns what was paid.
+        weather: The active faults; they can be changed from any thread.
     """
 
     url: str
@@ -60,17 +60,17 @@ def serve(
     announce: Callable[[str], None] | None = None,
     plan: FaultPlan | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM.
 
     Args:
-        settings: How the sandbox behaves.
+        settings: The settings.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        announce: Called with the base URL as soon as it can be reached.
-        plan: What goes wrong; without one, nothing.
+        announce: Called with the base URL when the server accepts connections.
+        plan: The faults; by default none.
 
     Raises:
-        OSError: When the address cannot be listened on.
+        OSError: The server cannot listen on the address.
     """
     with _listen(host, port) as listener:
         if announce:
@@ -82,15 +82,15 @@ def serve(
 def running_sandbox(
     settings: SandboxSettings | None = None, port: int = 0, plan: FaultPlan | None = None
 ) -> Iterator[RunningSandbox]:
-    """Serves on loopback from a thread with its own event loop, and stops at the end.
+    """Serve on loopback from a thread with its own event loop until the context ends.
 
     Args:
-        settings: How the sandbox behaves; without them, as the real service does.
+        settings: The settings; by default those of the real service.
         port: Port to listen on; 0 takes a free one.
-        plan: What goes wrong; without one, nothing.
+        plan: The faults; by default none.
 
     Raises:
-        OSError: When the port is taken.
+        OSError: The port is in use.
     """
     sandbox = Sandbox(settings or SandboxSettings(), plan)
     with _listen("127.0.0.1", port) as listener:
@@ -98,7 +98,7 @@ def running_sandbox(
         thread = threading.Thread(
             target=lambda: asyncio.run(server.serve(sockets=[listener])), name="sandbox"
         )
-        # Nobody has to wait for it to start: the socket listens, the kernel queues.
+        # No wait for the start: the socket listens already, so the kernel queues connections.
         thread.start()
         try:
             url = _url(listener)
@@ -111,12 +111,12 @@ def running_sandbox(
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # Uvicorn's own raises the signal again after a clean stop: a traceback or a status.
+        # The base method raises the signal again after a clean stop, which ends in a traceback.
         yield
 
 
 class _Protocol(H11Protocol):
-    """Lets the application end the connection that a request came on, as an ASGI extension."""
+    """HTTP protocol with an ASGI extension that ends the connection of a request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -132,8 +132,8 @@ class _Protocol(H11Protocol):
 
 def _reset(transport: asyncio.Transport) -> None:
     if transport.is_closing():
-        return  # the client was faster
-    # Closed without waiting, a socket that lingers for no time sends a reset.
+        return  # the client disconnected first
+    # A socket closed with a linger time of 0 sends a reset.
     linger = struct.pack("ii", 1, 0)
     transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     transport.abort()
@@ -153,15 +153,15 @@ def _server(app: Starlette) -> _Server:
         server_header=False,
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_LAST_REQUESTS_SECONDS,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_SECONDS,
     )
     return _Server(config)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, because asyncio switches Nagle's delay off only where it says so: without
-    # it every reply takes 40 ms longer.
+    # The protocol is explicit because asyncio disables Nagle's algorithm only for sockets
+    # marked as TCP. Otherwise every reply takes 40 ms longer.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""One API key's account: its two limits and its money."""
+"""The state of the sandbox: accounts with their limits, tasks and the bill."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RequestWindow:
     """Counts requests in an exact sliding window of 60 s.
 
     Attributes:
-        peak: Most requests that ever were inside one window.
+        peak: Most requests in one window so far.
     """
 
     def __init__(self, limit: int) -> None:
@@ -38,24 +38,26 @@ class RequestWindow:
         self.peak = 0
 
     def wait(self, now: float) -> float:
-        """Seconds until there is room for a request; 0 when there is."""
+        """Return the seconds until a request fits; 0 when it fits now."""
         while self._stamps and self._stamps[0] <= now - _MINUTE:
             self._stamps.popleft()
         if len(self._stamps) < self._limit:
             return 0.0
-        return self._stamps[0] - (now - _MINUTE)  # as above, or rounding lets one in
+        return self._stamps[0] - (
+            now - _MINUTE
+        )  # the same expression as above, so that rounding admits none
 
     def count(self, now: float) -> None:
-        """Takes one request in."""
+        """Count one request."""
         self._stamps.append(now)
         self.peak = max(self.peak, len(self._stamps))
 
 
 class RunningTasks:
-    """Knows which tasks hold a slot, without a timer for each.
+    """The tasks that hold a slot, without a timer for each.
 
     Attributes:
-        peak: Most tasks that ever ran at once.
+        peak: Most tasks running at the same time so far.
     """
 
     def __init__(self) -> None:
@@ -64,7 +66,7 @@ class RunningTasks:
         self.peak = 0
 
     def count(self, now: float) -> int:
-        """How many run at a loop time."""
+        """Return how many tasks run at a loop time."""
         while self._by_end and self._by_end[0][0] <= now:
             task = heapq.heappop(self._by_end)[2]
             if task.references_at is None:
@@ -72,20 +74,20 @@ class RunningTasks:
         return len(self._by_end) + len(self._waiting_for_reference)
 
     def add(self, task: Task) -> None:
-        """Gives a slot to a task that was accepted right now."""
+        """Give a slot to a task that was just accepted."""
         heapq.heappush(self._by_end, (task.ready_at, task.task_id, task))
         self.peak = max(self.peak, self.count(task.accepted_at))
 
     def references_seen(self, task: Task) -> None:
-        """Frees the slot of a task that only waited for its reference."""
+        """Free the slot of a task that only waited for its references."""
         self._waiting_for_reference.discard(task)
 
 
 class Account:
-    """What the sandbox keeps for one API key.
+    """The state of one API key.
 
     Args:
-        balance: Micro-dollars to start with.
+        balance: Initial balance in micro-dollars.
         requests_per_minute: Submits and status requests in any 60 s.
     """
 
@@ -96,16 +98,16 @@ class Account:
 
 
 def retry_after(seconds: float) -> int:
-    """A `Retry-After` header after which the request is sure to fit."""
+    """Return the `Retry-After` seconds after which the request fits."""
     return max(1, math.ceil(seconds))
 
 
 class Service:
     """Accounts, limits, tasks and the bill.
 
-    State follows from the clock of the event loop whenever somebody asks; nothing here waits.
-    Everything that serves requests is called on that loop; `bill` and `records` can be called
-    from any thread.
+    State is computed from the clock of the event loop on request; nothing here waits. Methods
+    that serve requests must be called on that loop. `bill` and `records` can be called from
+    any thread.
     """
 
     def __init__(self, settings: SandboxSettings) -> None:
@@ -120,11 +122,11 @@ class Service:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every account, task and number."""
+        """Drop all accounts, tasks and counters."""
         self._accounts: dict[str, Account] = {}
         self._tasks: dict[str, Task] = {}
         self._same_requests: Counter[bytes] = Counter()
-        self._numbers: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
 
     def now(self) -> float:
         """Loop time in seconds; add `epoch` for Unix time.
@@ -151,7 +153,7 @@ class Service:
         account = self._account(key)
         self._check_window(account, now, "submits_refused_requests")
         if account.running.count(now) >= self._settings.slots:
-            self._numbers["submits_refused_slots"] += 1
+            self._counters["submits_refused_slots"] += 1
             raise Refusal(429, "too many tasks", f"{self._settings.slots} tasks are running")
         account.window.count(now)
         submission = read_submission(payload)
@@ -161,20 +163,20 @@ class Service:
         account.balance -= price
         task = self._new_task(key, submission, fingerprint(payload), base_url, price, now)
         self._tasks[task.task_id] = task
-        self._numbers[f"accepted_{submission.input.mode}"] += 1
-        self._numbers["charged"] += price
+        self._counters[f"accepted_{submission.input.mode}"] += 1
+        self._counters["charged"] += price
         account.running.add(task)
         return task
 
     def status(self, key: str, task_id: str | None) -> Task:
-        """The task, if it belongs to the key.
+        """Return the task if it belongs to the key.
 
         Raises:
             Refusal: 429, 400 without a task id, or 404.
         """
         now = self.now()
         account = self._account(key)
-        self._numbers["status_requests"] += 1
+        self._counters["status_requests"] += 1
         self._check_window(account, now, "statuses_refused")
         account.window.count(now)
         if not task_id:
@@ -185,14 +187,14 @@ class Service:
         return task
 
     def balance(self, key: str) -> int:
-        """Micro-dollars the key has left."""
+        """Return the balance of the key in micro-dollars."""
         return self._account(key).balance
 
     def result(self, task_id: str, path: str) -> Task:
-        """The task whose picture is asked for.
+        """Return the task of a result image.
 
         Raises:
-            Refusal: 404 when there is no such picture (yet), 403 when it has expired.
+            Refusal: 404 when the image does not exist (yet), 403 when it has expired.
         """
         task = self._tasks.get(task_id)
         now = self.now()
@@ -203,18 +205,18 @@ class Service:
         return task
 
     def references_seen(self, task: Task, error: str | None) -> None:
-        """All references of a task were looked at; `error` says what is wrong with one."""
+        """Record that the references of a task were checked; `error` is the problem of one."""
         task.reference_error = error
         task.references_at = self.now()
         self._account(task.key).running.references_seen(task)
 
     def callback_ended(self, *, delivered: bool) -> None:
-        """A callback was delivered, or given up after the last try."""
-        self._numbers["callbacks_delivered" if delivered else "callbacks_failed"] += 1
+        """Count a callback as delivered, or as failed after the last try."""
+        self._counters["callbacks_delivered" if delivered else "callbacks_failed"] += 1
 
     def bill(self) -> JsonObject:
-        """What was paid and what was seen, over all API keys; peaks are those of one key."""
-        numbers, accounts = self._numbers, list(self._accounts.values())
+        """Return charges and counters over all API keys; peaks are those of one key."""
+        numbers, accounts = self._counters, list(self._accounts.values())
         return {
             "accepted": len(self._tasks),
             "dollars": dollars(numbers["charged"]),
@@ -236,7 +238,7 @@ class Service:
         }
 
     def records(self) -> Iterator[JsonObject]:
-        """Every accepted task in the order of acceptance, as `Task.record` tells it."""
+        """Yield the record of every accepted task in the order of acceptance."""
         for task in list(self._tasks.values()):
             yield task.record(self.now(), self.epoch)
 
@@ -249,20 +251,20 @@ class Service:
 
     def _check_window(self, account: Account, now: float, number: str) -> None:
         if wait := account.window.wait(now):
-            self._numbers[number] += 1
+            self._counters[number] += 1
             limit = f"{self._settings.requests_per_minute} requests a minute"
             raise Refusal(429, "too many requests", limit, retry_after=retry_after(wait))
 
     def _new_task(
         self, key: str, submission: Submission, asked: bytes, base_url: str, price: int, now: float
     ) -> Task:
-        # The dice depend on the request and on how often it was accepted before, never on when:
-        # concurrency may reorder the submits of a run and still repeat it.
+        # The seed depends on the request and on how often it was accepted before, not on the
+        # time. So a run repeats even when concurrency reorders its submits.
         self._same_requests[asked] += 1
         turn = f"{self._settings.seed}/{self._same_requests[asked]}/".encode()
         digest = hashlib.blake2b(turn + asked, digest_size=16).hexdigest()
-        dice = random.Random(digest[16:])
-        unlucky = dice.random() < self._settings.fail_rate
+        rng = random.Random(digest[16:])
+        is_failing = rng.random() < self._settings.fail_rate
         return Task(
             task_id=f"task_{digest[:16]}",
             key=key,
@@ -270,8 +272,8 @@ class Service:
             base_url=base_url,
             price=price,
             accepted_at=now,
-            ready_at=now + self._curve.draw(dice),
-            unlucky=unlucky,
+            ready_at=now + self._curve.draw(rng),
+            is_failing=is_failing,
             references_at=None if submission.input.image_urls else now,
         )
 

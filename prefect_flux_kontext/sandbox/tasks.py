@@ -1,4 +1,4 @@
-"""How long a generation takes."""
+"""Tasks: their latency, state and wire form."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class LatencyModel:
-    """A lognormal curve: never negative, with the long tail that generation services show.
+    """A lognormal distribution: positive, with the long tail of generation services.
 
     Args:
-        mean: Mean in seconds; 0 makes every task ready at once.
+        mean: Mean in seconds; 0 makes every task ready immediately.
         spread: Coefficient of variation: standard deviation divided by the mean.
     """
 
@@ -30,9 +30,9 @@ class LatencyModel:
         self._sigma = math.sqrt(variance)
         self._mu = math.log(mean) - variance / 2 if mean else -math.inf
 
-    def draw(self, dice: random.Random) -> float:
-        """Seconds for one task, thrown with its own dice."""
-        return dice.lognormvariate(self._mu, self._sigma)
+    def draw(self, rng: random.Random) -> float:
+        """Draw the seconds of one task."""
+        return rng.lognormvariate(self._mu, self._sigma)
 
 
 State = Literal["pending", "processing", "success", "failed"]
@@ -43,19 +43,19 @@ _NSFW = re.compile(r"\bnsfw\b", re.IGNORECASE)
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """A task that was accepted, and so paid for.
+    """An accepted, and so billed, task.
 
     Attributes:
         task_id: `task_` and 16 hex digits.
         key: The API key it was submitted with.
         submission: The submit body.
-        base_url: Where the sandbox was reached, for absolute result URLs.
+        base_url: URL of the sandbox, for absolute result URLs.
         price: Micro-dollars.
         accepted_at: Loop time in seconds.
         ready_at: Loop time at which the latency is over.
-        unlucky: Whether the dice let the generation fail.
-        references_at: Loop time at which all references were looked at; None until then.
-        reference_error: What was wrong with a reference, or None.
+        is_failing: Whether the generation fails by the fail rate.
+        references_at: Loop time at which the references were checked; None until then.
+        reference_error: The problem of a reference, or None.
     """
 
     task_id: str
@@ -65,7 +65,7 @@ class Task:
     price: int
     accepted_at: float
     ready_at: float
-    unlucky: bool
+    is_failing: bool
     references_at: float | None
     reference_error: str | None = None
 
@@ -76,39 +76,39 @@ class Task:
 
     @property
     def result_path(self) -> str:
-        """The path of its only picture."""
+        """The path of the result image."""
         kind = "jpg" if self.input.output_format == "jpeg" else "png"
         return f"/results/{self.task_id}/1.{kind}"
 
     def ended_at(self, now: float) -> float | None:
-        """Loop time at which it ended, or None while it runs."""
+        """Return the loop time at which it ended, or None while it runs."""
         if now < self.ready_at or self.references_at is None:
             return None
         return max(self.ready_at, self.references_at)
 
     def state(self, now: float) -> State:
-        """Its state at a loop time."""
+        """Return the state at a loop time."""
         if self.ended_at(now) is not None:
-            return "failed" if self.fault() else "success"
+            return "failed" if self.failure() else "success"
         pending = _PENDING_SHARE * (self.ready_at - self.accepted_at)
         return "pending" if now - self.accepted_at < pending else "processing"
 
-    def fault(self) -> tuple[str, str] | None:
-        """Fail code and message of a task that ends badly, else None."""
+    def failure(self) -> tuple[str, str] | None:
+        """Return fail code and message of a task that fails, or None."""
         if _NSFW.search(self.input.prompt):
             return "CONTENT_VIOLATION", "The prompt breaks the content rules."
         if self.reference_error:
             return "INVALID_IMAGE_URL", self.reference_error
-        if self.unlucky:
+        if self.is_failing:
             return "GENERATION_FAILED", "The picture could not be generated."
         return None
 
     def status(self, now: float, epoch: float) -> JsonObject:
-        """The `data` of a status envelope.
+        """Return the `data` of a status envelope.
 
         Args:
             now: Loop time in seconds.
-            epoch: What added to loop time gives Unix time.
+            epoch: Offset from loop time to Unix time in seconds.
         """
         created = _milliseconds(self.accepted_at + epoch)
         data: JsonObject = {
@@ -119,17 +119,17 @@ class Task:
         ended_at = self.ended_at(now)
         if ended_at is None:
             return data
-        # Told from the duration alone: the rounding of the start must not show in a run's repeat.
+        # From the duration alone, so that rounding of the start does not change a repeated run.
         data["costTime"] = _milliseconds(ended_at - self.accepted_at)
         data["completeTime"] = created + data["costTime"]
-        if fault := self.fault():
-            data["failCode"], data["failMsg"] = fault
+        if failure := self.failure():
+            data["failCode"], data["failMsg"] = failure
         else:
             data["resultJson"] = json.dumps({"resultUrls": [self.base_url + self.result_path]})
         return data
 
     def record(self, now: float, epoch: float) -> JsonObject:
-        """What `GET /sandbox/tasks` tells about it."""
+        """Return the task's entry of `GET /sandbox/tasks`."""
         ended_at = self.ended_at(now)
         return {
             "taskId": self.task_id,
@@ -148,10 +148,10 @@ class Task:
 
 
 def fingerprint(payload: Mapping[str, JsonObject]) -> bytes:
-    """Hashes what a valid submit body asks for, so that a run repeats.
+    """Hash a valid submit body, so that a run repeats.
 
-    Left out is what differs between two rehearsals of the same batch: the callback URL with its
-    token, and the host and port of the references.
+    The hash excludes what differs between two rehearsals of the same batch: the callback URL
+    with its token, and the host and port of the references.
     """
     wanted = payload["input"]
     paths = [_path(url) for url in wanted.get("image_urls", [])]
@@ -160,7 +160,7 @@ def fingerprint(payload: Mapping[str, JsonObject]) -> bytes:
 
 
 def dollars(micro_dollars: int) -> str:
-    """Micro-dollars as an exact decimal number of dollars."""
+    """Format micro-dollars as an exact decimal number of dollars."""
     return f"{micro_dollars // 1_000_000}.{micro_dollars % 1_000_000:06d}"
 
 

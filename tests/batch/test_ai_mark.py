@@ -1,4 +1,4 @@
-"""Images of a batch say that AI made them, and the ledger describes them as they are stored."""
+"""Images of a batch have an AI mark, and the ledger describes the marked files."""
 
 import hashlib
 
@@ -38,7 +38,7 @@ async def ended(output):
     return [row.ended async for row in read_finished_rows(store)]
 
 
-async def test_what_is_made_and_what_is_restyled_is_marked_as_such(sandbox, tmp_path):
+async def test_ai_mark_tells_made_from_restyled_images(sandbox, tmp_path):
     await run(sandbox, rows(sandbox), tmp_path)
     assert MADE in (tmp_path / "made.jpg").read_bytes()
     assert RESTYLED in (tmp_path / "restyled.jpg").read_bytes()
@@ -48,7 +48,7 @@ async def test_what_is_made_and_what_is_restyled_is_marked_as_such(sandbox, tmp_
         assert record.images[0].size == len(data)
 
 
-async def test_the_mark_can_be_switched_off(sandbox, tmp_path, monkeypatch):
+async def test_ai_mark_can_be_switched_off(sandbox, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_AI_MARK", "false")
     await run(sandbox, rows(sandbox), tmp_path)
     async with httpx.AsyncClient(base_url=sandbox.url) as http:

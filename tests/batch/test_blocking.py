@@ -1,4 +1,4 @@
-"""Nothing in a batch blocks the event loop that its thousand waits share."""
+"""A batch makes no call that blocks the event loop."""
 
 import asyncio
 import csv
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def no_blocking_calls():
-    """Calls of the package that block an event loop raise, but those of the sandbox's own."""
+    """Make blocking calls of the package raise, except those of the sandbox."""
     detector = BlockBuster(prefect_flux_kontext, excluded_modules=["prefect_flux_kontext.sandbox"])
-    # The sign of life reads /proc, which is the kernel's memory and no disk.
-    detector.functions["io.TextIOWrapper.read"].can_block_in("heartbeat.py", "_process_started")
-    # What counts the lines that a test runs has a lock of its own.
+    # The heartbeat reads /proc, which is in memory.
+    detector.functions["io.TextIOWrapper.read"].can_block_in("heartbeat.py", "_read_process_start")
+    # The coverage tool has a lock of its own.
     detector.functions["threading.Lock.acquire"].can_block_in("collector.py", "lock_data")
     detector.activate()
     try:
@@ -32,7 +32,7 @@ def no_blocking_calls():
         detector.deactivate()
 
 
-async def test_the_detector_sees_a_blocking_call(no_blocking_calls, monkeypatch, tmp_path):
+async def test_detector_finds_a_blocking_call(no_blocking_calls, monkeypatch, tmp_path):
     # The function's code is taken to be in the package, as the detector goes by file names.
     code = "def block(): time.sleep(0)"
     space = {"time": time}
@@ -42,7 +42,7 @@ async def test_the_detector_sees_a_blocking_call(no_blocking_calls, monkeypatch,
 
 
 @pytest.mark.parametrize("packed", ["manifest.csv", "manifest.csv.gz"])
-async def test_no_call_of_a_batch_blocks(packed, tmp_path, no_blocking_calls):
+async def test_batch_makes_no_blocking_call(packed, tmp_path, no_blocking_calls):
     with running_sandbox(SandboxSettings(mean=0.2, long_edge=64, fail_rate=0.1)) as sandbox:
         manifest = tmp_path / packed
 

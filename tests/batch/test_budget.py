@@ -1,4 +1,4 @@
-"""A budget is never passed: not by what is in flight, not by what is unknown, not by a resume."""
+"""A budget is never exceeded: not by POSTs in flight, unknown rows or a resume."""
 
 import asyncio
 
@@ -32,16 +32,14 @@ def rows(number, start=0, prompt="a lighthouse"):
     return Manifest([{"id": n, "prompt": f"{prompt} {n}"} for n in range(start, start + number)])
 
 
-async def test_the_row_that_would_pass_it_ends_the_batch_and_the_paid_rows_are_stored(
-    sandbox, tmp_path
-):
+async def test_budget_ends_the_batch_and_paid_rows_are_stored(sandbox, tmp_path):
     with pytest.raises(BudgetReachedError, match=r"budget of \$0\.31 .* 10 of"):
         await run(sandbox, rows(40), tmp_path, budget_usd=0.31)
     assert sandbox.service.bill()["accepted"] == 10
     assert len(list(tmp_path.glob("*.jpg"))) == 10
 
 
-async def test_it_holds_across_resumes_for_the_output_counts_what_it_has_cost(sandbox, tmp_path):
+async def test_budget_holds_across_resumes(sandbox, tmp_path):
     assert (await run(sandbox, rows(4), tmp_path)).stored == 4
     for _ in range(2):
         with pytest.raises(BudgetReachedError):
@@ -50,18 +48,18 @@ async def test_it_holds_across_resumes_for_the_output_counts_what_it_has_cost(sa
     assert (await run(sandbox, rows(20), tmp_path, budget_usd=0.60)).stored == 20
 
 
-async def test_a_budget_that_is_just_enough_is_enough(sandbox, tmp_path):
+async def test_budget_that_is_just_enough_is_enough(sandbox, tmp_path):
     assert (await run(sandbox, rows(11), tmp_path, budget_usd=0.33)).stored == 11
 
 
-async def test_failed_generations_count_for_they_are_paid(sandbox, tmp_path):
+async def test_budget_counts_failed_generations(sandbox, tmp_path):
     with pytest.raises(BudgetReachedError):
         await run(sandbox, rows(9, prompt="nsfw"), tmp_path, budget_usd=0.15)
     assert sandbox.service.bill()["accepted"] == 5
 
 
-async def test_rows_that_may_be_paid_for_count(tmp_path):
-    """Also those that were given up and submitted again."""
+async def test_budget_counts_unknown_rows(tmp_path):
+    """Also rows that were given up and submitted again."""
     store = RecordStore(str(tmp_path))
     ledger = Ledger(store, "gone", PRICES)
     entries = []
@@ -75,11 +73,11 @@ async def test_rows_that_may_be_paid_for_count(tmp_path):
     await open_wave(store, OpenWave(name="gone-1", owner="gone", keys=keys))
     budget = await open_budget(store, "me", RowOptions(cadence=QUICK, budget_usd=0.10))
     await budget.reserve(0.03)
-    with pytest.raises(BudgetReachedError, match=r"\$0\.01 are left"):
-        await asyncio.gather(budget.settle(0.03, given_back=False), budget.reserve(0.03))
+    with pytest.raises(BudgetReachedError, match=r"\$0\.01 is left"):
+        await asyncio.gather(budget.settle(0.03, refunded=False), budget.reserve(0.03))
 
 
-async def test_two_runs_with_a_budget_never_pay_into_one_output_at_once(tmp_path):
+async def test_budget_allows_one_run_an_output(tmp_path):
     store = RecordStore(str(tmp_path))
     options = RowOptions(cadence=QUICK, budget_usd=1.0)
     async with keep_heartbeat(store) as one, keep_heartbeat(store) as two:
@@ -90,34 +88,34 @@ async def test_two_runs_with_a_budget_never_pay_into_one_output_at_once(tmp_path
         await open_budget(store, alone, options)
 
 
-async def test_what_is_in_flight_is_counted_until_it_is_known_not_to_be_owed():
+async def test_reserve_waits_for_posts_in_flight():
     budget = Budget(0.06)
     await budget.reserve(0.03)
     await budget.reserve(0.03)
     third = asyncio.create_task(budget.reserve(0.03))
     await asyncio.sleep(0)
     assert not third.done()
-    await budget.settle(0.03, given_back=True)
+    await budget.settle(0.03, refunded=True)
     await third
     fourth = asyncio.create_task(budget.reserve(0.03))
     await asyncio.sleep(0)
-    await budget.settle(0.03, given_back=False)
+    await budget.settle(0.03, refunded=False)
     assert not fourth.done()
-    await budget.settle(0.03, given_back=False)
+    await budget.settle(0.03, refunded=False)
     with pytest.raises(BudgetReachedError):
         await fourth
 
 
-async def test_a_thousand_cents_lose_nothing_to_rounding():
+async def test_budget_has_no_rounding_error():
     budget = Budget(10.0)
     for _ in range(1_000):
         await budget.reserve(0.01)
-        await budget.settle(0.01, given_back=False)
+        await budget.settle(0.01, refunded=False)
     with pytest.raises(BudgetReachedError):
         await budget.reserve(0.01)
 
 
-async def test_no_budget_is_no_cap():
+async def test_no_budget_means_no_cap():
     budget = Budget(None)
     await budget.reserve(1e9)
-    await budget.settle(1e9, given_back=False)
+    await budget.settle(1e9, refunded=False)

@@ -1,4 +1,4 @@
-"""Rows that fail and batches that stop: what is written down, and what is paid for again."""
+"""Failed rows and stopped batches: what is recorded, and what is paid for again."""
 
 import asyncio
 import csv
@@ -13,16 +13,16 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.manifest.row import RefusedRow, make_row
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.batch.story import LINES, everything_kept, live, on
+from tests.batch.simulated import LINES, check_invariants, fault_on, run_simulation
 from tests.chaos.checker import ids_in, read_all
 from tests.chaos.simulation import in_process, manifest
 
 
-def test_a_stop_does_not_wait_until_a_refused_submit_may_be_sent_again():
-    async def main(world):
+def test_stop_does_not_wait_for_a_rate_limit():
+    async def main(env):
         loop = asyncio.get_running_loop()
         began = loop.time()
-        assert isinstance(await in_process(world, None, manifest(LINES)), BatchStoppedError)
+        assert isinstance(await in_process(env, None, manifest(LINES)), BatchStoppedError)
         assert loop.time() - began < 30
 
     def hook(kind, _request, number):
@@ -30,101 +30,101 @@ def test_a_stop_does_not_wait_until_a_refused_submit_may_be_sent_again():
             return None
         return "no_balance" if number == 1 else "limited_for_long"
 
-    live(main, hook=hook)
+    run_simulation(main, hook=hook)
 
 
-def test_failed_rows_are_a_manifest_and_only_they_are_paid_for_again():
+def test_retry_pays_only_for_failed_rows():
     lines = [*LINES, ("bad", "nsfw")]
     unlucky = SandboxSettings(mean=0.5, long_edge=16, fail_rate=0.45)
 
-    async def main(world):
-        first = await in_process(world, None, manifest(lines))
+    async def main(env):
+        first = await in_process(env, None, manifest(lines))
         assert first.failed >= 2
-        failed = read_all(world.url)[FAILED_ROWS]
+        failed = read_all(env.url)[FAILED_ROWS]
         assert len(ids_in(failed)) == first.failed
-        paid = world.posts
+        paid = env.posts
         cells = csv.DictReader(io.StringIO(failed.decode()))
         rows = [make_row(n, line) for n, line in enumerate(cells, start=2)]
-        # As it is: it pays for nothing, for what failed has failed.
-        again = await in_process(world, None, rows)
-        assert (again.failed, world.posts) == (first.failed, paid)
-        retried = await in_process(world, None, rows, retry=True)
+        # Run unchanged, it pays for nothing: a failed row stays failed.
+        again = await in_process(env, None, rows)
+        assert (again.failed, env.posts) == (first.failed, paid)
+        retried = await in_process(env, None, rows, retry=True)
         assert retried.rows == first.failed
-        prompts = [prompt for _, prompt in world.log[paid:]]
+        prompts = [prompt for _, prompt in env.log[paid:]]
         assert "nsfw" not in prompts
         assert set(prompts) <= {row.request.prompt for row in rows}
         assert len(prompts) >= first.failed - 1
-        await everything_kept(world, lines)
+        await check_invariants(env, lines)
 
-    live(main, settings=unlucky)
+    run_simulation(main, settings=unlucky)
 
 
-def test_a_stopped_retry_keeps_all_failed_rows_in_the_manifest():
+def test_stopped_retry_keeps_the_failed_rows_file():
     unlucky = SandboxSettings(mean=0.5, long_edge=16, fail_rate=0.45)
 
-    async def main(world):
-        await in_process(world, None, manifest(LINES))
-        failed = read_all(world.url)[FAILED_ROWS]
+    async def main(env):
+        await in_process(env, None, manifest(LINES))
+        failed = read_all(env.url)[FAILED_ROWS]
         rows = [line for line in LINES if line[0] in ids_in(failed)]
         assert len(rows) > 1
-        world.hook = on("submit", "no_balance")
-        await in_process(world, None, manifest(rows), retry=True)
-        assert read_all(world.url)[FAILED_ROWS] == failed
+        env.hook = fault_on("submit", "no_balance")
+        await in_process(env, None, manifest(rows), retry=True)
+        assert read_all(env.url)[FAILED_ROWS] == failed
 
-    live(main, settings=unlucky)
+    run_simulation(main, settings=unlucky)
 
 
-def test_a_refused_row_costs_nothing_and_is_written_down():
+def test_refused_row_costs_nothing_and_is_reported():
     refused = RefusedRow("bad", 3, "no prompt", {"id": "bad"})
 
-    async def main(world):
-        summary = await in_process(world, None, [*manifest(LINES[:2]), refused])
-        assert (summary.stored, summary.failed, world.posts) == (2, 1, 2)
-        assert ids_in(read_all(world.url)[FAILED_ROWS]) == ["bad"]
-        await in_process(world, None, manifest(LINES[:2]))
-        assert FAILED_ROWS not in read_all(world.url)
+    async def main(env):
+        summary = await in_process(env, None, [*manifest(LINES[:2]), refused])
+        assert (summary.stored, summary.failed, env.posts) == (2, 1, 2)
+        assert ids_in(read_all(env.url)[FAILED_ROWS]) == ["bad"]
+        await in_process(env, None, manifest(LINES[:2]))
+        assert FAILED_ROWS not in read_all(env.url)
 
-    live(main)
+    run_simulation(main)
 
 
 @pytest.mark.parametrize("refusal", ["unauthorized", "no_balance"])
-def test_an_account_that_is_refused_leaves_the_rest_unsubmitted(refusal):
-    async def main(world):
-        stopped = await in_process(world, None, manifest(LINES))
+def test_refused_account_leaves_the_rest_unsubmitted(refusal):
+    async def main(env):
+        stopped = await in_process(env, None, manifest(LINES))
         assert isinstance(stopped, BatchStoppedError)
-        assert world.posts == 3
-        assert world.numbers["submit"] <= 3 + 3
-        world.hook = None
-        found = await everything_kept(world, LINES, complete=False)
+        assert env.posts == 3
+        assert env.numbers["submit"] <= 3 + 3
+        env.hook = None
+        found = await check_invariants(env, LINES, complete=False)
         assert found.stored == 3
-        assert (await in_process(world, None, manifest(LINES))).stored == 10
-        assert world.posts == 10
+        assert (await in_process(env, None, manifest(LINES))).stored == 10
+        assert env.posts == 10
 
     def hook(kind, _request, number):
         return refusal if kind == "submit" and number > 3 else None
 
-    live(main, hook=hook)
+    run_simulation(main, hook=hook)
 
 
-def test_a_batch_of_which_nearly_all_fails_is_stopped():
+def test_batch_stops_when_nearly_all_rows_fail():
     lines = [(f"r{n}", f"nsfw {n}") for n in range(200)]
 
-    async def main(world):
-        stopped = await in_process(world, None, manifest(lines))
+    async def main(env):
+        stopped = await in_process(env, None, manifest(lines))
         assert isinstance(stopped, BatchStoppedError)
-        assert 20 <= world.posts < 45
-        await everything_kept(world, lines, complete=False)
+        assert 20 <= env.posts < 45
+        await check_invariants(env, lines, complete=False)
 
-    live(main)
+    run_simulation(main)
 
 
-def test_an_old_failure_for_want_of_credit_does_not_stop_the_next_run():
-    async def main(world):
+def test_old_stop_code_does_not_stop_the_next_run():
+    async def main(env):
         policy = FailurePolicy(stop=["CONTENT_VIOLATION"], never=[])
         lines = [("a", "nsfw"), *LINES]
-        first = await in_process(world, None, manifest(lines), policy=policy)
+        first = await in_process(env, None, manifest(lines), policy=policy)
         assert isinstance(first, BatchStoppedError)
-        second = await in_process(world, None, manifest(lines), policy=policy)
+        second = await in_process(env, None, manifest(lines), policy=policy)
         assert (second.stored, second.failed) == (10, 1)
 
-    live(main)
+    run_simulation(main)

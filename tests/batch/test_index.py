@@ -1,4 +1,4 @@
-"""What earlier runs have stored is found by key, whole, without being held in memory."""
+"""The index of stored rows finds whole records by row key."""
 
 import pytest
 
@@ -26,20 +26,20 @@ def finished(number, state="stored"):
     return FinishedRow(key=key, row_id="a", attempt=1, spent=0.03, failures=0, ended=ended)
 
 
-async def test_the_whole_record_of_a_stored_row_is_found_and_no_other():
+async def test_stored_rows_finds_only_stored_records():
     store = RecordStore("memory://stored-rows")
     rows = [finished(number, "failed" if number % 7 == 3 else "stored") for number in range(2_500)]
     lines = "".join(f"{row.model_dump_json()}\n" for row in rows)
     await store.replace("waves/one.jsonl", lines.encode())
     with StoredRows() as stored:
-        assert await stored.of([rows[0].key]) == {}
+        assert await stored.find([rows[0].key]) == {}
         await stored.read(store)
         wanted = [row.key for row in rows[:20]] + [rows[-1].key, "f" * 32]
-        found = await stored.of(wanted)
+        found = await stored.find(wanted)
     assert found == {row.key: row for row in [*rows[:20], rows[-1]] if row.ended.state == "stored"}
 
 
-async def test_a_record_from_before_times_were_kept_reads_as_one_without():
+async def test_old_record_without_times_is_read():
     record = (
         '{"state": "stored", "task_id": "t", "files": ["a.jpg"], "at": "2026-01-01T00:00:00Z"}'
     )

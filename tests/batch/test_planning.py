@@ -1,4 +1,4 @@
-"""The plan says before the first cent what a run would do, and the run then does just that."""
+"""The plan says what a run would do and pay."""
 
 import asyncio
 
@@ -23,7 +23,7 @@ def manifest(*prompts, mode="pro"):
     return Manifest([{"id": n, "prompt": p, "mode": mode} for n, p in enumerate(prompts)])
 
 
-def test_equal_rows_are_paid_once_and_priced_by_mode():
+def test_plan_counts_equal_rows_once_and_prices_by_mode():
     plan = build_plan(
         Manifest(
             [
@@ -36,55 +36,59 @@ def test_equal_rows_are_paid_once_and_priced_by_mode():
     )
     assert (plan.rows, plan.refused, plan.equal, plan.to_pay) == (4, 1, 1, 2)
     assert plan.price == pytest.approx(0.09)
-    told = str(plan)
+    text = str(plan)
     for word in ("4  rows", "1  invalid", "1  equal", "2  to be paid", "$0.09  price"):
-        assert word in told
+        assert word in text
 
 
-def test_the_time_is_that_of_the_accounts_limits():
+def test_plan_estimates_time_by_the_accounts_limits():
     plan = build_plan(manifest(*map(str, range(1_000))))
     # 1,000 tasks of 30 s are 33.3 a second; at six requests each, 10,000 a minute are 27.8.
     assert plan.seconds == pytest.approx(1_000 / (10_000 / 60 / 6) + 30)
     assert build_plan(Manifest([{"id": "x", "prompt": "y"}])).seconds == pytest.approx(30, abs=1)
 
 
-def test_every_refused_row_is_told_as_it_is_found():
-    told = []
-    plan = build_plan(manifest("x", "", "y", ""), tell=told.append)
-    assert [row.line for row in told] == [row.line for row in plan.problems] == [2, 4]
+def test_plan_reports_every_refused_row():
+    reported = []
+    plan = build_plan(manifest("x", "", "y", ""), tell=reported.append)
+    assert [row.line for row in reported] == [row.line for row in plan.problems] == [2, 4]
     with pytest.raises(ManifestError, match=r"2 of 4 rows .*line 2: .*; line 4: "):
         plan.check(skip_invalid=False)
     plan.check(skip_invalid=True)
 
 
-def test_a_long_list_of_refused_rows_is_told_in_part_and_counted():
-    with pytest.raises(ManifestError, match=r"and 10 more\. Mend them\.$"):
+def test_check_shortens_a_long_list_of_refused_rows():
+    with pytest.raises(ManifestError, match=r"and 10 more\. Fix them\.$"):
         build_plan(manifest(*[""] * 30)).check(skip_invalid=True)
 
 
-def test_the_digest_names_what_is_to_be_paid_and_at_what_price():
+def test_digest_depends_on_rows_and_prices():
     digest = build_plan(manifest("a", "b")).digest
     assert build_plan(manifest("a", "b")).digest == digest
     for other in (manifest("a"), manifest("a", "c"), manifest("a", "b", mode="max")):
         assert build_plan(other).digest != digest
 
 
-def test_a_finished_batch_has_nothing_to_pay_and_failures_are_left_unless_retried(tmp_path):
+def test_plan_of_a_finished_batch_has_nothing_to_pay(tmp_path):
     rows = manifest("a", "b", "nsfw")
     with running_sandbox(SandboxSettings(mean=0.05, long_edge=16, api_key=KEY)) as sandbox:
         asyncio.run(run(sandbox, rows, tmp_path))
     store = open_ledger_store(OutputFolder(str(tmp_path)))
     plan = build_plan(manifest("a", "b", "nsfw", "new"), store, budget_usd=0.10)
-    assert plan.standings == {PlannedAction.STORED: 2, PlannedAction.LEFT: 1, PlannedAction.PAY: 1}
+    assert plan.standings == {
+        PlannedAction.STORED: 2,
+        PlannedAction.FAILED: 1,
+        PlannedAction.PAY: 1,
+    }
     assert plan.spent == pytest.approx(0.09)
-    assert "$0.10  budget for all runs: it ends before the rows do" in str(plan)
-    # Against the content rules, so not even when it is asked for.
+    assert "$0.10  budget for all runs: not enough for all rows" in str(plan)
+    # A content violation is not paid for again, even when a retry is asked for.
     assert build_plan(rows, store, retry_failed=True).to_pay == 0
     summary = plan.summary("out")
     assert (summary.rows, summary.stored, summary.failed, summary.not_submitted) == (4, 2, 1, 1)
 
 
-def test_rows_of_unfinished_waves_stand_where_their_records_say(tmp_path):
+def test_plan_reads_rows_of_unfinished_waves(tmp_path):
     store = RecordStore(str(tmp_path))
     prompts = ("dead", "living", "accepted", "rejected", "new")
 
@@ -113,14 +117,14 @@ def test_rows_of_unfinished_waves_stand_where_their_records_say(tmp_path):
     plan, resubmitting = asyncio.run(records())
     assert plan.standings == {
         PlannedAction.UNKNOWN: 1,
-        PlannedAction.OUTSTANDING_STATES: 2,
+        PlannedAction.OUTSTANDING: 2,
         PlannedAction.PAY: 2,
     }
     assert plan.spent == pytest.approx(0.09)
-    assert resubmitting.standings == {PlannedAction.OUTSTANDING_STATES: 2, PlannedAction.PAY: 3}
+    assert resubmitting.standings == {PlannedAction.OUTSTANDING: 2, PlannedAction.PAY: 3}
 
 
-def test_what_a_person_was_not_asked_for_is_capped():
+def test_capped_limits_the_budget_to_the_plan():
     plan = build_plan(manifest("a", "b"), budget_usd=5.0)
     options = plan_options(budget_usd=5.0)
     assert plan.capped(options, 0.01).budget_usd == pytest.approx(0.06)

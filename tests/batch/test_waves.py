@@ -1,4 +1,4 @@
-"""Waves overlap, and none of them waits for another's last row."""
+"""Waves overlap, and none waits for another's last row."""
 
 import asyncio
 from types import SimpleNamespace
@@ -21,12 +21,12 @@ def make_session():
 
 
 async def run(rows, run_row, *, slots):
-    """Run rows as waves; returns the most that were under way at once."""
+    """Run rows as waves; return the most that were in progress at a time."""
     under_way, most = 0, 0
 
     async def one(wave, row):
         await run_row(row)
-        wave._row_ended()
+        wave._release_row()
 
     async def run_wave(wave):
         nonlocal under_way, most
@@ -41,7 +41,7 @@ async def run(rows, run_row, *, slots):
     return most
 
 
-async def test_a_straggler_in_each_wave_keeps_no_other_row_waiting():
+async def test_slow_rows_delay_no_other_wave():
     loop, rows = asyncio.get_running_loop(), 12 * WAVE_ROWS
     slots, ended, began = asyncio.Semaphore(WAVE_ROWS), [], loop.time()
 
@@ -57,12 +57,12 @@ async def test_a_straggler_in_each_wave_keeps_no_other_row_waiting():
     assert max(ended) == pytest.approx(12 * 10, rel=0.05)
 
 
-async def test_few_more_rows_are_under_way_than_there_are_slots():
+async def test_rows_in_progress_are_bounded_by_slots():
     most = await run(20 * WAVE_ROWS, lambda _row: asyncio.sleep(10), slots=1_000)
     assert most == 2_000
 
 
-async def test_rows_of_a_wave_that_could_not_be_recorded_keep_no_room():
+async def test_failed_wave_releases_its_rows():
     waves = []
 
     async def run_wave(wave):
@@ -74,10 +74,10 @@ async def test_rows_of_a_wave_that_could_not_be_recorded_keep_no_room():
     assert {wave._open for wave in waves} == {0}
 
 
-async def test_a_wave_that_is_run_again_gives_its_room_back_once():
+async def test_repeated_wave_releases_its_rows_once():
     async def run_wave(wave):
         for _ in 2 * wave._rows:
-            wave._row_ended()
+            wave._release_row()
         return BatchSummary(rows=len(wave._rows))
 
     summary = await run_waves(make_session(), range(3 * WAVE_ROWS), run_wave, concurrent_tasks=1)

@@ -95,9 +95,9 @@ class CalledBatch:
 
     async def run(self, rows=20, *, only_collect=False, url=PUBLIC, resubmit=False, **decided):
         """One run of the batch, as a process would make it."""
-        governor = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=self.slots)
+        limiter = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=self.slots)
         client = FluxKontextClient(
-            KEY, base_url="http://sandbox.test", transport=self, governor=governor
+            KEY, base_url="http://sandbox.test", transport=self, limiter=limiter
         )
         cadence = PollingCadence(initial_delay=20, interval=3, timeout=900)
         options = RowOptions(cadence=cadence, resubmit_unknown=resubmit)

@@ -1,12 +1,12 @@
-"""Batches that are called back, while callbacks and submits go wrong and processes are killed."""
+"""Batches with callbacks, under faults of callbacks and submits, with killed processes."""
 
 import socket
 from contextlib import contextmanager
 
 from prefect_flux_kontext.sandbox.faults.registry import FAULTS
+from tests.chaos.fault_sets import ALL, STOPPING, plan_fault_shares
 from tests.chaos.processes import KEY
-from tests.chaos.trials import finish, tell
-from tests.chaos.troubles import ALL, STOPPING, shares
+from tests.chaos.trials import finish, print_now
 
 _LATE = 3
 _LOST_REPLIES = ("submit:lost-reply=0.02", "submit:trouble-after=0.02", "submit:unavailable=0.01")
@@ -19,7 +19,7 @@ _CALLED = {
 
 @contextmanager
 def held_port():
-    """A port that nobody else is given, also while nobody listens on it."""
+    """Reserve a port, also while no process listens on it, and yield its number."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
@@ -43,11 +43,11 @@ class Receiver:
 
 
 @contextmanager
-def called_batch(place, rows):
-    """A batch and the receiver of its callbacks."""
+def called_batch(factory, rows):
+    """Yield a batch and the running receiver of its callbacks."""
     with held_port() as port:
         url = f"http://127.0.0.1:{port}/hooks"
-        batch = place.batch(rows, **_CALLED, FLUX_KONTEXT_CALLBACK_URL=url)
+        batch = factory.create_batch(rows, **_CALLED, FLUX_KONTEXT_CALLBACK_URL=url)
         receiver = Receiver(batch, port)
         try:
             yield batch, receiver
@@ -55,30 +55,30 @@ def called_batch(place, rows):
             receiver.kill()
 
 
-def each_callback_fault(place, line, dice, scale, *, rows=500):
-    """A batch under each fault of callbacks alone, killed once, while some replies are lost."""
+def each_callback_fault(factory, line, rng, scale, *, rows=500):
+    """Run a batch under each fault of callbacks, kill it once, and lose some replies."""
     for name in FAULTS["callback"]:
         fault = f"callback:{name}"
-        with called_batch(place, round(rows * scale)) as (batch, _):
-            place.weather(dice, [f"{fault}=0.5", *_LOST_REPLIES], late=_LATE)
-            batch.run_and_kill(dice.uniform(0.3, 6))
-            befallen = place.service.weather.befallen
+        with called_batch(factory, round(rows * scale)) as (batch, _):
+            factory.inject_faults(rng, [f"{fault}=0.5", *_LOST_REPLIES], late=_LATE)
+            batch.run_and_kill(rng.uniform(0.3, 6))
+            occurrences = factory.service.weather.befallen
             finish(line, batch, 1)
-        tell(f"    {fault} befell {befallen[fault]}; so far {line}")
+        print_now(f"    {fault} occurred {occurrences[fault]} times; so far {line}")
 
 
-def all_callback_faults(place, line, dice, scale, *, batches=4, rows=500, kills=8):
-    """Batches under all faults of everything at once; runs and receivers are killed at random."""
-    faults = shares([fault for fault in ALL if fault not in STOPPING], 0.004)
+def all_callback_faults(factory, line, rng, scale, *, batches=4, rows=500, kills=8):
+    """Run batches under all faults at a time; kill runs and receivers at random."""
+    faults = plan_fault_shares([fault for fault in ALL if fault not in STOPPING], 0.004)
     faults += [f"callback:{name}=0.1" for name in FAULTS["callback"]]
     for number in range(batches):
-        with called_batch(place, round(rows * scale)) as (batch, receiver):
-            place.weather(dice, faults, late=_LATE)
+        with called_batch(factory, round(rows * scale)) as (batch, receiver):
+            factory.inject_faults(rng, faults, late=_LATE)
             for _ in range(kills):
-                batch.run_and_kill(dice.uniform(0.3, 3))
-                if dice.random() < 0.5:
+                batch.run_and_kill(rng.uniform(0.3, 3))
+                if rng.random() < 0.5:
                     receiver.kill()
                     batch.kills += 1
                     receiver.start()
             finish(line, batch, kills)
-        tell(f"    batch {number + 1}: {batch.kills} kills; so far {line}")
+        print_now(f"    batch {number + 1}: {batch.kills} kills; so far {line}")

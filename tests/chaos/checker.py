@@ -1,7 +1,7 @@
-"""Whether a batch kept its promise, from three sources that know nothing of one another.
+"""Invariants of a batch, checked from three independent sources and its reports.
 
-The service's own list of accepted tasks, the ledger read as plain JSON files, and the images; and
-the result manifest beside them. Nothing in here imports the ledger or the batch.
+The sources are the service's own list of accepted tasks, the ledger read as plain JSON files, and
+the images. Nothing in here imports the ledger or the batch.
 """
 
 import csv
@@ -15,7 +15,7 @@ import fsspec
 from PIL import Image
 
 from tests.chaos.plain_ledger import PlainLedger
-from tests.chaos.told import check_results
+from tests.chaos.report_checks import check_results
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Findings:
     keys: Counter = field(default_factory=Counter)
 
     def __str__(self):
-        return "; ".join(self.problems) or "kept"
+        return "; ".join(self.problems) or "no problems"
 
 
 def read_all(url):
-    """Every file below an output, by its name there."""
+    """Read every file below an output; return the contents by name."""
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     fs.invalidate_cache()
     root = root.rstrip("/")
@@ -54,10 +54,10 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
         rows: The manifest: (id, prompt), where equal prompts are equal rows.
         records: The service's accepted tasks.
         output: URL of the output.
-        origin: Gives the bytes that the service serves for a task id; None does not look.
-        canary: A key that must be in no file.
+        origin: Returns the bytes that the service serves for a task id; None skips that check.
+        canary: An API key that no file may contain.
         killed: Whether hidden helper files may be left, as `kill -9` leaves them.
-        complete: Whether nothing may be outstanding or unsubmitted any more.
+        complete: Whether no row may be outstanding or unsubmitted.
     """
     found = Findings(rows=len(rows))
     files = read_all(output)
@@ -77,7 +77,7 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
     for prompt, accepted in tasks.items():
         if prompt not in by_prompt:
             found.lost += len(accepted)
-            found.problems.append(f"{prompt!r} is paid for and in no record")
+            found.problems.append(f"{prompt!r} is paid for but in no record")
     for prompt, key in by_prompt.items():
         _check_money(found, ledger, key, tasks[prompt])
         _check_named(found, ledger, key, tasks[prompt])
@@ -87,7 +87,7 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
     expected = {"failed.csv", "results.jsonl", "results.parquet", "gallery.html"}
     for row_id, prompt in rows:
         key = by_prompt.get(prompt)
-        # The second where the first is another row's, from a manifest with the same ids.
+        # The second name is used if a row of another manifest has the same id.
         names = [
             f"{name}.{kind}"
             for name in (row_id, f"{row_id}~{str(key)[:8]}")
@@ -106,13 +106,13 @@ def check(rows, records, output, origin=None, *, canary=None, killed=True, compl
 def _check_files(found, files, expected, canary, killed):
     for name, data in files.items():
         if canary and canary.encode() in data:
-            found.problems.append(f"the key is in {name}")
+            found.problems.append(f"the API key is in {name}")
         if name.endswith(".part") or ".probe-" in name:
             found.left_behind += 1
             if not killed:
-                found.problems.append(f"a helper's file is left: {name}")
+                found.problems.append(f"a temporary file is left: {name}")
         elif not name.startswith(("_ledger/", "_results/", "_gallery/")) and name not in expected:
-            found.problems.append(f"nobody asked for {name}")
+            found.problems.append(f"{name} is unexpected")
 
 
 def _check_money(found, ledger, key, tasks):
@@ -122,7 +122,7 @@ def _check_money(found, ledger, key, tasks):
     doubtful = sum(a.posted is None and a.ended is None for a in attempts)
     failed = sum(a.ended is not None and a.ended["state"] == "failed" for a in attempts)
     unaccounted = [task for task in tasks if task["taskId"] not in ours]
-    # A record of what was accepted may be lost to an outage when its image is stored.
+    # An outage may prevent the record of an accepted task whose image is then stored.
     ended = {a.ended["task_id"] for a in attempts if a.ended}
     unaccounted = [task for task in unaccounted if task["taskId"] not in ended]
     found.paid += sum(Decimal(task["price"]) for task in tasks)
@@ -139,29 +139,31 @@ def _check_money(found, ledger, key, tasks):
         found.problems.append(f"{key} is paid for {len(tasks)} times")
     if len(unaccounted) > given_up + doubtful:
         found.lost += len(unaccounted) - given_up - doubtful
-        found.problems.append(f"{key}: the ledger knows nothing of {unaccounted}")
+        found.problems.append(f"{key}: the ledger does not know {unaccounted}")
     for attempt in attempts[:-1]:
         if attempt.posted is None and attempt.ended is None:
-            found.problems.append(f"{key} was paid for again while an attempt was in doubt")
+            found.problems.append(f"{key} was paid for again while an attempt was unknown")
     if invented := ours - {task["taskId"] for task in tasks}:
-        found.problems.append(f"{key}: the service knows nothing of {invented}")
+        found.problems.append(f"{key}: the service does not know {invented}")
 
 
 def _check_named(found, ledger, key, tasks):
-    """What is owed is named in an unfinished wave, what has ended in a wave or a part."""
+    """Check that unfinished rows are in an open wave, and ended ones in a wave or wave file."""
     last = ledger.attempts[key][-1]
-    part = ledger.run_partitions.get(key)
-    if key in ledger.in_markers:
+    line = ledger.in_wave_files.get(key)
+    if key in ledger.in_open_waves:
         return
     if last.ended is None and (last.posted is None or last.posted["state"] == "accepted"):
         found.lost += bool(tasks)
-        found.problems.append(f"{key} is owed something, and no unfinished wave names it")
-    if last.ended is not None and (part is None or part["ended"]["state"] != last.ended["state"]):
-        found.problems.append(f"{key} has ended, and neither wave nor part says so")
-    if part is not None and last.ended is not None:
+        found.problems.append(f"{key} is outstanding, and no unfinished wave names it")
+    if last.ended is not None and (line is None or line["ended"]["state"] != last.ended["state"]):
+        found.problems.append(f"{key} has ended, but neither an open wave nor a wave file has it")
+    if line is not None and last.ended is not None:
         paid = sum(a.price for a in ledger.attempts[key] if a.accepted)
-        if abs(part["spent"] - float(paid)) > 1e-9:
-            found.problems.append(f"{key}: its part says ${part['spent']}, its records ${paid}")
+        if abs(line["spent"] - float(paid)) > 1e-9:
+            found.problems.append(
+                f"{key}: its wave file says ${line['spent']}, its records ${paid}"
+            )
 
 
 def _check_row(found, attempts, images, row_id, complete):
@@ -176,7 +178,7 @@ def _check_row(found, attempts, images, row_id, complete):
         sha256 = last.ended["images"][0]["sha256"]
         if complete and sha256 not in map(_sha256, images):
             found.missing += 1
-            found.problems.append(f"row {row_id} is stored and has not got its image")
+            found.problems.append(f"row {row_id} is stored but has no image")
     elif last.ended is not None or (last.posted and last.posted["state"] == "rejected"):
         found.failed += 1
         if not (last.ended or last.posted).get("reason"):
@@ -185,7 +187,7 @@ def _check_row(found, attempts, images, row_id, complete):
         found.unknown += 1
     elif complete:
         found.missing += 1
-        found.problems.append(f"row {row_id} is paid for and was not collected")
+        found.problems.append(f"row {row_id} is paid for but not collected")
 
 
 def _check_images(found, key, attempt, files, origin):
@@ -201,7 +203,7 @@ def _check_images(found, key, attempt, files, origin):
         if (_sha256(data), len(data)) != (image["sha256"], image["size"]):
             found.lost += 1
             found.problems.append(f"{key}: {name} is not what was stored")
-        # The stored image is marked as made by AI, which is no matter of pixels.
+        # The stored image has an AI mark in its metadata, so only pixels are compared.
         if origin is not None and pixels != _pixels(
             origin(attempt.ended["task_id"], image["format"])
         ):
@@ -210,7 +212,7 @@ def _check_images(found, key, attempt, files, origin):
 
 
 def ids_in(failed_csv):
-    """The ids of a `failed.csv`."""
+    """Return the ids in a `failed.csv`."""
     return [line["id"] for line in csv.DictReader(io.StringIO(failed_csv.decode()))]
 
 

@@ -1,4 +1,4 @@
-"""A batch's process: the command line as it is, with a bomb inside where one is wanted."""
+"""A batch's process: the command line, which can kill itself at a given call."""
 
 import itertools
 import json
@@ -9,10 +9,11 @@ import sys
 import time
 from datetime import datetime, timedelta
 
-_LOOKS_BEFORE_IT_JUMPS = 200
+_READS_BEFORE_JUMP = 200
+"""Reads of the clock before it jumps."""
 
 
-def _explode(when, number, at):
+def _kill_at_call(when, number, at):
     """Wrap an async function so that the process kills itself at its n-th call."""
     calls = [0]
 
@@ -51,13 +52,13 @@ def _place(point):
 
 
 def _set_clock(first, then):
-    """Let the process's clock be so many seconds off, and as many others once it was looked at."""
+    """Set the process's clock off by `first` seconds, and after some reads by `then` seconds."""
     from prefect_flux_kontext import models  # noqa: PLC0415
 
-    right_time, looks = time.time, itertools.count()
+    real_time, reads = time.time, itertools.count()
 
     def off():
-        return first if next(looks) < _LOOKS_BEFORE_IT_JUMPS else then
+        return first if next(reads) < _READS_BEFORE_JUMP else then
 
     class Skewed(datetime):
         @classmethod
@@ -65,18 +66,18 @@ def _set_clock(first, then):
             return datetime.now(tz) + timedelta(seconds=off())
 
     models.datetime = Skewed
-    time.time = lambda: right_time() + off()
+    time.time = lambda: real_time() + off()
 
 
-def main(arguments, environment, log, bomb=None, file_limit=None, clock=None):
-    """Run the command line and leave with its exit status.
+def main(arguments, environment, log, kill_point=None, file_limit=None, clock=None):
+    """Run the command line and exit with its status.
 
     Args:
         arguments: Of the command line.
         environment: Variables to set.
-        log: File for what it prints.
-        bomb: What to die at: (point, "before" or "after", n-th call).
-        file_limit: Bytes that no file may pass, as on a full disk.
+        log: File for its output.
+        kill_point: Where the process kills itself: (point, "before" or "after", n-th call).
+        file_limit: Size in bytes that no file may exceed, as on a full disk.
         clock: Seconds by which the process's clock is off at first, and later.
     """
     os.environ.update(environment)
@@ -98,13 +99,13 @@ def main(arguments, environment, log, bomb=None, file_limit=None, clock=None):
     from prefect_flux_kontext.ledger import store  # noqa: PLC0415
     from prefect_flux_kontext.storage import filesystem as storage  # noqa: PLC0415
 
-    # Trouble is made often here, so patience is short.
-    patient = store.jittered_backoff
+    # Faults are frequent here, so retries wait only briefly.
+    backoff = store.jittered_backoff
     for module in (store, storage, client, downloads):
-        module.jittered_backoff = lambda attempt, **how: patient(attempt, **how) / 20
-    if bomb is not None:
-        point, when, number = bomb
-        _explode(when, number, _place(point))
+        module.jittered_backoff = lambda attempt, **how: backoff(attempt, **how) / 20
+    if kill_point is not None:
+        point, when, number = kill_point
+        _kill_at_call(when, number, _place(point))
     if clock is not None:
         _set_clock(*clock)
     status = command_line(arguments)

@@ -1,6 +1,6 @@
-"""Batches whose processes see wrong clocks, which jump, beside a service whose clock is wrong."""
+"""Batches whose processes have wrong, jumping clocks, and a service whose clock is wrong."""
 
-from tests.chaos.trials import finish, tell
+from tests.chaos.trials import finish, print_now
 
 _DAY, _HOUR = 86_400, 3_600
 _CLOCKS = (
@@ -9,7 +9,7 @@ _CLOCKS = (
     (_HOUR, -_HOUR),
     (-_DAY, _HOUR),
 )
-_WEATHER = (
+_FAULTS = (
     "status:skewed-clock=0.5",
     "submit:lost-reply=0.01",
     "submit:unavailable=0.01",
@@ -18,12 +18,12 @@ _WEATHER = (
 )
 
 
-def wrong_clocks(place, line, dice, scale, *, rows=500):
-    """Each run sees another clock, by up to a day, and is killed or ends; the last sees none."""
+def wrong_clocks(factory, line, rng, scale, *, rows=500):
+    """Run with clocks off by up to a day, and kill or end each run; the last clock is right."""
     for clock in _CLOCKS:
-        place.weather(dice, _WEATHER)
-        batch = place.batch(round(rows * scale))
-        for other in dice.sample(_CLOCKS, 3):
-            batch.run_and_kill(dice.uniform(0.3, 3), clock=other)
+        factory.inject_faults(rng, _FAULTS)
+        batch = factory.create_batch(round(rows * scale))
+        for other in rng.sample(_CLOCKS, 3):
+            batch.run_and_kill(rng.uniform(0.3, 3), clock=other)
         finish(line, batch, 3, clock=clock)
-        tell(f"    a clock off by {clock[0]:+} s, then {clock[1]:+} s; so far {line}")
+        print_now(f"    a clock off by {clock[0]:+} s, then {clock[1]:+} s; so far {line}")

@@ -1,7 +1,7 @@
-"""The promise at large: hundreds of kills, thousands of rows, thousands of simulated seeds.
+"""The large chaos run: hundreds of kills, thousands of rows, thousands of simulated seeds.
 
 `make chaos` runs all of it, prints one line for each scenario and writes the table of
-docs/reliability.md; the exit status is 1 where the promise was broken.
+docs/reliability.md. The exit status is 1 if an invariant was violated.
 `python -m tests.chaos.large --scale 0.1 random-local` runs a tenth of one scenario and writes
 nothing.
 """
@@ -21,40 +21,40 @@ import traceback
 from pathlib import Path
 
 from prefect_flux_kontext.sandbox.server import running_sandbox
+from tests.chaos.random_batch import run_random_batch
 from tests.chaos.scenarios import SCENARIOS, SERVICE
-from tests.chaos.story import story
-from tests.chaos.table import SIMULATED, as_table, write_table
-from tests.chaos.trials import Line, Place, tell
+from tests.chaos.table import SIMULATED, format_table, write_table
+from tests.chaos.trials import BatchFactory, Totals, print_now
 from tests.support.s3 import s3_server
 
 
-def _story(seed):
+def _run_seed(seed):
     logging.disable(logging.CRITICAL)
     try:
-        found, kills, _ = story(seed)
-    except Exception as error:  # noqa: BLE001 - the seed is what counts
+        found, kills, _ = run_random_batch(seed)
+    except Exception as error:  # noqa: BLE001 - the seed is reported
         return seed, None, 0, f"{type(error).__name__}: {error}"
     return seed, found, kills, "" if not found.problems else str(found)
 
 
 @contextlib.contextmanager
 def simulating(scale):
-    """Whole batches on virtual time, in a process beside; yields what makes a line of them."""
+    """Simulate batches in another process; yield the function that adds up their findings."""
     seeds = range(1_000_000, 1_000_000 + round(10_000 * scale))
     with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=100) as pool:
-        stories = pool.imap_unordered(_story, seeds, chunksize=10)
+        outcomes = pool.imap_unordered(_run_seed, seeds, chunksize=10)
 
         def simulation(line):
-            for seed, found, kills, problem in stories:
+            for seed, found, kills, problem in outcomes:
                 if found is not None:
                     line.add(found, kills)
                 else:
                     line.problems += 1
                 line.runs += 1
                 if problem:
-                    tell(f"     seed {seed}: {problem}")
+                    print_now(f"     seed {seed}: {problem}")
                 if line.runs % 500 == 0:
-                    tell(f"    {line}")
+                    print_now(f"    {line}")
 
         yield simulation
 
@@ -63,8 +63,8 @@ SIMULATION = f"{SIMULATED} on virtual time, a seed each run"
 
 
 @contextlib.contextmanager
-def places():
-    """Yields what makes a place for a scenario of that name; some are on S3."""
+def batch_factories():
+    """Yield a context manager that makes the batch factory of a scenario; some use S3."""
     with tempfile.TemporaryDirectory() as folder, s3_server() as (bucket, client):
         access = {
             "FSSPEC_S3_ENDPOINT_URL": client.meta.endpoint_url,
@@ -74,39 +74,39 @@ def places():
         numbers = itertools.count()
 
         @contextlib.contextmanager
-        def place(name):
+        def factory(name):
             with running_sandbox(SERVICE) as service:
                 where = (bucket, access) if "S3" in name else ()
                 here = Path(folder) / f"{next(numbers)}"
-                yield Place(here, service, *where)
+                yield BatchFactory(here, service, *where)
                 shutil.rmtree(here)
 
-        yield place
+        yield factory
 
 
 def run(names, scale, seed, table):
-    """Run scenarios, and put the line of each that came to its end into the table."""
+    """Run scenarios, and add the totals of each to the table."""
     began = time.monotonic()
     beside = simulating(scale) if SIMULATION in names else contextlib.nullcontext()
-    with places() as place, beside as simulation:
+    with batch_factories() as factory, beside as simulation:
         for name in names:
-            tell(f"{name} …")
-            line = Line()
+            print_now(f"{name} …")
+            line = Totals()
             try:
                 if name == SIMULATION:
                     simulation(line)
                 else:
-                    with place(name) as here:
+                    with factory(name) as here:
                         SCENARIOS[name](here, line, random.Random(f"{seed} {name}"), scale)
-            except Exception:  # noqa: BLE001 - the other scenarios are still to come
+            except Exception:  # noqa: BLE001 - the other scenarios still run
                 line.problems += 1
-                tell(traceback.format_exc())
+                print_now(traceback.format_exc())
             table[name] = line
-            tell(f"{name}: {line}; {time.monotonic() - began:.0f} s since the start")
+            print_now(f"{name}: {line}; {time.monotonic() - began:.0f} s since the start")
 
 
 def main():
-    """Run the scenarios whose names hold one of the words, or all."""
+    """Run the scenarios whose names contain one of the words, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", default=[""])
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size")
@@ -122,15 +122,15 @@ def main():
     began = time.monotonic()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # What is started in the background ignores Ctrl-C, and so would all that it starts.
+    # A background process and its children ignore Ctrl-C unless a handler is set.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(names, options.scale, options.seed, table)
     except KeyboardInterrupt:
-        tell("Interrupted: what had not ended counts for nothing.")
+        print_now("Interrupted: scenarios that had not ended are not counted.")
     minutes = (time.monotonic() - began) / 60
-    text = as_table(table, scale=options.scale, minutes=minutes, left=len(names) - len(table))
-    tell(text)
+    text = format_table(table, scale=options.scale, minutes=minutes, left=len(names) - len(table))
+    print_now(text)
     if options.write:
         write_table(text)
     return int(len(table) < len(names) or any(line.broken() for line in table.values()))

@@ -1,4 +1,4 @@
-"""The ledger read as plain JSON files, by nothing of the package."""
+"""The ledger read as plain JSON files, without code of the package."""
 
 import json
 from collections import defaultdict
@@ -14,12 +14,12 @@ class Attempt:
 
     @property
     def given_up(self):
-        """A person said that it may be paid for again."""
+        """Whether a user gave the attempt up, so that the row may be paid for again."""
         return self.posted is not None and self.posted["by"] == "person"
 
     @property
     def accepted(self):
-        """The ledger takes it for accepted."""
+        """Whether the ledger counts it as accepted."""
         return bool(self.ended) or (self.posted is not None and self.posted["state"] == "accepted")
 
     @property
@@ -28,7 +28,7 @@ class Attempt:
 
     @property
     def state(self):
-        """Where its row stands, in the words of the result manifest."""
+        """The state of its row, as the result manifest calls it."""
         if self.ended is not None:
             return self.ended["state"]
         if self.posted is None:
@@ -38,17 +38,17 @@ class Attempt:
 
 @dataclass
 class PlainLedger:
-    """The ledger's files, as anybody could read them."""
+    """The records of a ledger, by row key."""
 
     attempts: dict[str, list[Attempt]]
-    run_partitions: dict[str, dict]
-    in_markers: set[str]
+    in_wave_files: dict[str, dict]
+    in_open_waves: set[str]
     without_intent: list[str]
 
     @classmethod
     def read(cls, files):
         records = defaultdict(dict)
-        run_partitions, in_markers = {}, set()
+        in_wave_files, in_open_waves = {}, set()
         for name, data in files.items():
             folder, *rest = name.split("/")
             if folder == "rows":
@@ -56,10 +56,10 @@ class PlainLedger:
                 records[key].setdefault(int(number), {})[step] = json.loads(data)
             elif folder == "waves" and name.endswith(".jsonl"):
                 for line in map(json.loads, data.splitlines()):
-                    if line["attempt"] >= run_partitions.get(line["key"], line)["attempt"]:
-                        run_partitions[line["key"]] = line
+                    if line["attempt"] >= in_wave_files.get(line["key"], line)["attempt"]:
+                        in_wave_files[line["key"]] = line
             elif folder == "waves":
-                in_markers.update(json.loads(data)["keys"])
+                in_open_waves.update(json.loads(data)["keys"])
         attempts = {
             key: [Attempt(**by_number[n]) for n in sorted(by_number) if "intent" in by_number[n]]
             for key, by_number in records.items()
@@ -71,4 +71,4 @@ class PlainLedger:
             for n in records[key]
             if "intent" not in records[key][n]
         ]
-        return cls(attempts, run_partitions, in_markers, without_intent)
+        return cls(attempts, in_wave_files, in_open_waves, without_intent)

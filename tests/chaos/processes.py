@@ -1,4 +1,4 @@
-"""A batch in processes of its own, which can be killed, beside a sandbox that counts the money."""
+"""A batch in separate processes that can be killed, beside a sandbox that counts the money."""
 
 import contextlib
 import csv
@@ -17,9 +17,9 @@ from tests.chaos import child
 from tests.chaos.checker import check
 
 KEY = "canary-7f3a9c51e2d84b06"
-_LONGEST = 600
+_MAX_SECONDS = 600
 
-# Processes are forked from one that has imported all there is, so a start takes milliseconds.
+# Processes are forked from a server with all imports done, so a start takes milliseconds.
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(
     [
@@ -35,7 +35,7 @@ _fork.set_forkserver_preload(
 
 @dataclass
 class Ended:
-    """A process that is no more: its exit status (negative for a signal) and what it said."""
+    """An ended process: its exit status (negative for a signal) and its output."""
 
     status: int
     said: str
@@ -50,27 +50,27 @@ class Started:
         self.pid = process.pid
 
     def send(self, number):
-        """Send it a signal, if it is still there."""
+        """Send the process a signal, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def lives_for(self, seconds):
-        """Wait so long at most; whether it still lives."""
+        """Wait for at most so long; return whether the process still runs."""
         self._process.join(seconds)
         return self._process.is_alive()
 
     def end(self):
-        """Wait for its end."""
-        if self.lives_for(_LONGEST):
+        """Wait until the process has ended."""
+        if self.lives_for(_MAX_SECONDS):
             self._process.kill()
             self._process.join()
-            raise AssertionError(f"it hangs:\n{self.said()}")
+            raise AssertionError(f"the process hangs:\n{self.said()}")
         status = self._process.exitcode
         self._process.close()
         return Ended(status, self.said())
 
     def kill(self):
-        """`kill -9`."""
+        """Send `kill -9` and wait until the process has ended."""
         self.send(signal.SIGKILL)
         return self.end()
 
@@ -79,13 +79,13 @@ class Started:
 
 
 @contextlib.contextmanager
-def calm(service):
-    """Fine weather for a while, in which nothing is counted."""
-    weather = service.weather
-    plan, numbers = weather.plan, weather.numbers.copy()
-    weather.plan = FaultPlan()
+def without_faults(service):
+    """Switch faults off inside the block, in which no request is counted."""
+    faults = service.weather
+    plan, numbers = faults.plan, faults.numbers.copy()
+    faults.plan = FaultPlan()
     yield
-    weather.plan, weather.numbers = plan, numbers
+    faults.plan, faults.numbers = plan, numbers
 
 
 class Batch:
@@ -117,7 +117,7 @@ class Batch:
         }
 
     def write(self, lines, name="manifest.csv"):
-        """Write a manifest of (id, prompt); rows that were there before are still checked."""
+        """Write a manifest of (id, prompt); rows of earlier manifests are still checked."""
         path = self.folder / name
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
@@ -126,7 +126,7 @@ class Batch:
         self.lines = list(dict.fromkeys([*self.lines, *lines]))
         return path
 
-    def start(self, *command, bomb=None, file_limit=None, clock=None, **environment):
+    def start(self, *command, kill_point=None, file_limit=None, clock=None, **environment):
         self._logs += 1
         log = self.folder / f"log-{self._logs}.txt"
         process = _fork.Process(
@@ -135,7 +135,7 @@ class Batch:
                 list(map(str, command)),
                 self.environment | environment,
                 str(log),
-                bomb,
+                kill_point,
                 file_limit,
                 clock,
             ),
@@ -150,11 +150,11 @@ class Batch:
         return self.start_run(*options, **how).end()
 
     def command(self, name, *options, **how):
-        """`collect`, `status`, `resolve` or `retry-failed` on the output."""
+        """Run `collect`, `status`, `resolve` or `retry-failed` on the output."""
         return self.start(name, self.output, *options, **how).end()
 
     def run_and_kill(self, after, *options, **how):
-        """`kill -9` after so many seconds, unless it has ended before."""
+        """Start a run and send `kill -9` after some seconds, unless it has ended before."""
         running = self.start_run(*options, **how)
         if running.lives_for(after):
             self.kills += 1
@@ -176,19 +176,19 @@ class Batch:
         return [record for record in self.service.service.records() if record["prompt"] in prompts]
 
     def check(self, **how):
-        """The invariants, from the three sources."""
+        """Check the invariants of the batch."""
         records = self._records()
-        with calm(self.service), httpx.Client(trust_env=False, verify=False) as http:
+        with without_faults(self.service), httpx.Client(trust_env=False, verify=False) as http:
 
             def origin(task_id, kind):
-                # What came as another kind than asked is a JPEG where it has always been.
+                # A result of another format than requested is served as JPEG under its usual name.
                 ending = "png" if kind == "png" else "jpg"
                 return http.get(f"{self.service.url}/results/{task_id}/1.{ending}").content
 
             return check(self.lines, records, self.output, origin, canary=KEY, **how)
 
     def until(self, condition, running, seconds=30):
-        """Wait until something is so, looking at it all the time."""
+        """Wait until the condition is met, while the process runs."""
         end = time.monotonic() + seconds
         while not condition():
             assert running.lives_for(0.002), running.said()

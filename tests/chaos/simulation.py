@@ -1,7 +1,7 @@
-"""Whole batches in virtual time: a seed decides what fails, who dies and when.
+"""Whole batches on virtual time: a seed decides what fails, and which process dies when.
 
-Everything is real but the clock, the wire and the disk: the batch, the ledger and the sandbox
-share one event loop whose time jumps.
+Only the clock, the network and the disk are simulated. The batch, the ledger and the sandbox
+share one event loop, whose time jumps.
 """
 
 import asyncio
@@ -33,14 +33,14 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage import atomic
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.chaos.checker import check
-from tests.chaos.world import (
+from tests.chaos.environment import (
+    Environment,
     Faults,
     Process,
     SimLoop,
-    Wire,
-    World,
+    SimulatedTransport,
+    create_process_task,
     current_process,
-    task_of_a_process,
 )
 
 CANARY = "canary-7f3a9c51e2d84b06"
@@ -49,8 +49,8 @@ _trust = functools.cache(ssl.create_default_context)
 
 
 @contextlib.contextmanager
-def simulated(world):
-    """Put the world's clock, dice and processes where the package looks for them."""
+def simulated(env):
+    """Patch the package with the environment's random numbers, processes and transport."""
     patched = []
 
     def put(module, name, value):
@@ -58,22 +58,22 @@ def simulated(world):
         setattr(module, name, value)
 
     def hexes(number):
-        return f"{world.dice.getrandbits(8 * number):0{2 * number}x}"
+        return f"{env.rng.getrandbits(8 * number):0{2 * number}x}"
 
     chance = types.SimpleNamespace(token_hex=hexes, token_urlsafe=hexes)
     put(ssl, "create_default_context", _trust)  # it takes 90 ms, and nothing here speaks TLS
     for module in (owners, ledger_module, atomic):
         put(module, "secrets", chance)
     put(owners, "os", types.SimpleNamespace(getpid=lambda: current_process.get().number))
-    put(owners, "_process_started", world_started(world))
+    put(owners, "_read_process_start", make_process_start_reader(env))
     put(waves, "WAVE_ROWS", 4)
     put(
         session_module,
         "open_download_client",
-        lambda **_: httpx.AsyncClient(transport=Wire(world), timeout=30, verify=False),
+        lambda **_: httpx.AsyncClient(transport=SimulatedTransport(env), timeout=30, verify=False),
     )
     before = random.getstate()
-    random.seed(world.dice.random())
+    random.seed(env.rng.random())
     try:
         yield
     finally:
@@ -82,19 +82,19 @@ def simulated(world):
             setattr(module, name, value)
         fs = fsspec.filesystem("memory")
         with contextlib.suppress(FileNotFoundError):
-            fs.rm(world.url.removeprefix("memory:/"), recursive=True)
+            fs.rm(env.url.removeprefix("memory:/"), recursive=True)
 
 
-def world_started(world):
+def make_process_start_reader(env):
     def started(pid):
-        process = world.processes.get(pid)
+        process = env.processes.get(pid)
         return "running" if process is None or process.alive else None
 
     return started
 
 
 async def run(
-    world,
+    env,
     rows,
     *,
     only_collect=False,
@@ -104,10 +104,13 @@ async def run(
     deferred=False,
     slots=6,
 ):
-    """One run of the batch, in the process of the present context."""
-    governor = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=slots)
+    """Run the batch once, in the current process."""
+    limiter = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=slots)
     client = FluxKontextClient(
-        CANARY, base_url="http://sandbox.test", transport=Wire(world), governor=governor
+        CANARY,
+        base_url="http://sandbox.test",
+        transport=SimulatedTransport(env),
+        limiter=limiter,
     )
     options = RowOptions(
         cadence=PollingCadence(initial_delay=1, interval=1, timeout=600),
@@ -116,7 +119,7 @@ async def run(
         retry_failed=retry,
         deferred=deferred,
     )
-    async with open_session(client, OutputFolder(world.url), options, _SETTINGS) as session:
+    async with open_session(client, OutputFolder(env.url), options, _SETTINGS) as session:
         if only_collect:
             return await collect_outstanding(
                 session, lambda wave: wave.run(), concurrent_tasks=slots
@@ -124,18 +127,18 @@ async def run(
         return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
 
 
-async def in_process(world, lives, *args, stops=False, **how):
-    """Run in a process of its own, which is killed, or told to stop, after so many seconds.
+async def in_process(env, lives, *args, stops=False, **how):
+    """Run in a new process, which is killed or stopped after some seconds.
 
     Returns:
-        The summary, or what was raised, or None for one that was killed.
+        The summary, or the exception raised, or None if it was killed.
     """
-    process = Process(len(world.processes) + 1)
-    world.processes[process.number] = process
+    process = Process(len(env.processes) + 1)
+    env.processes[process.number] = process
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()
     context.run(current_process.set, process)
-    task = loop.create_task(run(world, *args, **how), context=context)
+    task = loop.create_task(run(env, *args, **how), context=context)
     done, _ = await asyncio.wait({task}, timeout=lives)
     if not done and stops:
         task.cancel()
@@ -152,27 +155,27 @@ async def in_process(world, lives, *args, stops=False, **how):
 
 
 def manifest(lines):
-    """Rows of (id, prompt)."""
+    """Make rows of (id, prompt)."""
     return [make_row(n, {"id": i, "prompt": p}) for n, (i, p) in enumerate(lines, start=2)]
 
 
 def simulate(main, seed, faults=None, settings=None, *, hook=None):
-    """Run `main(world)` on virtual time and return what it returns."""
+    """Run `main(env)` on virtual time and return what it returns."""
     settings = settings or SandboxSettings(mean=3, long_edge=16, seed=0)
-    world = World(seed, faults or Faults(), hook=hook)
+    env = Environment(seed, faults or Faults(), hook=hook)
     loop = SimLoop()
-    loop.set_task_factory(task_of_a_process)
-    SimLoop.world = world
-    with simulated(world), asyncio.Runner(loop_factory=lambda: loop) as runner:
-        world.sandbox = Sandbox(settings)
-        return runner.run(main(world))
+    loop.set_task_factory(create_process_task)
+    SimLoop.env = env
+    with simulated(env), asyncio.Runner(loop_factory=lambda: loop) as runner:
+        env.sandbox = Sandbox(settings)
+        return runner.run(main(env))
 
 
-async def served(world, task_ids):
-    """What the service serves for each task, asked outside of any process."""
+async def fetch_results(env, task_ids):
+    """Fetch the result of each task, outside of any process."""
     pictures = {}
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=world.sandbox.app), verify=False
+        transport=httpx.ASGITransport(app=env.sandbox.app), verify=False
     ) as http:
         for task_id in task_ids:
             for kind in ("jpg", "png"):
@@ -182,10 +185,10 @@ async def served(world, task_ids):
     return pictures
 
 
-async def checked(world, lines, **how):
-    """Check the invariants as the world stands."""
-    records = list(world.sandbox.service.records())
-    pictures = await served(world, [record["taskId"] for record in records])
+async def check_environment(env, lines, **how):
+    """Check the invariants in the environment's current state."""
+    records = list(env.sandbox.service.records())
+    pictures = await fetch_results(env, [record["taskId"] for record in records])
     return check(
-        lines, records, world.url, lambda task, _kind: pictures.get(task), canary=CANARY, **how
+        lines, records, env.url, lambda task, _kind: pictures.get(task), canary=CANARY, **how
     )

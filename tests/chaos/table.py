@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, which the run itself writes."""
+"""The table in docs/reliability.md, written by the large chaos run."""
 
 import os
 import platform
@@ -22,24 +22,27 @@ _COLUMNS = {
 }
 
 
-def as_table(lines, *, scale, minutes, left):
-    """The lines of a run by scenario, with their sum, as Markdown.
+def format_table(lines, *, scale, minutes, left):
+    """Format the totals of a run by scenario, with their sum, as Markdown.
 
     Args:
-        lines: Of the scenarios that came to their end.
+        lines: The totals of the finished scenarios.
         scale: Share of the full size.
         minutes: How long it took.
-        left: Scenarios that did not come to their end.
+        left: Number of unfinished scenarios.
     """
     real = [line for name, line in lines.items() if not name.startswith(SIMULATED)]
     sums = {column: sum(getattr(line, column) for line in real) for column in _COLUMNS}
     rows = [
         ["scenario", *_COLUMNS.values()],
         ["---"] * (len(_COLUMNS) + 1),
-        *([name, *(_shown(getattr(line, c)) for c in _COLUMNS)] for name, line in lines.items()),
+        *(
+            [name, *(_format_number(getattr(line, c)) for c in _COLUMNS)]
+            for name, line in lines.items()
+        ),
         [
             "**sum of what was not simulated**",
-            *(f"**{_shown(number)}**" for number in sums.values()),
+            *(f"**{_format_number(number)}**" for number in sums.values()),
         ],
     ]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -51,12 +54,12 @@ def as_table(lines, *, scale, minutes, left):
     return f"{text}\n\nOne run{size} of {minutes:.0f} minutes on {machine}{broken_off}."
 
 
-def _shown(number):
+def _format_number(number):
     return f"{number:,.2f}" if isinstance(number, Decimal) else f"{number:,}"
 
 
 def write_table(text):
-    """Put it between the page's marks."""
+    """Write the table between the marks in the page."""
     page = _PAGE.read_text()
     marks = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     assert marks.search(page), f"no marks in {_PAGE}"

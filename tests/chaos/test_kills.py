@@ -1,4 +1,4 @@
-"""`kill -9` wherever it hurts, then the same command again: nothing paid twice, nothing lost."""
+"""`kill -9` at any moment, then the same command again: nothing is paid twice or lost."""
 
 import random
 
@@ -37,24 +37,24 @@ def service():
         yield sandbox
 
 
-def assert_kept(batch):
+def assert_no_problems(batch):
     found = batch.check()
     assert not found.problems, found
     assert found.stored + found.failed + found.unknown == found.rows
     return found
 
 
-def test_a_batch_killed_at_random_moments_is_finished_by_the_same_command(service, tmp_path):
-    dice = random.Random(1)
+def test_batch_killed_at_random_is_finished_by_a_rerun(service, tmp_path):
+    rng = random.Random(1)
     service.weather.change(TROUBLE)
     batch = Batch(service, tmp_path)
     batch.write(lines(80))
     for _ in range(6):
-        batch.run_and_kill(dice.uniform(0.1, 0.6))
+        batch.run_and_kill(rng.uniform(0.1, 0.6))
     service.weather.change(FaultPlan())
     batch.run()
     assert batch.kills >= 3
-    found = assert_kept(batch)
+    found = assert_no_problems(batch)
     assert found.unknown <= 8 * batch.kills + 6
     before = batch.accepted
     batch.run()
@@ -77,38 +77,38 @@ POINTS = [
 
 
 @pytest.mark.timeout(400)  # 44 processes, one after the other
-def test_a_batch_killed_at_any_of_its_steps_is_finished_by_the_same_command(service, tmp_path):
-    for number, bomb in enumerate(POINTS):
-        folder = tmp_path / "-".join(map(str, bomb))
+def test_batch_killed_at_any_step_is_finished_by_a_rerun(service, tmp_path):
+    for number, kill_point in enumerate(POINTS):
+        folder = tmp_path / "-".join(map(str, kill_point))
         folder.mkdir()
         batch = Batch(service, folder, FLUX_KONTEXT_GALLERY_IMAGES="0")
         batch.write(lines(3, start=1000 * number))
-        batch.run(bomb=bomb)
+        batch.run(kill_point=kill_point)
         ended = batch.run()
         found = batch.check()
-        assert not found.problems, (bomb, found, ended.said)
+        assert not found.problems, (kill_point, found, ended.said)
         assert found.unknown <= 3
-        assert (ended.status == 0) == (found.unknown == 0), (bomb, ended)
+        assert (ended.status == 0) == (found.unknown == 0), (kill_point, ended)
 
 
-def test_two_runs_started_together_never_both_pay_for_a_row(service, tmp_path):
+def test_two_concurrent_runs_pay_each_row_once(service, tmp_path):
     batch = Batch(service, tmp_path)
     batch.write(lines(30))
     both = [batch.start_run() for _ in range(2)]
     assert [running.end().status for running in both] == [0, 0]
     assert batch.accepted == 30
-    assert assert_kept(batch).stored == 30
+    assert assert_no_problems(batch).stored == 30
 
 
-def test_five_runs_of_which_some_are_killed_never_pay_for_a_row_twice(service, tmp_path):
+def test_five_runs_with_kills_pay_each_row_once(service, tmp_path):
     batch = Batch(service, tmp_path)
     batch.write(lines(30))
-    dice = random.Random(5)
+    rng = random.Random(5)
     running = [batch.start_run() for _ in range(5)]
     for victim in running[:3]:
-        victim.lives_for(dice.uniform(0.05, 0.3))
+        victim.lives_for(rng.uniform(0.05, 0.3))
         victim.kill()
     for survivor in running[3:]:
         survivor.end()
     batch.run()
-    assert_kept(batch)
+    assert_no_problems(batch)

@@ -1,4 +1,4 @@
-"""Stopping, sleeping, refusing accounts and full disks, with real processes."""
+"""Signals, suspended processes, refused accounts and full disks, with real processes."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.processes import Batch
-from tests.chaos.test_kills import assert_kept, lines
+from tests.chaos.test_kills import assert_no_problems, lines
 from tests.support.s3 import s3_server
 
 QUICK = SandboxSettings(mean=0.3, long_edge=16)
@@ -26,9 +26,7 @@ def service():
 @pytest.mark.parametrize(
     ("number", "status", "accepted"), [(signal.SIGTERM, 143, 20), (signal.SIGINT, 130, 1)]
 )
-def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
-    service, tmp_path, number, status, accepted
-):
+def test_signal_bills_only_posts_in_flight(service, tmp_path, number, status, accepted):
     service.weather.change(FaultPlan(faults=["submit:slow"], slow=0.05))
     batch = Batch(service, tmp_path)
     batch.write(lines(50))
@@ -38,28 +36,26 @@ def test_a_told_stop_bills_only_posts_under_way_and_tells_what_is_owed(
     before = batch.accepted
     ended = running.end()
     assert ended.status == status, ended
-    # Of the eight POSTs at once some were already counted when the signal was sent.
+    # Of the eight POSTs in flight, some were counted before the signal was sent.
     assert batch.accepted - before <= 8
     found = batch.check(killed=False, complete=False)
     assert not found.problems, found
     assert found.unknown == 0
-    owed = batch.accepted - found.stored
-    assert owed > 0
-    told = re.search(r"(\d+) rows are paid for and not yet stored", ended.said)
-    # A row that was just being recorded as stored is told as owed.
-    assert owed <= int(told[1]) <= owed + 16, ended.said
+    outstanding = batch.accepted - found.stored
+    assert outstanding > 0
+    reported = re.search(r"(\d+) rows? (?:is|are) paid for and not yet stored", ended.said)
+    # A row that is being recorded as stored is reported as outstanding.
+    assert outstanding <= int(reported[1]) <= outstanding + 16, ended.said
     assert f"flux-kontext collect file://{batch.output}" in ended.said
     paid = batch.accepted
     collected = batch.command("collect")
     assert (collected.status, batch.accepted) == (0, paid), collected
     assert batch.run().status == 0
     assert batch.accepted == 50
-    assert assert_kept(batch).stored == 50
+    assert assert_no_problems(batch).stored == 50
 
 
-def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_nothing(
-    service, tmp_path
-):
+def test_resumed_process_pays_nothing_after_another_run(service, tmp_path):
     batch = Batch(service, tmp_path)
     batch.write(lines(20))
     sleeper = batch.start_run()
@@ -70,11 +66,11 @@ def test_a_sleeping_owner_that_wakes_after_another_run_has_finished_pays_for_not
     sleeper.send(signal.SIGCONT)
     assert [sleeper.end().status, other.end().status] == [0, 0]
     assert batch.accepted == 20
-    assert assert_kept(batch).stored == 20
+    assert assert_no_problems(batch).stored == 20
 
 
 @pytest.mark.parametrize("refusal", ["unauthorized", "no-balance"])
-def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, refusal):
+def test_refused_account_stops_the_batch(service, tmp_path, refusal):
     service.weather.change(FaultPlan(faults=[f"submit:{refusal}@20-"]))
     batch = Batch(service, tmp_path)
     batch.write(lines(60))
@@ -86,14 +82,14 @@ def test_an_account_that_is_refused_stops_the_batch_at_once(service, tmp_path, r
     service.weather.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 60
-    assert_kept(batch)
+    assert_no_problems(batch)
 
 
-def test_a_full_disk_pays_for_nothing_that_it_cannot_record(tmp_path):
+def test_full_disk_pays_for_nothing_unrecorded(tmp_path):
     with running_sandbox(SandboxSettings(mean=0.3, long_edge=256)) as service:
         batch = Batch(service, tmp_path)
         batch.write(lines(8))
-        full = batch.run(file_limit=120)  # enough for a sign of life, too little for an intent
+        full = batch.run(file_limit=120)  # enough for a heartbeat, too little for an intent
         assert batch.accepted == 0, full
         assert full.status != 0
         images = batch.run(file_limit=1_500)  # enough for records, too little for images
@@ -103,31 +99,31 @@ def test_a_full_disk_pays_for_nothing_that_it_cannot_record(tmp_path):
         assert not found.problems, found
         assert batch.run().status == 0
         assert batch.accepted == 8
-        assert assert_kept(batch).stored == 8
+        assert assert_no_problems(batch).stored == 8
 
 
 @pytest.mark.parametrize("output", ["relative", "with spaces/and more/", "ünïcode#?%20"])
-def test_an_output_may_be_named_in_any_way(service, tmp_path, output):
+def test_output_may_have_any_name(service, tmp_path, output):
     place = tmp_path / "place"
     place.mkdir()
     given = os.path.relpath(place / output) if output == "relative" else f"{place}/{output}"
     batch = Batch(service, tmp_path, output=given)
     batch.write(lines(6))
-    batch.run(bomb=("image", "before", 3))
+    batch.run(kill_point=("image", "before", 3))
     assert batch.run().status == 0
     batch.output = str(place / output)
     assert batch.accepted == 6
-    assert assert_kept(batch).stored == 6
+    assert assert_no_problems(batch).stored == 6
 
 
-def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path):
+def test_batch_killed_on_s3_is_finished_by_a_rerun(service, tmp_path):
     with s3_server() as (bucket, client):
         access = {
             "FSSPEC_S3_ENDPOINT_URL": client.meta.endpoint_url,
             "FSSPEC_S3_KEY": "testing",
             "FSSPEC_S3_SECRET": "testing",
         }
-        for number, bomb in enumerate(
+        for number, kill_point in enumerate(
             [
                 ("create", "after", 3),
                 ("request", "after", 4),
@@ -138,8 +134,8 @@ def test_on_s3_a_killed_batch_is_finished_by_the_same_command(service, tmp_path)
             output = f"{bucket}/batch {number}/"
             batch = Batch(service, folder, output=output, **access)
             batch.write(lines(4, start=1000 * number))
-            batch.run(bomb=bomb)
+            batch.run(kill_point=kill_point)
             batch.run()
             found = batch.check()
-            assert not found.problems, (bomb, str(found))
+            assert not found.problems, (kill_point, str(found))
             assert found.stored + found.unknown == 4

@@ -1,19 +1,18 @@
-"""Seeded simulations on virtual time, a sweep of single faults, and whether the checker sees."""
+"""Seeded simulations on virtual time, single faults at every call, and tests of the checker."""
 
 import asyncio
 
 import pytest
 
 from prefect_flux_kontext import errors
-from prefect_flux_kontext.batch import submission as submitting
-from prefect_flux_kontext.batch import waves
+from prefect_flux_kontext.batch import stopping, waves
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger import ledger as ledger_module
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.chaos.simulation import checked, in_process, manifest, simulate
-from tests.chaos.story import story
+from tests.chaos.random_batch import run_random_batch
+from tests.chaos.simulation import check_environment, in_process, manifest, simulate
 
 SEEDS = 40
 LINES = [("a", "one"), ("b", "two"), ("c", "three"), ("d", "two")]
@@ -21,18 +20,18 @@ QUICK = SandboxSettings(mean=0.5, long_edge=16)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 10))
-def test_no_seed_breaks_the_promise(first):
+def test_no_seed_violates_an_invariant(first):
     for seed in range(first, first + 10):
-        found, _, _ = story(seed)
+        found, _, _ = run_random_batch(seed)
         assert not found.problems, f"seed {seed}: {found}"
 
 
-def test_the_same_seed_makes_the_same_decisions():
-    assert story(7) == story(7)
+def test_same_seed_makes_the_same_decisions():
+    assert run_random_batch(7) == run_random_batch(7)
 
 
 def sweep(kind, fault, number, *, last=None):
-    """A batch whose n-th call of a kind goes wrong, and its re-run."""
+    """Run a batch whose n-th call of a kind fails, and rerun it."""
 
     def hook(seen, _what, count):
         hit = count == number if last is None else number <= count <= last
@@ -40,14 +39,14 @@ def sweep(kind, fault, number, *, last=None):
 
     reached = []
 
-    async def main(world):
-        await in_process(world, None, manifest(LINES))
-        reached.append(world.numbers[kind] >= number)
-        world.hook = None
-        found = await checked(world, LINES, complete=False)
+    async def main(env):
+        await in_process(env, None, manifest(LINES))
+        reached.append(env.numbers[kind] >= number)
+        env.hook = None
+        found = await check_environment(env, LINES, complete=False)
         assert not found.problems, (kind, fault, number, str(found))
-        await in_process(world, None, manifest(LINES))
-        return await checked(world, LINES)
+        await in_process(env, None, manifest(LINES))
+        return await check_environment(env, LINES)
 
     found = simulate(main, number, None, QUICK, hook=hook)
     assert not found.problems, (kind, fault, number, str(found))
@@ -71,7 +70,7 @@ def sweep(kind, fault, number, *, last=None):
         ("disk", "written_but_unanswered", False),
     ],
 )
-def test_whichever_call_fails_nothing_is_paid_twice_or_lost(kind, fault, may_be_held):
+def test_any_failing_call_pays_no_row_twice_or_loses_it(kind, fault, may_be_held):
     number, reached, held = 1, True, 0
     while reached:
         reached, found = sweep(kind, fault, number)
@@ -82,27 +81,27 @@ def test_whichever_call_fails_nothing_is_paid_twice_or_lost(kind, fault, may_be_
 
 
 @pytest.mark.parametrize("fault", ["refused", "written_but_unanswered"])
-def test_a_ledger_that_is_away_for_a_while_costs_nothing(fault):
+def test_ledger_outage_costs_nothing(fault):
     for number in range(1, 70, 6):
         sweep("disk", fault, number, last=number + 12)
 
 
-# What each safeguard is for: without it, the checker must find something.
+# Without each safeguard, the checker must find a problem.
 
 
-def stories_find(seeds=range(25)):
-    """Whether one of the seeds tells that the promise is broken."""
+def find_problem(seeds=range(25)):
+    """Return the first problem that one of the seeds finds, or None."""
     for seed in seeds:
         try:
-            found, _, _ = story(seed)
-        except Exception as error:  # noqa: BLE001 - an upset is a finding too
+            found, _, _ = run_random_batch(seed)
+        except Exception as error:  # noqa: BLE001 - an unexpected error is a finding too
             return f"{type(error).__name__}: {error}"
         if found.problems:
             return str(found)
     return None
 
 
-def test_without_an_intent_before_the_post_the_harness_sees_it(monkeypatch):
+def test_checker_finds_a_missing_intent(monkeypatch):
     create, accepted = Ledger._create, Ledger.accepted
 
     async def but_the_intent(self, entry, step, record):
@@ -114,22 +113,22 @@ def test_without_an_intent_before_the_post_the_harness_sees_it(monkeypatch):
 
     monkeypatch.setattr(Ledger, "_create", but_the_intent)
     monkeypatch.setattr(Ledger, "accepted", written_after)
-    assert "paid" in (stories_find() or "")
+    assert "paid" in (find_problem() or "")
 
 
-def test_without_exclusive_creation_the_harness_sees_it(monkeypatch):
+def test_checker_finds_missing_exclusive_creation(monkeypatch):
     async def overwrite(self, name, data):
         await self.replace(name, data)
         return True
 
     monkeypatch.setattr(RecordStore, "create", overwrite)
-    assert stories_find()
+    assert find_problem()
 
 
-def test_if_an_outage_reads_as_absence_the_harness_sees_it(monkeypatch):
-    """Exclusive creation stops a second payment even then. What is lost is a paid image.
+def test_checker_finds_an_outage_read_as_absence(monkeypatch):
+    """Exclusive creation prevents a second payment even then, but a paid image is lost.
 
-    A collecting run takes the row for one that nobody has paid for, and names it no more.
+    A collecting run takes the row for an unpaid one, and removes it from its open wave.
     """
     read = RecordStore.read
     outage = []
@@ -143,13 +142,13 @@ def test_if_an_outage_reads_as_absence_the_harness_sees_it(monkeypatch):
     def raises(name):
         raise LedgerError(f"{name} could not be reached")
 
-    async def main(world):
-        await in_process(world, 2, manifest(LINES))
-        assert world.posts
+    async def main(env):
+        await in_process(env, 2, manifest(LINES))
+        assert env.posts
         outage.append(True)
-        await in_process(world, None, [], only_collect=True)
+        await in_process(env, None, [], only_collect=True)
         outage.clear()
-        return await checked(world, LINES, complete=False)
+        return await check_environment(env, LINES, complete=False)
 
     slow = SandboxSettings(mean=60, long_edge=16)
     monkeypatch.setattr(RecordStore, "read", during_an_outage(raises))
@@ -158,14 +157,14 @@ def test_if_an_outage_reads_as_absence_the_harness_sees_it(monkeypatch):
     assert "no unfinished wave names it" in str(simulate(main, 3, None, slow))
 
 
-def test_if_every_owner_reads_as_dead_paying_again_for_unknown_rows_is_seen(monkeypatch):
+def test_checker_finds_resubmits_while_the_owner_is_alive(monkeypatch):
     async def dead(_store, _owner):
         return False
 
-    async def main(world):
-        runs = [in_process(world, None, manifest(LINES), resubmit=True) for _ in range(4)]
+    async def main(env):
+        runs = [in_process(env, None, manifest(LINES), resubmit=True) for _ in range(4)]
         await asyncio.gather(*runs)
-        return len(list(world.sandbox.service.records()))
+        return len(list(env.sandbox.service.records()))
 
     assert {simulate(main, seed, None, QUICK) for seed in range(3)} == {3}
     monkeypatch.setattr(ledger_module, "is_alive", dead)
@@ -173,35 +172,35 @@ def test_if_every_owner_reads_as_dead_paying_again_for_unknown_rows_is_seen(monk
 
 
 @pytest.mark.parametrize("error", ["ReplyLostError", "ServiceTroubleError"])
-def test_if_a_doubtful_reply_is_taken_for_a_refusal_the_harness_sees_it(monkeypatch, error):
+def test_checker_finds_a_lost_reply_taken_for_a_refusal(monkeypatch, error):
     monkeypatch.setattr(getattr(errors, error), "not_accepted", True)
-    assert "knows nothing" in (stories_find() or "")
+    assert "does not know" in (find_problem() or "")
 
 
-def test_without_a_gate_before_the_post_a_stopped_batch_pays_on(monkeypatch):
+def test_without_stop_check_a_stopped_batch_keeps_paying(monkeypatch):
     def count(main):
         return [simulate(main, seed, None, QUICK) for seed in range(3)]
 
-    async def main(world):
+    async def main(env):
         lines = [(f"r{n}", f"row {n}") for n in range(40)]
 
         def hook(kind, _request, number):
             return "no_balance" if kind == "submit" and number == 5 else None
 
-        world.hook = hook
-        await in_process(world, None, manifest(lines))
-        return world.posts
+        env.hook = hook
+        await in_process(env, None, manifest(lines))
+        return env.posts
 
     gated = count(main)
-    monkeypatch.setattr(submitting.Submitter, "_check_going_on", lambda _self: None)
-    monkeypatch.setattr(submitting.Submitter, "stop", lambda _self, _why: None)
+    monkeypatch.setattr(stopping.StopGate, "check", lambda _self: None)
+    monkeypatch.setattr(stopping.StopGate, "stop", lambda _self, _reason: None)
     assert max(gated) < 5 + 3
     assert min(count(main)) > max(gated)
 
 
-def test_if_paid_rows_are_not_named_the_harness_sees_it(monkeypatch):
+def test_checker_finds_paid_rows_in_no_open_wave(monkeypatch):
     async def unnamed(_store, _wave):
         return
 
     monkeypatch.setattr(waves, "open_wave", unnamed)
-    assert "no unfinished wave names it" in (stories_find() or "")
+    assert "no unfinished wave names it" in (find_problem() or "")

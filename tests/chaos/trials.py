@@ -1,4 +1,4 @@
-"""Where the batches of a scenario live, how each is brought to its end, and what came of it."""
+"""Batches of a scenario: how they are made, finished and counted."""
 
 import sys
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from decimal import Decimal
 
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from tests.chaos.processes import Batch
-from tests.chaos.told import check_status, check_summary, check_summary_in_bad_weather
+from tests.chaos.report_checks import check_status, check_summary, check_summary_under_faults
 
 
-def tell(text):
-    """Say it now."""
+def print_now(text):
+    """Print the text and flush."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 @dataclass
-class Line:
-    """A line of the table."""
+class Totals:
+    """The totals of a scenario, a line of the table."""
 
     runs: int = 0
     rows: int = 0
@@ -40,7 +40,7 @@ class Line:
         self.unknown_held += found.unknown
         self.problems += len(found.problems)
         for problem in found.problems[:5]:
-            tell(f"     {problem}")
+            print_now(f"     {problem}")
 
     def broken(self):
         return self.paid_twice or self.lost or self.missing or self.problems
@@ -53,14 +53,14 @@ class Line:
         )
 
 
-class Place:
-    """Folders, names and a service for the batches of a scenario."""
+class BatchFactory:
+    """Creates the batches of a scenario, with their folders and service."""
 
     def __init__(self, folder, service, bucket=None, access=None):
         self.folder = folder
         self.service = service
         self.bucket = bucket
-        # Fewer polls than in the small tests: two cores serve all of it.
+        # Fewer polls than in the small tests, because two cores serve all of it.
         self.environment = {
             "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.6",
             "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
@@ -69,13 +69,13 @@ class Place:
         } | (access or {})
         self.number = 0
 
-    def weather(self, dice, faults, **how):
-        """Begin to let things go wrong."""
-        plan = FaultPlan(faults=faults, seed=dice.getrandbits(32), hang=0.5, slow=0.5, **how)
+    def inject_faults(self, rng, faults, **how):
+        """Activate faults of the service."""
+        plan = FaultPlan(faults=faults, seed=rng.getrandbits(32), hang=0.5, slow=0.5, **how)
         self.service.weather.change(plan)
 
-    def batch(self, rows, **environment):
-        """A batch of so many rows, of which one in fifty equals another."""
+    def create_batch(self, rows, **environment):
+        """Create a batch in which one of fifty rows equals another."""
         self.number += 1
         folder = self.folder / f"{self.number}"
         folder.mkdir(parents=True)
@@ -87,15 +87,15 @@ class Place:
 
 
 def finish(line, batch, runs, **how):
-    """Run to the end, check, and check that a further run pays for nothing.
+    """Finish a batch, check it, and check that a further run pays for nothing.
 
-    The first of the runs meets the weather as it is, the others meet none.
+    The first run is under the active faults, the others are not.
 
     Args:
-        line: Takes what came of it.
-        batch: What is to be finished.
+        line: The totals to add the findings to.
+        batch: The batch to finish.
         runs: How many runs there were before.
-        how: How the first run is started.
+        how: Options of the first run.
     """
     first, billed = _billed(batch, **how)
     batch.service.weather.change(FaultPlan())
@@ -105,7 +105,7 @@ def finish(line, batch, runs, **how):
         if ended.status in (0, 1):
             break
     found = batch.check()
-    check_summary_in_bad_weather(found, first, billed, len(batch.lines))
+    check_summary_under_faults(found, first, billed, len(batch.lines))
     check_summary(found, ended, billed_then)
     check_status(found, batch.command("status").said)
     _, more = _billed(batch)

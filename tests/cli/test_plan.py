@@ -61,7 +61,7 @@ def test_a_run_ends_at_its_budget(command, sandbox):
     content = "prompt\n" + "".join(f"oil {n}\n" for n in range(9))
     status, told, error = command("run", content, "--budget", "$0.10")
     assert status == 1
-    assert "it ends before the rows do" in told
+    assert "not enough for all rows" in told
     assert "The budget of $0.10 for this output is reached" in error
     assert sandbox.service.bill()["accepted"] == 3
 

@@ -1,4 +1,4 @@
-"""The API key goes to the base URL and nowhere else."""
+"""The API key is sent to the base URL and appears nowhere else."""
 
 import asyncio
 import logging
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.anyio
 BEARER = f"Bearer {KEY}"
 
 
-def told(error):
-    """Everything of an error that may be shown, stored or sent."""
+def render(error):
+    """Return everything of an error that may be shown, stored or sent."""
     chain = []
     while error is not None:
         chain += [str(error), repr(error), repr(error.args), repr(vars(error))]
@@ -65,9 +65,9 @@ PLAYS = {
 }
 
 
-@pytest.mark.parametrize("ask", ["submit", "status", "balance"])
+@pytest.mark.parametrize("call", ["submit", "status", "balance"])
 @pytest.mark.parametrize("what", PLAYS)
-async def test_the_key_is_in_no_error_and_no_log(what, ask, caplog):
+async def test_key_is_in_no_error_and_no_log(what, call, caplog):
     for name in ("prefect_flux_kontext", "httpx"):
         caplog.set_level(logging.DEBUG, name)
     error = None
@@ -76,24 +76,24 @@ async def test_the_key_is_in_no_error_and_no_log(what, ask, caplog):
         make_client(server.url, read=0.1) as client,
     ):
         try:
-            if ask == "submit":
+            if call == "submit":
                 task_id = (await client.submit(REQUEST)).task_id
                 assert what == "echo in place of a state"
                 assert task_id == BEARER
                 return
-            await (client.status("task_1") if ask == "status" else client.balance())
+            await (client.status("task_1") if call == "status" else client.balance())
         except FluxKontextError as caught:
             error = caught
         else:
-            pytest.fail("it did not fail")
+            pytest.fail("no error was raised")
         assert KEY not in repr(client) + str(client)
         assert server.seen[0].headers["authorization"] == BEARER
-    assert KEY not in told(error)
-    assert KEY[:8] not in told(error), "a part of the key is one too"
+    assert KEY not in render(error)
+    assert KEY[:8] not in render(error), "the error contains a part of the key"
     assert KEY[:8] not in caplog.text
 
 
-async def test_no_library_logs_request_headers(caplog):
+async def test_libraries_do_not_log_request_headers(caplog):
     for name in ("prefect_flux_kontext", "httpx", "aiohttp", "asyncio"):
         caplog.set_level(logging.DEBUG, name)
     asyncio.get_running_loop().set_debug(True)
@@ -104,44 +104,44 @@ async def test_no_library_logs_request_headers(caplog):
     assert KEY not in caplog.text
 
 
-async def test_a_failed_task_does_not_tell_the_key():
+async def test_failed_task_error_does_not_contain_the_key():
     play = envelope(data={"state": "failed", "failCode": KEY, "failMsg": f"sent {BEARER}"})
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         with pytest.raises(FluxKontextError) as caught:
             await wait_until_ended(
                 client, GenerationTask(task_id="task_1"), PollingCadence(initial_delay=0)
             )
-    assert KEY not in told(caught.value)
+    assert KEY not in render(caught.value)
     assert caught.value.message == "Task task_1 failed: ***: sent Bearer ***"
 
 
-async def test_nobody_listening_is_told_without_the_key():
+async def test_refused_connection_error_does_not_contain_the_key():
     async with make_client("http://127.0.0.1:1") as client:
         with pytest.raises(FluxKontextError) as caught:
             await client.status("task_1")
-    assert KEY not in told(caught.value)
+    assert KEY not in render(caught.value)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize("ask", ["submit", "status"])
-async def test_a_redirect_is_not_followed(status, ask):
+@pytest.mark.parametrize("call", ["submit", "status"])
+async def test_redirect_is_not_followed(status, call):
     async with ScriptedServer(accepted()) as elsewhere:
         play = redirect(elsewhere.url + "/api/v1/generateTask/flux-kontext", status)
         async with ScriptedServer(play) as server, make_client(server.url) as client:
             with pytest.raises(FluxKontextError):
-                await (client.submit(REQUEST) if ask == "submit" else client.status("task_1"))
+                await (client.submit(REQUEST) if call == "submit" else client.status("task_1"))
             assert len(server.seen) == 1
         assert elsewhere.connections == 0
 
 
-async def test_a_proxy_of_the_environment_never_sees_the_key(monkeypatch):
+async def test_environment_proxy_never_sees_the_key(monkeypatch):
     async with ScriptedServer(html(502)) as proxy, ScriptedServer(accepted()) as server:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
             monkeypatch.setenv(name, proxy.url)
         async with make_client(server.url) as client:
             await client.submit(REQUEST)
         assert (proxy.connections, len(server.seen)) == (0, 1)
-        # With https the proxy is asked for a tunnel, which needs no key.
+        # For https the client asks the proxy for a tunnel, which needs no key.
         async with make_client("https://service.invalid") as client:
             with pytest.raises(FluxKontextError) as caught:
                 await client.status("task_1")
@@ -151,13 +151,13 @@ async def test_a_proxy_of_the_environment_never_sees_the_key(monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["", "  ", "two words", "käse", "a\nb", "a\x00b", "\u200bkey"])
-def test_a_key_that_cannot_be_one_is_refused_without_being_repeated(key):
+def test_invalid_key_is_rejected_without_showing_it(key):
     with pytest.raises(ConfigurationError) as caught:
         FluxKontextClient(key)
     assert not key.strip() or key not in str(caught.value)
 
 
-async def test_a_key_may_come_as_a_secret_with_white_space_around():
+async def test_key_may_be_a_secret_with_white_space_around_it():
     async with ScriptedServer(accepted()) as server:
         async with FluxKontextClient(SecretStr(f" {KEY}\n"), base_url=server.url) as client:
             await client.submit(REQUEST)
@@ -180,12 +180,12 @@ async def test_a_key_may_come_as_a_secret_with_white_space_around():
         "http://a\n.b",
     ],
 )
-def test_a_base_url_that_cannot_be_one_is_refused(base_url):
+def test_invalid_base_url_is_rejected(base_url):
     with pytest.raises(ConfigurationError, match="base URL"):
         FluxKontextClient(KEY, base_url=base_url)
 
 
-async def test_a_client_can_be_closed_twice_and_answers_no_more():
+async def test_closed_client_can_be_closed_again_and_sends_nothing():
     async with ScriptedServer(accepted()) as server:
         client = make_client(server.url)
         await client.aclose()
@@ -193,5 +193,5 @@ async def test_a_client_can_be_closed_twice_and_answers_no_more():
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="closed"):
             await client.submit(REQUEST)
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
         assert server.seen == []

@@ -1,4 +1,4 @@
-"""The governor and the looks together, against an account that counts exactly."""
+"""The limiter and the poll scheduler together, against an account with exact limits."""
 
 import asyncio
 
@@ -16,25 +16,25 @@ USUAL = LatencyModel(30, 0.35)
 
 
 @pytest.fixture(autouse=True)
-def _the_same_figures_each_time():
+def _repeatable():
     with the_same_each_time():
         yield
 
 
-async def run(images, *, called=False, **how):
-    """Run images; returns the account, its bill and the share of the slots that was busy."""
-    account = SimulatedAccount(slots=SLOTS, requests_per_minute=2_000, **how)
+async def run(images, *, callbacks=False, **options):
+    """Run images and return the account, its bill and the share of busy slots."""
+    account = SimulatedAccount(slots=SLOTS, requests_per_minute=2_000, **options)
     client = account.client(tasks=SLOTS, requests=2_000)
 
     async def image(number):
         task = await client.submit(GenerationRequest(prompt=f"image {number}"))
-        pauses = CalledBack(account, task.task_id) if called else None
+        pauses = CalledBack(account, task.task_id) if callbacks else None
         await wait_until_ended(client, task, PollingCadence(timeout=86_400), pauses)
 
     await asyncio.gather(*(image(number) for number in range(images)))
     tasks = account.tasks
     assert len(tasks) == images
-    assert client.governor.tasks.running == 0
+    assert client.limiter.tasks.running == 0
     first, last = tasks[2 * SLOTS].accepted_at, tasks[-1].accepted_at
     busy = sum(
         min(task.ready_at, last) - max(task.accepted_at, first)
@@ -44,42 +44,42 @@ async def run(images, *, called=False, **how):
     return account, account.service.bill(), busy / (last - first) / SLOTS
 
 
-def refused(bill):
+def count_rejections(bill):
     return sum(bill["submits_refused"].values()) + bill["statuses_refused"]
 
 
-async def test_the_slots_are_busy_at_three_requests_an_image_and_nearly_none_is_refused():
+async def test_polling_keeps_slots_busy_with_few_requests():
     _, bill, busy = await run(1_600)
     assert busy > 0.9
     assert bill["status_requests"] < 2.3 * 1_600
-    assert refused(bill) <= 25
+    assert count_rejections(bill) <= 25
     assert bill["peak_requests_a_minute"] <= 2_000
 
 
-async def test_tasks_that_all_began_together_on_a_short_line_are_not_thought_to_have_ended():
+async def test_tasks_started_together_are_not_assumed_to_have_ended():
     _, bill, busy = await run(1_600, line=(0.005, 0.03))
     assert busy > 0.9
-    assert refused(bill) <= 8
+    assert count_rejections(bill) <= 8
 
 
-async def test_when_called_back_the_slots_are_busy_at_two_requests_an_image_and_none_is_refused():
-    _, bill, busy = await run(1_600, called=True)
+async def test_callbacks_keep_slots_busy_with_two_requests_an_image():
+    _, bill, busy = await run(1_600, callbacks=True)
     assert busy > 0.97
     assert bill["status_requests"] == 1_600
-    assert refused(bill) == 0
+    assert count_rejections(bill) == 0
 
 
-async def test_tasks_that_suddenly_take_three_times_as_long_cost_few_refusals():
-    def curve(since, dice):
-        return USUAL.draw(dice) * (3 if since > 90 else 1)
+async def test_sudden_slowdown_causes_few_rejections():
+    def curve(since, rng):
+        return USUAL.draw(rng) * (3 if since > 90 else 1)
 
     account, bill, busy = await run(1_600, curve=curve)
     assert account.since() > 300
     assert busy > 0.75
-    assert refused(bill) < 0.02 * (1_600 + bill["status_requests"])
+    assert count_rejections(bill) < 0.02 * (1_600 + bill["status_requests"])
 
 
-async def test_refusals_at_random_cost_a_part_of_the_speed_and_no_more():
+async def test_random_rejections_cost_only_part_of_the_speed():
     account, _, busy = await run(1_600, refuse=0.05)
     assert account.refused_at_random > 100
     assert busy > 0.6

@@ -1,7 +1,7 @@
-"""The specification: which reply becomes which error, for submit and for status, over a socket.
+"""The specification of errors: which reply raises which error, for submits and for polls.
 
-Read a row as: when the service answers so, the error is of this class. `ACCEPTED?` marks what
-may have been accepted and billed, so that nobody repeats it; the rest is known not to be.
+Each row says which class of error the reply raises. `ACCEPTED?` marks replies after which the
+request may be accepted and billed, so it must not be repeated. The others are known not to be.
 """
 
 import gzip
@@ -25,26 +25,26 @@ from tests.support.scripted_server import ScriptedServer, endless, envelope, htm
 
 pytestmark = pytest.mark.anyio
 
-KNOWN, DOUBT = "not accepted", "ACCEPTED?"
-STOP, GO_ON = "stops the batch", "fails alone"
-AGAIN, NEVER = "ask again", "never again"
+KNOWN, MAYBE = "not accepted", "ACCEPTED?"
+FATAL, ROW_ONLY = "stops the batch", "fails alone"
+RETRY, NO_RETRY = "retryable", "not retryable"
 
 CODES = {
-    400: (InvalidRequestError, KNOWN, NEVER, GO_ON),
-    401: (UnauthorizedError, KNOWN, NEVER, STOP),
-    402: (InsufficientBalanceError, KNOWN, NEVER, STOP),
-    403: (ForbiddenError, KNOWN, NEVER, GO_ON),
-    404: (NotFoundError, KNOWN, NEVER, GO_ON),
-    405: (RefusedError, KNOWN, NEVER, GO_ON),
-    418: (RefusedError, KNOWN, NEVER, GO_ON),
-    422: (RefusedError, KNOWN, NEVER, GO_ON),
-    500: (ServiceTroubleError, DOUBT, AGAIN, GO_ON),
-    502: (ServiceTroubleError, DOUBT, AGAIN, GO_ON),
-    503: (ServiceTroubleError, DOUBT, AGAIN, GO_ON),
-    504: (ServiceTroubleError, DOUBT, AGAIN, GO_ON),
-    524: (ServiceTroubleError, DOUBT, AGAIN, GO_ON),
+    400: (InvalidRequestError, KNOWN, NO_RETRY, ROW_ONLY),
+    401: (UnauthorizedError, KNOWN, NO_RETRY, FATAL),
+    402: (InsufficientBalanceError, KNOWN, NO_RETRY, FATAL),
+    403: (ForbiddenError, KNOWN, NO_RETRY, ROW_ONLY),
+    404: (NotFoundError, KNOWN, NO_RETRY, ROW_ONLY),
+    405: (RefusedError, KNOWN, NO_RETRY, ROW_ONLY),
+    418: (RefusedError, KNOWN, NO_RETRY, ROW_ONLY),
+    422: (RefusedError, KNOWN, NO_RETRY, ROW_ONLY),
+    500: (ServiceTroubleError, MAYBE, RETRY, ROW_ONLY),
+    502: (ServiceTroubleError, MAYBE, RETRY, ROW_ONLY),
+    503: (ServiceTroubleError, MAYBE, RETRY, ROW_ONLY),
+    504: (ServiceTroubleError, MAYBE, RETRY, ROW_ONLY),
+    524: (ServiceTroubleError, MAYBE, RETRY, ROW_ONLY),
 }
-"""429 is not here: it is waited out and never seen (`test_rate_limits`)."""
+"""Without 429, which the client waits out (`test_limited_submits`)."""
 
 SHAPES = {
     "HTTP status": lambda code: envelope(code, {"error": "why"}, "no", status=code),
@@ -67,31 +67,31 @@ SHAPES = {
 }
 
 
-async def error_of(play, ask):
+async def raise_error(play, call):
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         with pytest.raises(ApiError) as caught:
-            await (client.submit(REQUEST) if ask == "submit" else client.status("task_1"))
+            await (client.submit(REQUEST) if call == "submit" else client.status("task_1"))
         assert len(server.seen) == 1
     return caught.value
 
 
-def verdict(error):
+def classify(error):
     return (
         type(error),
-        KNOWN if error.not_accepted else DOUBT,
-        AGAIN if error.retryable else NEVER,
-        STOP if error.fatal else GO_ON,
+        KNOWN if error.not_accepted else MAYBE,
+        RETRY if error.retryable else NO_RETRY,
+        FATAL if error.fatal else ROW_ONLY,
     )
 
 
-@pytest.mark.parametrize("ask", ["submit", "status"])
+@pytest.mark.parametrize("call", ["submit", "status"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("code", CODES)
-async def test_a_code_means_the_same_in_every_shape(code, shape, ask):
-    error = await error_of(SHAPES[shape](code), ask)
-    assert verdict(error) == CODES[code]
+async def test_error_code_means_the_same_in_every_shape(code, shape, call):
+    error = await raise_error(SHAPES[shape](code), call)
+    assert classify(error) == CODES[code]
     assert error.code == code
-    assert error.task_id == ("task_1" if ask == "status" else None)
+    assert error.task_id == ("task_1" if call == "status" else None)
     assert str(error) == error.message
     assert "no" in error.message or shape in ("HTTP status, null", "HTTP status, empty")
     assert str(code) in error.message
@@ -135,13 +135,13 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("ask", ["submit", "status"])
+@pytest.mark.parametrize("call", ["submit", "status"])
 @pytest.mark.parametrize("what", UNREADABLE)
-async def test_what_is_not_the_contracts_leaves_a_submit_in_doubt(what, ask):
-    error = await error_of(UNREADABLE[what], ask)
+async def test_unreadable_reply_may_have_been_accepted(what, call):
+    error = await raise_error(UNREADABLE[what], call)
     assert type(error) is UnreadableReplyError
-    assert verdict(error)[1:] == (DOUBT, AGAIN, GO_ON)
-    assert error.task_id == ("task_1" if ask == "status" else None)
+    assert classify(error)[1:] == (MAYBE, RETRY, ROW_ONLY)
+    assert error.task_id == ("task_1" if call == "status" else None)
     assert len(error.message) < 1_000
 
 
@@ -149,17 +149,17 @@ async def test_what_is_not_the_contracts_leaves_a_submit_in_doubt(what, ask):
     "task_id",
     [None, "", "  ", True, 1.5, [], {}, ["task_1"], "x" * 201, "a\nb", "a\x00b", "\ud800"],
 )
-async def test_a_success_without_a_usable_task_id_leaves_a_submit_in_doubt(task_id):
-    error = await error_of(envelope(data={"taskId": task_id}), "submit")
+async def test_success_without_task_id_may_have_been_accepted(task_id):
+    error = await raise_error(envelope(data={"taskId": task_id}), "submit")
     assert type(error) is UnreadableReplyError
     assert not error.not_accepted
 
 
 @pytest.mark.parametrize("code", [0, 300, 400, 402, 429, 500, 503])
 @pytest.mark.parametrize("by_status", [True, False])
-async def test_a_refusal_that_names_a_task_is_in_doubt_and_keeps_the_task(code, by_status):
+async def test_error_reply_with_task_id_may_have_been_accepted(code, by_status):
     status = code if by_status and code >= 300 else 200
-    error = await error_of(envelope(code, {"taskId": "task_9"}, status=status), "submit")
+    error = await raise_error(envelope(code, {"taskId": "task_9"}, status=status), "submit")
     assert type(error) is UnreadableReplyError
     assert not error.not_accepted
     assert error.task_id == "task_9"
@@ -186,7 +186,7 @@ async def test_a_refusal_that_names_a_task_is_in_doubt_and_keeps_the_task(code, 
         ),
     ],
 )
-async def test_an_accepted_task_is_found_in_every_shape_of_success(play):
+async def test_task_id_is_found_in_every_shape_of_success(play):
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         task = await client.submit(REQUEST)
     assert task.task_id == "task_1"
@@ -194,14 +194,14 @@ async def test_an_accepted_task_is_found_in_every_shape_of_success(play):
     assert server.seen[0].json() == REQUEST.body()
 
 
-async def test_a_task_id_may_be_a_number():
+async def test_task_id_may_be_a_number():
     play = envelope(data={"taskId": 12345678})
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         assert (await client.submit(REQUEST)).task_id == "12345678"
 
 
 @pytest.mark.parametrize("task_id", ["../../admin", "a b&c=d#e?f/g", "é%2F", "task_1"])
-async def test_a_task_id_cannot_leave_its_place_in_the_url(task_id):
+async def test_task_id_is_escaped_in_the_url(task_id):
     play = envelope(data={"taskId": task_id, "state": "pending"})
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         status = await client.status(task_id)

@@ -1,185 +1,185 @@
-"""The task gate learns: from refusals what the limit is, from the curve which tasks have ended."""
+"""The concurrency limiter learns the limit from rejections, and likely ends from latencies."""
 
 import asyncio
 
 import pytest
 
-from prefect_flux_kontext.client.limits import concurrency as task_gate
+from prefect_flux_kontext.client.limits import concurrency
 from prefect_flux_kontext.client.limits.concurrency import ConcurrencyLimiter
 from prefect_flux_kontext.client.limits.latency_model import LatencyModel
-from tests.support.virtual_time import on_virtual_time
+from tests.support.virtual_time import run_in_virtual_time
 
 
-async def fill(gate, name):
-    """Take all the room there is; returns how much it was."""
+async def fill(limiter, name):
+    """Take all free slots and return their number."""
     entered = 0
     while True:
         try:
             async with asyncio.timeout(0.001):
-                await gate.enter()
+                await limiter.acquire()
         except TimeoutError:
             return entered
-        gate.accepted(f"{name}_{entered}")
-        gate.watched(f"{name}_{entered}")
+        limiter.record_acceptance(f"{name}_{entered}")
+        limiter.watch(f"{name}_{entered}")
         entered += 1
 
 
-async def fill_watched(gate, curve, number):
-    """So many tasks that are waited for."""
+async def fill_watched(limiter, model, number):
+    """Start this number of watched tasks."""
     for name in range(number):
-        await gate.enter()
-        gate.accepted(f"task_{name}")
-        gate.watched(f"task_{name}", curve=curve)
+        await limiter.acquire()
+        limiter.record_acceptance(f"task_{name}")
+        limiter.watch(f"task_{name}", model=model)
 
 
-async def refuse(gate, number):
-    """So many POSTs under way at once are refused."""
-    entered_at = asyncio.get_running_loop().time()
+async def reject(limiter, number):
+    """Reject this number of submits that are in flight together."""
+    acquired_at = asyncio.get_running_loop().time()
     for _ in range(number):
-        await gate.enter()
+        await limiter.acquire()
     for _ in range(number):
-        gate.refused(entered_at=entered_at)
+        limiter.record_rejection(acquired_at=acquired_at)
 
 
-def test_a_run_of_refused_submits_shrinks_the_gate_and_it_grows_again(monkeypatch):
-    monkeypatch.setattr(task_gate, "jittered_backoff", lambda _attempt: 0.5)
+def test_repeated_rejections_lower_the_limit_for_a_while(monkeypatch):
+    monkeypatch.setattr(concurrency, "jittered_backoff", lambda _attempt: 0.5)
 
     async def main():
-        gate = ConcurrencyLimiter(100)
-        await fill_watched(gate, None, 20)
-        await refuse(gate, 7)
-        await asyncio.sleep(0.6)  # in which nobody gets in
-        assert await fill(gate, "shrunk") == 0
+        limiter = ConcurrencyLimiter(100)
+        await fill_watched(limiter, None, 20)
+        await reject(limiter, 7)
+        await asyncio.sleep(0.6)  # the backoff, in which no slot is free
+        assert await fill(limiter, "shrunk") == 0
         for number in range(2):
-            gate.ended(f"task_{number}")
-        assert await fill(gate, "still") == 2
+            limiter.release_task(f"task_{number}")
+        assert await fill(limiter, "still") == 2
         await asyncio.sleep(31)
-        gate.ended("task_2")
-        assert await fill(gate, "grown") == 81
-        assert gate.running == 100
+        limiter.release_task("task_2")
+        assert await fill(limiter, "grown") == 81
+        assert limiter.running == 100
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_single_refused_submit_shrinks_nothing():
+def test_single_rejection_does_not_lower_the_limit():
     async def main():
-        gate = ConcurrencyLimiter(100)
-        await fill_watched(gate, None, 20)
-        await refuse(gate, 1)
-        assert await fill(gate, "more") == 80
+        limiter = ConcurrencyLimiter(100)
+        await fill_watched(limiter, None, 20)
+        await reject(limiter, 1)
+        assert await fill(limiter, "more") == 80
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_single_refusal_where_a_run_of_them_came_before_shrinks_nothing(monkeypatch):
-    monkeypatch.setattr(task_gate, "jittered_backoff", lambda _attempt: 0.5)
+def test_single_rejection_at_an_earlier_limit_does_not_lower_it(monkeypatch):
+    monkeypatch.setattr(concurrency, "jittered_backoff", lambda _attempt: 0.5)
 
     async def main():
-        gate = ConcurrencyLimiter(100)
-        await fill_watched(gate, None, 20)
-        await refuse(gate, 7)
+        limiter = ConcurrencyLimiter(100)
+        await fill_watched(limiter, None, 20)
+        await reject(limiter, 7)
         await asyncio.sleep(31)
         for number in range(40):
-            gate.ended(f"task_{number}")
-            await gate.enter()
-            gate.accepted(f"task_{number + 20}")
-            gate.watched(f"task_{number + 20}")
-        gate.ended("task_40")
-        await refuse(gate, 1)
-        assert await fill(gate, "more") > 50
+            limiter.release_task(f"task_{number}")
+            await limiter.acquire()
+            limiter.record_acceptance(f"task_{number + 20}")
+            limiter.watch(f"task_{number + 20}")
+        limiter.release_task("task_40")
+        await reject(limiter, 1)
+        assert await fill(limiter, "more") > 50
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_nobody_gets_in_right_after_a_run_of_refusals():
+def test_no_slot_is_free_right_after_repeated_rejections():
     async def main():
-        gate, loop = ConcurrencyLimiter(100), asyncio.get_running_loop()
-        await refuse(gate, 7)
+        limiter, loop = ConcurrencyLimiter(100), asyncio.get_running_loop()
+        await reject(limiter, 7)
         began = loop.time()
-        await gate.enter()
+        await limiter.acquire()
         assert 0.25 <= loop.time() - began <= 1
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def known_curve():
-    """Every task takes 30 s, as a thousand have shown."""
-    curve = LatencyModel()
+def known_model():
+    """Return a model of 1,000 tasks that took 30 s each."""
+    model = LatencyModel()
     for _ in range(1_000):
-        curve.ended(0, 30)
-    return curve
+        model.record_end(0, 30)
+    return model
 
 
-def test_a_task_that_has_likely_ended_makes_room():
+def test_task_that_has_likely_ended_frees_a_slot():
     async def main():
-        gate, curve = ConcurrencyLimiter(100), known_curve()
-        await fill_watched(gate, curve, 100)
+        limiter, model = ConcurrencyLimiter(100), known_model()
+        await fill_watched(limiter, model, 100)
         await asyncio.sleep(25)
-        assert await fill(gate, "early") == 0
+        assert await fill(limiter, "early") == 0
         await asyncio.sleep(15)
-        assert await fill(gate, "late") > 80
-        assert gate.running > 180
+        assert await fill(limiter, "late") > 80
+        assert limiter.running > 180
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_that_was_seen_to_run_makes_no_room():
+def test_task_seen_running_frees_no_slot():
     async def main():
-        gate, curve = ConcurrencyLimiter(100), known_curve()
-        await fill_watched(gate, curve, 100)
+        limiter, model = ConcurrencyLimiter(100), known_model()
+        await fill_watched(limiter, model, 100)
         await asyncio.sleep(100)
         for number in range(100):
-            gate.runs(f"task_{number}", 100)
-        assert await fill(gate, "more") == 0
+            limiter.record_running(f"task_{number}", 100)
+        assert await fill(limiter, "more") == 0
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_refusal_where_tasks_were_taken_to_have_ended_makes_the_gate_more_careful():
+def test_rejection_on_estimated_room_widens_the_margin():
     async def main():
-        gate, curve = ConcurrencyLimiter(100), known_curve()
-        await fill_watched(gate, curve, 100)
+        limiter, model = ConcurrencyLimiter(100), known_model()
+        await fill_watched(limiter, model, 100)
         await asyncio.sleep(40)
         for number in range(10):
-            await gate.enter()
-            gate.accepted(f"more_{number}")
-            gate.watched(f"more_{number}")
-        await refuse(gate, 1)
+            await limiter.acquire()
+            limiter.record_acceptance(f"more_{number}")
+            limiter.watch(f"more_{number}")
+        await reject(limiter, 1)
         await asyncio.sleep(1)
-        assert await fill(gate, "none") == 0
+        assert await fill(limiter, "none") == 0
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_accepted_after_a_refusal_proves_its_room():
+def test_task_accepted_after_a_rejection_raises_the_limit():
     async def main():
-        gate = ConcurrencyLimiter(100)
+        limiter = ConcurrencyLimiter(100)
         for _ in range(8):
-            await gate.enter()
+            await limiter.acquire()
         for _ in range(6):
-            gate.refused()
+            limiter.record_rejection()
         for number in range(2):
-            gate.accepted(f"task_{number}")
-        gate.ended("task_0")
+            limiter.record_acceptance(f"task_{number}")
+        limiter.release_task("task_0")
         async with asyncio.timeout(1):
-            await gate.enter()
-        assert gate.running == 2
+            await limiter.acquire()
+        assert limiter.running == 2
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_the_first_posts_are_few_and_later_ones_more():
+def test_submits_in_flight_start_at_8_and_grow_to_32():
     async def main():
-        gate, under_way, most = ConcurrencyLimiter(1_000), 0, []
+        limiter, in_flight, most = ConcurrencyLimiter(1_000), 0, []
 
         async def row(number):
-            nonlocal under_way
-            await gate.enter()
-            under_way += 1
-            most.append(under_way)
+            nonlocal in_flight
+            await limiter.acquire()
+            in_flight += 1
+            most.append(in_flight)
             await asyncio.sleep(0.3)
-            under_way -= 1
-            gate.accepted(f"task_{number}")
+            in_flight -= 1
+            limiter.record_acceptance(f"task_{number}")
 
         rows = [asyncio.create_task(row(number)) for number in range(600)]
         await asyncio.sleep(0.1)
@@ -187,26 +187,26 @@ def test_the_first_posts_are_few_and_later_ones_more():
         await asyncio.gather(*rows)
         assert max(most) == 32
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_likely_ends_are_counted_for_when_a_submit_arrives_a_second_from_now_at_most():
-    async def opens_after(way):
-        gate, loop = ConcurrencyLimiter(100), asyncio.get_running_loop()
+def test_estimate_looks_ahead_by_the_submit_duration():
+    async def measure_wait(submit_seconds):
+        limiter, loop = ConcurrencyLimiter(100), asyncio.get_running_loop()
         for number in range(100):
-            entered_at = loop.time()
-            await gate.enter()
-            await asyncio.sleep(way)
-            gate.accepted(f"earlier_{number}", entered_at=entered_at)
-            gate.ended(f"earlier_{number}")
-        await fill_watched(gate, known_curve(), 100)
+            acquired_at = loop.time()
+            await limiter.acquire()
+            await asyncio.sleep(submit_seconds)
+            limiter.record_acceptance(f"earlier_{number}", acquired_at=acquired_at)
+            limiter.release_task(f"earlier_{number}")
+        await fill_watched(limiter, known_model(), 100)
         filled_at = loop.time()
-        await gate.enter()
+        await limiter.acquire()
         return loop.time() - filled_at
 
     async def main():
-        at_once, slowly, held_up = [await opens_after(way) for way in (0, 1, 60)]
-        assert at_once - slowly == pytest.approx(1, abs=0.3)
-        assert held_up == pytest.approx(slowly, abs=0.3)
+        immediate, slow, paused = [await measure_wait(seconds) for seconds in (0, 1, 60)]
+        assert immediate - slow == pytest.approx(1, abs=0.3)
+        assert paused == pytest.approx(slow, abs=0.3)
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())

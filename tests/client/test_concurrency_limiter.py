@@ -1,4 +1,4 @@
-"""The task gate: never over the limit, and every waiter gets through."""
+"""The concurrency limiter keeps the limit, and every waiter gets a slot."""
 
 import asyncio
 import threading
@@ -8,46 +8,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.client.limits.concurrency import ConcurrencyLimiter
-from tests.support.virtual_time import on_virtual_time
+from tests.support.virtual_time import run_in_virtual_time
 
 
 class Crowd:
-    """Rows that go through a gate as the client does, and a count of what runs."""
+    """Rows that use a limiter as the client does, and a count of those that run."""
 
     def __init__(self, slots, fates):
-        self.gate = ConcurrencyLimiter(slots)
+        self.limiter = ConcurrencyLimiter(slots)
         self.slots = slots
         self.fates = iter(fates)
         self.entered = 0
         self.most = 0
 
     async def row(self, number):
-        gate = self.gate
+        limiter = self.limiter
         while True:
-            await gate.enter()
-            self.most = max(self.most, gate.running)
+            await limiter.acquire()
+            self.most = max(self.most, limiter.running)
             fate, seconds = next(self.fates, ("watched", 1.0))
-            task_id, told = f"task_{number}", False
+            task_id, is_recorded = f"task_{number}", False
             try:
                 await asyncio.sleep(seconds / 10)
                 if fate == "refused":
-                    gate.refused()
-                    told = True
+                    limiter.record_rejection()
+                    is_recorded = True
                     continue
                 if fate == "lost":
                     return
-                gate.accepted(task_id)
-                told = True
+                limiter.record_acceptance(task_id)
+                is_recorded = True
             finally:
-                if not told:
-                    gate.not_accepted()
+                if not is_recorded:
+                    limiter.release()
             self.entered += 1
             if fate == "watched":
-                gate.watched(task_id)
+                limiter.watch(task_id)
                 try:
                     await asyncio.sleep(seconds)
                 finally:
-                    gate.ended(task_id)
+                    limiter.release_task(task_id)
             return
 
 
@@ -61,7 +61,7 @@ FATES = st.lists(
 
 @settings(max_examples=100)
 @given(st.integers(1, 12), st.integers(1, 60), FATES, st.sets(st.integers(0, 59)), st.data())
-def test_never_over_the_limit_and_every_waiter_gets_through(slots, rows, fates, doomed, data):
+def test_limit_is_kept_and_every_waiter_gets_through(slots, rows, fates, doomed, data):
     pauses = data.draw(st.lists(st.floats(0, 40), min_size=len(doomed), max_size=len(doomed)))
 
     async def main():
@@ -75,166 +75,166 @@ def test_never_over_the_limit_and_every_waiter_gets_through(slots, rows, fates, 
             await asyncio.gather(*tasks, return_exceptions=True)
         assert crowd.most <= slots
         await asyncio.sleep(61)
-        await crowd.gate.enter()
-        assert crowd.gate.running == 1, "a slot was never freed"
+        await crowd.limiter.acquire()
+        assert crowd.limiter.running == 1, "a slot was never freed"
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_nobody_waits_for_frees_its_slot_after_a_minute():
+def test_unwatched_task_frees_its_slot_after_a_minute():
     async def main():
-        gate, loop = ConcurrencyLimiter(1), asyncio.get_running_loop()
-        await gate.enter()
-        waiter = asyncio.create_task(gate.enter())
+        limiter, loop = ConcurrencyLimiter(1), asyncio.get_running_loop()
+        await limiter.acquire()
+        waiter = asyncio.create_task(limiter.acquire())
         await asyncio.sleep(5)
-        gate.accepted("task_1")
+        limiter.record_acceptance("task_1")
         began = loop.time()
         await waiter
         assert loop.time() - began == pytest.approx(60)
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_accepted_while_many_wait_still_frees_its_slot_after_a_minute():
+def test_unwatched_task_frees_its_slot_while_many_wait():
     async def main():
-        gate, loop = ConcurrencyLimiter(2), asyncio.get_running_loop()
+        limiter, loop = ConcurrencyLimiter(2), asyncio.get_running_loop()
         for _ in range(2):
-            await gate.enter()
+            await limiter.acquire()
         entered = []
 
         async def enter():
-            await gate.enter()
+            await limiter.acquire()
             entered.append(loop.time() - began)
 
         waiters = [asyncio.create_task(enter()) for _ in range(4)]
         began = loop.time()
         await asyncio.sleep(5)
-        gate.accepted("task_1")
+        limiter.record_acceptance("task_1")
         await asyncio.sleep(5)
-        gate.accepted("task_2")
-        waiters[0].cancel()  # the first is the one that looks at the clock
+        limiter.record_acceptance("task_2")
+        waiters[0].cancel()  # only the first waiter has a timer
         await asyncio.sleep(600)
         assert entered == pytest.approx([65, 70])
         for waiter in waiters:
             waiter.cancel()
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_who_is_called_and_cancelled_at_once_hands_the_call_on():
+def test_waiter_cancelled_after_its_wake_up_passes_it_on():
     async def main():
-        gate = ConcurrencyLimiter(1)
-        await gate.enter()
-        first, second = (asyncio.create_task(gate.enter()) for _ in range(2))
+        limiter = ConcurrencyLimiter(1)
+        await limiter.acquire()
+        first, second = (asyncio.create_task(limiter.acquire()) for _ in range(2))
         await asyncio.sleep(1)
-        gate.not_accepted()
+        limiter.release()
         first.cancel()
         async with asyncio.timeout(1):
             await second
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_crowd_that_only_submits_goes_through_at_the_pace_of_the_slots():
+def test_unwatched_submits_proceed_at_the_pace_of_the_slots():
     async def main():
-        gate, loop, times = ConcurrencyLimiter(10), asyncio.get_running_loop(), []
+        limiter, loop, times = ConcurrencyLimiter(10), asyncio.get_running_loop(), []
 
         async def row(number):
-            await gate.enter()
+            await limiter.acquire()
             times.append(loop.time())
             await asyncio.sleep(0.1)
-            gate.accepted(f"task_{number}")
+            limiter.record_acceptance(f"task_{number}")
 
         await asyncio.gather(*(row(number) for number in range(100)))
         assert max(times) - min(times) < 9 * 61
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_task_that_is_waited_for_holds_its_slot_however_long_it_takes():
+def test_watched_task_holds_its_slot_until_released():
     async def main():
-        gate = ConcurrencyLimiter(1)
-        await gate.enter()
-        gate.accepted("task_1")
-        gate.watched("task_1")
-        waiter = asyncio.create_task(gate.enter())
+        limiter = ConcurrencyLimiter(1)
+        await limiter.acquire()
+        limiter.record_acceptance("task_1")
+        limiter.watch("task_1")
+        waiter = asyncio.create_task(limiter.acquire())
         await asyncio.sleep(3_600)
         assert not waiter.done()
-        gate.ended("task_1")
+        limiter.release_task("task_1")
         await waiter
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_waiters_get_in_in_their_order():
+def test_waiters_proceed_in_order():
     async def main():
-        gate, order = ConcurrencyLimiter(1), []
-        await gate.enter()
+        limiter, order = ConcurrencyLimiter(1), []
+        await limiter.acquire()
 
         async def row(number):
-            await gate.enter()
+            await limiter.acquire()
             order.append(number)
-            gate.not_accepted()
+            limiter.release()
 
         rows = [asyncio.create_task(row(number)) for number in range(20)]
-        await asyncio.sleep(200)  # over which all of them look at the clock a few times
-        gate.not_accepted()
+        await asyncio.sleep(200)  # long enough for several timers of each waiter
+        limiter.release()
         await asyncio.gather(*rows)
         assert order == list(range(20))
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_two_tasks_of_one_name_hold_one_slot_and_free_it():
+def test_repeated_task_id_holds_one_slot():
     async def main():
-        gate = ConcurrencyLimiter(2)
+        limiter = ConcurrencyLimiter(2)
         for _ in range(2):
-            await gate.enter()
-            gate.accepted("task_1")
-        assert gate.running == 1
-        gate.watched("task_1")
-        gate.ended("task_1")
-        gate.ended("task_1")
-        assert gate.running == 0
+            await limiter.acquire()
+            limiter.record_acceptance("task_1")
+        assert limiter.running == 1
+        limiter.watch("task_1")
+        limiter.release_task("task_1")
+        limiter.release_task("task_1")
+        assert limiter.running == 0
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_waiter_whose_loop_is_gone_does_not_swallow_the_call():
-    gate = ConcurrencyLimiter(1)
+def test_waiter_of_a_closed_loop_does_not_block_others():
+    limiter = ConcurrencyLimiter(1)
 
     async def take():
-        await gate.enter()
+        await limiter.acquire()
 
-    gone = asyncio.new_event_loop()
-    gone.run_until_complete(take())
-    abandoned = gone.create_task(take())
-    gone.run_until_complete(asyncio.sleep(0))
-    gone.close()
+    closed_loop = asyncio.new_event_loop()
+    closed_loop.run_until_complete(take())
+    abandoned = closed_loop.create_task(take())
+    closed_loop.run_until_complete(asyncio.sleep(0))
+    closed_loop.close()
     abandoned._log_destroy_pending = False
 
-    async def main():  # in real time, as the loop that is gone
-        waiter = asyncio.create_task(gate.enter())
+    async def main():  # in real time, as the closed loop
+        waiter = asyncio.create_task(limiter.acquire())
         await asyncio.sleep(0)
-        gate.not_accepted()
+        limiter.release()
         async with asyncio.timeout(10):
             await waiter
 
     asyncio.run(main())
 
 
-def test_one_gate_serves_threads_with_their_own_loops():
-    gate, counted, lock = ConcurrencyLimiter(5), [], threading.Lock()
+def test_one_limiter_serves_several_threads():
+    limiter, counted, lock = ConcurrencyLimiter(5), [], threading.Lock()
 
     async def row(name):
-        await gate.enter()
+        await limiter.acquire()
         with lock:
-            counted.append(gate.running)
+            counted.append(limiter.running)
         await asyncio.sleep(0)
-        gate.accepted(name)
-        gate.watched(name)
+        limiter.record_acceptance(name)
+        limiter.watch(name)
         await asyncio.sleep(0)
-        gate.ended(name)
+        limiter.release_task(name)
 
     async def rows(thread):
         async with asyncio.timeout(30):
@@ -250,4 +250,4 @@ def test_one_gate_serves_threads_with_their_own_loops():
         thread.join()
     assert len(counted) == 200
     assert max(counted) <= 5
-    assert gate.running == 0
+    assert limiter.running == 0

@@ -1,4 +1,4 @@
-"""The account allows less than we were told: all rows get through, few requests are refused."""
+"""The account's limits are lower than configured: all rows succeed with few rejections."""
 
 import asyncio
 import random
@@ -15,41 +15,41 @@ from tests.support.clients import make_client
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-class SlowLine(httpx.ASGITransport):
-    """The way to the service and back takes 0.1 to 0.5 s, so that many requests are under way."""
+class SlowTransport(httpx.ASGITransport):
+    """Transport with a round trip of 0.1 to 0.5 s, so that many requests are in flight."""
 
     def __init__(self, app):
         super().__init__(app=app)
-        self.dice = random.Random(1)
+        self.rng = random.Random(1)
 
     async def handle_async_request(self, request):
-        await asyncio.sleep(self.dice.uniform(0.05, 0.25))
+        await asyncio.sleep(self.rng.uniform(0.05, 0.25))
         response = await super().handle_async_request(request)
-        await asyncio.sleep(self.dice.uniform(0.05, 0.25))
+        await asyncio.sleep(self.rng.uniform(0.05, 0.25))
         return response
 
 
 async def run(rows, **hidden):
-    """Run rows with the published limits against a service with hidden ones; returns its bill."""
+    """Run rows with the published limits against a service with hidden ones. Return its bill."""
     sandbox = Sandbox(SandboxSettings(mean=30, **hidden))
     cadence = PollingCadence(timeout=86_400)
-    async with make_client(transport=SlowLine(app=sandbox.app)) as client:
+    async with make_client(transport=SlowTransport(app=sandbox.app)) as client:
 
         async def row(number):
             task = await client.submit(GenerationRequest(prompt=f"row {number}"))
             return await wait_until_ended(client, task, cadence)
 
         results = await asyncio.gather(*(row(number) for number in range(rows)))
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
     assert len({result.task_id for result in results}) == rows
     return sandbox.service.bill()
 
 
-def refused_share(bill):
-    refused = sum(bill["submits_refused"].values())
-    refused += bill["statuses_refused"]
+def rejected_share(bill):
+    rejected = sum(bill["submits_refused"].values())
+    rejected += bill["statuses_refused"]
     sent = bill["accepted"] + sum(bill["submits_refused"].values()) + bill["status_requests"]
-    return refused / sent
+    return rejected / sent
 
 
 @pytest.mark.parametrize(
@@ -66,32 +66,32 @@ def refused_share(bill):
         ),
     ],
 )
-async def test_all_rows_get_through_a_narrower_account(rows, hidden, most):
+async def test_all_rows_succeed_with_lower_hidden_limits(rows, hidden, most):
     bill = await run(rows, **hidden)
-    share = refused_share(bill)
+    share = rejected_share(bill)
     assert bill["accepted"] == rows
-    assert share <= most, f"{share:.1%} of the requests were refused: {bill}"
+    assert share <= most, f"{share:.1%} of the requests were rejected: {bill}"
 
 
-async def test_a_narrow_account_is_kept_busy():
+async def test_low_hidden_limit_is_used():
     began = asyncio.get_running_loop().time()
     bill = await run(200, slots=10)
     took = asyncio.get_running_loop().time() - began
     assert took < 200 / 10 * 30 * 1.3, f"{took:.0f} s for 200 rows in 10 slots: {bill}"
 
 
-class ActiveFaults(SlowLine):
-    """One request in twenty is refused, whatever the limits are."""
+class RandomRejections(SlowTransport):
+    """Transport that rejects one request in twenty, whatever the limits are."""
 
     async def handle_async_request(self, request):
-        if self.dice.random() < 0.05:
+        if self.rng.random() < 0.05:
             return httpx.Response(429, json={"code": 429, "message": "too many"})
         return await super().handle_async_request(request)
 
 
-async def test_refusals_at_random_do_not_shrink_the_account_to_a_few_tasks():
+async def test_random_rejections_do_not_lower_the_limit_for_good():
     sandbox = Sandbox(SandboxSettings(mean=30))
-    async with make_client(transport=ActiveFaults(app=sandbox.app)) as client:
+    async with make_client(transport=RandomRejections(app=sandbox.app)) as client:
 
         async def row(number):
             task = await client.submit(GenerationRequest(prompt=f"row {number}"))

@@ -1,4 +1,4 @@
-"""What is learned of how long tasks take, whatever they do."""
+"""The latency model learns how long tasks take, whatever the distribution is."""
 
 import itertools
 import math
@@ -12,34 +12,34 @@ from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 from prefect_flux_kontext.sandbox import tasks as latency
 
 AGES = st.floats(0, 5_000)
-LOOKS = st.lists(st.tuples(AGES, AGES, st.booleans()), max_size=60)
+POLLS = st.lists(st.tuples(AGES, AGES, st.booleans()), max_size=60)
 
 
-def taught(looks):
-    """A curve that has heard of so many looks: (since, until, whether it had ended)."""
-    curve = LatencyModel()
-    for one, other, ended in looks:
+def create_model(polls):
+    """Create a model from polls: (age before, age now, whether the task had ended)."""
+    model = LatencyModel()
+    for one, other, ended in polls:
         since, age = sorted((one, other))
-        (curve.ended if ended else curve.still_running)(since, age)
-    curve._rebuild()
-    return curve
+        (model.record_end if ended else model.record_running)(since, age)
+    model._rebuild()
+    return model
 
 
-def watched(draw, number, *, looks=(20.0, 5.0), told=True, curve=None):
-    """A curve taught by tasks that are looked at first after 20 s and then every 5 s."""
-    curve = curve or LatencyModel()
+def observe(draw, number, *, cadence=(20.0, 5.0), has_times=True, model=None):
+    """Train a model with tasks that are polled first after 20 s and then every 5 s."""
+    model = model or LatencyModel()
     for _ in range(number):
-        took, since, age = draw(), 0.0, looks[0]
+        took, since, age = draw(), 0.0, cadence[0]
         while age < took:
-            curve.still_running(since, age)
-            since, age = age, age + looks[1]
-        curve.ended(since, took if told else (since + age) / 2)
-    return curve
+            model.record_running(since, age)
+            since, age = age, age + cadence[1]
+        model.record_end(since, took if has_times else (since + age) / 2)
+    return model
 
 
-def lognormal(mean=30.0, spread=0.35, seed=1):
-    dice, shape = random.Random(seed), latency.LatencyModel(mean, spread)
-    return lambda: shape.draw(dice)
+def create_lognormal(mean=30.0, spread=0.35, seed=1):
+    rng, shape = random.Random(seed), latency.LatencyModel(mean, spread)
+    return lambda: shape.draw(rng)
 
 
 def true_share(age, mean=30.0, spread=0.35):
@@ -48,115 +48,115 @@ def true_share(age, mean=30.0, spread=0.35):
     return math.erfc(z / math.sqrt(2)) / 2
 
 
-@given(LOOKS, AGES, AGES)
-def test_the_share_that_still_runs_only_falls(looks, one, other):
-    curve, (age, later) = taught(looks), sorted((one, other))
-    assert 0 <= curve.running_share(later) <= curve.running_share(age) <= 1
-    assert 0 <= curve.running_share(later, of=age) <= 1
-    assert curve.running_share(age, of=age) in (1, pytest.approx(1))
+@given(POLLS, AGES, AGES)
+def test_running_share_never_rises_with_age(polls, one, other):
+    model, (age, later) = create_model(polls), sorted((one, other))
+    assert 0 <= model.running_share(later) <= model.running_share(age) <= 1
+    assert 0 <= model.running_share(later, of=age) <= 1
+    assert model.running_share(age, of=age) in (1, pytest.approx(1))
 
 
-@given(LOOKS, AGES, st.floats(0.001, 100), st.floats(1, 10))
-def test_who_is_more_patient_looks_later_and_never_at_once(looks, age, patience, more):
-    curve = taught(looks)
-    pause = curve.time_to_look(age, patience)
+@given(POLLS, AGES, st.floats(0.001, 100), st.floats(1, 10))
+def test_time_to_poll_is_positive_and_grows_with_the_tolerance(polls, age, unnoticed, factor):
+    model = create_model(polls)
+    pause = model.time_to_poll(age, unnoticed)
     assert 0 < pause < math.inf
-    assert curve.time_to_look(age, patience * more) >= pause * (1 - 1e-9)
+    assert model.time_to_poll(age, unnoticed * factor) >= pause * (1 - 1e-9)
 
 
-@given(LOOKS)
-def test_the_table_says_what_the_curve_says(looks):
-    curve = taught(looks)
-    shares, doubts, per_second = curve.table()
+@given(POLLS)
+def test_survival_table_matches_the_model(polls):
+    model = create_model(polls)
+    shares, variances, cells_per_second = model.survival_table()
     assert shares == sorted(shares, reverse=True)
-    assert min(doubts) >= 0
+    assert min(variances) >= 0
     for cell, share in enumerate(shares[:: len(shares) // 10]):
-        age = (cell * (len(shares) // 10) + 0.5) / per_second if per_second else 0.0
-        assert share == pytest.approx(curve.running_share(age), abs=1e-9)
+        age = (cell * (len(shares) // 10) + 0.5) / cells_per_second if cells_per_second else 0.0
+        assert share == pytest.approx(model.running_share(age), abs=1e-9)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_curve_of_any_shape_is_learned(told):
-    curve = watched(lognormal(), 1_500, told=told)
+@pytest.mark.parametrize("has_times", [True, False])
+def test_lognormal_latency_is_learned(has_times):
+    model = observe(create_lognormal(), 1_500, has_times=has_times)
     for age in (25, 30, 35, 40, 50):
-        assert curve.running_share(age) == pytest.approx(true_share(age), abs=0.08)
+        assert model.running_share(age) == pytest.approx(true_share(age), abs=0.08)
 
 
-def test_nothing_is_told_of_ages_that_no_task_was_seen_to_reach():
-    curve = LatencyModel()
+def test_survival_table_ends_at_the_oldest_observed_age():
+    model = LatencyModel()
     for _ in range(100):
-        curve.still_running(0, 20)
-    shares, _, per_second = curve.table()
-    assert len(shares) / per_second == pytest.approx(20, rel=0.07)
+        model.record_running(0, 20)
+    shares, _, cells_per_second = model.survival_table()
+    assert len(shares) / cells_per_second == pytest.approx(20, rel=0.07)
     assert min(shares) > 0.95
 
 
-def test_the_more_tasks_were_seen_the_less_a_share_is_in_doubt():
-    def doubt_at_30(number):
-        _, doubts, per_second = watched(lognormal(), number).table()
-        return sum(doubts[: int(30 * per_second)])
+def test_variance_falls_with_the_number_of_tasks():
+    def variance_at_30(number):
+        _, variances, cells_per_second = observe(create_lognormal(), number).survival_table()
+        return sum(variances[: int(30 * cells_per_second)])
 
-    assert 0 < doubt_at_30(300) < doubt_at_30(30) / 3
-
-
-def test_two_humps_are_learned_with_the_gap_between_them():
-    dice = random.Random(1)
-    curve = watched(lambda: dice.choice((10, 50)) * dice.uniform(0.95, 1.05), 1_500, looks=(8, 4))
-    assert curve.running_share(20) == pytest.approx(0.5, abs=0.1)
-    assert curve.running_share(45) == pytest.approx(0.5, abs=0.1)
-    assert curve.running_share(60) < 0.05
-    assert curve.time_to_look(15, 3) > 30
+    assert 0 < variance_at_30(300) < variance_at_30(30) / 3
 
 
-def test_tasks_that_run_longer_than_ever_show_before_the_first_of_them_has_ended():
-    curve = watched(lognormal(), 1_500)
-    before = curve.running_share(40)
+def test_bimodal_latency_is_learned():
+    rng = random.Random(1)
+    model = observe(lambda: rng.choice((10, 50)) * rng.uniform(0.95, 1.05), 1_500, cadence=(8, 4))
+    assert model.running_share(20) == pytest.approx(0.5, abs=0.1)
+    assert model.running_share(45) == pytest.approx(0.5, abs=0.1)
+    assert model.running_share(60) < 0.05
+    assert model.time_to_poll(15, 3) > 30
+
+
+def test_slowdown_shows_before_the_first_slow_task_ends():
+    model = observe(create_lognormal(), 1_500)
+    before = model.running_share(40)
     for _ in range(600):
         for since, age in itertools.pairwise((0, 20, 25, 30, 35, 40)):
-            curve.still_running(since, age)
+            model.record_running(since, age)
     assert before < 0.25
-    assert curve.running_share(40) > 0.8
+    assert model.running_share(40) > 0.8
 
 
-def test_a_service_that_is_faster_again_is_believed_within_a_thousand_tasks():
-    curve = watched(lognormal(90), 1_000)
-    curve = watched(lognormal(30), 1_000, curve=curve)
-    assert curve.running_share(40) == pytest.approx(true_share(40), abs=0.1)
+def test_speedup_is_learned_within_a_thousand_tasks():
+    model = observe(create_lognormal(90), 1_000)
+    model = observe(create_lognormal(30), 1_000, model=model)
+    assert model.running_share(40) == pytest.approx(true_share(40), abs=0.1)
 
 
-def test_a_handful_of_tasks_gives_a_usable_answer():
-    curve = watched(lognormal(), 5)
-    assert 5 < curve.time_to_look(0, 3) < 40
-    assert 1 < curve.time_to_look(60, 3) < 60
+def test_five_tasks_give_usable_poll_times():
+    model = observe(create_lognormal(), 5)
+    assert 5 < model.time_to_poll(0, 3) < 40
+    assert 1 < model.time_to_poll(60, 3) < 60
 
 
-def test_the_next_look_is_due_when_the_time_that_goes_unnoticed_is_worth_it():
-    curve, patience = watched(lognormal(), 1_500), 3.0
+def test_poll_is_due_at_the_expected_unnoticed_time():
+    model, unnoticed = observe(create_lognormal(), 1_500), 3.0
     for age in (0, 24, 32, 40):
-        pause, step = curve.time_to_look(age, patience), 0.01
+        pause, step = model.time_to_poll(age, unnoticed), 0.01
         late = sum(
-            (1 - curve.running_share(age + step * n, of=age)) * step
+            (1 - model.running_share(age + step * n, of=age)) * step
             for n in range(round(pause / step))
         )
-        assert late == pytest.approx(patience, rel=0.05)
+        assert late == pytest.approx(unnoticed, rel=0.05)
 
 
-def test_three_looks_a_task_are_not_needed():
-    curve, draw = watched(lognormal(), 1_500), lognormal(seed=2)
-    looks = late = 0.0
+def test_about_two_polls_a_task_are_enough():
+    model, draw = observe(create_lognormal(), 1_500), create_lognormal(seed=2)
+    polls = late = 0.0
     for _ in range(500):
         took, age = draw(), 0.0
         while age < took:
-            age += max(3.0, curve.time_to_look(age, 3.0))
-            looks += 1
+            age += max(3.0, model.time_to_poll(age, 3.0))
+            polls += 1
         late += age - took
-    assert looks / 500 < 2.1
+    assert polls / 500 < 2.1
     assert late / 500 < 7
 
 
-def test_numbers_stay_finite_however_long_it_learns():
-    curve = LatencyModel()
+def test_weights_stay_finite_after_many_observations():
+    model = LatencyModel()
     for _ in range(60_000):
-        curve.ended(0, 30)
-    assert curve.running_share(25) > 0.9
-    assert curve.running_share(35) < 0.1
+        model.record_end(0, 30)
+    assert model.running_share(25) > 0.9
+    assert model.running_share(35) < 0.1

@@ -1,8 +1,8 @@
-"""A submit that is refused with 429 is waited out, for as long as the service says."""
+"""A submit rejected with 429 is repeated after the time that the service asks for."""
 
 import pytest
 
-from tests.support.clients import ACCEPTED, REQUEST, Played, limited, make_client
+from tests.support.clients import ACCEPTED, REQUEST, ScriptedTransport, make_client, rate_limited
 from tests.support.scripted_server import (
     ScriptedServer,
     accepted,
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
         half_a_reply(429),
     ],
 )
-async def test_a_429_is_posted_again_until_it_is_accepted(play, monkeypatch):
+async def test_429_is_posted_again_until_accepted(play, monkeypatch):
     monkeypatch.setattr(
         "prefect_flux_kontext.client.limits.account.jittered_backoff", lambda _: 0.01
     )
@@ -35,17 +35,17 @@ async def test_a_429_is_posted_again_until_it_is_accepted(play, monkeypatch):
     ):
         assert (await client.submit(REQUEST)).task_id == "task_1"
         assert len(server.seen) == 3
-        assert client.governor.tasks.running == 1
+        assert client.limiter.tasks.running == 1
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("requests", [1, 100, 10_000])
 async def test_429_is_waited_out_for_hours(requests):
-    played = Played(*[limited()] * 300, ACCEPTED)
-    async with make_client(transport=played, requests=requests) as client:
+    transport = ScriptedTransport(*[rate_limited()] * 300, ACCEPTED)
+    async with make_client(transport=transport, requests=requests) as client:
         assert (await client.submit(REQUEST)).task_id == "task_1"
-    assert len(played.requests) == 301
-    for earlier, later in zip(played.times, played.times[60:], strict=False):
+    assert len(transport.requests) == 301
+    for earlier, later in zip(transport.times, transport.times[60:], strict=False):
         assert later - earlier >= 60 * 60 / 4 / 60
 
 
@@ -70,16 +70,16 @@ async def test_429_is_waited_out_for_hours(requests):
         (None, 0.25, 1),
     ],
 )
-async def test_retry_after_is_honoured_where_it_makes_sense(header, least, most):
-    played = Played(limited(header), ACCEPTED)
-    async with make_client(transport=played) as client:
+async def test_valid_retry_after_is_honoured(header, least, most):
+    transport = ScriptedTransport(rate_limited(header), ACCEPTED)
+    async with make_client(transport=transport) as client:
         await client.submit(REQUEST)
-    assert least <= played.times[1] - played.times[0] <= most
+    assert least <= transport.times[1] - transport.times[0] <= most
 
 
 @pytest.mark.virtual_time
-async def test_retry_after_zero_for_ever_does_not_make_the_client_race():
-    played = Played(*[limited("0")] * 50, ACCEPTED)
-    async with make_client(transport=played) as client:
+async def test_repeated_retry_after_zero_is_backed_off():
+    transport = ScriptedTransport(*[rate_limited("0")] * 50, ACCEPTED)
+    async with make_client(transport=transport) as client:
         await client.submit(REQUEST)
-    assert played.times[-1] - played.times[0] > 120
+    assert transport.times[-1] - transport.times[0] > 120

@@ -1,4 +1,4 @@
-"""The request budget: no minute ever holds more than the limit, and nobody is forgotten."""
+"""The rate limiter: no sliding minute exceeds the limit, and every waiter gets through."""
 
 import asyncio
 import itertools
@@ -9,21 +9,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.client.limits.rate import RateLimiter
-from tests.support.virtual_time import VirtualTimeLoop
+from tests.support.virtual_time import run_in_virtual_time
 
-A_HAIR = 1e-6  # the loop's clock counts from a million, in floats
-
-
-def on_virtual_time(main):
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(main)
+# The loop's clock starts at a million, so its floats are exact to about a nanosecond.
+CLOCK_TOLERANCE_SECONDS = 1e-6
 
 
 def fullest_minute(times):
-    """The most requests in any 60 s, the end not included."""
+    """Return the largest number of requests in any 60 s, without their end."""
     times, most, first = sorted(times), 0, 0
     for last, time in enumerate(times):
-        while times[first] <= time - 60 + A_HAIR:
+        while times[first] <= time - 60 + CLOCK_TOLERANCE_SECONDS:
             first += 1
         most = max(most, last - first + 1)
     return most
@@ -45,12 +41,12 @@ STEPS = st.lists(
 
 
 async def play(limit, steps):
-    """Take from a budget as the steps say; returns when each got through, and the pauses."""
-    loop, budget = asyncio.get_running_loop(), RateLimiter(limit)
+    """Use a limiter as the steps say; return when each got through, and the pauses."""
+    loop, limiter = asyncio.get_running_loop(), RateLimiter(limit)
     through, pauses, waiting = [], [], []
 
     async def take():
-        await budget.take()
+        await limiter.acquire()
         through.append(loop.time())
 
     for what, how in steps:
@@ -60,133 +56,137 @@ async def play(limit, steps):
         elif what == "sleep":
             await asyncio.sleep(how)
         elif what == "pause":
-            budget.pause(how)
+            limiter.pause(how)
             pauses.append((loop.time(), loop.time() + how))
         elif what == "cancel":
             for task in waiting[::3][:how]:
                 task.cancel()
         elif what == "slow down":
-            budget.slow_down()
+            limiter.slow_down()
         else:
             for _ in range(how):
-                budget.speed_up()
+                limiter.speed_up()
     ended = await asyncio.gather(*waiting, return_exceptions=True)
     cancelled = sum(isinstance(error, asyncio.CancelledError) for error in ended)
-    assert len(through) == len(waiting) - cancelled, "somebody never got through"
+    assert len(through) == len(waiting) - cancelled, "a waiter never got through"
     return through, pauses
 
 
 @settings(max_examples=100)
 @given(LIMITS, STEPS)
 @example(103, [("slow down", 0), ("pause", 1.0), ("speed up", 100), ("arrive", 1)])
-def test_no_minute_ever_holds_more_than_the_limit(limit, steps):
-    through, pauses = on_virtual_time(play(limit, steps))
+def test_no_sliding_minute_exceeds_the_limit(limit, steps):
+    through, pauses = run_in_virtual_time(play(limit, steps))
     assert fullest_minute(through) <= limit
     for start, end in pauses:
-        assert not [time for time in through if start + A_HAIR < time < end - A_HAIR]
+        assert not [
+            time
+            for time in through
+            if start + CLOCK_TOLERANCE_SECONDS < time < end - CLOCK_TOLERANCE_SECONDS
+        ]
 
 
 @settings(max_examples=15)
 @given(st.integers(20, 20_000))
-def test_the_limit_is_used_when_there_is_demand(limit):
+def test_limit_is_used_when_there_is_demand(limit):
     number = min(2 * limit, 2_000)
-    through, _ = on_virtual_time(play(limit, [("arrive", number)]))
+    through, _ = run_in_virtual_time(play(limit, [("arrive", number)]))
     ideal = (number - 1) * 60 / limit
     assert max(through) - min(through) <= ideal / 0.9
 
 
-def test_a_burst_is_let_through_at_once_and_small():
-    through, _ = on_virtual_time(play(10_000, [("arrive", 1_000)]))
-    at_once = sum(time == through[0] for time in through)
-    assert 100 <= at_once <= 200
+def test_burst_is_small_and_immediate():
+    through, _ = run_in_virtual_time(play(10_000, [("arrive", 1_000)]))
+    immediate = sum(time == through[0] for time in through)
+    assert 100 <= immediate <= 200
 
 
-def test_a_pause_lets_no_burst_through_after_it():
+def test_no_burst_follows_a_pause():
     steps = [("arrive", 300), ("pause", 30.0), ("arrive", 300)]
-    through, ((_, end),) = on_virtual_time(play(10_000, steps))
-    after = [time for time in through if time > end - A_HAIR]
+    through, ((_, end),) = run_in_virtual_time(play(10_000, steps))
+    after = [time for time in through if time > end - CLOCK_TOLERANCE_SECONDS]
     gaps = [later - earlier for earlier, later in itertools.pairwise(after)]
     assert len(after) > 300
-    assert min(gaps) > 60 / 10_000 - A_HAIR
+    assert min(gaps) > 60 / 10_000 - CLOCK_TOLERANCE_SECONDS
 
 
-def test_of_those_that_wait_submits_go_first_and_each_kind_in_its_order():
+def test_submits_go_first_and_each_kind_in_order():
     async def main():
-        budget, order = RateLimiter(60), []
-        await budget.take()
+        limiter, order = RateLimiter(60), []
+        await limiter.acquire()
 
         async def take(name, *, first):
-            await budget.take(first=first)
+            await limiter.acquire(has_priority=first)
             order.append(name)
 
-        waiting = [asyncio.create_task(take(f"look {n}", first=False)) for n in range(3)]
+        waiting = [asyncio.create_task(take(f"poll {n}", first=False)) for n in range(3)]
         await asyncio.sleep(0.1)
         waiting += [asyncio.create_task(take(f"submit {n}", first=True)) for n in range(3)]
         await asyncio.sleep(0.1)
         waiting.pop(1).cancel()
         await asyncio.gather(*waiting)
-        assert order == ["submit 0", "submit 1", "submit 2", "look 0", "look 2"]
+        assert order == ["submit 0", "submit 1", "submit 2", "poll 0", "poll 2"]
 
-    on_virtual_time(main())
+    run_in_virtual_time(main())
 
 
-def test_a_waiter_whose_loop_is_gone_holds_nobody_up():
-    budget = RateLimiter(6_000)
-    gone = asyncio.new_event_loop()
+def test_waiter_of_a_closed_loop_does_not_block_others():
+    limiter = RateLimiter(6_000)
+    closed_loop = asyncio.new_event_loop()
 
     async def take_many(number):
-        await asyncio.gather(*(budget.take() for _ in range(number)))
+        await asyncio.gather(*(limiter.acquire() for _ in range(number)))
 
-    abandoned = gone.create_task(take_many(200))
-    gone.run_until_complete(asyncio.sleep(0.01))
-    gone.close()
+    abandoned = closed_loop.create_task(take_many(200))
+    closed_loop.run_until_complete(asyncio.sleep(0.01))
+    closed_loop.close()
     abandoned._log_destroy_pending = False
 
-    async def main():  # in real time, as the loop that is gone
+    async def main():  # in real time, as the closed loop
         async with asyncio.timeout(10):
-            await budget.take()
+            await limiter.acquire()
 
     asyncio.run(main())
 
 
-def test_a_short_pause_does_not_end_a_long_one():
-    through, _ = on_virtual_time(play(600, [("pause", 60.0), ("pause", 1.0), ("arrive", 5)]))
-    assert min(through) >= 1_000_060 - A_HAIR
+def test_short_pause_does_not_end_a_long_one():
+    through, _ = run_in_virtual_time(play(600, [("pause", 60.0), ("pause", 1.0), ("arrive", 5)]))
+    assert min(through) >= 1_000_060 - CLOCK_TOLERANCE_SECONDS
 
 
-def test_a_halved_rate_grows_back_within_minutes():
+def test_halved_rate_recovers_within_minutes():
     async def main():
-        loop, budget = asyncio.get_running_loop(), RateLimiter(6_000)
-        budget.slow_down()
-        budget.slow_down()
+        loop, limiter = asyncio.get_running_loop(), RateLimiter(6_000)
+        limiter.slow_down()
+        limiter.slow_down()
         rates = []
         for _ in range(8):
             began = loop.time()
             for _ in range(1_500):
-                await budget.take()
-                budget.speed_up()
+                await limiter.acquire()
+                limiter.speed_up()
             rates.append(1_500 / (loop.time() - began))
         return rates
 
-    rates = on_virtual_time(main())
+    rates = run_in_virtual_time(main())
     assert rates[0] < 40
     assert rates[-1] > 90
 
 
 @pytest.mark.parametrize("limit", [1, 7, 60, 10_000])
-def test_a_slowed_budget_never_stands_still(limit):
+def test_slowed_limiter_never_stops(limit):
     steps = [("slow down", 0)] * 50 + [("arrive", 5)]
-    through, _ = on_virtual_time(play(limit, steps))
-    assert max(through) - min(through) <= 4 * 60 + A_HAIR
+    through, _ = run_in_virtual_time(play(limit, steps))
+    assert max(through) - min(through) <= 4 * 60 + CLOCK_TOLERANCE_SECONDS
 
 
-def test_one_budget_serves_threads_with_their_own_loops():
-    budget, through, lock = RateLimiter(60_000), [], threading.Lock()
+def test_one_limiter_serves_several_threads():
+    limiter, through, lock = RateLimiter(60_000), [], threading.Lock()
 
     async def take_many():
         loop = asyncio.get_running_loop()
         for _ in range(100):
-            await budget.take()
+            await limiter.acquire()
             with lock:
                 through.append(loop.time())
 

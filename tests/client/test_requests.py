@@ -1,4 +1,4 @@
-"""What goes over the wire: the request of the contract, the balance, the check of an account."""
+"""The requests that are sent: submit, balance and the check of an account."""
 
 import socket
 
@@ -22,7 +22,7 @@ from tests.support.scripted_server import (
 pytestmark = pytest.mark.anyio
 
 
-async def test_the_whole_request_of_the_contract_goes_over_the_wire():
+async def test_submit_sends_the_complete_request():
     request = GenerationRequest(
         prompt="ein Leuchtturm bei Dämmerung \N{SUNRISE}",
         image_urls=["https://photos.test/1.jpg"],
@@ -63,13 +63,13 @@ async def test_the_whole_request_of_the_contract_goes_over_the_wire():
     }
 
 
-async def test_a_base_url_may_have_a_path():
+async def test_base_url_may_have_a_path():
     async with ScriptedServer(accepted()) as server, make_client(server.url + "/v/") as client:
         await client.submit(REQUEST)
     assert server.seen[0].target == "/v/api/v1/generateTask/flux-kontext"
 
 
-async def test_the_balance_and_the_check_ask_for_nothing_else():
+async def test_balance_and_check_request_only_the_balance():
     async with (
         ScriptedServer(envelope(data={"balance": "12.5"})) as server,
         make_client(server.url) as client,
@@ -82,12 +82,12 @@ async def test_the_balance_and_the_check_ask_for_nothing_else():
 
 
 @pytest.mark.parametrize("play", [envelope(404, status=404), html(502), reset, reply(200, b"?")])
-async def test_the_check_passes_where_the_balance_is_not_told(play):
+async def test_check_passes_without_a_balance(play):
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         assert await client.check() is None
 
 
-async def test_the_check_says_that_the_key_is_wrong_or_nobody_there():
+async def test_check_raises_for_a_wrong_key_or_no_connection():
     play = envelope(401, status=401)
     async with ScriptedServer(play) as server, make_client(server.url) as client:
         with pytest.raises(RefusedError):

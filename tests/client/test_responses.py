@@ -1,4 +1,4 @@
-"""Reading a status and a balance, whatever their fields hold."""
+"""The parsers of a status and a balance, for fields of any content."""
 
 import json
 from datetime import UTC, datetime
@@ -46,7 +46,7 @@ def success(result_json):
     return read_status({"state": "success", "resultJson": result_json}, task_id="task_1")
 
 
-def test_a_success_has_its_urls_and_times():
+def test_success_has_urls_and_times():
     status = read_status(
         {
             "taskId": "task_1",
@@ -76,11 +76,11 @@ def test_a_success_has_its_urls_and_times():
         {"resultUrls": [None, 3, "", "bad\ud800", "bad\x00", URL, {"url": "x"}]},
     ],
 )
-def test_the_urls_are_found_in_a_string_an_object_or_a_list(result_json):
+def test_urls_are_found_in_a_string_an_object_or_a_list(result_json):
     assert success(result_json).result_urls == [URL]
 
 
-def test_many_urls_are_kept_in_their_order():
+def test_urls_keep_their_order():
     urls = [f"https://results.test/{number}.png" for number in range(20)]
     assert success({"resultUrls": urls}).result_urls == urls
 
@@ -105,37 +105,37 @@ def test_many_urls_are_kept_in_their_order():
         '"text"',
     ],
 )
-def test_a_success_without_urls_is_asked_again(result_json):
+def test_success_without_urls_is_retryable(result_json):
     with pytest.raises(UnreadableReplyError, match="no result URL") as caught:
         success(result_json)
     assert caught.value.task_id == "task_1"
     assert caught.value.retryable
 
 
-@pytest.mark.parametrize("told", ["task_2", "", 7, ["task_1"], {"a": "task_1"}, True])
-def test_an_answer_about_another_task_is_no_answer(told):
+@pytest.mark.parametrize("task_id", ["task_2", "", 7, ["task_1"], {"a": "task_1"}, True])
+def test_status_of_another_task_is_rejected(task_id):
     with pytest.raises(UnreadableReplyError, match="task_1"):
-        read_status({"taskId": told, "state": "failed"}, task_id="task_1")
+        read_status({"taskId": task_id, "state": "failed"}, task_id="task_1")
 
 
-@pytest.mark.parametrize("told", [{}, {"taskId": None}, {"taskId": "7"}, {"taskId": 7}])
-def test_an_answer_that_names_the_task_otherwise_or_not_at_all_is_one(told):
-    assert read_status({**told, "state": "pending"}, task_id="7").state == "pending"
+@pytest.mark.parametrize("fields", [{}, {"taskId": None}, {"taskId": "7"}, {"taskId": 7}])
+def test_status_may_omit_the_task_id_or_send_a_number(fields):
+    assert read_status({**fields, "state": "pending"}, task_id="7").state == "pending"
 
 
 @pytest.mark.parametrize("state", ["queued", "SUCCESS", "cancelled", "処理中"])
-def test_an_unknown_state_is_kept(state):
+def test_unknown_state_is_kept(state):
     assert read_status({"state": state}, task_id="task_1").state == state
 
 
 @pytest.mark.parametrize("state", [None, 1, [], {}, "", " ", "\x00"])
-def test_a_status_without_a_state_is_asked_again(state):
+def test_status_without_state_is_rejected(state):
     with pytest.raises(UnreadableReplyError, match="no state"):
         read_status({"state": state}, task_id="task_1")
 
 
 @pytest.mark.parametrize(
-    ("told", "code", "message"),
+    ("fields", "code", "message"),
     [
         ({"failCode": "CONTENT_VIOLATION", "failMsg": "no"}, "CONTENT_VIOLATION", "no"),
         ({"failCode": "SensitiveContentDetected"}, "SensitiveContentDetected", None),
@@ -146,19 +146,19 @@ def test_a_status_without_a_state_is_asked_again(state):
         ({"failMsg": "x" * 10_000}, None, "x" * 500),
     ],
 )
-def test_fail_code_and_message_are_kept_as_they_are_but_can_be_shown(told, code, message):
-    status = read_status({"state": "failed", **told}, task_id="task_1")
+def test_fail_code_and_message_are_printable(fields, code, message):
+    status = read_status({"state": "failed", **fields}, task_id="task_1")
     assert (status.fail_code, status.fail_message) == (code, message)
 
 
 @pytest.mark.parametrize("value", [None, "x", [], {}, 10**400, -(10**400), "1" * 5_000])
-def test_times_that_are_none_are_left_out(value):
-    told = {"state": "failed", "createTime": value, "completeTime": value, "costTime": value}
-    status = read_status(told, task_id="task_1")
+def test_invalid_times_are_ignored(value):
+    fields = {"state": "failed", "createTime": value, "completeTime": value, "costTime": value}
+    status = read_status(fields, task_id="task_1")
     assert status.created_at is status.completed_at is status.generation_seconds is None
 
 
-def test_nesting_of_any_depth_that_can_be_parsed_can_be_shown():
+def test_deeply_nested_reply_raises_an_api_error():
     for depth in range(1, 1_200):
         nested = b"[" * depth + b"]" * depth
         for body in (b'{"code": 400, "message": %s}', b'{"code": 400, "data": {"error": %s}}'):
@@ -167,7 +167,7 @@ def test_nesting_of_any_depth_that_can_be_parsed_can_be_shown():
 
 
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, ANYTHING)) | ANYTHING)
-def test_any_status_is_read_or_refused_by_name(data):
+def test_any_status_is_read_or_raises_unreadable_reply(data):
     try:
         status = read_status(data, task_id="task_1")
     except UnreadableReplyError:
@@ -179,7 +179,7 @@ def test_any_status_is_read_or_refused_by_name(data):
 @pytest.mark.parametrize(
     ("number", "taken"), [(1, True), (100, True), (101, False), (10**5, False)]
 )
-def test_a_result_of_absurdly_many_urls_is_refused(number, taken):
+def test_more_than_100_urls_are_rejected(number, taken):
     urls = json.dumps({"resultUrls": ["https://example.com/1.jpg"] * number})
     data = {"taskId": "t", "state": "success", "resultJson": urls}
     if taken:
@@ -190,7 +190,7 @@ def test_a_result_of_absurdly_many_urls_is_refused(number, taken):
 
 
 @given(ANYTHING, st.integers(100, 999))
-def test_any_envelope_is_read_or_refused_by_name(value, status):
+def test_any_envelope_is_read_or_raises_api_error(value, status):
     body = json.dumps(value).encode()
     try:
         read_task_id(read_envelope(status, body))
@@ -199,7 +199,7 @@ def test_any_envelope_is_read_or_refused_by_name(value, status):
 
 
 @given(st.binary(max_size=200), st.integers(100, 999))
-def test_any_bytes_are_refused_by_name(body, status):
+def test_any_bytes_raise_api_error(body, status):
     with pytest.raises(ApiError):
         read_task_id(read_envelope(status, body))
 
@@ -216,14 +216,14 @@ def test_any_bytes_are_refused_by_name(body, status):
         ({"current_balance": 0, "balance": "n/a"}, 0.0),
     ],
 )
-def test_a_balance_is_read_in_its_likely_shapes(data, dollars):
+def test_balance_is_read_in_its_likely_shapes(data, dollars):
     assert read_balance(data) == dollars
 
 
 @pytest.mark.parametrize(
     "data", [None, {}, [], "n/a", {"balance": {}}, {"balance": 10**400}, float("nan"), "inf"]
 )
-def test_a_balance_without_a_number_is_refused_by_name(data):
+def test_balance_without_a_number_is_rejected(data):
     with pytest.raises(UnreadableReplyError, match="no number"):
         read_balance(data)
 
@@ -239,14 +239,14 @@ def test_a_balance_without_a_number_is_refused_by_name(data):
         "%3FX-Amz-Signature%3Ds3cr3t",
     ],
 )
-def test_a_signed_url_that_a_message_repeats_is_cut_before_its_signature(signed):
-    told = f"https://bucket.test/cat.jpg{signed} cannot be fetched"
+def test_signature_of_a_url_in_a_message_is_removed(signed):
+    message = f"https://bucket.test/cat.jpg{signed} cannot be fetched"
     status = read_status(
-        {"taskId": "t", "state": "failed", "failMsg": told}, task_id="t"
+        {"taskId": "t", "state": "failed", "failMsg": message}, task_id="t"
     ).fail_message
     assert status.startswith("https://bucket.test/cat.jpg")
     assert status.endswith("… cannot be fetched")
     with pytest.raises(RefusedError) as caught:
-        read_envelope(400, json.dumps({"code": 400, "message": told}).encode())
+        read_envelope(400, json.dumps({"code": 400, "message": message}).encode())
     for text in (status, str(caught.value)):
         assert "s3cr3t" not in text

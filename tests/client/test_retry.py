@@ -1,4 +1,4 @@
-"""How long to stay away."""
+"""Retry delays: backoff and the `Retry-After` header."""
 
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -11,7 +11,7 @@ from prefect_flux_kontext.client.retry import jittered_backoff, parse_retry_afte
 
 
 @given(st.integers(1, 10_000))
-def test_backoff_stays_between_a_quarter_of_the_ceiling_and_the_ceiling(attempt):
+def test_backoff_is_between_a_quarter_ceiling_and_the_ceiling(attempt):
     ceiling = min(30.0, 2.0 ** min(attempt - 1, 5))
     assert ceiling / 4 <= jittered_backoff(attempt) <= ceiling
 
@@ -32,7 +32,7 @@ def test_retry_after_as_a_date(ahead, least, most):
 
 
 @pytest.mark.parametrize("ahead", [-1, -86_400 * 365])
-def test_a_date_that_is_past_is_no_advice(ahead):
+def test_retry_after_in_the_past_is_ignored(ahead):
     moment = datetime.now(UTC) + timedelta(seconds=ahead)
     assert parse_retry_after(format_datetime(moment, usegmt=True)) is None
 
@@ -41,6 +41,6 @@ def test_a_date_that_is_past_is_no_advice(ahead):
     st.text(max_size=40)
     | st.from_regex(r"\A(Mon, )?\d{1,25} Jan \d{1,25} \d{1,25}:\d\d:\d\d [+-]?\d{1,25}\Z")
 )
-def test_any_header_is_read_as_seconds_or_as_nothing(header):
+def test_any_retry_after_header_is_seconds_or_none(header):
     seconds = parse_retry_after(header)
     assert seconds is None or 0 <= seconds <= 300

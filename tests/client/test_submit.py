@@ -1,8 +1,8 @@
-"""A paid request is repeated only when it is known not to have been accepted."""
+"""A submit is repeated only if it is known not to have been accepted."""
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ from prefect_flux_kontext.errors import (
     ServiceTroubleError,
     UnreadableReplyError,
 )
-from tests.support.clients import ACCEPTED, REQUEST, Played, make_client
+from tests.support.clients import ACCEPTED, REQUEST, ScriptedTransport, make_client
 from tests.support.scripted_server import (
     ScriptedServer,
     accepted,
@@ -35,6 +35,15 @@ from tests.support.scripted_server import (
 pytestmark = pytest.mark.anyio
 
 
+async def post_until_final(client):
+    """Post the request until the outcome is final. Returns all outcomes."""
+    attempts, outcomes = client.submit_attempts(), []
+    while not attempts.is_over:
+        async with await attempts.next_slot() as slot:
+            outcomes.append(await slot.post(REQUEST))
+    return outcomes
+
+
 def dropped_head(status):
     async def play(writer):
         writer.write(f"HTTP/1.1 {status} Scripted\r\nContent-Le".encode())
@@ -44,7 +53,7 @@ def dropped_head(status):
     return play
 
 
-DOUBTFUL = {
+MAYBE_ACCEPTED = {
     "silence": (silence, ReplyLostError),
     "reset after the request": (reset, ReplyLostError),
     "hung up without a reply": (hang_up, ReplyLostError),
@@ -65,9 +74,9 @@ DOUBTFUL = {
 
 
 @pytest.mark.parametrize("connection", ["new", "kept alive"])
-@pytest.mark.parametrize("what", DOUBTFUL)
-async def test_what_may_have_been_accepted_is_posted_once(what, connection):
-    play, kind = DOUBTFUL[what]
+@pytest.mark.parametrize("what", MAYBE_ACCEPTED)
+async def test_request_that_may_be_accepted_is_posted_once(what, connection):
+    play, kind = MAYBE_ACCEPTED[what]
     before = [envelope(data={"taskId": "t", "state": "pending"})] * (connection == "kept alive")
     async with (
         ScriptedServer(*before, play, accepted()) as server,
@@ -78,7 +87,7 @@ async def test_what_may_have_been_accepted_is_posted_once(what, connection):
         with pytest.raises(kind) as caught:
             await client.submit(REQUEST)
         assert [seen.method for seen in server.seen].count("POST") == 1
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
     assert not caught.value.not_accepted
     assert not caught.value.fatal
     if connection == "kept alive" and len(server.seen) == 2:
@@ -86,7 +95,7 @@ async def test_what_may_have_been_accepted_is_posted_once(what, connection):
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-async def test_a_refusal_counts_without_its_body_too(status):
+async def test_refusal_counts_even_with_half_a_body(status):
     async with ScriptedServer(half_a_reply(status)) as server, make_client(server.url) as client:
         with pytest.raises(RefusedError) as caught:
             await client.submit(REQUEST)
@@ -94,26 +103,19 @@ async def test_a_refusal_counts_without_its_body_too(status):
     assert len(server.seen) == 1
 
 
-async def test_a_refused_connection_is_made_again_eight_times(monkeypatch):
+async def test_refused_connection_is_attempted_eight_times(monkeypatch):
     monkeypatch.setattr(client_module, "jittered_backoff", lambda _: 0.0)
-    with socket.socket() as bound:  # nobody listens on it
+    with socket.socket() as bound:  # it does not listen
         bound.bind(("127.0.0.1", 0))
         async with make_client(f"http://127.0.0.1:{bound.getsockname()[1]}") as client:
-            posts = []
-
-            @asynccontextmanager
-            async def around():
-                posts.append(1)
-                yield
-
-            with pytest.raises(NotConnectedError) as caught:
-                await client.submit(REQUEST, around_post=around)
-            assert client.governor.tasks.running == 0
-    assert len(posts) == 8
-    assert caught.value.not_accepted
+            outcomes = await post_until_final(client)
+            assert client.limiter.tasks.running == 0
+    assert len(outcomes) == 8
+    assert all(isinstance(outcome.error, NotConnectedError) for outcome in outcomes)
+    assert all(outcome.is_rejected and not outcome.is_unknown for outcome in outcomes)
 
 
-async def test_a_service_that_comes_up_late_gets_the_request_once(monkeypatch):
+async def test_service_that_starts_late_gets_the_request_once(monkeypatch):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -152,16 +154,16 @@ async def test_a_service_that_comes_up_late_gets_the_request_once(monkeypatch):
         (TimeoutError(), 1),
     ],
 )
-async def test_only_what_never_left_is_posted_again(error, posts):
-    played = Played(error, ACCEPTED)
-    async with make_client(transport=played) as client:
+async def test_only_a_request_never_sent_is_posted_again(error, posts):
+    transport = ScriptedTransport(error, ACCEPTED)
+    async with make_client(transport=transport) as client:
         with pytest.raises(ReplyLostError) if posts == 1 else nullcontext():
             await client.submit(REQUEST)
-        assert len(played.requests) == posts
+        assert len(transport.requests) == posts
 
 
 @pytest.mark.virtual_time
-async def test_a_reply_that_trickles_in_for_ever_is_lost_after_two_minutes():
+async def test_trickling_reply_is_lost_after_two_minutes():
     class Trickle(httpx.AsyncByteStream):
         async def __aiter__(self):
             while True:
@@ -178,55 +180,57 @@ async def test_a_reply_that_trickles_in_for_ever_is_lost_after_two_minutes():
         assert asyncio.get_running_loop().time() - began == pytest.approx(120)
 
 
-async def test_each_post_is_made_inside_its_own_context(monkeypatch):
+async def test_each_post_has_its_own_slot(monkeypatch):
     monkeypatch.setattr(
         "prefect_flux_kontext.client.limits.account.jittered_backoff", lambda _: 0.0
     )
-    told = []
-
-    @asynccontextmanager
-    async def around():
-        told.append(("enter", len(server.seen)))
-        try:
-            yield
-        except RateLimitedError:
-            told.append(("refused", len(server.seen)))
-            raise
-        told.append(("accepted", len(server.seen)))
-
     async with (
         ScriptedServer(envelope(429, status=429), accepted()) as server,
         make_client(server.url) as client,
     ):
-        await client.submit(REQUEST, around_post=around)
-    assert told == [("enter", 0), ("refused", 1), ("enter", 1), ("accepted", 2)]
+        rejected, last = await post_until_final(client)
+        assert client.limiter.tasks.running == 1
+    assert isinstance(rejected.error, RateLimitedError)
+    assert rejected.may_retry
+    assert last.is_accepted
+    assert last.task_id == "task_1"
 
 
-async def test_who_raises_right_before_the_post_sends_nothing_and_holds_no_slot():
-    @asynccontextmanager
-    async def around():
-        raise BatchStoppedError("enough")
-        yield
+async def test_unknown_outcome_ends_the_attempts():
+    async with (
+        ScriptedServer(envelope(502, status=502)) as server,
+        make_client(server.url) as client,
+    ):
+        (outcome,) = await post_until_final(client)
+        assert client.limiter.tasks.running == 0
+    assert outcome.is_unknown
+    assert not outcome.is_rejected
+    assert not outcome.may_retry
 
+
+async def test_error_before_the_post_sends_nothing_and_frees_the_slot():
     async with ScriptedServer(accepted()) as server, make_client(server.url) as client:
+        slot = await client.submit_attempts().next_slot()
+        assert client.limiter.tasks.running == 1
         with pytest.raises(BatchStoppedError):
-            await client.submit(REQUEST, around_post=around)
+            async with slot:
+                raise BatchStoppedError("enough")
         assert server.seen == []
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
 
 
-async def test_a_submit_cancelled_under_way_frees_its_slot():
+async def test_cancelled_submit_frees_its_slot():
     async with ScriptedServer(silence) as server, make_client(server.url) as client:
         task = asyncio.create_task(client.submit(REQUEST))
-        while not server.seen:  # noqa: ASYNC110 - the server tells nobody
+        while not server.seen:  # noqa: ASYNC110 - the server has no event to wait for
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert client.governor.tasks.running == 0
+        assert client.limiter.tasks.running == 0
 
 
-async def test_an_invalid_request_is_posted_once():
+async def test_invalid_request_is_posted_once():
     async with (
         ScriptedServer(envelope(400, {"error": "prompt"}, "bad"), accepted()) as server,
         make_client(server.url) as client,

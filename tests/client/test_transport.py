@@ -1,4 +1,4 @@
-"""What the wire raises tells what became of a request, and nothing is sent that was not asked."""
+"""The transport: its errors tell whether a request was sent, and it adds nothing to requests."""
 
 import asyncio
 import ssl
@@ -6,7 +6,7 @@ import ssl
 import httpx
 import pytest
 
-from prefect_flux_kontext.client import transport as wire
+from prefect_flux_kontext.client import transport as transport_module
 from prefect_flux_kontext.client.transport import AiohttpTransport, create_tls_context
 from tests.support import scripted_server as play
 from tests.support.certificates import self_signed
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.anyio
 FINE = play.reply(200, b"fine")
 
 
-def client(**how):
-    transport = AiohttpTransport(create_tls_context(), **how)
+def client(**options):
+    transport = AiohttpTransport(create_tls_context(), **options)
     return httpx.AsyncClient(transport=transport, headers={"Authorization": "Bearer canary"})
 
 
 @pytest.mark.parametrize("fault", [play.hang_up, play.reset], ids=["hang up", "reset"])
 @pytest.mark.parametrize("kept", [False, True], ids=["new connection", "kept connection"])
-async def test_a_post_goes_out_once_and_a_get_once_more(fault, kept):
+async def test_post_is_sent_once_and_get_is_repeated_once(fault, kept):
     before = [FINE] * kept
     async with ScriptedServer(*before, fault, FINE) as server, client() as http:
         for _ in before:
@@ -40,7 +40,7 @@ async def test_a_post_goes_out_once_and_a_get_once_more(fault, kept):
         assert [seen.method for seen in server.seen[kept:]] == ["GET", "GET"]
 
 
-async def test_a_connection_that_is_never_made_is_told_apart():
+async def test_refused_connection_raises_connect_error():
     network = Network(dead={"127.0.0.1"})
     async with client(socket_factory=network) as http:
         with pytest.raises(httpx.ConnectError, match=r"127\.0\.0\.1:80"):
@@ -49,7 +49,7 @@ async def test_a_connection_that_is_never_made_is_told_apart():
     assert network.written == b""
 
 
-async def test_a_certificate_that_is_not_trusted_ends_before_anything_is_sent(tmp_path):
+async def test_untrusted_certificate_raises_before_sending(tmp_path):
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(self_signed("localhost", tmp_path))
     network = Network(tls=server)
@@ -59,39 +59,39 @@ async def test_a_certificate_that_is_not_trusted_ends_before_anything_is_sent(tm
     assert network.written == b""
 
 
-async def test_no_room_among_the_connections_is_a_connection_never_made(monkeypatch):
-    monkeypatch.setattr(wire, "MOST_CONNECTIONS", 1)
-    asked = asyncio.Event()
+async def test_full_connection_pool_raises_connect_timeout(monkeypatch):
+    monkeypatch.setattr(transport_module, "_MAX_CONNECTIONS", 1)
+    received = asyncio.Event()
 
-    async def hear(writer):
-        asked.set()
+    async def record_and_hang(writer):
+        received.set()
         return await play.silence(writer)
 
-    async with ScriptedServer(hear) as server, client() as http:
+    async with ScriptedServer(record_and_hang) as server, client() as http:
         timeout = httpx.Timeout(60, pool=0.01)
         first = asyncio.create_task(http.get(server.url))
-        await asked.wait()
+        await received.wait()
         with pytest.raises(httpx.ConnectTimeout):
             await http.post(server.url, content=b"{}", timeout=timeout)
         first.cancel()
         assert len(server.seen) == 1
 
 
-async def test_a_reply_that_does_not_come_may_have_been_a_success():
+async def test_missing_reply_raises_read_timeout():
     async with ScriptedServer(play.silence) as server, client() as http:
         with pytest.raises(httpx.ReadTimeout):
             await http.post(server.url, content=b"{}", timeout=httpx.Timeout(60, read=0.01))
         assert len(server.seen) == 1
 
 
-async def test_half_a_reply_is_an_error_while_it_is_read():
+async def test_half_a_reply_raises_remote_protocol_error():
     async with ScriptedServer(play.half_a_reply()) as server, client() as http:
         with pytest.raises(httpx.RemoteProtocolError):
             await http.post(server.url, content=b"{}")
         assert len(server.seen) == 1
 
 
-async def test_what_is_no_http_tells_nothing_of_the_request():
+async def test_error_of_a_reply_that_is_not_http_has_no_headers():
     network = Network(b"SSH-2.0-canary\r\n\r\n")
     async with client(socket_factory=network) as http:
         with pytest.raises(httpx.RemoteProtocolError) as raised:
@@ -101,9 +101,9 @@ async def test_what_is_no_http_tells_nothing_of_the_request():
 
 
 @pytest.mark.parametrize("turns", [0, 1, 10])
-@pytest.mark.parametrize("unasked", [b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n", b"x"])
-async def test_a_reply_that_nobody_asked_for_is_nobodys_reply(turns, unasked):
-    """It would tell that a paid submit was refused, or was another one."""
+@pytest.mark.parametrize("unsolicited", [b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n", b"x"])
+async def test_unsolicited_reply_is_not_used(turns, unsolicited):
+    """It could report that a paid submit was refused, or name another task."""
     writers = []
 
     async def first(writer):
@@ -112,7 +112,7 @@ async def test_a_reply_that_nobody_asked_for_is_nobodys_reply(turns, unasked):
 
     async with ScriptedServer(first, play.reply(200, b"second")) as server, client() as http:
         assert (await http.post(server.url, content=b"1")).content == b"fine"
-        writers[0].write(unasked)
+        writers[0].write(unsolicited)
         for _ in range(turns):
             await asyncio.sleep(0)
         assert (await http.post(server.url, content=b"2")).content == b"second"
@@ -120,13 +120,13 @@ async def test_a_reply_that_nobody_asked_for_is_nobodys_reply(turns, unasked):
         assert server.connections == 2
 
 
-async def test_a_paid_reply_is_not_lost_for_its_headers():
+async def test_many_and_long_reply_headers_are_accepted():
     many = {f"X-{number}": "x" for number in range(500)} | {"X-Long": "x" * 60_000}
     async with ScriptedServer(play.reply(200, b"fine", **many)) as server, client() as http:
         assert (await http.post(server.url, content=b"{}")).content == b"fine"
 
 
-async def test_a_name_that_can_be_none_is_a_connection_never_made():
+async def test_invalid_host_name_raises_connect_error():
     async with client(socket_factory=Network()) as http:
         with pytest.raises(httpx.ConnectError):
             await http.post(f"http://{'a' * 64}.test/", content=b"{}")
@@ -143,7 +143,7 @@ async def test_cookies_are_not_kept_and_redirects_not_followed():
         assert "cookie" not in server.seen[1].headers
 
 
-async def test_no_header_is_added_to_those_of_the_request():
+async def test_no_header_is_added_to_the_request():
     async with ScriptedServer(FINE) as server:
         transport = AiohttpTransport(create_tls_context())
         request = httpx.Request("POST", f"{server.url}/a%20b?c=%2F&d", content=b"{}")
@@ -154,24 +154,24 @@ async def test_no_header_is_added_to_those_of_the_request():
         assert set(seen.headers) == {"host", "content-length"}
 
 
-async def test_a_connection_is_used_again_unless_a_body_is_left_unread():
+async def test_connection_is_reused_unless_a_body_is_unread():
     async with ScriptedServer(play.reply(200, b"x" * 500_000)) as server:
         transport = AiohttpTransport(create_tls_context())
 
-        async def ask(*, read):
+        async def fetch(*, read):
             response = await transport.handle_async_request(httpx.Request("GET", server.url))
             if read:
                 await response.aread()
             await response.aclose()
             return server.connections
 
-        assert [await ask(read=True), await ask(read=True)] == [1, 1]
-        assert [await ask(read=False), await ask(read=True)] == [1, 2]
+        assert [await fetch(read=True), await fetch(read=True)] == [1, 1]
+        assert [await fetch(read=False), await fetch(read=True)] == [1, 2]
         await transport.aclose()
 
 
 @pytest.mark.parametrize("url", ["http://[::1]:8000/x", "http://user:word@127.0.0.1:8000/x"])
-async def test_an_address_of_the_url_is_connected_to_and_no_login_is_sent(url):
+async def test_ip_address_is_used_and_no_login_is_sent(url):
     network = Network()
     transport = AiohttpTransport(create_tls_context(), socket_factory=network)
     response = await transport.handle_async_request(httpx.Request("GET", url))
@@ -181,7 +181,7 @@ async def test_an_address_of_the_url_is_connected_to_and_no_login_is_sent(url):
     assert b"authorization" not in network.written.lower()
 
 
-async def test_a_closed_transport_that_was_never_used_had_nothing_to_close():
+async def test_unused_transport_can_be_closed():
     transport = AiohttpTransport(create_tls_context())
     await transport.aclose()
     assert transport._session is None

@@ -1,4 +1,4 @@
-"""Waiters are woken at once on this loop, and by its thread on another."""
+"""Waiters of the running loop are woken immediately, others by the thread of their loop."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from prefect_flux_kontext.client.limits.waiters import wake
 
 
 @pytest.mark.anyio
-async def test_a_waiter_of_this_loop_is_woken_at_once():
+async def test_waiter_of_the_running_loop_is_woken_immediately():
     loop = asyncio.get_running_loop()
     waiter = loop.create_future()
     wake(waiter, loop)
@@ -18,7 +18,7 @@ async def test_a_waiter_of_this_loop_is_woken_at_once():
 
 
 @pytest.mark.anyio
-async def test_a_waiter_of_another_loop_is_woken_by_that_loop():
+async def test_waiter_of_another_loop_is_woken_by_its_thread():
     made = threading.Event()
     others = []
 
@@ -37,7 +37,7 @@ async def test_a_waiter_of_another_loop_is_woken_by_that_loop():
         wake(*others[0])
 
 
-def test_what_is_thrown_away_after_its_loop_wakes_those_of_another():
+def test_wake_works_without_a_running_loop():
     loop = asyncio.new_event_loop()
     waiter = loop.create_future()
     wake(waiter, loop)  # no loop runs here

@@ -1,7 +1,6 @@
-"""The fenced blocks of the documentation, and what the comments above them say.
+"""The fenced blocks of the documentation and the comments above them.
 
-`<!-- file: NAME -->` above a block: the reader saves it under that name.
-`<!-- not run: REASON -->`: it cannot run here.
+`<!-- file: NAME -->` saves the block under that name, `<!-- not run: REASON -->` skips it.
 """
 
 import re
@@ -19,9 +18,15 @@ _COMMENT = re.compile(r"<!-- (file|not run): (.+?) -->\s*", re.DOTALL)
 
 
 class Block(NamedTuple):
-    """A fenced block: its page, its first line there, its language, its text.
+    """A fenced block.
 
-    `file` is the name to save it under, `not_run` the reason why it does not run; mostly neither.
+    Attributes:
+        page: The page it is on.
+        line: Its first line there.
+        language: Its language, empty if not given.
+        text: Its content.
+        file: The name to save it under, if any.
+        not_run: Why it is not run; None for a block that runs.
     """
 
     page: str
@@ -36,18 +41,18 @@ class Block(NamedTuple):
 
 
 def blocks_of(page):
-    """The blocks of a page, in their order."""
+    """Return the blocks of a page in order."""
     return blocks_in(PAGES[page].read_text(encoding="utf-8"), page)
 
 
 def blocks_in(text, page):
-    """The blocks of a text."""
+    """Return the blocks of a Markdown text in order."""
     found, before = [], None
     for token in MarkdownIt().parse(text):
         if token.type == "fence":
             comment = _COMMENT.fullmatch(before.content) if before else None
-            said = {comment[1].replace(" ", "_"): comment[2]} if comment else {}
+            options = {comment[1].replace(" ", "_"): comment[2]} if comment else {}
             language = token.info.strip().split(" ")[0]
-            found.append(Block(page, token.map[0] + 1, language, token.content, **said))
+            found.append(Block(page, token.map[0] + 1, language, token.content, **options))
         before = token if token.type == "html_block" else None
     return found

@@ -1,4 +1,4 @@
-"""What stands here for the places that the pages name: a sandbox, a bucket, a Prefect server."""
+"""Fixtures for what the pages use: a sandbox, a bucket, a Prefect server."""
 
 import contextlib
 import gc
@@ -25,9 +25,9 @@ from tests.orchestration.conftest import (
 from tests.support.s3 import s3_server
 
 BUCKET = "my-bucket"
-NOBODY = "http://127.0.0.1:1"
+CLOSED_ADDRESS = "http://127.0.0.1:1"
 MANIFEST = "id,image,prompt\nmug,{url}/references/coffee.webp,As a poster\ndusk,,A lighthouse\n"
-"""The `manifest.csv` of pages that do not show theirs."""
+"""The `manifest.csv` of pages that do not show one."""
 
 
 def pytest_collection_modifyitems(items):
@@ -48,9 +48,9 @@ def s3():
 
 @pytest.fixture
 def bucket(s3):
-    """A client of an S3 that has the bucket of the pages, which everybody may read from."""
-    anybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject"}
-    policy = {"Statement": [{**anybody, "Resource": f"arn:aws:s3:::{BUCKET}/*"}]}
+    """Yield a client of an S3 with the pages' bucket, which is publicly readable."""
+    public_read = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject"}
+    policy = {"Statement": [{**public_read, "Resource": f"arn:aws:s3:::{BUCKET}/*"}]}
     s3.create_bucket(Bucket=BUCKET)
     s3.put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(policy))
     yield s3
@@ -61,16 +61,16 @@ def bucket(s3):
 
 
 @pytest.fixture(scope="module")
-def saved_blocks(prefect_api, sandbox):  # noqa: F811 - that very fixture
-    """The Blocks that the pages name."""
+def saved_blocks(prefect_api, sandbox):  # noqa: F811 - the fixture imported above
+    """Save the Blocks that the pages use."""
     account = FluxKontextCredentials(api_key="sandbox", base_url=sandbox.url)
     account.save("my-account")
-    webhook = CustomWebhookNotificationBlock(name="nobody", url=NOBODY)
+    webhook = CustomWebhookNotificationBlock(name="closed", url=CLOSED_ADDRESS)
     webhook.save("alerts")
 
 
-def quiet_port():
-    """A free port that no connection takes meanwhile: below those that the kernel gives away."""
+def find_quiet_port():
+    """Return a free port below the ephemeral range, so no connection takes it meanwhile."""
     for port in range(20_000 + os.getpid() % 10_000, 32_000):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
@@ -79,20 +79,22 @@ def quiet_port():
 
 @pytest.fixture
 def reader(tmp_path, sandbox, bucket, prefect_api, saved_blocks, monkeypatch):  # noqa: F811
-    """A reader in a new folder, with an account, a bucket and the photos that the pages name."""
+    """Yield a reader in a new folder, with the account, bucket and photos that the pages use."""
     endpoint = bucket.meta.endpoint_url
     for name, text in {
         "FLUX_KONTEXT_API_KEY": "sandbox",
         "FLUX_KONTEXT_BASE_URL": sandbox.url,
-        # The interval stays as it is, because plans reckon with it.
+        # The interval stays at its default, because plans depend on it.
         "FLUX_KONTEXT_POLL_INITIAL_DELAY": "0.3",
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        # Only loopback is reached, and no name is looked up: a proxy that is not there would.
-        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOBODY),
+        # Any request that is not to loopback goes to a proxy that does not exist, and fails.
+        **dict.fromkeys(
+            ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), CLOSED_ADDRESS
+        ),
         **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
         **{name: text for name, text in prefect_api.environment.items() if "PREFECT" in name},
     }.items():
@@ -106,8 +108,8 @@ def reader(tmp_path, sandbox, bucket, prefect_api, saved_blocks, monkeypatch):  
         shutil.copy(photo, tmp_path / "photos")
         bucket.upload_file(str(photo), BUCKET, f"in/summer/{photo.name}")
     (tmp_path / "manifest.csv").write_text(MANIFEST.format(url=sandbox.url))
-    listen = f"127.0.0.1:{quiet_port()}"
-    stand_ins = {
+    listen = f"127.0.0.1:{find_quiet_port()}"
+    replacements = {
         "http://127.0.0.1:8765": sandbox.url,
         "FLUX_KONTEXT_CALLBACK_LISTEN=127.0.0.1:8780": f"FLUX_KONTEXT_CALLBACK_LISTEN={listen}",
         "https://hooks.example.com/flux": f"http://{listen}/flux",
@@ -116,9 +118,9 @@ def reader(tmp_path, sandbox, bucket, prefect_api, saved_blocks, monkeypatch):  
         "slack-webhook/": "custom-webhook/",
         "FLUX_KONTEXT_POLL_INITIAL_DELAY=3": "FLUX_KONTEXT_POLL_INITIAL_DELAY=0.3",
         "FLUX_KONTEXT_API_KEY=…": "FLUX_KONTEXT_API_KEY=sandbox",
-        "$(openssl rand -hex 32)": "5e" * 16,  # not every machine has it
+        "$(openssl rand -hex 32)": "5e" * 16,  # not every machine has openssl
     }
-    with Terminal(tmp_path, stand_ins) as terminal:
+    with Terminal(tmp_path, replacements) as terminal:
         yield Reader(tmp_path, terminal)
     fsspec.filesystem("s3").clear_instance_cache()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Blocks that are no commands: each is loaded by the code that reads such files."""
+"""Checks of data blocks: each is loaded by the code that reads such files."""
 
 import json
 
@@ -14,7 +14,7 @@ from prefect_flux_kontext.styles.styles import read_styles
 
 
 def check_manifest(text, ending, folder):
-    """Every row of it has to be one that would be run."""
+    """Check that every row of a manifest is valid."""
     path = folder / f"block.{ending}"
     path.write_text(text, encoding="utf-8")
     rows = list(Manifest(str(path), "as a poster", output=str(folder / "none")).rows())
@@ -23,7 +23,7 @@ def check_manifest(text, ending, folder):
 
 
 def check_yaml(text, folder):
-    """A plan of faults, triggers of a deployment, or styles."""
+    """Check a plan of faults, triggers of a deployment, or styles."""
     loaded = yaml.safe_load(text)
     path = folder / "block.yaml"
     path.write_text(text, encoding="utf-8")
@@ -37,7 +37,7 @@ def check_yaml(text, folder):
 
 
 def check_storage_options(text):
-    """One JSON object a line, each as the variable takes it."""
+    """Check storage options, one JSON object a line, as the variable takes them."""
     for line in text.splitlines():
         options = FluxKontextSettings(storage_options=line).fsspec_options()
         assert options == json.loads(line)

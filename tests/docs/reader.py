@@ -1,4 +1,4 @@
-"""A reader who does what a page says, block after block, in a folder of their own."""
+"""Follow a page block by block in a folder of its own."""
 
 import ast
 import asyncio
@@ -7,17 +7,17 @@ import tomllib
 
 from tests.docs import data
 
-SHOWN = ("", "text")
-"""Languages of what is only looked at: pictures of letters, forms of spelling."""
-SPHINX = ("{eval-rst}", "{include}", "{toctree}")
+SHOWN_LANGUAGES = ("", "text")
+"""Languages that are only shown: drawings and syntax."""
+SPHINX_DIRECTIVES = ("{eval-rst}", "{include}", "{toctree}")
 
 
 class Reader:
     """Follows one page.
 
     Args:
-        folder: Where the reader is; it is the working directory.
-        terminal: Where the reader types commands.
+        folder: The working directory.
+        terminal: Runs commands.
     """
 
     def __init__(self, folder, terminal):
@@ -26,8 +26,8 @@ class Reader:
         self._names = {"__name__": "__main__"}
 
     def follow(self, block):
-        """Save, run or load a block; whatever is wrong with it is raised."""
-        text = self._terminal.here(block.text)
+        """Save, run or load a block, and raise if it fails."""
+        text = self._terminal.localize(block.text)
         if block.file:
             path = self._folder / block.file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class Reader:
             case "python":
                 self._run(text, f"{block.page.replace('/', '-')}-{block.line}.py")
             case "csv" | "jsonl" if block.file:
-                pass  # the page's own commands read it, and its columns may have other names
+                pass  # the page's commands read it with their own columns
             case "csv" | "jsonl":
                 data.check_manifest(text, block.language, self._folder)
             case "yaml":
@@ -48,16 +48,18 @@ class Reader:
             case "toml":
                 tomllib.loads(text)
             case "nginx":
-                # Run by tests/callbacks/test_nginx.py, which takes it from this very page.
+                # Run by tests/callbacks/test_nginx.py, which takes it from this page.
                 assert block.page == "docs/callbacks.md"
             case language:
-                assert language in (*SHOWN, *SPHINX), f"nothing runs {language}"
+                assert language in (*SHOWN_LANGUAGES, *SPHINX_DIRECTIVES), (
+                    f"nothing runs {language}"
+                )
                 assert "$ " not in text, "commands are `console`"
 
     def _run(self, text, name):
         path = self._folder / name
         path.write_text(text, encoding="utf-8")
         code = compile(text, str(path), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        left = eval(code, self._names)
-        if inspect.iscoroutine(left):
-            asyncio.run(left)
+        result = eval(code, self._names)
+        if inspect.iscoroutine(result):
+            asyncio.run(result)

@@ -1,7 +1,7 @@
-"""A terminal in which the commands of a page are typed, and what they print is looked at.
+"""Run the commands of a page and compare what they print with what the page shows.
 
-Commands of ours run in this process, servers in the background until the page ends, all others in
-a shell. What a page shows below a command has to be what it prints, with `…` for anything.
+`flux-kontext` runs in this process, servers in the background until the page ends, everything else
+in a shell. `…` on the page matches anything.
 """
 
 import contextlib
@@ -20,36 +20,35 @@ from tests.docs.blocks import ROOT
 
 _SHELL = re.compile(r"[|<>&;$`]")
 _PROGRESS = re.compile(r"^\d+ of \d+ rows done: .*\n", re.MULTILINE)
-"""Comes every ten seconds, and so on slow machines alone; a reader sees a bar in its place."""
+"""Printed every ten seconds, so only on slow machines; a terminal shows a bar instead."""
 _SERVERS = {
-    # What starts them, what is added so that they are quick and take a free port, and what they
-    # print when they are up.
+    # Command, arguments that make it quick and choose a free port, and what it prints when up.
     "flux-kontext sandbox": (["--port=0", "--mean=0.1", "--long-edge=64"], "Stop with Ctrl-C."),
     "flux-kontext receive": (["--port=0"], "Stop with Ctrl-C."),
     "prefect worker start": ([], "started!"),
 }
-_STOPPED_AT_ONCE = ("prefect worker start",)
-"""It would run what the page announces further down, which its own test does."""
+_STOPPED_IMMEDIATELY = ("prefect worker start",)
+"""A running worker would start what the page announces later; another test does that."""
 _RUN = {
     "flux-kontext": [sys.executable, "-m", "prefect_flux_kontext"],
     "prefect": [sys.executable, "-m", "prefect"],
     "python": [sys.executable],
 }
-_KEPT = ("FLUX_KONTEXT_", "INCOMING", "RESTYLED")
-"""What the variables begin with that pages export."""
+_EXPORTED_PREFIXES = ("FLUX_KONTEXT_", "INCOMING", "RESTYLED")
+"""Prefixes of the variables that pages export."""
 
 
 class Terminal:
-    """Runs commands where the process is, with the process' environment, which they may change.
+    """Runs commands in the working directory, with an environment that they may change.
 
     Args:
-        folder: For what the terminal itself has to keep.
-        stand_ins: What is said here in place of what the pages say.
+        folder: Where the terminal keeps its own files.
+        replacements: Texts of the pages and what replaces them here, such as addresses.
     """
 
-    def __init__(self, folder, stand_ins):
+    def __init__(self, folder, replacements):
         self._folder = folder
-        self._stand_ins = dict(stand_ins)
+        self._replacements = dict(replacements)
         self._status = 0
         self._servers = contextlib.ExitStack()
 
@@ -59,35 +58,35 @@ class Terminal:
     def __exit__(self, *_):
         self._servers.close()
 
-    def here(self, text):
-        """The text as it is said here."""
-        for said, here in self._stand_ins.items():
-            text = text.replace(said, here)
+    def localize(self, text):
+        """Return the text with the addresses and keys of this test."""
+        for original, replacement in self._replacements.items():
+            text = text.replace(original, replacement)
         return text
 
     def follow(self, text):
-        """Type the commands of a block, and look at what they print and how they end."""
-        told = list(commands_of(text))
-        for number, (command, shown) in enumerate(told):
-            typed = self.here(command)
+        """Run the commands of a block, and check their output and exit status."""
+        commands = list(commands_of(text))
+        for number, (command, shown) in enumerate(commands):
+            typed = self.localize(command)
             if command == "echo $?":
                 printed = str(self._status)
             else:
-                self._status, printed = self._ran(typed)
-                asked = number + 1 < len(told) and told[number + 1][0] == "echo $?"
-                assert asked or self._status == 0, f"$ {typed}\n{self._status}\n{printed}"
-            # Only now: a server that was started has its address by now.
-            expected = self.here(shown)
+                self._status, printed = self._run(typed)
+                shows_status = number + 1 < len(commands) and commands[number + 1][0] == "echo $?"
+                assert shows_status or self._status == 0, f"$ {typed}\n{self._status}\n{printed}"
+            # Only now: a server that was just started has its address.
+            expected = self.localize(shown)
             assert not shown or matches(expected, printed), (
                 f"$ {typed}\n{printed}\nis not\n{expected}"
             )
 
-    def _ran(self, command):
-        for start, (more, up) in _SERVERS.items():
+    def _run(self, command):
+        for start, (arguments, up) in _SERVERS.items():
             if command.startswith(start) and "help" not in command:
-                with contextlib.ExitStack() as at_once:
-                    stopping = at_once if start in _STOPPED_AT_ONCE else self._servers
-                    command = [*shlex.split(command, comments=True), *more]
+                with contextlib.ExitStack() as immediately:
+                    stopping = immediately if start in _STOPPED_IMMEDIATELY else self._servers
+                    command = [*shlex.split(command, comments=True), *arguments]
                     return 0, self._serve(command, up, stopping)
         words = [] if _SHELL.search(command) else shlex.split(command, comments=True)
         match words:
@@ -99,11 +98,17 @@ class Terminal:
                 return self._shell(command)
 
     def _shell(self, command):
-        """Run it in bash, and keep what it exports."""
-        ours = "\n".join(f'{name}() {{ {shlex.join(run)} "$@"; }}' for name, run in _RUN.items())
-        kept = self._folder / ".environment"
-        ran = subprocess.run(
-            ["bash", "-c", f"{ours}\n{command}\nstatus=$?\nenv -0 > {kept}\nexit $status"],
+        """Run a command in bash, and keep what it exports."""
+        functions = "\n".join(
+            f'{name}() {{ {shlex.join(run)} "$@"; }}' for name, run in _RUN.items()
+        )
+        environment = self._folder / ".environment"
+        completed = subprocess.run(
+            [
+                "bash",
+                "-c",
+                f"{functions}\n{command}\nstatus=$?\nenv -0 > {environment}\nexit $status",
+            ],
             env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -111,15 +116,15 @@ class Terminal:
             text=True,
             check=False,
         )
-        after = dict(line.split("=", 1) for line in kept.read_text().split("\0") if line)
+        after = dict(line.split("=", 1) for line in environment.read_text().split("\0") if line)
         for name in {*os.environ, *after}:
-            if name.startswith(_KEPT):
+            if name.startswith(_EXPORTED_PREFIXES):
                 os.environ.pop(name, None)
                 os.environ.update({name: after[name]} if name in after else {})
-        return ran.returncode, ran.stdout
+        return completed.returncode, completed.stdout
 
     def _serve(self, command, up, stopping):
-        """Start a server, and return what it has said by the time it is up."""
+        """Start a server, and return what it printed until it was up."""
         server = subprocess.Popen(
             [*_RUN[command[0]], *command[1:]],
             env=_environment() | {"PYTHONUNBUFFERED": "1"},
@@ -136,22 +141,22 @@ class Terminal:
             assert line, f"{shlex.join(command)} ended\n{printed}"
             printed += line
         if command[1] == "sandbox":
-            self._stand_ins["http://127.0.0.1:8765"] = re.search(r"http://[\d.:]+", printed)[0]
+            self._replacements["http://127.0.0.1:8765"] = re.search(r"http://[\d.:]+", printed)[0]
         return printed
 
 
 def matches(shown, printed):
-    """Whether a command printed what a page shows, where `…` stands for anything."""
+    """Return whether a command printed what a page shows, where `…` matches anything."""
     lines = [
         r"(.*\n)*?" if line.strip() == "…" else re.escape(line.rstrip()).replace("…", ".*?") + "\n"
         for line in shown.rstrip().split("\n")
     ]
-    told = "".join(f"{line.rstrip()}\n" for line in printed.rstrip().split("\n"))
-    return re.fullmatch("".join(lines), told) is not None
+    output = "".join(f"{line.rstrip()}\n" for line in printed.rstrip().split("\n"))
+    return re.fullmatch("".join(lines), output) is not None
 
 
 def commands_of(text):
-    """Each command of a block, and what the block shows below it."""
+    """Yield each command of a block with the output that the block shows below it."""
     lines = text.split("\n")
     while lines:
         line = lines.pop(0)
@@ -167,7 +172,7 @@ def commands_of(text):
 
 
 def _environment():
-    # `ls` sorts by the language.
+    # `ls` sorts by locale.
     return os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
 
 
@@ -176,13 +181,13 @@ def _main(arguments):
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             status = main(arguments)
-        except SystemExit as ended:
-            status = ended.code
+        except SystemExit as error:
+            status = error.code
     return status, _PROGRESS.sub("", printed.getvalue())
 
 
 def _curl(arguments):
-    """The few forms of curl that the pages use; not every machine has it."""
+    """Do what the pages use curl for; not every machine has curl."""
     method, body, urls = "GET", None, []
     words = iter(arguments)
     for word in words:

@@ -1,4 +1,4 @@
-"""Options, variables and links that pages name between their blocks are there."""
+"""Options, variables and links in the text of the pages exist."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ from tests.docs.blocks import PAGES
 
 
 def options_of(parser):
-    """The long options of a parser and of its commands."""
+    """Return the long options of a parser and of its commands."""
     found = set()
     for action in parser._actions:
         found |= {option for option in action.option_strings if option.startswith("--")}
@@ -27,7 +27,7 @@ def options():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_each_option_that_a_page_names_is_one_of_the_command_line(page, options):
+def test_options_on_a_page_exist(page, options):
     text = PAGES[page].read_text(encoding="utf-8")
     code = re.findall(r"`((?:--|flux-kontext )[^`\n]+)`", text)
     named = {option for text in code for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
@@ -35,14 +35,14 @@ def test_each_option_that_a_page_names_is_one_of_the_command_line(page, options)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_each_variable_that_a_page_names_is_a_setting(page):
+def test_variables_on_a_page_are_settings(page):
     settings = {name.upper() for name in FluxKontextSettings.model_fields}
     text = PAGES[page].read_text(encoding="utf-8")
     assert set(re.findall(r"FLUX_KONTEXT_([A-Z_]*[A-Z])\b", text)) <= settings | {"CALLBACK"}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_each_file_that_a_page_links_to_is_there(page):
+def test_links_on_a_page_lead_to_files(page):
     path = PAGES[page]
     links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []

@@ -1,4 +1,4 @@
-"""Every block of the documentation is run, page by page, as a reader would."""
+"""Every block of the documentation runs, page by page."""
 
 import pytest
 
@@ -10,7 +10,7 @@ NOT_RUN = [block for page in PAGES for block in blocks_of(page) if block.not_run
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_do_what_the_page_says(page, request):
+def test_blocks_of_a_page_print_what_it_shows(page, request):
     blocks = [block for block in blocks_of(page) if not block.not_run]
     if not blocks:
         return
@@ -24,12 +24,12 @@ def test_the_blocks_of_a_page_do_what_the_page_says(page, request):
 
 
 @pytest.mark.parametrize("block", NOT_RUN, ids=str)
-def test_a_block_that_is_not_run_says_why(block):
+def test_skipped_block_has_a_reason(block):
     assert len(block.not_run.split()) > 2
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_is_saved_is_used_further_down(page):
+def test_saved_file_is_used_later(page):
     blocks = blocks_of(page)
     for number, block in enumerate(blocks):
         if block.file:

@@ -1,4 +1,4 @@
-"""What reads and runs the documentation's blocks sees what is wrong with them."""
+"""The code that runs the documentation's blocks detects what is wrong with them."""
 
 import pytest
 
@@ -29,7 +29,7 @@ a picture
 """
 
 
-def test_blocks_are_found_with_their_lines_and_what_is_said_of_them():
+def test_blocks_have_lines_and_comments():
     saved, unrun, picture = blocks_in(PAGE, "p.md")
     assert saved == Block("p.md", 3, "csv", "id,prompt\n", file="m.csv")
     assert (unrun.line, unrun.text) == (11, "$ ls\n")
@@ -37,12 +37,12 @@ def test_blocks_are_found_with_their_lines_and_what_is_said_of_them():
     assert picture == Block("p.md", 16, "", "a picture\n")
 
 
-def test_commands_come_with_what_is_shown_below_them():
+def test_commands_have_their_output():
     text = "$ one \\\n    --two\n$ three   # why\nout\n\nput\n"
     assert list(commands_of(text)) == [("one --two", ""), ("three   # why", "out\n\nput")]
 
 
-def test_output_without_a_command_is_an_error():
+def test_output_without_a_command_raises():
     with pytest.raises(AssertionError, match="below no command"):
         list(commands_of("out\n$ one"))
 
@@ -60,13 +60,13 @@ def test_output_without_a_command_is_an_error():
         ("a.c", "abc", False),
     ],
 )
-def test_what_is_shown_has_to_be_printed(shown, printed, same):
+def test_matches_shown_with_printed(shown, printed, same):
     assert matches(shown, printed) is same
 
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """A reader without any server."""
+    """Yield a reader without any server."""
     monkeypatch.chdir(tmp_path)
     with Terminal(tmp_path, {"there": "here"}) as terminal:
         yield Reader(tmp_path, terminal)
@@ -87,12 +87,12 @@ def alone(tmp_path, monkeypatch):
         ("", "$ ls\n"),
     ],
 )
-def test_a_block_that_does_not_do_what_it_says_is_an_error(language, text, alone):
+def test_block_that_fails_raises(language, text, alone):
     with pytest.raises((AssertionError, ManifestError, BadPlanError)):
         alone.follow(Block("p.md", 1, language, text))
 
 
-def test_what_one_command_exports_the_next_one_sees(alone, monkeypatch):
+def test_exported_variable_reaches_later_commands(alone, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_ACCOUNT", "before")
     text = "$ export FLUX_KONTEXT_ACCOUNT=there\n$ echo $FLUX_KONTEXT_ACCOUNT\nthere\n"
     alone.follow(Block("p.md", 1, "console", text))

@@ -1,4 +1,4 @@
-"""The page of messages, held against the code that says them."""
+"""The messages of the troubleshooting page exist in the code."""
 
 import ast
 import inspect
@@ -14,40 +14,40 @@ from tests.docs.blocks import PAGES
 PAGE = PAGES["docs/troubleshooting.md"].read_text(encoding="utf-8")
 MESSAGES = re.findall(r"^\| `(.+?)` \| [^|]+ \|$", PAGE, re.MULTILINE)
 CLASSES = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \| ", PAGE, re.MULTILINE)
-_HOLE = re.compile(r"%(?:,?\d*\.?\d*)[sdrf]")
+_PLACEHOLDER = re.compile(r"%(?:,?\d*\.?\d*)[sdrf]")
 
 
-def _said(node):
-    """The text of a string in the source, with `…` where something is put in."""
+def _text_of(node):
+    """Return the text of a string in the source, with `…` for each inserted value."""
     match node:
         case ast.Constant(value=str() as text):
-            return _HOLE.sub("…", text)
+            return _PLACEHOLDER.sub("…", text)
         case ast.JoinedStr():
-            return "".join(_said(part) or "…" for part in node.values)
+            return "".join(_text_of(part) or "…" for part in node.values)
     return None
 
 
 @pytest.fixture(scope="module")
-def said():
-    """Every text in the package."""
+def texts():
+    """Return every text in the package."""
     package = Path(prefect_flux_kontext.__file__).parent
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
-    return {text for tree in trees for node in ast.walk(tree) if (text := _said(node))}
+    return {text for tree in trees for node in ast.walk(tree) if (text := _text_of(node))}
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_a_message_of_the_page_is_one_that_the_code_says(message, said):
+def test_message_is_in_the_code(message, texts):
     wanted = re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
-    assert any(wanted.search(text) for text in said)
+    assert any(wanted.search(text) for text in texts)
 
 
-def test_each_class_of_errors_has_its_entry_with_what_it_means_for_the_money():
+def test_every_error_class_has_its_flags():
     answers = {
         name: tuple(
-            "yes" if said else "no" for said in (kind.not_accepted, kind.retryable, kind.fatal)
+            "yes" if flag else "no" for flag in (kind.not_accepted, kind.retryable, kind.fatal)
         )
         for name, kind in inspect.getmembers(errors, inspect.isclass)
         if issubclass(kind, errors.FluxKontextError)
     }
-    assert {name: tuple(told) for name, *told in CLASSES} == answers
+    assert {name: tuple(flags) for name, *flags in CLASSES} == answers
     assert len(MESSAGES) > 80

@@ -1,4 +1,4 @@
-"""The filesystems that a ledger may be on: a disk, memory, and a real S3 server."""
+"""The filesystems of a ledger: a disk, memory, and an S3 server."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ def s3():
 
 @pytest.fixture(params=["disk", "memory", "s3"])
 def root(request, tmp_path):
-    """Where a ledger may be; nothing is there yet."""
+    """The URL of an empty ledger."""
     match request.param:
         case "disk":
             return f"{tmp_path}/a folder/_ledger"
@@ -36,7 +36,7 @@ def store(root):
 
 
 class Faulty:
-    """A filesystem of which every call of one kind goes wrong, before or after its effect."""
+    """A filesystem whose calls of one kind fail, before or after their effect."""
 
     def __init__(self, fs, calls, error, *, effect=False, times=99):
         self._fs = fs
@@ -64,7 +64,7 @@ class Faulty:
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Make calls of a store's filesystem go wrong, without waiting between its attempts."""
+    """Make calls of a store's filesystem fail, without pauses between retries."""
     monkeypatch.setattr("prefect_flux_kontext.ledger.store.jittered_backoff", lambda *_, **__: 0)
 
     def make(store, calls, error, **how):

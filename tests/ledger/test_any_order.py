@@ -1,4 +1,4 @@
-"""Runs that act on a row in any order, by what they last read: the records stay a legal story."""
+"""Runs act on a row in any order, by what they last read: the records stay legal."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ _REJECTED = FluxKontextError("no", code=429)
 _FAILED = GenerationFailedError("no", task_id="task", code="GENERATION_FAILED")
 
 
-class Story:
+class SimulatedRow:
     """A row's records while runs act on it."""
 
     def __init__(self):
@@ -72,7 +72,7 @@ class Story:
             assert ended is None or posted["state"] == "accepted"
             if number + 1 in attempts:
                 over = posted["state"] == "rejected" or ended["state"] == "failed"
-                assert over, "paid for again while something is owed"
+                assert over, "paid for again while an attempt is outstanding"
         now = await self.ledgers["one"].read(ROW.key)
         assert (now.attempt, round(now.spent, 6)) == (len(attempts), round(0.03 * accepted, 6))
 
@@ -83,11 +83,11 @@ class Story:
 
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(OWNERS), st.sampled_from(STEPS)), max_size=40))
-def test_in_whatever_order_runs_act_no_attempt_is_paid_while_one_is_owed(steps):
-    async def live():
-        story = Story()
+def test_no_attempt_is_paid_while_another_is_outstanding(steps):
+    async def main():
+        row = SimulatedRow()
         for owner, step in steps:
-            await story.act(owner, step)
-            await story.check()
+            await row.act(owner, step)
+            await row.check()
 
-    asyncio.run(live())
+    asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Who lives: at hand by process, elsewhere by heartbeat; a doubt is never death."""
+"""Liveness of owners: local ones by process, remote ones by heartbeat; an error is not death."""
 
 import asyncio
 import json
@@ -22,20 +22,20 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("root", ["disk"], indir
 PRICES = {"pro": 0.03, "max": 0.06}
 
 
-async def sign(store, **told):
-    living = {"host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
-    living["started"] = owners._process_started(os.getpid())
-    await store.replace("owners/them.json", json.dumps(living | told).encode())
+async def write_heartbeat(store, **changes):
+    heartbeat = {"host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}
+    heartbeat["started"] = owners._read_process_start(os.getpid())
+    await store.replace("owners/them.json", json.dumps(heartbeat | changes).encode())
 
 
-async def test_a_run_lives_while_it_runs(store):
+async def test_run_is_alive_while_it_runs(store):
     async with keep_heartbeat(store) as owner:
         assert await is_alive(store, owner)
     assert not await is_alive(store, owner)
     assert await store.names("owners") == []
 
 
-async def test_nobody_is_dead(store):
+async def test_owner_without_a_record_is_dead(store):
     assert not await is_alive(store, "nobody")
 
 
@@ -46,48 +46,48 @@ def process():
         running.kill()
 
 
-async def test_a_killed_process_is_dead_at_once(store, process):
-    await sign(store, pid=process.pid, started=owners._process_started(process.pid))
+async def test_killed_process_is_dead_immediately(store, process):
+    await write_heartbeat(store, pid=process.pid, started=owners._read_process_start(process.pid))
     assert await is_alive(store, "them")
     process.kill()
     process.wait()
     assert not await is_alive(store, "them")
 
 
-async def test_a_sleeping_process_lives_however_old_its_beat(store):
-    await sign(store, beat=0)
+async def test_suspended_process_is_alive_with_any_heartbeat(store):
+    await write_heartbeat(store, beat=0)
     assert await is_alive(store, "them")
 
 
-async def test_another_process_of_the_same_number_is_not_the_owner(store):
-    await sign(store, started="1")
+async def test_process_with_a_reused_id_is_not_the_owner(store):
+    await write_heartbeat(store, started="1")
     assert not await is_alive(store, "them")
 
 
 @pytest.mark.parametrize(("age", "lives"), [(0, True), (30, True), (-30, True), (90, False)])
-async def test_a_run_elsewhere_lives_while_its_beat_is_fresh(store, age, lives):
-    await sign(store, host="elsewhere", pid=1, beat=time.time() - age)
+async def test_remote_run_is_alive_while_its_heartbeat_is_fresh(store, age, lives):
+    await write_heartbeat(store, host="elsewhere", pid=1, beat=time.time() - age)
     assert await is_alive(store, "them") is lives
 
 
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"null", b"[]", b"{}", b'{"host": "elsewhere", "beat": "soon"}']
 )
-async def test_a_damaged_sign_of_life_is_neither_life_nor_death(store, damage):
+async def test_damaged_heartbeat_raises(store, damage):
     await store.replace("owners/them.json", damage)
     with pytest.raises(LedgerError, match=r"owners/them\.json is damaged"):
         await is_alive(store, "them")
 
 
-async def test_an_outage_is_not_death(store, faulty):
-    await sign(store)
+async def test_outage_does_not_read_as_death(store, faulty):
+    await write_heartbeat(store)
     faulty(store, {"cat_file"}, TimeoutError("slow"))
     with pytest.raises(LedgerError):
         await is_alive(store, "them")
 
 
-async def test_the_heart_beats_and_survives_an_outage(store, monkeypatch):
-    monkeypatch.setattr(owners, "_BEAT", 0.001)
+async def test_heartbeat_continues_after_an_outage(store, monkeypatch):
+    monkeypatch.setattr(owners, "_HEARTBEAT_SECONDS", 0.001)
     async with keep_heartbeat(store) as owner:
         first = await store.read(f"owners/{owner}.json")
         monkeypatch.setattr("prefect_flux_kontext.ledger.store.replace_file", _refuse(3))
@@ -110,27 +110,27 @@ def _refuse(times):
 @pytest.fixture
 async def claimed(store):
     """A row that another run has claimed, and this run's ledger."""
-    await sign(store)
+    await write_heartbeat(store)
     theirs, ours = Ledger(store, "them", PRICES), Ledger(store, "us", PRICES)
     row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
     return theirs, ours, row, await theirs.claim(row, await theirs.read("k" * 32))
 
 
-async def test_the_intent_of_a_dead_owner_is_unknown(claimed, store):
+async def test_intent_of_a_dead_owner_is_unknown(claimed, store):
     _, ours, _, entry = claimed
     await store.remove("owners/them.json")
-    assert await ours.settled(entry) == (entry, True)
+    assert await ours.wait_until_settled(entry) == (entry, True)
 
 
-async def test_our_own_intent_is_unknown_at_once_though_we_live(claimed):
+async def test_own_intent_is_unknown_without_waiting(claimed):
     theirs, _, _, entry = claimed
-    assert await theirs.settled(entry) == (entry, False)
+    assert await theirs.wait_until_settled(entry) == (entry, False)
 
 
 @pytest.mark.virtual_time
-async def test_a_living_owner_is_waited_for(claimed):
+async def test_living_owner_is_waited_for(claimed):
     theirs, ours, _, entry = claimed
-    waiting = asyncio.create_task(ours.settled(entry))
+    waiting = asyncio.create_task(ours.wait_until_settled(entry))
     await asyncio.sleep(30)
     assert not waiting.done()
     await theirs.accepted(entry, "task_1")
@@ -139,14 +139,14 @@ async def test_a_living_owner_is_waited_for(claimed):
 
 
 @pytest.mark.virtual_time
-async def test_a_living_owner_that_never_tells_is_not_waited_for_for_ever(claimed):
-    """Else two runs that lost a reply each wait for one another's end."""
+async def test_wait_for_a_silent_owner_ends(claimed):
+    """Otherwise two runs that each lost a reply would wait for each other."""
     _, ours, _, entry = claimed
-    assert await ours.settled(entry) == (entry, False)
+    assert await ours.wait_until_settled(entry) == (entry, False)
 
 
-async def test_what_a_dying_owner_wrote_last_is_seen(claimed, store, monkeypatch):
-    """It tells and ends between our look at its life and our look at the row."""
+async def test_last_record_of_a_dying_owner_is_read(claimed, store, monkeypatch):
+    """It records the outcome and ends between the liveness check and the read of the row."""
     theirs, ours, _, entry = claimed
 
     async def ends(_store, _owner):
@@ -155,12 +155,12 @@ async def test_what_a_dying_owner_wrote_last_is_seen(claimed, store, monkeypatch
         return False
 
     monkeypatch.setattr("prefect_flux_kontext.ledger.ledger.is_alive", ends)
-    settled, _ = await ours.settled(entry)
+    settled, _ = await ours.wait_until_settled(entry)
     assert settled.state is State.ACCEPTED
 
 
-async def test_the_death_of_one_owner_says_nothing_of_the_next_attempt(claimed, store):
-    """Two runs pay again for an unknown row: the slower must not give up the quicker's."""
+async def test_dead_owner_does_not_affect_the_next_attempt(claimed, store):
+    """Two runs pay again for an unknown row; the slower must not give up the other's attempt."""
     _, ours, row, entry = claimed
     await store.remove("owners/them.json")
     async with keep_heartbeat(store) as quicker:
@@ -168,7 +168,7 @@ async def test_the_death_of_one_owner_says_nothing_of_the_next_attempt(claimed, 
         rejected = await ledger.rejected(entry, _given_up(), by="person")
         again = await ledger.claim(row, rejected)
         await ledger.accepted(again, "task_2")
-    settled, gone = await ours.settled(entry)
+    settled, gone = await ours.wait_until_settled(entry)
     assert (settled.state, settled.attempt, gone) == (State.ACCEPTED, 2, False)
 
 

@@ -1,4 +1,4 @@
-"""Every pair of states: a move that is legal, or one that the ledger refuses."""
+"""Every pair of states is a legal move, or one that the ledger refuses."""
 
 import itertools
 
@@ -40,19 +40,19 @@ FAILED = GenerationFailedError("no", task_id="task_1", code="GENERATION_FAILED")
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
-def test_a_move_is_legal_or_not(before, after):
+def test_moves_are_exactly_the_legal_ones(before, after):
     assert (after in MOVES[before]) == ((before, after) in LEGAL)
 
 
-def test_every_state_has_its_moves_and_only_stored_has_none():
+def test_only_stored_has_no_moves():
     assert set(MOVES) == set(State)
     assert [state for state in State if not MOVES[state]] == [State.STORED]
 
 
-def test_what_may_be_paid_and_what_is_owed_agree_with_the_moves():
+def test_state_sets_agree_with_the_moves():
     assert {State.STORED, State.FAILED} == PAID_STATES - OUTSTANDING_STATES
     assert {State.INTENT, State.UNKNOWN} == OUTSTANDING_STATES - PAID_STATES
-    # A further attempt is paid for only where none is owed.
+    # A further attempt is paid for only while no other is outstanding.
     assert not OUTSTANDING_STATES & {state for state in State if State.INTENT in MOVES[state]}
 
 
@@ -78,7 +78,7 @@ def entry_in(state):
 
 
 def takes(state, ledger, entry):
-    """The call that brings a row into the state."""
+    """Return the call that moves a row into the state."""
     return {
         State.INTENT: lambda: ledger.claim(ROW, entry),
         State.ACCEPTED: lambda: ledger.accepted(entry, "task_2"),
@@ -88,8 +88,8 @@ def takes(state, ledger, entry):
     }[state]
 
 
-# `succeeded` is passed through on the way from accepted to stored, and `unknown` is an intent
-# whose owner is gone: neither is written down.
+# `succeeded` lies between accepted and stored, and `unknown` is an intent whose owner is dead:
+# neither is recorded.
 WRITTEN = [State.INTENT, State.ACCEPTED, State.REJECTED, State.STORED, State.FAILED]
 
 
@@ -97,7 +97,7 @@ WRITTEN = [State.INTENT, State.ACCEPTED, State.REJECTED, State.STORED, State.FAI
 @pytest.mark.parametrize(
     ("before", "after"), list(itertools.product([State.PLANNED, *WRITTEN], WRITTEN))
 )
-async def test_the_ledger_makes_the_legal_moves_and_refuses_the_others(tmp_path, before, after):
+async def test_ledger_refuses_illegal_moves(tmp_path, before, after):
     ledger = Ledger(RecordStore(str(tmp_path)), "o", PRICES)
     entry = entry_in(before)
     legal = (before, after) in LEGAL or (before, after) == (State.ACCEPTED, State.STORED)
@@ -109,7 +109,7 @@ async def test_the_ledger_makes_the_legal_moves_and_refuses_the_others(tmp_path,
         assert not list(tmp_path.iterdir())
 
 
-def test_only_accepted_attempts_count_as_spent():
+def test_spent_counts_only_accepted_attempts():
     spent = {state: entry_in(state).spent for state in [State.PLANNED, *WRITTEN]}
     assert spent == {
         State.PLANNED: 0,
@@ -121,12 +121,12 @@ def test_only_accepted_attempts_count_as_spent():
     }
 
 
-def test_a_further_attempt_remembers_what_the_earlier_ones_cost():
+def test_next_attempt_keeps_the_cost_of_earlier_ones():
     failed = entry_in(State.FAILED)
     again = failed.next_attempt(failed.intent.model_copy(update={"attempt": 2}))
     assert (again.state, again.spent, again.failures) == (State.INTENT, 0.03, 1)
 
 
-def test_a_row_that_was_not_accepted_has_no_task():
+def test_task_needs_an_accepted_attempt():
     with pytest.raises(ValueError, match="no accepted task"):
         _ = entry_in(State.INTENT).task

@@ -1,4 +1,4 @@
-"""Records on every kind of filesystem: who creates one, who reads it, what an outage is."""
+"""Records on every kind of filesystem: creation, reads, outages and damage."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ OUTAGES = [
 STEPS = ["intent", "posted", "ended"]
 
 
-async def test_a_record_is_created_once_and_read_back(store):
+async def test_store_creates_a_record_once_and_reads_it(store):
     assert await store.read("rows/aa/1.json") is None
     assert await store.create("rows/aa/1.json", b"one")
     assert not await store.create("rows/aa/1.json", b"two")
@@ -36,7 +36,7 @@ async def test_a_record_is_created_once_and_read_back(store):
     assert await store.names("rows/aa") == ["1.json"]
 
 
-async def test_a_record_is_replaced_and_removed(store):
+async def test_store_replaces_and_removes_a_record(store):
     await store.replace("owners/1.json", b"one")
     await store.replace("owners/1.json", b"two")
     assert await store.read("owners/1.json") == b"two"
@@ -46,11 +46,11 @@ async def test_a_record_is_replaced_and_removed(store):
     assert await store.names("owners") == []
 
 
-async def test_a_folder_that_is_not_there_is_empty(store):
+async def test_names_of_a_missing_folder_are_empty(store):
     assert await store.names("waves") == []
 
 
-def test_of_16_threads_exactly_one_creates_each_record(root):
+def test_create_succeeds_in_one_of_16_threads(root):
     """Each thread has its own event loop and store, as a process would."""
 
     names = 10 if root.startswith("s3") else 50  # the server of the tests is slow
@@ -78,7 +78,7 @@ def test_of_16_threads_exactly_one_creates_each_record(root):
     assert [number in won[winner] for number, winner in enumerate(winners)] == [True] * names
 
 
-def test_of_two_processes_exactly_one_creates_each_record(tmp_path):
+def test_create_succeeds_in_one_of_two_processes(tmp_path):
     code = (
         "import asyncio, json, os, sys\n"
         "from prefect_flux_kontext.ledger.store import RecordStore\n"
@@ -107,7 +107,7 @@ def test_of_two_processes_exactly_one_creates_each_record(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-async def test_a_creation_whose_reply_was_lost_is_known_to_be_ours(store, faulty, monkeypatch):
+async def test_create_recognizes_its_record_after_a_lost_reply(store, faulty, monkeypatch):
     if isinstance(store._fs, LocalFileSystem):
         _lose_replies_of_the_disk(monkeypatch, times=2)
     else:
@@ -116,9 +116,7 @@ async def test_a_creation_whose_reply_was_lost_is_known_to_be_ours(store, faulty
     assert await store.read("1.json") == b"ours"
 
 
-async def test_a_creation_whose_reply_was_lost_is_not_ours_where_another_was_first(
-    store, faulty, monkeypatch
-):
+async def test_create_fails_after_a_lost_reply_if_another_was_first(store, faulty, monkeypatch):
     await store.create("1.json", b"theirs")
     if isinstance(store._fs, LocalFileSystem):
         _lose_replies_of_the_disk(monkeypatch, times=2)
@@ -146,7 +144,7 @@ def _lose_replies_of_the_disk(monkeypatch, times):
 
 
 @pytest.mark.parametrize("error", OUTAGES, ids=lambda error: type(error).__name__)
-async def test_an_outage_is_never_absence(store, faulty, error):
+async def test_outage_is_never_read_as_absence(store, faulty, error):
     faulty(store, {"cat_file", "ls"}, error)
     with pytest.raises(LedgerError, match=r"1\.json could not be reached after 4 attempts"):
         await store.read("1.json")
@@ -155,9 +153,7 @@ async def test_an_outage_is_never_absence(store, faulty, error):
 
 
 @pytest.mark.parametrize("error", [*OUTAGES, FileNotFoundError("no such bucket")])
-async def test_what_cannot_be_written_is_a_ledger_error_that_names_the_record(
-    store, faulty, monkeypatch, error
-):
+async def test_write_error_names_the_record(store, faulty, monkeypatch, error):
     def refuse(*_, **__):
         raise error
 
@@ -170,7 +166,7 @@ async def test_what_cannot_be_written_is_a_ledger_error_that_names_the_record(
         await store.replace("rows/1.json", b"1")
 
 
-async def test_a_hiccup_is_tried_again(store, faulty):
+async def test_transient_error_is_retried(store, faulty):
     await store.create("1.json", b"one")
     hiccup = faulty(store, {"cat_file"}, TimeoutError("slow"), times=3)
     assert await store.read("1.json") == b"one"
@@ -180,7 +176,7 @@ async def test_a_hiccup_is_tried_again(store, faulty):
 @pytest.mark.parametrize("root", ["disk"], indirect=True)
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"key":', b"null", b"[]", b"\0" * 64, b"{}"])
 @pytest.mark.parametrize("step", STEPS)
-async def test_a_damaged_record_stops_its_row_and_is_named(store, step, damage):
+async def test_damaged_record_stops_its_row_and_is_named(store, step, damage):
     ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
     row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
     entry = await ledger.claim(row, await ledger.read("k" * 32))
@@ -191,7 +187,7 @@ async def test_a_damaged_record_stops_its_row_and_is_named(store, step, damage):
     assert f"{store}/{name}" in str(refused.value)
 
 
-async def test_a_torn_record_stops_its_row_wherever_it_is_torn(tmp_path):
+async def test_record_cut_at_any_byte_stops_its_row(tmp_path):
     store = RecordStore(str(tmp_path))
     ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
     row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
@@ -204,7 +200,7 @@ async def test_a_torn_record_stops_its_row_wherever_it_is_torn(tmp_path):
             await ledger.read(entry.key)
 
 
-async def test_only_one_of_many_claims_an_attempt(root):
+async def test_claim_succeeds_for_one_of_many_runs(root):
     row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
     ledgers = [Ledger(RecordStore(root), f"o{n}", {"pro": 0.03}) for n in range(8)]
     entry = await ledgers[0].read("k" * 32)
@@ -216,7 +212,7 @@ async def test_only_one_of_many_claims_an_attempt(root):
     assert await ledgers[0].read("k" * 32) == won[0]
 
 
-async def test_the_first_outcome_of_a_post_stands(store):
+async def test_first_outcome_of_a_post_takes_precedence(store):
     ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
     row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
     entry = await ledger.claim(row, await ledger.read("k" * 32))

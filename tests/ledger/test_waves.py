@@ -1,4 +1,4 @@
-"""A wave's end: what has ended goes to its part, what is owed stays named."""
+"""The end of a wave: ended rows go to its file, outstanding and unknown rows stay open."""
 
 import pytest
 
@@ -43,64 +43,64 @@ async def entry(ledger, key, outcome):
     return await ledger.failed(entry, FAILED) if outcome == "failed" else entry
 
 
-async def parts(store):
+async def read_states(store):
     return {row.key: row.ended.state async for row in read_finished_rows(store)}
 
 
-async def named(store):
+async def list_open_keys(store):
     return [key async for wave in read_open_waves(store) for key in wave.keys]
 
 
-async def test_a_wave_that_is_all_ended_leaves_one_part(store, ledger):
+async def test_close_wave_leaves_one_file_if_all_rows_ended(store, ledger):
     await open_wave(store, WAVE)
-    assert await named(store) == WAVE.keys
+    assert await list_open_keys(store) == WAVE.keys
     await close_wave(store, WAVE, [await entry(ledger, key, "stored") for key in WAVE.keys])
-    assert await named(store) == []
+    assert await list_open_keys(store) == []
     assert await store.names("waves") == ["run-000001.jsonl"]
-    assert await parts(store) == dict.fromkeys(WAVE.keys, "stored")
+    assert await read_states(store) == dict.fromkeys(WAVE.keys, "stored")
 
 
-async def test_what_is_owed_or_not_known_stays_named(store, ledger):
+async def test_close_wave_keeps_outstanding_and_unknown_rows_open(store, ledger):
     outcomes = ["intent", "accepted", "failed", "rejected"]
     entries = [await entry(ledger, *pair) for pair in zip(WAVE.keys, outcomes, strict=False)]
     await close_wave(store, WAVE, entries)
-    assert await named(store) == ["k1", "k2", "k5"]
-    assert await parts(store) == {"k3": "failed"}
+    assert await list_open_keys(store) == ["k1", "k2", "k5"]
+    assert await read_states(store) == {"k3": "failed"}
 
 
-async def test_a_wave_in_which_nothing_was_paid_leaves_nothing(store, ledger):
+async def test_close_wave_leaves_nothing_if_nothing_was_paid(store, ledger):
     await open_wave(store, WAVE)
     await close_wave(store, WAVE, [await entry(ledger, key, "planned") for key in WAVE.keys])
     assert await store.names("waves") == []
 
 
-async def test_a_part_tells_what_all_attempts_cost(store, ledger):
+async def test_wave_file_has_the_cost_of_all_attempts(store, ledger):
     await entry(ledger, "k1", "failed")
     await close_wave(store, WAVE, [await entry(ledger, "k1", "stored")])
     row = [row async for row in read_finished_rows(store)]
     assert [(r.attempt, r.failures, round(r.spent, 4)) for r in row] == [(2, 1, 0.06)]
 
 
-async def test_a_forgotten_wave_is_forgotten(store):
+async def test_delete_wave_twice_removes_it(store):
     await open_wave(store, WAVE)
     await delete_wave(store, WAVE)
     await delete_wave(store, WAVE)
-    assert await named(store) == []
+    assert await list_open_keys(store) == []
 
 
-async def test_a_damaged_part_is_named(store):
+async def test_damaged_wave_file_is_named(store):
     await store.replace("waves/run-000001.jsonl", b'{"key": "k1"')
     with pytest.raises(LedgerError, match=r"run-000001\.jsonl is damaged"):
-        await parts(store)
+        await read_states(store)
 
 
-async def test_a_damaged_list_of_rows_is_named(store):
+async def test_damaged_open_wave_is_named(store):
     await store.replace("waves/run-000001.open.json", b"")
     with pytest.raises(LedgerError, match=r"run-000001\.open\.json is damaged"):
-        await named(store)
+        await list_open_keys(store)
 
 
-async def test_a_wave_that_ends_between_listing_and_reading_is_no_trouble(store, monkeypatch):
+async def test_wave_that_ends_while_it_is_listed_is_skipped(store, monkeypatch):
     await open_wave(store, WAVE)
     names = store.names
 
@@ -110,4 +110,4 @@ async def test_a_wave_that_ends_between_listing_and_reading_is_no_trouble(store,
         return listed
 
     monkeypatch.setattr(store, "names", then_it_ends)
-    assert await named(store) == []
+    assert await list_open_keys(store) == []

@@ -282,7 +282,7 @@ def page():
             told = message(bad, folder)
             shown = "accepted" if told is None else told.replace(f"{folder}/", "")
             shown = re.sub(r"http://127\.0\.0\.1:\d+/", "https://example.com/", shown)
-        shown = shown.partition(" Mend them")[0].partition("Mend them.")[0].strip()
+        shown = shown.partition(" Fix them")[0].partition("Fix them.")[0].strip()
         shown = shown.replace("\n", " ").replace("|", "\\|")
         rows.append(f"| {bad.what} | {shown if len(shown) < 400 else shown[:400] + '…'} |")
     head = (

@@ -193,8 +193,8 @@ def test_files_that_are_no_images_by_name_are_counted_in_the_plan(local):
     staging = Staging(f"{path}/.staged", "https://staged.example.com")
     plan = build_plan(Manifest(path, styles="oil"), references=References(staging))
     assert (plan.rows, plan.left_out, plan.to_pay) == (1, 3, 1)
-    assert "        3  other files left out" in str(plan)
-    assert "left out" not in str(build_plan(Manifest([{"prompt": "x"}])))
+    assert "        3  non-image files skipped" in str(plan)
+    assert "skipped" not in str(build_plan(Manifest([{"prompt": "x"}])))
 
 
 def test_a_folder_without_images_is_told_with_what_it_has(local):

@@ -1,4 +1,4 @@
-"""The credentials Block keeps Prefect's standards, and an account is found where it was put."""
+"""The credentials Block follows Prefect's standards, and credentials are resolved in order."""
 
 import asyncio
 import base64
@@ -24,20 +24,20 @@ from tests.orchestration.conftest import KEY
 SLUG = "flux-kontext-credentials"
 
 
-class TestTheBlockKeepsPrefectsStandards(BlockStandardTestSuite):
+class TestBlockStandards(BlockStandardTestSuite):
     @pytest.fixture
     def block(self):
         return FluxKontextCredentials
 
     def test_has_a_valid_image(self, block):
-        # The suite's own version of this test downloads the picture; nothing here leaves
-        # loopback. It is the picture of a Block of Prefect's, which Prefect has tested.
+        # The suite's own test downloads the logo, but these tests connect only to loopback. The
+        # logo is that of Prefect's own Secret Block.
         assert block._logo_url == Secret._logo_url
         assert str(block._logo_url).startswith("https://")
 
 
 @pytest.mark.anyio
-async def test_registering_the_package_registers_just_our_block(prefect_api):
+async def test_registering_the_package_registers_one_block(prefect_api):
     registered = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "prefect", "block", "register", "-m", "prefect_flux_kontext"],
@@ -61,14 +61,14 @@ async def test_registering_the_package_registers_just_our_block(prefect_api):
     assert schema.fields["secret_fields"] == ["api_key", "callback_secret"]
 
 
-def test_the_schema_does_not_depend_on_the_environment(monkeypatch):
+def test_schema_does_not_depend_on_the_environment(monkeypatch):
     before = FluxKontextCredentials._calculate_schema_checksum()
     monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("FLUX_KONTEXT_REQUESTS_PER_MINUTE", "7")
     assert FluxKontextCredentials._calculate_schema_checksum() == before
 
 
-def test_the_entry_point_lets_prefect_find_the_block():
+def test_entry_point_lets_prefect_find_the_block():
     (entry,) = (
         point
         for point in importlib.metadata.entry_points(group="prefect.collections")
@@ -81,7 +81,7 @@ def test_the_entry_point_lets_prefect_find_the_block():
 
 
 @pytest.mark.anyio
-async def test_a_saved_block_comes_back_as_it_was_whatever_the_environment(monkeypatch):
+async def test_saved_block_does_not_read_the_environment(monkeypatch):
     saved = FluxKontextCredentials(
         api_key="secret",
         base_url="http://127.0.0.1:1",
@@ -98,24 +98,24 @@ async def test_a_saved_block_comes_back_as_it_was_whatever_the_environment(monke
     assert loaded.api_key.get_secret_value() == "secret"
 
 
-def test_a_block_can_be_saved_and_loaded_without_a_loop():
+def test_block_can_be_saved_and_loaded_without_a_loop():
     FluxKontextCredentials(api_key="secret", account="sync").save("sync-round-trip")
     assert FluxKontextCredentials.load("sync-round-trip").account == "sync"
 
 
 @pytest.mark.parametrize("field", ["aip_key", "base_ulr", "extra"])
-def test_an_unknown_field_is_refused(field):
+def test_unknown_field_is_rejected(field):
     with pytest.raises(ValidationError, match=field):
         FluxKontextCredentials(api_key="secret", **{field: "x"})
 
 
 @pytest.mark.parametrize("limit", ["requests_per_minute", "concurrent_tasks"])
-def test_a_limit_below_one_is_refused(limit):
+def test_limit_below_one_is_rejected(limit):
     with pytest.raises(ValidationError, match=limit):
         FluxKontextCredentials(api_key="secret", **{limit: 0})
 
 
-def test_the_key_shows_in_no_text_form():
+def test_key_is_not_shown():
     block = FluxKontextCredentials(api_key="canary-key")
     client = block.get_client()
     for shown in (repr(block), str(block), block.model_dump_json(), repr(client), str(client)):
@@ -123,7 +123,7 @@ def test_the_key_shows_in_no_text_form():
         assert base64.b64encode(b"canary-key").decode() not in shown
 
 
-def test_what_the_block_leaves_out_comes_from_the_environment(monkeypatch):
+def test_unset_field_comes_from_the_environment(monkeypatch):
     assert FluxKontextCredentials(api_key="k").base_url == "https://api.apixo.ai"
     monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("FLUX_KONTEXT_CONCURRENT_TASKS", "7")
@@ -133,7 +133,7 @@ def test_what_the_block_leaves_out_comes_from_the_environment(monkeypatch):
 
 
 @pytest.mark.anyio
-async def test_an_account_is_a_block_a_name_or_the_environment_in_this_order(monkeypatch):
+async def test_block_wins_over_saved_name_over_environment(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "of-the-environment")
     block = FluxKontextCredentials(api_key="of-the-argument")
     await FluxKontextCredentials(api_key="of-the-saved-block").asave("precedence")
@@ -145,14 +145,14 @@ async def test_an_account_is_a_block_a_name_or_the_environment_in_this_order(mon
 
 
 @pytest.mark.anyio
-async def test_no_key_anywhere_is_a_configuration_error():
+async def test_missing_key_is_a_configuration_error():
     with pytest.raises(ConfigurationError, match="No API key: set FLUX_KONTEXT_API_KEY"):
         await resolve_credentials(None)
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("name", ["nobody", "", "no/such/block", "../x", "Größe", "a b?c=d"])
-async def test_a_name_that_no_block_has_is_a_configuration_error_that_names_it(name):
+async def test_unknown_block_name_is_a_configuration_error(name):
     with pytest.raises(ConfigurationError) as caught:
         await resolve_credentials(name)
     assert f"flux-kontext-credentials/{name}" in caught.value.message
@@ -160,13 +160,13 @@ async def test_a_name_that_no_block_has_is_a_configuration_error_that_names_it(n
 
 
 @pytest.mark.anyio
-async def test_the_full_name_of_a_block_does_as_well():
+async def test_block_name_may_include_the_type():
     await FluxKontextCredentials(api_key="k", account="full").asave("full-name")
     assert (await resolve_credentials(f"{SLUG}/full-name")).account == "full"
 
 
 @pytest.mark.anyio
-async def test_a_saved_block_that_is_no_longer_valid_is_told_without_its_values():
+async def test_invalid_saved_block_is_reported_without_its_values():
     await FluxKontextCredentials.aregister_type_and_schema()
     async with get_client() as client:
         kind = await client.read_block_type_by_slug(SLUG)
@@ -188,7 +188,7 @@ async def test_a_saved_block_that_is_no_longer_valid_is_told_without_its_values(
 
 
 @pytest.mark.anyio
-async def test_each_client_is_new_and_works_on_the_loop_it_is_used_on(account):
+async def test_each_client_is_new(account):
     first, second = account.get_client(), account.get_client()
     assert first is not second
     async with first, second:
@@ -196,7 +196,7 @@ async def test_each_client_is_new_and_works_on_the_loop_it_is_used_on(account):
 
 
 @pytest.mark.anyio
-async def test_a_wrong_key_is_told_without_showing_it(sandbox):
+async def test_wrong_key_is_reported_without_showing_it(sandbox):
     block = FluxKontextCredentials(api_key="canary-key", base_url=sandbox.url)
     async with block.get_client() as client:
         with pytest.raises(UnauthorizedError) as caught:
@@ -208,7 +208,7 @@ async def test_a_wrong_key_is_told_without_showing_it(sandbox):
     ("field", "value"),
     [("api_key", ""), ("api_key", "two words"), ("base_url", "ftp://x"), ("base_url", "")],
 )
-def test_a_block_that_cannot_work_is_told_before_anything_is_sent(field, value):
+def test_invalid_block_raises_before_anything_is_sent(field, value):
     block = FluxKontextCredentials(**{"api_key": KEY, field: value})
     with pytest.raises(ConfigurationError):
         block.get_client()

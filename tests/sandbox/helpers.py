@@ -72,7 +72,7 @@ class SandboxClient:
 
     async def background(self):
         """Waits for all that goes on behind the accepted tasks."""
-        await asyncio.gather(*self.sandbox._lifecycle._lives)
+        await asyncio.gather(*self.sandbox._lifecycle._jobs)
 
 
 def result_url(data):

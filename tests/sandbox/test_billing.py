@@ -36,7 +36,7 @@ async def test_the_balance_goes_down_with_each_accepted_task():
         assert reply.json()["data"] == {"balance": 0.94, "currency": "USD"}
 
 
-async def test_too_little_balance_refuses_the_submit_and_charges_nothing():
+async def test_low_balance_refuses_the_submit_free_of_charge():
     async with sandbox_client(balance=Decimal("0.05")) as sandbox:
         await sandbox.accepted(mode="pro")
         refused = await sandbox.submit(mode="pro")
@@ -45,7 +45,7 @@ async def test_too_little_balance_refuses_the_submit_and_charges_nothing():
         assert (await sandbox.http.get(BALANCE)).json()["data"]["balance"] == 0.02
 
 
-async def test_the_list_of_tasks_tells_what_was_asked_and_paid():
+async def test_task_list_has_request_and_price():
     async with sandbox_client(mean=10, spread=0) as sandbox:
         task_id = await sandbox.accepted(
             "a fox", mode="max", aspect_ratio="1:1", top={"provider": "value"}
@@ -72,11 +72,11 @@ async def test_the_list_of_tasks_tells_what_was_asked_and_paid():
 
 
 async def test_a_long_list_of_tasks_is_complete_and_in_order():
-    async with sandbox_client(slots=2_000) as sandbox:
-        for number in range(1_100):
+    async with sandbox_client(slots=600) as sandbox:
+        for number in range(501):
             await sandbox.accepted(str(number))
         tasks = await sandbox.tasks()
-        assert [task["prompt"] for task in tasks] == [str(number) for number in range(1_100)]
+        assert [task["prompt"] for task in tasks] == [str(number) for number in range(501)]
 
 
 async def test_a_reset_forgets_everything():

@@ -41,7 +41,7 @@ async def test_the_least_recently_used_goes_first(maker):
     assert maker.made == ["a", "b", "c", "b"]
 
 
-async def test_a_thing_larger_than_the_cache_is_handed_out_and_drives_nothing_out(maker):
+async def test_value_larger_than_the_cache_is_not_kept(maker):
     cache = SharedCache(10, len)
     await cache.get("small", maker.of("small"))
     assert len(await cache.get("large", maker.of("large", 11))) == 11
@@ -61,7 +61,7 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_kept(maker):
     assert await cache.get("a", maker.of("a")) == bytes(1)
 
 
-async def test_one_who_hangs_up_does_not_take_the_thing_from_the_others(maker):
+async def test_cancelled_caller_does_not_cancel_the_others(maker):
     cache = SharedCache(10, len)
     first = asyncio.ensure_future(cache.get("a", maker.of("a")))
     second = asyncio.ensure_future(cache.get("a", maker.of("a")))

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Receiver:
-    """A receiver of callbacks that answers as it is told: statuses, or None to hang."""
+    """A receiver of callbacks that answers with the given statuses, or hangs on None."""
 
     def __init__(self, *answers):
         self._answers = list(answers)
@@ -32,10 +32,10 @@ class Receiver:
             await asyncio.sleep(3_600)
         return Response(status_code=answer or 200)
 
-    def courier(self, timeout=30):
-        courier = CallbackSender(timeout, 1)
-        courier._client = httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app))
-        return courier
+    def sender(self, timeout=30):
+        sender = CallbackSender(timeout, 1)
+        sender._client = httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app))
+        return sender
 
 
 def callback(url):
@@ -44,7 +44,7 @@ def callback(url):
 
 async def through(receiver, sandbox, prompt="a cat"):
     """A task in callback mode, whose callbacks reach the receiver in process."""
-    sandbox.sandbox._lifecycle._courier = receiver.courier()
+    sandbox.sandbox._lifecycle._courier = receiver.sender()
     return await sandbox.accepted(prompt, top=callback("http://receiver.test/secret"))
 
 
@@ -79,7 +79,7 @@ async def test_a_failed_task_is_called_back_too():
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("bad", [500, 404, 201, 302])
-async def test_anything_but_200_is_delivered_again_after_growing_delays(bad):
+async def test_callback_is_repeated_with_growing_delays_until_200(bad):
     receiver = Receiver(bad, bad, bad)
     async with sandbox_client() as sandbox:
         await through(receiver, sandbox)
@@ -111,7 +111,7 @@ async def test_a_receiver_has_thirty_seconds_to_answer():
         assert second - first == pytest.approx(35)
 
 
-async def test_over_real_http_a_callback_is_delivered_again_until_it_is_taken():
+async def test_callback_over_http_is_repeated_until_accepted():
     calls, last = [], asyncio.Event()
 
     async def take(reader, writer):

@@ -52,7 +52,7 @@ async def test_a_body_that_is_not_json_is_refused(content):
         assert reply.json()["code"] == 400
 
 
-async def test_every_field_of_the_contract_and_unknown_ones_are_accepted():
+async def test_all_contract_and_unknown_fields_are_accepted():
     body = {
         "request_type": "callback",
         "callback_url": "http://127.0.0.1:1/token",
@@ -99,7 +99,7 @@ async def test_an_unknown_path_or_model_is_not_found(path):
         assert (reply.status_code, reply.json()["code"]) == (404, 404)
 
 
-async def test_an_unknown_task_is_not_found_and_no_task_id_is_a_bad_request():
+async def test_unknown_task_is_404_and_missing_task_id_400():
     async with sandbox_client() as sandbox:
         assert (await sandbox.status("task_nobody")).status_code == 404
         assert (await sandbox.http.get(STATUS)).status_code == 400

@@ -19,7 +19,7 @@ async def test_submits_and_status_requests_share_one_window():
         assert (await sandbox.submit()).status_code == 429
 
 
-async def test_retry_after_tells_when_the_request_is_sure_to_fit():
+async def test_retry_after_is_when_the_request_fits():
     async with sandbox_client(requests_per_minute=1) as sandbox:
         await sandbox.accepted()
         await asyncio.sleep(10)
@@ -89,7 +89,7 @@ async def test_limits_are_those_of_one_key():
     pauses=st.lists(st.floats(0, 45, allow_nan=False) | st.just(60.0), max_size=60),
 )
 @example(limit=1, pauses=[1.1494953869192823, 60.0])
-def test_the_window_never_lets_too_many_in_and_never_refuses_one_too_many(limit, pauses):
+def test_window_admits_exactly_the_limit(limit, pauses):
     window, now, taken = RequestWindow(limit), 1_000.0, []
     for pause in pauses:
         now += pause

@@ -59,7 +59,7 @@ async def test_the_folder_of_references_is_listed_and_served():
             open_image(reply.content)
 
 
-async def test_a_users_own_folder_is_served_with_odd_names_and_subfolders(tmp_path):
+async def test_reference_folder_serves_odd_names_and_subfolders(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a b#1.png").write_bytes(encoded(Image.new("RGB", (4, 4))))
     (tmp_path / "notes.txt").write_text("no picture, so not listed")
@@ -117,7 +117,7 @@ async def test_a_reference_is_fetched_once_for_many_tasks():
         "",
     ],
 )
-async def test_a_reference_that_cannot_be_fetched_fails_the_task_and_is_paid(url):
+async def test_unfetchable_reference_fails_the_task_and_is_billed(url):
     data, bill = await outcome(url)
     assert (data["state"], data["failCode"]) == ("failed", "INVALID_IMAGE_URL")
     assert bill["accepted"] == 1
@@ -140,7 +140,7 @@ async def test_a_reference_that_is_no_whole_image_fails_the_task(body):
     assert data["failCode"] == "INVALID_IMAGE_URL"
 
 
-async def test_a_reference_over_ten_megabytes_fails_the_task_and_is_not_read_to_its_end():
+async def test_reference_over_10_mb_fails_the_task_early():
     megabyte = bytes(1024 * 1024)
     async with origin(*[megabyte] * 11, hang=True) as url:
         data, _ = await outcome(url)
@@ -154,7 +154,7 @@ async def test_an_error_page_that_is_an_image_is_still_an_error():
 
 
 @pytest.mark.virtual_time
-async def test_a_reference_that_never_arrives_keeps_its_task_and_slot_until_the_timeout():
+async def test_hanging_reference_holds_a_slot_until_the_timeout():
     async with origin(b"", hang=True) as url, sandbox_client(mean=1, slots=1) as sandbox:
         task_id = await sandbox.accepted(image_urls=[url])
         await asyncio.sleep(15)
@@ -175,9 +175,9 @@ def test_an_image_that_unpacks_to_too_much_is_refused():
 def test_random_bytes_are_no_image():
     whole = bytearray(encoded(Image.linear_gradient("L"), "JPEG"))
     for seed in range(50):
-        dice, spoilt = random.Random(seed), bytearray(whole)
+        rng, spoilt = random.Random(seed), bytearray(whole)
         for _ in range(20):
-            spoilt[dice.randrange(len(spoilt))] = dice.randrange(256)
+            spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)
         try:
             assert open_image(bytes(spoilt)).mode == "RGB"
         except BadReferenceError:

@@ -55,7 +55,7 @@ async def test_a_result_can_be_the_reference_of_the_next_task():
         assert (await sandbox.picture(second)).status_code == 200
 
 
-async def test_many_at_once_are_painted_once_and_are_equal():
+async def test_concurrent_downloads_render_once():
     async with sandbox_client() as sandbox:
         url = result_url(await sandbox.finished(await sandbox.accepted()))
         replies = await asyncio.gather(*(sandbox.http.get(url) for _ in range(20)))
@@ -94,12 +94,12 @@ async def test_a_result_needs_no_key():
         assert (await sandbox.http.get(url)).status_code == 200
 
 
-async def test_a_reference_that_was_lost_meanwhile_is_told(tmp_path):
+async def test_lost_reference_is_reported(tmp_path):
     file = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(file)
     async with sandbox_client(references=tmp_path) as sandbox:
         task_id = await sandbox.accepted(image_urls=[f"{BASE}/references/a.png"])
         url = result_url(await sandbox.finished(task_id))
         file.unlink()
-        sandbox.sandbox._references.forget()
+        sandbox.sandbox._references.clear()
         assert (await sandbox.http.get(url)).status_code == 502

@@ -51,7 +51,7 @@ def test_a_running_sandbox_serves_the_whole_way_over_http():
 
 
 @pytest.mark.parametrize("faults", [[], ["submit:no-task-id"], ["submit:reset"]])
-def test_a_client_that_leaves_in_the_middle_of_a_request_leaves_no_trace(faults, caplog):
+def test_client_disconnect_is_not_logged(faults, caplog):
     with running_sandbox(plan=FaultPlan(faults=faults)) as sandbox:
         port = int(sandbox.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -77,7 +77,7 @@ def test_a_running_sandbox_cannot_take_a_port_that_is_taken():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_prints_what_to_export_and_stops_without_a_traceback(number):
+def test_command_prints_exports_and_stops_cleanly(number):
     arguments = [sys.executable, "-c", RUN, "sandbox", "--port", "0", "--mean", "0.5"]
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -144,7 +144,7 @@ def test_the_command_refuses_a_plan_of_faults_it_cannot_use(words, capsys):
     assert words[1] in capsys.readouterr().err
 
 
-def test_the_command_starts_in_the_weather_that_is_asked_for(tmp_path):
+def test_command_starts_with_a_plan_of_faults(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text("slow: 1\nfaults: ['status:html=0.1']\n")
     faults = ["--fault", "submit:limited@2", "--faults", str(file), "--seed", "4"]

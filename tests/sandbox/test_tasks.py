@@ -21,7 +21,7 @@ async def test_a_task_is_pending_then_processing_then_a_success():
         assert seen == ["pending", "pending", "processing", "processing", "success"]
 
 
-async def test_times_are_unix_milliseconds_and_only_told_when_known():
+async def test_times_are_unix_milliseconds_once_known():
     async with sandbox_client(mean=30, spread=0) as sandbox:
         task_id = await sandbox.accepted()
         running = await sandbox.data(task_id)
@@ -67,8 +67,8 @@ async def test_the_fail_rate_fails_about_that_share_and_charges_for_it():
 
 
 def test_the_latency_curve_has_the_mean_and_spread_that_were_set():
-    dice, curve = random.Random(1), LatencyModel(30, 0.35)
-    times = [curve.draw(dice) for _ in range(20_000)]
+    rng, curve = random.Random(1), LatencyModel(30, 0.35)
+    times = [curve.draw(rng) for _ in range(20_000)]
     assert statistics.mean(times) == pytest.approx(30, rel=0.02)
     assert statistics.stdev(times) == pytest.approx(10.5, rel=0.05)
 
@@ -88,7 +88,7 @@ async def _run(seed, prompts):
         )
 
 
-async def test_the_same_seed_repeats_the_run_in_whatever_order_it_arrives():
+async def test_seed_repeats_a_run_in_any_order():
     prompts = ["a", "b", "c", "a", "d", "a"]
     first = await _run(7, prompts)
     assert await _run(7, prompts[::-1]) == first
@@ -96,7 +96,7 @@ async def test_the_same_seed_repeats_the_run_in_whatever_order_it_arrives():
     assert await _run(8, prompts) != first
 
 
-async def test_callback_tokens_and_the_port_of_references_do_not_change_the_run():
+async def test_callback_tokens_and_reference_ports_keep_the_run():
     ids = set()
     for number in range(3):
         async with sandbox_client() as sandbox:

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.sandbox.restyle import STYLES, style_of
+from prefect_flux_kontext.sandbox.painting import STYLES, style_of
 from prefect_flux_kontext.storage.names import safe_name
 from prefect_flux_kontext.styles.styles import builtin_styles, read_styles, select_styles
 

@@ -13,11 +13,11 @@ QUICK = PollingCadence(initial_delay=0, interval=0.05, timeout=60)
 
 
 async def run(sandbox, manifest, output, **options):
-    """Run the manifest as one process would, and return its summary."""
+    """Run the manifest in one session and return the summary."""
     client = FluxKontextClient(KEY, base_url=sandbox.url)
-    decided = RowOptions(cadence=QUICK, **options)
+    row_options = RowOptions(cadence=QUICK, **options)
     folder = OutputFolder(output)
-    async with open_session(client, folder, decided, FluxKontextSettings()) as session:
+    async with open_session(client, folder, row_options, FluxKontextSettings()) as session:
         return await run_batch(
             session, manifest.rows(), lambda wave: wave.run(), concurrent_tasks=100
         )

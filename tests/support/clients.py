@@ -1,4 +1,4 @@
-"""Clients for tests: own governor, short time-outs on real sockets, any transport."""
+"""Clients for tests, with a limiter of their own, and a transport that plays a script."""
 
 import asyncio
 
@@ -13,16 +13,16 @@ KEY = "canary-7f3a9c51e2d84b06"
 REQUEST = GenerationRequest(prompt="a lighthouse at dusk")
 
 
-def make_client(url="http://service.test", *, requests=10_000, tasks=1_000, read=5.0, **how):
-    """A client with its own governor, which waits for replies `read` seconds."""
-    governor = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
-    client = FluxKontextClient(KEY, base_url=url, governor=governor, **how)
+def make_client(url="http://service.test", *, requests=10_000, tasks=1_000, read=5.0, **options):
+    """Create a client with its own limiter and a read timeout of `read` seconds."""
+    limiter = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
+    client = FluxKontextClient(KEY, base_url=url, limiter=limiter, **options)
     client._connections.timeout = httpx.Timeout(5.0, read=read)
     return client
 
 
-class Played(httpx.AsyncBaseTransport):
-    """A transport that answers from a list, the last entry for ever, and notes loop times.
+class ScriptedTransport(httpx.AsyncBaseTransport):
+    """Transport that answers from a list, then repeats its last entry, and records loop times.
 
     An entry is (status, envelope), a response, an exception to raise, or None to never answer.
     """
@@ -49,7 +49,7 @@ class Played(httpx.AsyncBaseTransport):
 
 
 def ok(data):
-    """A reply that went well."""
+    """Return a successful reply."""
     return (200, {"code": 200, "message": "success", "data": data})
 
 
@@ -64,7 +64,7 @@ SUCCESS = ok(
 )
 
 
-def limited(retry_after=None):
-    """A 429, with or without a Retry-After header."""
+def rate_limited(retry_after=None):
+    """Return a 429, with or without a Retry-After header."""
     headers = {} if retry_after is None else {"Retry-After": retry_after}
     return httpx.Response(429, headers=headers, json={"code": 429, "message": "slow down"})

@@ -1,6 +1,7 @@
-"""A loopback HTTP proxy in front of an S3 server that refuses a share of what passes.
+"""A loopback HTTP proxy in front of an S3 server that fails a share of the requests.
 
-What befalls a request follows from its method and its number among its kind alone.
+Which fault applies to a request depends only on its method and its number among the requests of
+that method, so runs are repeatable.
 """
 
 import asyncio
@@ -21,15 +22,16 @@ REPLIES = {
 
 @dataclass
 class FaultProxy:
-    """What it does and what it has done.
+    """The configuration and the counters of a proxy.
 
     Attributes:
-        url: Where it listens.
-        rates: Share of requests of each method, in small letters, for each fault.
-        numbers: How many requests of each method have come.
-        befallen: How often each fault has befallen one.
-        connections: Clients' connections that are open.
-        most_connections: How many were open at once, at most.
+        upstream: URL of the S3 server.
+        rates: Share of the requests of a method (in lower case) that each fault applies to.
+        url: URL of the proxy.
+        numbers: Number of requests of each method.
+        befallen: Number of requests that each fault applied to.
+        connections: Open client connections.
+        most_connections: Largest number of open client connections.
     """
 
     upstream: str
@@ -40,11 +42,11 @@ class FaultProxy:
     connections: int = 0
     most_connections: int = 0
 
-    def _fault(self, method):
-        dice = random.Random(f"{method}/{self.numbers[method]}").random()
+    def _choose_fault(self, method):
+        chance = random.Random(f"{method}/{self.numbers[method]}").random()
         for fault, rate in self.rates.get(method, {}).items():
-            dice -= rate
-            if dice < 0:
+            chance -= rate
+            if chance < 0:
                 return fault
         return None
 
@@ -53,14 +55,14 @@ class FaultProxy:
         self.most_connections = max(self.most_connections, self.connections)
         try:
             while True:
-                await self._one(reader, writer)
+                await self._serve_request(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self.connections -= 1
-            await _closed(writer)
+            await _close(writer)
 
-    async def _one(self, reader, writer):
+    async def _serve_request(self, reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         if re.search(rb"\r\nexpect: *100-continue", head, re.IGNORECASE):
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -68,11 +70,11 @@ class FaultProxy:
         body = await reader.readexactly(int(length[1]) if length else 0)
         method = head.split(b" ")[0].decode().lower()
         self.numbers[method] += 1
-        if fault := self._fault(method):
+        if fault := self._choose_fault(method):
             self.befallen[fault] += 1
-            status, told = REPLIES[fault]
-            answer = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(told)}\r\n\r\n".encode()
-            writer.write(answer + told * (method != "head"))
+            status, body = REPLIES[fault]
+            answer = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            writer.write(answer + body * (method != "head"))
         else:
             writer.write(await self._forward(head, body))
         await writer.drain()
@@ -89,11 +91,11 @@ class FaultProxy:
             writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body)
             reply = await reader.read(-1)
         finally:
-            await _closed(writer)
+            await _close(writer)
         return reply.replace(b"connection: close\r\n", b"", 1)
 
 
-async def _closed(writer):
+async def _close(writer):
     try:
         writer.close()
         with contextlib.suppress(OSError):
@@ -104,7 +106,7 @@ async def _closed(writer):
 
 @contextlib.contextmanager
 def fault_proxy(upstream):
-    """Serve from a thread with its own event loop while the block runs."""
+    """Serve from a thread with its own event loop while the context is open."""
     proxy = FaultProxy(upstream)
     ready, loop = threading.Event(), asyncio.new_event_loop()
 
@@ -119,7 +121,7 @@ def fault_proxy(upstream):
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
-        await asyncio.sleep(0)  # for the transports to let go of their sockets
+        await asyncio.sleep(0)  # lets the transports close their sockets
 
     def serve():
         asyncio.set_event_loop(loop)

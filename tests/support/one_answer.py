@@ -1,4 +1,4 @@
-"""A service on loopback that gives the same answer to everything."""
+"""A loopback service that gives the same reply to every request."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -7,23 +7,27 @@ from dataclasses import dataclass
 
 @dataclass
 class OneAnswer:
+    """The URL of the service and the requests that it received."""
+
     url: str
     posts: int = 0
     gets: int = 0
-    heard: bytes = b""
+    received: bytes = b""
 
 
 @asynccontextmanager
 async def server_that_answers(status, body=b""):
+    """Serve the reply on a free port while the context is open."""
+
     async def answer(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
-        told.heard += head
+        service.received += head
         if head.startswith(b"POST"):
-            told.posts += 1
+            service.posts += 1
         else:
-            told.gets += 1
+            service.gets += 1
         writer.write(
-            b"HTTP/1.1 %d Said\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+            b"HTTP/1.1 %d Scripted\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
             % (status, len(body), body)
         )
         await writer.drain()
@@ -31,5 +35,5 @@ async def server_that_answers(status, body=b""):
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
-        told = OneAnswer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        yield told
+        service = OneAnswer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        yield service

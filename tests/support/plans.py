@@ -1,4 +1,4 @@
-"""The plan of a manifest for an output where nothing was paid yet."""
+"""Plans of a manifest, by default for an output without payments."""
 
 import asyncio
 import itertools
@@ -13,7 +13,7 @@ _numbers = itertools.count()
 
 
 def build_plan(manifest, store=None, *, tell=None, **options):
-    """Make the plan at the limits of a full account."""
+    """Make the plan with the limits of a full account."""
     return asyncio.run(
         make_plan(
             manifest,

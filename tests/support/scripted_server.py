@@ -1,7 +1,7 @@
-"""A loopback HTTP server that plays a script byte by byte and remembers what it was asked.
+"""A loopback HTTP server that plays a script byte by byte and records the requests.
 
-Each request is answered by the next play of the script; the last play goes on for ever. So a
-script of a fault and then a success shows at once whether a client has asked twice.
+Each request is answered by the next play of the script; the last play is repeated. So a script
+of a fault and then a success shows whether a client sent its request twice.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ REASON = "Scripted"
 
 
 @dataclass
-class DuplicateIndex:
-    """One request as it came in."""
+class ReceivedRequest:
+    """One request as it was received."""
 
     method: str
     target: str
@@ -29,7 +29,10 @@ class DuplicateIndex:
 
 
 class ScriptedServer:
-    """An async context manager; `url` is valid inside it."""
+    """Async context manager that serves the script. `url` is valid inside it.
+
+    Each play writes a reply and returns whether the connection stays open.
+    """
 
     def __init__(self, *script):
         self.script = list(script)
@@ -85,7 +88,7 @@ async def _read_request(reader, connection):
         name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
     body = await reader.readexactly(int(headers.get("content-length", 0)))
-    return DuplicateIndex(method, target, headers, body, connection)
+    return ReceivedRequest(method, target, headers, body, connection)
 
 
 def _head(status, headers):
@@ -94,7 +97,10 @@ def _head(status, headers):
 
 
 def reply(status=200, body=b"", *, close=False, **headers):
-    """A whole reply. A body that is not bytes is sent as JSON; `retry_after=` is Retry-After."""
+    """Return a play of a complete reply.
+
+    A body that is not bytes is sent as JSON. Keywords are headers: `retry_after=` is Retry-After.
+    """
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-").title(): value for name, value in headers.items()}
     named = {"Content-Type": "application/json", "Content-Length": len(content), **named}
@@ -108,27 +114,27 @@ def reply(status=200, body=b"", *, close=False, **headers):
 
 
 def envelope(code=200, data=None, message="success", *, status=200, **headers):
-    """A reply in the contract's envelope."""
+    """Return a play of a reply in the contract's envelope."""
     return reply(status, {"code": code, "message": message, "data": data}, **headers)
 
 
 def accepted(task_id="task_1"):
-    """The reply to a submit that went well."""
+    """Return a play of the reply to an accepted submit."""
     return envelope(data={"taskId": task_id})
 
 
 def html(status, text="<html><body><h1>Bad gateway</h1></body></html>"):
-    """What a proxy says."""
+    """Return a play of a proxy's error page."""
     return reply(status, text.encode(), content_type="text/html")
 
 
 def redirect(target, status=307):
-    """A pointer elsewhere."""
+    """Return a play of a redirect."""
     return reply(status, b"", location=target)
 
 
 def half_a_reply(status=200, body=b'{"code": 200, "data": {"taskId": "task_1"}}', **headers):
-    """The connection ends after half of the body that was announced."""
+    """Return a play that closes the connection after half of the announced body."""
 
     async def play(writer):
         named = {"Content-Length": len(body), **headers}
@@ -140,7 +146,7 @@ def half_a_reply(status=200, body=b'{"code": 200, "data": {"taskId": "task_1"}}'
 
 
 async def reset(writer):
-    """The connection is reset when the request has been read."""
+    """Reset the connection after the request was read."""
     linger = struct.pack("ii", 1, 0)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     writer.transport.abort()
@@ -148,17 +154,17 @@ async def reset(writer):
 
 
 async def hang_up(_writer):
-    """The connection is closed without a reply."""
+    """Close the connection without a reply."""
     return False
 
 
 async def silence(_writer):
-    """No reply ever."""
+    """Never reply."""
     await asyncio.Event().wait()
 
 
 async def endless(writer):
-    """A body that never ends."""
+    """Send a body that never ends."""
     writer.write(_head(200, {"Content-Type": "application/json"}) + b'{"code": 200, "x": "')
     while True:
         writer.write(b"x" * 65_536)

@@ -1,6 +1,6 @@
-"""The service in memory and in virtual time: its own limits, counted exactly, and a slow line.
+"""The service in memory and in virtual time, with exact limits and a slow connection.
 
-The client's code is the real one down to `exchange`; only the socket is not there.
+The client is the real one; only its connections are replaced.
 """
 
 import asyncio
@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
-from prefect_flux_kontext.client import retry as backoff
+from prefect_flux_kontext.client import retry
 from prefect_flux_kontext.client.client import FluxKontextClient
-from prefect_flux_kontext.client.limits import poll_scheduler as looks
+from prefect_flux_kontext.client.limits import poll_scheduler
 from prefect_flux_kontext.client.limits.account import AccountLimiter
 from prefect_flux_kontext.sandbox.contract import Refusal, failure, success
 from prefect_flux_kontext.sandbox.service import Service
@@ -24,79 +24,79 @@ KEY = "simulated"
 
 @contextmanager
 def the_same_each_time():
-    """Neither the machine's pace nor anybody else's dice have a part in a simulation.
+    """Make simulations repeatable: seed the backoff and stop the calendar.
 
-    Each task is waited for from its submit on, so it has no age that a real clock could tell.
+    Each task is waited for from its submit on, so its age is 0 by the calendar.
     """
-    dice, now = backoff.random, looks.utc_now
-    backoff.random = random.Random(1)
-    looks.utc_now = lambda: datetime.min.replace(tzinfo=UTC)
+    original = retry.random, poll_scheduler.utc_now
+    retry.random = random.Random(1)
+    poll_scheduler.utc_now = lambda: datetime.min.replace(tzinfo=UTC)
     try:
         yield
     finally:
-        backoff.random, looks.utc_now = dice, now
+        retry.random, poll_scheduler.utc_now = original
 
 
 class SimulatedAccount:
-    """An account of the sandbox's service at the end of a line.
+    """An account of the sandbox's service, reached over a slow connection.
 
     Args:
-        curve: `curve(seconds since the first request, dice)` gives the seconds of a generation;
-            None for the sandbox's own curve.
-        line: Shortest and longest seconds of a way to the service or back.
-        refuse: Share of requests that are refused with 429 whatever the limits are.
-        seed: Other dice for the line and the service.
-        settings: The sandbox's.
+        curve: `curve(seconds since the first request, rng)` returns the seconds of a generation.
+            None: the sandbox's own latency model.
+        line: Shortest and longest seconds of the way to the service, and of the way back.
+        refuse: Share of requests rejected with 429 at random, whatever the limits are.
+        seed: Seed of the connection and the service.
+        settings: Settings of the sandbox.
     """
 
     def __init__(self, *, curve=None, line=(0.05, 0.25), refuse=0.0, seed=0, **settings):
         self.settings = SandboxSettings(**{"balance": 1_000_000, "seed": seed, **settings})
         self.service = Service(self.settings)
-        self.dice = random.Random(seed + 1)
+        self.rng = random.Random(seed + 1)
         self.line = line
         self.refuse = refuse
         self.refused_at_random = 0
         self.first_request = None
         if curve is not None:
-            self.service._curve = SimpleNamespace(draw=lambda dice: curve(self.since(), dice))
+            self.service._curve = SimpleNamespace(draw=lambda rng: curve(self.since(), rng))
 
     def since(self):
-        """Seconds since the first request came."""
+        """Return the seconds since the first request."""
         return asyncio.get_running_loop().time() - self.first_request
 
     def client(self, *, requests=10_000, tasks=1_000):
-        """A client of its own governor that talks to this account."""
-        governor = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
-        client = FluxKontextClient(KEY, base_url=URL, governor=governor)
+        """Create a client of this account, with a limiter of its own."""
+        limiter = AccountLimiter(requests_per_minute=requests, concurrent_tasks=tasks)
+        client = FluxKontextClient(KEY, base_url=URL, limiter=limiter)
         client._connections = self
         return client
 
     @property
     def tasks(self):
-        """The tasks that were accepted, in their order."""
+        """The accepted tasks, in order."""
         return list(self.service._tasks.values())
 
     async def aclose(self):
-        """There is nothing to close."""
+        """Do nothing: there are no connections."""
 
     @asynccontextmanager
     async def stream(self, method, url, *, json=None):
-        """Answer as the service does, after the way there and before the way back."""
+        """Yield the service's reply, after the time for both ways."""
         if self.first_request is None:
             self.first_request = asyncio.get_running_loop().time()
-        await asyncio.sleep(self.dice.uniform(*self.line))
+        await asyncio.sleep(self.rng.uniform(*self.line))
         reply = self._reply(method, url, json)
-        await asyncio.sleep(self.dice.uniform(*self.line))
+        await asyncio.sleep(self.rng.uniform(*self.line))
         yield reply
 
-    def _throw_dice(self):
-        if self.dice.random() < self.refuse:
+    def _reject_at_random(self):
+        if self.rng.random() < self.refuse:
             self.refused_at_random += 1
-            raise Refusal(429, "too many requests", "by the dice")
+            raise Refusal(429, "too many requests", "at random")
 
     def _reply(self, method, url, payload):
         try:
-            self._throw_dice()
+            self._reject_at_random()
             if method == "POST":
                 data = {"taskId": self.service.submit(KEY, payload, URL).task_id}
             else:
@@ -111,7 +111,7 @@ class SimulatedAccount:
 
 
 class CalledBack:
-    """The pauses of a wait for a task that is called back, a line's way after its end."""
+    """The pauses of a wait for a task whose callback arrives after the time for one way."""
 
     def __init__(self, account, task_id):
         self._account = account
@@ -119,7 +119,7 @@ class CalledBack:
 
     async def before_first_look(self, _age):
         left = self._ends - asyncio.get_running_loop().time()
-        await asyncio.sleep(max(0.0, left) + self._account.dice.uniform(*self._account.line))
+        await asyncio.sleep(max(0.0, left) + self._account.rng.uniform(*self._account.line))
 
     async def before_next_look(self):
         await self.before_first_look(0.0)

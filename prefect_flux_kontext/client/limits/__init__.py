@@ -1,1 +1,1 @@
-"""The account's limits, kept on this side: requests a minute and running tasks."""
+"""Client-side account limits: requests per minute and concurrent tasks."""

@@ -1,8 +1,8 @@
-"""Keeping the account's two limits from our side, so that a 429 is the exception.
+"""The limiter of an account, shared by all of its clients in a process.
 
-One governor serves a process and account: every client shares it, whichever thread or event
-loop it runs on. So nothing of it belongs to a loop: state is guarded by locks held for a few
-instructions, and whoever has to wait sleeps on its own loop.
+Clients of one account may run in several threads and on several event loops. So the limiter
+belongs to no event loop: locks, held only briefly, guard its state, and each waiter sleeps on
+its own loop.
 """
 
 from __future__ import annotations
@@ -19,58 +19,71 @@ from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 from prefect_flux_kontext.client.limits.rate import RateLimiter
 from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
 
+__all__ = ["AccountLimiter", "shared_limiter"]
+
 logger = logging.getLogger(__name__)
 
-_WEIGHT = 0.05
-"""Of one request in the running mean of how long requests take."""
+# Weight of one request in the running mean of round trips: about the last twenty count.
+_ROUND_TRIP_WEIGHT = 0.05
 
 
 class AccountLimiter:
-    """The account's request budget and task gate, what a 429 does to them, and what was learned.
+    """Keeps requests within the account's limits, so that a 429 is the exception.
+
+    It combines the request limit, the limit of concurrent tasks, the reactions to a 429 and the
+    latency models of the modes.
 
     Args:
-        requests_per_minute: The account's limit of requests, submits and polls together.
-        concurrent_tasks: The account's limit of tasks running at once.
+        requests_per_minute: Request limit of the account. Submits and status requests count
+            together.
+        concurrent_tasks: Limit of tasks that may run at the same time.
+
+    Attributes:
+        limits: The two limits, as given.
+        requests: Limiter of requests.
+        tasks: Limiter of concurrent tasks.
     """
 
     def __init__(self, *, requests_per_minute: int, concurrent_tasks: int) -> None:
         self.limits = (requests_per_minute, concurrent_tasks)
         self.requests = RateLimiter(requests_per_minute)
         self.tasks = ConcurrencyLimiter(concurrent_tasks)
-        self._curves: defaultdict[str, LatencyModel] = defaultdict(LatencyModel)
-        self._refusals = RejectionRate()
-        self._streak = 0
+        self._latency_models: defaultdict[str, LatencyModel] = defaultdict(LatencyModel)
+        self._rejection_rate = RejectionRate()
+        self._pauses_in_a_row = 0
         self._paused_until = -math.inf
 
-    def curve(self, mode: str) -> LatencyModel:
-        """How long tasks of a mode take, as far as this process has seen."""
-        return self._curves[mode]
+    def latency_model(self, mode: str) -> LatencyModel:
+        """Return the model of how long tasks of a mode take, as observed by this process."""
+        return self._latency_models[mode]
 
-    def refused(
-        self, retry_after: float | None, *, sent_at: float | None = None, submit: bool = False
+    def record_rejection(
+        self, retry_after: float | None, *, sent_at: float | None = None, is_submit: bool = False
     ) -> None:
-        """A 429 came: all stay away for as long as the service asks, or by backoff.
+        """React to a 429: pause all requests for as long as the service asks, or with backoff.
 
-        Where the service does not say how long, a single refusal holds nobody back but who was
-        refused, and that of a submit says nothing of the requests: it may be a task too many.
-        Requests that were under way when the first of them was refused are one refusal.
+        Without `Retry-After`, a single rejection pauses no other request. The rejection of a
+        submit then says nothing about the request limit, because there may be too many tasks.
+        Rejections of requests that were in flight at the first rejection count as one.
 
         Args:
-            retry_after: Seconds the service asks to wait, where it says so.
-            sent_at: Loop time at which the request was sent; None takes the present.
-            submit: Whether it was a submit.
+            retry_after: Seconds to wait, if the service sent them.
+            sent_at: Loop time at which the request was sent. None: now.
+            is_submit: Whether the request was a submit.
         """
         now = asyncio.get_running_loop().time()
-        if not submit:
-            self._refusals.refused()
+        if not is_submit:
+            self._rejection_rate.record_rejection()
         if (now if sent_at is None else sent_at) < self._paused_until:
             seconds = retry_after or 0.0
-        elif retry_after or (self._refusals.many and not submit):
-            self._streak += 1
-            # Zero is no advice: who follows it is refused again at once.
-            seconds = retry_after or jittered_backoff(self._streak)
-            # Who says how long to wait counts our requests, and does not throw dice.
-            if not submit and (self._refusals.some if retry_after else self._refusals.many):
+        elif retry_after or (self._rejection_rate.high and not is_submit):
+            self._pauses_in_a_row += 1
+            # A Retry-After of 0 is ignored: a request sent immediately is rejected again.
+            seconds = retry_after or jittered_backoff(self._pauses_in_a_row)
+            # A service that sends Retry-After counts requests and does not reject at random, so
+            # fewer rejections are evidence enough.
+            is_limit = self._rejection_rate.elevated if retry_after else self._rejection_rate.high
+            if is_limit and not is_submit:
                 self.requests.slow_down()
         else:
             return
@@ -79,32 +92,33 @@ class AccountLimiter:
             self.requests.pause(seconds)
             logger.info("Rate limited by the service (429): requests pause for %.1f s.", seconds)
 
-    def heard(self, *, after: float) -> None:
-        """A request was answered, so many seconds after it was sent.
+    def record_success(self, *, round_trip: float) -> None:
+        """Record a reply other than 429. The next backoff starts small again.
 
-        The next backoff starts small again.
+        Args:
+            round_trip: Seconds from sending the request to its reply.
         """
-        self._streak = 0
-        self._refusals.heard()
+        self._pauses_in_a_row = 0
+        self._rejection_rate.record_success()
         self.requests.speed_up()
-        self.tasks.round_trip += _WEIGHT * (after - self.tasks.round_trip)
+        self.tasks.round_trip += _ROUND_TRIP_WEIGHT * (round_trip - self.tasks.round_trip)
 
 
 _limiters: dict[str, AccountLimiter] = {}
-_registry_lock = threading.Lock()
+_limiters_lock = threading.Lock()
 
 
 def shared_limiter(
     base_url: str, api_key: str, *, requests_per_minute: int, concurrent_tasks: int
 ) -> AccountLimiter:
-    """The process's one governor for an account; with other limits than before, a new one."""
+    """Return the process's limiter of an account. Changed limits create a new one."""
     account = hashlib.sha256(f"{base_url}\n{api_key}".encode()).hexdigest()
     limits = (requests_per_minute, concurrent_tasks)
-    with _registry_lock:
-        governor = _limiters.get(account)
-        if governor is None or governor.limits != limits:
-            governor = AccountLimiter(
+    with _limiters_lock:
+        limiter = _limiters.get(account)
+        if limiter is None or limiter.limits != limits:
+            limiter = AccountLimiter(
                 requests_per_minute=requests_per_minute, concurrent_tasks=concurrent_tasks
             )
-            _limiters[account] = governor
-        return governor
+            _limiters[account] = limiter
+        return limiter

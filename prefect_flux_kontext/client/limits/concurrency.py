@@ -1,4 +1,4 @@
-"""How many of the tasks we watch still run at the service, as far as can be told."""
+"""Client-side limit of tasks that run at the service at the same time."""
 
 from __future__ import annotations
 
@@ -19,120 +19,137 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 
-_ENOUGH = 50
-"""Tasks that must have ended before their curve is trusted with submits."""
+__all__ = ["ConcurrencyLimiter", "RunningEstimate", "WatchedTask"]
 
-_STALE = 0.2
-"""Seconds for which a count is used before it is made again."""
+# An unwatched task is assumed to hold its slot for this long: twice the mean of 30 s.
+_UNWATCHED_TASK_SECONDS = 60.0
 
-_NOTHING_KNOWN = SurvivalTable([1.0], [], 0.0)
+# Time without growth after a rejected submit. It doubles with each rejection that follows
+# another within ten times as long, and halves with each later one, within these bounds.
+_MIN_HOLD_SECONDS = 1.0
+_MAX_HOLD_SECONDS = 120.0
+_HOLDS_BETWEEN_RARE_REJECTIONS = 10.0
+
+# The estimate of running tasks must stay this many standard deviations below the limit.
+_MARGIN_DEVIATIONS = 1.8
+
+# After a rejection although the estimate had room, the margin is this many times the error of
+# the estimate. It shrinks by a factor of e while each slot is filled this many times.
+_ERROR_MARGIN_FACTOR = 1.5
+_ERROR_DECAY_FILLS = 1.0
+
+# Interval at which the first waiter checks whether watched tasks have likely ended.
+_LIKELY_END_CHECK_SECONDS = 0.2
+
+# Submits in flight: at first, while they count on tasks that have likely ended, and at most. If
+# the limit is lower than configured, all of them are rejected.
+_INITIAL_SUBMITS = 8
+_MAX_SUBMITS_ON_ESTIMATE = 16
+_MAX_SUBMITS = 32
+
+# Weight of one submit in the running mean of submit durations, and the longest duration that
+# counts: a submit that a pause delayed says nothing about the next one.
+_SUBMIT_DURATION_WEIGHT = 0.05
+_MAX_SUBMIT_SECONDS = 1.0
+
+# Two task counts that differ by less than this share are taken as the same limit.
+_SAME_LIMIT_SHARE = 0.1
+
+# Tasks of a model that must have ended before its estimate makes room for submits.
+_MIN_ENDED_TASKS = 50
+
+# An estimate is reused for this long.
+_ESTIMATE_LIFETIME_SECONDS = 0.2
+
+_ALWAYS_RUNNING = SurvivalTable([1.0], [], 0.0)
 
 
 @dataclass(slots=True)
-class Watched:
-    """A task that somebody waits for.
+class WatchedTask:
+    """A task that is being waited for.
 
     Attributes:
-        began: Loop time at which its submit was answered.
-        curve: How long tasks of its kind take; None where nothing is known.
-        reached: Age in seconds at which it was last seen to run.
+        started_at: Loop time at which its submit was answered.
+        model: Latency model of its mode, if any.
+        last_running_age: Age in seconds at which it was last seen running.
     """
 
-    began: float
-    curve: LatencyModel | None = None
-    reached: float = 0.0
+    started_at: float
+    model: LatencyModel | None = None
+    last_running_age: float = 0.0
 
 
 class RunningEstimate:
-    """Counts each watched task as much as it is likely to run.
+    """Estimates how many watched tasks still run.
 
-    A task's end is noticed seconds after it has come, and meanwhile its slot is free. Of a
-    thousand tasks it is well known how many have ended, though not which.
+    The end of a task is noticed some seconds late, and until then its slot is idle. Of many
+    tasks, the number that have ended is well known, though not which ones. So each task counts
+    with the probability that it still runs.
 
     Attributes:
-        mean: Tasks that are expected to run.
-        deviation: Standard deviation of how many really do, by the dice and by the curve's error.
+        mean: Expected number of running tasks.
+        deviation: Standard deviation of that number. It includes the variance of the tasks
+            and the error of the latency model.
     """
 
     def __init__(self) -> None:
         self.mean = self.deviation = 0.0
-        self._counted_at = -math.inf
+        self._estimated_at = -math.inf
 
-    def refresh(self, watched: Collection[Watched], now: float, ahead: float) -> None:
-        """Count them as they will be `ahead` seconds from now, unless it was just done."""
-        if now < self._counted_at + _STALE:
+    def refresh(self, watched: Collection[WatchedTask], now: float, ahead: float) -> None:
+        """Estimate for `ahead` seconds from now, unless the last estimate is recent."""
+        if now < self._estimated_at + _ESTIMATE_LIFETIME_SECONDS:
             return
-        self._counted_at = now
-        at = now + ahead + _STALE / 2
+        self._estimated_at = now
+        at = now + ahead + _ESTIMATE_LIFETIME_SECONDS / 2
         mean = variance = 0.0
         tables: dict[LatencyModel | None, tuple[SurvivalTable, list[float]]] = {}
-        for task in watched:  # a thousand of them, several times a second
-            if task.curve not in tables:
-                curve = task.curve
-                trusted = curve is not None and curve.known >= _ENOUGH
-                table = curve.table() if curve and trusted else _NOTHING_KNOWN
-                tables[task.curve] = table, [0.0] * len(table.shares)
-            (shares, _, per_second), alike = tables[task.curve]
+        for task in watched:  # a thousand tasks, several times a second: keep this loop fast
+            if task.model not in tables:
+                model = task.model
+                is_trusted = model is not None and model.ended_count >= _MIN_ENDED_TASKS
+                table = model.survival_table() if model and is_trusted else _ALWAYS_RUNNING
+                tables[task.model] = table, [0.0] * len(table.shares)
+            (shares, _, cells_per_second), dependence = tables[task.model]
             last = len(shares) - 1
-            cell = min(last, int((at - task.began) * per_second))
-            since = min(last, int(task.reached * per_second))
+            cell = min(last, int((at - task.started_at) * cells_per_second))
+            since = min(last, int(task.last_running_age * cells_per_second))
             if since < cell:
                 share = shares[cell] / shares[since]
                 mean += share
                 variance += share * (1 - share)
-                alike[since] += share
-                alike[cell] -= share
+                dependence[since] += share
+                dependence[cell] -= share
             else:
                 mean += 1
-        for table, alike in tables.values():
-            # Where the curve is wrong, it is for all tasks of such an age alike.
-            for depend, doubt in zip(itertools.accumulate(alike), table.doubts, strict=False):
-                variance += depend**2 * doubt
+        for table, dependence in tables.values():
+            # An error of the model is the same for all tasks that pass a cell, so it adds up.
+            for total, cell_variance in zip(
+                itertools.accumulate(dependence), table.variances, strict=False
+            ):
+                variance += total**2 * cell_variance
         self.mean, self.deviation = mean, math.sqrt(variance)
 
-    def one_more(self) -> None:
-        """Another task is watched, which has only just begun."""
+    def add_task(self) -> None:
+        """Count one more task, which has only just started."""
         self.mean += 1
 
 
-_ASSUMED_RUNNING = 60.0
-"""Seconds a task that nobody waits for here is taken to hold its slot: twice the mean."""
-
-_SHORTEST_HOLD, _LONGEST_HOLD, _RARELY = 1.0, 120.0, 10.0
-"""Seconds without growth after a refused submit. They double with each refusal that follows
-another within ten times as long, and halve with each that comes later."""
-
-_CAUTION = 1.8
-"""Standard deviations that the count of likely running tasks stays below the limit."""
-
-_ONCE_BITTEN, _FORGIVEN = 1.5, 1.0
-"""Where that was refused, it stays so many times as far away as it was, and comes nearer again,
-e-fold while each slot is filled so often."""
-
-_LOOK_AGAIN = 0.2
-"""Seconds after which tasks may be taken to have ended that nobody has seen to end."""
-
-_FIRST_POSTS, _UNSURE_POSTS, _MOST_POSTS = 8, 16, 32
-"""POSTs under way at once: to begin with, when they count on tasks that have likely ended, and
-at most. All of them are refused where the limit is lower than we think."""
-
-_WEIGHT, _LONGEST_WAY = 0.05, 1.0
-"""Of each submit in the mean of their ways, and the seconds of one that count at most: one that
-a pause has held up tells nothing of the next."""
-
-_SAME = 0.1
-"""Part by which two counts of tasks may differ that stand for the same limit."""
-
-
 class ConcurrencyLimiter:
-    """Room for so many tasks running at the service at once.
+    """Limits the tasks that run at the service at the same time.
 
-    A slot is taken before the POST and bound to the task id after it. Who waits for the task
-    frees the slot when it ends; a task nobody waits for here is taken to end by itself. Where it
-    is known how long tasks take, those that wait for a look are counted by how likely they run.
+    A slot is acquired before the POST and belongs to the task after it. A watched task, which is
+    being waited for, holds its slot until `release_task`; an unwatched task is assumed to end
+    after 60 s. If the duration of tasks is known, watched tasks count with the probability that
+    they still run. Rejected submits (429) lower the limit for a while.
+
+    One limiter serves several threads and event loops.
+
+    Args:
+        slots: Limit of tasks that may run at the same time.
 
     Attributes:
-        round_trip: Seconds from sending a request to its answer, as a running mean.
+        round_trip: Running mean of the seconds from sending a request to its reply.
     """
 
     def __init__(self, slots: int) -> None:
@@ -140,205 +157,210 @@ class ConcurrencyLimiter:
         self.round_trip = 0.0
         self._limit = slots
         self._ceiling = math.inf  # tasks that ran when a limit was last met
-        self._refusals = RejectionRate()
-        self._refused_at = self._grow_from = self._closed_until = -math.inf
-        self._hold = _SHORTEST_HOLD
-        self._missed = 0.0  # tasks by which the count of likely running ones was wrong
-        self._way = 0.0  # seconds from a taken slot to an accepted task, as a running mean
-        self._posting = 0
-        self._most_posting = _FIRST_POSTS
+        self._rejection_rate = RejectionRate()
+        self._rejected_at = self._grow_from = self._closed_until = -math.inf
+        self._hold = _MIN_HOLD_SECONDS
+        self._error_margin = 0.0  # tasks, from the error of earlier estimates
+        self._submit_duration = 0.0  # running mean of the seconds from slot to accepted task
+        self._submits = 0  # in flight
+        self._max_submits = _INITIAL_SUBMITS
         self._estimate = RunningEstimate()
-        self._watched: dict[str, Watched] = {}
-        self._unwatched: dict[str, float] = {}  # when each is taken to end, soonest first
+        self._watched: dict[str, WatchedTask] = {}
+        self._unwatched: dict[str, float] = {}  # assumed end of each task, soonest first
         self._queue: OrderedDict[object, tuple[asyncio.Future[None], asyncio.AbstractEventLoop]]
         self._queue = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def running(self) -> int:
-        """Tasks that hold a slot, those just being posted among them."""
-        return self._posting + len(self._watched) + len(self._unwatched)
+        """Tasks that hold a slot, including submits in flight."""
+        return self._submits + len(self._watched) + len(self._unwatched)
 
-    async def enter(self) -> None:
+    async def acquire(self) -> None:
         """Wait for a free slot and take it."""
         loop = asyncio.get_running_loop()
-        place, queued = object(), False
+        place, is_queued = object(), False
         try:
             while True:
                 with self._lock:
                     now = loop.time()
-                    self._forget_ended(now)
-                    if self._room(now) > 0:
-                        self._posting += 1
+                    self._drop_ended(now)
+                    if self._count_free(now) > 0:
+                        self._submits += 1
                         return
-                    called_in_vain = queued and place not in self._queue
-                    woken: asyncio.Future[None] = loop.create_future()
-                    self._queue[place] = (woken, loop)
-                    if called_in_vain:
+                    was_woken_in_vain = is_queued and place not in self._queue
+                    waiter: asyncio.Future[None] = loop.create_future()
+                    self._queue[place] = (waiter, loop)
+                    if was_woken_in_vain:
                         self._queue.move_to_end(place, last=False)
-                    first = next(iter(self._queue)) is place
-                    seconds = self._until_it_may_open(now) if first else _ASSUMED_RUNNING
-                queued = True
-                alarm = loop.call_later(seconds, finish, woken)
+                    is_first = next(iter(self._queue)) is place
+                    seconds = (
+                        self._seconds_until_check(now) if is_first else _UNWATCHED_TASK_SECONDS
+                    )
+                is_queued = True
+                timer = loop.call_later(seconds, finish, waiter)
                 try:
-                    await woken
+                    await waiter
                 finally:
-                    alarm.cancel()
+                    timer.cancel()
         finally:
-            if queued:
+            if is_queued:
                 with self._lock:
                     self._queue.pop(place, None)
-                self._wake(loop.time())  # the next is the first, or was not called but this one
+                # The next waiter is first now, or missed the wake-up that this one received.
+                self._wake_waiters(loop.time())
 
-    def accepted(self, task_id: str, *, entered_at: float | None = None) -> None:
-        """The POST was accepted: the slot is the task's, until it ends or is taken to.
+    def record_acceptance(self, task_id: str, *, acquired_at: float | None = None) -> None:
+        """Give the slot of an accepted POST to its task.
 
         Args:
-            task_id: The task.
-            entered_at: Loop time at which its slot was taken; None for a task of another run.
+            task_id: The accepted task.
+            acquired_at: Loop time at which the slot was acquired. None: a task of another run.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
-            if entered_at is not None:
-                self._way += _WEIGHT * (min(now - entered_at, _LONGEST_WAY) - self._way)
-            self._refusals.heard()
-            self._missed *= 1 - 1 / (_FORGIVEN * self.slots + 1)
-            self._posting -= 1
-            self._most_posting = min(_MOST_POSTS, self._most_posting + 1)
+            if acquired_at is not None:
+                seconds = min(now - acquired_at, _MAX_SUBMIT_SECONDS)
+                self._submit_duration += _SUBMIT_DURATION_WEIGHT * (
+                    seconds - self._submit_duration
+                )
+            self._rejection_rate.record_success()
+            self._error_margin *= 1 - 1 / (_ERROR_DECAY_FILLS * self.slots + 1)
+            self._submits -= 1
+            self._max_submits = min(_MAX_SUBMITS, self._max_submits + 1)
             if task_id not in self._watched:
-                self._unwatched.setdefault(task_id, now + _ASSUMED_RUNNING)
-            proven = self._proven()
-            if proven > (1 + _SAME) * self._ceiling + 1:
+                self._unwatched.setdefault(task_id, now + _UNWATCHED_TASK_SECONDS)
+            likely_running = self._count_likely_running()
+            if likely_running > (1 + _SAME_LIMIT_SHARE) * self._ceiling + 1:
                 self._ceiling = math.inf
             grown = self._limit + 1 if now >= self._grow_from else self._limit
-            self._limit = min(self.slots, max(grown, math.floor(proven)))
-        self._wake(now)
+            self._limit = min(self.slots, max(grown, math.floor(likely_running)))
+        self._wake_waiters(now)
 
-    def not_accepted(self) -> None:
-        """The POST was not accepted: its slot is free."""
-        with self._lock:
-            self._posting -= 1
-        self._wake(asyncio.get_running_loop().time())
+    def record_rejection(self, *, acquired_at: float | None = None) -> None:
+        """Free the slot of a POST that got 429, and lower the limit if a limit explains it.
 
-    def refused(self, *, entered_at: float | None = None) -> None:
-        """A submit got 429: room is for what runs, for a while.
-
-        But not for a single refusal that no limit explains.
+        A single rejection does not lower it.
 
         Args:
-            entered_at: Loop time at which its slot was taken; None takes the present.
+            acquired_at: Loop time at which the slot was acquired. None: now.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
-            self._posting -= 1
-            self._refusals.refused()
-            overbooked = self.running - self._posting > self._limit
-            another = entered_at is None or entered_at > self._refused_at
-            grown_again = now >= self._grow_from or not another
-            where_before = (
-                grown_again
-                and self._refusals.some
-                and self._proven() >= (1 - _SAME) * self._ceiling
+            self._submits -= 1
+            self._rejection_rate.record_rejection()
+            is_overbooked = self.running - self._submits > self._limit
+            # Submits in flight at the last rejection do not count as another one.
+            is_another = acquired_at is None or acquired_at > self._rejected_at
+            has_grown = now >= self._grow_from or not is_another
+            is_known_limit = (
+                has_grown
+                and self._rejection_rate.elevated
+                and self._count_likely_running() >= (1 - _SAME_LIMIT_SHARE) * self._ceiling
             )
-            if overbooked or where_before or self._refusals.many:
-                self._shrink(now, overbooked=overbooked, another=another)
-            elif not grown_again:
-                # With no more tasks than were accepted before: so it was no limit before.
+            if is_overbooked or is_known_limit or self._rejection_rate.high:
+                self._shrink(now, is_overbooked=is_overbooked, is_another=is_another)
+            elif not has_grown:
+                # No more tasks run than were accepted before, so it was no limit then either.
                 self._grow_from = now
-        self._wake(now)
+        self._wake_waiters(now)
 
-    def watched(
-        self, task_id: str, *, curve: LatencyModel | None = None, age: float = 0.0
-    ) -> None:
-        """Somebody waits for this task: it holds a slot until `ended`.
+    def release(self) -> None:
+        """Free the slot of a POST that was not accepted."""
+        with self._lock:
+            self._submits -= 1
+        self._wake_waiters(asyncio.get_running_loop().time())
+
+    def watch(self, task_id: str, *, model: LatencyModel | None = None, age: float = 0.0) -> None:
+        """Mark a task as being waited for. It holds its slot until `release_task`.
 
         Args:
             task_id: The task.
-            curve: How long such tasks take. Without one, it holds its slot for good.
+            model: Latency model of its mode. None: the task counts as running until released.
             age: Seconds since it was submitted.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._unwatched.pop(task_id, None)
-            self._watched[task_id] = Watched(now - age, curve)
-            self._estimate.one_more()
+            self._watched[task_id] = WatchedTask(now - age, model)
+            self._estimate.add_task()
 
-    def runs(self, task_id: str, age: float) -> None:
-        """The task was seen to run, at so many seconds after its submit."""
+    def record_running(self, task_id: str, age: float) -> None:
+        """Record that a task was seen running at an age in seconds."""
         with self._lock:
             if task_id in self._watched:
-                self._watched[task_id].reached = age
+                self._watched[task_id].last_running_age = age
 
-    def ended(self, task_id: str) -> None:
-        """The task is over, or nobody waits for it any more: its slot is free."""
+    def release_task(self, task_id: str) -> None:
+        """Free the slot of a task that has ended or is no longer waited for."""
         with self._lock:
             self._watched.pop(task_id, None)
             self._unwatched.pop(task_id, None)
-        self._wake(asyncio.get_running_loop().time())
+        self._wake_waiters(asyncio.get_running_loop().time())
 
-    def _shrink(self, now: float, *, overbooked: bool, another: bool) -> None:
-        self._most_posting = _FIRST_POSTS
-        self._estimate.refresh(self._watched.values(), now, self._way)
-        proven = self._proven()
-        if overbooked:
-            # The count of likely ends was wrong, or else it is the limit: one thing at a time.
-            if another:
-                missed = self._limit - proven - self._posting
-                self._missed = max(self._missed, _ONCE_BITTEN * missed)
+    def _shrink(self, now: float, *, is_overbooked: bool, is_another: bool) -> None:
+        self._max_submits = _INITIAL_SUBMITS
+        self._estimate.refresh(self._watched.values(), now, self._submit_duration)
+        likely_running = self._count_likely_running()
+        if is_overbooked:
+            # Either the estimate or the limit is wrong. Correct the estimate first.
+            if is_another:
+                error = self._limit - likely_running - self._submits
+                self._error_margin = max(self._error_margin, _ERROR_MARGIN_FACTOR * error)
         else:
-            self._ceiling = max(1.0, proven)
+            self._ceiling = max(1.0, likely_running)
             self._limit = min(self._limit, math.floor(self._ceiling))
-            if another:
-                often = now < self._refused_at + _RARELY * self._hold
-                longer = 2 * self._hold if often else self._hold / 2
-                self._hold = min(_LONGEST_HOLD, max(_SHORTEST_HOLD, longer))
+            if is_another:
+                is_frequent = now < self._rejected_at + _HOLDS_BETWEEN_RARE_REJECTIONS * self._hold
+                hold = 2 * self._hold if is_frequent else self._hold / 2
+                self._hold = min(_MAX_HOLD_SECONDS, max(_MIN_HOLD_SECONDS, hold))
                 self._grow_from = now + self._hold
-        if another:
-            self._refused_at = now
+        if is_another:
+            self._rejected_at = now
             self._closed_until = now + jittered_backoff(1)
 
-    def _room(self, now: float) -> int:
+    def _count_free(self, now: float) -> int:
         if now < self._closed_until:
             return 0
-        free, posts = self._limit - self.running, self._most_posting
+        free, max_submits = self._limit - self.running, self._max_submits
         if free <= 0 and self._watched:
-            self._estimate.refresh(self._watched.values(), now, self._way)
-            margin = max(_CAUTION * self._estimate.deviation, self._missed)
-            likely = self._estimate.mean + margin
-            free += max(0, len(self._watched) - math.ceil(likely))
-            posts = min(posts, _UNSURE_POSTS)
-        return min(free, posts - self._posting)
+            self._estimate.refresh(self._watched.values(), now, self._submit_duration)
+            margin = max(_MARGIN_DEVIATIONS * self._estimate.deviation, self._error_margin)
+            likely_running = self._estimate.mean + margin
+            free += max(0, len(self._watched) - math.ceil(likely_running))
+            max_submits = min(max_submits, _MAX_SUBMITS_ON_ESTIMATE)
+        return min(free, max_submits - self._submits)
 
-    def _proven(self) -> float:
-        """Tasks that run at the service, for all we know."""
+    def _count_likely_running(self) -> float:
         return len(self._unwatched) + min(len(self._watched), self._estimate.mean)
 
-    def _until_it_may_open(self, now: float) -> float:
-        """Seconds after which there may be room without anybody saying so."""
+    def _seconds_until_check(self, now: float) -> float:
+        """Return the seconds after which a slot may be free without a call that frees it."""
         if now < self._closed_until:
             return self._closed_until - now
         if self._estimate.mean < len(self._watched):
-            return _LOOK_AGAIN
+            return _LIKELY_END_CHECK_SECONDS
         if self._unwatched:
             return next(iter(self._unwatched.values())) - now
-        return _ASSUMED_RUNNING
+        return _UNWATCHED_TASK_SECONDS
 
-    def _forget_ended(self, now: float) -> None:
+    def _drop_ended(self, now: float) -> None:
+        """Drop unwatched tasks whose assumed end has passed."""
         while self._unwatched:
-            task_id, ends = next(iter(self._unwatched.items()))
-            if ends > now:
+            task_id, ends_at = next(iter(self._unwatched.items()))
+            if ends_at > now:
                 break
             del self._unwatched[task_id]
 
-    def _wake(self, now: float) -> None:
-        """Wake as many as there is room for, and at least the first to set its alarm anew."""
+    def _wake_waiters(self, now: float) -> None:
+        """Wake a waiter for each free slot, and at least the first, which resets its timer."""
         with self._lock:
             if not self._queue:
                 return
-            number = min(max(1, self._room(now)), len(self._queue))
-            chosen = [self._queue.popitem(last=False)[1] for _ in range(number)]
-        for woken, loop in chosen:
+            number = min(max(1, self._count_free(now)), len(self._queue))
+            waiters = [self._queue.popitem(last=False)[1] for _ in range(number)]
+        for waiter, loop in waiters:
             try:
-                wake(woken, loop)
-            except RuntimeError:  # the waiter's loop is closed already: on to the next
-                self._wake(now)
+                wake(waiter, loop)
+            except RuntimeError:  # the waiter's loop is closed: wake the next one
+                self._wake_waiters(now)

@@ -1,4 +1,4 @@
-"""When to look at a task next: when it has likely ended, by what its kind took lately."""
+"""Scheduling of status requests: poll a task when it has likely ended."""
 
 from __future__ import annotations
 
@@ -12,99 +12,109 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
-_ENOUGH = 20
-"""Tasks that must have ended before the configured cadence gives way to what was learned."""
+__all__ = ["PollScheduler"]
 
-_LEAST = 0.7
-"""Intervals that an ended task may be expected to have gone unnoticed when it is looked at."""
+# Tasks of a mode that must have ended before the latency model replaces the configured cadence.
+_MIN_ENDED_TASKS = 20
 
-_PRICE = 0.39
-"""The same where requests are scarce, in rounds: the time in which all tasks that run could be
-asked once, were all requests looks. A round takes 6 to 7 s at the account's limits."""
+# A poll is due when the expected time for which the task has been over unnoticed reaches this
+# many intervals.
+_UNNOTICED_INTERVALS = 0.7
 
-_LONGEST = 1 / 3
-"""Longest pause between looks, as a share of the task's age: stragglers are not forgotten."""
+# The same where requests are scarce, in rounds. A round is the time in which each running task
+# could be polled once if all requests were polls: 6 to 7 s at the account's limits.
+_UNNOTICED_ROUNDS = 0.39
+
+# Longest pause between polls, as a share of the task's age: slow tasks are not forgotten.
+_MAX_PAUSE_SHARE_OF_AGE = 1 / 3
 
 
 class PollScheduler:
-    """The looks at one task, and what they teach about others of its mode.
+    """Schedules the polls of one task, and teaches the latency model what they show.
 
-    Until enough tasks have ended, looks come at the configured cadence. From then on the next
-    look comes when the task, by now, is expected to have been over for most of an interval, or for
-    longer where requests are scarce. The interval stays the shortest pause between two looks. The
-    first look may come before `initial_delay` where tasks are known to end sooner, and later where
-    that was learned while it was waited for.
+    Until enough tasks of the mode have ended, polls follow the configured cadence. From then on,
+    a poll is due when the task is expected to have been over, unnoticed, for most of an interval,
+    or for longer if requests are scarce. The interval stays the shortest pause between two polls.
+    The first poll may come before `initial_delay` if tasks are known to end sooner, and later if
+    that was learned during the first pause.
+
+    A scheduler marks its task as watched. Call `close` when the wait is over.
 
     Args:
-        governor: The account's; it keeps what was learned.
-        task: The task, from now on watched.
-        cadence: What was configured.
-        called: Whether the service tells when the task has ended.
+        limiter: The account's limiter, which keeps the latency models.
+        task: The task to poll.
+        cadence: The configured cadence.
+        has_callback: Whether a callback announces the end of the task.
     """
 
     def __init__(
         self,
-        governor: AccountLimiter,
+        limiter: AccountLimiter,
         task: GenerationTask,
         cadence: PollingCadence,
         *,
-        called: bool = False,
+        has_callback: bool = False,
     ) -> None:
-        self._governor = governor
-        self._gate = governor.tasks
+        self._requests = limiter.requests
+        self._slots = limiter.tasks
         self._task_id = task.task_id
         self._cadence = cadence
-        self._called = called
-        self._curve = governor.curve(task.request.mode if task.request else "unknown")
+        self._has_callback = has_callback
+        self._model = limiter.latency_model(task.request.mode if task.request else "unknown")
         self._loop = asyncio.get_running_loop()
         age = max(0.0, (utc_now() - task.submitted_at).total_seconds())
-        self._began = self._loop.time() - age
+        self._submitted_at = self._loop.time() - age
         self._deadline = self._loop.time() + cadence.timeout
-        self._runs_at = 0.0
-        self._gate.watched(task.task_id, curve=self._curve, age=age)
+        self._last_running_age = 0.0  # age at which a poll last found the task running
+        self._slots.watch(task.task_id, model=self._model, age=age)
 
     @property
     def age(self) -> float:
         """Seconds since the task was submitted."""
-        return self._loop.time() - self._began
+        return self._loop.time() - self._submitted_at
 
     def pause(self) -> float:
-        """Seconds to wait before the next look."""
+        """Return the seconds to wait before the next poll."""
         cadence, age = self._cadence, self.age
+        was_polled = bool(self._last_running_age)
         shortest = cadence.interval
-        if not self._runs_at:
+        if not was_polled:
             shortest = max(0.0, min(cadence.interval, cadence.initial_delay) - age)
-        if self._curve.known < _ENOUGH:
-            return cadence.interval if self._runs_at else max(0.0, cadence.initial_delay - age)
-        round_of_looks = self._gate.running * self._governor.requests.spacing
-        patience = max(_LEAST * cadence.interval, _PRICE * round_of_looks)
-        ripe = self._runs_at + self._curve.time_to_look(self._runs_at, patience)
-        # The task had begun half a round trip before we knew, and a look takes half of one.
-        pause = ripe - age - self._gate.round_trip
-        if self._runs_at:
-            pause = min(pause, _LONGEST * age)
-        # The last look comes shortly before the deadline, not some time before it.
+        if self._model.ended_count < _MIN_ENDED_TASKS:
+            return cadence.interval if was_polled else max(0.0, cadence.initial_delay - age)
+        round_seconds = self._slots.running * self._requests.spacing
+        unnoticed = max(_UNNOTICED_INTERVALS * cadence.interval, _UNNOTICED_ROUNDS * round_seconds)
+        due_at_age = self._last_running_age + self._model.time_to_poll(
+            self._last_running_age, unnoticed
+        )
+        # The task started half a round trip before its submit was answered, and a poll takes
+        # half of one to arrive.
+        pause = due_at_age - age - self._slots.round_trip
+        if was_polled:
+            pause = min(pause, _MAX_PAUSE_SHARE_OF_AGE * age)
+        # Send the last poll an interval before the deadline.
         left = self._deadline - self._loop.time() - cadence.interval
         return max(shortest, min(pause, left))
 
-    def looked(self, status: TaskStatus) -> None:
-        """The service has answered just now: the task had its present age, as we count it."""
-        age = max(self.age, self._runs_at)
+    def record_poll(self, status: TaskStatus) -> None:
+        """Record a status that was received just now."""
+        age = max(self.age, self._last_running_age)
         if status.state not in ("success", "failed"):
-            self._curve.still_running(self._runs_at, age)
-            self._runs_at = age
-            self._gate.runs(self._task_id, age)
+            self._model.record_running(self._last_running_age, age)
+            self._last_running_age = age
+            self._slots.record_running(self._task_id, age)
             return
-        if self._called and not self._runs_at:
-            # Those that still run do not call, so by these alone all tasks would seem short.
+        if self._has_callback and not self._last_running_age:
+            # Running tasks send no callback, so these tasks alone would make the model too short.
             return
-        took = status.generation_seconds
+        seconds = status.generation_seconds
         if status.created_at and status.completed_at:
-            took = (status.completed_at - status.created_at).total_seconds()
-        if took is None:
-            took = (self._runs_at + age) / 2
-        self._curve.ended(self._runs_at, min(max(took, self._runs_at), age))
+            seconds = (status.completed_at - status.created_at).total_seconds()
+        if seconds is None:
+            seconds = (self._last_running_age + age) / 2
+        ended_at_age = min(max(seconds, self._last_running_age), age)
+        self._model.record_end(self._last_running_age, ended_at_age)
 
-    def over(self) -> None:
-        """Nobody waits for it any more."""
-        self._gate.ended(self._task_id)
+    def close(self) -> None:
+        """End the wait and free the task's slot."""
+        self._slots.release_task(self._task_id)

@@ -1,4 +1,4 @@
-"""The request limit from our side: so many in any sliding minute, evenly spaced."""
+"""Client-side request limit: a maximum per sliding minute, evenly spaced."""
 
 from __future__ import annotations
 
@@ -10,31 +10,42 @@ from typing import TypeAlias
 
 from prefect_flux_kontext.client.limits.waiters import finish, wake
 
-_HEADROOM = 0.98
-"""Share of the limit we use: requests bunch a little on their way to the service."""
+__all__ = ["RateLimiter"]
 
-_RECOVERY = 120.0
-"""Seconds in which a request rate that was halved grows e-fold again."""
+# Share of the limit that is used, because requests bunch up a little on their way to the service.
+_USED_SHARE_OF_LIMIT = 0.98
 
-_LOOK_AGAIN = 60.0
-"""Seconds after which one who waits looks whether those before are still there."""
+# Seconds in which a request rate that was halved grows by a factor of e.
+_RECOVERY_SECONDS = 120.0
+
+# Requests are at least one a minute, however often the rate was halved.
+_MAX_SPACING_SECONDS = 60.0
+
+# A waiter that is not the first checks at this interval whether those before it still exist.
+_QUEUE_CHECK_SECONDS = 60.0
 
 _Queue: TypeAlias = "OrderedDict[object, tuple[asyncio.Future[None], asyncio.AbstractEventLoop]]"
 
 
 class RateLimiter:
-    """At most `per_minute` requests in any sliding minute, after a small burst evenly spaced.
+    """Allows at most `per_minute` requests in any sliding minute.
 
-    A generic cell rate: with a burst of b and a spacing of i seconds, no window of 60 s holds
-    more than b - 1 + 60 / i requests, so i is chosen to make that the limit. Of those that wait,
-    submits go first: each has a slot at the service that idles until it is sent.
+    It is a generic cell rate algorithm: requests are evenly spaced after a small burst. With a
+    burst of b and a spacing of i seconds, no window of 60 s contains more than b - 1 + 60 / i
+    requests; i is chosen so that this is the limit. Waiting submits go first, because each of
+    them holds a slot at the service that is idle until the submit is sent.
+
+    One limiter serves several threads and event loops.
+
+    Args:
+        per_minute: Requests allowed in any 60 seconds.
     """
 
     def __init__(self, per_minute: int) -> None:
-        usable = max(1, math.floor(per_minute * _HEADROOM))
+        usable = max(1, math.floor(per_minute * _USED_SHARE_OF_LIMIT))
         burst = max(1, usable // 50)
-        self._closest = self._spacing = 60.0 / (usable - burst + 1)
-        self._burst = self._tolerance = (burst - 1) * self._spacing
+        self._min_spacing = self._spacing = 60.0 / (usable - burst + 1)
+        self._max_tolerance = self._tolerance = (burst - 1) * self._spacing
         self._next = -math.inf
         self._paused_until = -math.inf
         self._submits: _Queue = OrderedDict()
@@ -43,70 +54,74 @@ class RateLimiter:
 
     @property
     def spacing(self) -> float:
-        """Seconds between two requests, as things stand."""
+        """Current number of seconds between two requests."""
         return self._spacing
 
-    async def take(self, *, first: bool = False) -> None:
+    async def acquire(self, *, has_priority: bool = False) -> None:
         """Wait until one more request may be sent.
 
         Args:
-            first: Whether it goes before those that are not `first`.
+            has_priority: Whether it goes before requests without priority.
         """
         loop = asyncio.get_running_loop()
         with self._lock:
             now = loop.time()
-            if not self._submits and (first or not self._others) and self._wait(now) <= 0:
-                self._send(now)
+            is_first = not self._submits and (has_priority or not self._others)
+            if is_first and self._seconds_until_next(now) <= 0:
+                self._count_request(now)
                 return
-            place, queue = object(), self._submits if first else self._others
+            place, queue = object(), self._submits if has_priority else self._others
             queue[place] = (loop.create_future(), loop)
         try:
             while True:
                 with self._lock:
                     now = loop.time()
-                    seconds = self._wait(now) if self._first_in_line() is place else _LOOK_AGAIN
+                    is_first = self._first_in_line() is place
+                    seconds = self._seconds_until_next(now) if is_first else _QUEUE_CHECK_SECONDS
                     if seconds <= 0:
-                        self._send(now)
+                        self._count_request(now)
                         return
-                    woken: asyncio.Future[None] = loop.create_future()
-                    queue[place] = (woken, loop)
-                alarm = loop.call_later(seconds, finish, woken)
+                    waiter: asyncio.Future[None] = loop.create_future()
+                    queue[place] = (waiter, loop)
+                timer = loop.call_later(seconds, finish, waiter)
                 try:
-                    await woken
+                    await waiter
                 finally:
-                    alarm.cancel()
+                    timer.cancel()
         finally:
             with self._lock:
                 queue.pop(place, None)
-                self._call_the_next()
+                self._wake_first()
 
     def pause(self, seconds: float) -> None:
-        """Let nobody through for so many seconds, and no burst after it."""
+        """Allow no request for this many seconds, and no burst after them."""
         now = asyncio.get_running_loop().time()
         with self._lock:
             self._paused_until = max(self._paused_until, now + seconds)
             self._next = max(self._next, self._paused_until + self._tolerance)
 
     def slow_down(self) -> None:
-        """Halve the rate: the account's limit is lower than we were told, or others share it."""
+        """Halve the rate: the account's limit is lower than configured, or is shared."""
         with self._lock:
-            self._spacing = min(60.0, 2 * self._spacing)
+            self._spacing = min(_MAX_SPACING_SECONDS, 2 * self._spacing)
             self._tolerance = 0.0
 
     def speed_up(self) -> None:
-        """A request was answered: grow back, at a pace that does not depend on the rate."""
-        with self._lock:
-            if self._spacing > self._closest:
-                grown = self._spacing * (1 - self._spacing / _RECOVERY)
-                self._spacing = max(self._closest, grown)
-            else:
-                self._tolerance = self._burst
+        """Let a halved rate recover a little, at a pace that does not depend on the rate.
 
-    def _wait(self, now: float) -> float:
-        """Seconds until the next request may be sent, seen from now."""
+        Call it once for each request that was answered.
+        """
+        with self._lock:
+            if self._spacing > self._min_spacing:
+                smaller = self._spacing * (1 - self._spacing / _RECOVERY_SECONDS)
+                self._spacing = max(self._min_spacing, smaller)
+            else:
+                self._tolerance = self._max_tolerance
+
+    def _seconds_until_next(self, now: float) -> float:
         return max(self._next - self._tolerance, self._paused_until) - now
 
-    def _send(self, now: float) -> None:
+    def _count_request(self, now: float) -> None:
         self._next = max(self._next, now) + self._spacing
 
     def _first_in_line(self) -> object:
@@ -118,9 +133,9 @@ class RateLimiter:
                 del queue[place]
         return None
 
-    def _call_the_next(self) -> None:
+    def _wake_first(self) -> None:
         place = self._first_in_line()
         if place is None:
             return
-        woken, loop = (self._submits if place in self._submits else self._others)[place]
-        wake(woken, loop)
+        waiter, loop = (self._submits if place in self._submits else self._others)[place]
+        wake(waiter, loop)

@@ -1,15 +1,17 @@
-"""Waking those who wait for a slot or a request, on whichever event loop they wait."""
+"""Futures that threads complete on whichever event loop waits for them."""
 
 from __future__ import annotations
 
 import asyncio
 
+__all__ = ["finish", "wake"]
+
 
 def wake(waiter: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
-    """Finish what is waited for, from this loop or another's thread.
+    """Complete a future of an event loop, from that loop or from another thread.
 
     Raises:
-        RuntimeError: Its loop is closed.
+        RuntimeError: The loop is closed.
     """
     if loop is _running_loop():
         finish(waiter)
@@ -18,13 +20,13 @@ def wake(waiter: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
 
 
 def finish(waiter: asyncio.Future[None]) -> None:
-    """Finish what is waited for on this loop, unless it has been."""
+    """Complete a future of the running loop, unless it is done."""
     if not waiter.done():
         waiter.set_result(None)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop that runs here; none where what waited is thrown away after its loop has ended."""
+    """Return the running loop, or None if a waiter is discarded after its loop has stopped."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

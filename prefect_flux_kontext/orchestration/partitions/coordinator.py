@@ -133,7 +133,7 @@ async def run_partitions(
     )
     if (
         new_plan.to_pay
-        or new_plan.standings[PlannedAction.OUTSTANDING_STATES]
+        or new_plan.standings[PlannedAction.OUTSTANDING]
         or new_plan.standings[PlannedAction.UNKNOWN]
     ):
         get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)

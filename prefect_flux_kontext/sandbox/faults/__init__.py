@@ -1,4 +1,4 @@
-"""Faults on demand: what can befall requests, tasks and callbacks, by a seeded plan.
+"""Faults on demand for requests, tasks and callbacks, by a seeded plan.
 
 Importing the modules that hold the faults registers them.
 """

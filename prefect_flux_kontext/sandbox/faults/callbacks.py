@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 async def deliver(
-    weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+    faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
 ) -> bool:
-    """Deliver a callback in the present weather; False when it never arrived."""
-    fault, _ = weather.applies("callback")
+    """Deliver a callback under the active faults; return whether it arrived."""
+    fault, _ = faults.applies("callback")
     if fault is None:
-        return await courier.deliver(url, envelope)
-    delivered: bool = await FAULTS["callback"][fault](weather, courier, url, envelope)
+        return await sender.deliver(url, envelope)
+    delivered: bool = await FAULTS["callback"][fault](faults, sender, url, envelope)
     return delivered
 
 
 @applies("callback")
 async def lost(
-    _weather: ActiveFaults, _courier: CallbackSender, _url: str, _envelope: JsonObject
+    _faults: ActiveFaults, _sender: CallbackSender, _url: str, _envelope: JsonObject
 ) -> bool:
     """It is never delivered."""
     return False
@@ -37,53 +37,53 @@ async def lost(
 
 @applies("callback")
 async def doubled(
-    _weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+    _faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
 ) -> bool:
     """It is delivered twice."""
-    first = await courier.deliver(url, envelope)
-    return await courier.deliver(url, envelope) or first
+    first = await sender.deliver(url, envelope)
+    return await sender.deliver(url, envelope) or first
 
 
 @applies("callback")
 async def late(
-    weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+    faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
 ) -> bool:
     """It is delivered `late` seconds late."""
-    await asyncio.sleep(weather.plan.late)
-    return await courier.deliver(url, envelope)
+    await asyncio.sleep(faults.plan.late)
+    return await sender.deliver(url, envelope)
 
 
 @applies("callback")
 async def overtaken(
-    weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+    faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
 ) -> bool:
-    """It is delivered up to `late` seconds late, so that others overtake it."""
-    # By its URL, which no other callback has.
-    await asyncio.sleep(random.Random(url).uniform(0, weather.plan.late))
-    return await courier.deliver(url, envelope)
+    """It is delivered up to `late` seconds late, so others arrive first."""
+    # Seeded with the URL, which no other callback has.
+    await asyncio.sleep(random.Random(url).uniform(0, faults.plan.late))
+    return await sender.deliver(url, envelope)
 
 
 @applies("callback")
 async def forged(
-    _weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+    _faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
 ) -> bool:
-    """Before it comes a stranger's, at the right URL, with another task and result."""
-    await courier.deliver(url, _strangers())
-    return await courier.deliver(url, envelope)
+    """A forged callback with another task and result arrives first, at the right URL."""
+    await sender.deliver(url, _forged_envelope())
+    return await sender.deliver(url, envelope)
 
 
 @applies("callback")
 async def misdirected(
-    _weather: ActiveFaults, courier: CallbackSender, url: str, envelope: JsonObject
+    _faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
 ) -> bool:
-    """Before it comes a stranger's, at a URL whose last part was guessed."""
+    """A forged callback arrives first, at a URL whose token is wrong."""
     where = urlsplit(url)
     guessed = where.path.rpartition("/")[0] + "/guessed"
-    await courier.deliver(urlunsplit(where._replace(path=guessed)), _strangers())
-    return await courier.deliver(url, envelope)
+    await sender.deliver(urlunsplit(where._replace(path=guessed)), _forged_envelope())
+    return await sender.deliver(url, envelope)
 
 
-def _strangers() -> JsonObject:
+def _forged_envelope() -> JsonObject:
     result = json.dumps({"resultUrls": ["file:///etc/hostname"]})
     data = {"taskId": "task_ffffffffffffffff", "state": "success", "resultJson": result}
     return {"code": 200, "message": "success", "data": data}

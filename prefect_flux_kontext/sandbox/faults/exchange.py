@@ -1,4 +1,4 @@
-"""One request that a fault befalls, and what can be done with its reply and its connection."""
+"""A request to which a fault applies: ways to answer it and to end its connection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 
 CONNECTION = "sandbox.connection"
-"""ASGI extension of our server: `reset` and `close` end the connection of a request."""
+"""Name of the server's ASGI extension whose `reset` and `close` end a request's connection."""
 
 JSON = "application/json"
 HTML = "text/html"
@@ -21,7 +21,7 @@ HTML = "text/html"
 
 @dataclass
 class Reply:
-    """What the service would answer."""
+    """The service's reply."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -29,22 +29,22 @@ class Reply:
 
     @property
     def media_type(self) -> str:
-        """Its Content-Type."""
+        """The Content-Type header."""
         return dict(self.headers).get(b"content-type", b"").decode()
 
 
 class Exchange:
     """A request on its way to the service.
 
-    In process, where there is no connection to break, breaking it raises ConnectionResetError.
+    In process there is no connection. Ending it raises ConnectionResetError instead.
 
     Args:
         app: The service.
-        scope: The request, as ASGI has it.
-        receive: Gives the request's body, then the disconnect.
-        send: Takes the response.
-        plan: Says how long things take.
-        number: Of the request among its kind.
+        scope: The ASGI scope of the request.
+        receive: Returns the request's body, then the disconnect.
+        send: Accepts the response.
+        plan: Durations of slow, hanging and late faults.
+        number: Number of the request among its kind, from 1.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Exchange:
         self._receive = receive
         self._send = send
 
-    async def served(self) -> Reply:
-        """Let the service see the request, and keep its reply back."""
+    async def call_service(self) -> Reply:
+        """Pass the request to the service and return its reply without sending it."""
         reply = Reply(500, [], b"")
 
         async def keep(message: Message) -> None:
@@ -77,47 +77,47 @@ class Exchange:
         await self._app(self._scope, self._receive, keep)
         return reply
 
-    async def unseen(self) -> None:
-        """Take the request, so that the service never sees it."""
+    async def discard_request(self) -> None:
+        """Read the request without passing it to the service."""
         while (await self._receive()).get("more_body"):
             pass
 
     async def answer(
         self, status: int, body: bytes, media_type: str = JSON, **headers: str
     ) -> None:
-        """Answer with a whole body."""
-        await self.begin(status, media_type, content_length=str(len(body)), **headers)
-        await self.more(body, last=True)
+        """Send a complete response."""
+        await self.send_head(status, media_type, content_length=str(len(body)), **headers)
+        await self.send_body(body, last=True)
 
-    async def envelope(
+    async def answer_error(
         self, code: int, message: str, *, status: int | None = None, **headers: str
     ) -> None:
-        """Answer with an error envelope, as HTTP status `code` unless another is given."""
-        told = {"code": code, "message": message, "data": None}
-        await self.answer(status or code, json.dumps(told).encode(), **headers)
+        """Send an error envelope, as HTTP status `code` unless `status` is given."""
+        envelope = {"code": code, "message": message, "data": None}
+        await self.answer(status or code, json.dumps(envelope).encode(), **headers)
 
-    async def data(self, data: Any) -> None:
-        """Answer with the envelope of a success."""
-        told = {"code": 200, "message": "success", "data": data}
-        await self.answer(200, json.dumps(told).encode())
+    async def answer_success(self, data: Any) -> None:
+        """Send the envelope of a success."""
+        envelope = {"code": 200, "message": "success", "data": data}
+        await self.answer(200, json.dumps(envelope).encode())
 
     async def pass_on(self, reply: Reply) -> None:
-        """Answer as the service does."""
+        """Send the service's reply unchanged."""
         await self._start(reply.status, reply.headers)
-        await self.more(reply.body, last=True)
+        await self.send_body(reply.body, last=True)
 
-    async def begin(self, status: int, media_type: str, **headers: str) -> None:
-        """Send the head of a response; without a Content-Length its body comes in chunks."""
+    async def send_head(self, status: int, media_type: str, **headers: str) -> None:
+        """Send status and headers. Without a Content-Length the body is chunked."""
         named = {"content-type": media_type, **headers}
         pairs = [(k.replace("_", "-").encode(), v.encode()) for k, v in named.items()]
         await self._start(status, pairs)
 
-    async def more(self, body: bytes, *, last: bool = False) -> None:
-        """Send a piece of the body."""
+    async def send_body(self, body: bytes, *, last: bool = False) -> None:
+        """Send a chunk of the body."""
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
 
-    async def gone(self) -> None:
-        """Wait until the client has gone."""
+    async def wait_for_disconnect(self) -> None:
+        """Wait until the client disconnects."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -126,14 +126,14 @@ class Exchange:
         await self._end_connection("reset")
 
     async def close(self) -> None:
-        """Close the connection, when what was sent has left."""
+        """Close the connection after what was sent is flushed."""
         await self._end_connection("close")
 
-    async def left_within(self, seconds: float) -> bool:
-        """Wait so long at most for the client to leave; whether it has."""
+    async def wait_for_disconnect_within(self, seconds: float) -> bool:
+        """Return whether the client disconnects within the time."""
         try:
             async with asyncio.timeout(seconds):
-                await self.gone()
+                await self.wait_for_disconnect()
         except TimeoutError:
             return False
         return True
@@ -146,4 +146,4 @@ class Exchange:
         if control is None:
             raise ConnectionResetError("The sandbox broke the connection.")
         control[how]()
-        await self.gone()
+        await self.wait_for_disconnect()

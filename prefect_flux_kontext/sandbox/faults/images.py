@@ -15,44 +15,44 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.sandbox.faults.exchange import Exchange
 
 _PNG = "image/png"
-_A_MEGABYTE = 1 << 20
+_MEGABYTE_BYTES = 1 << 20
 _BOMB_MEGABYTES = 256
 _BOMB_EDGE = 30_000
 
 
 @applies("download")
 async def not_found(exchange: Exchange) -> None:
-    """404, the image is not there (yet)."""
-    await exchange.served()
-    await exchange.envelope(404, "not found")
+    """404, the image does not exist (yet)."""
+    await exchange.call_service()
+    await exchange.answer_error(404, "not found")
 
 
 @applies("download")
 async def expired(exchange: Exchange) -> None:
     """403, the URL has expired."""
-    await exchange.served()
-    await exchange.envelope(403, "this result has expired")
+    await exchange.call_service()
+    await exchange.answer_error(403, "this result has expired")
 
 
 @applies("download")
 async def truncated(exchange: Exchange) -> None:
-    """Half of the image, as if it were the whole: nothing says how long it is."""
-    reply = await exchange.served()
-    await exchange.begin(200, reply.media_type)
-    await exchange.more(reply.body[: len(reply.body) // 2], last=True)
+    """Half of the image without a Content-Length."""
+    reply = await exchange.call_service()
+    await exchange.send_head(200, reply.media_type)
+    await exchange.send_body(reply.body[: len(reply.body) // 2], last=True)
 
 
 @applies("download")
 async def empty(exchange: Exchange) -> None:
     """HTTP 200 with an empty body."""
-    reply = await exchange.served()
+    reply = await exchange.call_service()
     await exchange.answer(200, b"", reply.media_type)
 
 
 @applies("download")
 async def wrong_kind(exchange: Exchange) -> None:
-    """The image as a WebP, whatever was asked, under the Content-Type that was asked."""
-    reply = await exchange.served()
+    """The image as a WebP under the Content-Type of the requested format."""
+    reply = await exchange.call_service()
     if reply.media_type.startswith("image/"):
         reply.body = await asyncio.to_thread(_webp, reply.body)
     await exchange.answer(reply.status, reply.body, reply.media_type)
@@ -60,36 +60,36 @@ async def wrong_kind(exchange: Exchange) -> None:
 
 @applies("download")
 async def gzip_bomb(exchange: Exchange) -> None:
-    """256 MB of zeros, packed with gzip to a quarter of a megabyte."""
-    await exchange.served()
+    """256 MB of zeros, compressed with gzip to a quarter of a megabyte."""
+    await exchange.call_service()
     bomb = await asyncio.to_thread(_gzip_bomb)
     await exchange.answer(200, bomb, _PNG, content_encoding="gzip")
 
 
 @applies("download")
 async def pixel_bomb(exchange: Exchange) -> None:
-    """A PNG of few bytes and 30,000 x 30,000 pixels."""
-    await exchange.served()
+    """A PNG of under 1 kB with 30,000 x 30,000 pixels."""
+    await exchange.call_service()
     await exchange.answer(200, _pixel_bomb(), _PNG)
 
 
 @applies("download")
 async def redirect_away(exchange: Exchange) -> None:
-    """A redirect to a file on the reader's own disk."""
-    await exchange.served()
+    """A redirect to a file on the client's disk."""
+    await exchange.call_service()
     await exchange.answer(302, b"", location="file:///etc/hostname")
 
 
 @applies("download")
 async def redirect_round(exchange: Exchange) -> None:
-    """A redirect to the image, and then again."""
-    await exchange.served()
+    """A redirect to the image's own URL, without end."""
+    await exchange.call_service()
     await exchange.answer(302, b"", location="?round")
 
 
 @applies("task")
 async def lost_result(exchange: Exchange) -> None:
-    """The task succeeds, and its image is 404 for ever."""
+    """The task succeeds, and its image is always 404."""
     await not_found(exchange)
 
 
@@ -105,7 +105,7 @@ def _webp(image: bytes) -> bytes:
 @functools.cache
 def _gzip_bomb() -> bytes:
     packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
-    zeros = bytes(_A_MEGABYTE)
+    zeros = bytes(_MEGABYTE_BYTES)
     return b"".join(packer.compress(zeros) for _ in range(_BOMB_MEGABYTES)) + packer.flush()
 
 

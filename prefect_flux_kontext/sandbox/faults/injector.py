@@ -1,4 +1,4 @@
-"""The weather as it is now: the plan, how many have passed, and what has befallen them."""
+"""The active faults: the plan, the counters, and the middleware that applies them."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ _PATHS = {
     "/results/": "download",
 }
 _LASTING = {"status": "never-ends", "download": "lost-result"}
-"""What befalls a task shows in this kind of request."""
+"""By kind of request, the fault of a task that shows in it."""
 
 
 class ActiveFaults:
-    """Decides the fate of each request, task and callback.
+    """Decides which fault applies to each request, task and callback.
 
     Attributes:
-        plan: What is to go wrong; another one goes on with the numbers of the one before.
-        numbers: How many of each kind there were.
-        befallen: How often each fault, as `kind:fault`, has befallen one.
+        plan: The plan of faults. Assigning another plan keeps the counters.
+        numbers: How many of each kind were counted.
+        befallen: How often each fault, as `kind:fault`, was applied.
     """
 
     def __init__(self, plan: FaultPlan) -> None:
         self.change(plan)
 
     def change(self, plan: FaultPlan) -> None:
-        """Begin anew with a plan: the next request of a kind is its first."""
+        """Set a plan and reset the counters."""
         self.plan = plan
         self.numbers: Counter[str] = Counter()
         self.befallen: Counter[str] = Counter()
-        self._fates: dict[str, str] = {}
+        self._task_faults: dict[str, str] = {}
 
     def applies(self, kind: str) -> tuple[str | None, int]:
-        """What befalls the next of a kind, and its number."""
+        """Count the next of a kind; return its fault, or None, and its number."""
         self.numbers[kind] += 1
         fault = self.plan.fault(kind, self.numbers[kind])
         if fault is not None:
@@ -59,17 +59,17 @@ class ActiveFaults:
         return fault, self.numbers[kind]
 
     def accepted(self, task_id: str) -> None:
-        """Decide the fate of a task that was just accepted."""
+        """Choose the fault of a task that was just accepted."""
         fault, _ = self.applies("task")
         if fault is not None:
-            self._fates[task_id] = fault
+            self._task_faults[task_id] = fault
 
-    def fate(self, task_id: str) -> str | None:
-        """What befalls a task for as long as it lives."""
-        return self._fates.get(task_id) if self.plan.faults else None
+    def task_fault(self, task_id: str) -> str | None:
+        """Return the fault of a task, or None."""
+        return self._task_faults.get(task_id) if self.plan.faults else None
 
-    def told(self) -> dict[str, Any]:
-        """The plan, and what came of it."""
+    def report(self) -> dict[str, Any]:
+        """Return the plan and the counters, as `/sandbox/faults` shows them."""
         return {
             "plan": self.plan.model_dump(mode="json"),
             "seen": dict(self.numbers),
@@ -78,36 +78,36 @@ class ActiveFaults:
 
 
 class FaultMiddleware:
-    """The service in its weather, as ASGI middleware.
+    """ASGI middleware that applies faults to requests.
 
     Args:
         app: The service.
-        weather: What befalls its requests.
+        faults: The active faults.
     """
 
-    def __init__(self, app: ASGIApp, weather: ActiveFaults) -> None:
+    def __init__(self, app: ASGIApp, faults: ActiveFaults) -> None:
         self._app = app
-        self._weather = weather
+        self._faults = faults
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, or play what befalls it."""
+        """Serve a request, or apply its fault."""
         kind = _kind(scope)
         if kind is None:
             await self._app(scope, receive, send)
             return
-        fault, number = self._weather.applies(kind)
-        play = self._play(kind, fault, scope)
-        if play is None:
+        fault, number = self._faults.applies(kind)
+        handler = self._handler(kind, fault, scope)
+        if handler is None:
             await self._app(scope, receive, send)
         else:
-            plan = self._weather.plan
-            await play(Exchange(self._app, scope, receive, send, plan=plan, number=number))
+            plan = self._faults.plan
+            await handler(Exchange(self._app, scope, receive, send, plan=plan, number=number))
 
-    def _play(self, kind: str, fault: str | None, scope: Scope) -> Callable[..., Any] | None:
+    def _handler(self, kind: str, fault: str | None, scope: Scope) -> Callable[..., Any] | None:
         if fault is not None:
             return FAULTS[kind][fault]
         lasting = _LASTING.get(kind)
-        if lasting is not None and self._weather.fate(_task_id(kind, scope)) == lasting:
+        if lasting is not None and self._faults.task_fault(_task_id(kind, scope)) == lasting:
             return FAULTS["task"][lasting]
         return None
 
@@ -126,15 +126,15 @@ def _task_id(kind: str, scope: Scope) -> str:
     return str(query.get("taskId", [""])[0])
 
 
-def faults_endpoint(weather: ActiveFaults) -> Route:
-    """GET tells the plan and what has happened, PUT begins another one, DELETE ends it."""
+def faults_endpoint(faults: ActiveFaults) -> Route:
+    """Make the route: GET shows plan and counters, PUT sets a plan, DELETE removes it."""
 
     async def handle(request: Request) -> Response:
         if request.method == "PUT":
-            weather.change(_plan(await request.body()))
+            faults.change(_plan(await request.body()))
         elif request.method == "DELETE":
-            weather.change(FaultPlan())
-        return JSONResponse(weather.told())
+            faults.change(FaultPlan())
+        return JSONResponse(faults.report())
 
     return Route("/sandbox/faults", handle, methods=["GET", "PUT", "DELETE"])
 

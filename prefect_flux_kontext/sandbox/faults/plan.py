@@ -1,4 +1,4 @@
-"""A plan of faults: which, how often and from when to when. It follows from nothing but itself."""
+"""Plans of faults: which faults apply, how often and to which requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_SPELLING = re.compile(
+_FAULT_PATTERN = re.compile(
     r"(?P<kind>[a-z]+):(?P<name>[a-z0-9-]+)"
     r"(=(?P<share>[0-9]*\.?[0-9]+))?"
     r"(@(?P<first>[0-9]+)(?P<open>-(?P<last>[0-9]+)?)?)?"
@@ -30,7 +30,7 @@ _SPELLING = re.compile(
 
 
 class BadPlanError(ValueError):
-    """A plan of faults that cannot be used; the message names what is wrong, a line each."""
+    """A plan of faults is invalid; the message lists the problems, one line for each."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class PlannedFault:
     """One fault: `submit:lost-reply=0.02@100-200`.
 
     Attributes:
-        kind: What it befalls.
+        kind: What it applies to.
         name: Its name among the faults of the kind.
-        share: Of so many it befalls, 0 to 1.
-        first: The number, from 1, of the first that it may befall.
-        last: The number of the last, or None for no end.
+        share: Share of requests it applies to, 0 to 1.
+        first: Number, from 1, of the first request it may apply to.
+        last: Number of the last, or None for no end.
     """
 
     kind: str
@@ -60,35 +60,35 @@ class PlannedFault:
         return f"{self.kind}:{self.name}{share}{numbers}"
 
     def at(self, number: int) -> bool:
-        """Whether it may befall the n-th of its kind."""
+        """Return whether it may apply to the n-th of its kind."""
         return self.first <= number and (self.last is None or number <= self.last)
 
 
 def read_fault(text: Any) -> PlannedFault:
-    """The fault that is spelled `KIND:FAULT`, then `=SHARE` and `@FIRST-LAST` where wanted.
+    """Parse `KIND:FAULT`, optionally followed by `=SHARE` and `@FIRST-LAST`.
 
     Raises:
-        BadPlanError: It is spelled otherwise, or there is no such fault.
+        BadPlanError: The text has another form, or there is no such fault.
     """
     if isinstance(text, PlannedFault):
         return text
-    spelled = _SPELLING.fullmatch(str(text))
-    if spelled is None:
+    match = _FAULT_PATTERN.fullmatch(str(text))
+    if match is None:
         raise BadPlanError(
-            f"{str(text)[:80]!r} is not spelled KIND:FAULT=SHARE@FIRST-LAST, "
+            f"{str(text)[:80]!r} must have the form KIND:FAULT=SHARE@FIRST-LAST, "
             "such as submit:lost-reply=0.02 or status:limited@100-200"
         )
-    kind, name = spelled["kind"], spelled["name"]
+    kind, name = match["kind"], match["name"]
     if kind not in FAULTS:
-        raise BadPlanError(f"{text!r}: there is no kind {kind!r} but {', '.join(FAULTS)}")
+        raise BadPlanError(f"{text!r}: unknown kind {kind!r}; use one of {', '.join(FAULTS)}")
     if name not in FAULTS[kind]:
-        raise BadPlanError(f"{text!r}: nothing called {name!r} befalls a {kind}")
-    share = float(spelled["share"] or 1)
+        raise BadPlanError(f"{text!r}: a {kind} has no fault {name!r}")
+    share = float(match["share"] or 1)
     if share > 1:
-        raise BadPlanError(f"{text!r}: a share is at most 1")
-    first = int(spelled["first"] or 1)
-    one = spelled["first"] is not None and spelled["open"] is None
-    last = first if one else int(spelled["last"]) if spelled["last"] else None
+        raise BadPlanError(f"{text!r}: the share must be at most 1")
+    first = int(match["first"] or 1)
+    one = match["first"] is not None and match["open"] is None
+    last = first if one else int(match["last"]) if match["last"] else None
     return PlannedFault(kind, name, share, first, last)
 
 
@@ -96,17 +96,17 @@ FaultSpec = Annotated[PlannedFault, BeforeValidator(read_fault), PlainSerializer
 
 
 class FaultPlan(BaseModel):
-    """What goes wrong, and how badly.
+    """A plan of faults with their durations.
 
     Attributes:
-        faults: Looked at in their order; where shares add up, the first come first.
-        seed: Decides, with kind and number, whom a share befalls.
-        hang: Seconds for which a reply that hangs is not given.
+        faults: Tried in order; the first that applies is used.
+        seed: Decides, with kind and number, to which requests a share applies.
+        hang: Seconds before a hanging request is closed.
         slow: Seconds over which a slow reply is spread.
-        late: Seconds by which a late callback is late.
+        late: Seconds by which a late callback is delayed.
     """
 
-    # Checked anew where it is a PlannedFault already, so any may be given.
+    # Pydantic has no schema for the dataclass; `read_fault` checks every value.
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     faults: tuple[FaultSpec, ...] = ()
@@ -116,40 +116,42 @@ class FaultPlan(BaseModel):
     late: float = Field(600.0, ge=0)
 
     def fault(self, kind: str, number: int) -> str | None:
-        """What befalls the n-th of a kind, or None; always the same for the same plan."""
+        """Return the fault of the n-th of a kind, or None. The same plan gives the same result."""
         if not self.faults:
             return None
-        dice = random.Random(f"{self.seed}/{kind}/{number}").random()
+        remaining = random.Random(f"{self.seed}/{kind}/{number}").random()
         for planned in self.faults:
             if planned.kind == kind and planned.at(number):
-                dice -= planned.share
-                if dice < 0:
+                remaining -= planned.share
+                if remaining < 0:
                     return planned.name
         return None
 
 
 def read_plan(given: object) -> FaultPlan:
-    """A plan from what JSON or YAML gives.
+    """Validate a plan parsed from JSON or YAML.
 
     Raises:
-        BadPlanError: All that is wrong with it.
+        BadPlanError: Lists all problems, one line for each.
     """
     try:
         return FaultPlan.model_validate(given)
     except ValidationError as invalid:
-        raise BadPlanError("\n".join(map(_told, invalid.errors(include_url=False)))) from None
+        raise BadPlanError(
+            "\n".join(map(_format_problem, invalid.errors(include_url=False)))
+        ) from None
 
 
 def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
-    """A plan from a file, with further faults in front of its own.
+    """Load a plan from a file and put further faults before its own.
 
     Args:
-        file: JSON or YAML, as `FaultPlan` has it; None for none.
-        faults: As they are spelled on the command line.
-        seed: Of the plan, unless the file has one.
+        file: JSON or YAML with the fields of `FaultPlan`; None for no file.
+        faults: Faults from the command line.
+        seed: Seed of the plan, unless the file has one.
 
     Raises:
-        BadPlanError: The file cannot be read, or is no plan.
+        BadPlanError: The file cannot be read, or its plan is invalid.
     """
     import yaml  # noqa: PLC0415 - few plans are files
 
@@ -166,6 +168,6 @@ def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
     return read_plan({"seed": seed, **given, "faults": [*faults, *given.get("faults", [])]})
 
 
-def _told(problem: Any) -> str:
+def _format_problem(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")

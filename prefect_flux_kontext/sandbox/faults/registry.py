@@ -1,4 +1,4 @@
-"""Every fault by the kind of what it befalls. Its docstring is what users read about it."""
+"""The registry of faults by kind. `--fault help` shows the first line of their docstrings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 KINDS = {
-    "submit": "a submit; what has been accepted is billed, whatever befalls the reply",
+    "submit": "a submit; an accepted task is billed even when its reply is lost",
     "status": "a status request",
     "download": "a request for a result image",
     "task": "an accepted task, in the order of acceptance; it lasts as long as the task",
@@ -16,31 +16,33 @@ KINDS = {
 }
 
 FAULTS: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in KINDS}
-"""By kind and name, what plays the fault."""
+"""By kind and name, the function that produces the fault."""
 
-_Play = TypeVar("_Play", bound="Callable[..., Any]")
+_Handler = TypeVar("_Handler", bound="Callable[..., Any]")
 
 
-def applies(*kinds: str) -> Callable[[_Play], _Play]:
-    """Registers a fault under its function's name, with hyphens, for kinds of happenings."""
+def applies(*kinds: str) -> Callable[[_Handler], _Handler]:
+    """Register a fault for kinds under its function's name, with hyphens."""
 
-    def register(play: _Play) -> _Play:
+    def register(handler: _Handler) -> _Handler:
         for kind in kinds:
-            FAULTS[kind][play.__name__.replace("_", "-")] = play
-        return play
+            FAULTS[kind][handler.__name__.replace("_", "-")] = handler
+        return handler
 
     return register
 
 
 def described() -> str:
-    """All faults, a line each, for a person at a terminal."""
+    """Return the help text on all faults, one line for each."""
     widest = max(len(name) for faults in FAULTS.values() for name in faults)
     lines = []
     for kind, faults in FAULTS.items():
         lines += ["", f"{kind}: {KINDS[kind]}"]
-        lines += [f"  {name:<{widest}}  {_first_line(play)}" for name, play in faults.items()]
+        lines += [
+            f"  {name:<{widest}}  {_first_line(handler)}" for name, handler in faults.items()
+        ]
     return "\n".join(lines[1:])
 
 
-def _first_line(play: Callable[..., Any]) -> str:
-    return (play.__doc__ or "").partition("\n")[0].rstrip(".")
+def _first_line(handler: Callable[..., Any]) -> str:
+    return (handler.__doc__ or "").partition("\n")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Requests to a sandbox in bad weather, as a plain HTTP client makes them."""
+"""Requests to a sandbox with faults, by a plain HTTP client."""
 
 import json
 
@@ -20,7 +20,7 @@ def submit(http):
 
 
 def ended(http):
-    """A task that has ended in fine weather, and its result URL."""
+    """Return the id and result URL of a task that has ended without faults."""
     task_id = submit(http).json()["data"]["taskId"]
     (url,) = json.loads(status(http, task_id).json()["data"]["resultJson"])["resultUrls"]
     return task_id, url
@@ -35,7 +35,7 @@ def accepted(http):
 
 
 def ask(http, kind):
-    """One request of a kind, in the weather that `ended` did not meet."""
+    """Make one request of a kind for the task of `http.task`."""
     if kind == "submit":
         return submit(http)
     task_id, url = http.task

@@ -1,4 +1,4 @@
-"""A sandbox whose weather each test makes anew, and a plain HTTP client of it."""
+"""A sandbox whose faults are reset before each test, and an HTTP client of it."""
 
 import httpx
 import pytest

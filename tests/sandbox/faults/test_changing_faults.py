@@ -1,4 +1,4 @@
-"""The weather is told, changed and ended while the sandbox runs, and a seed repeats it."""
+"""The endpoint that shows and changes faults while the sandbox runs."""
 
 import httpx
 
@@ -8,7 +8,7 @@ from tests.sandbox.faults.asking import BODY, plan, submit
 from tests.sandbox.helpers import KEY, SUBMIT
 
 
-def test_the_weather_is_told_changed_and_ended_at_run_time(http):
+def test_faults_are_shown_changed_and_removed_at_run_time(http):
     fine = http.get("/sandbox/faults").json()
     assert fine == {
         "plan": {"faults": [], "seed": 0, "hang": 60.0, "slow": 5.0, "late": 600.0},
@@ -17,15 +17,15 @@ def test_the_weather_is_told_changed_and_ended_at_run_time(http):
     }
     plan(http, "submit:limited@2", seed=7)
     assert [submit(http).status_code for _ in range(3)] == [200, 429, 200]
-    told = http.get("/sandbox/faults").json()
-    assert told["plan"]["faults"] == ["submit:limited@2"]
-    assert told["seen"] == {"submit": 3, "task": 2}
-    assert told["befallen"] == {"submit:limited": 1}
+    shown = http.get("/sandbox/faults").json()
+    assert shown["plan"]["faults"] == ["submit:limited@2"]
+    assert shown["seen"] == {"submit": 3, "task": 2}
+    assert shown["befallen"] == {"submit:limited": 1}
     assert http.delete("/sandbox/faults").json() == fine
     assert [submit(http).status_code for _ in range(3)] == [200] * 3
 
 
-def test_a_plan_that_is_none_is_refused_and_the_weather_stays(http):
+def test_invalid_plan_is_refused_and_the_faults_stay(http):
     plan(http, "submit:limited")
     for body in ("rain", '{"faults": ["rain", "submit:rain"]}', "[]", "[" * 10_000):
         reply = http.put("/sandbox/faults", content=body)
@@ -34,20 +34,20 @@ def test_a_plan_that_is_none_is_refused_and_the_weather_stays(http):
     assert submit(http).status_code == 429
 
 
-def test_the_same_seed_and_requests_meet_the_same_fates(http):
-    def fates(seed):
+def test_seed_repeats_the_faults(http):
+    def results(seed):
         plan(http, "submit:limited=0.2", "submit:trouble-after=0.2", seed=seed)
         return [submit(http).status_code for _ in range(30)]
 
-    assert fates(1) == fates(1)
-    assert fates(1) != fates(2)
+    assert results(1) == results(1)
+    assert results(1) != results(2)
 
 
-def test_a_sandbox_may_start_in_bad_weather():
-    with running_sandbox(plan=FaultPlan(faults=["submit:limited"])) as stormy:
-        reply = httpx.post(stormy.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
+def test_sandbox_starts_with_faults():
+    with running_sandbox(plan=FaultPlan(faults=["submit:limited"])) as running:
+        reply = httpx.post(running.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
         assert reply.status_code == 429
-        assert stormy.weather.befallen == {"submit:limited": 1}
-        stormy.weather.change(FaultPlan())
-        reply = httpx.post(stormy.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
+        assert running.weather.befallen == {"submit:limited": 1}
+        running.weather.change(FaultPlan())
+        reply = httpx.post(running.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
         assert reply.status_code == 200

@@ -1,6 +1,5 @@
 """Images that are cut, empty, of another kind, bombs, or somewhere else."""
 
-import gzip
 import io
 import zlib
 
@@ -45,8 +44,8 @@ def test_a_small_body_unpacks_to_a_quarter_of_a_gigabyte(http):
     assert len(packed) < 400_000
     unpacked = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, 1_000_000)
     assert unpacked == bytes(1_000_000)
-    with gzip.open(io.BytesIO(packed)) as file:
-        assert sum(len(piece) for piece in iter(lambda: file.read(1 << 20), b"")) == 256 << 20
+    # The last four bytes of a gzip file are the unpacked size.
+    assert int.from_bytes(packed[-4:], "little") == 256 << 20
 
 
 def test_a_small_png_has_nearly_a_billion_pixels(http):

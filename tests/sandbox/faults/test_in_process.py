@@ -1,4 +1,4 @@
-"""The same weather without a socket, for tests that mount the sandbox."""
+"""Faults without a socket, for tests that mount the sandbox."""
 
 import pytest
 

@@ -53,7 +53,7 @@ def test_a_page_of_html_comes_instead_of_json(http, kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), kinds_of("reset", "lost-reply", "closed", "hang"))
-def test_a_reply_does_not_come_and_the_bill_says_whether_it_was_accepted(http, kind, name):
+def test_missing_reply_is_billed_only_when_accepted(http, kind, name):
     http.task = ended(http)
     plan(http, f"{kind}:{name}", hang=0.01)
     error = httpx.RemoteProtocolError if name in ("closed", "hang") else httpx.ReadError
@@ -62,7 +62,7 @@ def test_a_reply_does_not_come_and_the_bill_says_whether_it_was_accepted(http, k
     assert accepted(http) == 1 + (kind == "submit" and name != "reset")
 
 
-def test_a_reply_that_hangs_outlasts_a_client_that_has_no_patience(http):
+def test_hanging_reply_outlasts_the_client_timeout(http):
     plan(http, "submit:hang", hang=600)
     with pytest.raises(httpx.ReadTimeout):
         http.post(SUBMIT, json=BODY, timeout=0.3)

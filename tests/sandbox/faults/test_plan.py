@@ -1,4 +1,4 @@
-"""A plan of faults is spelled in one way, wherever it comes from, and always means the same."""
+"""Plans of faults from text, JSON and files."""
 
 import json
 
@@ -29,7 +29,7 @@ ALL = [(kind, name) for kind, faults in FAULTS.items() for name in faults]
         ("task:never-ends=.5@7-9", PlannedFault("task", "never-ends", 0.5, 7, 9)),
     ],
 )
-def test_a_fault_is_spelled_with_its_share_and_its_numbers(text, fault):
+def test_fault_text_has_share_and_numbers(text, fault):
     assert read_fault(text) == fault
     assert read_fault(str(fault)) == fault
 
@@ -46,25 +46,28 @@ def test_what_is_written_is_read_again(which, share, first, more):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("lost-reply", "is not spelled"),
-        ("submit:lost-reply=2%", "is not spelled"),
-        ("upload:lost-reply", "no kind 'upload' but submit, status, download, task, callback"),
-        ("callback:html", "nothing called 'html' befalls a callback"),
+        ("lost-reply", "must have the form"),
+        ("submit:lost-reply=2%", "must have the form"),
+        (
+            "upload:lost-reply",
+            "unknown kind 'upload'; use one of submit, status, download, task, callback",
+        ),
+        ("callback:html", "a callback has no fault 'html'"),
         ("submit:html=1.5", "at most 1"),
     ],
 )
-def test_what_is_no_fault_is_refused_by_name(text, told):
-    with pytest.raises(BadPlanError, match=told):
+def test_invalid_fault_is_named(text, message):
+    with pytest.raises(BadPlanError, match=message):
         read_fault(text)
 
 
-def test_all_that_is_wrong_with_a_plan_is_told_at_once():
+def test_all_problems_of_a_plan_are_listed():
     with pytest.raises(BadPlanError) as raised:
         read_plan({"faults": ["rain", "submit:rain", "status:html"], "hang": -1, "wind": 3})
     first, *rest = str(raised.value).splitlines()
-    assert first.startswith("faults.0: 'rain' is not spelled")
+    assert first.startswith("faults.0: 'rain' must have the form")
     assert [line.split(":")[0] for line in rest] == ["faults.1", "hang", "wind"]
 
 
@@ -86,28 +89,28 @@ def test_the_same_plan_decides_the_same(seed, which, number):
     assert plans[0].fault(kind, number) == plans[1].fault(kind, number)
 
 
-def test_shares_hold_and_the_seed_decides_whom_they_befall():
-    def fates(seed):
+def test_shares_hold_and_depend_on_the_seed():
+    def results(seed):
         plan = FaultPlan(faults=["submit:html=0.1", "submit:reset=0.2"], seed=seed)
         return [plan.fault("submit", number) for number in range(1, 5_001)]
 
-    fate = fates(1)
-    assert 400 < fate.count("html") < 600
-    assert 850 < fate.count("reset") < 1_150
-    assert fate != fates(2)
+    first = results(1)
+    assert 400 < first.count("html") < 600
+    assert 850 < first.count("reset") < 1_150
+    assert first != results(2)
     assert FaultPlan(faults=["submit:html"], seed=1).fault("status", 1) is None
 
 
-def test_a_fault_with_numbers_befalls_these_and_no_others():
+def test_fault_applies_to_its_numbers_only():
     plan = FaultPlan(faults=["status:limited@3-5", "status:html@9-"])
-    befallen = [plan.fault("status", number) for number in range(1, 11)]
-    assert befallen == [None, None, *["limited"] * 3, None, None, None, "html", "html"]
+    faults = [plan.fault("status", number) for number in range(1, 11)]
+    assert faults == [None, None, *["limited"] * 3, None, None, None, "html", "html"]
 
 
 @pytest.mark.parametrize(
     "text", ['{"seed": 5, "faults": ["submit:html"]}', "seed: 5\nfaults:\n  - submit:html\n"]
 )
-def test_a_file_is_json_or_yaml_and_the_command_line_comes_before_it(tmp_path, text):
+def test_plan_file_follows_command_line_faults(tmp_path, text):
     file = tmp_path / "plan"
     file.write_text(text)
     plan = load_plan(file, ["submit:reset@1"], 9)
@@ -128,7 +131,7 @@ def test_a_file_that_is_no_plan_is_refused_by_its_name(tmp_path, text):
         load_plan(tmp_path / "no-such-file", [], 0)
 
 
-def test_an_empty_file_is_fine_weather(tmp_path):
+def test_empty_plan_file_has_no_faults(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text("")
     assert load_plan(file, [], 0) == FaultPlan()

@@ -1,4 +1,4 @@
-"""Every fault befalls one batch, and the money is right to the row and the cent."""
+"""A batch under every fault: the money is right to the row and the cent."""
 
 from decimal import Decimal
 
@@ -7,9 +7,9 @@ import pytest
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.chaos.fault_sets import NOT_ACCEPTED, STOPPING, UNKNOWN_OUTCOME, plan_each_fault_once
 from tests.chaos.processes import Batch
-from tests.chaos.test_kills import assert_kept, lines
-from tests.chaos.troubles import DOUBTFUL, NOT_ACCEPTED, STOPPING, each_once
+from tests.chaos.test_kills import assert_no_problems, lines
 
 ROWS = 90
 QUICK = SandboxSettings(mean=0.3, long_edge=16)
@@ -22,15 +22,15 @@ def service():
 
 
 def run_until_done(batch, *, at_most):
-    """Run again and again; statuses as they came."""
+    """Run until all is stored; return the exit statuses."""
     statuses = []
     while len(statuses) < at_most and (not statuses or statuses[-1] != 0):
         statuses.append(batch.run().status)
     return statuses
 
 
-def test_every_fault_befalls_a_batch_and_it_is_finished_by_the_same_command(service, tmp_path):
-    faults = each_once("submit", "status", "download", "task")
+def test_batch_under_every_fault_is_finished_by_a_rerun(service, tmp_path):
+    faults = plan_each_fault_once("submit", "status", "download", "task")
     service.weather.change(FaultPlan(faults=faults, hang=0.3, slow=0.3))
     batch = Batch(service, tmp_path, FLUX_KONTEXT_POLL_TIMEOUT="5")
     batch.write(lines(ROWS))
@@ -42,11 +42,11 @@ def test_every_fault_befalls_a_batch_and_it_is_finished_by_the_same_command(serv
     assert set(service.weather.befallen) == every
     service.weather.change(FaultPlan())
     last = batch.run()
-    found = assert_kept(batch)
-    # A row that was refused or stopped is paid for by a later run; one in doubt never is.
-    assert found.unknown == len(DOUBTFUL), last
-    assert found.stored == ROWS - len(DOUBTFUL)
-    unpaid = sum(fault in NOT_ACCEPTED for fault in DOUBTFUL)
+    found = assert_no_problems(batch)
+    # A later run pays for a row that was refused or stopped, and never for an unknown one.
+    assert found.unknown == len(UNKNOWN_OUTCOME), last
+    assert found.stored == ROWS - len(UNKNOWN_OUTCOME)
+    unpaid = sum(fault in NOT_ACCEPTED for fault in UNKNOWN_OUTCOME)
     assert batch.accepted == ROWS - unpaid
     assert found.paid == Decimal("0.03") * batch.accepted
     before = batch.accepted
@@ -55,22 +55,20 @@ def test_every_fault_befalls_a_batch_and_it_is_finished_by_the_same_command(serv
 
 
 @pytest.mark.parametrize("kind", ["status", "download"])
-def test_whatever_befalls_what_is_free_costs_no_row(service, tmp_path, kind):
-    """Nothing is in doubt where no submit's reply is lost, so every row is stored."""
-    service.weather.change(FaultPlan(faults=each_once(kind), hang=0.3, slow=0.3))
+def test_faults_of_free_requests_cost_no_row(service, tmp_path, kind):
+    """No row is unknown if no submit's reply is lost, so every row is stored."""
+    service.weather.change(FaultPlan(faults=plan_each_fault_once(kind), hang=0.3, slow=0.3))
     batch = Batch(service, tmp_path)
     batch.write(lines(40))
     run_until_done(batch, at_most=4)
     assert batch.accepted == 40
-    assert assert_kept(batch).stored == 40
+    assert assert_no_problems(batch).stored == 40
 
 
 @pytest.mark.parametrize(
     ("fault", "rows"), [("status:foreign-result-url", 4), ("download:redirect-away@2", 1)]
 )
-def test_a_row_whose_result_is_refused_is_outstanding_and_the_others_go_on(
-    service, tmp_path, fault, rows
-):
+def test_row_with_a_refused_result_url_is_outstanding(service, tmp_path, fault, rows):
     service.weather.change(FaultPlan(faults=[fault]))
     batch = Batch(service, tmp_path)
     batch.write(lines(4))
@@ -83,4 +81,4 @@ def test_a_row_whose_result_is_refused_is_outstanding_and_the_others_go_on(
     service.weather.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 4
-    assert assert_kept(batch).stored == 4
+    assert assert_no_problems(batch).stored == 4

@@ -1,12 +1,12 @@
-"""The sandbox's faults as batches are put through them, and what each may cost."""
+"""Sets of the sandbox's faults, by whether they stop a batch or leave a row unknown."""
 
 from prefect_flux_kontext.sandbox.faults.registry import FAULTS
 
-# Nobody can tell that the service named another task than the one it has accepted.
-_UNTOLD = {"submit:wrong-task-id"}
+# No client can detect that the service names another task than the one it has accepted.
+_UNDETECTABLE = {"submit:wrong-task-id"}
 
 STOPPING = ("submit:unauthorized", "submit:no-balance", "status:unauthorized")
-"""After these a batch stops by itself."""
+"""Faults that stop a batch."""
 
 _REFUSED = {
     "submit:limited",
@@ -23,20 +23,20 @@ _REFUSED = {
 ALL = [
     f"{kind}:{name}"
     for kind, faults in FAULTS.items()
-    if kind != "callback"  # nobody listens in these batches
+    if kind != "callback"  # these batches have no receiver
     for name in faults
-    if f"{kind}:{name}" not in _UNTOLD
+    if f"{kind}:{name}" not in _UNDETECTABLE
 ]
 
-DOUBTFUL = [fault for fault in ALL if fault.startswith("submit:") and fault not in _REFUSED]
-"""After these nobody knows whether the row is paid for."""
+UNKNOWN_OUTCOME = [fault for fault in ALL if fault.startswith("submit:") and fault not in _REFUSED]
+"""Faults that leave the row unknown."""
 
 NOT_ACCEPTED = {"submit:unavailable", "submit:unavailable-in-200", "submit:reset"}
-"""Of those in doubt, what the sandbox has not accepted."""
+"""Faults that leave the row unknown although the sandbox has not accepted it."""
 
 
-def each_once(*kinds):
-    """Every fault of the kinds once, a few requests apart, those that stop a batch at the end."""
+def plan_each_fault_once(*kinds):
+    """Plan every fault of the kinds once, a few requests apart, and stopping ones last."""
     planned = []
     for kind in kinds:
         names = [fault for fault in ALL if fault.startswith(f"{kind}:")]
@@ -45,6 +45,6 @@ def each_once(*kinds):
     return planned
 
 
-def shares(faults, share):
-    """Faults with a share each; fewer of those that slow a batch down on purpose."""
+def plan_fault_shares(faults, share):
+    """Plan each fault with a share of requests; rate limits, which slow a batch down, get less."""
     return [f"{fault}={share / 10 if 'limited' in fault else share:g}" for fault in faults]

@@ -1,4 +1,4 @@
-"""What a batch tells of itself is so; and where it is not, the checker sees it."""
+"""A batch's reports are right, and the checks find every wrong one."""
 
 import json
 from dataclasses import replace
@@ -11,87 +11,89 @@ from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.checker import Findings
 from tests.chaos.processes import Batch, Ended
-from tests.chaos.told import (
+from tests.chaos.report_checks import (
     check_status,
     check_summary,
-    check_summary_in_bad_weather,
-    summary_in,
+    check_summary_under_faults,
+    parse_summary,
 )
-from tests.chaos.trials import Line, finish
+from tests.chaos.trials import Totals, finish
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """A batch with a lost reply that was finished, and the summary and status it has told."""
+def reported_batch(tmp_path_factory):
+    """A finished batch with a lost reply, its run, and the output of `status`."""
     with running_sandbox(SandboxSettings(mean=0.3, long_edge=16)) as service:
         service.weather.change(FaultPlan(faults=["submit:lost-reply@4"]))
-        batch = Batch(service, tmp_path_factory.mktemp("told"), FLUX_KONTEXT_GALLERY_IMAGES="0")
+        batch = Batch(
+            service, tmp_path_factory.mktemp("reported"), FLUX_KONTEXT_GALLERY_IMAGES="0"
+        )
         batch.write([(f"row-{n}", f"lighthouse {n}") for n in range(30)])
         ended = batch.run()
         yield batch, ended, batch.command("status").said
 
 
-def test_summary_status_and_exit_tell_what_is_so(told):
-    batch, ended, status = told
+def test_summary_status_and_exit_code_are_right(reported_batch):
+    batch, ended, status = reported_batch
     found = batch.check(killed=False)
-    # The reply that was lost was billed, and the summary could not know it.
+    # The row of the lost reply was billed, which the summary cannot know.
     check_summary(found, ended, batch.billed - Decimal("0.03"))
-    check_summary_in_bad_weather(found, ended, batch.billed, 30)
+    check_summary_under_faults(found, ended, batch.billed, 30)
     check_status(found, status)
     assert found.problems == []
-    assert summary_in(ended.said).unknown == 1
+    assert parse_summary(ended.said).unknown == 1
 
 
 @pytest.mark.parametrize(
-    ("so", "not_so"),
+    ("right", "wrong"),
     [("29 of 30", "28 of 30"), ("1 unknown", "2 unknown"), ("; $0", "; $1"), (" rows stored", "")],
 )
-def test_a_wrong_summary_is_seen(told, so, not_so):
-    batch, ended, _ = told
-    wrong = Ended(ended.status, ended.said.replace(so, not_so))
-    assert wrong.said != ended.said
+def test_a_wrong_summary_is_found(reported_batch, right, wrong):
+    batch, ended, _ = reported_batch
+    wrong_run = Ended(ended.status, ended.said.replace(right, wrong))
+    assert wrong_run.said != ended.said
     found = batch.check(killed=False)
-    check_summary(found, wrong, batch.billed - Decimal("0.03"))
+    check_summary(found, wrong_run, batch.billed - Decimal("0.03"))
     assert len(found.problems) == 1
 
 
-def test_a_wrong_exit_status_is_seen(told):
-    batch, ended, _ = told
+def test_a_wrong_exit_status_is_found(reported_batch):
+    batch, ended, _ = reported_batch
     found = batch.check(killed=False)
     check_summary(found, replace(ended, status=0), batch.billed - Decimal("0.03"))
-    assert "has ended with status 0" in str(found)
+    assert "ended with status 0" in str(found)
 
 
 @pytest.mark.parametrize("billed", ["-0.03", "0.06"])
-def test_in_bad_weather_too_money_that_nobody_told_of_is_seen(told, billed):
-    batch, ended, _ = told
+def test_unreported_money_is_found_under_faults_too(reported_batch, billed):
+    batch, ended, _ = reported_batch
     found = Findings()
-    check_summary_in_bad_weather(found, ended, summary_in(ended.said).spent + Decimal(billed), 30)
+    check_summary_under_faults(found, ended, parse_summary(ended.said).spent + Decimal(billed), 30)
     assert "were billed meanwhile" in str(found), batch
 
 
-@pytest.mark.parametrize(("so", "not_so"), [("stored", "failed"), ("$0.03", "$0.06")])
-def test_a_wrong_status_is_seen(told, so, not_so):
-    batch, _, status = told
+@pytest.mark.parametrize(("right", "wrong"), [("stored", "failed"), ("$0.03", "$0.06")])
+def test_a_wrong_status_is_found(reported_batch, right, wrong):
+    batch, _, status = reported_batch
     found = batch.check(killed=False)
-    check_status(found, status.replace(so, not_so))
+    check_status(found, status.replace(right, wrong))
     assert len(found.problems) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "seen"),
     [
-        (lambda _: [], "has not, or has besides"),
+        (lambda _: [], "misses, or has in addition"),
         (lambda line: [line, line], "has a row twice"),
         (lambda line: [line | {"state": "failed"}], "the ledger stored"),
-        (lambda line: [line | {"price": 0.06}], "prices make"),
-        (lambda line: [line | {"sha256": "0" * 64}], "makes up an image"),
-        (lambda line: [line | {"key": "0" * 32}], "makes up a key"),
+        (lambda line: [line | {"price": 0.06}], "prices sum to"),
+        (lambda line: [line | {"sha256": "0" * 64}], "invents an image"),
+        (lambda line: [line | {"key": "0" * 32}], "invents a key"),
         (lambda line: [line | {"prompt": "another"}], "differ"),
     ],
 )
-def test_a_wrong_result_manifest_is_seen(told, change, seen):
-    batch, _, _ = told
+def test_a_wrong_result_manifest_is_found(reported_batch, change, seen):
+    batch, _, _ = reported_batch
     results = batch.folder / "out" / "results.jsonl"
     before = results.read_bytes()
     lines = list(map(json.loads, before.splitlines()))
@@ -104,8 +106,8 @@ def test_a_wrong_result_manifest_is_seen(told, change, seen):
         results.write_bytes(before)
 
 
-def test_clocks_that_are_a_day_off_change_nothing_that_is_told(tmp_path):
-    """One run's clock is a day ahead, the last run's is right, so a day behind."""
+def test_clocks_a_day_off_do_not_change_reports(tmp_path):
+    """The clock of one run is a day ahead; that of the last run is right, so a day behind."""
     with running_sandbox(SandboxSettings(mean=0.3, long_edge=16)) as service:
         service.weather.change(
             FaultPlan(faults=["task:lost-result=0.3", "status:skewed-clock=0.5"])
@@ -114,7 +116,7 @@ def test_clocks_that_are_a_day_off_change_nothing_that_is_told(tmp_path):
             service, tmp_path, FLUX_KONTEXT_GALLERY_IMAGES="0", FLUX_KONTEXT_POLL_TIMEOUT="10"
         )
         batch.write([(f"row-{n}", f"lighthouse {n}") for n in range(30)])
-        line = Line()
+        line = Totals()
         finish(line, batch, 0, clock=(3_600, 86_400))
         assert not line.broken()
         assert line.rows == batch.accepted == 30

@@ -1,7 +1,7 @@
-"""The world of a simulation: its processes, and a wire and a disk on which a seed decides.
+"""The environment of a simulation: processes, and a network and disk with faults by a seed.
 
-A process that dies takes no further effect on anything, at whatever instruction it was; what it
-had handed to the wire or the disk may still arrive.
+A killed process has no further effect, at whatever instruction it was; what it had handed to the
+network or the disk before may still arrive.
 """
 
 import asyncio
@@ -21,18 +21,18 @@ numbers = itertools.count()
 
 
 class Killed(BaseException):
-    """The process is no more; whatever it still tries has no effect."""
+    """The process was killed; its further actions have no effect."""
 
 
 @dataclass
 class Faults:
-    """Shares of requests and of ledger calls that go wrong, by what goes wrong."""
+    """Shares of requests and of ledger calls that fail, by fault."""
 
-    wire: dict[str, float] = field(default_factory=dict)
+    network: dict[str, float] = field(default_factory=dict)
     disk: dict[str, float] = field(default_factory=dict)
 
 
-WIRE = (
+NETWORK_FAULTS = (
     "lost_reply",
     "trouble_after",
     "trouble_before",
@@ -42,7 +42,7 @@ WIRE = (
     "status_trouble",
     "download_trouble",
 )
-DISK = ("refused", "written_but_unanswered")
+DISK_FAULTS = ("refused", "written_but_unanswered")
 
 
 _REFUSALS = {
@@ -58,12 +58,12 @@ _REFUSALS = {
 
 
 class SimLoop(VirtualTimeLoop):
-    """Virtual time, in which threads are callbacks that come a little later."""
+    """An event loop on virtual time, whose threads are callbacks that run a little later."""
 
-    world = None
+    env = None
 
     def run_in_executor(self, executor, func, *args):
-        return self.world.call(self, func, args)
+        return self.env.call(self, func, args)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Process:
 
 
 class _Task(asyncio.Task):
-    """A task whose place in a set is by number, not by address: else no seed repeats itself."""
+    """A task that hashes by number and not by address, so that a seed repeats itself."""
 
     def __init__(self, work, **how):
         self.number = next(numbers)
@@ -89,8 +89,8 @@ class _Task(asyncio.Task):
         return self is other
 
 
-def task_of_a_process(loop, work, context=None, **how):
-    """Tasks belong to the process that has started them, so that they die with it."""
+def create_process_task(loop, work, context=None, **how):
+    """Create a task that belongs to the current process, so that it dies with it."""
     task = _Task(work, loop=loop, context=context, **how)
     process = (context or contextvars.copy_context()).get(current_process)
     if process is not None:
@@ -98,13 +98,13 @@ def task_of_a_process(loop, work, context=None, **how):
     return task
 
 
-class World:
+class Environment:
     """The service, the disk, and the processes of one simulation."""
 
     sandbox = None
 
     def __init__(self, seed, faults, *, hook=None):
-        self.dice = random.Random(seed)
+        self.rng = random.Random(seed)
         self.faults = faults
         self.hook = hook
         self.processes = {}
@@ -114,22 +114,22 @@ class World:
         self.url = f"memory://simulation-{next(numbers)}"
 
     def call(self, loop, func, args):
-        """A call in a thread: its effect comes later, and its result later still."""
+        """Simulate a call in a thread: its effect comes later, and its result later still."""
         process, answer = current_process.get(), loop.create_future()
 
         def effect():
             if process is not None and not process.alive:
                 return  # died before
-            fault = self._disk_fault(func) if process is not None else None
+            fault = self._draw_disk_fault(func) if process is not None else None
             outcome = error = None
             try:
                 if fault != "refused":
                     outcome = func(*args)
-            except Exception as raised:  # noqa: BLE001 - it is handed to who waits
+            except Exception as raised:  # noqa: BLE001 - it is raised in the waiting task
                 error = raised
             if fault is not None:
                 error = OSError(5, "the disk says no")
-            loop.call_later(self.dice.uniform(0, 0.05), finish, outcome, error)
+            loop.call_later(self.rng.uniform(0, 0.05), finish, outcome, error)
 
         def finish(outcome, error):
             if answer.done() or (process is not None and not process.alive):
@@ -141,49 +141,53 @@ class World:
             else:
                 answer.set_exception(error)
 
-        loop.call_later(self.dice.uniform(0, 0.05), effect)
+        loop.call_later(self.rng.uniform(0, 0.05), effect)
         return answer
 
-    def _disk_fault(self, func):
+    def _draw_disk_fault(self, func):
         if "RecordStore" not in getattr(func, "__qualname__", ""):
             return None
         self.numbers["disk"] += 1
         if self.hook is not None and (fault := self.hook("disk", func, self.numbers["disk"])):
             return fault
-        return self._throw(self.faults.disk)
+        return self._draw_fault(self.faults.disk)
 
-    def _throw(self, rates):
-        number = self.dice.random()
+    def _draw_fault(self, rates):
+        number = self.rng.random()
         for fault, rate in rates.items():
             number -= rate
             if number < 0:
                 return fault
         return None
 
-    def wire_fault(self, kind, request):
+    def draw_network_fault(self, kind, request):
         self.numbers[kind] += 1
         if self.hook is not None and (fault := self.hook(kind, request, self.numbers[kind])):
             return fault
-        names = {"submit": WIRE[:6], "status": WIRE[6:7], "download": WIRE[7:]}.get(kind, ())
-        rates = {name: self.faults.wire.get(name, 0.0) for name in names}
-        return self._throw(rates)
+        names = {
+            "submit": NETWORK_FAULTS[:6],
+            "status": NETWORK_FAULTS[6:7],
+            "download": NETWORK_FAULTS[7:],
+        }.get(kind, ())
+        rates = {name: self.faults.network.get(name, 0.0) for name in names}
+        return self._draw_fault(rates)
 
 
-class Wire(httpx.AsyncBaseTransport):
-    """The sandbox, reached over a network that loses things."""
+class SimulatedTransport(httpx.AsyncBaseTransport):
+    """The sandbox behind a network with faults."""
 
-    def __init__(self, world):
-        self._world = world
-        self._app = httpx.ASGITransport(app=world.sandbox.app)
+    def __init__(self, env):
+        self._env = env
+        self._app = httpx.ASGITransport(app=env.sandbox.app)
 
     async def handle_async_request(self, request):
-        world, process = self._world, current_process.get()
+        env, process = self._env, current_process.get()
         path = request.url.path
         kind = {"generateTask": "submit", "statusTask": "status"}.get(path.split("/")[-2], "other")
         kind = "download" if path.startswith("/results/") else kind
         _check_alive(process)
-        fault = world.wire_fault(kind, request)
-        await asyncio.sleep(world.dice.uniform(0, 0.1))
+        fault = env.draw_network_fault(kind, request)
+        await asyncio.sleep(env.rng.uniform(0, 0.1))
         _check_alive(process)
         if fault == "stalled":
             await asyncio.Event().wait()
@@ -195,11 +199,11 @@ class Wire(httpx.AsyncBaseTransport):
             envelope = {"code": code, "message": fault, "data": None}
             return httpx.Response(status, headers=headers, json=envelope)
         if kind == "submit":
-            world.posts += 1
-            world.log.append(("submit", json.loads(request.content)["input"]["prompt"]))
+            env.posts += 1
+            env.log.append(("submit", json.loads(request.content)["input"]["prompt"]))
         response = await self._app.handle_async_request(request)
         content = await response.aread()
-        await asyncio.sleep(world.dice.uniform(0, 0.1))
+        await asyncio.sleep(env.rng.uniform(0, 0.1))
         _check_alive(process)
         if fault == "lost_reply":
             raise httpx.ReadError("reset")

@@ -1,6 +1,6 @@
-"""Whether what a batch tells of itself is so: result manifest, summary, exit status, `status`.
+"""Checks of a batch's reports: result manifest, summary, exit status and `status`.
 
-Each is read as anybody would read it, and compared with the bill, the ledger and the files.
+Each is read as a user would read it, and compared with the bill, the ledger and the files.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _FIGURES = {
     "already": r", (\d+) of them before this run",
 }
 _SPENT = re.compile(r"; \$([\d.]+) spent")
-_IN_STATUS = re.compile(r"^ *(\$?)([\d,.]+)  (\w+)", re.MULTILINE)
+_STATUS_LINE = re.compile(r"^ *(\$?)([\d,.]+)  (\w+)", re.MULTILINE)
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Summary:
     spent: Decimal
 
 
-def summary_in(said):
-    """The summary that a run has printed, or None for one that has not got so far."""
+def parse_summary(said):
+    """Parse the summary that a run has printed; None if it ended before printing one."""
     lines = _SUMMARY.findall(said)
     if not lines:
         return None
@@ -55,71 +55,77 @@ def summary_in(said):
 
 
 def check_summary(found, ended, billed):
-    """A run that has ended in fine weather has told what is so, and by its exit status too.
+    """Check the summary and exit status of a run that ended without active faults.
 
     Args:
-        found: The findings right after that run; what is wrong is added.
+        found: The findings right after that run; problems are added.
         ended: The run.
         billed: Dollars that were billed while it ran.
     """
-    told = summary_in(ended.said)
-    if told is None:
-        found.problems.append(f"a run has told no summary: {ended.said[-500:]}")
+    reported = parse_summary(ended.said)
+    if reported is None:
+        found.problems.append(f"a run printed no summary: {ended.said[-500:]}")
         return
-    so = Summary(
+    expected = Summary(
         rows=found.rows,
         stored=found.stored,
         failed=found.failed,
         unknown=found.unknown,
         outstanding=0,
         not_submitted=0,
-        already=told.already,
+        already=reported.already,
         spent=billed,
     )
-    if told != so:
-        found.problems.append(f"a run has told {told}, and so it is: {so}")
-    if ended.status != (0 if told.stored == told.rows else 1):
-        found.problems.append(f"a run with {told} has ended with status {ended.status}")
+    if reported != expected:
+        found.problems.append(f"a run reported {reported}, expected {expected}")
+    if ended.status != (0 if reported.stored == reported.rows else 1):
+        found.problems.append(f"a run that reported {reported} ended with status {ended.status}")
 
 
-def check_summary_in_bad_weather(found, ended, billed, rows):
-    """A run has told of each row once, and of the money what it could know."""
-    told = summary_in(ended.said)
-    if told is None:
-        return  # it could not reach its end, and has said why
-    counted = told.stored + told.failed + told.unknown + told.outstanding + told.not_submitted
-    if counted != told.rows or told.rows > rows:
-        found.problems.append(f"a run in bad weather has told {told} of {rows} rows")
-    most = told.spent + told.unknown * Decimal("0.03")
-    if not told.spent <= billed <= most:
+def check_summary_under_faults(found, ended, billed, rows):
+    """Check that a run under faults counted each row once, and all the money it could know of."""
+    reported = parse_summary(ended.said)
+    if reported is None:
+        return  # it stopped before its end, with an error
+    counted = (
+        reported.stored
+        + reported.failed
+        + reported.unknown
+        + reported.outstanding
+        + reported.not_submitted
+    )
+    if counted != reported.rows or reported.rows > rows:
+        found.problems.append(f"a run under faults reported {reported} of {rows} rows")
+    most = reported.spent + reported.unknown * Decimal("0.03")
+    if not reported.spent <= billed <= most:
         found.problems.append(
-            f"a run in bad weather has told {told}, and ${billed} were billed meanwhile"
+            f"a run under faults reported {reported}, but ${billed} were billed meanwhile"
         )
 
 
 def check_status(found, said):
-    """`flux-kontext status` has told rows and dollars as they are."""
-    told = {
+    """Check the rows and dollars that `flux-kontext status` reports."""
+    reported = {
         f"{dollar}{what}": Decimal(number.replace(",", ""))
-        for dollar, number, what in _IN_STATUS.findall(said)
+        for dollar, number, what in _STATUS_LINE.findall(said)
     }
-    so = {state: Decimal(number) for state, number in found.keys.items() if number}
-    so["$spent"] = found.recorded
+    expected = {state: Decimal(number) for state, number in found.keys.items() if number}
+    expected["$spent"] = found.recorded
     if found.doubtful:
-        so["$more"] = found.doubtful
-    if told != so:
-        found.problems.append(f"`status` tells {told}, and so it is: {so}")
+        expected["$more"] = found.doubtful
+    if reported != expected:
+        found.problems.append(f"`status` reports {reported}, expected {expected}")
 
 
 def check_results(found, files, ledger, rows, complete):
-    """The result manifest has each row once, and tells of each what the ledger does.
+    """Check that the result manifest has each row once, and agrees with the ledger.
 
     Args:
-        found: What is wrong is added to it.
+        found: The findings; problems are added.
         files: All files of the output, by name.
         ledger: The plain ledger.
         rows: The batch's rows: (id, prompt).
-        complete: Whether the last run has come to its end.
+        complete: Whether the last run ran to its end.
     """
     lines = [json.loads(line) for line in files.get("results.jsonl", b"").splitlines()]
     if len({line["id"] for line in lines}) < len(lines):
@@ -130,24 +136,24 @@ def check_results(found, files, ledger, rows, complete):
                 ledger.attempts[line["key"]][-1].ended if line["key"] in ledger.attempts else {}
             )
             if not ended or ended["images"][0]["sha256"] != line["sha256"]:
-                found.problems.append(f"the result manifest makes up an image of {line['id']}")
+                found.problems.append(f"the result manifest invents an image of {line['id']}")
             if hashlib.sha256(files.get(line["file"], b"")).hexdigest() != line["sha256"]:
                 found.problems.append(f"{line['file']} is not what the result manifest says")
     if complete:
-        _check_all_told(found, lines, ledger, rows)
+        _check_all_rows(found, lines, ledger, rows)
         if left := [name for name in files if name.startswith("_results/parts/")]:
             found.problems.append(f"parts of the result manifest are left: {left}")
         _check_parquet(found, files.get("results.parquet"), lines)
 
 
-def _check_all_told(found, lines, ledger, rows):
+def _check_all_rows(found, lines, ledger, rows):
     if missing := {row_id for row_id, _ in rows} ^ {line["id"] for line in lines}:
-        found.problems.append(f"the result manifest has not, or has besides, {sorted(missing)}")
+        found.problems.append(f"the result manifest misses, or has in addition, {sorted(missing)}")
     prices = {}
     for line in lines:
         attempts = ledger.attempts.get(line.get("key"))
         if attempts is None:
-            found.problems.append(f"the result manifest makes up a key of {line['id']}")
+            found.problems.append(f"the result manifest invents a key of {line['id']}")
             continue
         state, spent = attempts[-1].state, sum(a.price for a in attempts if a.accepted)
         prices[line["key"]] = Decimal(str(line.get("price", 0)))
@@ -156,18 +162,18 @@ def _check_all_told(found, lines, ledger, rows):
                 f"the result manifest says of {line['id']} {line['state']} for "
                 f"${prices[line['key']]}, the ledger {state} for ${spent}"
             )
-    # A row that asks for something else by now has one line, and in the ledger two keys.
+    # A row whose prompt has changed has one line, but two keys in the ledger.
     moved = len({row_id for row_id, _ in rows}) < len(rows)
     if sum(prices.values()) != found.recorded and not moved:
         found.problems.append(
-            f"the result manifest's prices make ${sum(prices.values())}, the ledger's "
+            f"the result manifest's prices sum to ${sum(prices.values())}, the ledger's "
             f"${found.recorded}"
         )
 
 
 def _check_parquet(found, data, lines):
     if data is None:
-        found.problems.append("there is no results.parquet")
+        found.problems.append("results.parquet is missing")
         return
     names = ("id", "state", "key", "sha256", "file", "price", "attempts", "prompt")
     table = pq.read_table(io.BytesIO(data)).to_pylist()
