@@ -57,7 +57,9 @@ def main(folder: Path) -> None:
             **start_s3(),
         }
         environment = folder / "environment"
-        environment.write_text("".join(f"export {name}='{value}'\n" for name, value in variables.items()))
+        environment.write_text(
+            "".join(f"export {name}='{value}'\n" for name, value in variables.items())
+        )
         print(
             f"""
 In another terminal: source {environment}
