@@ -15,7 +15,7 @@ from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.orchestration import events
 from prefect_flux_kontext.orchestration.automations import create_automations
-from tests.orchestration.conftest import QUICK, tell_prefect_everything
+from tests.orchestration.conftest import QUICK, flush_to_prefect
 from tests.orchestration.records import post
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +26,7 @@ MANIFEST = "https://shop.example.com/new.csv"
 class TestAnnouncing:
     async def announced(self, manifest):
         """The announcements of a manifest that the server has."""
-        await anyio.to_thread.run_sync(tell_prefect_everything)
+        await anyio.to_thread.run_sync(flush_to_prefect)
         wanted = {"event": {"name": [events.MANIFEST_ARRIVED]}}
         for _ in range(300):
             page = await post("/events/filter", {"filter": wanted, "limit": 50})
@@ -130,7 +130,7 @@ class TestTelling:
         assert state.is_failed()
         expiring = {"output": "out", "rows": 7, "days_left": 1.5, "task_id": "task_1"}
         events.emit(events.RESULTS_EXPIRING, "out", expiring)
-        await anyio.to_thread.run_sync(tell_prefect_everything)
+        await anyio.to_thread.run_sync(flush_to_prefect)
         # The server looks a few seconds long whether an event belongs to others.
         told = [await anyio.to_thread.run_sync(lambda: heard.get(timeout=90)) for _ in range(3)]
         text = "\n".join(f"{note['subject']}\n{note['body']}" for note in told)

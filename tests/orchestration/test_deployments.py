@@ -17,7 +17,7 @@ from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.orchestration.conftest import KEY
-from tests.orchestration.deployed import run_once, running_worker, state_names
+from tests.orchestration.deployed import wait_for_state, running_worker, read_state_names
 
 ROOT = Path(__file__).parents[2]
 POOL = "flux-kontext"
@@ -144,7 +144,7 @@ async def test_a_manifest_that_is_announced_is_run_and_its_failed_rows_again_on_
     assert "Announced" in told
     run = await newest_run("style-transfer-batch", output)
     assert run.parameters["manifest"] == manifest
-    await run_once(run.id, "Completed")
+    await wait_for_state(run.id, "Completed")
     assert (output / "row-0.jpg").exists()
     assert place.paid() - before == 2
 
@@ -167,15 +167,15 @@ async def test_a_suspended_batch_holds_no_process_and_ends_once_its_results_are_
         parameters={"manifest": manifest, "output": str(output), "wait": "suspend"},
         timeout=0,
     )
-    run = await run_once(run.id, "Suspended", "Resuming", "Completed")
+    run = await wait_for_state(run.id, "Suspended", "Resuming", "Completed")
     assert place.paid() - before == 20
     first = int(run.infrastructure_pid.rpartition(":")[2])
     assert await gone(first)
     # The event of its suspension starts the collection, which resumes it.
     collecting = await newest_run("collect-batch", output)
-    await run_once(collecting.id, "Completed")
-    run = await run_once(run.id, "Completed")
-    names = await state_names(run.id)
+    await wait_for_state(collecting.id, "Completed")
+    run = await wait_for_state(run.id, "Completed")
+    names = await read_state_names(run.id)
     assert names.count("Running") == 2
     assert names.index("Suspended") < names.index("Completed")
     assert int(run.infrastructure_pid.rpartition(":")[2]) != first
@@ -193,7 +193,7 @@ async def test_a_batch_that_leaves_its_results_ends_and_the_next_flow_stores_the
     )
     assert run.state.is_completed(), run.state.message
     collecting = await newest_run("collect-batch", output)
-    await run_once(collecting.id, "Completed")
+    await wait_for_state(collecting.id, "Completed")
     assert len(list(output.glob("*.jpg"))) == 5
     assert place.paid() - before == 5
 

@@ -19,7 +19,7 @@ from prefect_flux_kontext.orchestration.artifacts import (
 )
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.orchestration.conftest import QUICK
-from tests.orchestration.records import artifacts, logs, our_events
+from tests.orchestration.records import artifacts, logs, read_our_events
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +38,7 @@ async def test_a_batch_emits_its_start_its_waves_its_failed_rows_and_its_end(acc
     _, run_id = await run(
         style_transfer_batch, rows(3) + wrong, str(tmp_path), credentials=account
     )
-    told = await our_events(
+    told = await read_our_events(
         run_id,
         events.BATCH_STARTED,
         events.WAVE_FINISHED,
@@ -77,7 +77,7 @@ async def test_a_stopped_batch_says_so_with_what_it_has_done(account, tmp_path):
     )
     with pytest.raises(BudgetReachedError):
         await state.aresult()
-    told = {event["event"]: event for event in await our_events(run_id, events.BATCH_FINISHED)}
+    told = {event["event"]: event for event in await read_our_events(run_id, events.BATCH_FINISHED)}
     finished = told[events.BATCH_FINISHED]["payload"]
     assert finished["outcome"] == "stopped"
     assert (finished["stored"], finished["spent"]) == (3, 0.09)
@@ -101,7 +101,7 @@ async def test_a_cancelled_batch_says_so_too(account, sandbox, tmp_path):
     async with get_client() as client:
         by_name = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
         (found,) = await client.read_flow_runs(flow_run_filter=by_name)
-    told = {event["event"]: event for event in await our_events(found.id, events.BATCH_FINISHED)}
+    told = {event["event"]: event for event in await read_our_events(found.id, events.BATCH_FINISHED)}
     finished = told[events.BATCH_FINISHED]
     assert finished["payload"]["outcome"] == "stopped"
     assert finished["resource"]["flux-kontext.outstanding"] == "yes"
@@ -111,7 +111,7 @@ async def test_a_cancelled_batch_says_so_too(account, sandbox, tmp_path):
 async def test_nothing_new_is_no_new_asset(account, tmp_path):
     await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account)
     _, run_id = await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account)
-    told = await our_events(run_id, events.BATCH_FINISHED)
+    told = await read_our_events(run_id, events.BATCH_FINISHED)
     assert events.ASSET_STORED not in {event["event"] for event in told}
 
 
@@ -120,7 +120,7 @@ async def test_more_money_than_a_person_wanted_is_told_once(above, times, accoun
     _, run_id = await run(
         style_transfer_batch, rows(3), str(tmp_path), credentials=account, alert_above_usd=above
     )
-    told = await our_events(run_id, events.BATCH_FINISHED)
+    told = await read_our_events(run_id, events.BATCH_FINISHED)
     alarms = [event["payload"] for event in told if event["event"] == events.SPEND_ABOVE]
     assert len(alarms) == times
     for alarm in alarms:
@@ -137,7 +137,7 @@ async def test_results_that_will_soon_be_gone_are_told_by_collect(account, tmp_p
     )
     assert (await state.aresult()).outstanding == 2
     run_id = state.state_details.flow_run_id
-    told = {e["event"]: e["payload"] for e in await our_events(run_id, events.RESULTS_EXPIRING)}
+    told = {e["event"]: e["payload"] for e in await read_our_events(run_id, events.RESULTS_EXPIRING)}
     expiring = told[events.RESULTS_EXPIRING]
     assert expiring["rows"] == 2
     assert 0.9 < expiring["days_left"] <= 1
@@ -146,7 +146,7 @@ async def test_results_that_will_soon_be_gone_are_told_by_collect(account, tmp_p
 
 async def test_three_hundred_rows_are_few_events(account, tmp_path):
     _, run_id = await run(style_transfer_batch, rows(300), str(tmp_path), credentials=account)
-    told = await our_events(run_id, events.BATCH_FINISHED, events.ASSET_STORED)
+    told = await read_our_events(run_id, events.BATCH_FINISHED, events.ASSET_STORED)
     assert len(told) <= 5
 
 

@@ -21,7 +21,7 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.flows import style_transfer, style_transfer_batch
 from prefect_flux_kontext.images.decode import inspect_image
-from tests.orchestration.conftest import QUICK, tell_prefect_everything
+from tests.orchestration.conftest import QUICK, flush_to_prefect
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +40,7 @@ def write_manifest(path, rows, columns=("id", "image", "prompt")):
 
 async def task_runs(flow_run_id, expected):
     """The task runs of a flow run, as the server tells them once it knows of them all."""
-    await anyio.to_thread.run_sync(tell_prefect_everything)
+    await anyio.to_thread.run_sync(flush_to_prefect)
     async with get_client() as client:
         for _ in range(200):
             runs = await client.read_task_runs(

@@ -20,7 +20,7 @@ from prefect_flux_kontext.flows import (
 )
 from prefect_flux_kontext.orchestration.parameters import open_output
 from prefect_flux_kontext.storage.filesystem import OutputFolder
-from tests.orchestration.conftest import QUICK, tell_prefect_everything
+from tests.orchestration.conftest import QUICK, flush_to_prefect
 from tests.orchestration.test_secrets import forms
 from tests.support.s3 import s3_server
 
@@ -157,7 +157,7 @@ class TestBatches:
         await remote(s3, folder).asave(name)
         output = f"block:remote-file-system/{name}"
         await style_transfer_batch(ROWS, output, credentials=account, cadence=CADENCE)
-        tell_prefect_everything()
+        flush_to_prefect()
         files = list(prefect_api.home.glob("prefect.db*"))
         recorded = b"".join(path.read_bytes() for path in files)
         assert name.encode() in recorded

@@ -30,7 +30,7 @@ from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_pa
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
-from tests.orchestration.deployed import run_once
+from tests.orchestration.deployed import wait_for_state
 from tests.orchestration.partition_workers import (
     ROOT,
     Place,
@@ -40,7 +40,7 @@ from tests.orchestration.partition_workers import (
     runs_named,
     until,
 )
-from tests.orchestration.records import all_events, artifacts, our_events
+from tests.orchestration.records import read_all_events, artifacts, read_our_events
 
 SLOTS = 40
 QUICK = PollingCadence(initial_delay=0, interval=0.2, timeout=60)
@@ -128,18 +128,18 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
     assert set(runs) == {name, *partitions}
     told = Counter(
         event["event"]
-        for event in await our_events(runs[name].id, BATCH_STARTED, BATCH_FINISHED, SPEND_ABOVE)
+        for event in await read_our_events(runs[name].id, BATCH_STARTED, BATCH_FINISHED, SPEND_ABOVE)
     )
     assert told.pop("prefect.asset.materialization.succeeded") == 1
     assert told == {BATCH_STARTED: 1, BATCH_FINISHED: 1, SPEND_ABOVE: 1}
     for partition in partitions:
-        told = await our_events(runs[partition].id, WAVE_FINISHED)
+        told = await read_our_events(runs[partition].id, WAVE_FINISHED)
         assert [event["event"] for event in told] == [WAVE_FINISHED] * 2
         assert await artifacts(runs[partition].id) == {}
     assert set(await artifacts(runs[name].id)) == {"progress", "markdown"}
     # At most one task run and ten events for each hundred images.
     events = {
-        event["id"]: event["event"] for run in runs.values() for event in await all_events(run.id)
+        event["id"]: event["event"] for run in runs.values() for event in await read_all_events(run.id)
     }
     # Of heartbeats there are as many as the machine is slow.
     counted = [event for event in events.values() if event != "prefect.flow-run.heartbeat"]
@@ -237,7 +237,7 @@ class TestWithoutAWorker:
         assert summary.spent == pytest.approx(0.6)
         assert set(place.accepted(words=words).values()) == {1}
         for run in await runs_named(f"{name}-partition"):
-            await run_once(run.id, "Cancelled")
+            await wait_for_state(run.id, "Cancelled")
 
     async def test_a_batch_that_is_cancelled_cancels_its_parts(self, place, account, tmp_path):
         given, words = rows(20)
@@ -261,7 +261,7 @@ class TestWithoutAWorker:
         with pytest.raises(asyncio.CancelledError):
             await running
         for run in partitions:
-            await run_once(run.id, "Cancelled")
+            await wait_for_state(run.id, "Cancelled")
         assert not place.accepted(words=words)
 
 

@@ -22,7 +22,7 @@ from prefect_flux_kontext.orchestration import receiver as receiving
 from prefect_flux_kontext.orchestration.suspension import resume_suspended
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.orchestration.conftest import KEY, QUICK
-from tests.orchestration.deployed import run_once, running_worker, state_names
+from tests.orchestration.deployed import wait_for_state, running_worker, read_state_names
 from tests.orchestration.records import post
 from tests.orchestration.test_deployments import ROOT
 from tests.orchestration.test_suspension import suspended
@@ -103,9 +103,9 @@ async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_
             parameters={"manifest": str(manifest), "output": str(output), "wait": "suspend"},
             timeout=0,
         )
-        await run_once(run.id, "Suspended", "Resuming")
-        run = await run_once(run.id, "Completed")
-    names = await state_names(run.id)
+        await wait_for_state(run.id, "Suspended", "Resuming")
+        run = await wait_for_state(run.id, "Completed")
+    names = await read_state_names(run.id)
     assert names.count("Running") == 2
     assert names.index("Suspended") < names.index("Resuming") < names.index("Completed")
     assert len(list(output.glob("*.jpg"))) == 20
