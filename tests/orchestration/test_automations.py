@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 MANIFEST = "https://shop.example.com/new.csv"
 
 
-class TestAnnouncing:
+class TestAnnouncement:
     async def announced(self, manifest):
         """The announcements of a manifest that the server has."""
         await anyio.to_thread.run_sync(flush_to_prefect)
@@ -36,7 +36,7 @@ class TestAnnouncing:
             await anyio.sleep(0.1)
         raise AssertionError("it never arrived")
 
-    async def test_a_flow_emits_it_with_whatever_else_is_worth_knowing(self):
+    async def test_flow_announces_a_manifest_with_further_values(self):
         url = f"{MANIFEST}?version=3"
         events.emit_manifest_arrived(url, output="s3://shop/restyled", season="summer")
         (event,) = await self.announced(url)
@@ -44,7 +44,7 @@ class TestAnnouncing:
         assert event["payload"] == told
         assert event["resource"]["flux-kontext.output"] == "s3://shop/restyled"
 
-    async def test_the_command_line_emits_it_and_makes_paths_absolute(
+    async def test_command_announces_absolute_paths(
         self, tmp_path, monkeypatch, capsys
     ):
         monkeypatch.chdir(tmp_path)
@@ -63,14 +63,14 @@ class TestAnnouncing:
             "https://me:secret@shop.example.com/new.csv",
         ],
     )
-    def test_a_url_that_gives_access_is_not_announced(self, url):
+    def test_url_with_a_secret_is_not_announced(self, url):
         with pytest.raises(ConfigurationError, match="signature or a password") as caught:
             events.emit_manifest_arrived(url, output="out")
         assert "abc" not in str(caught.value)
         assert "secret" not in str(caught.value)
 
     @pytest.mark.parametrize("api", [None, "http://127.0.0.1:1/api"])
-    def test_an_announcement_that_nobody_hears_is_status_2(self, api, capsys):
+    def test_undelivered_announcement_exits_with_2(self, api, capsys):
         with temporary_settings({PREFECT_API_URL: api}):
             assert main(["announce", MANIFEST, "--output", "out"]) == 2
         told = capsys.readouterr().err
@@ -103,8 +103,8 @@ def webhook():
             thread.join()
 
 
-class TestTelling:
-    async def test_people_are_told_of_a_failed_batch_of_spending_and_of_results_that_expire(
+class TestNotifications:
+    async def test_failure_spending_and_expiry_are_notified(
         self, webhook, account, tmp_path
     ):
         url, heard = webhook
@@ -140,11 +140,11 @@ class TestTelling:
         assert "flux-kontext collect out" in text
 
     @pytest.mark.parametrize("block", ["custom-webhook/nobody", "nothing"])
-    async def test_without_the_block_it_says_what_is_missing(self, block):
+    async def test_missing_block_is_named(self, block):
         with pytest.raises(ConfigurationError, match=block):
             await create_automations(block)
 
-    async def test_a_block_that_cannot_notify_is_refused(self, account):
+    async def test_block_that_cannot_notify_is_refused(self, account):
         await account.asave("no-notifier", overwrite=True)
         with pytest.raises(ConfigurationError, match="cannot notify"):
             await create_automations("flux-kontext-credentials/no-notifier")

@@ -113,7 +113,7 @@ async def gone(pid):
     return False
 
 
-async def test_each_deployment_is_there_with_its_trigger_and_a_form(place):
+async def test_deployments_have_triggers_and_forms(place):
     async with get_client() as client:
         found = {name: await client.read_deployment_by_name(name) for name in NAMES}
         automations = {item.name: item for item in await client.read_automations()}
@@ -135,7 +135,7 @@ async def test_each_deployment_is_there_with_its_trigger_and_a_form(place):
     assert form["manifest"]["examples"]
 
 
-async def test_a_manifest_that_is_announced_is_run_and_its_failed_rows_again_on_demand(place):
+async def test_announced_manifest_runs_and_failed_rows_are_retried(place):
     output, before = place.folder / "landed", place.paid()
     manifest = place.manifest("landed.csv", "a lighthouse", "nsfw")
     told = place.ran(
@@ -159,7 +159,7 @@ async def test_a_manifest_that_is_announced_is_run_and_its_failed_rows_again_on_
     assert place.paid() - before == 3
 
 
-async def test_a_suspended_batch_holds_no_process_and_ends_once_its_results_are_collected(place):
+async def test_suspended_batch_holds_no_process_until_collected(place):
     output, before = place.folder / "suspended", place.paid()
     manifest = place.manifest("suspended.csv", *(f"a harbour {n}" for n in range(20)))
     run = await run_deployment(
@@ -183,7 +183,7 @@ async def test_a_suspended_batch_holds_no_process_and_ends_once_its_results_are_
     assert place.paid() - before == 20
 
 
-async def test_a_batch_that_leaves_its_results_ends_and_the_next_flow_stores_them(place):
+async def test_left_results_are_stored_by_the_next_flow(place):
     output, before = place.folder / "left", place.paid()
     manifest = place.manifest("left.csv", *(f"a ship {n}" for n in range(5)))
     run = await run_deployment(
@@ -198,7 +198,7 @@ async def test_a_batch_that_leaves_its_results_ends_and_the_next_flow_stores_the
     assert place.paid() - before == 5
 
 
-async def test_a_flow_is_deployed_from_code_with_options_of_ones_own(place):
+async def test_flow_is_deployed_from_code_with_options(place):
     flow = await style_transfer_batch.from_source(
         str(place.folder), "flows/nightly_prefix.py:nightly_prefix"
     )

@@ -33,7 +33,7 @@ async def run(flow, *args, **how):
     return state, state.state_details.flow_run_id
 
 
-async def test_a_batch_emits_its_start_its_waves_its_failed_rows_and_its_end(account, tmp_path):
+async def test_batch_emits_start_waves_failed_rows_and_end(account, tmp_path):
     wrong = [{"id": "rude", "prompt": "nsfw"}]
     _, run_id = await run(
         style_transfer_batch, rows(3) + wrong, str(tmp_path), credentials=account
@@ -71,7 +71,7 @@ async def test_a_batch_emits_its_start_its_waves_its_failed_rows_and_its_end(acc
     assert by_name[events.ASSET_STORED]["resource"]["prefect.resource.id"] == f"file://{tmp_path}"
 
 
-async def test_a_stopped_batch_says_so_with_what_it_has_done(account, tmp_path):
+async def test_stopped_batch_reports_its_counts(account, tmp_path):
     state, run_id = await run(
         style_transfer_batch, rows(9), str(tmp_path), credentials=account, budget_usd=0.10
     )
@@ -86,7 +86,7 @@ async def test_a_stopped_batch_says_so_with_what_it_has_done(account, tmp_path):
     assert "3 of 9" in text
 
 
-async def test_a_cancelled_batch_says_so_too(account, sandbox, tmp_path):
+async def test_cancelled_batch_reports_outstanding_rows(account, sandbox, tmp_path):
     name = f"cancelled-{tmp_path.name}"
     slow = {"initial_delay": 60.0, "interval": 1.0, "timeout": 90.0}
     flow = style_transfer_batch.with_options(flow_run_name=name)
@@ -108,7 +108,7 @@ async def test_a_cancelled_batch_says_so_too(account, sandbox, tmp_path):
     assert "# Stopped" in (await artifacts(found.id))["markdown"].data
 
 
-async def test_nothing_new_is_no_new_asset(account, tmp_path):
+async def test_batch_without_new_images_emits_no_asset(account, tmp_path):
     await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account)
     _, run_id = await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account)
     told = await read_our_events(run_id, events.BATCH_FINISHED)
@@ -116,7 +116,7 @@ async def test_nothing_new_is_no_new_asset(account, tmp_path):
 
 
 @pytest.mark.parametrize(("above", "times"), [(0.05, 1), (0.09, 0), (None, 0)])
-async def test_more_money_than_a_person_wanted_is_told_once(above, times, account, tmp_path):
+async def test_spending_above_the_limit_is_emitted_once(above, times, account, tmp_path):
     _, run_id = await run(
         style_transfer_batch, rows(3), str(tmp_path), credentials=account, alert_above_usd=above
     )
@@ -127,7 +127,7 @@ async def test_more_money_than_a_person_wanted_is_told_once(above, times, accoun
         assert alarm["spent"] > above
 
 
-async def test_results_that_will_soon_be_gone_are_told_by_collect(account, tmp_path, monkeypatch):
+async def test_collect_emits_expiring_results(account, tmp_path, monkeypatch):
     await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account, wait="collect")
     monkeypatch.setenv("FLUX_KONTEXT_RESULT_DAYS", "1")
     # It gives up before any reply can come, so that the rows stay outstanding.
@@ -144,14 +144,14 @@ async def test_results_that_will_soon_be_gone_are_told_by_collect(account, tmp_p
     assert expiring["task_id"]
 
 
-async def test_three_hundred_rows_are_few_events(account, tmp_path):
+async def test_three_hundred_rows_emit_five_events_at_most(account, tmp_path):
     _, run_id = await run(style_transfer_batch, rows(300), str(tmp_path), credentials=account)
     told = await read_our_events(run_id, events.BATCH_FINISHED, events.ASSET_STORED)
     assert len(told) <= 5
 
 
 class TestArtifacts:
-    async def test_the_summary_has_numbers_reasons_rows_and_files(self, account, tmp_path):
+    async def test_summary_has_counts_reasons_rows_and_files(self, account, tmp_path):
         hostile = {"id": "a|b <b>*x*</b>", "prompt": "nsfw"}
         _, run_id = await run(
             style_transfer_batch, [*rows(2), hostile], str(tmp_path), credentials=account
@@ -167,7 +167,7 @@ class TestArtifacts:
         assert "3 of 3 rows" in progress.description
         assert set(shown) == {"markdown", "progress"}
 
-    async def test_files_are_linked_where_a_browser_finds_them(
+    async def test_files_with_a_public_url_are_linked(
         self, account, tmp_path, monkeypatch
     ):
         urls = f'{{"file://{tmp_path.parent}": "https://pictures.example.com/all/"}}'
@@ -178,7 +178,7 @@ class TestArtifacts:
         assert shown["image"].data == url
         assert f"[_gallery/contact-sheet.png]({url})" in shown["markdown"].data
 
-    async def test_collecting_and_retrying_are_summed_up_too(self, account, tmp_path):
+    async def test_collect_and_retry_write_a_summary(self, account, tmp_path):
         wrong = [{"id": "rude", "prompt": "nsfw"}]
         await run(style_transfer_batch, wrong, str(tmp_path), credentials=account)
         for flow in (retry_failed, collect_batch):
@@ -187,7 +187,7 @@ class TestArtifacts:
 
 
 class TestLogs:
-    async def test_a_line_for_the_wave_and_one_for_each_failed_row_and_none_for_a_poll(
+    async def test_wave_and_each_failed_row_log_one_line(
         self, account, tmp_path
     ):
         wrong = [{"id": f"rude-{n}", "prompt": f"nsfw {n}"} for n in range(3)]
@@ -201,23 +201,23 @@ class TestLogs:
         assert not any("HTTP Request" in line for line in lines)
         assert len(lines) < 16
 
-    async def test_rows_that_are_left_to_be_collected_are_no_failures(self, account, tmp_path):
+    async def test_rows_left_to_collect_are_not_logged_as_failed(self, account, tmp_path):
         _, run_id = await run(
             style_transfer_batch, rows(5), str(tmp_path), credentials=account, wait="collect"
         )
         assert not any(line.startswith("Row ") for line in await logs(run_id))
 
 
-class TestWithoutPrefectsApi:
+class TestWithoutPrefectApi:
     @pytest.fixture(autouse=True)
-    def _nobody_answers(self):
+    def _no_api(self):
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
             yield
 
-    async def test_a_summary_that_cannot_be_written_fails_nothing(self, tmp_path):
+    async def test_unwritable_summary_raises_nothing(self, tmp_path):
         await show_summary(BatchSummary(rows=1), OutputFolder(tmp_path), "stored", {})
 
-    async def test_progress_that_cannot_be_shown_fails_nothing_and_still_ticks(self):
+    async def test_unwritable_progress_still_calls_on_update(self):
         ticks = []
         async with progress_artifact(BatchSummary(rows=1), 1, lambda: ticks.append(1)):
             pass
@@ -225,7 +225,7 @@ class TestWithoutPrefectsApi:
 
     @pytest.mark.virtual_time
     @pytest.mark.parametrize(("number", "most"), [(600, 5), (2_500, 10)])
-    async def test_progress_is_told_by_rows_however_slow_they_are(self, number, most, monkeypatch):
+    async def test_progress_is_updated_by_rows_not_by_time(self, number, most, monkeypatch):
         told = []
 
         async def created(*_args):
@@ -245,7 +245,7 @@ class TestWithoutPrefectsApi:
         assert told[-1] == 100
 
 
-class TestWhereABrowserFindsIt:
+class TestBrowserUrl:
     @pytest.mark.parametrize(
         ("uri", "url"),
         [
@@ -256,7 +256,7 @@ class TestWhereABrowserFindsIt:
             ("file:///data/a.png", None),
         ],
     )
-    def test_the_longest_prefix_counts(self, uri, url):
+    def test_longest_prefix_wins(self, uri, url):
         urls = {
             "s3://bucket": "https://cdn.example.com/all/",
             "s3://bucket/deep/": "https://deep.example.com",

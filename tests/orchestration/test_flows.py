@@ -53,8 +53,8 @@ async def task_runs(flow_run_id, expected):
     return runs
 
 
-class TestABatch:
-    async def test_it_can_be_called_back_with_the_secret_of_the_block(
+class TestBatch:
+    async def test_callbacks_use_the_secret_of_the_block(
         self, account, sandbox, tmp_path, monkeypatch
     ):
         with socket.socket() as free:
@@ -73,7 +73,7 @@ class TestABatch:
         (record,) = sandbox.service.records()
         assert record["callback_url"].startswith(f"http://{address}/hooks/")
 
-    async def test_good_rows_are_stored_and_bad_rows_fail_alone_with_their_reason(
+    async def test_failed_rows_do_not_stop_the_others(
         self, account, sandbox, reference, tmp_path
     ):
         output = tmp_path / "out"
@@ -122,7 +122,7 @@ class TestABatch:
         runs = await task_runs(state.state_details.flow_run_id, expected=1)
         assert [run.name for run in runs] == ["wave-1"]
 
-    async def test_three_hundred_rows_are_two_waves_that_overlap(self, account, sandbox, tmp_path):
+    async def test_three_hundred_rows_run_in_two_overlapping_waves(self, account, sandbox, tmp_path):
         rows = [(f"row-{number}", "", f"a lighthouse, number {number}") for number in range(300)]
         state = await style_transfer_batch(
             write_manifest(tmp_path / "m.csv", rows),
@@ -141,7 +141,7 @@ class TestABatch:
         first, second = sorted(runs, key=lambda run: run.name)
         assert second.start_time < first.end_time
 
-    async def test_while_a_row_is_invalid_nothing_is_submitted(self, account, sandbox, tmp_path):
+    async def test_invalid_row_stops_the_batch_unpaid(self, account, sandbox, tmp_path):
         rows = [("a", "a.jpg", "oil"), ("b", "", ""), ("c", "", "a lighthouse")]
         with pytest.raises(ManifestError, match=r"2 of 3 rows .* line 2: .*; line 3: ") as caught:
             await style_transfer_batch(
@@ -152,7 +152,7 @@ class TestABatch:
         assert "--skip-invalid" in caught.value.message
         assert sandbox.service.bill()["accepted"] == 0
 
-    async def test_invalid_rows_alone_are_no_run_even_when_they_are_skipped(
+    async def test_manifest_of_invalid_rows_only_is_refused(
         self, account, sandbox, tmp_path
     ):
         with pytest.raises(ManifestError, match="1 of 1 rows"):
@@ -179,7 +179,7 @@ class TestABatch:
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
     )
-    async def test_what_is_wrong_stops_it_before_anything_is_paid(
+    async def test_invalid_parameter_stops_the_run_unpaid(
         self, wrong, error, account, sandbox, tmp_path, monkeypatch
     ):
         if error in (UnauthorizedError, NotConnectedError):
@@ -212,14 +212,14 @@ class TestABatch:
 
 class TestDeployment:
     @pytest.mark.parametrize("flow", [style_transfer, style_transfer_batch])
-    async def test_the_form_of_a_flow_is_json_and_describes_every_parameter(self, flow):
+    async def test_form_describes_every_parameter(self, flow):
         schema = parameter_schema(flow).model_dump_for_openapi()
         assert json.loads(json.dumps(schema)) == schema
         for name, told in schema["properties"].items():
             assert told.get("description"), name
         assert flow.description
 
-    async def test_the_form_offers_the_choices(self):
+    async def test_form_offers_the_choices(self):
         properties = parameter_schema(style_transfer).model_dump_for_openapi()["properties"]
         assert properties["mode"]["enum"] == ["pro", "max"]
         assert properties["mode"]["default"] == "pro"
@@ -231,7 +231,7 @@ class TestDeployment:
         assert parameter_schema(style_transfer_batch).required == ["manifest", "output"]
 
     @pytest.mark.parametrize("flow", [style_transfer, style_transfer_batch])
-    async def test_parameters_given_as_json_are_valid(self, flow):
+    async def test_json_parameters_are_valid(self, flow):
         given = json.loads(
             '{"manifest": "m.csv", "prompt": "oil", "output": "out", "credentials": "studio",'
             ' "cadence": {"initial_delay": 1, "interval": 2.5, "timeout": 60}}'
@@ -241,7 +241,7 @@ class TestDeployment:
         assert valid["credentials"] == "studio"
         assert valid["cadence"].interval == 2.5
 
-    async def test_a_run_by_name_and_json_works(self, account, sandbox, tmp_path):
+    async def test_batch_runs_from_json_and_a_saved_block(self, account, sandbox, tmp_path):
         await account.asave("of-the-deployment", overwrite=True)
         manifest = write_manifest(tmp_path / "m.csv", [("a", "", "oil")])
         parameters = json.loads(

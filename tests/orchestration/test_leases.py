@@ -56,8 +56,8 @@ async def in_use(account):
         return limit.active_slots
 
 
-class TestTheLimit:
-    def test_the_command_creates_it_and_brings_it_up_to_date(self, monkeypatch, capsys):
+class TestLimit:
+    def test_command_creates_and_updates_the_limit(self, monkeypatch, capsys):
         label = f"account-{uuid.uuid4()}"
         monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
         monkeypatch.setenv("FLUX_KONTEXT_ACCOUNT", label)
@@ -72,29 +72,29 @@ class TestTheLimit:
             "brought up to date, 40 to 60 slots\n",
         ]
 
-    async def test_parts_get_equal_shares_and_the_limit_where_there_is_none(self, account):
+    async def test_missing_limit_is_created_and_shared_equally(self, account):
         assert await read_account_limit(account, 3) == Share(slots=13, requests_per_minute=195)
         assert await in_use(account) == 0
 
-    async def test_a_limit_below_the_accounts_is_what_is_shared(self, account):
+    async def test_limit_below_the_account_is_shared(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 20}))
         assert await read_account_limit(account, 2) == Share(slots=10, requests_per_minute=150)
 
-    async def test_a_limit_above_the_accounts_is_refused(self, account):
+    async def test_limit_above_the_account_is_refused(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 50}))
         with pytest.raises(ConfigurationError, match=r"has 50 slots, the account has 40.*create"):
             await read_account_limit(account, 2)
 
-    async def test_more_parts_than_slots_are_refused(self, account):
+    async def test_more_partitions_than_slots_are_refused(self, account):
         with pytest.raises(ConfigurationError, match="41 partitions cannot share the 40 slots"):
             await read_account_limit(account, 41)
 
-    async def test_no_limit_is_no_lease(self, account):
+    async def test_lease_without_a_limit_is_refused(self, account):
         with pytest.raises(ConfigurationError, match=r"no limit .* Create it: flux"):
             async with lease_slots(account, 1):
                 pass
 
-    async def test_prefect_away_is_told_with_the_command(self, account, monkeypatch):
+    async def test_outage_of_prefect_names_the_command(self, account, monkeypatch):
         async def away(*_args):
             raise httpx.ConnectError("nobody there")
 
@@ -105,32 +105,32 @@ class TestTheLimit:
             await create_limit(account)
 
 
-class TestALease:
-    async def test_who_comes_third_waits_until_a_block_is_given_back(self, account, monkeypatch):
+class TestLease:
+    async def test_third_lease_waits_for_a_release(self, account, monkeypatch):
         monkeypatch.setattr(leases, "_TRIED_AGAIN", 0.05)
         await create_limit(account)
         third = asyncio.Event()
 
-        async def come_third():
+        async def lease_third():
             async with lease_slots(account, 20):
                 third.set()
 
         async with lease_slots(account, 20), anyio.create_task_group() as group:
             async with lease_slots(account, 20):
                 assert await in_use(account) == 40
-                group.start_soon(come_third)
+                group.start_soon(lease_third)
                 await anyio.sleep(0.3)
                 assert not third.is_set()
             await asyncio.wait_for(third.wait(), 60)
         assert await in_use(account) == 0
 
-    async def test_slots_of_tasks_that_run_on_are_left_to_the_leases_end(self, account):
+    async def test_slots_of_running_tasks_are_not_released(self, account):
         await create_limit(account)
         async with lease_slots(account, 20) as lease:
             lease.held_for(Submitter("a row that is paid for"))
         assert await in_use(account) == 20
 
-    async def test_slots_that_were_taken_away_are_used_no_more(self, account, monkeypatch):
+    async def test_lost_lease_stops_the_submitter(self, account, monkeypatch):
         monkeypatch.setattr(leases, "RENEWED_EVERY", 0.0)
         await create_limit(account)
         submitter, late = Submitter(), Submitter()
@@ -145,7 +145,7 @@ class TestALease:
         lease.held_for(late)
         assert late.stopped is submitter.stopped
 
-    async def test_a_lease_that_a_new_server_does_not_know_is_taken_anew(self, account):
+    async def test_lease_unknown_to_a_restarted_server_is_replaced(self, account):
         await create_limit(account)
         async with get_client() as client:
             lease = Lease(client, limit_name(account), 20)
@@ -174,7 +174,7 @@ class Away:
 
 
 @pytest.mark.virtual_time
-class TestWhilePrefectIsAway:
+class TestOutage:
     async def kept(self, away, seconds):
         loop = asyncio.get_running_loop()
         lease, submitter = Lease(Away(3, away), "slots", 20), Submitter()
@@ -186,10 +186,10 @@ class TestWhilePrefectIsAway:
         keeping.cancel()
         return over, submitter.stopped
 
-    async def test_an_outage_shorter_than_the_lease_stops_nothing(self):
+    async def test_outage_shorter_than_the_lease_stops_nothing(self):
         assert await self.kept(away=8, seconds=3_600) == (False, None)
 
-    async def test_submits_stop_before_the_lease_has_ended(self):
+    async def test_submitter_stops_before_the_lease_expires(self):
         # The last renewal is at 60 s, so the lease ends at 180 s.
         over, stopped = await self.kept(away=1_000, seconds=179)
         assert over

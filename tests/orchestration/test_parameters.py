@@ -78,7 +78,7 @@ def images(s3, folder):
 
 
 class TestBatches:
-    async def test_a_block_is_named_in_text_in_all_flows(self, account, s3, folder, name):
+    async def test_all_flows_take_a_block_by_name(self, account, s3, folder, name):
         await remote(s3, folder).asave(name)
         output = f"block:remote-file-system/{name}"
         how = {"credentials": account, "cadence": CADENCE}
@@ -91,13 +91,13 @@ class TestBatches:
         assert stored.uri == f"s3://pictures/{folder}/one.jpg"
         assert images(s3, folder) == {"a.jpg", "one.jpg"}
 
-    async def test_a_block_is_given_as_an_object(self, account, tmp_path):
+    async def test_batch_takes_a_block_object(self, account, tmp_path):
         block = LocalFileSystem(basepath=str(tmp_path / "out"))
         summary = await style_transfer_batch(ROWS[:1], block, credentials=account, cadence=CADENCE)
         assert summary.stored == 1
         assert (tmp_path / "out" / "a.jpg").exists()
 
-    async def test_a_deployment_keeps_a_block_by_reference_and_runs_with_it(
+    async def test_deployment_stores_a_block_by_reference(
         self, account, s3, folder, name
     ):
         block = remote(s3, folder)
@@ -120,7 +120,7 @@ class TestBatches:
         await log_outstanding(style_transfer_batch, run, None)
 
     @pytest.mark.parametrize("credentials", ["aws", "minio"])
-    async def test_a_bucket_of_prefect_aws_is_an_output(
+    async def test_prefect_aws_bucket_is_an_output(
         self, credentials, account, s3, folder, name
     ):
         keys = keys_for(s3, region_name="eu-north-1")
@@ -139,7 +139,7 @@ class TestBatches:
         assert (summary.stored, summary.output) == (1, f"s3://pictures/{folder}")
         assert images(s3, folder) == {"a.jpg"}
 
-    async def test_keys_are_in_a_block_and_the_place_in_a_url(self, account, s3, folder, name):
+    async def test_url_output_uses_the_keys_of_a_block(self, account, s3, folder, name):
         await keys_for(s3).asave(name)
         summary = await style_transfer_batch(
             ROWS[:1],
@@ -151,7 +151,7 @@ class TestBatches:
         assert summary.stored == 1
         assert images(s3, folder) == {"a.jpg"}
 
-    async def test_the_keys_of_a_store_are_not_in_prefects_database(
+    async def test_keys_of_a_store_are_not_in_prefect_database(
         self, account, s3, folder, name, prefect_api
     ):
         await remote(s3, folder).asave(name)
@@ -164,12 +164,12 @@ class TestBatches:
         assert not [form for form in forms(SECRET) if form in recorded]
 
 
-class TestWhatIsMeant:
-    async def test_options_given_by_hand_go_over_those_of_the_block(self, tmp_path):
+class TestOpenOutput:
+    async def test_options_take_precedence_over_the_block(self, tmp_path):
         block = RemoteFileSystem(basepath=f"memory://{tmp_path.name}", settings={"a": 1, "b": 1})
         assert (await open_output(block, {"b": 2})).options == {"a": 1, "b": 2}
 
-    async def test_the_options_of_the_environment_are_for_paths_and_urls(
+    async def test_environment_options_apply_to_paths_and_urls(
         self, tmp_path, monkeypatch
     ):
         monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", '{"a": 1}')
@@ -177,11 +177,11 @@ class TestWhatIsMeant:
         assert (await open_output(tmp_path, {"b": 2})).options == {"b": 2}
         assert (await open_output(LocalFileSystem(basepath=str(tmp_path)))).options == {}
 
-    async def test_a_folder_that_is_open_is_taken_as_it_is(self, tmp_path):
+    async def test_open_folder_is_returned(self, tmp_path):
         folder = OutputFolder(tmp_path)
         assert await open_output(folder) is folder
 
-    async def test_what_aws_blocks_say_is_what_s3fs_is_told(self, s3):
+    async def test_aws_block_becomes_s3fs_options(self, s3):
         keys = keys_for(s3, aws_session_token="token", region_name="eu-north-1")
         keys.aws_client_parameters.config = {"max_pool_connections": 5}
         keys.aws_client_parameters.use_ssl = False
@@ -199,13 +199,13 @@ class TestWhatIsMeant:
         profile = aws.AwsCredentials(profile_name="studio")
         assert (await open_output("memory://x", profile)).options == {"profile": "studio"}
 
-    async def test_a_role_to_assume_is_refused_with_what_to_do(self, s3):
+    async def test_role_to_assume_is_refused(self, s3):
         keys = keys_for(s3, assume_role_arn="arn:aws:iam::1:role/x")
         with pytest.raises(ConfigurationError, match="Name a profile that assumes it"):
             await open_output("s3://pictures/x", keys)
 
     @pytest.mark.parametrize("slug", ["s3-bucket", "remote-file-system", "local-file-system"])
-    async def test_text_that_may_be_a_block_or_a_new_folder_is_asked_about(
+    async def test_ambiguous_text_is_refused(
         self, slug, tmp_path, monkeypatch
     ):
         monkeypatch.chdir(tmp_path)
@@ -220,12 +220,12 @@ class TestWhatIsMeant:
         "reference",
         ["remote-file-system/nobody", "no-such-type/x", "remote-file-system", "", "a/b/c"],
     )
-    async def test_a_block_that_is_not_there_is_named(self, reference):
+    async def test_missing_output_block_is_named(self, reference):
         with pytest.raises(ConfigurationError, match="cannot be loaded") as caught:
             await open_output(f"block:{reference}")
         assert reference in caught.value.message
 
-    async def test_a_block_without_a_place_is_refused(self, name):
+    async def test_block_without_a_location_is_refused(self, name):
         await Secret(value=SECRET).asave(name)
         with pytest.raises(ConfigurationError, match="no place to store to") as caught:
             await open_output(f"block:secret/{name}")
@@ -238,7 +238,7 @@ class TestWhatIsMeant:
         [{"output": 7}, {"output": Secret(value="x")}, {"storage_options": "a=b"}],
         ids=["a number", "a Block without a place", "text"],
     )
-    async def test_what_is_neither_is_refused_by_the_form(self, wrong, account, tmp_path):
+    async def test_other_types_are_refused_by_the_form(self, wrong, account, tmp_path):
         given = {"output": str(tmp_path), **wrong}
         with pytest.raises(ParameterTypeError, match=r"An output is|Storage options are"):
             await style_transfer_batch(ROWS, credentials=account, **given)

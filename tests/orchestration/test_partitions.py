@@ -98,7 +98,7 @@ def batch(name=None):
     return style_transfer_batch.with_options(flow_run_name=name or str(uuid.uuid4()))
 
 
-async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, account, tmp_path):
+async def test_partitions_keep_limits_and_report_once(place, account, tmp_path):
     given, words = rows(600)
     name = str(uuid.uuid4())
     summary = await batch(name)(
@@ -156,7 +156,7 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
     assert sum(place.accepted(words=words).values()) == 600
 
 
-async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twice(
+async def test_partition_of_a_killed_worker_is_finished(
     place, account, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(watching, "SILENT_SECONDS", 15.0)
@@ -203,7 +203,7 @@ async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twi
     assert killed.state_name == "Crashed"
 
 
-async def test_a_budget_is_kept_by_all_parts_together(place, account, tmp_path):
+async def test_partitions_keep_the_budget_together(place, account, tmp_path):
     given, words = rows(60)
     with pytest.raises(BudgetReachedError, match="40 of 60 rows stored"):
         await batch()(
@@ -218,8 +218,8 @@ async def test_a_budget_is_kept_by_all_parts_together(place, account, tmp_path):
     assert sum(place.accepted(words=words).values()) == 40
 
 
-class TestWithoutAWorker:
-    async def test_rows_that_no_worker_takes_are_run_by_the_batch_itself(
+class TestWithoutWorkers:
+    async def test_batch_runs_partitions_that_no_worker_begins(
         self, place, account, tmp_path, monkeypatch
     ):
         monkeypatch.setattr(watching, "BEGINS_WITHIN", 0.5)
@@ -239,7 +239,7 @@ class TestWithoutAWorker:
         for run in await runs_named(f"{name}-partition"):
             await wait_for_state(run.id, "Cancelled")
 
-    async def test_a_batch_that_is_cancelled_cancels_its_parts(self, place, account, tmp_path):
+    async def test_cancelled_batch_cancels_its_partitions(self, place, account, tmp_path):
         given, words = rows(20)
         name = str(uuid.uuid4())
         running = asyncio.create_task(
@@ -265,7 +265,7 @@ class TestWithoutAWorker:
         assert not place.accepted(words=words)
 
 
-class TestWhatIsRefusedAtTheStart:
+class TestRefusal:
     async def refused(self, account, tmp_path, **how):
         given, _ = rows(2)
         with pytest.raises(ConfigurationError) as error:
@@ -279,38 +279,38 @@ class TestWhatIsRefusedAtTheStart:
         assert not list(tmp_path.iterdir())
         return str(error.value)
 
-    async def test_results_that_are_not_waited_for(self, place, account, tmp_path):
+    async def test_wait_other_than_poll_is_refused(self, place, account, tmp_path):
         assert "not possible with partitions" in await self.refused(account, tmp_path, wait="collect")
 
-    async def test_a_deployment_that_is_not_there(self, place, account, tmp_path):
+    async def test_missing_deployment_is_refused(self, place, account, tmp_path):
         told = await self.refused(
             account, tmp_path, partition_deployment="style-transfer-partition/none"
         )
         assert "prefect deploy --name partition-of-batch" in told
 
-    async def test_an_account_that_parts_cannot_load(self, place, tmp_path):
+    async def test_unsaved_block_is_refused(self, place, tmp_path):
         block = FluxKontextCredentials(api_key="a", base_url=place.sandbox.url)
         assert "Save it" in await self.refused(block, tmp_path)
 
-    async def test_a_table_in_memory(self, place, account, tmp_path):
+    async def test_table_is_refused(self, place, account, tmp_path):
         table = pa.table({"id": ["a"], "prompt": ["a lighthouse"]})
         assert "list of dicts" in await self.refused(account, tmp_path, manifest=table)
 
-    async def test_callbacks_that_each_part_would_receive(
+    async def test_listening_for_callbacks_is_refused(
         self, place, account, tmp_path, monkeypatch
     ):
         monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", "127.0.0.1:8780")
         assert "flux-kontext receive" in await self.refused(account, tmp_path)
 
 
-async def test_a_part_with_a_share_of_a_budget_runs_once(place, account, tmp_path):
+async def test_partition_with_a_budget_share_runs_once(place, account, tmp_path):
     partition = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60, "budget_usd": 0.03}
     patient = style_transfer_partition.with_options(retries=1)
     with pytest.raises(ConfigurationError, match="ran before"):
         await patient(partition, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
 
 
-async def test_a_part_is_a_living_owner_only_while_it_runs(place, account, tmp_path):
+async def test_partition_has_a_heartbeat_only_while_it_runs(place, account, tmp_path):
     given, _ = rows(4)
     partition = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
     block = await FluxKontextCredentials.aload(account)

@@ -22,7 +22,7 @@ print(sorted(flow.validate_parameters(given)))
 @pytest.mark.parametrize(
     "flow", [*(getattr(flows, name) for name in flows.__all__), style_transfer_partition]
 )
-def test_a_flow_that_was_pickled_knows_its_parameters(flow):
+def test_pickled_flow_knows_its_parameters(flow):
     told = subprocess.run(
         [sys.executable, "-c", UNPICKLE],
         input=cloudpickle.dumps(flow),

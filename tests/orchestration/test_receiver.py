@@ -79,7 +79,7 @@ async def ready_events(output):
     raise AssertionError("no such event")
 
 
-async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_once(
+async def test_receiver_resumes_a_suspended_batch(
     environment, receiver, sandbox, tmp_path
 ):
     shutil.copytree(ROOT / "flows", tmp_path / "flows")
@@ -114,7 +114,7 @@ async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_
     assert event["payload"] == {"output": f"file://{output}", "rows": 20}
 
 
-async def test_who_is_suspended_a_moment_later_is_found_and_the_event_comes_once(
+async def test_run_suspended_after_its_callbacks_is_resumed(
     account, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(awaited, "_QUIET", 0)
@@ -144,14 +144,14 @@ async def test_who_is_suspended_a_moment_later_is_found_and_the_event_comes_once
     assert len(await ready_events(tmp_path)) == 1
 
 
-def test_without_an_address_of_prefect_no_receiver_starts(tmp_path, monkeypatch, capsys):
+def test_receiver_with_resume_needs_an_api_url(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
     with temporary_settings({PREFECT_API_URL: None}):
         assert main(["receive", str(tmp_path), "--port=0", "--resume"]) == 2
     assert "PREFECT_API_URL" in capsys.readouterr().err
 
 
-def test_what_to_resume_is_known_for_one_output_only(tmp_path, monkeypatch, capsys):
+def test_resume_needs_an_output(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
     assert main(["receive", "--inbox", str(tmp_path), "--port=0", "--resume"]) == 2
     assert "name OUTPUT in place of --inbox" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def fails_once_midway(monkeypatch):
     return calls
 
 
-async def test_a_flow_that_is_retried_after_a_failure_midway_pays_nothing_twice(
+async def test_retried_flow_pays_nothing_twice(
     fails_once_midway, account, sandbox, tmp_path
 ):
     patient = style_transfer_batch.with_options(retries=1, retry_delay_seconds=0)
@@ -44,7 +44,7 @@ async def test_a_flow_that_is_retried_after_a_failure_midway_pays_nothing_twice(
     assert sandbox.service.bill()["accepted"] == 20
 
 
-async def test_a_wave_that_is_retried_after_a_failure_midway_pays_nothing_twice(
+async def test_retried_wave_pays_nothing_twice(
     fails_once_midway, account, sandbox, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(flows, "run_wave", run_wave.with_options(retries=2))
@@ -59,7 +59,7 @@ async def test_a_wave_that_is_retried_after_a_failure_midway_pays_nothing_twice(
     assert sandbox.service.bill()["accepted"] == 20
 
 
-async def test_a_batch_is_part_of_a_flow_of_ones_own(account, sandbox, tmp_path):
+async def test_batch_runs_as_a_subflow(account, sandbox, tmp_path):
     @flow
     async def mine():
         return await style_transfer_batch(
@@ -69,7 +69,7 @@ async def test_a_batch_is_part_of_a_flow_of_ones_own(account, sandbox, tmp_path)
     assert (await mine()).stored == 2
 
 
-async def test_submitting_now_and_collecting_later_are_two_flow_runs(account, sandbox, tmp_path):
+async def test_results_are_collected_by_another_flow_run(account, sandbox, tmp_path):
     how = {"credentials": account, "cadence": QUICK}
     left = await style_transfer_batch(rows(5), str(tmp_path), wait="collect", **how)
     assert (left.rows, left.outstanding, left.stored) == (5, 5, 0)
@@ -79,7 +79,7 @@ async def test_submitting_now_and_collecting_later_are_two_flow_runs(account, sa
     assert sandbox.service.bill()["accepted"] == 5
 
 
-async def test_without_a_deployment_suspending_is_refused_before_anything_is_paid(
+async def test_suspending_without_a_deployment_is_refused_unpaid(
     account, sandbox, tmp_path
 ):
     with pytest.raises(ConfigurationError, match="no deployment") as caught:
@@ -88,7 +88,7 @@ async def test_without_a_deployment_suspending_is_refused_before_anything_is_pai
     assert sandbox.service.bill()["accepted"] == 0
 
 
-async def test_in_a_subflow_suspending_is_refused_before_anything_is_paid(
+async def test_suspending_a_subflow_is_refused_unpaid(
     account, sandbox, tmp_path
 ):
     @flow

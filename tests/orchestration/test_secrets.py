@@ -73,7 +73,7 @@ def forms(secret):
 
 
 @pytest.mark.timeout(180)
-def test_the_key_shows_up_nowhere(prefect_api, tmp_path):
+def test_key_is_not_stored_anywhere(prefect_api, tmp_path):
     output, manifest = tmp_path / "out", tmp_path / "m.csv"
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows(
@@ -129,7 +129,7 @@ def test_the_key_shows_up_nowhere(prefect_api, tmp_path):
     assert leaks == []
 
 
-def test_the_search_would_find_a_key_in_base64():
+def test_search_finds_a_key_in_base64():
     for before in (b"", b"a", b"ab", b"abc"):
         coded = base64.b64encode(before + GOOD.encode() + b" after")
         assert any(form in coded for form in forms(GOOD))

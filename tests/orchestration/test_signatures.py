@@ -50,7 +50,7 @@ print(*ended)
 
 
 @pytest.mark.timeout(180)
-def test_a_signature_shows_up_nowhere(prefect_api, tmp_path):
+def test_signature_is_not_stored_anywhere(prefect_api, tmp_path):
     output, results = tmp_path / "out", tmp_path / "results"
     with running_sandbox(SandboxSettings(mean=0.05, long_edge=64, api_key=KEY)) as sandbox:
         arguments = [str(PHOTOS / "cat.png"), str(output), sandbox.url, KEY, SIGNATURE]

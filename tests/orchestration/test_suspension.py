@@ -34,7 +34,7 @@ async def state_of(run_id):
         return (await client.read_flow_run(run_id)).state.name
 
 
-async def test_those_of_the_output_are_resumed_and_others_stay_suspended(tmp_path):
+async def test_only_runs_of_the_output_are_resumed(tmp_path):
     mine, other = await suspended(tmp_path), await suspended(tmp_path / "other")
     nobodys = await suspended("no such kind of place://x")
     assert await resume_suspended(f"file://{tmp_path}") == [mine]
@@ -43,7 +43,7 @@ async def test_those_of_the_output_are_resumed_and_others_stay_suspended(tmp_pat
     assert await resume_suspended(str(tmp_path)) == []
 
 
-async def test_a_collection_that_leaves_nothing_resumes_them(account, tmp_path):
+async def test_complete_collection_resumes_runs(account, tmp_path):
     how = {"credentials": account, "cadence": QUICK}
     rows = [{"id": "a", "prompt": "a lighthouse"}]
     await style_transfer_batch(rows, str(tmp_path), wait="collect", **how)
@@ -56,7 +56,7 @@ async def test_a_collection_that_leaves_nothing_resumes_them(account, tmp_path):
     assert await state_of(waiting) == "Resuming"
 
 
-def test_so_does_the_command_line_when_it_is_asked_to(account_in_environment, tmp_path, capsys):
+def test_collect_command_resumes_runs_on_request(account_in_environment, tmp_path, capsys):
     waiting = asyncio.run(suspended(tmp_path))
     assert main(["collect", str(tmp_path)]) == 0
     assert asyncio.run(state_of(waiting)) == "Suspended"
@@ -65,7 +65,7 @@ def test_so_does_the_command_line_when_it_is_asked_to(account_in_environment, tm
     assert asyncio.run(state_of(waiting)) == "Resuming"
 
 
-def test_without_an_address_of_prefect_there_is_nobody_to_resume(
+def test_collect_command_with_resume_needs_an_api_url(
     account_in_environment, tmp_path, capsys
 ):
     with temporary_settings({PREFECT_API_URL: None}):
