@@ -33,14 +33,14 @@ class PartitionWorkers:
 
     def __init__(self, folder, environment, sandbox, stack):
         self.sandbox = sandbox
-        self.workers = {}
+        self.processes = {}
         self._start = lambda: stack.enter_context(
             running_worker("partitions", folder, environment, "--limit", "1")
         )
 
     def start_worker(self):
         worker = self._start()
-        self.workers[worker.pid] = worker
+        self.processes[worker.pid] = worker
 
     def count_paid(self, *, text=""):
         """Return how often each prompt that contains a text was paid for."""

@@ -85,7 +85,11 @@ class TestApproval:
 
     async def test_approved_plan_is_run(self, account, sandbox, tmp_path):
         plan = await self.run_and_answer(
-            account, rows(2), str(tmp_path), "approved", {"approve": True, "plan": await compute_digest(2)}
+            account,
+            rows(2),
+            str(tmp_path),
+            "approved",
+            {"approve": True, "plan": await compute_digest(2)},
         )
         assert (await plan.aresult()).stored == 2
         assert sandbox.service.bill()["accepted"] == 2
@@ -103,9 +107,7 @@ class TestApproval:
             await state.aresult()
         assert sandbox.service.bill()["accepted"] == 0
 
-    async def test_changed_manifest_needs_a_new_approval(
-        self, account, sandbox, tmp_path
-    ):
+    async def test_changed_manifest_needs_a_new_approval(self, account, sandbox, tmp_path):
         path = tmp_path / "m.csv"
         path.write_text("id,prompt\n0,a lighthouse 0\n1,a lighthouse 1\n")
 

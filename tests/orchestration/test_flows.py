@@ -1,4 +1,4 @@
-"""The flow over a manifest: what it stores, what it counts, and that it runs from JSON alone."""
+"""The flow of a batch: what it stores and counts, and that JSON parameters suffice."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 CADENCE = QUICK.model_dump()
 
-NOBODY = "http://127.0.0.1:1"
+UNREACHABLE = "http://127.0.0.1:1"
 
 
 def write_manifest(path, rows, columns=("id", "image", "prompt")):
@@ -38,15 +38,14 @@ def write_manifest(path, rows, columns=("id", "image", "prompt")):
     return str(path)
 
 
-async def task_runs(flow_run_id, expected):
-    """The task runs of a flow run, as the server tells them once it knows of them all."""
+async def wait_for_task_runs(flow_run_id, expected):
+    """Wait until the server has the expected task runs of a flow run, and return them."""
     await anyio.to_thread.run_sync(flush_to_prefect)
     async with get_client() as client:
         for _ in range(200):
             runs = await client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
             )
-            # More than expected may come too; a moment is given to them.
             if len(runs) >= expected and all(run.state.is_final() for run in runs):
                 return runs
             await anyio.sleep(0.1)
@@ -61,11 +60,11 @@ class TestBatch:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", address)
-        secretive = account.model_copy(update={"callback_secret": SecretStr("s" * 32)})
+        with_secret = account.model_copy(update={"callback_secret": SecretStr("s" * 32)})
         summary = await style_transfer_batch(
             [{"id": "a", "prompt": "a lighthouse"}],
             str(tmp_path),
-            credentials=secretive,
+            credentials=with_secret,
             cadence=CADENCE,
             callback_url=f"http://{address}/hooks",
         )
@@ -73,9 +72,7 @@ class TestBatch:
         (record,) = sandbox.service.records()
         assert record["callback_url"].startswith(f"http://{address}/hooks/")
 
-    async def test_failed_rows_do_not_stop_the_others(
-        self, account, sandbox, reference, tmp_path
-    ):
+    async def test_failed_rows_do_not_stop_the_others(self, account, sandbox, reference, tmp_path):
         output = tmp_path / "out"
         manifest = write_manifest(
             tmp_path / "m.csv",
@@ -119,10 +116,12 @@ class TestBatch:
             assert inspect_image((output / name).read_bytes()).format == "jpeg"
         bill = sandbox.service.bill()
         assert bill["by_mode"] == {"pro": 4, "max": 1}
-        runs = await task_runs(state.state_details.flow_run_id, expected=1)
+        runs = await wait_for_task_runs(state.state_details.flow_run_id, expected=1)
         assert [run.name for run in runs] == ["wave-1"]
 
-    async def test_three_hundred_rows_run_in_two_overlapping_waves(self, account, sandbox, tmp_path):
+    async def test_three_hundred_rows_run_in_two_overlapping_waves(
+        self, account, sandbox, tmp_path
+    ):
         rows = [(f"row-{number}", "", f"a lighthouse, number {number}") for number in range(300)]
         state = await style_transfer_batch(
             write_manifest(tmp_path / "m.csv", rows),
@@ -135,7 +134,7 @@ class TestBatch:
         assert (summary.rows, summary.stored) == (300, 300)
         assert len(list((tmp_path / "out").glob("row-*.jpg"))) == 300
         assert sandbox.service.bill()["accepted"] == 300
-        runs = await task_runs(state.state_details.flow_run_id, expected=2)
+        runs = await wait_for_task_runs(state.state_details.flow_run_id, expected=2)
         assert sorted(run.name for run in runs) == ["wave-1", "wave-2"]
         assert all(run.state.is_completed() for run in runs)
         first, second = sorted(runs, key=lambda run: run.name)
@@ -152,9 +151,7 @@ class TestBatch:
         assert "--skip-invalid" in caught.value.message
         assert sandbox.service.bill()["accepted"] == 0
 
-    async def test_manifest_of_invalid_rows_only_is_refused(
-        self, account, sandbox, tmp_path
-    ):
+    async def test_manifest_of_invalid_rows_only_is_refused(self, account, sandbox, tmp_path):
         with pytest.raises(ManifestError, match="1 of 1 rows"):
             await style_transfer_batch(
                 write_manifest(tmp_path / "m.csv", [("a", "a.jpg", "oil")]),
@@ -168,7 +165,7 @@ class TestBatch:
         ("wrong", "error"),
         [
             ({"credentials": "{wrong key}"}, UnauthorizedError),
-            ({"credentials": "{nobody there}"}, NotConnectedError),
+            ({"credentials": "{unreachable}"}, NotConnectedError),
             ({"credentials": "no-such-block"}, ConfigurationError),
             ({"credentials": None}, ConfigurationError),
             ({"manifest": "/no/such/manifest.csv"}, ManifestError),
@@ -185,8 +182,8 @@ class TestBatch:
         if error in (UnauthorizedError, NotConnectedError):
             changes = {
                 UnauthorizedError: {"api_key": "wrong"},
-                # Else it would be tried for a minute.
-                NotConnectedError: {"base_url": NOBODY},
+                # A closed port; another unreachable address is tried for a minute.
+                NotConnectedError: {"base_url": UNREACHABLE},
             }
             wrong = {
                 "credentials": FluxKontextCredentials(
@@ -215,8 +212,8 @@ class TestDeployment:
     async def test_form_describes_every_parameter(self, flow):
         schema = parameter_schema(flow).model_dump_for_openapi()
         assert json.loads(json.dumps(schema)) == schema
-        for name, told in schema["properties"].items():
-            assert told.get("description"), name
+        for name, field in schema["properties"].items():
+            assert field.get("description"), name
         assert flow.description
 
     async def test_form_offers_the_choices(self):

@@ -1,13 +1,11 @@
-"""Rows given directly in a flow, in styles, under names of their own."""
+"""Manifests of the batch flow: rows as dicts and tables, styles, output names."""
 
 import polars as pl
 import pytest
 from prefect import get_client
 from prefect.exceptions import ParameterTypeError
 
-from prefect_flux_kontext.errors import (
-    ConfigurationError,
-)
+from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.flows import retry_failed, style_transfer_batch
 from tests.orchestration.conftest import QUICK
 
@@ -17,9 +15,7 @@ CADENCE = QUICK.model_dump()
 
 
 class TestManifestsInFlows:
-    async def test_rows_as_dicts_use_mapped_columns(
-        self, account, reference, tmp_path
-    ):
+    async def test_rows_as_dicts_use_mapped_columns(self, account, reference, tmp_path):
         summary = await style_transfer_batch(
             [{"sku": 1, "photo": reference}, {"sku": 2, "photo": reference}],
             str(tmp_path),

@@ -1,4 +1,4 @@
-"""The flow over one image: what it stores, and that nothing is paid when it cannot."""
+"""The flow of one image: what it stores, and what it refuses unpaid."""
 
 import pytest
 from prefect.exceptions import ParameterTypeError
@@ -52,7 +52,7 @@ class TestStyleTransfer:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
-        ("image", "told"),
+        ("image", "message"),
         [
             ("", "not an http or https URL"),
             ("gist://1/cat.jpg", "not an http or https URL"),
@@ -61,15 +61,13 @@ class TestStyleTransfer:
         ],
     )
     async def test_reference_that_cannot_be_fetched_is_refused_unpaid(
-        self, image, told, account, sandbox, tmp_path
+        self, image, message, account, sandbox, tmp_path
     ):
-        with pytest.raises(FluxKontextError, match=told):
+        with pytest.raises(FluxKontextError, match=message):
             await style_transfer("oil", str(tmp_path), image=image, credentials=account)
         assert sandbox.service.bill()["accepted"] == 0
 
-    async def test_local_reference_is_staged(
-        self, account, sandbox, tmp_path, monkeypatch
-    ):
+    async def test_local_reference_is_staged(self, account, sandbox, tmp_path, monkeypatch):
         with served_folder(tmp_path / "staged") as public_url:
             monkeypatch.setenv("FLUX_KONTEXT_STAGING_URL", str(tmp_path / "staged"))
             monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", public_url)
@@ -94,8 +92,8 @@ class TestStyleTransfer:
             ({"cadence": {"interval": 0}}, ParameterTypeError),
             ({"cadence": {"every": 3}}, ParameterTypeError),
             ({"output": "nope://x"}, ConfigurationError),
-            ({"output": "/proc/nobody/writes/here"}, ConfigurationError),
-            ({"credentials": "nobody"}, ConfigurationError),
+            ({"output": "/proc/not/writable"}, ConfigurationError),
+            ({"credentials": "no-such-block"}, ConfigurationError),
             ({"credentials": None}, ConfigurationError),
         ],
     )

@@ -1,4 +1,4 @@
-"""The three tasks work alone, in anyone's flow, and never pay twice."""
+"""The three tasks: in flows and outside, their retries and their errors."""
 
 import json
 
@@ -127,7 +127,7 @@ def test_submit_has_no_retries_and_no_cache():
 
 
 def test_free_tasks_retry_transient_errors():
-    # Prefect 3.8 never calls a condition that is no plain function.
+    # Prefect 3.8 only calls a condition that is a plain function.
     for task in (wait_for_generation, persist_images):
         assert task.retries >= 1
         assert task.retry_condition_fn is _is_transient
@@ -146,8 +146,8 @@ async def test_submit_with_unknown_outcome_is_sent_once(account):
         assert service.posts == 1
 
 
-async def fetched_to(output):
-    """Persist a good result to a bad output: how often it was fetched, and the error."""
+async def persist_to(output):
+    """Persist a valid result to an invalid output; return the number of fetches and the error."""
     async with server_that_answers(200, picture("jpeg")) as host:
         result = GenerationResult(task_id="t", result_urls=[host.url], base_url=host.url)
 
@@ -162,7 +162,7 @@ async def fetched_to(output):
 
 async def test_transient_error_is_retried(tmp_path):
     (tmp_path / "t.jpg" / "in the way").mkdir(parents=True)
-    fetched, error = await fetched_to(str(tmp_path))
+    fetched, error = await persist_to(str(tmp_path))
     assert fetched == 3
     assert isinstance(error, StorageError)
 
@@ -193,7 +193,7 @@ async def test_failed_generation_raises_its_code_and_message(account, sandbox):
     state = await fails(return_state=True)
     assert state.is_failed()
     assert "CONTENT_VIOLATION" in state.message
-    # Asked for once or twice a task, not three times over by retries.
+    # One task for each of the two flow runs, none for retries.
     assert sandbox.service.bill()["accepted"] == 2
 
 
