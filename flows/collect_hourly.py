@@ -1,6 +1,6 @@
-"""Every hour, and a minute after a batch that has left results: store what is paid for.
+"""Store outstanding results, every hour and a minute after a batch that has left some.
 
-Pays for nothing. Flow runs that were suspended until their results are there are resumed.
+Pays for nothing. When all results are stored, resumes the flow runs that are suspended for them.
 """
 
 from prefect_flux_kontext.flows import collect_batch

@@ -1,7 +1,7 @@
-"""When a manifest lands: restyle it, once somebody has announced it.
+"""Restyle a manifest when its arrival is announced.
 
 `flux-kontext announce MANIFEST --output OUTPUT`, or `emit_manifest_arrived` in a flow, emits the
-event that starts this, with the manifest and the output as its parameters.
+event that starts this flow, with the manifest and the output as parameters.
 """
 
 from prefect_flux_kontext.flows import style_transfer_batch

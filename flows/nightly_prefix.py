@@ -1,7 +1,7 @@
-"""Every night: restyle what is new in a place that keeps filling, and nothing twice.
+"""Restyle the new images of a growing folder or prefix every night.
 
-What is stored already costs nothing to look at, so the manifest may be the whole place, night
-after night; what a night has failed to collect, the next one collects.
+The manifest can be the whole prefix, because images that are stored already cost nothing. Each
+night also collects the results that the night before has left.
 """
 
 from prefect_flux_kontext.flows import style_transfer_batch

@@ -1,6 +1,6 @@
-"""A partition of a batch that was cut into several: started by the batch, not by a person.
+"""Run one partition of a batch. The batch starts it; do not start it yourself.
 
-It has no limit of its own on how many run at once: each leases its share of the account.
+The deployment needs no concurrency limit, because each partition leases its share of the account.
 """
 
 from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition

@@ -1,4 +1,4 @@
-"""When a person has looked at the failed rows: run them once more, and nothing else."""
+"""Run the failed rows of a batch again, and no other rows. Review them first."""
 
 from prefect_flux_kontext.flows import retry_failed
 

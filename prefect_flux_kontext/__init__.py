@@ -1,6 +1,6 @@
 """Flux Kontext image generation and style transfer for Prefect.
 
-Names load on first use: the client, the models and the command line start without Prefect.
+Names load on first use, so that the client, the models and the command line start without Prefect.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ __all__ = [
     "wait_for_generation",
 ]
 
-_HOMES = {
+# The module, below the package, that defines each name.
+_MODULES = {
     "batch.policy": ("FailurePolicy",),
     "batch.summary": ("BatchSummary",),
     "callbacks.receiver": ("create_receiver",),
@@ -76,9 +77,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

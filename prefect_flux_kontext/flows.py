@@ -1,4 +1,8 @@
-"""The flow over one image. Like those over manifests, it is imported from `flows`."""
+"""The flows: one image, a batch of a manifest, collecting results, retrying failed rows.
+
+Annotations are real objects here, not strings: `serve` pickles a flow together with the names
+that its code uses, and names inside string annotations are not among them.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -12,7 +16,7 @@ from prefect_flux_kontext.batch.runner import read_failed_rows, run_batch
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
-from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
+from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems
 from prefect_flux_kontext.manifest.tables import ManifestSource
@@ -58,8 +62,7 @@ from prefect_flux_kontext.tasks import (
     wait_for_generation,
 )
 
-# Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
-# code uses, and strings are none.
+__all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
 @flow(name="style-transfer")
@@ -77,29 +80,33 @@ async def style_transfer(
     fit_references: bool = False,
     storage_options: StorageOptions = None,
 ) -> list[StoredImage]:
-    """Restyle one image, or make one from text alone.
+    """Restyle one image, or create one from text alone.
+
+    The flow submits one generation, waits for its result and stores the images. The generation is
+    billed from the submit on.
 
     Args:
-        prompt: What to make, 1 to 10,000 characters.
-        output: Folder or prefix to store to, on any fsspec filesystem; or `block:s3-bucket/NAME`.
-        image: The reference image: a URL, an object in a bucket or a local file, which needs a
-            staging place; none makes the image from the prompt alone.
-        credentials: The account: a Block, the name of a saved one, or none for the environment.
+        prompt: What to create, 1 to 10,000 characters.
+        output: Folder or prefix to store the images in, on any fsspec filesystem, or
+            `block:s3-bucket/NAME`.
+        image: The reference image: a URL, an object in a bucket, or a local file, which needs a
+            staging location. Without one, the prompt alone makes the image.
+        credentials: A credentials Block, or the name of a saved one. Default: the environment.
         mode: `pro` for higher quality, `max` for balanced quality and speed.
         aspect_ratio: Width to height of the result.
-        output_format: Kind of the result.
+        output_format: File format of the result.
         provider: How the service routes the task.
-        name: File name without extension; none takes the task id.
-        cadence: When to ask how the task is doing; none for the environment's cadence.
-        fit_references: Shrink a local or private image that is over 10 MB.
-        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
-            Prefect keeps them in the clear, so keys belong in a Block.
+        name: File name without extension. Default: the task id.
+        cadence: When to poll for the result. Default: the environment.
+        fit_references: Shrink a local or private image of more than 10 MB.
+        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+            Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
-        What was stored.
+        The stored images.
 
     Raises:
-        FluxKontextError: What went wrong; see the three tasks.
+        FluxKontextError: A step failed; the three tasks list the errors.
     """
     folder = str(Path.cwd())
     if image is not None and (problems := find_reference_problems(image, folder)):
@@ -127,13 +134,6 @@ async def style_transfer(
     return await persist_images(result, output, name)
 
 
-# Annotations are real objects here, not strings: `serve` pickles a flow with the names that its
-# code uses, and strings are none.
-
-
-__all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
-
-
 @flow(name="style-transfer-batch", on_cancellation=[log_outstanding])
 async def style_transfer_batch(
     manifest: ManifestSource,
@@ -158,62 +158,65 @@ async def style_transfer_batch(
     partition_deployment: str = "style-transfer-partition/partition-of-batch",
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
-    """Restyle every image of a manifest, paying for each row once, whatever dies.
+    """Restyle the images of a manifest and store the results.
 
-    First comes the plan: what is valid, what is new, what it costs. Then rows run in waves of
-    250, one task run each; waves overlap and keep the account's limits together. Running it
-    again pays only for what is new and collects what was left.
+    The flow first plans: it validates the rows, finds those that are new and calculates their
+    price. It then runs them in waves of 250 rows, one task run a wave, within the limits of the
+    account. A later run pays only for new rows and collects results that are outstanding.
 
     Args:
         manifest: Path or fsspec URL of a CSV, TSV, JSON Lines or Parquet file with the columns
-            `id`, `image` (or `images`), `prompt` and, where wanted, `style`, `mode`,
-            `aspect_ratio`, `output_format`, `provider`, `output`. Or a folder, prefix or glob of
-            images. Or the rows themselves: a list of dicts, or a table that speaks Arrow's
+            `id`, `image` (or `images`) and `prompt`, and optionally `style`, `mode`,
+            `aspect_ratio`, `output_format`, `provider` and `output`. Or a folder, prefix or glob
+            of images. Or the rows themselves: a list of dicts, or a table with the Arrow
             interface.
-        output: Folder or prefix to store to, on any fsspec filesystem; or `block:s3-bucket/NAME`.
-        credentials: The account: a Block, the name of a saved one, or none for the environment.
-        prompt: The prompt for rows that have none of their own.
-        columns: The manifest's own names for columns, such as `{"image": "photo_url"}`.
-        styles: Names of styles and paths of files of styles. Each row that names no style of its
-            own is made once in each of them.
-        output_names: Template of the images' names, such as `{style}/{id}.{ext}`, with any
-            column; none for `{id}/{style}.{ext}`, or `{id}.{ext}` for rows without a style.
-        cadence: When to ask how a task is doing; none for the environment's cadence.
-        failure_policy: What to do for each fail code; none for the defaults.
-        resubmit_unknown: Pay again for rows whose submit's reply was lost. They may be paid
-            for already.
-        skip_invalid: Run the other rows where some are invalid; else nothing is submitted.
-        fit_references: Shrink local and private reference images that are over 10 MB.
-        budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
-            paid for; the row that would pass it ends the run.
-        approve_above_usd: Pause for a person's approval, on the page of the flow run, when the
-            plan costs more dollars than this. The run then costs at most what was approved.
-        callback_url: Where the service is to call when an image is ready, in place of polling;
-            none for FLUX_KONTEXT_CALLBACK_URL.
-        dry_run: Stop after the plan; rows that would be paid count as not submitted.
-        wait: `poll` waits for every result in this process. `suspend` submits all rows, then
-            suspends the flow run, so that no process and no worker slot is held, and stores the
-            results once it is resumed; it needs a deployment and is no subflow. `collect` submits
-            all rows and ends; `collect_batch` stores the results. Where there are more rows than
-            the account has slots, both store results until the last row is submitted.
+        output: Folder or prefix to store the images in, on any fsspec filesystem, or
+            `block:s3-bucket/NAME`.
+        credentials: A credentials Block, or the name of a saved one. Default: the environment.
+        prompt: The prompt for rows without one.
+        columns: Maps column names to those of the manifest, such as `{"image": "photo_url"}`.
+        styles: Names of styles and paths of style files. Each row without a style of its own is
+            made once in each of them.
+        output_names: Template of the image names, such as `{style}/{id}.{ext}`, with any column.
+            Default: `{id}/{style}.{ext}`, or `{id}.{ext}` for rows without a style.
+        cadence: When to poll for results. Default: the environment.
+        failure_policy: What to do for each fail code. Default: the default policy.
+        resubmit_unknown: Pay again for rows whose submit reply was lost. They may have been
+            billed already.
+        skip_invalid: Run the valid rows if others are invalid. Without it, one invalid row stops
+            the batch before anything is submitted.
+        fit_references: Shrink local and private reference images of more than 10 MB.
+        budget_usd: Most dollars that the output may cost in total, including earlier runs and
+            rows that may have been billed. The run stops before the row that would exceed it.
+        approve_above_usd: Pause for approval on the page of the flow run if the plan costs more
+            dollars than this. The run then costs at most the approved sum.
+        callback_url: URL that the service calls when an image is ready, in place of polling.
+            Default: FLUX_KONTEXT_CALLBACK_URL.
+        dry_run: Stop after the plan. Rows that would be paid for count as not submitted.
+        wait: `poll` waits for all results in this process. `suspend` submits all rows and
+            suspends the flow run, which then holds no process and no worker slot; resumed, it
+            stores the results. It needs a deployment and cannot be a subflow. `collect` submits
+            all rows and ends; `collect_batch` stores the results. With more rows than the account
+            has slots, both store results until the last row is submitted.
         alert_above_usd: Emit the event `flux-kontext.batch.spend-above` once this run has spent
             more dollars than this.
-        partitions: Number of partitions. Each is a flow run of its own, on whatever worker
-            takes it. Together they keep the account's limits.
+        partitions: Number of partitions. Each is a flow run on any worker of the work pool;
+            together they stay within the limits of the account.
         partition_deployment: The deployment that runs partitions.
-        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
-            Prefect keeps them in the clear, so keys belong in a Block.
+        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+            Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
-        How many rows were stored, how many failed and why, and what is still owed.
+        How many rows are stored, failed, unknown and outstanding, for what reasons, and the
+        dollars spent.
 
     Raises:
         ManifestError: The manifest cannot be read or has invalid rows; nothing was submitted.
         ConfigurationError: Credentials or output are wrong, or another run is paying into an
             output with a budget; nothing was submitted.
         BatchStoppedError: The service refuses the account, nearly all rows fail, the budget is
-            reached or the plan was not approved; the rest was not submitted.
-        LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
+            reached or the plan was not approved; the remaining rows were not submitted.
+        LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
     if wait == "suspend":
         check_can_suspend()
@@ -240,35 +243,30 @@ async def style_transfer_batch(
         return plan.summary(str(output))
     if approve_above_usd is not None:
         if plan.price > approve_above_usd:
-            await ask_for_approval(plan)
-            if (await plan_and_log(rows, output, account, options)).digest != plan.digest:
-                raise BatchStoppedError(
-                    "What is to be paid has changed since the plan that was approved, so nothing "
-                    "was submitted. Run it again to approve the new plan."
-                )
+            await ask_for_approval(plan, rows, output, account, options)
         options = plan.capped(options, approve_above_usd)
     async with (
         run_partitions(
             partition_plan, plan, rows, output, account, options, alert_above_usd
-        ) as rest,
+        ) as remaining,
         open_batch(
             output,
-            rest.account,
-            rest.options,
+            remaining.account,
+            remaining.options,
             plan,
             callback_url=callback_url,
-            alert_above_usd=rest.alert_above_usd,
+            alert_above_usd=remaining.alert_above_usd,
             suspends=suspends,
-            earlier=rest.earlier,
+            partition_totals=remaining.partition_totals,
         ) as (session, slots),
     ):
-        if rest.lease is not None:
-            rest.lease.held_for(session.submitter)
-        waves = run_wave if rest.earlier is None else run_remaining
+        if remaining.lease is not None:
+            remaining.lease.stop_when_lost(session.submitter)
+        waves = run_wave if remaining.partition_totals is None else run_remaining
         summary = await run_batch(session, rows.rows(), waves, concurrent_tasks=slots)
-    if rest.earlier is not None:
-        summary.spent += rest.earlier.spent
-        summary.seconds += rest.earlier.seconds
+    if remaining.partition_totals is not None:
+        summary.spent += remaining.partition_totals.spent
+        summary.seconds += remaining.partition_totals.seconds
     get_run_logger().info("%s.", summary)
     if suspends and summary.outstanding:
         await suspend()
@@ -287,31 +285,31 @@ async def retry_failed(
     budget_usd: NonNegativeFloat | None = None,
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
-    """Run the failed rows of a batch once more, and nothing else.
+    """Run the failed rows of a batch again, and no other rows.
 
-    They are in `failed.csv` beside the images. Rows against the content rules are not paid for
-    again: change their prompt there first.
+    The failed rows are in `failed.csv` beside the images. Rows that violate the content rules are
+    not paid for again until their prompt in that file is changed.
 
     Args:
-        output: The batch's output.
-        credentials: The account: a Block, the name of a saved one, or none for the environment.
-        prompt: The prompt for rows that have none of their own.
-        styles: The files of styles that the batch was run with; the rows name their styles.
-        cadence: When to ask how a task is doing; none for the environment's cadence.
-        failure_policy: What to do for each fail code; none for the defaults.
-        fit_references: Shrink local and private reference images that are over 10 MB.
-        budget_usd: Dollars that the output may cost in all, with earlier runs and what may be
-            paid for; the row that would pass it ends the run.
-        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
-            Prefect keeps them in the clear, so keys belong in a Block.
+        output: The output of the batch.
+        credentials: A credentials Block, or the name of a saved one. Default: the environment.
+        prompt: The prompt for rows without one.
+        styles: The style files that the batch was run with. The rows name their styles.
+        cadence: When to poll for results. Default: the environment.
+        failure_policy: What to do for each fail code. Default: the default policy.
+        fit_references: Shrink local and private reference images of more than 10 MB.
+        budget_usd: Most dollars that the output may cost in total, including earlier runs and
+            rows that may have been billed. The run stops before the row that would exceed it.
+        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+            Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
-        What became of them.
+        The counts of the rows that were run again.
 
     Raises:
         ManifestError: There are no failed rows.
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
-        LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
+        LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
     options = build_row_options(
         cadence,
@@ -323,7 +321,7 @@ async def retry_failed(
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
     rows = Manifest(await read_failed_rows(output), prompt, styles=styles)
-    # A row that was skipped as invalid stands there too, and must not stop the others.
+    # failed.csv also has the rows skipped as invalid; they must not stop the others.
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=True)
     async with open_batch(output, account, options, plan) as (session, slots):
@@ -339,23 +337,24 @@ async def collect_batch(
     cadence: PollingCadence | None = None,
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
-    """Wait for, download and store what ended runs have paid for; pays for nothing.
+    """Store the outstanding results of earlier runs. Pays for nothing.
 
-    When all is stored, the flow runs that are suspended for it are resumed.
+    The flow waits for the results that runs have paid for and left, downloads and stores them.
+    When all are stored, it resumes the flow runs that are suspended for this output.
 
     Args:
-        output: The batch's output.
-        credentials: The account: a Block, the name of a saved one, or none for the environment.
-        cadence: When to ask how a task is doing; none for the environment's cadence.
-        storage_options: The options of the output's filesystem, or `block:aws-credentials/NAME`;
-            Prefect keeps them in the clear, so keys belong in a Block.
+        output: The output of the batch.
+        credentials: A credentials Block, or the name of a saved one. Default: the environment.
+        cadence: When to poll for results. Default: the environment.
+        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+            Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
-        What became of the rows that were owed something.
+        The counts of the rows that were outstanding.
 
     Raises:
         ConfigurationError: Credentials or output are wrong.
-        LedgerError: The record of what was paid cannot be read.
+        LedgerError: The ledger cannot be read.
     """
     options = build_row_options(cadence, None)
     account = await resolve_credentials(credentials)
@@ -366,5 +365,5 @@ async def collect_batch(
     if summary.outstanding:
         await emit_expiring_results(output)
     elif resumed := await resume_suspended(output):
-        get_run_logger().info("Resumed what waited for these results: %s.", resumed)
+        get_run_logger().info("Resumed suspended flow runs: %s.", ", ".join(map(str, resumed)))
     return summary

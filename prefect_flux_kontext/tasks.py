@@ -1,4 +1,4 @@
-"""The three tasks for your own flows, submit, wait and persist, and the task of a batch's wave."""
+"""The three tasks for your own flows: submit a generation, wait for it, persist its images."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
-    """Retry what may pass; a failed generation, a refusal or a wrong setting stays as it is."""
+    """Whether a retry may succeed: not after a failed generation, a refusal or a wrong setting."""
     try:
         await state.aresult()
     except FluxKontextError as error:
         return error.retryable
-    except Exception:  # noqa: BLE001 - whatever else it is, trying again does not mend it
+    except Exception:  # noqa: BLE001 - not one of our errors, so not retryable
         return False
     return False
 
@@ -42,23 +42,23 @@ async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool
 async def submit_generation(
     request: GenerationRequest, credentials: FluxKontextCredentials | str | None = None
 ) -> GenerationTask:
-    """Submit one generation. From then on it is billed.
+    """Submit one generation, which is billed from then on.
 
-    Never retried and never cached by Prefect: a repeated POST may bill twice. What is known not
-    to have been accepted (no connection, 429) is repeated inside. Keep the task it returns, or
-    just its id: it is all that is needed to wait for the result, from any flow, later.
+    Prefect neither retries nor caches this task, because a repeated POST may bill twice. The task
+    itself repeats a submit that the service cannot have accepted (no connection, 429). Keep the
+    task that it returns, or its id: with it, any flow can wait for the result later.
 
     Args:
-        request: What to make.
-        credentials: The account: a Block, the name of a saved one, or None for the environment.
+        request: What to create.
+        credentials: A credentials Block, or the name of a saved one. Default: the environment.
 
     Returns:
         The accepted task.
 
     Raises:
-        RefusedError: The service refused it (4xx): it costs nothing.
-        ReplyLostError: The reply was lost: it may have been accepted and billed. Likewise
-            ServiceTroubleError and UnreadableReplyError.
+        RefusedError: The service refused the request (4xx), which costs nothing.
+        ReplyLostError: The reply was lost; the request may have been accepted and billed. The
+            same holds for ServiceTroubleError and UnreadableReplyError.
         ConfigurationError: The credentials are missing or wrong.
     """
     account = await resolve_credentials(credentials)
@@ -72,13 +72,18 @@ async def submit_own_reference(
 ) -> GenerationTask:
     """Submit one generation whose reference image is local or private.
 
-    It is staged or signed in here, so that no signed URL is ever a parameter or a result of a
-    task, which Prefect may keep.
+    The image is staged or signed inside this task, because Prefect may store the parameters and
+    results of tasks, and a signed URL must not be among them.
+
+    Args:
+        request: What to create.
+        references: Stages or signs the image.
+        account: The account.
 
     Raises:
-        ReferenceImageError: The image is not to be used; nothing was sent.
-        StorageError: It could not be staged; nothing was sent.
-        ApiError: As `submit_generation`.
+        ReferenceImageError: The image cannot be used; nothing was submitted.
+        StorageError: The image could not be staged; nothing was submitted.
+        ApiError: As for `submit_generation`.
     """
     sending = await references.prepared(request)
 
@@ -103,25 +108,25 @@ async def wait_for_generation(
     credentials: FluxKontextCredentials | str | None = None,
     cadence: PollingCadence | None = None,
 ) -> GenerationResult:
-    """Wait for a submitted generation to end, holding no thread.
+    """Wait for a submitted generation to end, without holding a thread.
 
-    First look after 20 s, then every 3 s, unless the cadence says otherwise. Status requests
-    that go wrong are asked again; a 429 is waited out. Waiting costs nothing, so it may be
-    repeated at will.
+    By default, the task polls after 20 s and then every 3 s. It repeats failed status requests
+    and waits out a 429. Waiting costs nothing and can be repeated.
 
     Args:
-        task: What `submit_generation` returned, or `GenerationTask(task_id=...)`.
-        credentials: The account: a Block, the name of a saved one, or None for the environment.
-        cadence: When to ask, and for how long; None for the environment's
+        task: The task that `submit_generation` returned, or `GenerationTask(task_id=...)`.
+        credentials: A credentials Block, or the name of a saved one. Default: the environment.
+        cadence: When to poll, and for how long. Default: the environment
             (FLUX_KONTEXT_POLL_INITIAL_DELAY, _POLL_INTERVAL, _POLL_TIMEOUT).
 
     Returns:
-        The result, with at least one URL that lives for some days.
+        The result, with at least one URL, which is valid for some days.
 
     Raises:
-        GenerationFailedError: The service gave up on it; `code` is its fail code.
-        GenerationTimeoutError: It did not end in time. It is paid for: wait again later.
-        RefusedError: The service refuses to tell (4xx).
+        GenerationFailedError: The generation failed; `code` is the fail code of the service.
+        GenerationTimeoutError: The generation did not end in time. It is paid for, so wait again
+            later.
+        RefusedError: The service refused the status request (4xx).
     """
     account = await resolve_credentials(credentials)
     async with account.get_client() as client:
@@ -142,26 +147,28 @@ async def persist_images(
     name: str | None = None,
     storage_options: StorageOptions = None,
 ) -> list[StoredImage]:
-    """Download the images of a result, check them, and put them in their place whole.
+    """Download the images of a result, verify them and store them.
+
+    Each image is decoded completely before it is stored, and no reader sees half a file.
 
     Args:
-        result: What `wait_for_generation` returned.
-        output: Folder or prefix on any fsspec filesystem: `out/`, `s3://bucket/prefix`, …; or a
-            storage Block, or `block:` with the reference of one.
-        name: File name without extension; None takes the task id. A second image of the same
-            result gets `~2` after it, and so on.
-        storage_options: What the output's filesystem needs to know, or an AWS credentials Block;
-            None for the environment's.
+        result: The result that `wait_for_generation` returned.
+        output: Folder or prefix on any fsspec filesystem, such as `out/` or
+            `s3://bucket/prefix`; or a storage Block, or `block:` and the reference of one.
+        name: File name without extension. Default: the task id. The second image of a result
+            gets the suffix `~2`, and so on.
+        storage_options: Options of the output's filesystem, or an AWS credentials Block.
+            Default: the environment.
 
     Returns:
-        For each image its URI, kind, size in bytes, sha256, width and height in pixels.
+        For each image its URI, format, size in bytes, sha256, width and height in pixels.
 
     Raises:
-        DownloadError: A result URL could not be fetched.
-        RefusedUrlError: A result URL leads where no download may go.
-        InvalidImageError: It does not serve a whole image.
-        ConfigurationError: The output is no usable folder.
-        StorageError: The output refused the file.
+        DownloadError: A result URL could not be downloaded.
+        RefusedUrlError: A result URL leads to an address that downloads may not reach.
+        InvalidImageError: A result URL does not serve a complete image.
+        ConfigurationError: The output is not a usable folder.
+        StorageError: The output did not accept the file.
     """
     base_url = result.base_url or FluxKontextSettings().base_url
     async with open_download_client(base_url=base_url) as http:

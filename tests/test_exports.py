@@ -1,4 +1,4 @@
-"""What can be imported, and that the client starts without Prefect."""
+"""The public names of the package, and the import without Prefect."""
 
 import importlib
 import re
@@ -17,7 +17,7 @@ def run_python(code):
     )
 
 
-def test_every_exported_name_can_be_imported():
+def test_exported_names_can_be_imported():
     for name in prefect_flux_kontext.__all__:
         value = getattr(prefect_flux_kontext, name)
         assert getattr(value, "__name__", None) == name or callable(value)
@@ -25,12 +25,12 @@ def test_every_exported_name_can_be_imported():
     assert set(dir(prefect_flux_kontext)) == {*prefect_flux_kontext.__all__, "__version__"}
 
 
-def test_every_exported_name_has_one_home():
-    homes = [name for names in prefect_flux_kontext._HOMES.values() for name in names]
-    assert sorted(homes) == prefect_flux_kontext.__all__
+def test_exported_names_have_one_module():
+    names = [name for group in prefect_flux_kontext._MODULES.values() for name in group]
+    assert sorted(names) == prefect_flux_kontext.__all__
 
 
-def test_the_promised_names_are_exported():
+def test_documented_names_are_exported():
     assert set(prefect_flux_kontext.__all__) >= {
         "BatchSummary",
         "FailurePolicy",
@@ -72,14 +72,14 @@ def test_docs_and_examples_import_public_names_only():
     assert modules == {f"prefect_flux_kontext{name}" for name in public}
 
 
-def test_another_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'nothing_of_the_kind'"):
-        _ = prefect_flux_kontext.nothing_of_the_kind
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = prefect_flux_kontext.no_such_name
     with pytest.raises(ImportError):
-        importlib.import_module("prefect_flux_kontext.nothing_of_the_kind")
+        importlib.import_module("prefect_flux_kontext.no_such_name")
 
 
-def test_the_client_starts_without_prefect():
+def test_client_is_imported_without_prefect():
     done = run_python(
         "import sys, prefect_flux_kontext as p\n"
         "p.FluxKontextClient, p.GenerationRequest, p.PollingCadence\n"

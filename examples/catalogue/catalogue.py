@@ -2,8 +2,8 @@
 
     python examples/catalogue/catalogue.py s3://shop/restyled
 
-The CSV is as the shop exports it, with names of its own for the columns. Two of the styles come
-with the package; the third, in `styles.yaml`, is the shop's and names its columns.
+The CSV is as the shop exports it, with its own column names. Two of the styles come with the
+package; the third, in `styles.yaml`, is the shop's own and uses columns of the CSV.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def main(output: str) -> int:
-    """Restyle the catalogue, and say for each product where its pictures are."""
+    """Restyle the catalogue, and print where the images of each product are."""
     summary = asyncio.run(
         style_transfer_batch(
             HERE / "products.csv",

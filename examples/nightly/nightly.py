@@ -1,10 +1,10 @@
-"""Every night: restyle what is new under a prefix, and pay for nothing twice.
+"""Restyle the new images below a prefix every night.
 
     python examples/nightly/nightly.py s3://shop/incoming s3://shop/nightly
 
-The prefix itself is the manifest: each picture below it is a row. What an earlier night has stored
-costs nothing to look at, so nobody has to keep track of what is new. This process waits for the
-schedule; a deployment to a work pool, as in `prefect.yaml`, does without it.
+The prefix itself is the manifest: each image below it is a row. Images that an earlier night has
+stored cost nothing, so you need not track which are new. This process waits for the schedule; a
+deployment to a work pool, as in `prefect.yaml`, needs no such process.
 """
 
 import sys
@@ -23,11 +23,11 @@ def main(incoming: str, output: str) -> None:
             "manifest": incoming,
             "output": output,
             "styles": ["watercolour"],
-            # A picture that cannot be used is told, and does not hold up the others.
+            # An invalid image is logged and does not stop the others.
             "skip_invalid": True,
             "budget_usd": 100,
         },
-        # Two nights never run side by side.
+        # Two nights never run concurrently.
         global_limit=1,
     )
 

@@ -1,9 +1,9 @@
-"""A flow of one's own around the three tasks, with a branch for what the service will not draw.
+"""Your own flow with the three tasks, and a branch for prompts that the service refuses to draw.
 
     python examples/own_flow/postcards.py postcards
 
-Guests have said what they want on their postcard. A wish against the content rules is not drawn
-and not tried again: a person gets it to read, and the guest gets the motif of the house.
+Hotel guests have said what they want on their postcard. A wish that violates the content rules is
+not retried: an artifact lists it for review, and the guest gets the motif of the hotel.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ WISHES = Path(__file__).parent / "wishes.json"
 MOTIF = "The hotel by the sea at dusk, as a hand-coloured lithograph"
 
 
-async def drawn(guest: str, wish: str, output: str) -> str:
-    """Draw one wish, and say where it is; from the submit on it is billed.
+async def draw_postcard(guest: str, wish: str, output: str) -> str:
+    """Draw one wish and return the URI of the image. It is billed from the submit on.
 
     Raises:
-        GenerationFailedError: The service has not drawn it; `code` says why.
+        GenerationFailedError: The generation failed; `code` says why.
     """
     request = GenerationRequest(prompt=wish, aspect_ratio="4:3", output_format="png")
     task = await submit_generation(request)
@@ -41,22 +41,23 @@ async def drawn(guest: str, wish: str, output: str) -> str:
 
 @flow(log_prints=True)
 async def postcards(wishes: dict[str, str], output: str) -> dict[str, str]:
-    """Draw all wishes side by side, and say for each guest where the postcard is."""
-    refused = []
+    """Draw all wishes concurrently, and return the URI of each guest's postcard."""
+    rejected = []
 
-    async def postcard(guest: str, wish: str) -> str:
+    async def draw_or_replace(guest: str, wish: str) -> str:
         try:
-            return await drawn(guest, wish, output)
+            return await draw_postcard(guest, wish, output)
         except GenerationFailedError as error:
             if error.code != "CONTENT_VIOLATION":
                 raise
-            refused.append({"guest": guest, "wish": wish, "said": error.message})
-            return await drawn(guest, MOTIF, output)
+            rejected.append({"guest": guest, "wish": wish, "message": error.message})
+            return await draw_postcard(guest, MOTIF, output)
 
-    stored = await asyncio.gather(*(postcard(*asked) for asked in wishes.items()))
-    if refused:
-        await acreate_table_artifact(refused, "wishes-to-read", "Not drawn: see what was meant.")
-        print(f"For a person to read: {', '.join(wish['guest'] for wish in refused)}.")
+    stored = await asyncio.gather(*(draw_or_replace(*wish) for wish in wishes.items()))
+    if rejected:
+        title = "Wishes that violate the content rules"
+        await acreate_table_artifact(rejected, "wishes-to-review", title)
+        print(f"Wishes to review, of guests: {', '.join(wish['guest'] for wish in rejected)}.")
     return dict(zip(wishes, stored, strict=True))
 
 

@@ -1,9 +1,9 @@
-"""Theatre posters from text alone: a line of JSON for each play, and a style for all of them.
+"""Theatre posters from text alone: one line of JSON for each play, and one style for all.
 
     python examples/posters/posters.py posters
 
-The style's prompt is a template over the fields of a line, and the line's own `prompt` is one of
-them. A line without a field that it needs is refused before anything is paid.
+The prompt of the style is a template over the fields of a line, including the line's `prompt`. A
+line that lacks a required field is refused before anything is paid.
 """
 
 import asyncio

@@ -1,19 +1,19 @@
-"""Whenever a manifest is announced: restyle it.
+"""Restyle each manifest that is announced.
 
     python examples/upload/restyle_uploads.py
 
-The deployment waits for the event `flux-kontext.manifest.arrived`; what was announced with it
-becomes the parameters of the flow run. `upload.py` is the other side.
+The deployment waits for the event `flux-kontext.manifest.arrived`, whose payload becomes the
+parameters of the flow run. `upload.py` emits the event.
 """
 
 from prefect.events import DeploymentEventTrigger
 
 from prefect_flux_kontext.flows import style_transfer_batch
 
-LANDED = DeploymentEventTrigger(
-    name="a manifest of the shop lands",
+ARRIVED = DeploymentEventTrigger(
+    name="a manifest of the shop arrives",
     expect={"flux-kontext.manifest.arrived"},
-    # Those that say where the images are to go, and no others.
+    # Only announcements with an output in this bucket.
     match={"flux-kontext.output": "s3://shop/*"},
     parameters={
         "manifest": "{{ event.payload.manifest }}",
@@ -27,7 +27,7 @@ def main() -> None:
     """Serve the flow until Ctrl-C."""
     style_transfer_batch.serve(
         name="on-upload",
-        triggers=[LANDED],
+        triggers=[ARRIVED],
         parameters={"budget_usd": 20},
     )
 

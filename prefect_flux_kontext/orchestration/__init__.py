@@ -1,1 +1,1 @@
-"""Everything that talks to Prefect besides the public tasks and flows."""
+"""The Prefect side of the package, except for the public tasks and flows."""

@@ -1,7 +1,7 @@
-"""What a batch shows on the page of its flow run: progress that moves, a summary, the pictures.
+"""The artifacts on the page of a flow run: progress, a summary, and the contact sheet.
 
-Three artifacts a batch. They are a view: what goes wrong with them never fails the batch, and
-delays its end by seconds at most.
+A batch has at most three. They are a view: an artifact that cannot be written never fails the
+batch, and delays its end by seconds at most.
 """
 
 from __future__ import annotations
@@ -34,95 +34,101 @@ _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
-UPDATE_SECONDS = 5.0
+PROGRESS_KEY = "flux-kontext-progress"
+SUMMARY_KEY = "flux-kontext-summary"
+CONTACT_SHEET_KEY = "flux-kontext-sheet"
+
+UPDATE_INTERVAL_SECONDS = 5.0
 """Between two updates of the progress, each of which is a request to Prefect's API."""
 
-_UPDATES, _ROWS_OF_ONE = 5, 250
-"""Each update is an event as well: at most so many in a batch, or one for so many rows."""
+_MAX_UPDATES = 5
+_ROWS_PER_UPDATE = 250
+"""Each update is also an event: a batch has `_MAX_UPDATES` at most, or one for this many rows."""
 
-PROGRESS, SUMMARY, PICTURES = "flux-kontext-progress", "flux-kontext-summary", "flux-kontext-sheet"
-
-_PATIENCE_SECONDS = 5.0
-_FILES = (GALLERY, CONTACT_SHEET, "results.parquet", "results.jsonl", "failed.csv")
-_ROWS_TOLD = 20
-_LONGEST_TOLD = 200
-_MARKDOWN = re.compile(r"([\\`*\[\]|])")
+_REQUEST_TIMEOUT_SECONDS = 5.0
+_MAX_ROWS_SHOWN = 20
+_MAX_CELL_LENGTH = 200
+_LISTED_FILES = (GALLERY, CONTACT_SHEET, "results.parquet", "results.jsonl", "failed.csv")
+_MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]|])")
 
 
 @asynccontextmanager
 async def progress_artifact(
-    batch: BatchSummary, rows: int, tick: Callable[[], None]
+    batch: BatchSummary, rows: int, on_update: Callable[[], None]
 ) -> AsyncIterator[None]:
     """Keep a progress artifact up to date while the block runs.
 
     Args:
-        batch: What became of the rows so far; it moves.
-        rows: How many there are in all.
-        tick: Called each time as well, and at the end.
+        batch: The counts of the rows so far, which the batch updates.
+        rows: The number of rows in total.
+        on_update: Called before each update, and at the end.
     """
-    moving = asyncio.create_task(_move(batch, rows, tick))
+    updating = asyncio.create_task(_update_periodically(batch, rows, on_update))
     try:
         yield
     finally:
-        tick()
-        moving.cancel()
-        await asyncio.wait({moving}, timeout=2 * _PATIENCE_SECONDS)
+        on_update()
+        updating.cancel()
+        await asyncio.wait({updating}, timeout=2 * _REQUEST_TIMEOUT_SECONDS)
 
 
-async def _move(batch: BatchSummary, rows: int, tick: Callable[[], None]) -> None:
-    told = f"{rows:,} rows to {batch.output}"
-    creating = asyncio.create_task(_tried(acreate_progress_artifact(0, PROGRESS, told)))
-    describe_reference = 0
-    step = min(rows / _UPDATES, _ROWS_OF_ONE)
+async def _update_periodically(
+    batch: BatchSummary, rows: int, on_update: Callable[[], None]
+) -> None:
+    title = f"{rows:,} rows to {batch.output}"
+    creating = asyncio.create_task(_try_request(acreate_progress_artifact(0, PROGRESS_KEY, title)))
+    shown_rows = 0
+    step = min(rows / _MAX_UPDATES, _ROWS_PER_UPDATE)
 
     async def update(at_least: float) -> None:
-        nonlocal describe_reference
-        shown = await asyncio.shield(creating)
-        if shown is not None and abs(batch.rows - describe_reference) > at_least:
-            describe_reference = batch.rows
+        nonlocal shown_rows
+        artifact = await asyncio.shield(creating)
+        if artifact is not None and abs(batch.rows - shown_rows) > at_least:
+            shown_rows = batch.rows
             percent = 100 * min(1, batch.rows / max(rows, 1))
-            told = f"{batch.rows:,} of {rows:,} rows: {batch}"
-            await _tried(aupdate_progress_artifact(shown, percent, told))
+            text = f"{batch.rows:,} of {rows:,} rows: {batch}"
+            await _try_request(aupdate_progress_artifact(artifact, percent, text))
 
     try:
         while True:
-            await asyncio.sleep(UPDATE_SECONDS)
-            tick()
+            await asyncio.sleep(UPDATE_INTERVAL_SECONDS)
+            on_update()
             await update(step)
     finally:
         await update(0)
 
 
-async def show_summary(
+async def publish_summary(
     batch: BatchSummary, folder: OutputFolder, outcome: str, public_urls: Mapping[str, str]
 ) -> None:
-    """Put a summary of the batch on the page of the flow run, and its pictures where possible.
+    """Write the summary of a batch as an artifact, and its contact sheet if a browser finds it.
 
     Args:
-        batch: What became of its rows.
+        batch: The counts of its rows.
         folder: Its output.
-        outcome: How it ended, in a word.
-        public_urls: Where a browser finds outputs: prefixes, and the http(s) URLs they have.
+        outcome: How it ended, in one word.
+        public_urls: The http(s) URLs at which a browser finds outputs, by prefix of the output.
     """
-    there = [name for name in _FILES if await _is_there(folder, name)]
-    urls = {name: browser_url(folder.uri(name), public_urls) for name in there}
-    files = {name: urls[name] or folder.uri(name) for name in there}
-    text = summary_markdown(batch, outcome, files)
-    await _tried(acreate_markdown_artifact(text, SUMMARY, f"{outcome}: {batch.output}"))
+    stored = [name for name in _LISTED_FILES if await _is_stored(folder, name)]
+    urls = {name: find_browser_url(folder.uri(name), public_urls) for name in stored}
+    files = {name: urls[name] or folder.uri(name) for name in stored}
+    text = format_summary(batch, outcome, files)
+    await _try_request(acreate_markdown_artifact(text, SUMMARY_KEY, f"{outcome}: {batch.output}"))
     if sheet := urls.get(CONTACT_SHEET):
-        await _tried(acreate_image_artifact(sheet, PICTURES, f"The images of {batch.output}"))
+        title = f"The images of {batch.output}"
+        await _try_request(acreate_image_artifact(sheet, CONTACT_SHEET_KEY, title))
 
 
-async def _is_there(folder: OutputFolder, name: str) -> bool:
+async def _is_stored(folder: OutputFolder, name: str) -> bool:
     try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
             return await folder.exists(name)
     except (StorageError, TimeoutError):
         return False
 
 
-def browser_url(uri: str, public_urls: Mapping[str, str]) -> str | None:
-    """Where a browser finds a stored file, or None where it cannot. Never a signed URL."""
+def find_browser_url(uri: str, public_urls: Mapping[str, str]) -> str | None:
+    """Return the URL at which a browser finds a stored file, or None. Never a signed URL."""
     if uri.startswith(("http://", "https://")):
         return uri
     for prefix in sorted(public_urls, key=len, reverse=True):
@@ -132,8 +138,8 @@ def browser_url(uri: str, public_urls: Mapping[str, str]) -> str | None:
     return None
 
 
-def summary_markdown(batch: BatchSummary, outcome: str, files: Mapping[str, str]) -> str:
-    """The summary as Markdown: counts, dollars, reasons, files and the first failed rows."""
+def format_summary(batch: BatchSummary, outcome: str, files: Mapping[str, str]) -> str:
+    """Format a summary as Markdown: counts, dollars, reasons, files, first rows not stored."""
     numbers = [
         ("Stored", f"{batch.stored:,} of {batch.rows:,}"),
         ("Stored before this run", f"{batch.already_stored:,}"),
@@ -142,53 +148,57 @@ def summary_markdown(batch: BatchSummary, outcome: str, files: Mapping[str, str]
         ("Outstanding, paid for and not yet stored", f"{batch.outstanding:,}"),
         ("Not submitted", f"{batch.not_submitted:,}"),
         ("Spent", f"${batch.spent:,.2f}"),
-        ("Took", f"{batch.seconds:,.0f} s"),
+        ("Duration", f"{batch.seconds:,.0f} s"),
     ]
-    # What is none is left out, but for the images and the money.
-    told = [(name, number) for name, number in numbers if number != "0"]
-    parts = [f"# {_plain(outcome).capitalize()}: {_plain(batch.output)}", _table(["", ""], told)]
+    # Only the counts can be "0"; images, dollars and seconds are always shown.
+    shown = [(name, number) for name, number in numbers if number != "0"]
+    sections = [
+        f"# {_escape(outcome).capitalize()}: {_escape(batch.output)}",
+        _format_table(["", ""], shown),
+    ]
     if batch.reasons:
         reasons = sorted(batch.reasons.items(), key=lambda item: -item[1])
-        rows = [(_plain(reason), f"{number:,}") for reason, number in reasons[:_ROWS_TOLD]]
-        parts += ["## Not stored, and why", _table(["reason", "rows"], rows)]
+        rows = [(_escape(reason), f"{number:,}") for reason, number in reasons[:_MAX_ROWS_SHOWN]]
+        sections += ["## Reasons of rows not stored", _format_table(["reason", "rows"], rows)]
     if batch.failures:
         names = ["row", "line", "state", "what happened", "task"]
         failures = [
             (
-                _plain(row.id),
+                _escape(row.id),
                 str(row.line),
                 row.state.replace("_", " "),
-                _plain(row.message or row.reason or ""),
-                _plain(row.task_id or ""),
+                _escape(row.message or row.reason or ""),
+                _escape(row.task_id or ""),
             )
-            for row in batch.failures[:_ROWS_TOLD]
+            for row in batch.failures[:_MAX_ROWS_SHOWN]
         ]
-        parts += ["## The first of them", _table(names, failures)]
+        sections += ["## First rows not stored", _format_table(names, failures)]
     if files:
         links = [
-            f"- [{name}]({where})" if where.startswith("http") else f"- {name}: {_plain(where)}"
+            f"- [{name}]({where})" if where.startswith("http") else f"- {name}: {_escape(where)}"
             for name, where in files.items()
         ]
-        parts += ["## Files", "\n".join(links)]
-    return "\n\n".join(parts) + "\n"
+        sections += ["## Files", "\n".join(links)]
+    return "\n\n".join(sections) + "\n"
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _format_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines: list[Sequence[str]] = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _plain(text: str) -> str:
-    """Text of anybody's, such that Markdown and HTML show it and do nothing else."""
+def _escape(text: str) -> str:
+    """Shorten untrusted text, and escape it so that Markdown and HTML only show it."""
     line = " ".join(text.split())
-    cut = line if len(line) <= _LONGEST_TOLD else f"{line[:_LONGEST_TOLD]} …"
-    return _MARKDOWN.sub(r"\\\1", html.escape(cut, quote=False))
+    short = line if len(line) <= _MAX_CELL_LENGTH else f"{line[:_MAX_CELL_LENGTH]} …"
+    return _MARKDOWN_SYNTAX.sub(r"\\\1", html.escape(short, quote=False))
 
 
-async def _tried(request: Awaitable[_T]) -> _T | None:
+async def _try_request(request: Awaitable[_T]) -> _T | None:
+    """Await a request to Prefect; return None if it fails or takes too long."""
     try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
             return await request
-    except Exception as error:  # noqa: BLE001 - whatever it is, the batch goes on
+    except Exception as error:  # noqa: BLE001 - an artifact never fails a batch
         logger.debug("An artifact was not written: %s", error)
         return None

@@ -1,7 +1,7 @@
-"""Automations as code: who is told when a batch fails, costs too much or loses results.
+"""Automations as code: notify people when a batch fails, costs too much or loses results.
 
-Triggers cannot compare numbers, so the flows say themselves when a sum is passed
-(`alert_above_usd`) and when results will soon be gone.
+Triggers cannot compare numbers, so the flows emit an event of their own when the spending passes
+a limit (`alert_above_usd`) and when results are about to expire.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from prefect_flux_kontext.orchestration.events import RESULTS_EXPIRING, SPEND_AB
 if TYPE_CHECKING:
     from uuid import UUID
 
-FLOWS = ["style-transfer", "style-transfer-batch", "collect-batch", "retry-failed"]
-"""The names of our flows, under which their failures are found."""
+FLOW_NAMES = ["style-transfer", "style-transfer-batch", "collect-batch", "retry-failed"]
+"""The flows whose failures are notified."""
 
-_RUN = "{{ flow_run|ui_url }}"
+_RUN_URL = "{{ flow_run|ui_url }}"
 
 
 async def create_automations(notify: str) -> list[str]:
-    """Have people told through a notification Block; made again, they are only brought up to date.
+    """Create the automations that notify people, or update them if they exist.
+
+    An automation that a person has switched off stays off.
 
     Args:
         notify: A saved notification Block, such as `slack-webhook/alerts`.
@@ -36,30 +38,31 @@ async def create_automations(notify: str) -> list[str]:
         The names of the automations.
 
     Raises:
-        ConfigurationError: There is no such Block, or it cannot notify.
+        ConfigurationError: The Block does not exist or cannot send notifications.
     """
-    automations = _automations(await _block_id(notify))
+    automations = _build_automations(await _load_block_id(notify))
     async with get_client() as client:
         for automation in automations:
-            known = await client.read_automations_by_name(automation.name)
-            if known:
-                # Prefect sends what was set, so all has to be; off stays off.
-                told = automation.model_dump(exclude={"owner_resource"})
-                told["enabled"] = known[0].enabled
-                await client.update_automation(known[0].id, AutomationCore.model_validate(told))
+            existing = await client.read_automations_by_name(automation.name)
+            if existing:
+                # Prefect sends only fields that were set, so all are set here.
+                fields = automation.model_dump(exclude={"owner_resource"})
+                fields["enabled"] = existing[0].enabled
+                update = AutomationCore.model_validate(fields)
+                await client.update_automation(existing[0].id, update)
             else:
                 await client.create_automation(automation)
     return [automation.name for automation in automations]
 
 
-def _automations(block_id: UUID) -> list[AutomationCore]:
+def _build_automations(block_id: UUID) -> list[AutomationCore]:
     def notification(subject: str, body: str) -> SendNotification:
         return SendNotification(block_document_id=block_id, subject=subject, body=body)
 
     return [
         AutomationCore(
             name="flux-kontext, a batch failed",
-            description="A run of one of our flows failed, crashed or took too long.",
+            description="A run of a Flux Kontext flow failed, crashed or timed out.",
             trigger=EventTrigger(
                 expect={
                     "prefect.flow-run.Failed",
@@ -68,13 +71,13 @@ def _automations(block_id: UUID) -> list[AutomationCore]:
                 },
                 match_related={
                     "prefect.resource.role": "flow",
-                    "prefect.resource.name": FLOWS,
+                    "prefect.resource.name": FLOW_NAMES,
                 },
             ),
             actions=[
                 notification(
                     "Flux Kontext: {{ flow.name }} is {{ flow_run.state.name }}",
-                    f"{{{{ flow_run.state.message }}}}\n{_RUN}",
+                    f"{{{{ flow_run.state.message }}}}\n{_RUN_URL}",
                 )
             ],
         ),
@@ -84,35 +87,39 @@ def _automations(block_id: UUID) -> list[AutomationCore]:
             trigger=EventTrigger(expect={SPEND_ABOVE}),
             actions=[
                 notification(
-                    "Flux Kontext: ${{ event.payload.spent }} spent",
-                    "More than ${{ event.payload.above }}, for {{ event.payload.output }}.\n"
-                    f"{_RUN}",
+                    "Flux Kontext: ${{ event.payload.spent_usd }} spent",
+                    "The batch has spent more than ${{ event.payload.above_usd }}. Output: "
+                    f"{{{{ event.payload.output }}}}\n{_RUN_URL}",
                 )
             ],
         ),
         AutomationCore(
             name="flux-kontext, results close to expiry",
-            description="Results that are paid for and not stored will be gone in a few days.",
+            description="Results that are paid for and not stored expire in a few days.",
             trigger=EventTrigger(expect={RESULTS_EXPIRING}),
             actions=[
                 notification(
-                    "Flux Kontext: {{ event.payload.rows }} results will soon be gone",
-                    "The first in {{ event.payload.days_left }} days. They are paid for; to store "
-                    f"them: flux-kontext collect {{{{ event.payload.output }}}}\n{_RUN}",
+                    "Flux Kontext: {{ event.payload.rows }} results expire soon",
+                    "The first expires in {{ event.payload.days_left }} days. They are paid for. "
+                    f"Store them: flux-kontext collect {{{{ event.payload.output }}}}\n{_RUN_URL}",
                 )
             ],
         ),
     ]
 
 
-async def _block_id(notify: str) -> UUID:
+async def _load_block_id(notify: str) -> UUID:
     try:
         block: Any = await Block.aload(notify)
     except (ValueError, RuntimeError) as error:
         raise ConfigurationError(
-            f"No saved Block {notify!r} (a type and a name, such as slack-webhook/alerts): {error}"
+            f"No saved Block {notify!r}: give its type and name, such as slack-webhook/alerts. "
+            f"Prefect: {error}"
         ) from None
-    block_id: UUID | None = block._block_document_id  # noqa: SLF001 - there is no other way
+    block_id: UUID | None = block._block_document_id  # noqa: SLF001 - Prefect has no public name
     if not isinstance(block, NotificationBlock) or block_id is None:
-        raise ConfigurationError(f"The Block {notify} cannot notify anybody.")
+        raise ConfigurationError(
+            f"The Block {notify} cannot send notifications. Give a notification Block, such as "
+            "slack-webhook/alerts."
+        )
     return block_id

@@ -1,4 +1,4 @@
-"""What the core logs, in the logs of the flow run."""
+"""A batch inside a flow run: its options, events, artifacts and logs, and the task of a wave."""
 
 from __future__ import annotations
 
@@ -24,26 +24,13 @@ from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.callbacks.options import resolve_callback_options
-from prefect_flux_kontext.client.polling import PollingCadence
-from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
-from prefect_flux_kontext.orchestration.artifacts import progress_artifact, show_summary
-from prefect_flux_kontext.orchestration.events import (
-    ROWS_FAILED,
-    WAVE_FINISHED,
-    counts,
-    describe_rows,
-    emit,
-)
+from prefect_flux_kontext.orchestration.artifacts import progress_artifact, publish_summary
 from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.report.builder import open_report
 from prefect_flux_kontext.settings import FluxKontextSettings
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -54,57 +41,15 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-_CORE = logging.getLogger("prefect_flux_kontext")
-
-
-class _IntoTheRun(logging.Handler):
-    """Hands a record of the core's to the logger of the run in whose context it was made."""
-
-    batches = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            run = get_run_logger()
-        except MissingContextError:
-            return
-        if run.isEnabledFor(record.levelno):
-            run.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
-
-
-_handler = _IntoTheRun()
-
-
-@contextmanager
-def forward_core_logs() -> Iterator[None]:
-    """Log what the core says in the flow run while the block runs, and nowhere else.
-
-    Where the core's logger has handlers already (PREFECT_LOGGING_EXTRA_LOGGERS), it keeps to
-    them.
-    """
-    if _CORE.handlers and not _handler.batches:
-        yield
-        return
-    if not _handler.batches:
-        _CORE.addHandler(_handler)
-        _CORE.setLevel(get_run_logger().getEffectiveLevel())
-        _CORE.propagate = False
-    _handler.batches += 1
-    try:
-        yield
-    finally:
-        _handler.batches -= 1
-        if not _handler.batches:
-            _CORE.removeHandler(_handler)
-            _CORE.setLevel(logging.NOTSET)
-            _CORE.propagate = True
+_core_logger = logging.getLogger("prefect_flux_kontext")
 
 
 class PartitionTotals(NamedTuple):
-    """What a batch has come to before it is opened, by its parts.
+    """What the partitions of a batch have spent before the batch itself runs.
 
     Attributes:
         spent: Dollars.
-        seconds: How long it took.
+        seconds: Time from their start to their end.
     """
 
     spent: float = 0.0
@@ -118,13 +63,13 @@ def build_row_options(
     fit_references: bool = False,
     **decided: Any,
 ) -> RowOptions:
-    """What a flow's parameters and the environment say about its rows.
+    """Build the row options of a batch from the parameters of its flow and the environment.
 
     Args:
-        cadence: When to ask; None for the environment's.
-        policy: What a failure means; None for the defaults.
+        cadence: When to poll; None for the environment's cadence.
+        policy: What to do after a failure; None for the default policy.
         fit_references: Whether to shrink reference images that are too large.
-        **decided: As `RowOptions` has it.
+        **decided: Further fields of `RowOptions`.
     """
     settings = FluxKontextSettings()
     cadence = cadence or settings.cadence()
@@ -148,26 +93,27 @@ async def open_batch(
     listens: bool = True,
     alert_above_usd: float | None = None,
     suspends: bool = False,
-    earlier: PartitionTotals | None = None,
+    partition_totals: PartitionTotals | None = None,
 ) -> AsyncIterator[tuple[Session, int]]:
-    """Open a batch and tell Prefect of it: events, artifacts, logs.
+    """Open a batch, and report it to Prefect in events, artifacts and logs.
 
     Args:
         output: Its output.
-        account: Who pays.
-        options: What a person has decided about its rows.
-        plan: What it is to do; None for one that only collects.
-        callback_url: Where the service is to call, if that is not the environment's.
-        listens: Whether callbacks may be received in this process.
-        alert_above_usd: Dollars spent in this run above which an event says so.
-        suspends: The flow run is to be suspended afterwards, rather than to end.
-        earlier: What its parts have done and told; None where there were none.
+        account: The account that pays.
+        options: The options of its rows.
+        plan: Its plan; None for a batch that only collects.
+        callback_url: The URL that the service calls; None for the environment's.
+        listens: Whether this process may receive callbacks.
+        alert_above_usd: Emit an event once this run has spent more dollars than this.
+        suspends: Whether the flow run is suspended afterwards instead of ending.
+        partition_totals: What its partitions have spent; they have also emitted the start of the
+            batch. None without partitions.
 
     Yields:
-        What the batch has open, and the account's limit of tasks running at once.
+        The session of the batch, and how many tasks the account may run at a time.
 
     Raises:
-        ConfigurationError: The output cannot be written to, or see `batch_session`.
+        ConfigurationError: The output cannot be written to, or as for `open_session`.
         LedgerError: The ledger cannot be read or written; nothing was paid.
     """
     await output.check_writable()
@@ -179,147 +125,206 @@ async def open_batch(
     with forward_core_logs():
         async with (
             open_session(client, output, options, settings, callbacks) as session,
-            _told(session, settings, plan, alert_above_usd, earlier, suspends=suspends),
+            _report_batch(
+                session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
+            ),
         ):
             yield session, account.concurrent_tasks
 
 
 @asynccontextmanager
-async def _told(
+async def _report_batch(
     session: Session,
     settings: FluxKontextSettings,
     plan: Plan | None,
     alert_above_usd: float | None,
-    earlier: PartitionTotals | None,
+    partition_totals: PartitionTotals | None,
     *,
     suspends: bool,
 ) -> AsyncIterator[None]:
+    """Write the report of a batch, and its events and artifacts, while the block runs."""
     folder, batch = session.output, session.rows.progress
-    output, flow = str(folder), _flow_name()
-    told = _told_at_first(output, plan)
-    if earlier is None:
+    output, flow = str(folder), _get_flow_name()
+    if partition_totals is None:
         emit_started(output, plan)
-    before = earlier or PartitionTotals()
+    before = partition_totals or PartitionTotals()
 
     def spent() -> float:
         return session.submitter.spent + before.spent
 
-    began = asyncio.get_running_loop().time()
+    started_at = asyncio.get_running_loop().time()
     outcome = "stopped"
     rows = plan.rows if plan is not None else 0
     try:
         async with (
-            # Here already, because the summary links to gallery and result manifest.
+            # Closed before the summary is written, which links to the files of the report.
             open_report(session.report),
             progress_artifact(batch, rows, create_spend_alarm(batch, spent, alert_above_usd)),
         ):
             yield
         outcome = "stored" if batch.complete else "incomplete"
     finally:
-        # A submit that is under way may yet turn out to be paid for.
+        # A submit that is under way may still be accepted and billed.
         await asyncio.shield(session.submitter.drained())
         batch.spent = spent()
-        batch.seconds = asyncio.get_running_loop().time() - began + before.seconds
-        ended = events.BATCH_FINISHED
+        batch.seconds = asyncio.get_running_loop().time() - started_at + before.seconds
+        event = events.BATCH_FINISHED
         if suspends and outcome != "stopped" and batch.outstanding:
-            outcome, ended = "submitted", events.BATCH_SUSPENDED
-        counts = events.counts(batch)
-        left = "yes" if session.submitter.outstanding else "no"
+            outcome, event = "submitted", events.BATCH_SUSPENDED
+        counts = events.build_counts(batch)
         events.emit(
-            ended,
+            event,
             output,
-            {**told, **counts, "outcome": outcome},
+            {**_build_start_payload(output, plan), **counts, "outcome": outcome},
             flow=flow,
             outcome=outcome,
-            outstanding=left,
+            outstanding="yes" if session.submitter.outstanding else "no",
         )
-        if batch.stored > batch.already_stored and (key := _asset_key(output)):
+        if batch.stored > batch.already_stored and (key := _find_asset_key(output)):
             events.emit_asset(key, counts)
-        await show_summary(batch, folder, outcome, settings.public_urls)
+        await publish_summary(batch, folder, outcome, settings.public_urls)
 
 
 def emit_started(output: str, plan: Plan | None) -> None:
-    """Emit that a batch starts, and what it is to do."""
-    events.emit(events.BATCH_STARTED, output, _told_at_first(output, plan), flow=_flow_name())
+    """Emit the event that a batch starts, with the numbers of its plan."""
+    payload = _build_start_payload(output, plan)
+    events.emit(events.BATCH_STARTED, output, payload, flow=_get_flow_name())
 
 
-def _told_at_first(output: str, plan: Plan | None) -> dict[str, Any]:
-    told: dict[str, Any] = {"output": output, "flow": _flow_name()}
+def _build_start_payload(output: str, plan: Plan | None) -> dict[str, Any]:
+    payload: dict[str, Any] = {"output": output, "flow": _get_flow_name()}
     if plan is not None:
-        told |= {"rows": plan.rows, "to_pay": plan.to_pay, "price_usd": round(plan.price, 6)}
-    return told
+        payload |= {"rows": plan.rows, "to_pay": plan.to_pay, "price_usd": round(plan.price, 6)}
+    return payload
 
 
 def create_spend_alarm(
-    batch: BatchSummary, spent: Callable[[], float], above: float | None
+    batch: BatchSummary, spent: Callable[[], float], above_usd: float | None
 ) -> Callable[[], None]:
-    """What looks at the money now and then, and says once that it is more than a person wanted."""
-    flow, told = _flow_name(), False
+    """Create a function that updates what a batch has spent, and emits one event above a limit.
 
-    def tick() -> None:
-        nonlocal told
+    Args:
+        batch: The counts of the batch, whose `spent` is updated.
+        spent: Returns the dollars spent so far.
+        above_usd: The limit in dollars; None for no event.
+    """
+    flow, was_emitted = _get_flow_name(), False
+
+    def check_spending() -> None:
+        nonlocal was_emitted
         batch.spent = spent()
-        if above is not None and batch.spent > above and not told:
-            told = True
-            payload = {"output": batch.output, "spent": batch.spent, "above": above}
+        if above_usd is not None and batch.spent > above_usd and not was_emitted:
+            was_emitted = True
+            payload = {
+                "output": batch.output,
+                "spent_usd": batch.spent,
+                "above_usd": above_usd,
+            }
             events.emit(events.SPEND_ABOVE, batch.output, payload, flow=flow)
 
-    return tick
+    return check_spending
 
 
 async def emit_expiring_results(output: OutputFolder) -> None:
-    """Emit an event where results that are paid for and not stored will soon be gone."""
+    """Emit an event if results that are paid for and not stored expire within days."""
     try:
         status = await read_ledger_status(open_ledger_store(output))
     except LedgerError:
-        return  # the run has just told so itself
-    soon = find_expiring(status.outstanding, FluxKontextSettings().result_days)
-    if not soon:
+        return  # the run has just raised or logged the same error
+    expiring = find_expiring(status.outstanding, FluxKontextSettings().result_days)
+    if not expiring:
         return
-    first, left = min(soon, key=lambda told: told[1])
+    first, left = min(expiring, key=lambda found: found[1])
     payload = {
         "output": str(output),
-        "rows": len(soon),
+        "rows": len(expiring),
         "task_id": first.task.task_id,
         "days_left": round(left.total_seconds() / 86_400, 2),
     }
-    events.emit(events.RESULTS_EXPIRING, str(output), payload, flow=_flow_name())
+    events.emit(events.RESULTS_EXPIRING, str(output), payload, flow=_get_flow_name())
 
 
-def _asset_key(output: str) -> str | None:
-    """The output as the key of an asset, where it can be one."""
+def _find_asset_key(output: str) -> str | None:
+    """Return the output as the key of an asset, or None if Prefect does not take it as one."""
     try:
         return Asset(key=output).key
     except ValidationError:
         return None
 
 
-def _flow_name() -> str:
+def _get_flow_name() -> str:
     context = FlowRunContext.get()
     return context.flow.name if context is not None and context.flow is not None else "none"
 
 
+# One task run an image would overload the server, which records about 12 to 40 a second.
 @task(name="wave", task_run_name="wave-{wave.number}", retries=0, cache_policy=NO_CACHE)
 async def run_wave(wave: Wave) -> BatchSummary:
-    """Run a block of rows as one task run: one for each image would drown the server."""
+    """Run a wave of rows as one task run."""
     logger = get_run_logger()
     summary = await wave.run()
     failures = [row for row in summary.failures if row.reason != PENDING_COLLECTION]
     for row in failures:
         logger.warning(
-            "Row %s (line %d, task %s) is %s: %s",
+            "Row %s (line %d, task %s) %s: %s",
             row.told,
             row.line,
-            row.task_id,
-            row.state,
+            row.task_id or "none",
+            row.state if row.state == "failed" else f"is {row.state}",
             row.message,
         )
     logger.info("Wave %d: %s.", wave.number, summary)
     batch = wave.batch
-    told = {"output": batch.output, "wave": wave.number}
+    labels = {"output": batch.output, "wave": wave.number}
     if failures:
-        rows = {"rows": describe_rows(failures), "reasons": summary.reasons}
-        emit(ROWS_FAILED, batch.output, {**told, **rows})
-    spent = {"batch_spent_usd": round(batch.spent, 6), "batch_rows": batch.rows}
-    emit(WAVE_FINISHED, batch.output, {**told, **counts(summary), **spent})
+        rows = {"rows": events.describe_rows(failures), "reasons": summary.reasons}
+        events.emit(events.ROWS_FAILED, batch.output, {**labels, **rows})
+    totals = {"batch_spent_usd": round(batch.spent, 6), "batch_rows": batch.rows}
+    payload = {**labels, **events.build_counts(summary), **totals}
+    events.emit(events.WAVE_FINISHED, batch.output, payload)
     return summary
+
+
+class _RunLogHandler(logging.Handler):
+    """Passes records of the core to the logger of the run in whose context they were made.
+
+    Attributes:
+        batches: How many batches in this process use the handler.
+    """
+
+    batches = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            run_logger = get_run_logger()
+        except MissingContextError:
+            return
+        if run_logger.isEnabledFor(record.levelno):
+            run_logger.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+
+
+_handler = _RunLogHandler()
+
+
+@contextmanager
+def forward_core_logs() -> Iterator[None]:
+    """Log the messages of the core in the flow run while the block runs, and nowhere else.
+
+    If the core's logger has handlers already (PREFECT_LOGGING_EXTRA_LOGGERS), it uses only those.
+    """
+    if _core_logger.handlers and not _handler.batches:
+        yield
+        return
+    if not _handler.batches:
+        _core_logger.addHandler(_handler)
+        _core_logger.setLevel(get_run_logger().getEffectiveLevel())
+        _core_logger.propagate = False
+    _handler.batches += 1
+    try:
+        yield
+    finally:
+        _handler.batches -= 1
+        if not _handler.batches:
+            _core_logger.removeHandler(_handler)
+            _core_logger.setLevel(logging.NOTSET)
+            _core_logger.propagate = True

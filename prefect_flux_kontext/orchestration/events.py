@@ -1,8 +1,8 @@
-"""What is told to Prefect's event feed: a few events a batch, none for an image.
+"""The events that are emitted to Prefect: a few for each batch, none for each image.
 
-All are named `flux-kontext.…`, and their resource is the output: its labels can be matched by
-triggers, which cannot look into payloads. Prefect adds the flow run, its flow and its deployment
-as related resources. Nothing here fails or delays a batch.
+Their names start with `flux-kontext.`, and their resource is the output. Triggers can match the
+labels of the resource, but not the payload. Prefect adds the flow run, its flow and its deployment
+as related resources. `emit` never fails or delays a batch.
 """
 
 from __future__ import annotations
@@ -34,40 +34,32 @@ RESULTS_EXPIRING = "flux-kontext.results.expiring"
 RESULTS_READY = "flux-kontext.results.ready"
 MANIFEST_ARRIVED = "flux-kontext.manifest.arrived"
 ASSET_STORED = "prefect.asset.materialization.succeeded"
-"""Prefect's own name: what `@materialize` emits, without the task run that it costs."""
+"""Prefect's own event, which `@materialize` emits; a task run for it is not needed."""
 
-_ROWS_TOLD = 20
+_MAX_ROWS_IN_PAYLOAD = 20
 
 
 def emit(event: str, output: str, payload: dict[str, Any], **labels: str) -> None:
-    """Emit an event about an output; an event that cannot be emitted is no event.
+    """Emit an event about an output. Failures to emit are logged and ignored.
 
     Args:
-        event: Its name.
-        output: The batch's output, as a URI.
-        payload: What is worth knowing; JSON.
-        **labels: What triggers may match, as `flux-kontext.<label>`.
+        event: The name of the event.
+        output: The output of the batch, as a URI.
+        payload: Details of the event, as JSON.
+        **labels: Labels of the resource, which triggers can match as `flux-kontext.<label>`.
     """
     named = {f"flux-kontext.{name}": value for name, value in labels.items()}
-    _emit(event, _resource(output) | named, payload)
+    _emit(event, _build_resource(output) | named, payload)
 
 
 async def emit_and_flush(event: str, output: str, payload: dict[str, Any]) -> None:
-    """Like `tell`, and sure that the event has reached Prefect; for processes outside of a flow.
+    """Emit an event about an output, and wait until Prefect has it. For use outside of a flow.
 
     Raises:
-        ConfigurationError: Prefect's API is not set or does not answer.
+        ConfigurationError: The address of Prefect's API is not set, or it does not answer.
     """
-    told = Event(event=event, resource=Resource(_resource(output)), payload=payload)
-    await _send(told, f"event {event}")
-
-
-def _resource(output: str) -> dict[str, str]:
-    return {
-        "prefect.resource.id": f"flux-kontext.output.{output}",
-        "prefect.resource.name": output,
-        "flux-kontext.output": output,
-    }
+    resource = Resource(_build_resource(output))
+    await _send(Event(event=event, resource=resource, payload=payload), f"event {event}")
 
 
 def emit_asset(key: str, payload: dict[str, Any]) -> None:
@@ -75,26 +67,20 @@ def emit_asset(key: str, payload: dict[str, Any]) -> None:
     _emit(ASSET_STORED, {"prefect.resource.id": key, "prefect.resource.name": key}, payload)
 
 
-def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:
-    try:
-        emit_event(event, resource, payload=payload)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the batch goes on
-        logger.debug("The event %s was not emitted: %s", event, error)
-
-
-def counts(summary: BatchSummary) -> dict[str, Any]:
-    """What became of rows, as numbers for a payload."""
-    return summary.model_dump(mode="json", exclude={"output", "failures"})
+def build_counts(summary: BatchSummary) -> dict[str, Any]:
+    """Build the part of a payload that counts the rows of a summary."""
+    counts = summary.model_dump(mode="json", exclude={"output", "failures", "spent"})
+    return {**counts, "spent_usd": summary.spent}
 
 
 def describe_rows(rows: list[RowOutcome]) -> list[dict[str, Any]]:
-    """The first twenty rows that are not stored, for a payload."""
-    told = {"id", "line", "key", "state", "reason", "message", "task_id"}
-    return [row.model_dump(mode="json", include=told) for row in rows[:_ROWS_TOLD]]
+    """Build the part of a payload that describes the first twenty rows that are not stored."""
+    fields = {"id", "line", "key", "state", "reason", "message", "task_id"}
+    return [row.model_dump(mode="json", include=fields) for row in rows[:_MAX_ROWS_IN_PAYLOAD]]
 
 
 def emit_manifest_arrived(manifest: str, output: str | None = None, **payload: Any) -> None:
-    """Tell Prefect that a manifest is there, so that a deployment with that trigger runs it.
+    """Emit that a manifest has arrived, so that a deployment with that trigger runs it.
 
     Example:
         ```python
@@ -102,24 +88,57 @@ def emit_manifest_arrived(manifest: str, output: str | None = None, **payload: A
         ```
 
     Args:
-        manifest: Its URL or path, without signature or password: Prefect keeps events.
-        output: Where its images are to go.
-        **payload: Whatever else the trigger's parameters may use.
+        manifest: Its URL or path, without a signature or password, because Prefect stores events.
+        output: The output to store its images in.
+        **payload: Further values that the parameters of the trigger may use.
 
     Raises:
-        ConfigurationError: The URL holds a secret.
+        ConfigurationError: The URL contains a secret.
     """
-    event = _arrival(manifest, output, payload)
+    event = _build_arrival(manifest, output, payload)
     _emit(event.event, dict(event.resource), event.payload)
 
 
 async def announce_manifest(manifest: str, output: str | None, payload: dict[str, Any]) -> None:
-    """Like `emit_manifest_arrived`, and sure that the event has reached Prefect.
+    """Emit that a manifest has arrived, and wait until Prefect has the event.
+
+    Args:
+        manifest: As for `emit_manifest_arrived`.
+        output: As for `emit_manifest_arrived`.
+        payload: Further values that the parameters of the trigger may use.
 
     Raises:
-        ConfigurationError: The URL holds a secret, or Prefect's API does not answer.
+        ConfigurationError: The URL contains a secret, or Prefect's API does not answer.
     """
-    await _send(_arrival(manifest, output, payload), "announcement")
+    await _send(_build_arrival(manifest, output, payload), "announcement")
+
+
+def require_api_url() -> str:
+    """Return the address of Prefect's API.
+
+    Raises:
+        ConfigurationError: PREFECT_API_URL is not set. Prefect would start a temporary server of
+            its own, to which no other process connects.
+    """
+    url = PREFECT_API_URL.value()
+    if not url:
+        raise ConfigurationError("Set PREFECT_API_URL to the address of Prefect's API.")
+    return str(url)
+
+
+def _build_resource(output: str) -> dict[str, str]:
+    return {
+        "prefect.resource.id": f"flux-kontext.output.{output}",
+        "prefect.resource.name": output,
+        "flux-kontext.output": output,
+    }
+
+
+def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:
+    try:
+        emit_event(event, resource, payload=payload)
+    except Exception as error:  # noqa: BLE001 - an event never fails a batch
+        logger.debug("The event %s was not emitted: %s", event, error)
 
 
 async def _send(event: Event, what: str) -> None:
@@ -133,46 +152,32 @@ async def _send(event: Event, what: str) -> None:
         ) from error
 
 
-def require_api_url() -> str:
-    """The address of Prefect's API, for what is of no use without.
-
-    Raises:
-        ConfigurationError: None is set. Prefect would start a server of its own, which nobody
-            else listens to.
-    """
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise ConfigurationError("Set PREFECT_API_URL to the address of Prefect's API.")
-    return str(url)
-
-
-def _arrival(manifest: str, output: str | None, payload: dict[str, Any]) -> Event:
-    where = {"manifest": manifest, "output": output}
-    for what, location in where.items():
-        if location and "://" in location and _holds_secret(location):
+def _build_arrival(manifest: str, output: str | None, payload: dict[str, Any]) -> Event:
+    locations = {"manifest": manifest, "output": output}
+    for what, location in locations.items():
+        if location and "://" in location and _has_secret(location):
             raise ConfigurationError(
-                f"The {what}'s URL holds a signature or a password, and Prefect keeps events. "
-                "Name it without, and give the worker the right to read it."
+                f"The URL of the {what} contains a signature or a password, and Prefect stores "
+                "events. Give the URL without it, and give the worker the right to read it."
             )
-    # Who runs it has another working directory.
+    # The worker that runs the manifest has another working directory.
     absolute = {
-        name: location if location is None or "://" in location else str(Path(location).absolute())
-        for name, location in where.items()
+        name: location if "://" in location else str(Path(location).absolute())
+        for name, location in locations.items()
+        if location is not None
     }
     resource = {
         "prefect.resource.id": f"flux-kontext.manifest.{absolute['manifest']}",
-        "prefect.resource.name": str(absolute["manifest"]),
-        **{
-            f"flux-kontext.{name}": location
-            for name, location in absolute.items()
-            if location is not None
-        },
+        "prefect.resource.name": absolute["manifest"],
+        **{f"flux-kontext.{name}": location for name, location in absolute.items()},
     }
-    told = {**payload, **{name: value for name, value in absolute.items() if value is not None}}
-    return Event(event=MANIFEST_ARRIVED, resource=Resource(resource), payload=told)
+    return Event(
+        event=MANIFEST_ARRIVED, resource=Resource(resource), payload={**payload, **absolute}
+    )
 
 
-def _holds_secret(url: str) -> bool:
+def _has_secret(url: str) -> bool:
+    """Whether a URL has a user or password, or query parameters that `url_identity` removes."""
     parts, bare = urlsplit(url), urlsplit(url_identity(url))
-    given, kept = (parse_qsl(told.query, keep_blank_values=True) for told in (parts, bare))
+    given, kept = (parse_qsl(each.query, keep_blank_values=True) for each in (parts, bare))
     return "@" in parts.netloc or len(kept) < len(given)

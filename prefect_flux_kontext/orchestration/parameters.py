@@ -1,7 +1,4 @@
-"""Types of parameters, with examples for the form that Prefect makes of them.
-
-Annotations are real objects here, as in `flows`.
-"""
+"""The parameter types of the flows, with examples for Prefect's form, and opening outputs."""
 
 from __future__ import annotations
 
@@ -20,41 +17,39 @@ from prefect_flux_kontext.storage.filesystem import OutputFolder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Account", "Prompt", "StyleNames"]
-
 Account = Annotated[FluxKontextCredentials | str | None, Field(examples=["my-account"])]
 Prompt = Annotated[str | None, Field(examples=["Turn it into a loose watercolour"])]
 StyleNames = Annotated[str | list[str] | None, Field(examples=[["watercolour", "my-styles.yaml"]])]
 
-BLOCK = "block:"
-_SLUGS = ("local-file-system", "remote-file-system", "s3-bucket")
+_BLOCK_PREFIX = "block:"
+_OUTPUT_BLOCK_TYPES = ("local-file-system", "remote-file-system", "s3-bucket")
 
 
-def _valid_output(value: Any) -> Any:
+def _validate_output(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, str | OutputFolder) or _has_place(value):
+    if isinstance(value, str | OutputFolder) or _has_location(value):
         return value
     raise ValueError(
-        "An output is a path, an fsspec URL, `block:` with the reference of a storage Block, or "
-        f"such a Block, not {type(value).__name__}."
+        "An output must be a path, an fsspec URL, `block:` and the reference of a storage Block, "
+        f"or such a Block, not {type(value).__name__}."
     )
 
 
-def _valid_options(value: Any) -> Any:
-    if value is None or isinstance(value, dict) or _has_keys(value):
+def _validate_options(value: Any) -> Any:
+    if value is None or isinstance(value, dict) or _has_credentials(value):
         return value
-    if isinstance(value, str) and value.startswith(BLOCK):
+    if isinstance(value, str) and value.startswith(_BLOCK_PREFIX):
         return value
     raise ValueError(
-        "Storage options are a dict, `block:aws-credentials/` with the name of a saved Block, or "
-        f"such a Block, not {type(value).__name__}."
+        "Storage options must be a dict, `block:aws-credentials/` and the name of a saved Block, "
+        f"or such a Block, not {type(value).__name__}."
     )
 
 
 Output = Annotated[
     Any,
-    BeforeValidator(_valid_output),
+    BeforeValidator(_validate_output),
     WithJsonSchema(
         {
             "anyOf": [{"type": "string"}, {"type": "object"}],
@@ -62,43 +57,43 @@ Output = Annotated[
         }
     ),
 ]
-"""The parameter of a flow that takes an output: text, or an object by which Prefect refers to a
-Block."""
+"""The output parameter of a flow: text, or the object by which Prefect refers to a Block."""
 
 StorageOptions = Annotated[
     Any,
-    BeforeValidator(_valid_options),
+    BeforeValidator(_validate_options),
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}),
 ]
-"""The parameter of a flow that takes a filesystem's options; a form offers an object or text."""
+"""The parameter of a flow for the options of a filesystem: an object or text in the form."""
 
 
 async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:
-    """The folder that a flow's parameters mean, as they were given or as Prefect keeps them.
+    """Open the folder that the parameters of a flow name.
 
     Args:
-        output: A path or URL, `block:` with a reference, a Block, or Prefect's own reference to
+        output: A path or URL, `block:` and a reference, a Block, or Prefect's own reference to
             one (`{"$ref": …}`).
-        storage_options: What the filesystem needs to know, or the AWS credentials Block that says
-            it, over what the output's Block says. None leaves the environment's for a path or URL.
+        storage_options: Options of the filesystem, or an AWS credentials Block. They take
+            precedence over those of an output Block. None uses those of the environment for a
+            path or URL.
 
     Raises:
-        ConfigurationError: There is no such Block, or none that has a place, or the filesystem
+        ConfigurationError: The Block does not exist or names no location, or the filesystem
             cannot be used.
     """
     if isinstance(output, OutputFolder):
         return output
-    options = await _options(storage_options)
-    block = await _block(output)
+    options = await _load_options(storage_options)
+    block = await _load_block(output)
     if block is not None:
-        url, told = _place(block)
-        return OutputFolder(url, told | options)
+        url, block_options = _read_location(block)
+        return OutputFolder(url, block_options | options)
     if not isinstance(output, str | os.PathLike):
-        raise ConfigurationError(f"An output of type {type(output).__name__} is not kept as such.")
+        raise ConfigurationError(f"Unsupported output type: {type(output).__name__}.")
     if _may_be_reference(os.fspath(output)):
         raise ConfigurationError(
-            f"The output {output!r} may be a Block or a folder: write {BLOCK}{output} for the "
-            f"Block, ./{output} for a new folder."
+            f"The output {output!r} may be a Block or a folder: write {_BLOCK_PREFIX}{output} for "
+            f"the Block, ./{output} for a new folder."
         )
     if storage_options is None:
         options = FluxKontextSettings().fsspec_options()
@@ -106,103 +101,105 @@ async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:
 
 
 def _may_be_reference(text: str) -> bool:
-    return text.partition("/")[0] in _SLUGS and not Path(text).exists()
+    return text.partition("/")[0] in _OUTPUT_BLOCK_TYPES and not Path(text).exists()
 
 
-async def _block(value: Any) -> Block | None:
-    """The Block that is meant, if one is."""
+async def _load_block(value: Any) -> Block | None:
+    """Return the Block that a parameter is or refers to, or None."""
     if isinstance(value, Block):
         return value
     try:
         if isinstance(value, dict) and "$ref" in value:
             return await Block.aload_from_ref(value["$ref"])
-        if isinstance(value, str) and value.startswith(BLOCK):
-            return await Block.aload(value.removeprefix(BLOCK))
-    # Prefect's RuntimeError: it was saved with fields that are not valid any more. KeyError: what
-    # knows Blocks of its type is not installed.
+        if isinstance(value, str) and value.startswith(_BLOCK_PREFIX):
+            return await Block.aload(value.removeprefix(_BLOCK_PREFIX))
+    # Prefect raises RuntimeError if the saved fields are not valid any more, and KeyError if the
+    # package that defines the type of the Block is not installed.
     except (ValueError, RuntimeError, KeyError) as error:
         raise ConfigurationError(f"The Block {value} cannot be loaded: {error}") from None
     return None
 
 
-async def _options(value: Any) -> dict[str, Any]:
-    block = await _block(value)
+async def _load_options(value: Any) -> dict[str, Any]:
+    block = await _load_block(value)
     if block is not None:
-        if not _has_keys(block):
+        if not _has_credentials(block):
             raise ConfigurationError(
-                f"The Block {type(block).__name__} has no keys for a store. To store to it, give "
-                "it as the output."
+                f"The Block {type(block).__name__} has no keys for a store. To store images in "
+                "it, give it as the output."
             )
-        return _s3_options(block)
+        return _build_s3_options(block)
     return dict(value or {})
 
 
-def _has_place(block: Any) -> bool:
+def _has_location(block: Any) -> bool:
     return isinstance(block, Block) and (
         hasattr(block, "bucket_name") or hasattr(block, "basepath")
     )
 
 
-def _has_keys(block: Any) -> bool:
+def _has_credentials(block: Any) -> bool:
     return isinstance(block, Block) and hasattr(block, "aws_client_parameters")
 
 
-def _place(block: Any) -> tuple[str, dict[str, Any]]:
-    """The URL and storage options of a Block that has a place."""
+def _read_location(block: Any) -> tuple[str, dict[str, Any]]:
+    """Return the URL and storage options of a storage Block."""
     if hasattr(block, "bucket_name"):  # prefect-aws: S3Bucket
         folder = getattr(block, "bucket_folder", "").strip("/")
-        return f"s3://{block.bucket_name}/{folder}".rstrip("/"), _s3_options(block.credentials)
+        return f"s3://{block.bucket_name}/{folder}".rstrip("/"), _build_s3_options(
+            block.credentials
+        )
     if hasattr(block, "settings"):  # Prefect: RemoteFileSystem
         return str(block.basepath), dict(block.settings)
     if hasattr(block, "basepath"):  # Prefect: LocalFileSystem
         return str(Path(block.basepath or ".").expanduser()), {}
     raise ConfigurationError(
-        f"The Block {type(block).__name__} has no place to store to. An output may be a "
-        "RemoteFileSystem, a LocalFileSystem or an S3Bucket."
+        f"The Block {type(block).__name__} has no location to store images in. Give a "
+        "RemoteFileSystem, a LocalFileSystem or an S3Bucket as the output."
     )
 
 
-def _s3_options(credentials: Any) -> dict[str, Any]:
-    """What s3fs needs, from prefect-aws' AwsCredentials or MinIOCredentials.
+def _build_s3_options(credentials: Any) -> dict[str, Any]:
+    """Build the options of s3fs from an AwsCredentials or MinIOCredentials Block of prefect-aws.
 
     Raises:
-        ConfigurationError: They name a role to assume, which s3fs does not do.
+        ConfigurationError: The Block names a role to assume, which s3fs does not support.
     """
     if getattr(credentials, "assume_role_arn", None):
         raise ConfigurationError(
             "These credentials assume a role, whose keys expire in the middle of a batch. Name a "
-            "profile that assumes it instead: botocore then renews them."
+            "profile that assumes the role instead: botocore then renews the keys."
         )
     client = credentials.aws_client_parameters
     options = {
-        "key": _first(credentials, "aws_access_key_id", "minio_root_user"),
-        "secret": _first(credentials, "aws_secret_access_key", "minio_root_password"),
-        "token": _first(credentials, "aws_session_token"),
-        "profile": _first(credentials, "profile_name"),
+        "key": _get_first(credentials, "aws_access_key_id", "minio_root_user"),
+        "secret": _get_first(credentials, "aws_secret_access_key", "minio_root_password"),
+        "token": _get_first(credentials, "aws_session_token"),
+        "profile": _get_first(credentials, "profile_name"),
         "endpoint_url": client.endpoint_url,
         "use_ssl": None if client.use_ssl else False,
         "config_kwargs": client.config,
-        "client_kwargs": _given(
+        "client_kwargs": _drop_empty(
             {
                 "region_name": credentials.region_name,
-                "verify": _verified(client),
+                "verify": _get_verification(client),
                 "api_version": client.api_version,
             }
         ),
     }
-    return _given(options)
+    return _drop_empty(options)
 
 
-def _verified(client: Any) -> Any:
+def _get_verification(client: Any) -> Any:
     path = client.verify_cert_path
     return client.verify if path is None else str(path)
 
 
-def _first(credentials: Any, *names: str) -> Any:
+def _get_first(credentials: Any, *names: str) -> Any:
     found = (getattr(credentials, name) for name in names if hasattr(credentials, name))
     value: Any = next(found, None)
     return value.get_secret_value() if hasattr(value, "get_secret_value") else value
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_empty(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, {})}

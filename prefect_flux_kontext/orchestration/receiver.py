@@ -1,4 +1,4 @@
-"""A receiver that tells Prefect when a batch's results are there, and resumes what waits."""
+"""Resuming suspended flow runs from a callback receiver, once all results are ready."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def resume_on_completion(output: OutputFolder, inbox: Inbox) -> AsyncIterator[None]:
-    """While the block runs, resume what is suspended for an output once all was called back.
+    """Resume the flow runs that wait for an output, once callbacks for all its rows have arrived.
 
-    Before that, the event `flux-kontext.results.ready` is emitted, once for the same rows. No
-    callback waits for any of it, and while Prefect's API is away it is tried again and again.
+    Before that, emit the event `flux-kontext.results.ready`, once for the same rows. Callbacks do
+    not wait for this, and failed requests to Prefect's API are repeated.
 
     Example:
         ```python
         @asynccontextmanager
         async def lifespan(app):
-            async with resuming(OutputFolder("s3://shop/restyled"), inbox):
+            async with resume_on_completion(OutputFolder("s3://shop/restyled"), inbox):
                 yield
 
         app = FastAPI(lifespan=lifespan)
@@ -42,23 +42,23 @@ async def resume_on_completion(output: OutputFolder, inbox: Inbox) -> AsyncItera
         ```
 
     Args:
-        output: The batch's output.
-        inbox: The receiver's.
+        output: The output of the batch.
+        inbox: The inbox of the receiver.
 
     Raises:
         ConfigurationError: PREFECT_API_URL is not set.
     """
     events.require_api_url()
-    told: frozenset[Attempt] = frozenset()
+    announced: frozenset[Attempt] = frozenset()
 
-    async def ready(rows: frozenset[Attempt]) -> bool:
-        nonlocal told
+    async def announce_and_resume(rows: frozenset[Attempt]) -> bool:
+        nonlocal announced
         try:
-            if rows != told:
+            if rows != announced:
                 payload = {"output": str(output), "rows": len(rows)}
                 await events.emit_and_flush(events.RESULTS_READY, str(output), payload)
-                told = rows
-                logger.info("All %d results of %s were called back.", len(rows), output)
+                announced = rows
+                logger.info("Callbacks for all %d results of %s have arrived.", len(rows), output)
             resumed = await resume_suspended(output)
         except Exception as error:
             raise FluxKontextError(f"Prefect: {type(error).__name__}: {error}") from error
@@ -66,9 +66,9 @@ async def resume_on_completion(output: OutputFolder, inbox: Inbox) -> AsyncItera
             logger.info("Resumed flow run %s.", flow_run_id)
         return bool(resumed)
 
-    awaited = CompletionMonitor(open_ledger_store(output), inbox, ready)
-    inbox.on_kept = awaited.kept
-    watching = asyncio.create_task(awaited.watch())
+    monitor = CompletionMonitor(open_ledger_store(output), inbox, announce_and_resume)
+    inbox.on_kept = monitor.kept
+    watching = asyncio.create_task(monitor.watch())
     try:
         yield
     finally:

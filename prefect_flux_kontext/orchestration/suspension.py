@@ -1,6 +1,7 @@
-"""Waiting without a process: a flow run is suspended once its rows are submitted, and resumed.
+"""Suspending a flow run once its rows are submitted, and resuming it once results are ready.
 
-A resumed run starts at its top again, in a process of its own; the ledger makes that free.
+A suspended flow run holds no process. A resumed one starts from the top in a new process; the
+ledger knows which rows are paid for, so the run pays for none of them again.
 """
 
 from __future__ import annotations
@@ -31,93 +32,96 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-_KEY = "submitted"
-_PAGE = 200
+_SUSPENSION_KEY = "submitted"
+"""Prefect suspends a flow run once for each key, and records the keys in the flow run."""
+
+_PAGE_SIZE = 200
+"""The most flow runs that Prefect's API returns in one response by default."""
 
 
 def check_can_suspend() -> None:
-    """Find out before anything is paid whether the present flow run can be suspended.
+    """Check that the current flow run can be suspended, before anything is paid.
 
     Raises:
         ConfigurationError: It cannot; the message says why.
     """
-    run = _present_run()
-    why = None
+    run = _get_current_run()
+    reason = None
     if run is None or run.deployment_id is None:
-        why = "this flow run has no deployment, and only a deployment's run can be started again"
+        reason = "this flow run has no deployment, without which Prefect cannot start it again"
     elif run.parent_task_run_id is not None:
-        why = "this flow run is a subflow, and Prefect suspends no subflows"
-    if why:
+        reason = "this flow run is a subflow, which Prefect cannot suspend"
+    if reason:
         raise ConfigurationError(
-            f'wait="suspend" cannot work here: {why}. Nothing was submitted. Use wait="poll", or '
-            'wait="collect" and a deployment of collect_batch.'
+            f'wait="suspend" is not possible: {reason}. Nothing was submitted. Use wait="poll", '
+            'or wait="collect" and a deployment of collect_batch.'
         )
 
 
 def was_resumed() -> bool:
-    """Whether the present flow run was suspended once its rows were submitted."""
-    run = _present_run()
-    return run is not None and _KEY in (run.empirical_policy.pause_keys or ())
+    """Whether the current flow run was suspended after its rows were submitted."""
+    run = _get_current_run()
+    return run is not None and _SUSPENSION_KEY in (run.empirical_policy.pause_keys or ())
 
 
 async def suspend() -> None:
-    """End this process; the flow run goes on, from its top, when somebody resumes it."""
-    await asuspend_flow_run(key=_KEY)
+    """Suspend the current flow run and end its process. Once resumed, it starts from the top."""
+    await asuspend_flow_run(key=_SUSPENSION_KEY)
 
 
 async def resume_suspended(output: OutputFolder) -> list[UUID]:
-    """Resume the flow runs that wait for an output's results, and return their ids.
+    """Resume the flow runs that are suspended for an output, and return their ids.
 
     Args:
-        output: The batch's output.
+        output: The output of the batch.
     """
     resumed = []
-    for run in await _suspended():
-        if await _output_of(run) == str(output):
-            with contextlib.suppress(NotPausedError):  # somebody else was quicker
+    for run in await _read_suspended():
+        if await _read_output(run) == str(output):
+            with contextlib.suppress(NotPausedError):  # another process has resumed it
                 await aresume_flow_run(run.id)
                 resumed.append(run.id)
     return resumed
 
 
-async def _suspended() -> list[FlowRun]:
-    runs: list[FlowRun] = []
-    wanted = FlowRunFilter(
-        state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
-    )
-    async with get_client() as client:
-        while True:
-            page = await client.read_flow_runs(
-                flow_run_filter=wanted, limit=_PAGE, offset=len(runs)
-            )
-            runs += page
-            if len(page) < _PAGE:
-                return runs
-
-
-async def _output_of(run: FlowRun) -> str | None:
-    given = run.parameters
-    try:
-        return str(await open_output(given["output"], given.get("storage_options")))
-    except (KeyError, TypeError, ConfigurationError):
-        return None  # a flow of somebody else's
-
-
-def _present_run() -> FlowRun | None:
-    context = FlowRunContext.get()
-    return context.flow_run if context else None
-
-
 async def log_outstanding(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
-    """After a cancellation, log what the ledger says is paid for and not stored."""
-    given = flow_run.parameters
-    output = await open_output(given["output"], given.get("storage_options"))
+    """Log what is paid for and not stored according to the ledger, after a cancellation."""
+    parameters = flow_run.parameters
+    output = await open_output(parameters["output"], parameters.get("storage_options"))
     status = await read_ledger_status(open_ledger_store(output))
     get_logger("prefect_flux_kontext").warning(
-        "%s was cancelled. Paid for and not stored: %d rows; maybe paid for: %d. To collect them: "
-        "flux-kontext collect %s",
+        "%s was cancelled. Outstanding rows, paid for and not stored: %d. Unknown rows, which may "
+        "be paid for: %d. Collect them: flux-kontext collect %s",
         flow_run.name,
         len(status.outstanding),
         len(status.unknown),
         output,
     )
+
+
+async def _read_suspended() -> list[FlowRun]:
+    runs: list[FlowRun] = []
+    suspended = FlowRunFilter(
+        state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Suspended"]))
+    )
+    async with get_client() as client:
+        while True:
+            page = await client.read_flow_runs(
+                flow_run_filter=suspended, limit=_PAGE_SIZE, offset=len(runs)
+            )
+            runs += page
+            if len(page) < _PAGE_SIZE:
+                return runs
+
+
+async def _read_output(run: FlowRun) -> str | None:
+    parameters = run.parameters
+    try:
+        return str(await open_output(parameters["output"], parameters.get("storage_options")))
+    except (KeyError, TypeError, ConfigurationError):
+        return None  # not one of our flows
+
+
+def _get_current_run() -> FlowRun | None:
+    context = FlowRunContext.get()
+    return context.flow_run if context else None

@@ -1,4 +1,4 @@
-"""The examples as a newcomer runs them: from their README, in a shell, against the playground."""
+"""Running the commands of the examples' README in a shell, against the playground."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(r"^\$ (.+)$", (ROOT / "examples" / "README.md").read_text(), re.MULTILINE)
-"""All that the README has a reader type."""
+"""All commands in the README."""
 
-_PATIENCE = 60
+_TIMEOUT_SECONDS = 60
 
 
-def until(true, what):
-    """Wait for a condition, and return what it came to."""
-    deadline = time.monotonic() + _PATIENCE
-    while not (found := true()):
+def wait_until(condition, what):
+    """Wait for a condition to be true, and return its value."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"still waiting for {what}"
         time.sleep(0.1)
     return found
@@ -34,7 +34,7 @@ class Playground:
 
     Attributes:
         folder: Where the commands are run.
-        names: What `playground/environment` sets.
+        variables: The variables that `playground/environment` sets.
         bucket: The filesystem of the playground's S3.
     """
 
@@ -43,7 +43,7 @@ class Playground:
         home = folder / "home"
         home.mkdir()
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._outside = {
+        self._environment = {
             "PATH": path,
             "HOME": str(home),
             "PYTHONPATH": str(ROOT),
@@ -51,24 +51,24 @@ class Playground:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def look_around(self):
-        """Read what the playground has said of itself."""
+    def read_environment(self):
+        """Read `playground/environment`, and connect to the bucket."""
         text = (self.folder / "playground" / "environment").read_text()
-        self.names = dict(re.findall(r"^export (\w+)='(.*)'$", text, re.MULTILINE))
+        self.variables = dict(re.findall(r"^export (\w+)='(.*)'$", text, re.MULTILINE))
         options = {
-            name: self.names[f"FSSPEC_S3_{name.upper()}"]
+            name: self.variables[f"FSSPEC_S3_{name.upper()}"]
             for name in ("endpoint_url", "key", "secret")
         }
         self.bucket = fsspec.filesystem("s3", use_listings_cache=False, **options)
 
-    def ran(self, command):
-        """What a command of the README prints, which ends well."""
+    def run(self, command):
+        """Run a command of the README that succeeds, and return its output."""
         assert command in COMMANDS
         shell = f". playground/environment && exec {command}"
         done = subprocess.run(
             ["/bin/sh", "-c", shell],
             cwd=self.folder,
-            env=self._outside,
+            env=self._environment,
             capture_output=True,
             text=True,
             check=False,
@@ -77,60 +77,66 @@ class Playground:
         return done.stdout
 
     @contextlib.contextmanager
-    def running(self, command, until_it_says):
-        """Run a command of the README, once it has said something, until Ctrl-C ends it."""
+    def running(self, command, ready_text):
+        """Run a command of the README, yield once it prints a text, and end it with Ctrl-C."""
         assert command in COMMANDS
-        known = (self.folder / "playground" / "environment").exists()
+        has_environment = (self.folder / "playground" / "environment").exists()
         log = self.folder / f"{command.split()[1].replace('/', '-')}.log"
-        with log.open("wb") as printed:
+        with log.open("wb") as output:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", ". playground/environment && " * known + f"exec {command}"],
+                [
+                    "/bin/sh",
+                    "-c",
+                    ". playground/environment && " * has_environment + f"exec {command}",
+                ],
                 cwd=self.folder,
-                env=self._outside,
-                stdout=printed,
+                env=self._environment,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             try:
-                until(
-                    lambda: until_it_says in log.read_text() or process.poll() is not None, command
+                wait_until(
+                    lambda: ready_text in log.read_text() or process.poll() is not None, command
                 )
                 assert process.poll() is None, log.read_text()
                 yield
             finally:
                 process.send_signal(signal.SIGINT)
                 try:
-                    process.wait(_PATIENCE)
+                    process.wait(_TIMEOUT_SECONDS)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             assert process.returncode == 0, log.read_text()
 
-    def accepted(self):
-        """How many tasks the sandbox has billed."""
-        bill = httpx.get(f"{self.names['FLUX_KONTEXT_BASE_URL']}/sandbox/bill", trust_env=False)
+    def count_billed(self):
+        """Return how many tasks the sandbox has billed."""
+        bill = httpx.get(
+            f"{self.variables['FLUX_KONTEXT_BASE_URL']}/sandbox/bill", trust_env=False
+        )
         return bill.json()["accepted"]
 
-    def ask_prefect(self, path, asked=None):
-        """What Prefect's API says."""
-        url = f"{self.names['PREFECT_API_URL']}{path}"
+    def ask_prefect(self, path, body=None):
+        """Return a response of Prefect's API."""
+        url = f"{self.variables['PREFECT_API_URL']}{path}"
         reply = httpx.request(
-            "GET" if asked is None else "POST", url, json=asked, trust_env=False, timeout=30
+            "GET" if body is None else "POST", url, json=body, trust_env=False, timeout=30
         )
         return reply.raise_for_status().json()
 
-    def stored(self, prefix):
-        """The images of an output in the bucket, below the prefix."""
-        place = f"shop/{prefix}/"
-        names = (path.removeprefix(place) for path in self.bucket.find(place))
+    def list_images(self, prefix):
+        """Return the names of the images below a prefix of the bucket."""
+        folder = f"shop/{prefix}/"
+        names = (path.removeprefix(folder) for path in self.bucket.find(folder))
         return {name for name in names if name.endswith((".jpg", ".png")) and name[0] != "_"}
 
 
 @contextlib.contextmanager
 def playground(folder):
-    """The playground, as its command starts and Ctrl-C stops it."""
+    """Run the playground with its own command, and stop it with Ctrl-C."""
     shutil.copytree(ROOT / "examples", folder / "examples")
     place = Playground(folder)
-    with place.running("python examples/playground.py", "Ctrl-C stops all of it."):
-        place.look_around()
+    with place.running("python examples/playground.py", "Press Ctrl-C to stop."):
+        place.read_environment()
         yield place

@@ -1,4 +1,4 @@
-"""Each example, run by the commands of its README: what it has stored, what it has cost."""
+"""Each example, run with the commands of the README: what it stores and what it costs."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from prefect_flux_kontext.images.decode import inspect_image
-from tests.examples.playground import COMMANDS, ROOT, playground, until
+from tests.examples.playground import COMMANDS, ROOT, playground, wait_until
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -21,21 +21,21 @@ def place(tmp_path_factory):
         yield place
 
 
-def command(of):
-    """The one command of the README that names this."""
-    (found,) = [line for line in COMMANDS if of in line]
+def command(text):
+    """Return the one command of the README that contains a text."""
+    (found,) = [line for line in COMMANDS if text in line]
     return found
 
 
-def test_a_catalogue_is_in_the_bucket_in_three_styles_by_names_of_its_own(place):
-    before = place.accepted()
-    told = place.ran(command("catalogue.py"))
-    assert "9 of 9 rows stored; $0.27 spent" in told
+def test_catalogue_is_stored_in_three_styles_with_its_own_names(place):
+    before = place.count_billed()
+    output = place.run(command("catalogue.py"))
+    assert "9 of 9 rows stored; $0.27 spent" in output
     products = {"kitchen/MUG-01", "models/MOTO-750", "models/RKT-5"}
     wanted = {f"{name}-{style}.jpg" for name in products for style in STYLES}
-    assert place.stored("restyled") == wanted
+    assert place.list_images("restyled") == wanted
     for name in wanted:
-        assert f"s3://shop/restyled/{name}\n" in told
+        assert f"s3://shop/restyled/{name}\n" in output
         assert inspect_image(place.bucket.cat(f"shop/restyled/{name}")).format == "jpeg"
     rows = [
         json.loads(row) for row in place.bucket.cat("shop/restyled/results.jsonl").splitlines()
@@ -46,37 +46,37 @@ def test_a_catalogue_is_in_the_bucket_in_three_styles_by_names_of_its_own(place)
     )
     assert studio["category"] == "models"
     assert studio["references"] == ["s3://shop/photos/rocket.jpg"]
-    assert place.accepted() - before == 9
+    assert place.count_billed() - before == 9
 
 
-def test_a_night_is_scheduled_and_the_second_pays_only_for_the_picture_that_is_new(place):
-    before = place.accepted()
+def test_second_night_pays_only_for_the_new_image(place):
+    before = place.count_billed()
     with place.running(command("nightly.py"), SERVED):
         deployment = place.ask_prefect("/deployments/name/style-transfer-batch/nightly")
         (schedule,) = deployment["schedules"]
         assert schedule["active"]
         assert schedule["schedule"]["cron"] == "0 2 * * *"
-        assert "Completed" in place.ran(NIGHT)
+        assert "Completed" in place.run(NIGHT)
         first = {"astronaut/watercolour.jpg", "cat/watercolour.jpg"}
-        assert place.stored("nightly") == first
-        assert place.accepted() - before == 2
-        place.ran(command("filesystem('s3').copy"))
-        assert "Completed" in place.ran(NIGHT)
-    assert place.stored("nightly") == first | {"rocket/watercolour.jpg"}
-    assert place.accepted() - before == 3
+        assert place.list_images("nightly") == first
+        assert place.count_billed() - before == 2
+        place.run(command("filesystem('s3').copy"))
+        assert "Completed" in place.run(NIGHT)
+    assert place.list_images("nightly") == first | {"rocket/watercolour.jpg"}
+    assert place.count_billed() - before == 3
 
 
-def test_an_upload_that_is_announced_starts_the_flow_that_restyles_it(place):
-    before = place.accepted()
-    asked = {"deployments": {"name": {"any_": ["on-upload"]}}}
+def test_announced_upload_starts_the_flow(place):
+    before = place.count_billed()
+    body = {"deployments": {"name": {"any_": ["on-upload"]}}}
 
-    def ended():
-        runs = place.ask_prefect("/flow_runs/filter", asked)
+    def find_ended():
+        runs = place.ask_prefect("/flow_runs/filter", body)
         return runs if runs and runs[0]["state"]["type"] in ("COMPLETED", "FAILED") else None
 
     with place.running(command("restyle_uploads.py"), SERVED):
-        assert "Announced s3://shop/orders/summer.csv" in place.ran(command("upload.py"))
-        (run,) = until(ended, "the flow run of the upload")
+        assert "Announced s3://shop/orders/summer.csv" in place.run(command("upload.py"))
+        (run,) = wait_until(find_ended, "the flow run of the upload")
     assert run["state"]["type"] == "COMPLETED"
     assert run["created_by"]["type"] == "AUTOMATION"
     assert run["parameters"] == {
@@ -85,34 +85,34 @@ def test_an_upload_that_is_announced_starts_the_flow_that_restyles_it(place):
         "prompt": "in the light of a summer evening",
         "budget_usd": 20,
     }
-    assert place.stored("delivered/summer") == {"1.jpg", "2.jpg"}
-    assert place.accepted() - before == 2
+    assert place.list_images("delivered/summer") == {"1.jpg", "2.jpg"}
+    assert place.count_billed() - before == 2
 
 
-def test_a_wish_against_the_content_rules_takes_the_branch_and_the_others_do_not(place):
-    before = place.accepted()
-    told = place.ran(command("postcards.py"))
+def test_only_the_rejected_wish_takes_the_branch(place):
+    before = place.count_billed()
+    output = place.run(command("postcards.py"))
     pictures = {}
     for guest in ("room-101", "room-102", "room-103"):
         path = place.folder / "postcards" / f"{guest}.png"
-        assert f"{guest}  {path.as_uri()}" in told
+        assert f"{guest}  {path.as_uri()}" in output
         with Image.open(path) as picture:
             assert picture.format == "PNG"
             assert picture.width * 3 == picture.height * 4
             pictures[guest] = picture.tobytes()
     assert len(set(pictures.values())) == 3
-    # Three wishes, one of them refused, and the motif of the house in its place.
-    assert place.accepted() - before == 4
-    asked = {"artifacts": {"key": {"any_": ["wishes-to-read"]}}}
-    (artifact,) = place.ask_prefect("/artifacts/filter", asked)
+    # Three wishes, of which one is rejected, and the motif in its place.
+    assert place.count_billed() - before == 4
+    body = {"artifacts": {"key": {"any_": ["wishes-to-review"]}}}
+    (artifact,) = place.ask_prefect("/artifacts/filter", body)
     (wish,) = json.loads(artifact["data"])
     assert wish["guest"] == "room-102"
-    assert "content rules" in wish["said"]
+    assert "content rules" in wish["message"]
 
 
-def test_posters_are_made_of_text_alone_each_as_its_line_asks(place):
-    before = place.accepted()
-    assert "3 of 3 rows stored; $0.09 spent" in place.ran(command("posters.py"))
+def test_posters_follow_the_fields_of_their_lines(place):
+    before = place.count_billed()
+    assert "3 of 3 rows stored; $0.09 spent" in place.run(command("posters.py"))
     posters = place.folder / "posters"
     shapes = {}
     for name in ("autumn/tempest.png", "autumn/birds.png", "spring/seagull.jpg"):
@@ -131,10 +131,10 @@ def test_posters_are_made_of_text_alone_each_as_its_line_asks(place):
     assert "in white and cobalt" in prompts["birds"]
     assert "in two flat colours" in prompts["tempest"]
     assert (posters / "gallery.html").exists()
-    assert place.accepted() - before == 3
+    assert place.count_billed() - before == 3
 
 
-def test_the_readme_says_how_each_example_is_run():
-    folder = {path.parent.name for path in ROOT.glob("examples/*/*.py")}
+def test_readme_runs_every_example():
+    folders = {path.parent.name for path in ROOT.glob("examples/*/*.py")}
     named = {line.split("/")[1] for line in COMMANDS if line.startswith("python examples/")}
-    assert named == folder | {"playground.py"}
+    assert named == folders | {"playground.py"}

@@ -1,4 +1,4 @@
-"""One real Prefect server for all tests here, and a sandbox for each."""
+"""A real Prefect server for all tests of this folder, and a sandbox for each test."""
 
 import gc
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ QUICK = PollingCadence(initial_delay=0, interval=0.05, timeout=60)
 
 @dataclass(frozen=True)
 class PrefectApi:
-    """The server of the tests.
+    """The Prefect server of the tests.
 
     Attributes:
-        home: Its folder, with the database in it.
-        environment: What a process needs to talk to it.
+        home: Its folder, which contains the database.
+        environment: The variables with which a process connects to it.
     """
 
     home: Path
@@ -38,7 +38,7 @@ async def _drain():
     await EventsWorker.drain_all()
 
 
-def tell_prefect_everything():
+def flush_to_prefect():
     """Wait until all logs and events of this process have reached the server."""
     run_coro_as_sync(_drain())
 
@@ -49,19 +49,19 @@ def prefect_api(tmp_path_factory):
     with (
         prefect_server(home) as server,
         temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}),
-        # Threads that copied their context earlier see it too, as in Prefect's own harness.
+        # For threads that copied their context earlier, as in Prefect's own test harness.
         _temporary_global_settings_context(get_settings_context()),
     ):
         yield PrefectApi(home, server.environment)
-        # Before the server stops: what is left over would be tried again for a minute.
-        tell_prefect_everything()
+        # Logs and events left over after the server has stopped are retried for a minute.
+        flush_to_prefect()
 
 
 def leave_sockets_to_prefect(items, folder):
-    """Let the tests of a folder pass though Prefect's engine leaves its connection behind.
+    """Ignore the connections that Prefect's engine leaves open, in the tests of a folder.
 
-    It is left to the garbage collector when a loop ends. Only where Prefect is used, so that a
-    socket we leak elsewhere is still an error.
+    It leaves them to the garbage collector when a loop ends. In other folders, a leaked socket is
+    still an error.
     """
     mark = pytest.mark.filterwarnings(
         r"ignore:Exception ignored in. <(socket\.socket|function _SelectorTransport\.__del__)"
@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _use_the_server(prefect_api):
-    """Every test here talks to the one server, and leaves no garbage for others to warn of."""
+    """Use the server in every test, and collect garbage, of which later tests would warn."""
     yield
     gc.collect()
 
@@ -106,6 +106,6 @@ def account_in_environment(sandbox, monkeypatch):
 
 @pytest.fixture
 def reference(sandbox):
-    """The URL of a picture that the sandbox serves."""
+    """The URL of an image that the sandbox serves."""
     name = min(path.name for path in PHOTOS.iterdir() if path.suffix == ".jpg")
     return f"{sandbox.url}/references/{name}"

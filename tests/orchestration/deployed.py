@@ -1,4 +1,4 @@
-"""Deployed flow runs: a worker that runs them, and their states."""
+"""Workers for deployed flow runs, and the states of these runs."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from prefect import get_client
 
 @contextmanager
 def running_worker(pool, folder, environment, *options):
-    """A worker of a pool, in a folder, for as long as the block runs; logs to `worker.log`."""
+    """Run a worker of a pool in a folder while the block runs; it logs to `worker.log`."""
     with (folder / "worker.log").open("ab") as log:
         worker = subprocess.Popen(
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, *options],
@@ -33,8 +33,8 @@ def running_worker(pool, folder, environment, *options):
                 worker.wait()
 
 
-async def run_once(run_id, *names):
-    """A run once it is in a state of one of the names."""
+async def wait_for_state(run_id, *names):
+    """Wait until a flow run is in a state of one of the names, and return the run."""
     async with get_client() as client:
         for _ in range(1_800):
             run = await client.read_flow_run(run_id)
@@ -45,6 +45,6 @@ async def run_once(run_id, *names):
     raise AssertionError(f"still {run.state_name}")
 
 
-async def state_names(run_id):
+async def read_state_names(run_id):
     async with get_client() as client:
         return [state.name for state in await client.read_flow_run_states(run_id)]

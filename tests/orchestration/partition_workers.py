@@ -1,4 +1,4 @@
-"""Two workers that run the partitions of batches, and the flow runs that they run."""
+"""Workers that run the partitions of batches, and the flow runs that they run."""
 
 import asyncio
 from collections import Counter
@@ -28,49 +28,50 @@ async def deploy(name, *, pool):
     await flow.deploy(name, work_pool_name=pool, print_next_steps=False)
 
 
-class Place:
-    """Two workers that run partitions, one at a time each, and the service."""
+class PartitionWorkers:
+    """Workers that run one partition at a time each, and the sandbox."""
 
     def __init__(self, folder, environment, sandbox, stack):
         self.sandbox = sandbox
-        self.workers = {}
+        self.processes = {}
         self._start = lambda: stack.enter_context(
             running_worker("partitions", folder, environment, "--limit", "1")
         )
 
     def start_worker(self):
         worker = self._start()
-        self.workers[worker.pid] = worker
+        self.processes[worker.pid] = worker
 
-    def accepted(self, *, words=""):
-        """How often each prompt with the words was paid for."""
+    def count_paid(self, *, text=""):
+        """Return how often each prompt that contains a text was paid for."""
         tasks = self.sandbox.service.records()
         prompts = (task["prompt"] for task in tasks)
-        return Counter(prompt for prompt in prompts if words in prompt)
+        return Counter(prompt for prompt in prompts if text in prompt)
 
 
-async def runs_named(words):
+async def find_runs(text):
+    """Return the flow runs whose name contains a text."""
     async with get_client() as client:
-        named = FlowRunFilter(name=FlowRunFilterName(like_=words))
+        named = FlowRunFilter(name=FlowRunFilterName(like_=text))
         return await client.read_flow_runs(flow_run_filter=named, limit=50)
 
 
-async def until(condition):
+async def wait_until(condition):
     async with asyncio.timeout(300):
-        while not condition():  # noqa: ASYNC110 - it comes about in another process
+        while not condition():  # noqa: ASYNC110 - another process makes it true
             await anyio.sleep(0.05)
 
 
-async def process_of(words):
-    """The flow run with the words in its name, and its process, once its worker has told it."""
+async def find_process(text):
+    """Return the flow run whose name contains a text, and the id of its process."""
     async with asyncio.timeout(300):
         while True:
-            (run,) = await runs_named(words)
+            (run,) = await find_runs(text)
             if run.infrastructure_pid:
                 return run, int(run.infrastructure_pid.rpartition(":")[2])
             await anyio.sleep(0.05)
 
 
-def parent_of(process):
+def read_parent(process):
     stat = Path(f"/proc/{process}/stat").read_text()
     return int(stat.rpartition(")")[2].split()[1])

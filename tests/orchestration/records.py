@@ -1,10 +1,10 @@
-"""What the Prefect server has recorded of a flow run, once everything has reached it."""
+"""Reading the events, artifacts and logs of a flow run from the Prefect server."""
 
 import anyio
 from prefect import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
-from tests.orchestration.conftest import tell_prefect_everything
+from tests.orchestration.conftest import flush_to_prefect
 
 OURS = ("flux-kontext.", "prefect.asset.")
 
@@ -16,8 +16,8 @@ async def post(path, body):
         return reply.json()
 
 
-async def all_events(flow_run_id):
-    """The events about a flow run, or in its context, the oldest first."""
+async def read_all_events(flow_run_id):
+    """Return the events about a flow run, or in its context, the oldest first."""
     related = {"id": [f"prefect.flow-run.{flow_run_id}"]}
     found = []
     page = await post("/events/filter", {"filter": {"any_resource": related}, "limit": 50})
@@ -30,19 +30,19 @@ async def all_events(flow_run_id):
     return sorted(found, key=lambda event: event["occurred"])
 
 
-async def our_events(flow_run_id, *names):
-    """Our own events about a flow run, once those of the names are among them."""
-    await anyio.to_thread.run_sync(tell_prefect_everything)
+async def read_our_events(flow_run_id, *names):
+    """Wait for events of the names, and return all of our events about a flow run."""
+    await anyio.to_thread.run_sync(flush_to_prefect)
     for _ in range(300):
-        found = [e for e in await all_events(flow_run_id) if e["event"].startswith(OURS)]
+        found = [e for e in await read_all_events(flow_run_id) if e["event"].startswith(OURS)]
         if {event["event"] for event in found} >= set(names):
             return found
         await anyio.sleep(0.1)
     raise AssertionError(f"only {[event['event'] for event in found]}")
 
 
-async def artifacts(flow_run_id):
-    """The artifacts of a flow run, by type."""
+async def read_artifacts(flow_run_id):
+    """Return the artifacts of a flow run, by type."""
     async with get_client() as client:
         found = await client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
@@ -50,8 +50,8 @@ async def artifacts(flow_run_id):
     return {artifact.type: artifact for artifact in found if artifact.type != "result"}
 
 
-async def logs(flow_run_id):
-    """The lines that the server has of a flow run."""
-    await anyio.to_thread.run_sync(tell_prefect_everything)
+async def read_logs(flow_run_id):
+    """Return the log messages of a flow run."""
+    await anyio.to_thread.run_sync(flush_to_prefect)
     body = {"logs": {"flow_run_id": {"any_": [str(flow_run_id)]}}, "limit": 200}
     return [line["message"] for line in await post("/logs/filter", body)]

@@ -1,4 +1,4 @@
-"""Announcing manifests, and people who are told: against a real server and a real webhook."""
+"""Announcements of manifests, and notifications through a real server and webhook."""
 
 import http.server
 import json
@@ -15,7 +15,7 @@ from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.orchestration import events
 from prefect_flux_kontext.orchestration.automations import create_automations
-from tests.orchestration.conftest import QUICK, tell_prefect_everything
+from tests.orchestration.conftest import QUICK, flush_to_prefect
 from tests.orchestration.records import post
 
 pytestmark = pytest.mark.anyio
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.anyio
 MANIFEST = "https://shop.example.com/new.csv"
 
 
-class TestAnnouncing:
-    async def announced(self, manifest):
-        """The announcements of a manifest that the server has."""
-        await anyio.to_thread.run_sync(tell_prefect_everything)
+class TestAnnouncement:
+    async def wait_for_announcement(self, manifest):
+        """Wait until the server has announcements of a manifest, and return them."""
+        await anyio.to_thread.run_sync(flush_to_prefect)
         wanted = {"event": {"name": [events.MANIFEST_ARRIVED]}}
         for _ in range(300):
             page = await post("/events/filter", {"filter": wanted, "limit": 50})
@@ -34,23 +34,21 @@ class TestAnnouncing:
             if found:
                 return found
             await anyio.sleep(0.1)
-        raise AssertionError("it never arrived")
+        raise AssertionError("the announcement did not arrive")
 
-    async def test_a_flow_emits_it_with_whatever_else_is_worth_knowing(self):
+    async def test_flow_announces_a_manifest_with_further_values(self):
         url = f"{MANIFEST}?version=3"
         events.emit_manifest_arrived(url, output="s3://shop/restyled", season="summer")
-        (event,) = await self.announced(url)
-        told = {"manifest": url, "output": "s3://shop/restyled", "season": "summer"}
-        assert event["payload"] == told
+        (event,) = await self.wait_for_announcement(url)
+        payload = {"manifest": url, "output": "s3://shop/restyled", "season": "summer"}
+        assert event["payload"] == payload
         assert event["resource"]["flux-kontext.output"] == "s3://shop/restyled"
 
-    async def test_the_command_line_emits_it_and_makes_paths_absolute(
-        self, tmp_path, monkeypatch, capsys
-    ):
+    async def test_command_announces_absolute_paths(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         arguments = ["announce", "new.csv", "--output", "out", "--with", "season=summer"]
         assert await anyio.to_thread.run_sync(main, arguments) == 0
-        (event,) = await self.announced(str(tmp_path / "new.csv"))
+        (event,) = await self.wait_for_announcement(str(tmp_path / "new.csv"))
         assert event["payload"]["output"] == str(tmp_path / "out")
         assert event["payload"]["season"] == "summer"
         assert "Announced" in capsys.readouterr().out
@@ -63,29 +61,29 @@ class TestAnnouncing:
             "https://me:secret@shop.example.com/new.csv",
         ],
     )
-    def test_a_url_that_gives_access_is_not_announced(self, url):
+    def test_url_with_a_secret_is_not_announced(self, url):
         with pytest.raises(ConfigurationError, match="signature or a password") as caught:
             events.emit_manifest_arrived(url, output="out")
         assert "abc" not in str(caught.value)
         assert "secret" not in str(caught.value)
 
     @pytest.mark.parametrize("api", [None, "http://127.0.0.1:1/api"])
-    def test_an_announcement_that_nobody_hears_is_status_2(self, api, capsys):
+    def test_undelivered_announcement_exits_with_2(self, api, capsys):
         with temporary_settings({PREFECT_API_URL: api}):
             assert main(["announce", MANIFEST, "--output", "out"]) == 2
-        told = capsys.readouterr().err
-        assert "PREFECT_API_URL" in told or "127.0.0.1:1" in told
+        error = capsys.readouterr().err
+        assert "PREFECT_API_URL" in error or "127.0.0.1:1" in error
 
 
 @pytest.fixture
 def webhook():
-    """An address that takes notifications, and the queue that they land in."""
-    heard = queue.Queue()
+    """The address of a webhook, and the queue of the notifications that it receives."""
+    received = queue.Queue()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            heard.put(json.loads(body))
+            received.put(json.loads(body))
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -97,17 +95,15 @@ def webhook():
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}/", heard
+            yield f"http://127.0.0.1:{server.server_port}/", received
         finally:
             server.shutdown()
             thread.join()
 
 
-class TestTelling:
-    async def test_people_are_told_of_a_failed_batch_of_spending_and_of_results_that_expire(
-        self, webhook, account, tmp_path
-    ):
-        url, heard = webhook
+class TestNotifications:
+    async def test_failure_spending_and_expiry_are_notified(self, webhook, account, tmp_path):
+        url, received = webhook
         block = CustomWebhookNotificationBlock(
             name="alerts", url=url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
         )
@@ -130,21 +126,24 @@ class TestTelling:
         assert state.is_failed()
         expiring = {"output": "out", "rows": 7, "days_left": 1.5, "task_id": "task_1"}
         events.emit(events.RESULTS_EXPIRING, "out", expiring)
-        await anyio.to_thread.run_sync(tell_prefect_everything)
-        # The server looks a few seconds long whether an event belongs to others.
-        told = [await anyio.to_thread.run_sync(lambda: heard.get(timeout=90)) for _ in range(3)]
-        text = "\n".join(f"{note['subject']}\n{note['body']}" for note in told)
+        await anyio.to_thread.run_sync(flush_to_prefect)
+        # The server waits some seconds for related events before it runs an automation.
+        notes = [
+            await anyio.to_thread.run_sync(lambda: received.get(timeout=90)) for _ in range(3)
+        ]
+        text = "\n".join(f"{note['subject']}\n{note['body']}" for note in notes)
         assert "style-transfer-batch is Failed" in text
         assert "$0.06 spent" in text
-        assert "7 results will soon be gone" in text
+        assert "more than $0.05." in text
+        assert "7 results expire soon" in text
         assert "flux-kontext collect out" in text
 
-    @pytest.mark.parametrize("block", ["custom-webhook/nobody", "nothing"])
-    async def test_without_the_block_it_says_what_is_missing(self, block):
+    @pytest.mark.parametrize("block", ["custom-webhook/missing", "missing"])
+    async def test_missing_block_is_named(self, block):
         with pytest.raises(ConfigurationError, match=block):
             await create_automations(block)
 
-    async def test_a_block_that_cannot_notify_is_refused(self, account):
+    async def test_block_that_cannot_notify_is_refused(self, account):
         await account.asave("no-notifier", overwrite=True)
-        with pytest.raises(ConfigurationError, match="cannot notify"):
+        with pytest.raises(ConfigurationError, match="cannot send notifications"):
             await create_automations("flux-kontext-credentials/no-notifier")

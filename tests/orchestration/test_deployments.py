@@ -1,4 +1,4 @@
-"""prefect.yaml as a new user deploys it: a real server, a real worker, each entry point run."""
+"""prefect.yaml, deployed to a real server and run by a real worker."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.orchestration.conftest import KEY
-from tests.orchestration.deployed import run_once, running_worker, state_names
+from tests.orchestration.deployed import read_state_names, running_worker, wait_for_state
 
 ROOT = Path(__file__).parents[2]
 POOL = "flux-kontext"
@@ -31,8 +31,8 @@ NAMES = {
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
 
 
-class Place:
-    """A user's copy of the deployments, with a worker that runs them."""
+class Deployed:
+    """A copy of the deployments, with a worker that runs them."""
 
     def __init__(self, folder, environment, sandbox):
         self.folder = folder
@@ -40,8 +40,8 @@ class Place:
         self.sandbox = sandbox
         self.output = folder / "restyled"
 
-    def ran(self, *command):
-        """What a command says, run where the deployments are."""
+    def run(self, *command):
+        """Run a command in the folder of the deployments, and return its output."""
         done = subprocess.run(
             [sys.executable, "-m", *command],
             cwd=self.folder,
@@ -53,13 +53,13 @@ class Place:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def manifest(self, name, *prompts):
+    def write_manifest(self, name, *prompts):
         path = self.folder / name
         lines = [f"row-{number},{prompt}" for number, prompt in enumerate(prompts)]
         path.write_text("\n".join(["id,prompt", *lines]))
         return str(path)
 
-    def paid(self):
+    def count_paid(self):
         return self.sandbox.service.bill()["accepted"]
 
 
@@ -68,7 +68,7 @@ def place(prefect_api, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployed")
     shutil.copytree(ROOT / "flows", folder / "flows")
     text = (ROOT / "prefect.yaml").read_text()
-    # A minute is long; the rest stays as it is.
+    # Only the delay of a minute is shortened.
     assert "schedule_after: 60" in text
     (folder / "prefect.yaml").write_text(text.replace("schedule_after: 60", "schedule_after: 1"))
     with running_sandbox(SandboxSettings(mean=0.5, long_edge=64, api_key=KEY)) as sandbox:
@@ -82,15 +82,15 @@ def place(prefect_api, tmp_path_factory):
             "PYTHONPATH": str(ROOT),
             "PREFECT_WORKER_QUERY_SECONDS": "1",
         }
-        place = Place(folder, environment, sandbox)
-        place.ran("prefect", "work-pool", "create", POOL, "--type", "process")
-        place.ran("prefect", "deploy", "--all")
+        place = Deployed(folder, environment, sandbox)
+        place.run("prefect", "work-pool", "create", POOL, "--type", "process")
+        place.run("prefect", "deploy", "--all")
         with running_worker(POOL, folder, environment):
             yield place
 
 
-async def newest_run(flow, output):
-    """The newest run of a flow into an output, once there is one."""
+async def wait_for_run(flow, output):
+    """Wait for a run of a flow with an output, and return it."""
     async with get_client() as client:
         for _ in range(1_200):
             runs = await client.read_flow_runs(
@@ -103,7 +103,7 @@ async def newest_run(flow, output):
     raise AssertionError(f"no run of {flow} into {output}")
 
 
-async def gone(pid):
+async def has_ended(pid):
     for _ in range(600):
         try:
             os.kill(pid, 0)
@@ -113,7 +113,7 @@ async def gone(pid):
     return False
 
 
-async def test_each_deployment_is_there_with_its_trigger_and_a_form(place):
+async def test_deployments_have_triggers_and_forms(place):
     async with get_client() as client:
         found = {name: await client.read_deployment_by_name(name) for name in NAMES}
         automations = {item.name: item for item in await client.read_automations()}
@@ -123,8 +123,8 @@ async def test_each_deployment_is_there_with_its_trigger_and_a_form(place):
     for name, deployment in found.items():
         assert deployment.description
         properties = deployment.parameter_openapi_schema["properties"]
-        for parameter, told in properties.items():
-            assert told.get("description"), (name, parameter)
+        for parameter, schema in properties.items():
+            assert schema.get("description"), (name, parameter)
         assert properties["output"]["examples"]
     nightly = found["style-transfer-batch/nightly-prefix"]
     assert nightly.parameters["manifest"] == place.environment["INCOMING"]
@@ -135,18 +135,18 @@ async def test_each_deployment_is_there_with_its_trigger_and_a_form(place):
     assert form["manifest"]["examples"]
 
 
-async def test_a_manifest_that_is_announced_is_run_and_its_failed_rows_again_on_demand(place):
-    output, before = place.folder / "landed", place.paid()
-    manifest = place.manifest("landed.csv", "a lighthouse", "nsfw")
-    told = place.ran(
+async def test_announced_manifest_runs_and_failed_rows_are_retried(place):
+    output, before = place.folder / "landed", place.count_paid()
+    manifest = place.write_manifest("landed.csv", "a lighthouse", "nsfw")
+    printed = place.run(
         "prefect_flux_kontext", "announce", "landed.csv", "--output", str(output), "--with", "a=b"
     )
-    assert "Announced" in told
-    run = await newest_run("style-transfer-batch", output)
+    assert "Announced" in printed
+    run = await wait_for_run("style-transfer-batch", output)
     assert run.parameters["manifest"] == manifest
-    await run_once(run.id, "Completed")
+    await wait_for_state(run.id, "Completed")
     assert (output / "row-0.jpg").exists()
-    assert place.paid() - before == 2
+    assert place.count_paid() - before == 2
 
     (output / "failed.csv").write_text("id,prompt\nrow-1,a harbour\n")
     again = await run_deployment(
@@ -156,49 +156,49 @@ async def test_a_manifest_that_is_announced_is_run_and_its_failed_rows_again_on_
     )
     assert again.state.is_completed(), again.state.message
     assert (output / "row-1.jpg").exists()
-    assert place.paid() - before == 3
+    assert place.count_paid() - before == 3
 
 
-async def test_a_suspended_batch_holds_no_process_and_ends_once_its_results_are_collected(place):
-    output, before = place.folder / "suspended", place.paid()
-    manifest = place.manifest("suspended.csv", *(f"a harbour {n}" for n in range(20)))
+async def test_suspended_batch_holds_no_process_until_collected(place):
+    output, before = place.folder / "suspended", place.count_paid()
+    manifest = place.write_manifest("suspended.csv", *(f"a harbour {n}" for n in range(20)))
     run = await run_deployment(
         "style-transfer-batch/nightly-prefix",
         parameters={"manifest": manifest, "output": str(output), "wait": "suspend"},
         timeout=0,
     )
-    run = await run_once(run.id, "Suspended", "Resuming", "Completed")
-    assert place.paid() - before == 20
+    run = await wait_for_state(run.id, "Suspended", "Resuming", "Completed")
+    assert place.count_paid() - before == 20
     first = int(run.infrastructure_pid.rpartition(":")[2])
-    assert await gone(first)
-    # The event of its suspension starts the collection, which resumes it.
-    collecting = await newest_run("collect-batch", output)
-    await run_once(collecting.id, "Completed")
-    run = await run_once(run.id, "Completed")
-    names = await state_names(run.id)
+    assert await has_ended(first)
+    # The event of the suspension starts the collection, which resumes the flow run.
+    collecting = await wait_for_run("collect-batch", output)
+    await wait_for_state(collecting.id, "Completed")
+    run = await wait_for_state(run.id, "Completed")
+    names = await read_state_names(run.id)
     assert names.count("Running") == 2
     assert names.index("Suspended") < names.index("Completed")
     assert int(run.infrastructure_pid.rpartition(":")[2]) != first
     assert len(list(output.glob("*.jpg"))) == 20
-    assert place.paid() - before == 20
+    assert place.count_paid() - before == 20
 
 
-async def test_a_batch_that_leaves_its_results_ends_and_the_next_flow_stores_them(place):
-    output, before = place.folder / "left", place.paid()
-    manifest = place.manifest("left.csv", *(f"a ship {n}" for n in range(5)))
+async def test_left_results_are_stored_by_the_next_flow(place):
+    output, before = place.folder / "left", place.count_paid()
+    manifest = place.write_manifest("left.csv", *(f"a ship {n}" for n in range(5)))
     run = await run_deployment(
         "style-transfer-batch/nightly-prefix",
         parameters={"manifest": manifest, "output": str(output), "wait": "collect"},
         poll_interval=0.5,
     )
     assert run.state.is_completed(), run.state.message
-    collecting = await newest_run("collect-batch", output)
-    await run_once(collecting.id, "Completed")
+    collecting = await wait_for_run("collect-batch", output)
+    await wait_for_state(collecting.id, "Completed")
     assert len(list(output.glob("*.jpg"))) == 5
-    assert place.paid() - before == 5
+    assert place.count_paid() - before == 5
 
 
-async def test_a_flow_is_deployed_from_code_with_options_of_ones_own(place):
+async def test_flow_is_deployed_from_code_with_options(place):
     flow = await style_transfer_batch.from_source(
         str(place.folder), "flows/nightly_prefix.py:nightly_prefix"
     )
@@ -208,7 +208,7 @@ async def test_a_flow_is_deployed_from_code_with_options_of_ones_own(place):
     run = await run_deployment(
         "style-transfer-batch/of-my-own",
         parameters={
-            "manifest": place.manifest("own.csv", "a bridge"),
+            "manifest": place.write_manifest("own.csv", "a bridge"),
             "output": str(place.folder / "own"),
             "cadence": PollingCadence(initial_delay=0, interval=0.1).model_dump(),
         },

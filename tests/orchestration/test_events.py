@@ -1,4 +1,4 @@
-"""What a batch tells Prefect: events, artifacts, an asset, logs; few of each, and no secrets."""
+"""The events, artifacts, asset and logs of a batch in Prefect."""
 
 import asyncio
 
@@ -10,16 +10,15 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import BudgetReachedError
 from prefect_flux_kontext.flows import collect_batch, retry_failed, style_transfer_batch
-from prefect_flux_kontext.orchestration import artifacts as shown
-from prefect_flux_kontext.orchestration import events
+from prefect_flux_kontext.orchestration import artifacts, events
 from prefect_flux_kontext.orchestration.artifacts import (
-    browser_url,
+    find_browser_url,
     progress_artifact,
-    show_summary,
+    publish_summary,
 )
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.orchestration.conftest import QUICK
-from tests.orchestration.records import artifacts, logs, our_events
+from tests.orchestration.records import read_artifacts, read_logs, read_our_events
 
 pytestmark = pytest.mark.anyio
 
@@ -33,12 +32,12 @@ async def run(flow, *args, **how):
     return state, state.state_details.flow_run_id
 
 
-async def test_a_batch_emits_its_start_its_waves_its_failed_rows_and_its_end(account, tmp_path):
+async def test_batch_emits_start_waves_failed_rows_and_end(account, tmp_path):
     wrong = [{"id": "rude", "prompt": "nsfw"}]
     _, run_id = await run(
         style_transfer_batch, rows(3) + wrong, str(tmp_path), credentials=account
     )
-    told = await our_events(
+    found = await read_our_events(
         run_id,
         events.BATCH_STARTED,
         events.WAVE_FINISHED,
@@ -46,8 +45,8 @@ async def test_a_batch_emits_its_start_its_waves_its_failed_rows_and_its_end(acc
         events.BATCH_FINISHED,
         events.ASSET_STORED,
     )
-    by_name = {event["event"]: event for event in told}
-    assert len(by_name) == len(told) == 5
+    by_name = {event["event"]: event for event in found}
+    assert len(by_name) == len(found) == 5
     started = by_name[events.BATCH_STARTED]["payload"]
     assert (started["rows"], started["to_pay"], started["price_usd"]) == (4, 4, 0.12)
     wave = by_name[events.WAVE_FINISHED]["payload"]
@@ -58,7 +57,7 @@ async def test_a_batch_emits_its_start_its_waves_its_failed_rows_and_its_end(acc
     assert failed["task_id"] in failed["message"]
     finished = by_name[events.BATCH_FINISHED]
     assert finished["payload"]["outcome"] == "incomplete"
-    assert finished["payload"]["spent"] == 0.12
+    assert finished["payload"]["spent_usd"] == 0.12
     assert finished["payload"]["reasons"] == {"CONTENT_VIOLATION": 1}
     assert finished["payload"]["output"] == f"file://{tmp_path}"
     labels = finished["resource"]
@@ -71,22 +70,24 @@ async def test_a_batch_emits_its_start_its_waves_its_failed_rows_and_its_end(acc
     assert by_name[events.ASSET_STORED]["resource"]["prefect.resource.id"] == f"file://{tmp_path}"
 
 
-async def test_a_stopped_batch_says_so_with_what_it_has_done(account, tmp_path):
+async def test_stopped_batch_reports_its_counts(account, tmp_path):
     state, run_id = await run(
         style_transfer_batch, rows(9), str(tmp_path), credentials=account, budget_usd=0.10
     )
     with pytest.raises(BudgetReachedError):
         await state.aresult()
-    told = {event["event"]: event for event in await our_events(run_id, events.BATCH_FINISHED)}
-    finished = told[events.BATCH_FINISHED]["payload"]
+    by_name = {
+        event["event"]: event for event in await read_our_events(run_id, events.BATCH_FINISHED)
+    }
+    finished = by_name[events.BATCH_FINISHED]["payload"]
     assert finished["outcome"] == "stopped"
-    assert (finished["stored"], finished["spent"]) == (3, 0.09)
-    text = (await artifacts(run_id))["markdown"].data
+    assert (finished["stored"], finished["spent_usd"]) == (3, 0.09)
+    text = (await read_artifacts(run_id))["markdown"].data
     assert "# Stopped" in text
     assert "3 of 9" in text
 
 
-async def test_a_cancelled_batch_says_so_too(account, sandbox, tmp_path):
+async def test_cancelled_batch_reports_outstanding_rows(account, sandbox, tmp_path):
     name = f"cancelled-{tmp_path.name}"
     slow = {"initial_delay": 60.0, "interval": 1.0, "timeout": 90.0}
     flow = style_transfer_batch.with_options(flow_run_name=name)
@@ -101,151 +102,151 @@ async def test_a_cancelled_batch_says_so_too(account, sandbox, tmp_path):
     async with get_client() as client:
         by_name = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
         (found,) = await client.read_flow_runs(flow_run_filter=by_name)
-    told = {event["event"]: event for event in await our_events(found.id, events.BATCH_FINISHED)}
-    finished = told[events.BATCH_FINISHED]
+    by_name = {
+        event["event"]: event for event in await read_our_events(found.id, events.BATCH_FINISHED)
+    }
+    finished = by_name[events.BATCH_FINISHED]
     assert finished["payload"]["outcome"] == "stopped"
     assert finished["resource"]["flux-kontext.outstanding"] == "yes"
-    assert "# Stopped" in (await artifacts(found.id))["markdown"].data
+    assert "# Stopped" in (await read_artifacts(found.id))["markdown"].data
 
 
-async def test_nothing_new_is_no_new_asset(account, tmp_path):
+async def test_batch_without_new_images_emits_no_asset(account, tmp_path):
     await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account)
     _, run_id = await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account)
-    told = await our_events(run_id, events.BATCH_FINISHED)
-    assert events.ASSET_STORED not in {event["event"] for event in told}
+    found = await read_our_events(run_id, events.BATCH_FINISHED)
+    assert events.ASSET_STORED not in {event["event"] for event in found}
 
 
 @pytest.mark.parametrize(("above", "times"), [(0.05, 1), (0.09, 0), (None, 0)])
-async def test_more_money_than_a_person_wanted_is_told_once(above, times, account, tmp_path):
+async def test_spending_above_the_limit_is_emitted_once(above, times, account, tmp_path):
     _, run_id = await run(
         style_transfer_batch, rows(3), str(tmp_path), credentials=account, alert_above_usd=above
     )
-    told = await our_events(run_id, events.BATCH_FINISHED)
-    alarms = [event["payload"] for event in told if event["event"] == events.SPEND_ABOVE]
+    found = await read_our_events(run_id, events.BATCH_FINISHED)
+    alarms = [event["payload"] for event in found if event["event"] == events.SPEND_ABOVE]
     assert len(alarms) == times
     for alarm in alarms:
-        assert alarm["spent"] > above
+        assert alarm["spent_usd"] > alarm["above_usd"] == above
 
 
-async def test_results_that_will_soon_be_gone_are_told_by_collect(account, tmp_path, monkeypatch):
+async def test_collect_emits_expiring_results(account, tmp_path, monkeypatch):
     await run(style_transfer_batch, rows(2), str(tmp_path), credentials=account, wait="collect")
     monkeypatch.setenv("FLUX_KONTEXT_RESULT_DAYS", "1")
-    # It gives up before any reply can come, so that the rows stay outstanding.
+    # It times out before the first response, so that the rows stay outstanding.
     hasty = {"initial_delay": 0.0, "interval": 0.01, "timeout": 1e-9}
     state = await collect_batch(
         str(tmp_path), credentials=account, cadence=hasty, return_state=True
     )
     assert (await state.aresult()).outstanding == 2
     run_id = state.state_details.flow_run_id
-    told = {e["event"]: e["payload"] for e in await our_events(run_id, events.RESULTS_EXPIRING)}
-    expiring = told[events.RESULTS_EXPIRING]
+    by_name = {
+        e["event"]: e["payload"] for e in await read_our_events(run_id, events.RESULTS_EXPIRING)
+    }
+    expiring = by_name[events.RESULTS_EXPIRING]
     assert expiring["rows"] == 2
     assert 0.9 < expiring["days_left"] <= 1
     assert expiring["task_id"]
 
 
-async def test_three_hundred_rows_are_few_events(account, tmp_path):
+async def test_three_hundred_rows_emit_five_events_at_most(account, tmp_path):
     _, run_id = await run(style_transfer_batch, rows(300), str(tmp_path), credentials=account)
-    told = await our_events(run_id, events.BATCH_FINISHED, events.ASSET_STORED)
-    assert len(told) <= 5
+    found = await read_our_events(run_id, events.BATCH_FINISHED, events.ASSET_STORED)
+    assert len(found) <= 5
 
 
 class TestArtifacts:
-    async def test_the_summary_has_numbers_reasons_rows_and_files(self, account, tmp_path):
+    async def test_summary_has_counts_reasons_rows_and_files(self, account, tmp_path):
         hostile = {"id": "a|b <b>*x*</b>", "prompt": "nsfw"}
         _, run_id = await run(
             style_transfer_batch, [*rows(2), hostile], str(tmp_path), credentials=account
         )
-        shown = await artifacts(run_id)
-        text = shown["markdown"].data
+        found = await read_artifacts(run_id)
+        text = found["markdown"].data
         for word in ("2 of 3", "$0.09", "CONTENT_VIOLATION", "failed.csv"):
             assert word in text
         assert r"a\|b &lt;b&gt;\*x\*&lt;/b&gt;" in text
         assert "<b>" not in text
-        progress = shown["progress"]
+        progress = found["progress"]
         assert progress.data == 100
         assert "3 of 3 rows" in progress.description
-        assert set(shown) == {"markdown", "progress"}
+        assert set(found) == {"markdown", "progress"}
 
-    async def test_files_are_linked_where_a_browser_finds_them(
-        self, account, tmp_path, monkeypatch
-    ):
+    async def test_files_with_a_public_url_are_linked(self, account, tmp_path, monkeypatch):
         urls = f'{{"file://{tmp_path.parent}": "https://pictures.example.com/all/"}}'
         monkeypatch.setenv("FLUX_KONTEXT_PUBLIC_URLS", urls)
         _, run_id = await run(style_transfer_batch, rows(1), str(tmp_path), credentials=account)
-        shown = await artifacts(run_id)
+        found = await read_artifacts(run_id)
         url = f"https://pictures.example.com/all/{tmp_path.name}/_gallery/contact-sheet.png"
-        assert shown["image"].data == url
-        assert f"[_gallery/contact-sheet.png]({url})" in shown["markdown"].data
+        assert found["image"].data == url
+        assert f"[_gallery/contact-sheet.png]({url})" in found["markdown"].data
 
-    async def test_collecting_and_retrying_are_summed_up_too(self, account, tmp_path):
+    async def test_collect_and_retry_write_a_summary(self, account, tmp_path):
         wrong = [{"id": "rude", "prompt": "nsfw"}]
         await run(style_transfer_batch, wrong, str(tmp_path), credentials=account)
         for flow in (retry_failed, collect_batch):
             _, run_id = await run(flow, str(tmp_path), credentials=account)
-            assert "markdown" in await artifacts(run_id)
+            assert "markdown" in await read_artifacts(run_id)
 
 
 class TestLogs:
-    async def test_a_line_for_the_wave_and_one_for_each_failed_row_and_none_for_a_poll(
-        self, account, tmp_path
-    ):
+    async def test_wave_and_each_failed_row_log_one_line(self, account, tmp_path):
         wrong = [{"id": f"rude-{n}", "prompt": f"nsfw {n}"} for n in range(3)]
         _, run_id = await run(
             style_transfer_batch, rows(5) + wrong, str(tmp_path), credentials=account
         )
-        lines = await logs(run_id)
+        lines = await read_logs(run_id)
         assert sum(line.startswith("Wave 1: 5 of 8 rows stored") for line in lines) == 1
         assert sum(line.startswith("Row rude-") for line in lines) == 3
         assert any("3 failed rows are in" in line for line in lines)  # the core's own line
         assert not any("HTTP Request" in line for line in lines)
         assert len(lines) < 16
 
-    async def test_rows_that_are_left_to_be_collected_are_no_failures(self, account, tmp_path):
+    async def test_rows_left_to_collect_are_not_logged_as_failed(self, account, tmp_path):
         _, run_id = await run(
             style_transfer_batch, rows(5), str(tmp_path), credentials=account, wait="collect"
         )
-        assert not any(line.startswith("Row ") for line in await logs(run_id))
+        assert not any(line.startswith("Row ") for line in await read_logs(run_id))
 
 
-class TestWithoutPrefectsApi:
+class TestWithoutPrefectApi:
     @pytest.fixture(autouse=True)
-    def _nobody_answers(self):
+    def _no_api(self):
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
             yield
 
-    async def test_a_summary_that_cannot_be_written_fails_nothing(self, tmp_path):
-        await show_summary(BatchSummary(rows=1), OutputFolder(tmp_path), "stored", {})
+    async def test_unwritable_summary_raises_nothing(self, tmp_path):
+        await publish_summary(BatchSummary(rows=1), OutputFolder(tmp_path), "stored", {})
 
-    async def test_progress_that_cannot_be_shown_fails_nothing_and_still_ticks(self):
-        ticks = []
-        async with progress_artifact(BatchSummary(rows=1), 1, lambda: ticks.append(1)):
+    async def test_unwritable_progress_still_calls_on_update(self):
+        updates = []
+        async with progress_artifact(BatchSummary(rows=1), 1, lambda: updates.append(1)):
             pass
-        assert ticks == [1]
+        assert updates == [1]
 
     @pytest.mark.virtual_time
     @pytest.mark.parametrize(("number", "most"), [(600, 5), (2_500, 10)])
-    async def test_progress_is_told_by_rows_however_slow_they_are(self, number, most, monkeypatch):
-        told = []
+    async def test_progress_is_updated_by_rows_not_by_time(self, number, most, monkeypatch):
+        shown = []
 
         async def created(*_args):
             return "the artifact"
 
         async def updated(_artifact, percent, _text):
-            told.append(percent)
+            shown.append(percent)
 
-        monkeypatch.setattr(shown, "acreate_progress_artifact", created)
-        monkeypatch.setattr(shown, "aupdate_progress_artifact", updated)
+        monkeypatch.setattr(artifacts, "acreate_progress_artifact", created)
+        monkeypatch.setattr(artifacts, "aupdate_progress_artifact", updated)
         batch = BatchSummary()
         async with progress_artifact(batch, number, lambda: None):
             for _ in range(number):
                 batch.rows += 1
-                await asyncio.sleep(2 * shown.UPDATE_SECONDS)
-        assert len(told) <= most
-        assert told[-1] == 100
+                await asyncio.sleep(2 * artifacts.UPDATE_INTERVAL_SECONDS)
+        assert len(shown) <= most
+        assert shown[-1] == 100
 
 
-class TestWhereABrowserFindsIt:
+class TestBrowserUrl:
     @pytest.mark.parametrize(
         ("uri", "url"),
         [
@@ -256,9 +257,9 @@ class TestWhereABrowserFindsIt:
             ("file:///data/a.png", None),
         ],
     )
-    def test_the_longest_prefix_counts(self, uri, url):
+    def test_longest_prefix_wins(self, uri, url):
         urls = {
             "s3://bucket": "https://cdn.example.com/all/",
             "s3://bucket/deep/": "https://deep.example.com",
         }
-        assert browser_url(uri, urls) == url
+        assert find_browser_url(uri, urls) == url

@@ -1,4 +1,4 @@
-"""The flow over a manifest: what it stores, what it counts, and that it runs from JSON alone."""
+"""The flow of a batch: what it stores and counts, and that JSON parameters suffice."""
 
 import csv
 import json
@@ -21,13 +21,13 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.flows import style_transfer, style_transfer_batch
 from prefect_flux_kontext.images.decode import inspect_image
-from tests.orchestration.conftest import QUICK, tell_prefect_everything
+from tests.orchestration.conftest import QUICK, flush_to_prefect
 
 pytestmark = pytest.mark.anyio
 
 CADENCE = QUICK.model_dump()
 
-NOBODY = "http://127.0.0.1:1"
+UNREACHABLE = "http://127.0.0.1:1"
 
 
 def write_manifest(path, rows, columns=("id", "image", "prompt")):
@@ -38,34 +38,33 @@ def write_manifest(path, rows, columns=("id", "image", "prompt")):
     return str(path)
 
 
-async def task_runs(flow_run_id, expected):
-    """The task runs of a flow run, as the server tells them once it knows of them all."""
-    await anyio.to_thread.run_sync(tell_prefect_everything)
+async def wait_for_task_runs(flow_run_id, expected):
+    """Wait until the server has the expected task runs of a flow run, and return them."""
+    await anyio.to_thread.run_sync(flush_to_prefect)
     async with get_client() as client:
         for _ in range(200):
             runs = await client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
             )
-            # More than expected may come too; a moment is given to them.
             if len(runs) >= expected and all(run.state.is_final() for run in runs):
                 return runs
             await anyio.sleep(0.1)
     return runs
 
 
-class TestABatch:
-    async def test_it_can_be_called_back_with_the_secret_of_the_block(
+class TestBatch:
+    async def test_callbacks_use_the_secret_of_the_block(
         self, account, sandbox, tmp_path, monkeypatch
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", address)
-        secretive = account.model_copy(update={"callback_secret": SecretStr("s" * 32)})
+        with_secret = account.model_copy(update={"callback_secret": SecretStr("s" * 32)})
         summary = await style_transfer_batch(
             [{"id": "a", "prompt": "a lighthouse"}],
             str(tmp_path),
-            credentials=secretive,
+            credentials=with_secret,
             cadence=CADENCE,
             callback_url=f"http://{address}/hooks",
         )
@@ -73,9 +72,7 @@ class TestABatch:
         (record,) = sandbox.service.records()
         assert record["callback_url"].startswith(f"http://{address}/hooks/")
 
-    async def test_good_rows_are_stored_and_bad_rows_fail_alone_with_their_reason(
-        self, account, sandbox, reference, tmp_path
-    ):
+    async def test_failed_rows_do_not_stop_the_others(self, account, sandbox, reference, tmp_path):
         output = tmp_path / "out"
         manifest = write_manifest(
             tmp_path / "m.csv",
@@ -119,10 +116,12 @@ class TestABatch:
             assert inspect_image((output / name).read_bytes()).format == "jpeg"
         bill = sandbox.service.bill()
         assert bill["by_mode"] == {"pro": 4, "max": 1}
-        runs = await task_runs(state.state_details.flow_run_id, expected=1)
+        runs = await wait_for_task_runs(state.state_details.flow_run_id, expected=1)
         assert [run.name for run in runs] == ["wave-1"]
 
-    async def test_three_hundred_rows_are_two_waves_that_overlap(self, account, sandbox, tmp_path):
+    async def test_three_hundred_rows_run_in_two_overlapping_waves(
+        self, account, sandbox, tmp_path
+    ):
         rows = [(f"row-{number}", "", f"a lighthouse, number {number}") for number in range(300)]
         state = await style_transfer_batch(
             write_manifest(tmp_path / "m.csv", rows),
@@ -135,13 +134,13 @@ class TestABatch:
         assert (summary.rows, summary.stored) == (300, 300)
         assert len(list((tmp_path / "out").glob("row-*.jpg"))) == 300
         assert sandbox.service.bill()["accepted"] == 300
-        runs = await task_runs(state.state_details.flow_run_id, expected=2)
+        runs = await wait_for_task_runs(state.state_details.flow_run_id, expected=2)
         assert sorted(run.name for run in runs) == ["wave-1", "wave-2"]
         assert all(run.state.is_completed() for run in runs)
         first, second = sorted(runs, key=lambda run: run.name)
         assert second.start_time < first.end_time
 
-    async def test_while_a_row_is_invalid_nothing_is_submitted(self, account, sandbox, tmp_path):
+    async def test_invalid_row_stops_the_batch_unpaid(self, account, sandbox, tmp_path):
         rows = [("a", "a.jpg", "oil"), ("b", "", ""), ("c", "", "a lighthouse")]
         with pytest.raises(ManifestError, match=r"2 of 3 rows .* line 2: .*; line 3: ") as caught:
             await style_transfer_batch(
@@ -152,9 +151,7 @@ class TestABatch:
         assert "--skip-invalid" in caught.value.message
         assert sandbox.service.bill()["accepted"] == 0
 
-    async def test_invalid_rows_alone_are_no_run_even_when_they_are_skipped(
-        self, account, sandbox, tmp_path
-    ):
+    async def test_manifest_of_invalid_rows_only_is_refused(self, account, sandbox, tmp_path):
         with pytest.raises(ManifestError, match="1 of 1 rows"):
             await style_transfer_batch(
                 write_manifest(tmp_path / "m.csv", [("a", "a.jpg", "oil")]),
@@ -168,7 +165,7 @@ class TestABatch:
         ("wrong", "error"),
         [
             ({"credentials": "{wrong key}"}, UnauthorizedError),
-            ({"credentials": "{nobody there}"}, NotConnectedError),
+            ({"credentials": "{unreachable}"}, NotConnectedError),
             ({"credentials": "no-such-block"}, ConfigurationError),
             ({"credentials": None}, ConfigurationError),
             ({"manifest": "/no/such/manifest.csv"}, ManifestError),
@@ -179,14 +176,14 @@ class TestABatch:
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
     )
-    async def test_what_is_wrong_stops_it_before_anything_is_paid(
+    async def test_invalid_parameter_stops_the_run_unpaid(
         self, wrong, error, account, sandbox, tmp_path, monkeypatch
     ):
         if error in (UnauthorizedError, NotConnectedError):
             changes = {
                 UnauthorizedError: {"api_key": "wrong"},
-                # Else it would be tried for a minute.
-                NotConnectedError: {"base_url": NOBODY},
+                # A closed port; another unreachable address is tried for a minute.
+                NotConnectedError: {"base_url": UNREACHABLE},
             }
             wrong = {
                 "credentials": FluxKontextCredentials(
@@ -212,14 +209,14 @@ class TestABatch:
 
 class TestDeployment:
     @pytest.mark.parametrize("flow", [style_transfer, style_transfer_batch])
-    async def test_the_form_of_a_flow_is_json_and_describes_every_parameter(self, flow):
+    async def test_form_describes_every_parameter(self, flow):
         schema = parameter_schema(flow).model_dump_for_openapi()
         assert json.loads(json.dumps(schema)) == schema
-        for name, told in schema["properties"].items():
-            assert told.get("description"), name
+        for name, field in schema["properties"].items():
+            assert field.get("description"), name
         assert flow.description
 
-    async def test_the_form_offers_the_choices(self):
+    async def test_form_offers_the_choices(self):
         properties = parameter_schema(style_transfer).model_dump_for_openapi()["properties"]
         assert properties["mode"]["enum"] == ["pro", "max"]
         assert properties["mode"]["default"] == "pro"
@@ -231,7 +228,7 @@ class TestDeployment:
         assert parameter_schema(style_transfer_batch).required == ["manifest", "output"]
 
     @pytest.mark.parametrize("flow", [style_transfer, style_transfer_batch])
-    async def test_parameters_given_as_json_are_valid(self, flow):
+    async def test_json_parameters_are_valid(self, flow):
         given = json.loads(
             '{"manifest": "m.csv", "prompt": "oil", "output": "out", "credentials": "studio",'
             ' "cadence": {"initial_delay": 1, "interval": 2.5, "timeout": 60}}'
@@ -241,7 +238,7 @@ class TestDeployment:
         assert valid["credentials"] == "studio"
         assert valid["cadence"].interval == 2.5
 
-    async def test_a_run_by_name_and_json_works(self, account, sandbox, tmp_path):
+    async def test_batch_runs_from_json_and_a_saved_block(self, account, sandbox, tmp_path):
         await account.asave("of-the-deployment", overwrite=True)
         manifest = write_manifest(tmp_path / "m.csv", [("a", "", "oil")])
         parameters = json.loads(

@@ -1,4 +1,4 @@
-"""The account's slots, leased from a real Prefect server: shared, given back, lost, kept."""
+"""Leases of the account's slots from a real Prefect server."""
 
 import asyncio
 import itertools
@@ -18,8 +18,8 @@ from prefect_flux_kontext.orchestration.partitions.leases import (
     Lease,
     Share,
     create_limit,
+    get_limit_name,
     lease_slots,
-    limit_name,
     read_account_limit,
 )
 from tests.orchestration.conftest import KEY
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def account():
-    """An account with a limit of its own, which no other test has seen."""
+    """An account with a limit that no other test uses."""
     return FluxKontextCredentials(
         api_key=KEY,
         base_url="http://127.0.0.1:1",
@@ -39,8 +39,8 @@ def account():
     )
 
 
-class Submitter:
-    """What a lease knows of a submitter."""
+class FakeSubmitter:
+    """The part of a submitter that a lease uses."""
 
     def __init__(self, *outstanding):
         self.outstanding = set(outstanding)
@@ -50,147 +50,148 @@ class Submitter:
         self.stopped = error
 
 
-async def in_use(account):
+async def count_leased(account):
     async with get_client() as client:
-        limit = await client.read_global_concurrency_limit_by_name(limit_name(account))
+        limit = await client.read_global_concurrency_limit_by_name(get_limit_name(account))
         return limit.active_slots
 
 
-class TestTheLimit:
-    def test_the_command_creates_it_and_brings_it_up_to_date(self, monkeypatch, capsys):
+class TestLimit:
+    def test_command_creates_and_updates_the_limit(self, monkeypatch, capsys):
         label = f"account-{uuid.uuid4()}"
         monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
         monkeypatch.setenv("FLUX_KONTEXT_ACCOUNT", label)
-        told = []
+        lines = []
         for slots in ("40", "40", "60"):
             monkeypatch.setenv("FLUX_KONTEXT_CONCURRENT_TASKS", slots)
             assert main(["limits", "create"]) == 0
-            told.append(capsys.readouterr().out.removeprefix(f"flux-kontext-{label}-slots: "))
-        assert told == [
-            "created, 40 slots\n",
-            "is there, 40 slots, 0 leased\n",
-            "brought up to date, 40 to 60 slots\n",
+            lines.append(capsys.readouterr().out.removeprefix(f"flux-kontext-{label}-slots: "))
+        assert lines == [
+            "created with 40 slots\n",
+            "unchanged, 40 slots, 0 leased\n",
+            "updated from 40 to 60 slots\n",
         ]
 
-    async def test_parts_get_equal_shares_and_the_limit_where_there_is_none(self, account):
+    async def test_missing_limit_is_created_and_shared_equally(self, account):
         assert await read_account_limit(account, 3) == Share(slots=13, requests_per_minute=195)
-        assert await in_use(account) == 0
+        assert await count_leased(account) == 0
 
-    async def test_a_limit_below_the_accounts_is_what_is_shared(self, account):
+    async def test_limit_below_the_account_is_shared(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 20}))
         assert await read_account_limit(account, 2) == Share(slots=10, requests_per_minute=150)
 
-    async def test_a_limit_above_the_accounts_is_refused(self, account):
+    async def test_limit_above_the_account_is_refused(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 50}))
         with pytest.raises(ConfigurationError, match=r"has 50 slots, the account has 40.*create"):
             await read_account_limit(account, 2)
 
-    async def test_more_parts_than_slots_are_refused(self, account):
+    async def test_more_partitions_than_slots_are_refused(self, account):
         with pytest.raises(ConfigurationError, match="41 partitions cannot share the 40 slots"):
             await read_account_limit(account, 41)
 
-    async def test_no_limit_is_no_lease(self, account):
+    async def test_lease_without_a_limit_is_refused(self, account):
         with pytest.raises(ConfigurationError, match=r"no limit .* Create it: flux"):
             async with lease_slots(account, 1):
                 pass
 
-    async def test_prefect_away_is_told_with_the_command(self, account, monkeypatch):
-        async def away(*_args):
-            raise httpx.ConnectError("nobody there")
+    async def test_outage_of_prefect_names_the_command(self, account, monkeypatch):
+        async def refuse(*_args):
+            raise httpx.ConnectError("connection refused")
 
-        monkeypatch.setattr(leases, "_read", away)
-        with pytest.raises(ConfigurationError, match=r"nobody there.*limits create"):
+        monkeypatch.setattr(leases, "_read_limit", refuse)
+        with pytest.raises(ConfigurationError, match=r"connection refused.*limits create"):
             await read_account_limit(account, 2)
-        with pytest.raises(ConfigurationError, match="nobody there"):
+        with pytest.raises(ConfigurationError, match="connection refused"):
             await create_limit(account)
 
 
-class TestALease:
-    async def test_who_comes_third_waits_until_a_block_is_given_back(self, account, monkeypatch):
-        monkeypatch.setattr(leases, "_TRIED_AGAIN", 0.05)
+class TestLease:
+    async def test_third_lease_waits_for_a_release(self, account, monkeypatch):
+        monkeypatch.setattr(leases, "RETRY_INTERVAL_SECONDS", 0.05)
         await create_limit(account)
         third = asyncio.Event()
 
-        async def come_third():
+        async def lease_third():
             async with lease_slots(account, 20):
                 third.set()
 
         async with lease_slots(account, 20), anyio.create_task_group() as group:
             async with lease_slots(account, 20):
-                assert await in_use(account) == 40
-                group.start_soon(come_third)
+                assert await count_leased(account) == 40
+                group.start_soon(lease_third)
                 await anyio.sleep(0.3)
                 assert not third.is_set()
             await asyncio.wait_for(third.wait(), 60)
-        assert await in_use(account) == 0
+        assert await count_leased(account) == 0
 
-    async def test_slots_of_tasks_that_run_on_are_left_to_the_leases_end(self, account):
+    async def test_slots_of_running_tasks_are_not_released(self, account):
         await create_limit(account)
         async with lease_slots(account, 20) as lease:
-            lease.held_for(Submitter("a row that is paid for"))
-        assert await in_use(account) == 20
+            lease.stop_when_lost(FakeSubmitter("a row that is paid for"))
+        assert await count_leased(account) == 20
 
-    async def test_slots_that_were_taken_away_are_used_no_more(self, account, monkeypatch):
-        monkeypatch.setattr(leases, "RENEWED_EVERY", 0.0)
+    async def test_lost_lease_stops_the_submitter(self, account, monkeypatch):
+        monkeypatch.setattr(leases, "RENEWAL_INTERVAL_SECONDS", 0.0)
         await create_limit(account)
-        submitter, late = Submitter(), Submitter()
+        submitter, late = FakeSubmitter(), FakeSubmitter()
         async with get_client() as client:
-            lease = Lease(client, limit_name(account), 20)
-            await lease.take()
-            lease.held_for(submitter)
+            lease = Lease(client, get_limit_name(account), 20)
+            await lease.acquire()
+            lease.stop_when_lost(submitter)
             await client.release_concurrency_slots_with_lease(lease._lease_id)
             lease._held_until = 0.0
-            await lease.keep()
+            await lease.keep_renewed()
         assert isinstance(submitter.stopped, BatchStoppedError)
-        lease.held_for(late)
+        lease.stop_when_lost(late)
         assert late.stopped is submitter.stopped
 
-    async def test_a_lease_that_a_new_server_does_not_know_is_taken_anew(self, account):
+    async def test_lease_unknown_to_a_restarted_server_is_replaced(self, account):
         await create_limit(account)
         async with get_client() as client:
-            lease = Lease(client, limit_name(account), 20)
-            await lease.take()
+            lease = Lease(client, get_limit_name(account), 20)
+            await lease.acquire()
             first = lease._lease_id
-            # As after a restart: the slots are counted, and there is no lease of them.
-            await client.increment_concurrency_slots([limit_name(account)], 20, "concurrency")
+            # As after a restart: the server counts the slots, but has no lease of them.
+            await client.increment_concurrency_slots([get_limit_name(account)], 20, "concurrency")
             await client.release_concurrency_slots_with_lease(first)
             await lease._renew()
             assert lease._lease_id != first
-            assert await in_use(account) == 20
-            await lease.end()
-        assert await in_use(account) == 0
+            assert await count_leased(account) == 20
+            await lease.release()
+        assert await count_leased(account) == 0
 
 
-class Away:
-    """Prefect's client while its API is away for some renewals."""
+class FakeClient:
+    """A client of Prefect's API, which is unavailable for some renewals."""
 
-    def __init__(self, answered, away):
-        self.replies = itertools.chain([True] * answered, [False] * away, itertools.repeat(True))
+    def __init__(self, answered, failed):
+        self.replies = itertools.chain([True] * answered, [False] * failed, itertools.repeat(True))
 
     async def renew_concurrency_lease(self, lease_id, lease_duration):
         if not next(self.replies):
             await asyncio.sleep(5)
-            raise httpx.ConnectError("nobody there")
+            raise httpx.ConnectError("connection refused")
 
 
 @pytest.mark.virtual_time
-class TestWhilePrefectIsAway:
-    async def kept(self, away, seconds):
+class TestOutage:
+    async def hold(self, failed, seconds):
+        """Hold a lease for some seconds; return whether it was lost, and the submitter's error."""
         loop = asyncio.get_running_loop()
-        lease, submitter = Lease(Away(3, away), "slots", 20), Submitter()
+        lease, submitter = Lease(FakeClient(3, failed), "slots", 20), FakeSubmitter()
         lease._id, lease._held_until = uuid.uuid4(), loop.time() + LEASE_SECONDS
-        lease.held_for(submitter)
-        keeping = asyncio.create_task(lease.keep())
+        lease.stop_when_lost(submitter)
+        keeping = asyncio.create_task(lease.keep_renewed())
         await asyncio.sleep(seconds)
         over = keeping.done()
         keeping.cancel()
         return over, submitter.stopped
 
-    async def test_an_outage_shorter_than_the_lease_stops_nothing(self):
-        assert await self.kept(away=8, seconds=3_600) == (False, None)
+    async def test_outage_shorter_than_the_lease_stops_nothing(self):
+        assert await self.hold(failed=8, seconds=3_600) == (False, None)
 
-    async def test_submits_stop_before_the_lease_has_ended(self):
+    async def test_submitter_stops_before_the_lease_expires(self):
         # The last renewal is at 60 s, so the lease ends at 180 s.
-        over, stopped = await self.kept(away=1_000, seconds=179)
+        over, stopped = await self.hold(failed=1_000, seconds=179)
         assert over
         assert "could not be renewed" in str(stopped)

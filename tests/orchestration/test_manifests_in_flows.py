@@ -1,13 +1,11 @@
-"""Rows given directly in a flow, in styles, under names of their own."""
+"""Manifests of the batch flow: rows as dicts and tables, styles, output names."""
 
 import polars as pl
 import pytest
 from prefect import get_client
 from prefect.exceptions import ParameterTypeError
 
-from prefect_flux_kontext.errors import (
-    ConfigurationError,
-)
+from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.flows import retry_failed, style_transfer_batch
 from tests.orchestration.conftest import QUICK
 
@@ -17,9 +15,7 @@ CADENCE = QUICK.model_dump()
 
 
 class TestManifestsInFlows:
-    async def test_rows_are_given_directly_with_names_of_their_own(
-        self, account, reference, tmp_path
-    ):
+    async def test_rows_as_dicts_use_mapped_columns(self, account, reference, tmp_path):
         summary = await style_transfer_batch(
             [{"sku": 1, "photo": reference}, {"sku": 2, "photo": reference}],
             str(tmp_path),
@@ -31,7 +27,7 @@ class TestManifestsInFlows:
         assert (summary.rows, summary.stored) == (2, 2)
         assert {path.name for path in tmp_path.glob("*.jpg")} == {"1.jpg", "2.jpg"}
 
-    async def test_rows_are_made_in_each_style_and_named_by_a_template(
+    async def test_rows_are_made_in_each_style_and_named(
         self, account, reference, sandbox, tmp_path
     ):
         summary = await style_transfer_batch(
@@ -48,7 +44,7 @@ class TestManifestsInFlows:
             await style_transfer_batch([], str(tmp_path), credentials=account, styles="oils")
         assert sandbox.service.bill()["accepted"] == 2
 
-    async def test_the_failed_rows_of_a_style_are_retried_in_it(self, account, sandbox, tmp_path):
+    async def test_failed_rows_are_retried_in_their_style(self, account, sandbox, tmp_path):
         own = tmp_path / "own.yaml"
         for style, states in (("nsfw", (0, 1)), ("in ink", (1, 0))):
             own.write_text(f"ink: '{style}, {{{{ prompt }}}}'\n", encoding="utf-8")
@@ -61,7 +57,7 @@ class TestManifestsInFlows:
             assert (summary.stored, summary.failed) == states
         assert (tmp_path / "a" / "ink.jpg").exists()
 
-    async def test_a_table_is_not_written_into_prefects_database(self, account, tmp_path):
+    async def test_table_is_not_stored_in_prefect(self, account, tmp_path):
         table = pl.DataFrame({"id": ["a"], "prompt": ["a canary of a prompt"]})
         state = await style_transfer_batch(
             table, str(tmp_path), credentials=account, cadence=CADENCE, return_state=True
@@ -71,6 +67,6 @@ class TestManifestsInFlows:
             run = await client.read_flow_run(state.state_details.flow_run_id)
         assert run.parameters["manifest"] == "<DataFrame>"
 
-    async def test_something_else_is_no_manifest(self, tmp_path):
+    async def test_other_types_are_not_a_manifest(self, tmp_path):
         with pytest.raises(ParameterTypeError, match="a list of dicts or a table"):
             await style_transfer_batch(7, str(tmp_path))

@@ -1,4 +1,4 @@
-"""A storage Block is an output: as an object, by its name, and as Prefect keeps it."""
+"""Storage Blocks as outputs: as an object, by name, and as Prefect's reference."""
 
 import uuid
 
@@ -20,7 +20,7 @@ from prefect_flux_kontext.flows import (
 )
 from prefect_flux_kontext.orchestration.parameters import open_output
 from prefect_flux_kontext.storage.filesystem import OutputFolder
-from tests.orchestration.conftest import QUICK, tell_prefect_everything
+from tests.orchestration.conftest import QUICK, flush_to_prefect
 from tests.orchestration.test_secrets import forms
 from tests.support.s3 import s3_server
 
@@ -40,14 +40,14 @@ CADENCE = QUICK.model_dump()
 
 @pytest.fixture(scope="module")
 def s3():
-    """An S3 that nothing but its address leads to."""
+    """An S3 server that the environment does not configure."""
     with s3_server(configured=False) as (_, client):
         yield client
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A prefix of the test's own."""
+    """A prefix that no other test uses."""
     return tmp_path.name
 
 
@@ -57,29 +57,29 @@ def name():
     return f"of-{uuid.uuid4()}"
 
 
-def remote(s3, folder):
+def make_remote(s3, folder):
     settings = {"endpoint_url": s3.meta.endpoint_url, "key": "testing", "secret": SECRET}
     return RemoteFileSystem(basepath=f"s3://pictures/{folder}", settings=settings)
 
 
-def keys_for(s3, **how):
+def make_keys(s3, **fields):
     return aws.AwsCredentials(
         aws_access_key_id="testing",
         aws_secret_access_key=SECRET,
         aws_client_parameters=AwsClientParameters(endpoint_url=s3.meta.endpoint_url),
-        **how,
+        **fields,
     )
 
 
-def images(s3, folder):
+def list_images(s3, folder):
     found = s3.list_objects_v2(Bucket="pictures", Prefix=f"{folder}/").get("Contents", [])
     names = [entry["Key"].removeprefix(f"{folder}/") for entry in found]
     return {name for name in names if name.endswith(".jpg")}
 
 
 class TestBatches:
-    async def test_a_block_is_named_in_text_in_all_flows(self, account, s3, folder, name):
-        await remote(s3, folder).asave(name)
+    async def test_all_flows_take_a_block_by_name(self, account, s3, folder, name):
+        await make_remote(s3, folder).asave(name)
         output = f"block:remote-file-system/{name}"
         how = {"credentials": account, "cadence": CADENCE}
         summary = await style_transfer_batch(ROWS, output, **how)
@@ -89,18 +89,16 @@ class TestBatches:
         assert (await collect_batch(output, **how)).rows == 0
         (stored,) = await style_transfer("oil", output, name="one", **how)
         assert stored.uri == f"s3://pictures/{folder}/one.jpg"
-        assert images(s3, folder) == {"a.jpg", "one.jpg"}
+        assert list_images(s3, folder) == {"a.jpg", "one.jpg"}
 
-    async def test_a_block_is_given_as_an_object(self, account, tmp_path):
+    async def test_batch_takes_a_block_object(self, account, tmp_path):
         block = LocalFileSystem(basepath=str(tmp_path / "out"))
         summary = await style_transfer_batch(ROWS[:1], block, credentials=account, cadence=CADENCE)
         assert summary.stored == 1
         assert (tmp_path / "out" / "a.jpg").exists()
 
-    async def test_a_deployment_keeps_a_block_by_reference_and_runs_with_it(
-        self, account, s3, folder, name
-    ):
-        block = remote(s3, folder)
+    async def test_deployment_stores_a_block_by_reference(self, account, s3, folder, name):
+        block = make_remote(s3, folder)
         await block.asave(name)
         await account.asave(name)
         parameters = {"manifest": ROWS[:1], "output": block, "credentials": name}
@@ -115,15 +113,13 @@ class TestBatches:
             style_transfer_batch, flow_run=flow_run, parameters=flow_run.parameters
         )
         assert summary.stored == 1
-        assert images(s3, folder) == {"a.jpg"}
+        assert list_images(s3, folder) == {"a.jpg"}
         run = FlowRun(flow_id=flow_run.flow_id, parameters=flow_run.parameters)
         await log_outstanding(style_transfer_batch, run, None)
 
     @pytest.mark.parametrize("credentials", ["aws", "minio"])
-    async def test_a_bucket_of_prefect_aws_is_an_output(
-        self, credentials, account, s3, folder, name
-    ):
-        keys = keys_for(s3, region_name="eu-north-1")
+    async def test_prefect_aws_bucket_is_an_output(self, credentials, account, s3, folder, name):
+        keys = make_keys(s3, region_name="eu-north-1")
         if credentials == "minio":
             keys = aws.MinIOCredentials(
                 minio_root_user="testing",
@@ -137,10 +133,10 @@ class TestBatches:
             ROWS[:1], f"block:s3-bucket/{name}", credentials=account, cadence=CADENCE
         )
         assert (summary.stored, summary.output) == (1, f"s3://pictures/{folder}")
-        assert images(s3, folder) == {"a.jpg"}
+        assert list_images(s3, folder) == {"a.jpg"}
 
-    async def test_keys_are_in_a_block_and_the_place_in_a_url(self, account, s3, folder, name):
-        await keys_for(s3).asave(name)
+    async def test_url_output_uses_the_keys_of_a_block(self, account, s3, folder, name):
+        await make_keys(s3).asave(name)
         summary = await style_transfer_batch(
             ROWS[:1],
             f"s3://pictures/{folder}",
@@ -149,40 +145,38 @@ class TestBatches:
             storage_options=f"block:aws-credentials/{name}",
         )
         assert summary.stored == 1
-        assert images(s3, folder) == {"a.jpg"}
+        assert list_images(s3, folder) == {"a.jpg"}
 
-    async def test_the_keys_of_a_store_are_not_in_prefects_database(
+    async def test_keys_of_a_store_are_not_in_prefect_database(
         self, account, s3, folder, name, prefect_api
     ):
-        await remote(s3, folder).asave(name)
+        await make_remote(s3, folder).asave(name)
         output = f"block:remote-file-system/{name}"
         await style_transfer_batch(ROWS, output, credentials=account, cadence=CADENCE)
-        tell_prefect_everything()
+        flush_to_prefect()
         files = list(prefect_api.home.glob("prefect.db*"))
         recorded = b"".join(path.read_bytes() for path in files)
         assert name.encode() in recorded
         assert not [form for form in forms(SECRET) if form in recorded]
 
 
-class TestWhatIsMeant:
-    async def test_options_given_by_hand_go_over_those_of_the_block(self, tmp_path):
+class TestOpenOutput:
+    async def test_options_take_precedence_over_the_block(self, tmp_path):
         block = RemoteFileSystem(basepath=f"memory://{tmp_path.name}", settings={"a": 1, "b": 1})
         assert (await open_output(block, {"b": 2})).options == {"a": 1, "b": 2}
 
-    async def test_the_options_of_the_environment_are_for_paths_and_urls(
-        self, tmp_path, monkeypatch
-    ):
+    async def test_environment_options_apply_to_paths_and_urls(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", '{"a": 1}')
         assert (await open_output(str(tmp_path))).options == {"a": 1}
         assert (await open_output(tmp_path, {"b": 2})).options == {"b": 2}
         assert (await open_output(LocalFileSystem(basepath=str(tmp_path)))).options == {}
 
-    async def test_a_folder_that_is_open_is_taken_as_it_is(self, tmp_path):
+    async def test_open_folder_is_returned(self, tmp_path):
         folder = OutputFolder(tmp_path)
         assert await open_output(folder) is folder
 
-    async def test_what_aws_blocks_say_is_what_s3fs_is_told(self, s3):
-        keys = keys_for(s3, aws_session_token="token", region_name="eu-north-1")
+    async def test_aws_block_becomes_s3fs_options(self, s3):
+        keys = make_keys(s3, aws_session_token="token", region_name="eu-north-1")
         keys.aws_client_parameters.config = {"max_pool_connections": 5}
         keys.aws_client_parameters.use_ssl = False
         keys.aws_client_parameters.verify = False
@@ -199,15 +193,13 @@ class TestWhatIsMeant:
         profile = aws.AwsCredentials(profile_name="studio")
         assert (await open_output("memory://x", profile)).options == {"profile": "studio"}
 
-    async def test_a_role_to_assume_is_refused_with_what_to_do(self, s3):
-        keys = keys_for(s3, assume_role_arn="arn:aws:iam::1:role/x")
-        with pytest.raises(ConfigurationError, match="Name a profile that assumes it"):
+    async def test_role_to_assume_is_refused(self, s3):
+        keys = make_keys(s3, assume_role_arn="arn:aws:iam::1:role/x")
+        with pytest.raises(ConfigurationError, match="Name a profile that assumes the role"):
             await open_output("s3://pictures/x", keys)
 
     @pytest.mark.parametrize("slug", ["s3-bucket", "remote-file-system", "local-file-system"])
-    async def test_text_that_may_be_a_block_or_a_new_folder_is_asked_about(
-        self, slug, tmp_path, monkeypatch
-    ):
+    async def test_ambiguous_text_is_refused(self, slug, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ConfigurationError, match=f"block:{slug}/x for the Block") as caught:
             await open_output(f"{slug}/x")
@@ -218,16 +210,16 @@ class TestWhatIsMeant:
 
     @pytest.mark.parametrize(
         "reference",
-        ["remote-file-system/nobody", "no-such-type/x", "remote-file-system", "", "a/b/c"],
+        ["remote-file-system/missing", "no-such-type/x", "remote-file-system", "", "a/b/c"],
     )
-    async def test_a_block_that_is_not_there_is_named(self, reference):
+    async def test_missing_output_block_is_named(self, reference):
         with pytest.raises(ConfigurationError, match="cannot be loaded") as caught:
             await open_output(f"block:{reference}")
         assert reference in caught.value.message
 
-    async def test_a_block_without_a_place_is_refused(self, name):
+    async def test_block_without_a_location_is_refused(self, name):
         await Secret(value=SECRET).asave(name)
-        with pytest.raises(ConfigurationError, match="no place to store to") as caught:
+        with pytest.raises(ConfigurationError, match="no location to store images in") as caught:
             await open_output(f"block:secret/{name}")
         assert SECRET not in repr(caught.value)
         with pytest.raises(ConfigurationError, match="no keys for a store"):
@@ -236,9 +228,9 @@ class TestWhatIsMeant:
     @pytest.mark.parametrize(
         "wrong",
         [{"output": 7}, {"output": Secret(value="x")}, {"storage_options": "a=b"}],
-        ids=["a number", "a Block without a place", "text"],
+        ids=["a number", "a Block without a location", "text"],
     )
-    async def test_what_is_neither_is_refused_by_the_form(self, wrong, account, tmp_path):
+    async def test_other_types_are_refused_by_the_form(self, wrong, account, tmp_path):
         given = {"output": str(tmp_path), **wrong}
-        with pytest.raises(ParameterTypeError, match=r"An output is|Storage options are"):
+        with pytest.raises(ParameterTypeError, match=r"An output must be|Storage options must be"):
             await style_transfer_batch(ROWS, credentials=account, **given)

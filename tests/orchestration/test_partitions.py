@@ -1,4 +1,4 @@
-"""A batch in partitions: two real workers, one of them killed, and what is told of it all."""
+"""Batches in partitions on two real workers, one of which is killed."""
 
 import asyncio
 import json
@@ -25,36 +25,37 @@ from prefect_flux_kontext.orchestration.events import (
     SPEND_ABOVE,
     WAVE_FINISHED,
 )
-from prefect_flux_kontext.orchestration.partitions import coordinator as watching
+from prefect_flux_kontext.orchestration.partitions import coordinator
 from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
-from tests.orchestration.deployed import run_once
+from tests.orchestration.deployed import wait_for_state
 from tests.orchestration.partition_workers import (
     ROOT,
-    Place,
+    PartitionWorkers,
     deploy,
-    parent_of,
-    process_of,
-    runs_named,
-    until,
+    find_process,
+    find_runs,
+    read_parent,
+    wait_until,
 )
-from tests.orchestration.records import all_events, artifacts, our_events
+from tests.orchestration.records import read_all_events, read_artifacts, read_our_events
 
 SLOTS = 40
 QUICK = PollingCadence(initial_delay=0, interval=0.2, timeout=60)
-DEPLOYMENT, NOBODYS = "style-transfer-partition/tested", "style-transfer-partition/nobodys"
+DEPLOYMENT = "style-transfer-partition/tested"
+WITHOUT_WORKERS = "style-transfer-partition/without-workers"
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def place(prefect_api, tmp_path_factory):
+def workers(prefect_api, tmp_path_factory):
     asyncio.run(deploy("tested", pool="partitions"))
-    asyncio.run(deploy("nobodys", pool="without-workers"))
+    asyncio.run(deploy("without-workers", pool="without-workers"))
     folder = tmp_path_factory.mktemp("partitions")
-    # Its own limits are far above the account's, so that it sees who passes them.
+    # The sandbox's limits are far above the account's, so that it can see them exceeded.
     settings = SandboxSettings(mean=0.5, long_edge=16, requests_per_minute=100_000)
     with ExitStack() as stack:
         sandbox = stack.enter_context(running_sandbox(settings))
@@ -63,43 +64,43 @@ def place(prefect_api, tmp_path_factory):
             "PYTHONPATH": str(ROOT),
             "PREFECT_WORKER_QUERY_SECONDS": "1",
         }
-        place = Place(folder, environment, sandbox, stack)
+        workers = PartitionWorkers(folder, environment, sandbox, stack)
         for _ in range(2):
-            place.start_worker()
-        yield place
-        # They have nothing to do any more, and some take a minute to end by themselves.
-        for worker in place.workers.values():
+            workers.start_worker()
+        yield workers
+        # The workers are idle, and some take a minute to stop.
+        for worker in workers.processes.values():
             os.killpg(worker.pid, signal.SIGKILL)
 
 
 @pytest.fixture
-async def account(place, prefect_api):
-    """The name of a saved account with limits that no other test has used."""
+async def account(workers, prefect_api):
+    """The name of a saved account with a limit that no other test uses."""
     name = f"account-{uuid.uuid4()}"
     block = FluxKontextCredentials(
-        api_key=name, base_url=place.sandbox.url, account=name, concurrent_tasks=SLOTS
+        api_key=name, base_url=workers.sandbox.url, account=name, concurrent_tasks=SLOTS
     )
     await block.save(name)
     return name
 
 
 @pytest.fixture(autouse=True)
-def _looks_often(monkeypatch):
-    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.3)
+def _check_often(monkeypatch):
+    monkeypatch.setattr(coordinator, "CHECK_INTERVAL_SECONDS", 0.3)
 
 
 def rows(number):
-    """Rows with prompts of their own, and what is in all of these."""
-    words = str(uuid.uuid4())
-    return [{"id": f"row-{n}", "prompt": f"{words} {n}"} for n in range(number)], words
+    """Return rows with prompts of their own, and a text that all these prompts contain."""
+    text = str(uuid.uuid4())
+    return [{"id": f"row-{n}", "prompt": f"{text} {n}"} for n in range(number)], text
 
 
 def batch(name=None):
     return style_transfer_batch.with_options(flow_run_name=name or str(uuid.uuid4()))
 
 
-async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, account, tmp_path):
-    given, words = rows(600)
+async def test_partitions_keep_limits_and_report_once(workers, account, tmp_path):
+    given, text = rows(600)
     name = str(uuid.uuid4())
     summary = await batch(name)(
         given,
@@ -112,36 +113,40 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
     )
     assert (summary.rows, summary.stored, summary.already_stored) == (600, 600, 0)
     assert summary.spent == pytest.approx(18.0)
-    assert set(place.accepted(words=words).values()) == {1}
-    assert len(place.accepted(words=words)) == 600
+    assert set(workers.count_paid(text=text).values()) == {1}
+    assert len(workers.count_paid(text=text)) == 600
     assert len(list(tmp_path.glob("*.jpg"))) == 600
     lines = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert [line["line"] for line in lines] == list(range(1, 601))
     assert (tmp_path / "gallery.html").exists()
-    bill = place.sandbox.service.bill()
-    # By the service: partitions that each took the account for their own would run 80. A few
-    # above 40 are tasks that were taken to have ended before somebody looked.
+    bill = workers.sandbox.service.bill()
+    # Partitions that each used the whole account would run 80 tasks. A few more than 40 are tasks
+    # that the limiter expected to have ended before they were polled.
     assert bill["peak_running"] < 1.5 * SLOTS
 
-    runs = {run.name: run for run in await runs_named(name)}
+    runs = {run.name: run for run in await find_runs(name)}
     partitions = [f"{name}-partition-{number}-of-2" for number in (1, 2)]
     assert set(runs) == {name, *partitions}
-    told = Counter(
+    counts = Counter(
         event["event"]
-        for event in await our_events(runs[name].id, BATCH_STARTED, BATCH_FINISHED, SPEND_ABOVE)
+        for event in await read_our_events(
+            runs[name].id, BATCH_STARTED, BATCH_FINISHED, SPEND_ABOVE
+        )
     )
-    assert told.pop("prefect.asset.materialization.succeeded") == 1
-    assert told == {BATCH_STARTED: 1, BATCH_FINISHED: 1, SPEND_ABOVE: 1}
+    assert counts.pop("prefect.asset.materialization.succeeded") == 1
+    assert counts == {BATCH_STARTED: 1, BATCH_FINISHED: 1, SPEND_ABOVE: 1}
     for partition in partitions:
-        told = await our_events(runs[partition].id, WAVE_FINISHED)
-        assert [event["event"] for event in told] == [WAVE_FINISHED] * 2
-        assert await artifacts(runs[partition].id) == {}
-    assert set(await artifacts(runs[name].id)) == {"progress", "markdown"}
+        found = await read_our_events(runs[partition].id, WAVE_FINISHED)
+        assert [event["event"] for event in found] == [WAVE_FINISHED] * 2
+        assert await read_artifacts(runs[partition].id) == {}
+    assert set(await read_artifacts(runs[name].id)) == {"progress", "markdown"}
     # At most one task run and ten events for each hundred images.
     events = {
-        event["id"]: event["event"] for run in runs.values() for event in await all_events(run.id)
+        event["id"]: event["event"]
+        for run in runs.values()
+        for event in await read_all_events(run.id)
     }
-    # Of heartbeats there are as many as the machine is slow.
+    # The number of heartbeats depends on the speed of the machine.
     counted = [event for event in events.values() if event != "prefect.flow-run.heartbeat"]
     assert len(counted) <= 60, Counter(counted)
     async with get_client() as client:
@@ -150,17 +155,20 @@ async def test_a_batch_in_parts_keeps_the_limits_and_tells_itself_once(place, ac
             assert len(await client.read_task_runs(flow_run_filter=only)) == 2 * (run.name != name)
 
     again = await batch()(
-        given, str(tmp_path), account, cadence=QUICK, partitions=2, partition_deployment=NOBODYS
+        given,
+        str(tmp_path),
+        account,
+        cadence=QUICK,
+        partitions=2,
+        partition_deployment=WITHOUT_WORKERS,
     )
     assert (again.stored, again.already_stored, again.spent) == (600, 600, 0.0)
-    assert sum(place.accepted(words=words).values()) == 600
+    assert sum(workers.count_paid(text=text).values()) == 600
 
 
-async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twice(
-    place, account, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(watching, "SILENT_SECONDS", 15.0)
-    given, words = rows(240)
+async def test_partition_of_a_killed_worker_is_finished(workers, account, tmp_path, monkeypatch):
+    monkeypatch.setattr(coordinator, "HEARTBEAT_TIMEOUT_SECONDS", 15.0)
+    given, text = rows(240)
     name = str(uuid.uuid4())
     ended = []
 
@@ -175,36 +183,36 @@ async def test_a_part_whose_worker_is_killed_is_finished_and_nothing_is_paid_twi
         )
         ended.append(summary)
 
-    def second_parts():
-        # Partitions are dealt row by row, so the second has every other row.
-        return sum(int(prompt.split()[1]) % 2 for prompt in place.accepted(words=words))
+    def count_paid_by_second():
+        # Of two partitions, each has every second row.
+        return sum(int(prompt.split()[1]) % 2 for prompt in workers.count_paid(text=text))
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)
-        await until(lambda: second_parts() >= 1)
-        killed, process = await process_of(f"{name}-partition-2")
-        worker = place.workers.pop(parent_of(process))
-        await until(lambda: second_parts() >= 30)
+        await wait_until(lambda: count_paid_by_second() >= 1)
+        killed, process = await find_process(f"{name}-partition-2")
+        worker = workers.processes.pop(read_parent(process))
+        await wait_until(lambda: count_paid_by_second() >= 30)
         worker.kill()
         os.kill(process, signal.SIGKILL)
         assert not ended
-        place.start_worker()
+        workers.start_worker()
     (summary,) = ended
-    paid = place.accepted(words=words)
+    paid = workers.count_paid(text=text)
     assert set(paid.values()) == {1}
-    # A row whose POST was under way is held, not paid again.
+    # Rows whose POST was in flight are unknown, and not paid for again.
     assert summary.stored + summary.unknown == summary.rows == 240
     assert summary.unknown <= SLOTS / 2
     assert summary.spent == pytest.approx(0.03 * 240)
     assert len(paid) >= summary.stored == len(list(tmp_path.glob("*.jpg")))
-    states = sorted(run.state_name for run in await runs_named(f"{name}-partition"))
+    states = sorted(run.state_name for run in await find_runs(f"{name}-partition"))
     assert "Completed" in states
-    (killed,) = [run for run in await runs_named(f"{name}-partition-2") if run.id == killed.id]
+    (killed,) = [run for run in await find_runs(f"{name}-partition-2") if run.id == killed.id]
     assert killed.state_name == "Crashed"
 
 
-async def test_a_budget_is_kept_by_all_parts_together(place, account, tmp_path):
-    given, words = rows(60)
+async def test_partitions_keep_the_budget_together(workers, account, tmp_path):
+    given, text = rows(60)
     with pytest.raises(BudgetReachedError, match="40 of 60 rows stored"):
         await batch()(
             given,
@@ -215,15 +223,15 @@ async def test_a_budget_is_kept_by_all_parts_together(place, account, tmp_path):
             partition_deployment=DEPLOYMENT,
             budget_usd=1.2,
         )
-    assert sum(place.accepted(words=words).values()) == 40
+    assert sum(workers.count_paid(text=text).values()) == 40
 
 
-class TestWithoutAWorker:
-    async def test_rows_that_no_worker_takes_are_run_by_the_batch_itself(
-        self, place, account, tmp_path, monkeypatch
+class TestWithoutWorkers:
+    async def test_batch_runs_partitions_that_no_worker_begins(
+        self, workers, account, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(watching, "BEGINS_WITHIN", 0.5)
-        given, words = rows(20)
+        monkeypatch.setattr(coordinator, "START_TIMEOUT_SECONDS", 0.5)
+        given, text = rows(20)
         name = str(uuid.uuid4())
         summary = await batch(name)(
             given,
@@ -231,16 +239,16 @@ class TestWithoutAWorker:
             account,
             cadence=QUICK,
             partitions=2,
-            partition_deployment=NOBODYS,
+            partition_deployment=WITHOUT_WORKERS,
         )
         assert (summary.stored, summary.already_stored) == (20, 0)
         assert summary.spent == pytest.approx(0.6)
-        assert set(place.accepted(words=words).values()) == {1}
-        for run in await runs_named(f"{name}-partition"):
-            await run_once(run.id, "Cancelled")
+        assert set(workers.count_paid(text=text).values()) == {1}
+        for run in await find_runs(f"{name}-partition"):
+            await wait_for_state(run.id, "Cancelled")
 
-    async def test_a_batch_that_is_cancelled_cancels_its_parts(self, place, account, tmp_path):
-        given, words = rows(20)
+    async def test_cancelled_batch_cancels_its_partitions(self, workers, account, tmp_path):
+        given, text = rows(20)
         name = str(uuid.uuid4())
         running = asyncio.create_task(
             batch(name)(
@@ -249,24 +257,24 @@ class TestWithoutAWorker:
                 account,
                 cadence=QUICK,
                 partitions=2,
-                partition_deployment=NOBODYS,
+                partition_deployment=WITHOUT_WORKERS,
             )
         )
         partitions = []
         async with asyncio.timeout(300):
             while len(partitions) < 2:
                 await anyio.sleep(0.1)
-                partitions = await runs_named(f"{name}-partition")
+                partitions = await find_runs(f"{name}-partition")
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
         for run in partitions:
-            await run_once(run.id, "Cancelled")
-        assert not place.accepted(words=words)
+            await wait_for_state(run.id, "Cancelled")
+        assert not workers.count_paid(text=text)
 
 
-class TestWhatIsRefusedAtTheStart:
-    async def refused(self, account, tmp_path, **how):
+class TestRefusal:
+    async def run_refused(self, account, tmp_path, **how):
         given, _ = rows(2)
         with pytest.raises(ConfigurationError) as error:
             await batch()(
@@ -279,38 +287,40 @@ class TestWhatIsRefusedAtTheStart:
         assert not list(tmp_path.iterdir())
         return str(error.value)
 
-    async def test_results_that_are_not_waited_for(self, place, account, tmp_path):
-        assert "waits for its results" in await self.refused(account, tmp_path, wait="collect")
+    async def test_wait_other_than_poll_is_refused(self, workers, account, tmp_path):
+        assert "not possible with partitions" in await self.run_refused(
+            account, tmp_path, wait="collect"
+        )
 
-    async def test_a_deployment_that_is_not_there(self, place, account, tmp_path):
-        told = await self.refused(
+    async def test_missing_deployment_is_refused(self, workers, account, tmp_path):
+        message = await self.run_refused(
             account, tmp_path, partition_deployment="style-transfer-partition/none"
         )
-        assert "prefect deploy --name partition-of-batch" in told
+        assert "prefect deploy --name partition-of-batch" in message
 
-    async def test_an_account_that_parts_cannot_load(self, place, tmp_path):
-        block = FluxKontextCredentials(api_key="a", base_url=place.sandbox.url)
-        assert "Save it" in await self.refused(block, tmp_path)
+    async def test_unsaved_block_is_refused(self, workers, tmp_path):
+        block = FluxKontextCredentials(api_key="a", base_url=workers.sandbox.url)
+        assert "Save it" in await self.run_refused(block, tmp_path)
 
-    async def test_a_table_in_memory(self, place, account, tmp_path):
+    async def test_table_is_refused(self, workers, account, tmp_path):
         table = pa.table({"id": ["a"], "prompt": ["a lighthouse"]})
-        assert "list of dicts" in await self.refused(account, tmp_path, manifest=table)
+        assert "list of dicts" in await self.run_refused(account, tmp_path, manifest=table)
 
-    async def test_callbacks_that_each_part_would_receive(
-        self, place, account, tmp_path, monkeypatch
+    async def test_listening_for_callbacks_is_refused(
+        self, workers, account, tmp_path, monkeypatch
     ):
         monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", "127.0.0.1:8780")
-        assert "flux-kontext receive" in await self.refused(account, tmp_path)
+        assert "flux-kontext receive" in await self.run_refused(account, tmp_path)
 
 
-async def test_a_part_with_a_share_of_a_budget_runs_once(place, account, tmp_path):
+async def test_partition_with_a_budget_share_runs_once(workers, account, tmp_path):
     partition = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60, "budget_usd": 0.03}
-    patient = style_transfer_partition.with_options(retries=1)
+    retried = style_transfer_partition.with_options(retries=1)
     with pytest.raises(ConfigurationError, match="ran before"):
-        await patient(partition, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
+        await retried(partition, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
 
 
-async def test_a_part_is_a_living_owner_only_while_it_runs(place, account, tmp_path):
+async def test_partition_has_a_heartbeat_only_while_it_runs(workers, account, tmp_path):
     given, _ = rows(4)
     partition = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
     block = await FluxKontextCredentials.aload(account)

@@ -1,4 +1,4 @@
-"""`serve` pickles a flow for the process that runs it: its parameters are known there too."""
+"""Flows can be pickled with the types of their parameters, as `serve` does."""
 
 import subprocess
 import sys
@@ -22,12 +22,12 @@ print(sorted(flow.validate_parameters(given)))
 @pytest.mark.parametrize(
     "flow", [*(getattr(flows, name) for name in flows.__all__), style_transfer_partition]
 )
-def test_a_flow_that_was_pickled_knows_its_parameters(flow):
-    told = subprocess.run(
+def test_pickled_flow_knows_its_parameters(flow):
+    done = subprocess.run(
         [sys.executable, "-c", UNPICKLE],
         input=cloudpickle.dumps(flow),
         capture_output=True,
         check=False,
     )
-    assert told.returncode == 0, told.stderr.decode()
-    assert "'output'" in told.stdout.decode()
+    assert done.returncode == 0, done.stderr.decode()
+    assert "'output'" in done.stdout.decode()

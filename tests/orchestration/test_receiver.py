@@ -1,4 +1,4 @@
-"""The receiver resumes what waits for an output's results, and tells Prefect of them."""
+"""The receiver emits that results are ready, and resumes the flow runs that wait for them."""
 
 import asyncio
 import re
@@ -12,20 +12,19 @@ from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_flux_kontext.batch.collection import unfinished_entries
-from prefect_flux_kontext.callbacks import completion as awaited
+from prefect_flux_kontext.callbacks import completion
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Callback, Inbox
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.ledger.store import open_ledger_store
-from prefect_flux_kontext.orchestration import events
-from prefect_flux_kontext.orchestration import receiver as receiving
+from prefect_flux_kontext.orchestration import events, receiver
 from prefect_flux_kontext.orchestration.suspension import resume_suspended
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.orchestration.conftest import KEY, QUICK
-from tests.orchestration.deployed import run_once, running_worker, state_names
+from tests.orchestration.deployed import read_state_names, running_worker, wait_for_state
 from tests.orchestration.records import post
 from tests.orchestration.test_deployments import ROOT
-from tests.orchestration.test_suspension import suspended
+from tests.orchestration.test_suspension import create_suspended
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
 
@@ -35,7 +34,7 @@ POOL = "received"
 
 @pytest.fixture
 def environment(prefect_api, sandbox):
-    """What the worker and the receiver have in common."""
+    """The variables of both the worker and the receiver."""
     return prefect_api.environment | {
         "FLUX_KONTEXT_API_KEY": KEY,
         "FLUX_KONTEXT_BASE_URL": sandbox.url,
@@ -48,7 +47,7 @@ def environment(prefect_api, sandbox):
 
 
 @pytest.fixture
-def receiver(environment, tmp_path):
+def receiver_url(environment, tmp_path):
     """The URL of `flux-kontext receive --resume` for the output."""
     command = ["receive", str(tmp_path / "out"), "--resume", "--port=0"]
     process = subprocess.Popen(
@@ -65,8 +64,8 @@ def receiver(environment, tmp_path):
     assert process.returncode == 0
 
 
-async def ready_events(output):
-    """The events that tell that the output's results are there, once there is one."""
+async def wait_for_ready_events(output):
+    """Wait until the server has events that the results of an output are ready; return them."""
     wanted = {
         "event": {"name": [events.RESULTS_READY]},
         "resource": {"id": [f"flux-kontext.output.file://{output}"]},
@@ -79,14 +78,12 @@ async def ready_events(output):
     raise AssertionError("no such event")
 
 
-async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_once(
-    environment, receiver, sandbox, tmp_path
-):
+async def test_receiver_resumes_a_suspended_batch(environment, receiver_url, sandbox, tmp_path):
     shutil.copytree(ROOT / "flows", tmp_path / "flows")
     output, manifest = tmp_path / "out", tmp_path / "manifest.csv"
     lines = [f"row-{number},a harbour {number}" for number in range(20)]
     manifest.write_text("\n".join(["id,prompt", *lines]))
-    told = environment | {"FLUX_KONTEXT_CALLBACK_URL": receiver}
+    with_callbacks = environment | {"FLUX_KONTEXT_CALLBACK_URL": receiver_url}
     await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "prefect", "work-pool", "create", POOL, "--type", "process"],
@@ -97,61 +94,59 @@ async def test_a_suspended_batch_is_resumed_by_the_receiver_and_each_row_billed_
         str(tmp_path), "flows/nightly_prefix.py:nightly_prefix"
     )
     await flow.deploy("called-back", work_pool_name=POOL, print_next_steps=False)
-    with running_worker(POOL, tmp_path, told):
+    with running_worker(POOL, tmp_path, with_callbacks):
         run = await run_deployment(
             "style-transfer-batch/called-back",
             parameters={"manifest": str(manifest), "output": str(output), "wait": "suspend"},
             timeout=0,
         )
-        await run_once(run.id, "Suspended", "Resuming")
-        run = await run_once(run.id, "Completed")
-    names = await state_names(run.id)
+        await wait_for_state(run.id, "Suspended", "Resuming")
+        run = await wait_for_state(run.id, "Completed")
+    names = await read_state_names(run.id)
     assert names.count("Running") == 2
     assert names.index("Suspended") < names.index("Resuming") < names.index("Completed")
     assert len(list(output.glob("*.jpg"))) == 20
     assert sandbox.service.bill()["accepted"] == 20
-    (event,) = await ready_events(output)
+    (event,) = await wait_for_ready_events(output)
     assert event["payload"] == {"output": f"file://{output}", "rows": 20}
 
 
-async def test_who_is_suspended_a_moment_later_is_found_and_the_event_comes_once(
-    account, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(awaited, "_QUIET", 0)
-    monkeypatch.setattr(awaited, "_AGAIN", 0)
+async def test_run_suspended_after_its_callbacks_is_resumed(account, tmp_path, monkeypatch):
+    monkeypatch.setattr(completion, "_QUIET", 0)
+    monkeypatch.setattr(completion, "_AGAIN", 0)
     how = {"credentials": account, "cadence": QUICK, "wait": "collect"}
     await style_transfer_batch([{"id": "a", "prompt": "a lighthouse"}], str(tmp_path), **how)
     output = OutputFolder(str(tmp_path))
     (entry,) = await unfinished_entries(open_ledger_store(output))
     inbox = Inbox(open_ledger_store(output).below(INBOX_FOLDER))
     callback = Callback(owner=entry.intent.owner, key=entry.key, number=entry.attempt)
-    looks, found = [], asyncio.Event()
+    calls, found = [], asyncio.Event()
 
-    async def looked(output):
-        looks.append(output)
-        if len(looks) == 2:
-            await suspended(output)
+    async def resume_late(output):
+        calls.append(output)
+        if len(calls) == 2:
+            await create_suspended(output)
         resumed = await resume_suspended(output)
         if resumed:
             found.set()
         return resumed
 
-    monkeypatch.setattr(receiving, "resume_suspended", looked)
-    async with receiving.resume_on_completion(output, inbox):
+    monkeypatch.setattr(receiver, "resume_suspended", resume_late)
+    async with receiver.resume_on_completion(output, inbox):
         await inbox.keep(callback)
         await found.wait()
-    assert len(looks) == 2
-    assert len(await ready_events(tmp_path)) == 1
+    assert len(calls) == 2
+    assert len(await wait_for_ready_events(tmp_path)) == 1
 
 
-def test_without_an_address_of_prefect_no_receiver_starts(tmp_path, monkeypatch, capsys):
+def test_receiver_with_resume_needs_an_api_url(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
     with temporary_settings({PREFECT_API_URL: None}):
         assert main(["receive", str(tmp_path), "--port=0", "--resume"]) == 2
     assert "PREFECT_API_URL" in capsys.readouterr().err
 
 
-def test_what_to_resume_is_known_for_one_output_only(tmp_path, monkeypatch, capsys):
+def test_resume_needs_an_output(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
     assert main(["receive", "--inbox", str(tmp_path), "--port=0", "--resume"]) == 2
     assert "name OUTPUT in place of --inbox" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The flows as parts of other people's, with retries, and where suspending cannot work."""
+"""The flows with retries, as subflows, and without a deployment."""
 
 import pytest
 from prefect import flow
@@ -18,8 +18,8 @@ def rows(number):
 
 
 @pytest.fixture
-def fails_once_midway(monkeypatch):
-    """The first wave does its work and then fails, as a worker's bad moment would have it."""
+def fails_once(monkeypatch):
+    """The first wave runs and then fails, as with a temporary error of the worker."""
     calls = []
     run = Wave.run
 
@@ -27,31 +27,29 @@ def fails_once_midway(monkeypatch):
         summary = await run(wave)
         calls.append(wave)
         if len(calls) == 1:
-            raise ConnectionError("a bad moment")
+            raise ConnectionError("a temporary error")
         return summary
 
     monkeypatch.setattr(Wave, "run", run_and_fail)
     return calls
 
 
-async def test_a_flow_that_is_retried_after_a_failure_midway_pays_nothing_twice(
-    fails_once_midway, account, sandbox, tmp_path
-):
-    patient = style_transfer_batch.with_options(retries=1, retry_delay_seconds=0)
-    summary = await patient(rows(20), str(tmp_path), credentials=account, cadence=QUICK)
-    assert len(fails_once_midway) == 2
+async def test_retried_flow_pays_nothing_twice(fails_once, account, sandbox, tmp_path):
+    retried = style_transfer_batch.with_options(retries=1, retry_delay_seconds=0)
+    summary = await retried(rows(20), str(tmp_path), credentials=account, cadence=QUICK)
+    assert len(fails_once) == 2
     assert (summary.stored, summary.already_stored) == (20, 20)
     assert sandbox.service.bill()["accepted"] == 20
 
 
-async def test_a_wave_that_is_retried_after_a_failure_midway_pays_nothing_twice(
-    fails_once_midway, account, sandbox, tmp_path, monkeypatch
+async def test_retried_wave_pays_nothing_twice(
+    fails_once, account, sandbox, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(flows, "run_wave", run_wave.with_options(retries=2))
     summary = await style_transfer_batch(
         rows(20), str(tmp_path), credentials=account, cadence=QUICK
     )
-    assert len(fails_once_midway) == 2
+    assert len(fails_once) == 2
     assert (summary.rows, summary.stored) == (20, 20)
     assert sandbox.service.bill()["accepted"] == 20
     again = await style_transfer_batch(rows(20), str(tmp_path), credentials=account, cadence=QUICK)
@@ -59,17 +57,17 @@ async def test_a_wave_that_is_retried_after_a_failure_midway_pays_nothing_twice(
     assert sandbox.service.bill()["accepted"] == 20
 
 
-async def test_a_batch_is_part_of_a_flow_of_ones_own(account, sandbox, tmp_path):
+async def test_batch_runs_as_a_subflow(account, sandbox, tmp_path):
     @flow
-    async def mine():
+    async def own_flow():
         return await style_transfer_batch(
             rows(2), str(tmp_path), credentials=account, cadence=QUICK
         )
 
-    assert (await mine()).stored == 2
+    assert (await own_flow()).stored == 2
 
 
-async def test_submitting_now_and_collecting_later_are_two_flow_runs(account, sandbox, tmp_path):
+async def test_results_are_collected_by_another_flow_run(account, sandbox, tmp_path):
     how = {"credentials": account, "cadence": QUICK}
     left = await style_transfer_batch(rows(5), str(tmp_path), wait="collect", **how)
     assert (left.rows, left.outstanding, left.stored) == (5, 5, 0)
@@ -79,24 +77,20 @@ async def test_submitting_now_and_collecting_later_are_two_flow_runs(account, sa
     assert sandbox.service.bill()["accepted"] == 5
 
 
-async def test_without_a_deployment_suspending_is_refused_before_anything_is_paid(
-    account, sandbox, tmp_path
-):
+async def test_suspending_without_a_deployment_is_refused_unpaid(account, sandbox, tmp_path):
     with pytest.raises(ConfigurationError, match="no deployment") as caught:
         await style_transfer_batch(rows(2), str(tmp_path), credentials=account, wait="suspend")
     assert 'wait="collect"' in caught.value.message
     assert sandbox.service.bill()["accepted"] == 0
 
 
-async def test_in_a_subflow_suspending_is_refused_before_anything_is_paid(
-    account, sandbox, tmp_path
-):
+async def test_suspending_a_subflow_is_refused_unpaid(account, sandbox, tmp_path):
     @flow
-    async def mine():
+    async def own_flow():
         return await style_transfer_batch(
             rows(2), str(tmp_path), credentials=account, wait="suspend"
         )
 
     with pytest.raises(ConfigurationError, match="Nothing was submitted"):
-        await mine()
+        await own_flow()
     assert sandbox.service.bill()["accepted"] == 0

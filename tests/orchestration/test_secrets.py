@@ -1,4 +1,4 @@
-"""The key is nowhere: not in the server's database, not in its files, logs, results, outputs."""
+"""The key is not in the server's database, files, logs, results or outputs."""
 
 import base64
 import csv
@@ -14,8 +14,8 @@ GOOD = "canary-good-7f3a9c51e2"
 WRONG = "canary-wrong-7f3a9c51e2"
 SAVED = "canary-saved-7f3a9c51e2"
 
-# In a process of its own: it logs at DEBUG from the start, and has told the server all it has to
-# tell when it ends.
+# Runs in a process of its own, so that it logs at DEBUG from the start, and the server has all of
+# its logs and events once it ends.
 PROGRAM = """
 import asyncio, os, sys
 from prefect import flow
@@ -26,7 +26,7 @@ manifest, output, url, good, wrong, saved = sys.argv[1:]
 quick = PollingCadence(initial_delay=0, interval=0.05)
 block = FluxKontextCredentials(api_key=good, base_url=url)
 bad = FluxKontextCredentials(api_key=wrong, base_url=url)
-nobody = FluxKontextCredentials(api_key=wrong, base_url="http://127.0.0.1:1")
+unreachable = FluxKontextCredentials(api_key=wrong, base_url="http://127.0.0.1:1")
 
 @flow(persist_result=True)
 async def own(account: FluxKontextCredentials, prompt: str):
@@ -48,7 +48,7 @@ async def main():
     await FluxKontextCredentials(api_key=saved, base_url=url).asave("canary")
     for account in (block, "canary", bad):
         await run(style_transfer, "oil", output, credentials=account, cadence=quick)
-    for account in (block, None, bad, nobody):
+    for account in (block, None, bad, unreachable):
         how = {"credentials": account, "cadence": quick, "skip_invalid": True}
         await run(style_transfer_batch, manifest, output, **how)
     await run(own, block, "oil")
@@ -64,7 +64,7 @@ for account in (block, bad):
 
 
 def forms(secret):
-    """The secret in plain and as any of the three alignments of base64 shows it."""
+    """Yield the secret in plain text, UTF-16, and the three alignments of base64."""
     yield secret.encode()
     yield secret.encode("utf-16-le")
     for shift in range(3):
@@ -73,7 +73,7 @@ def forms(secret):
 
 
 @pytest.mark.timeout(180)
-def test_the_key_shows_up_nowhere(prefect_api, tmp_path):
+def test_key_is_not_stored_anywhere(prefect_api, tmp_path):
     output, manifest = tmp_path / "out", tmp_path / "m.csv"
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows(
@@ -104,7 +104,7 @@ def test_the_key_shows_up_nowhere(prefect_api, tmp_path):
     assert "401" in program.stderr
 
     recorded = b"".join(path.read_bytes() for path in prefect_api.home.glob("prefect.db*"))
-    # The search is no use unless it would find what is there: names and messages in the clear.
+    # Names and messages are found in plain text, so the search would find the key too.
     for there in (
         b"style-transfer-batch",
         b"CONTENT_VIOLATION",
@@ -129,7 +129,7 @@ def test_the_key_shows_up_nowhere(prefect_api, tmp_path):
     assert leaks == []
 
 
-def test_the_search_would_find_a_key_in_base64():
+def test_search_finds_a_key_in_base64():
     for before in (b"", b"a", b"ab", b"abc"):
         coded = base64.b64encode(before + GOOD.encode() + b" after")
         assert any(form in coded for form in forms(GOOD))

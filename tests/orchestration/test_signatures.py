@@ -1,4 +1,4 @@
-"""A signed URL is in the request and nowhere else, even where Prefect keeps every result."""
+"""A signed URL is only in the request, even if Prefect persists every result."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
 KEY = "key-of-the-tests"
 SIGNATURE = "canary-signature-7f3a9c51e2"
 
-# A bucket by its interface alone, whose signed URLs the sandbox serves.
+# Emulates a bucket whose signed URLs the sandbox serves.
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
@@ -50,7 +50,7 @@ print(*ended)
 
 
 @pytest.mark.timeout(180)
-def test_a_signature_shows_up_nowhere(prefect_api, tmp_path):
+def test_signature_is_not_stored_anywhere(prefect_api, tmp_path):
     output, results = tmp_path / "out", tmp_path / "results"
     with running_sandbox(SandboxSettings(mean=0.05, long_edge=64, api_key=KEY)) as sandbox:
         arguments = [str(PHOTOS / "cat.png"), str(output), sandbox.url, KEY, SIGNATURE]
@@ -69,11 +69,11 @@ def test_a_signature_shows_up_nowhere(prefect_api, tmp_path):
             check=False,
         )
         assert program.returncode == 0, program.stderr[-3_000:]
-        # One that cannot be fetched is paid for once more in a batch, not on its own.
+        # A batch pays once more for a reference that cannot be fetched; a single image does not.
         assert sandbox.service.bill()["accepted"] == 2 + 3
     assert program.stdout.split() == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
     (tmp_path / "stderr").write_text(program.stderr)
-    # The search is no use unless it looks where things are.
+    # Other values are found in these folders, so the search would find the signature too.
     assert any(results.iterdir())
     assert "INVALID_IMAGE_URL" in program.stderr
     assert "gs://photos/cat.png" in "".join(

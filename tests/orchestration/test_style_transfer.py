@@ -1,4 +1,4 @@
-"""The flow over one image: what it stores, and that nothing is paid when it cannot."""
+"""The flow of one image: what it stores, and what it refuses unpaid."""
 
 import pytest
 from prefect.exceptions import ParameterTypeError
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.anyio
 CADENCE = QUICK.model_dump()
 
 
-class TestOneImage:
-    async def test_an_image_is_restyled_and_stored(self, account, sandbox, reference, tmp_path):
+class TestStyleTransfer:
+    async def test_image_is_restyled_and_stored(self, account, sandbox, reference, tmp_path):
         (stored,) = await style_transfer(
             "as watercolour",
             str(tmp_path),
@@ -38,21 +38,21 @@ class TestOneImage:
         assert (image.width, image.height) == (stored.width, stored.height) == (64, 64)
         assert sandbox.service.bill()["by_mode"] == {"pro": 0, "max": 1}
 
-    async def test_text_alone_makes_an_image(self, account, sandbox, tmp_path):
+    async def test_text_alone_creates_an_image(self, account, sandbox, tmp_path):
         (stored,) = await style_transfer(
             "a lighthouse", str(tmp_path), credentials=account, cadence=QUICK
         )
         assert stored.uri == f"file://{tmp_path}/{stored.task_id}.jpg"
         assert sandbox.service.bill()["accepted"] == 1
 
-    async def test_a_failed_generation_fails_the_run_with_its_code(self, account, tmp_path):
+    async def test_failed_generation_fails_the_run_with_its_code(self, account, tmp_path):
         with pytest.raises(GenerationFailedError) as caught:
             await style_transfer("nsfw", str(tmp_path), credentials=account, cadence=QUICK)
         assert caught.value.code == "CONTENT_VIOLATION"
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
-        ("image", "told"),
+        ("image", "message"),
         [
             ("", "not an http or https URL"),
             ("gist://1/cat.jpg", "not an http or https URL"),
@@ -60,16 +60,14 @@ class TestOneImage:
             (str(PHOTOS / "cat.png"), "set FLUX_KONTEXT_STAGING_URL"),
         ],
     )
-    async def test_a_reference_that_cannot_be_fetched_is_refused_unpaid(
-        self, image, told, account, sandbox, tmp_path
+    async def test_reference_that_cannot_be_fetched_is_refused_unpaid(
+        self, image, message, account, sandbox, tmp_path
     ):
-        with pytest.raises(FluxKontextError, match=told):
+        with pytest.raises(FluxKontextError, match=message):
             await style_transfer("oil", str(tmp_path), image=image, credentials=account)
         assert sandbox.service.bill()["accepted"] == 0
 
-    async def test_a_local_reference_is_staged_so_that_the_service_gets_it(
-        self, account, sandbox, tmp_path, monkeypatch
-    ):
+    async def test_local_reference_is_staged(self, account, sandbox, tmp_path, monkeypatch):
         with served_folder(tmp_path / "staged") as public_url:
             monkeypatch.setenv("FLUX_KONTEXT_STAGING_URL", str(tmp_path / "staged"))
             monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", public_url)
@@ -94,12 +92,12 @@ class TestOneImage:
             ({"cadence": {"interval": 0}}, ParameterTypeError),
             ({"cadence": {"every": 3}}, ParameterTypeError),
             ({"output": "nope://x"}, ConfigurationError),
-            ({"output": "/proc/nobody/writes/here"}, ConfigurationError),
-            ({"credentials": "nobody"}, ConfigurationError),
+            ({"output": "/proc/not/writable"}, ConfigurationError),
+            ({"credentials": "no-such-block"}, ConfigurationError),
             ({"credentials": None}, ConfigurationError),
         ],
     )
-    async def test_what_is_wrong_stops_it_before_anything_is_paid(
+    async def test_invalid_parameter_stops_the_run_unpaid(
         self, wrong, error, account, sandbox, tmp_path
     ):
         good = {"prompt": "oil", "output": str(tmp_path), "credentials": account}

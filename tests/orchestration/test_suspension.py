@@ -1,4 +1,4 @@
-"""Flow runs that are suspended for an output's results are found and resumed, and no others."""
+"""Resuming the flow runs that are suspended for an output, and no others."""
 
 import asyncio
 import uuid
@@ -16,8 +16,8 @@ from tests.orchestration.conftest import QUICK
 pytestmark = pytest.mark.anyio
 
 
-async def suspended(output):
-    """The id of a run of a deployment that is suspended, as Prefect's engine would leave it."""
+async def create_suspended(output):
+    """Create a suspended run of a deployment, as Prefect's engine leaves it; return its id."""
     async with get_client() as client:
         flow_id = await client.create_flow(style_transfer_batch)
         deployment_id = await client.create_deployment(flow_id, f"of-{uuid.uuid4()}")
@@ -29,45 +29,43 @@ async def suspended(output):
     return run.id
 
 
-async def state_of(run_id):
+async def read_state(run_id):
     async with get_client() as client:
         return (await client.read_flow_run(run_id)).state.name
 
 
-async def test_those_of_the_output_are_resumed_and_others_stay_suspended(tmp_path):
-    mine, other = await suspended(tmp_path), await suspended(tmp_path / "other")
-    nobodys = await suspended("no such kind of place://x")
+async def test_only_runs_of_the_output_are_resumed(tmp_path):
+    mine, other = await create_suspended(tmp_path), await create_suspended(tmp_path / "other")
+    foreign = await create_suspended("no-such-filesystem://x")
     assert await resume_suspended(f"file://{tmp_path}") == [mine]
-    assert await state_of(mine) == "Resuming"
-    assert {await state_of(other), await state_of(nobodys)} == {"Suspended"}
+    assert await read_state(mine) == "Resuming"
+    assert {await read_state(other), await read_state(foreign)} == {"Suspended"}
     assert await resume_suspended(str(tmp_path)) == []
 
 
-async def test_a_collection_that_leaves_nothing_resumes_them(account, tmp_path):
+async def test_complete_collection_resumes_runs(account, tmp_path):
     how = {"credentials": account, "cadence": QUICK}
     rows = [{"id": "a", "prompt": "a lighthouse"}]
     await style_transfer_batch(rows, str(tmp_path), wait="collect", **how)
-    waiting = await suspended(tmp_path)
+    waiting = await create_suspended(tmp_path)
     hasty = {"initial_delay": 0.0, "interval": 0.01, "timeout": 1e-9}
     summary = await collect_batch(str(tmp_path), credentials=account, cadence=hasty)
     assert summary.outstanding == 1
-    assert await state_of(waiting) == "Suspended"
+    assert await read_state(waiting) == "Suspended"
     assert (await collect_batch(str(tmp_path), **how)).stored == 1
-    assert await state_of(waiting) == "Resuming"
+    assert await read_state(waiting) == "Resuming"
 
 
-def test_so_does_the_command_line_when_it_is_asked_to(account_in_environment, tmp_path, capsys):
-    waiting = asyncio.run(suspended(tmp_path))
+def test_collect_command_resumes_runs_on_request(account_in_environment, tmp_path, capsys):
+    waiting = asyncio.run(create_suspended(tmp_path))
     assert main(["collect", str(tmp_path)]) == 0
-    assert asyncio.run(state_of(waiting)) == "Suspended"
+    assert asyncio.run(read_state(waiting)) == "Suspended"
     assert main(["collect", str(tmp_path), "--resume"]) == 0
     assert f"Resumed flow run {waiting}" in capsys.readouterr().out
-    assert asyncio.run(state_of(waiting)) == "Resuming"
+    assert asyncio.run(read_state(waiting)) == "Resuming"
 
 
-def test_without_an_address_of_prefect_there_is_nobody_to_resume(
-    account_in_environment, tmp_path, capsys
-):
+def test_collect_command_with_resume_needs_an_api_url(account_in_environment, tmp_path, capsys):
     with temporary_settings({PREFECT_API_URL: None}):
         assert main(["collect", str(tmp_path), "--resume"]) == 2
     assert "PREFECT_API_URL" in capsys.readouterr().err

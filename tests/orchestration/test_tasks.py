@@ -1,4 +1,4 @@
-"""The three tasks work alone, in anyone's flow, and never pay twice."""
+"""The three tasks: in flows and outside, their retries and their errors."""
 
 import json
 
@@ -33,7 +33,7 @@ REQUEST = GenerationRequest(prompt="a lighthouse", aspect_ratio="1:1")
 ALL = (submit_generation, wait_for_generation, persist_images)
 
 
-async def test_an_async_flow_awaits_them(account, sandbox, tmp_path):
+async def test_async_flow_awaits_the_tasks(account, sandbox, tmp_path):
     @flow
     async def restyle():
         task = await submit_generation(REQUEST, account)
@@ -45,7 +45,7 @@ async def test_an_async_flow_awaits_them(account, sandbox, tmp_path):
     assert sandbox.service.bill()["accepted"] == 1
 
 
-def test_a_sync_flow_submits_them(account, sandbox, tmp_path):
+def test_sync_flow_submits_the_tasks(account, sandbox, tmp_path):
     @flow
     def restyle():
         task = submit_generation.submit(REQUEST, account).result()
@@ -57,7 +57,7 @@ def test_a_sync_flow_submits_them(account, sandbox, tmp_path):
     assert sandbox.service.bill()["accepted"] == 1
 
 
-def test_a_sync_flow_hands_futures_from_one_to_the_next(account, sandbox, tmp_path):
+def test_sync_flow_passes_futures_between_tasks(account, sandbox, tmp_path):
     @flow
     def restyle():
         task = submit_generation.submit(REQUEST, account)
@@ -67,7 +67,7 @@ def test_a_sync_flow_hands_futures_from_one_to_the_next(account, sandbox, tmp_pa
     assert len(restyle()) == 1
 
 
-async def test_without_credentials_they_use_the_environment(account_in_environment, tmp_path):
+async def test_tasks_use_the_environment_by_default(account_in_environment, tmp_path):
     @flow
     async def restyle():
         result = await wait_for_generation(await submit_generation(REQUEST))
@@ -76,7 +76,7 @@ async def test_without_credentials_they_use_the_environment(account_in_environme
     assert len(await restyle()) == 1
 
 
-async def test_credentials_can_be_the_name_of_a_saved_block(account, sandbox):
+async def test_tasks_take_the_name_of_a_saved_block(account, sandbox):
     await account.asave("of-the-tasks", overwrite=True)
 
     @flow
@@ -88,13 +88,13 @@ async def test_credentials_can_be_the_name_of_a_saved_block(account, sandbox):
     assert sandbox.service.bill()["accepted"] == 1
 
 
-async def test_they_work_outside_of_flows_too(account, sandbox, tmp_path):
+async def test_tasks_run_outside_of_flows(account, sandbox, tmp_path):
     task = await submit_generation(REQUEST, account)
     result = await wait_for_generation(task, account, QUICK)
     assert len(await persist_images(result, str(tmp_path))) == 1
 
 
-async def test_a_task_id_stored_by_one_flow_is_waited_for_by_another(account, tmp_path):
+async def test_another_flow_can_wait_for_a_task_id(account, tmp_path):
     note = anyio.Path(tmp_path / "task.json")
 
     @flow
@@ -120,20 +120,20 @@ async def test_a_task_id_stored_by_one_flow_is_waited_for_by_another(account, tm
     assert first.result_urls == second.result_urls
 
 
-def test_a_submit_is_never_repeated_by_prefect():
+def test_submit_has_no_retries_and_no_cache():
     assert submit_generation.retries == 0
     assert all(task.cache_policy is NO_CACHE for task in ALL)
     assert not any(task.persist_result for task in ALL)
 
 
-def test_only_what_costs_nothing_is_retried_and_only_what_may_pass():
-    # Prefect 3.8 never calls a condition that is no plain function.
+def test_free_tasks_retry_transient_errors():
+    # Prefect 3.8 only calls a condition that is a plain function.
     for task in (wait_for_generation, persist_images):
         assert task.retries >= 1
         assert task.retry_condition_fn is _is_transient
 
 
-async def test_a_submit_in_doubt_is_sent_once_and_said_to_be_in_doubt(account):
+async def test_submit_with_unknown_outcome_is_sent_once(account):
     async with server_that_answers(502) as service:
         there = account.model_copy(update={"base_url": service.url})
 
@@ -146,8 +146,8 @@ async def test_a_submit_in_doubt_is_sent_once_and_said_to_be_in_doubt(account):
         assert service.posts == 1
 
 
-async def fetched_to(output):
-    """Persist a good result to a bad output: how often it was fetched, and the error."""
+async def persist_to(output):
+    """Persist a valid result to an invalid output; return the number of fetches and the error."""
     async with server_that_answers(200, picture("jpeg")) as host:
         result = GenerationResult(task_id="t", result_urls=[host.url], base_url=host.url)
 
@@ -160,14 +160,14 @@ async def fetched_to(output):
         return host.gets, await state.aresult(raise_on_failure=False)
 
 
-async def test_what_may_pass_is_retried_by_prefect(tmp_path):
+async def test_transient_error_is_retried(tmp_path):
     (tmp_path / "t.jpg" / "in the way").mkdir(parents=True)
-    fetched, error = await fetched_to(str(tmp_path))
+    fetched, error = await persist_to(str(tmp_path))
     assert fetched == 3
     assert isinstance(error, StorageError)
 
 
-async def test_what_will_never_do_is_not_retried_by_prefect(account):
+async def test_permanent_error_is_not_retried(account):
     @flow
     async def waits(base_url):
         there = account.model_copy(update={"base_url": base_url})
@@ -180,7 +180,7 @@ async def test_what_will_never_do_is_not_retried_by_prefect(account):
         assert service.gets == 1
 
 
-async def test_a_failed_generation_raises_with_its_code_and_message(account, sandbox):
+async def test_failed_generation_raises_its_code_and_message(account, sandbox):
     @flow
     async def fails(**how):
         task = await submit_generation(GenerationRequest(prompt="nsfw"), account)
@@ -193,11 +193,11 @@ async def test_a_failed_generation_raises_with_its_code_and_message(account, san
     state = await fails(return_state=True)
     assert state.is_failed()
     assert "CONTENT_VIOLATION" in state.message
-    # Asked for once or twice a task, not three times over by retries.
+    # One task for each of the two flow runs, none for retries.
     assert sandbox.service.bill()["accepted"] == 2
 
 
-def test_a_failed_generation_raises_through_a_future_of_a_sync_flow(account):
+def test_failed_generation_raises_through_a_future(account):
     @flow
     def fails():
         task = submit_generation.submit(GenerationRequest(prompt="nsfw"), account).result()
@@ -208,14 +208,14 @@ def test_a_failed_generation_raises_through_a_future_of_a_sync_flow(account):
     assert caught.value.code == "CONTENT_VIOLATION"
 
 
-async def test_a_wrong_key_raises_and_costs_nothing(account, sandbox):
+async def test_wrong_key_raises_and_costs_nothing(account, sandbox):
     wrong = account.model_copy(update={"api_key": "wrong"})
     with pytest.raises(UnauthorizedError):
         await submit_generation(REQUEST, wrong)
     assert sandbox.service.bill()["accepted"] == 0
 
 
-async def test_the_cadence_ends_a_wait_that_can_be_taken_up_again(account, sandbox):
+async def test_timed_out_wait_can_be_repeated(account, sandbox):
     task = await submit_generation(REQUEST, account)
     impatient = QUICK.model_copy(update={"timeout": 1e-9})
     with pytest.raises(GenerationTimeoutError, match=task.task_id):
@@ -224,7 +224,7 @@ async def test_the_cadence_ends_a_wait_that_can_be_taken_up_again(account, sandb
     assert sandbox.service.bill()["accepted"] == 1
 
 
-def test_many_submits_of_a_sync_flow_share_the_accounts_governor(account, sandbox):
+def test_submits_of_a_sync_flow_share_the_limiter(account, sandbox):
     few = account.model_copy(update={"concurrent_tasks": 3})
 
     @flow

@@ -1,4 +1,4 @@
-"""Prefect's server on PostgreSQL, set up as in docs/many-machines.md, with a partitioned batch."""
+"""A batch in partitions with Prefect's server on PostgreSQL, as in docs/many-machines.md."""
 
 import asyncio
 import json
@@ -13,12 +13,12 @@ from prefect_flux_kontext.cli.prefect_server import prefect_server
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.orchestration.deployed import running_worker
-from tests.support.postgres import running_postgres, why_not
+from tests.support.postgres import find_obstacle, running_postgres
 
 ROOT = Path(__file__).parents[2]
 KEY = "key-of-the-tests"
 
-# A flow of one's own that is no deployment may run a batch in partitions as well.
+# A flow run without a deployment can run a batch in partitions too.
 PROGRAM = """
 import asyncio, sys
 from prefect import get_client
@@ -26,7 +26,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
 
-async def pool_is_there():
+async def find_pool():
     async with get_client() as client:
         try:
             return await client.read_work_pool("partitions")
@@ -34,7 +34,7 @@ async def pool_is_there():
             return None
 
 async def main(root, output):
-    while not await pool_is_there():
+    while not await find_pool():
         await asyncio.sleep(0.2)
     entrypoint = "flows/partition_of_batch.py:partition_of_batch"
     partition = await style_transfer_partition.from_source(root, entrypoint)
@@ -50,20 +50,20 @@ asyncio.run(main(*sys.argv[1:]))
 
 pytestmark = [
     pytest.mark.timeout(900),
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.skipif(find_obstacle() is not None, reason=str(find_obstacle())),
 ]
 
 
-def test_a_batch_in_parts_with_prefect_on_postgres(tmp_path):
+def test_batch_in_partitions_completes_on_postgres(tmp_path):
     output = tmp_path / "out"
     settings = SandboxSettings(mean=0.2, long_edge=16, slots=10, api_key=KEY)
     with running_sandbox(settings) as sandbox, running_postgres() as database:
         leases = "prefect.server.concurrency.lease_storage.filesystem"
-        told = {
+        database_settings = {
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": leases,
         }
-        with prefect_server(tmp_path / "prefect", settings=told) as server:
+        with prefect_server(tmp_path / "prefect", settings=database_settings) as server:
             environment = server.environment | {
                 "FLUX_KONTEXT_API_KEY": KEY,
                 "FLUX_KONTEXT_BASE_URL": sandbox.url,
@@ -73,7 +73,7 @@ def test_a_batch_in_parts_with_prefect_on_postgres(tmp_path):
                 "PYTHONPATH": str(ROOT),
                 "PREFECT_WORKER_QUERY_SECONDS": "1",
             }
-            # A worker that knows its type makes its pool.
+            # A worker with a type creates its pool.
             with running_worker("partitions", tmp_path, environment, "--type", "process"):
                 done = subprocess.run(
                     [sys.executable, "-c", PROGRAM, str(ROOT), str(output)],
@@ -84,16 +84,16 @@ def test_a_batch_in_parts_with_prefect_on_postgres(tmp_path):
                 )
             assert done.returncode == 0, done.stderr[-3_000:]
             summary = json.loads(done.stdout.splitlines()[-1])
-            recorded = asyncio.run(_recorded(database))
+            states = asyncio.run(_count_states(database))
         bill = sandbox.service.bill()
     assert (summary["rows"], summary["stored"], summary["spent"]) == (40, 40, 1.2)
     assert bill["accepted"] == len(list(output.glob("*.jpg"))) == 40
     assert bill["peak_running"] <= 10
-    assert recorded == {"COMPLETED": 3}
+    assert states == {"COMPLETED": 3}
 
 
-async def _recorded(database):
-    """The states of the flow runs, as the database has them."""
+async def _count_states(database):
+    """Return the number of flow runs in each state, from the database."""
     connection = await asyncpg.connect(database.replace("+asyncpg", ""))
     try:
         found = await connection.fetch("SELECT state_type, count(*) FROM flow_run GROUP BY 1")

@@ -1,4 +1,4 @@
-"""A PostgreSQL cluster of our own on loopback, for as long as a block runs."""
+"""A temporary PostgreSQL cluster on loopback."""
 
 import os
 import pwd
@@ -12,21 +12,21 @@ from pathlib import Path
 PASSWORD = "password-of-the-tests"
 
 
-def programs():
-    """The folder of PostgreSQL's programs, as Debian or a PATH has them, or None."""
+def find_programs():
+    """Return the folder of PostgreSQL's programs, from Debian's package or the PATH, or None."""
     debian = sorted(
         Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name)
     )
     found = [path for path in debian if (path / "initdb").exists()]
     if found:
         return found[-1]
-    where = shutil.which("initdb")
-    return Path(where).parent if where else None
+    path = shutil.which("initdb")
+    return Path(path).parent if path else None
 
 
-def why_not():
-    """Why no cluster can be run here, or None."""
-    if programs() is None:
+def find_obstacle():
+    """Return why no cluster can run on this machine, or None."""
+    if find_programs() is None:
         return "PostgreSQL is not installed (Debian's package postgresql)"
     if os.geteuid() == 0:
         try:
@@ -38,27 +38,27 @@ def why_not():
 
 @contextmanager
 def running_postgres():
-    """Make a cluster and run it; yields the URL of its database for Prefect."""
+    """Create and run a cluster; yield the URL of its database for Prefect."""
     with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
         data, secret = Path(folder, "data"), Path(folder, "password")
         secret.write_text(PASSWORD)
-        # It refuses to run as root.
-        who = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
-        if who:
+        # PostgreSQL refuses to run as root.
+        account = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
+        if account:
             for path in (folder, secret):
                 shutil.chown(path, "postgres", "postgres")
 
         def run(program, *arguments):
             subprocess.run(
-                [programs() / program, "-D", data, *arguments],
-                **who,
+                [find_programs() / program, "-D", data, *arguments],
+                **account,
                 cwd=folder,
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
 
         run("initdb", "-U", "prefect", "-A", "scram-sha-256", f"--pwfile={secret}", "--no-sync")
-        port = _free_port()
+        port = _find_free_port()
         options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
         run("pg_ctl", "start", "-w", "-t", "120", "-l", Path(folder, "log"), "-o", options)
         try:
@@ -67,6 +67,6 @@ def running_postgres():
             run("pg_ctl", "stop", "-w", "-m", "immediate")
 
 
-def _free_port():
+def _find_free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]

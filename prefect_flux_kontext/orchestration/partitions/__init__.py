@@ -1,1 +1,1 @@
-"""One batch over several workers: planning, leases, the flow of a partition."""
+"""Batches that run in partitions on several workers."""

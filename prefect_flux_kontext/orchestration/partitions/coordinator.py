@@ -1,4 +1,7 @@
-"""The flow runs of a batch's partitions: started, looked at until they end, started once more."""
+"""Running the partitions of a batch: start their flow runs, watch them, restart those that died.
+
+There is no scheduler here. What partitions leave, the batch itself runs afterwards.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from prefect_flux_kontext.orchestration.batch_run import (
 )
 from prefect_flux_kontext.orchestration.partitions.flow import Partition
 from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
-from prefect_flux_kontext.orchestration.partitions.progress import forget_progress, read_progress
+from prefect_flux_kontext.orchestration.partitions.progress import read_progress, remove_progress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -49,184 +52,41 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.orchestration.partitions.planner import PartitionPlan
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-LOOK_SECONDS = 5.0
-SILENT_SECONDS = 30.0
-"""Seconds without a progress record after which a running partition counts as dead."""
+CHECK_INTERVAL_SECONDS = 5.0
+"""Between two checks of all partitions."""
 
-BEGINS_WITHIN = 300.0
-"""Seconds after which an unstarted partition is withdrawn, if no other is running."""
+HEARTBEAT_TIMEOUT_SECONDS = 30.0
+"""Without a heartbeat for this long, a partition that Prefect says is running counts as dead."""
 
-_STARTS = 2
+START_TIMEOUT_SECONDS = 300.0
+"""Partitions that no worker has begun after this long are cancelled, if no other is running."""
 
-
-async def watch(running: list[PartitionRuns], total: BatchSummary) -> None:
-    """Look at partitions until all have ended, or the others are withdrawn.
-
-    Args:
-        running: The partitions.
-        total: What became of all their rows so far; it is kept up to date.
-    """
-    clock = asyncio.get_running_loop().time
-    moved_at = clock()
-    while not all(partition.ended for partition in running):
-        await asyncio.sleep(LOOK_SECONDS)
-        for partition in running:
-            await partition.look()
-        counted = BatchSummary(output=total.output)
-        counted.spent = sum([await partition.add_to(counted) for partition in running])
-        for name, value in counted:
-            setattr(total, name, value)
-        if any(partition.begun and not partition.ended for partition in running):
-            moved_at = clock()
-        elif clock() - moved_at > BEGINS_WITHIN:
-            get_run_logger().warning(
-                "No worker has begun the other partitions, so their rows are run here. Are there "
-                "enough workers for the work pool, and may it run so many flow runs at once?"
-            )
-            return
-
-
-async def end(running: list[PartitionRuns]) -> None:
-    """End what still runs, and forget what the partitions have told."""
-    for partition in running:
-        await partition.end()
-
-
-class PartitionRuns:
-    """A partition and its flow runs, of which the last counts.
-
-    Args:
-        client: Prefect.
-        store: The ledger, where the runs say that they live and how far they are.
-        partition: The partition.
-        wanted: How the batch is cut.
-        name: The name of the batch's own flow run.
-
-    Attributes:
-        begun: Whether a worker has begun the last flow run.
-        ended: Whether nothing more is to come of the partition.
-    """
-
-    def __init__(
-        self,
-        client: PrefectClient,
-        store: RecordStore,
-        partition: Partition,
-        wanted: PartitionPlan,
-        name: str,
-    ) -> None:
-        self.ended = self.begun = False
-        self._client = client
-        self._store = store
-        self._partition = partition
-        self._wanted = wanted
-        self._name = f"{name}-partition-{partition.number}-of-{partition.of}"
-        self._runs: list[UUID] = []
-        self._silent_since: float | None = None
-
-    async def start(self) -> None:
-        """Start a flow run of the partition."""
-        run: Any = await arun_deployment(
-            self._wanted.deployment,
-            parameters={
-                **self._wanted.parameters,
-                "partition": self._partition.model_dump(mode="json"),
-            },
-            flow_run_name=self._name,
-            timeout=0,
-            as_subflow=False,  # which would be a task run for each
-        )
-        self._runs.append(run.id)
-        self.begun, self._silent_since = False, None
-
-    async def look(self) -> None:
-        """See how the partition is doing; one that died is started once more."""
-        if self.ended:
-            return
-        try:
-            run = await self._client.read_flow_run(self._runs[-1])
-            state = run.state
-            if state is None:
-                return
-            if state.is_final():
-                await self._over(run, died=state.is_crashed())
-            elif state.is_running() or state.is_cancelling():
-                self.begun = True
-                if await self._is_gone(run):
-                    crashed = State(
-                        type=StateType.CRASHED, message="It gives no sign of life any more."
-                    )
-                    await self._client.set_flow_run_state(run.id, crashed, force=True)
-                    await self._over(run, died=not state.is_cancelling())
-        except Exception as error:  # noqa: BLE001 - Prefect's API may come back
-            get_run_logger().debug("%s was not looked at: %s", self._name, error)
-
-    async def _is_gone(self, run: FlowRun) -> bool:
-        now = asyncio.get_running_loop().time()
-        if await is_alive(self._store, run.id.hex):
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = now
-        return self._silent_since is not None and now - self._silent_since > SILENT_SECONDS
-
-    async def _over(self, run: FlowRun, *, died: bool) -> None:
-        told = run.state_name if not died else "gone: its worker was killed, or it crashed"
-        # A share of a budget may have been spent, so that it cannot be given twice.
-        again = died and len(self._runs) < _STARTS and self._partition.budget_usd is None
-        get_run_logger().log(
-            logging.WARNING if died else logging.INFO,
-            "Part %d of %d (%s) is %s%s.",
-            self._partition.number,
-            self._partition.of,
-            run.name,
-            told,
-            ", and is started again" if again else "",
-        )
-        if again:
-            await self.start()
-        else:
-            self.ended = True
-
-    async def add_to(self, total: BatchSummary) -> float:
-        """Add what the partition has come to, and return what all its flow runs have spent."""
-        told = [await read_progress(self._store, run_id.hex) for run_id in self._runs]
-        total.add(told[-1])
-        return sum(each.spent for each in told)
-
-    async def end(self) -> None:
-        """Cancel what runs on, and forget what was told."""
-        for run_id in self._runs:
-            if not self.ended and run_id == self._runs[-1]:
-                cancelling = State(type=StateType.CANCELLING)
-                try:
-                    await self._client.set_flow_run_state(run_id, cancelling)
-                except Exception as error:  # noqa: BLE001 - its rows are on record
-                    get_run_logger().warning("%s was not cancelled: %s", self._name, error)
-            await forget_progress(self._store, run_id.hex)
+_MAX_STARTS = 2
+"""A partition that dies is started once more; after that, the batch itself runs its rows."""
 
 
 @dataclass(frozen=True)
 class RemainingWork:
-    """What is left to the batch itself, when its partitions have ended.
+    """What is left to the batch itself when its partitions have ended.
 
     Attributes:
-        account: The account, as it may be used.
-        options: What a person has decided about its rows.
-        earlier: What the partitions have come to; None where there were none.
-        alert_above_usd: Dollars above which an event still is to say so.
-        lease: The slots that are held for it.
+        account: The account, with the limits that the batch may use.
+        options: The options of its rows.
+        alert_above_usd: Emit an event above this many dollars; None if it was emitted already.
+        partition_totals: What the partitions have spent; None without partitions.
+        lease: The lease of the slots that the batch uses, if it has rows to run.
     """
 
     account: FluxKontextCredentials
     options: RowOptions
     alert_above_usd: float | None
-    earlier: PartitionTotals | None = None
+    partition_totals: PartitionTotals | None = None
     lease: Lease | None = None
 
 
 @asynccontextmanager
 async def run_partitions(
-    wanted: PartitionPlan | None,
+    partition_plan: PartitionPlan | None,
     plan: Plan,
     rows: Manifest,
     output: OutputFolder,
@@ -234,79 +94,84 @@ async def run_partitions(
     options: RowOptions,
     alert_above_usd: float | None,
 ) -> AsyncIterator[RemainingWork]:
-    """Run a batch's partitions to their ends, and yield what is left to the batch itself.
+    """Run the partitions of a batch to their end, and yield what is left to the batch itself.
 
     Args:
-        wanted: How it is cut; None for a batch in one piece.
-        plan: What is to be done.
+        partition_plan: The plan for its partitions; None for a batch without partitions.
+        plan: The plan for its rows.
         rows: The manifest.
         output: Its output.
-        account: Who pays.
-        options: What a person has decided about its rows.
-        alert_above_usd: Dollars spent above which an event says so.
+        account: The account that pays.
+        options: The options of its rows.
+        alert_above_usd: Emit an event once the batch has spent more dollars than this.
 
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output.
         LedgerError: The ledger cannot be read or written.
     """
-    if wanted is None:
+    if partition_plan is None:
         yield RemainingWork(account, options, alert_above_usd)
         return
-    began, since = asyncio.get_running_loop().time(), utc_now()
+    started_at, since = asyncio.get_running_loop().time(), utc_now()
     emit_started(str(output), plan)
     total = BatchSummary(output=str(output))
     alarm = create_spend_alarm(total, lambda: total.spent, alert_above_usd)
     if plan.to_pay:
-        await _run(_partitions(wanted, plan, options), wanted, output, options, total, plan, alarm)
-    left = await build_plan(rows, output, account, options)
-    total.spent = round(left.spent - plan.spent, 6)
+        partitions = _build_partitions(partition_plan, plan, options)
+        await _run_all(partitions, partition_plan, output, options, total, plan, alarm)
+    new_plan = await build_plan(rows, output, account, options)
+    # The ledger, not the records of the partitions, says what was spent.
+    total.spent = round(new_plan.spent - plan.spent, 6)
     alarm()
-    told = alert_above_usd is not None and total.spent > alert_above_usd
-    rest = RemainingWork(
-        wanted.share.of(account),
+    was_alerted = alert_above_usd is not None and total.spent > alert_above_usd
+    seconds = asyncio.get_running_loop().time() - started_at
+    remaining = RemainingWork(
+        partition_plan.share.apply_to(account),
         replace(options, since=since),
-        None if told else alert_above_usd,
-        PartitionTotals(total.spent, asyncio.get_running_loop().time() - began),
+        None if was_alerted else alert_above_usd,
+        PartitionTotals(total.spent, seconds),
     )
     if (
-        left.to_pay
-        or left.standings[PlannedAction.OUTSTANDING]
-        or left.standings[PlannedAction.UNKNOWN]
+        new_plan.to_pay
+        or new_plan.standings[PlannedAction.OUTSTANDING]
+        or new_plan.standings[PlannedAction.UNKNOWN]
     ):
-        get_run_logger().info("What the partitions have left:\n%s", left)
-        async with lease_slots(account, wanted.share.slots) as lease:
-            yield replace(rest, lease=lease)
+        get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
+        async with lease_slots(account, partition_plan.share.slots) as lease:
+            yield replace(remaining, lease=lease)
     else:
-        yield rest
+        yield remaining
 
 
 async def run_remaining(wave: Wave) -> BatchSummary:
-    """Run a wave of what partitions have left; most have nothing left, and are no task run."""
+    """Run a wave of rows that partitions have left. Most are empty, so it is not a task run."""
     return await wave.run()
 
 
-def _partitions(wanted: PartitionPlan, plan: Plan, options: RowOptions) -> list[Partition]:
-    number = min(wanted.partitions, plan.to_pay)
+def _build_partitions(
+    partition_plan: PartitionPlan, plan: Plan, options: RowOptions
+) -> list[Partition]:
+    count = min(partition_plan.partitions, plan.to_pay)
     budget = None
     if options.budget_usd is not None:
         left = max(0.0, options.budget_usd - plan.spent)
-        budget = math.floor(left / number * 1_000_000) / 1_000_000
-    slots, requests = wanted.share
+        budget = math.floor(left / count * 1_000_000) / 1_000_000
+    slots, requests_per_minute = partition_plan.share
     return [
         Partition(
-            number=each,
-            of=number,
+            number=number,
+            of=count,
             slots=slots,
-            requests_per_minute=requests,
+            requests_per_minute=requests_per_minute,
             budget_usd=budget,
         )
-        for each in range(1, number + 1)
+        for number in range(1, count + 1)
     ]
 
 
-async def _run(
+async def _run_all(
     partitions: list[Partition],
-    wanted: PartitionPlan,
+    partition_plan: PartitionPlan,
     output: OutputFolder,
     options: RowOptions,
     total: BatchSummary,
@@ -320,12 +185,161 @@ async def _run(
         if options.budget_usd is not None:
             await ensure_sole_run(store, owner)
         running = [
-            PartitionRuns(client, store, partition, wanted, name) for partition in partitions
+            PartitionRuns(client, store, partition, partition_plan, name)
+            for partition in partitions
         ]
         try:
             for partition in running:
                 await partition.start()
             async with progress_artifact(total, plan.rows, alarm):
-                await watch(running, total)
+                await _watch(running, total)
         finally:
-            await asyncio.shield(end(running))
+            await asyncio.shield(_end_all(running))
+
+
+async def _watch(running: list[PartitionRuns], total: BatchSummary) -> None:
+    """Check partitions until all have ended, or the remaining ones were not begun in time.
+
+    Args:
+        running: The partitions.
+        total: The counts of all their rows so far, which this function updates.
+    """
+    clock = asyncio.get_running_loop().time
+    last_running_at = clock()
+    while not all(partition.has_ended for partition in running):
+        await asyncio.sleep(CHECK_INTERVAL_SECONDS)
+        for partition in running:
+            await partition.check()
+        counted = BatchSummary(output=total.output)
+        counted.spent = sum([await partition.add_to(counted) for partition in running])
+        for name, value in counted:
+            setattr(total, name, value)
+        if any(partition.has_begun and not partition.has_ended for partition in running):
+            last_running_at = clock()
+        elif clock() - last_running_at > START_TIMEOUT_SECONDS:
+            get_run_logger().warning(
+                "No worker has begun the remaining partitions, so the batch runs their rows. "
+                "Check that the work pool has enough workers and a high enough concurrency limit."
+            )
+            return
+
+
+async def _end_all(running: list[PartitionRuns]) -> None:
+    for partition in running:
+        await partition.end()
+
+
+class PartitionRuns:
+    """A partition and its flow runs, of which the last one counts.
+
+    Args:
+        client: The client of Prefect's API.
+        store: The ledger, where the flow runs keep their heartbeat and progress.
+        partition: The partition.
+        partition_plan: The plan for the partitions of the batch.
+        name: The name of the batch's own flow run.
+
+    Attributes:
+        has_begun: Whether a worker has begun the last flow run.
+        has_ended: Whether no further flow run of the partition will run.
+    """
+
+    def __init__(
+        self,
+        client: PrefectClient,
+        store: RecordStore,
+        partition: Partition,
+        partition_plan: PartitionPlan,
+        name: str,
+    ) -> None:
+        self.has_ended = self.has_begun = False
+        self._client = client
+        self._store = store
+        self._partition = partition
+        self._plan = partition_plan
+        self._name = f"{name}-partition-{partition.number}-of-{partition.of}"
+        self._runs: list[UUID] = []
+        self._silent_since: float | None = None
+
+    async def start(self) -> None:
+        """Start a flow run of the partition."""
+        run: Any = await arun_deployment(
+            self._plan.deployment,
+            parameters={
+                **self._plan.parameters,
+                "partition": self._partition.model_dump(mode="json"),
+            },
+            flow_run_name=self._name,
+            timeout=0,
+            as_subflow=False,  # a subflow would be a task run as well
+        )
+        self._runs.append(run.id)
+        self.has_begun, self._silent_since = False, None
+
+    async def check(self) -> None:
+        """Check the state of the last flow run; restart the partition once if it died."""
+        if self.has_ended:
+            return
+        try:
+            run = await self._client.read_flow_run(self._runs[-1])
+            state = run.state
+            if state is None:
+                return
+            if state.is_final():
+                await self._handle_end(run, died=state.is_crashed())
+            elif state.is_running() or state.is_cancelling():
+                self.has_begun = True
+                if await self._is_dead(run):
+                    crashed = State(
+                        type=StateType.CRASHED, message="The flow run has no heartbeat any more."
+                    )
+                    await self._client.set_flow_run_state(run.id, crashed, force=True)
+                    await self._handle_end(run, died=not state.is_cancelling())
+        except Exception as error:  # noqa: BLE001 - Prefect's API may come back
+            get_run_logger().debug("%s could not be checked: %s", self._name, error)
+
+    async def _is_dead(self, run: FlowRun) -> bool:
+        now = asyncio.get_running_loop().time()
+        if await is_alive(self._store, run.id.hex):
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        return (
+            self._silent_since is not None and now - self._silent_since > HEARTBEAT_TIMEOUT_SECONDS
+        )
+
+    async def _handle_end(self, run: FlowRun, *, died: bool) -> None:
+        # A partition with a share of a budget is not restarted: it may have spent its share.
+        should_restart = (
+            died and len(self._runs) < _MAX_STARTS and self._partition.budget_usd is None
+        )
+        get_run_logger().log(
+            logging.WARNING if died else logging.INFO,
+            "Partition %d of %d (%s) %s.%s",
+            self._partition.number,
+            self._partition.of,
+            run.name,
+            "died: it crashed, or its worker was killed" if died else f"ended as {run.state_name}",
+            " It is started again." if should_restart else "",
+        )
+        if should_restart:
+            await self.start()
+        else:
+            self.has_ended = True
+
+    async def add_to(self, total: BatchSummary) -> float:
+        """Add the counts of the last flow run to a total; return the dollars spent by all."""
+        summaries = [await read_progress(self._store, run_id.hex) for run_id in self._runs]
+        total.add(summaries[-1])
+        return sum(summary.spent for summary in summaries)
+
+    async def end(self) -> None:
+        """Cancel a flow run that has not ended, and remove the progress records."""
+        for run_id in self._runs:
+            if not self.has_ended and run_id == self._runs[-1]:
+                cancelling = State(type=StateType.CANCELLING)
+                try:
+                    await self._client.set_flow_run_state(run_id, cancelling)
+                except Exception as error:  # noqa: BLE001 - the ledger has its rows
+                    get_run_logger().warning("%s could not be cancelled: %s", self._name, error)
+            await remove_progress(self._store, run_id.hex)

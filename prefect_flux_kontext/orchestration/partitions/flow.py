@@ -1,4 +1,7 @@
-"""The flow over one partition of a batch, started by `style_transfer_batch`."""
+"""The flow of one partition of a batch, which `style_transfer_batch` starts.
+
+Annotations are real objects here, not strings, as in `flows`.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -37,18 +40,16 @@ from prefect_flux_kontext.orchestration.partitions.progress import report_progre
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
 from prefect_flux_kontext.settings import FluxKontextSettings
 
-# Annotations are real objects here, not strings, as in `flows`.
-
 
 class Partition(BaseModel):
-    """Which partition of a batch it is, and what it may use."""
+    """Which partition of a batch to run, and what it may use."""
 
-    number: PositiveInt = Field(description="From 1.")
-    of: PositiveInt = Field(description="How many partitions there are.")
-    slots: PositiveInt = Field(description="Tasks that it may run at once; it leases them.")
-    requests_per_minute: PositiveInt = Field(description="Requests that go with them.")
+    number: PositiveInt = Field(description="The number of the partition, from 1.")
+    of: PositiveInt = Field(description="The number of partitions.")
+    slots: PositiveInt = Field(description="Tasks that it may run at a time; it leases the slots.")
+    requests_per_minute: PositiveInt = Field(description="Requests that it may send a minute.")
     budget_usd: float | None = Field(
-        default=None, description="Dollars that it may spend; none for as many as it takes."
+        default=None, description="Dollars that it may spend. Default: no limit."
     )
 
 
@@ -69,43 +70,44 @@ async def style_transfer_partition(
     callback_url: str | None = None,
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
-    """Run every so-manieth row of a manifest with a leased share of the account.
+    """Run one partition of a batch with a leased share of the account.
 
-    The batch that starts it tells the whole and finishes what a partition leaves. Rows that are
-    invalid are left to it.
+    `style_transfer_batch` starts this flow, passes its own parameters on, and finishes the rows
+    that a partition leaves. Invalid rows are left to the batch.
 
     Args:
-        partition: Which rows, and what they may use.
-        manifest: As the batch has it; and so all that follows.
-        output: Where the images go.
-        credentials: The account.
-        prompt: The prompt for rows that have none of their own.
-        columns: The manifest's own names for columns.
-        styles: Styles for rows that name none.
-        output_names: Template of the images' names.
-        cadence: When to ask how a task is doing.
+        partition: Which rows to run, and the share of the account to lease.
+        manifest: The manifest of the batch.
+        output: Folder or prefix to store the images in.
+        credentials: A credentials Block, or the name of a saved one.
+        prompt: The prompt for rows without one.
+        columns: Maps column names to those of the manifest.
+        styles: Styles for rows without a style of their own.
+        output_names: Template of the image names.
+        cadence: When to poll for results.
         failure_policy: What to do for each fail code.
-        resubmit_unknown: Pay again for rows whose submit's reply was lost.
-        fit_references: Shrink local and private reference images that are over 10 MB.
-        callback_url: Where the service is to call when an image is ready.
-        storage_options: The options of the output's filesystem.
+        resubmit_unknown: Pay again for rows whose submit reply was lost.
+        fit_references: Shrink local and private reference images of more than 10 MB.
+        callback_url: URL that the service calls when an image is ready.
+        storage_options: Options of the output's filesystem.
 
     Returns:
-        What became of the partition's rows.
+        The counts of the partition's rows.
 
     Raises:
-        ConfigurationError: Credentials, output or limit are wrong; or it has a share of a budget
-            and has run before, so that nobody knows what is left of it. Nothing was submitted.
+        ConfigurationError: Credentials, output or limit are wrong; or the partition has a share
+            of a budget and ran before, so that the rest of its share is not known. Nothing was
+            submitted.
         BatchStoppedError: The service refuses the account, nearly all rows fail, or the lease was
-            lost; the rest was not submitted.
-        LedgerError: The record of what was paid cannot be trusted; nothing more was submitted.
+            lost; the remaining rows were not submitted.
+        LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
     context = FlowRunContext.get()
     assert context is not None and context.flow_run is not None  # noqa: S101, PT018 - it is a flow
     run = context.flow_run
     if partition.budget_usd is not None and run.run_count > 1:
         raise ConfigurationError(
-            "This partition ran before and may have spent its share of the budget. Its batch, or "
+            "This partition ran before and may have spent its share of the budget. The batch, or "
             "a later run of it, finishes its rows."
         )
     settings = FluxKontextSettings()
@@ -117,7 +119,7 @@ async def style_transfer_partition(
         share_usd=partition.budget_usd,
     )
     share = Share(partition.slots, partition.requests_per_minute)
-    account = share.of(await resolve_credentials(credentials))
+    account = share.apply_to(await resolve_credentials(credentials))
     output = await open_output(output, storage_options)
     await output.check_writable()
     store, name = open_ledger_store(output), run.id.hex
@@ -134,7 +136,7 @@ async def style_transfer_partition(
             ) as session,
             report_progress(store, name, session.rows.progress),
         ):
-            lease.held_for(session.submitter)
+            lease.stop_when_lost(session.submitter)
             return await run_partition_rows(
                 session,
                 rows_for_partition(rows.rows(), partition),
@@ -144,7 +146,10 @@ async def style_transfer_partition(
 
 
 def rows_for_partition(rows: Iterable[Row | RefusedRow], partition: Partition) -> Iterator[Row]:
-    """The rows of a partition: they are dealt like cards, so that partitions are of one size."""
-    for place, row in enumerate(rows):
-        if place % partition.of == partition.number - 1 and isinstance(row, Row):
+    """Yield the rows of a partition: of n partitions, each has every nth row.
+
+    Partitions are therefore of equal size, to within one row.
+    """
+    for index, row in enumerate(rows):
+        if index % partition.of == partition.number - 1 and isinstance(row, Row):
             yield row

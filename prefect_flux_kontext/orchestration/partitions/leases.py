@@ -1,7 +1,7 @@
-"""The account's slots as a global concurrency limit of Prefect, leased in blocks.
+"""Leases of the account's slots, which are a global concurrency limit of Prefect.
 
-Who holds a block of slots may run so many tasks at once, and send its share of the account's
-requests. A lease is renewed while its holder lives; that of a killed one ends by itself.
+The holder of a block of slots may run that many tasks at a time, and send its share of the
+account's requests. It renews its lease while it lives; the lease of a killed holder expires.
 """
 
 from __future__ import annotations
@@ -37,28 +37,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 120.0
-"""What a killed holder's slots are kept for, and what an outage of Prefect may last."""
+"""How long the slots of a killed holder stay leased, and an outage of Prefect may last."""
 
-RENEWED_EVERY = 20.0
-_TRIED_AGAIN = 5.0
-_PATIENCE = 10.0
-_TOLD_EVERY = 60.0
-_COMMAND = "flux-kontext limits create"
+RENEWAL_INTERVAL_SECONDS = 20.0
+"""A sixth of the lease, so that several renewals may fail."""
+
+RETRY_INTERVAL_SECONDS = 5.0
+"""Before the next request for a lease that is not granted, or renewal of one after a failure."""
+
+_REQUEST_TIMEOUT_SECONDS = 10.0
+_LOG_INTERVAL_SECONDS = 60.0
+_CREATE_COMMAND = "flux-kontext limits create"
 
 
 class Share(NamedTuple):
-    """A block of an account's slots.
+    """A share of an account's limits.
 
     Attributes:
-        slots: Tasks that its holder may run at once.
-        requests_per_minute: Requests that go with them.
+        slots: Tasks that the holder may run at a time.
+        requests_per_minute: Requests that the holder may send a minute.
     """
 
     slots: int
     requests_per_minute: int
 
-    def of(self, account: FluxKontextCredentials) -> FluxKontextCredentials:
-        """The account as the holder of the block sees it."""
+    def apply_to(self, account: FluxKontextCredentials) -> FluxKontextCredentials:
+        """Return the account with the limits of this share."""
         limits = {
             "concurrent_tasks": self.slots,
             "requests_per_minute": self.requests_per_minute,
@@ -66,60 +70,60 @@ class Share(NamedTuple):
         return account.model_copy(update=limits)
 
 
-def limit_name(account: FluxKontextCredentials) -> str:
-    """The name of an account's limit in Prefect, after the account's label."""
+def get_limit_name(account: FluxKontextCredentials) -> str:
+    """Return the name of an account's limit in Prefect, which contains the account's label."""
     return f"flux-kontext-{safe_name(account.account)}-slots"
 
 
 async def create_limit(account: FluxKontextCredentials) -> str:
-    """Create the limit of an account, or bring it up to date, and say what was done.
+    """Create the limit of an account, or update it, and return what was done as text.
 
     Raises:
-        ConfigurationError: Prefect does not do it.
+        ConfigurationError: Prefect did not create or update it.
     """
-    name, slots = limit_name(account), account.concurrent_tasks
+    name, slots = get_limit_name(account), account.concurrent_tasks
     try:
         async with get_client() as client:
-            known = await _read(client, name)
+            known = await _read_limit(client, name)
             if known is None:
                 await client.create_global_concurrency_limit(
                     GlobalConcurrencyLimitCreate(name=name, limit=slots)
                 )
-                return f"{name}: created, {slots:,} slots"
+                return f"{name}: created with {slots:,} slots"
             if known.limit == slots and known.active:
-                return f"{name}: is there, {slots:,} slots, {known.active_slots:,} leased"
+                return f"{name}: unchanged, {slots:,} slots, {known.active_slots:,} leased"
             await client.update_global_concurrency_limit(
                 name, GlobalConcurrencyLimitUpdate(limit=slots, active=True)
             )
-            return f"{name}: brought up to date, {known.limit:,} to {slots:,} slots"
+            return f"{name}: updated from {known.limit:,} to {slots:,} slots"
     except httpx.HTTPError as error:
         raise ConfigurationError(f"Prefect did not create the limit {name}: {error}") from None
 
 
 async def read_account_limit(account: FluxKontextCredentials, partitions: int) -> Share:
-    """Return what each partition may lease; create the limit where there is none.
+    """Return the share that each partition may lease. Create the limit if there is none.
 
     Raises:
-        ConfigurationError: There is no limit and none can be created, it is not the account's, or
-            it has fewer slots than there are partitions.
+        ConfigurationError: There is no limit and it cannot be created, it has more slots than the
+            account, it is inactive, or it has fewer slots than there are partitions.
     """
-    name = limit_name(account)
+    name = get_limit_name(account)
     try:
         async with get_client() as client:
-            limit = await _read(client, name)
+            limit = await _read_limit(client, name)
             if limit is None:
-                await _create(client, name, account.concurrent_tasks)
+                await _create_limit(client, name, account.concurrent_tasks)
                 limit = await client.read_global_concurrency_limit_by_name(name)
     except httpx.HTTPError as error:
         raise ConfigurationError(
-            f"There is no limit {name} in Prefect, and it could not be created here ({error}). "
-            f"Create it: {_COMMAND}"
+            f"Prefect has no limit {name}, and creating it failed ({error}). "
+            f"Create it: {_CREATE_COMMAND}"
         ) from None
     if limit.limit > account.concurrent_tasks or not limit.active:
-        off = "" if limit.active else " and is switched off"
+        inactive = "" if limit.active else " and is inactive"
         raise ConfigurationError(
-            f"The limit {name} in Prefect has {limit.limit:,} slots{off}, the account has "
-            f"{account.concurrent_tasks:,}. Bring it up to date: {_COMMAND}"
+            f"The limit {name} in Prefect has {limit.limit:,} slots{inactive}, the account has "
+            f"{account.concurrent_tasks:,}. Update the limit: {_CREATE_COMMAND}"
         )
     slots = limit.limit // partitions
     if not slots:
@@ -130,16 +134,16 @@ async def read_account_limit(account: FluxKontextCredentials, partitions: int) -
     return Share(slots, max(1, account.requests_per_minute * slots // account.concurrent_tasks))
 
 
-async def _create(client: PrefectClient, name: str, slots: int) -> None:
+async def _create_limit(client: PrefectClient, name: str, slots: int) -> None:
     try:
         limit = GlobalConcurrencyLimitCreate(name=name, limit=slots)
         await client.create_global_concurrency_limit(limit)
     except ObjectAlreadyExists:
-        return  # somebody else was quicker
-    logger.info("Created the limit %s in Prefect, with %d slots.", name, slots)
+        return  # another process has created it
+    logger.info("Created the limit %s in Prefect with %d slots.", name, slots)
 
 
-async def _read(client: PrefectClient, name: str) -> GlobalConcurrencyLimitResponse | None:
+async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimitResponse | None:
     try:
         return await client.read_global_concurrency_limit_by_name(name)
     except ObjectNotFound:
@@ -148,31 +152,30 @@ async def _read(client: PrefectClient, name: str) -> GlobalConcurrencyLimitRespo
 
 @asynccontextmanager
 async def lease_slots(account: FluxKontextCredentials, slots: int) -> AsyncIterator[Lease]:
-    """Hold so many of an account's slots while the block runs; waits until they are free.
+    """Wait for a number of the account's slots, and hold them while the block runs.
 
     Raises:
-        ConfigurationError: The account has no limit, or Prefect does not lease it.
+        ConfigurationError: The account has no limit, or Prefect does not grant the lease.
     """
     async with get_client() as client:
-        lease = Lease(client, limit_name(account), slots)
-        await lease.take()
-        renewing = asyncio.create_task(lease.keep())
+        lease = Lease(client, get_limit_name(account), slots)
+        await lease.acquire()
+        renewing = asyncio.create_task(lease.keep_renewed())
         try:
             yield lease
         finally:
             renewing.cancel()
             await asyncio.wait({renewing})
-            await asyncio.shield(lease.end())
+            await asyncio.shield(lease.release())
 
 
 class Lease:
-    """A block of slots that is held.
+    """A lease of a block of slots.
 
     Args:
-        client: Prefect.
-        name: The limit.
-        slots: How many.
-
+        client: The client of Prefect's API.
+        name: The name of the limit.
+        slots: The number of slots.
     """
 
     def __init__(self, client: PrefectClient, name: str, slots: int) -> None:
@@ -184,57 +187,58 @@ class Lease:
         self._lost: FluxKontextError | None = None
         self._submitter: Submitter | None = None
 
-    def held_for(self, submitter: Submitter) -> None:
-        """Name who uses the slots: it is stopped when they are not held any more."""
+    def stop_when_lost(self, submitter: Submitter) -> None:
+        """Stop the submitter that uses the slots once the lease is lost."""
         self._submitter = submitter
         if self._lost is not None:
             submitter.stop(self._lost)
 
-    async def take(self) -> None:
+    async def acquire(self) -> None:
         """Wait for the slots.
 
         Raises:
-            ConfigurationError: There is no such limit, or Prefect does not lease it.
+            ConfigurationError: There is no such limit, or Prefect does not grant the lease.
         """
         clock = asyncio.get_running_loop().time
-        told_at = -_TOLD_EVERY
-        while not await self._leased():
-            if clock() - told_at >= _TOLD_EVERY:
-                told_at = clock()
+        logged_at = -_LOG_INTERVAL_SECONDS
+        while not await self._try_acquire():
+            if clock() - logged_at >= _LOG_INTERVAL_SECONDS:
+                logged_at = clock()
                 logger.info(
-                    "Waiting for %d slots of %s, which others have leased.",
+                    "Waiting for %d slots of %s, which other runs have leased.",
                     self._slots,
                     self._name,
                 )
-            await asyncio.sleep(_TRIED_AGAIN)
+            await asyncio.sleep(RETRY_INTERVAL_SECONDS)
 
-    async def keep(self) -> None:
-        """Renew the lease, for ever or until it is lost."""
+    async def keep_renewed(self) -> None:
+        """Renew the lease until it is lost or this is cancelled."""
         clock = asyncio.get_running_loop().time
-        pause = RENEWED_EVERY
+        pause = RENEWAL_INTERVAL_SECONDS
         while True:
             await asyncio.sleep(pause)
             try:
-                async with asyncio.timeout(_PATIENCE):
+                async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
                     await self._renew()
-                pause = RENEWED_EVERY
-            except Exception as error:  # noqa: BLE001 - whatever it is, Prefect may come back
+                pause = RENEWAL_INTERVAL_SECONDS
+            except Exception as error:  # noqa: BLE001 - Prefect's API may come back
                 logger.debug("The lease of %s was not renewed: %s", self._name, error)
-                pause = _TRIED_AGAIN
-                if clock() > self._held_until - _TRIED_AGAIN - _PATIENCE:
-                    self._lose()
+                pause = RETRY_INTERVAL_SECONDS
+                # The next renewal could end after the lease does.
+                if clock() > self._held_until - RETRY_INTERVAL_SECONDS - _REQUEST_TIMEOUT_SECONDS:
+                    self._mark_lost()
                     return
 
-    async def end(self) -> None:
-        """Give the slots back; where tasks hold them still, the lease is left to end by itself."""
-        tasks_run_on = self._submitter is not None and self._submitter.outstanding
-        if self._lost is not None or tasks_run_on:
+    async def release(self) -> None:
+        """Release the slots, unless tasks still run in them; then the lease is left to expire."""
+        has_running_tasks = self._submitter is not None and self._submitter.outstanding
+        if self._lost is not None or has_running_tasks:
             return
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
                 await self._client.release_concurrency_slots_with_lease(self._lease_id)
-        except Exception as error:  # noqa: BLE001 - the lease ends by itself then
-            logger.debug("The lease of %s was not given back: %s", self._name, error)
+        except Exception as error:  # noqa: BLE001 - the lease expires
+            logger.debug("The lease of %s was not released: %s", self._name, error)
 
     async def _renew(self) -> None:
         asked_at = asyncio.get_running_loop().time()
@@ -243,15 +247,15 @@ class Lease:
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.GONE or asked_at > self._held_until:
                 raise
-            # It cannot have ended yet: a server that keeps leases in memory was started anew. It
-            # still counts the slots, so that nobody else has them.
+            # The lease cannot have expired yet, so a server that keeps leases in memory has been
+            # restarted. It still counts the slots, so no other run has them.
             await self._client.release_concurrency_slots([self._name], self._slots, LEASE_SECONDS)
-            if not await self._leased():
+            if not await self._try_acquire():
                 raise
             return
         self._held_until = asked_at + LEASE_SECONDS
 
-    async def _leased(self) -> bool:
+    async def _try_acquire(self) -> bool:
         asked_at = asyncio.get_running_loop().time()
         try:
             reply = await self._client.increment_concurrency_slots_with_lease(
@@ -261,25 +265,25 @@ class Lease:
             if error.response.status_code == httpx.codes.LOCKED:
                 return False
             raise ConfigurationError(
-                f"Prefect does not lease {self._slots} slots of {self._name}: {error}"
+                f"Prefect did not grant a lease of {self._slots} slots of {self._name}: {error}"
             ) from None
         granted = ConcurrencyLimitWithLeaseResponse.model_validate(reply.json())
         if not granted.limits:
             raise ConfigurationError(
-                f"There is no limit {self._name} in Prefect. Create it: {_COMMAND}"
+                f"Prefect has no limit {self._name}. Create it: {_CREATE_COMMAND}"
             )
         self._id, self._held_until = granted.lease_id, asked_at + LEASE_SECONDS
         return True
 
     @property
     def _lease_id(self) -> UUID:
-        assert self._id is not None  # noqa: S101 - it was taken first
+        assert self._id is not None  # noqa: S101 - acquire comes first
         return self._id
 
-    def _lose(self) -> None:
+    def _mark_lost(self) -> None:
         self._lost = BatchStoppedError(
-            f"The lease of {self._slots} slots of {self._name} could not be renewed, so they may "
-            "be another's by now. What is submitted is stored; a later run submits the rest."
+            f"The lease of {self._slots} slots of {self._name} could not be renewed, so another "
+            "run may hold them. Submitted rows are stored; a later run submits the rest."
         )
         if self._submitter is not None:
             self._submitter.stop(self._lost)

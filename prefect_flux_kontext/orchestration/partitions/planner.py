@@ -1,4 +1,4 @@
-"""How a batch is cut into partitions, and whether it can be, before anything is paid."""
+"""Planning the partitions of a batch, before anything is paid."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """How a batch is cut into partitions.
+    """The plan for running a batch in partitions.
 
     Attributes:
-        partitions: How many.
-        share: What each leases.
+        partitions: The number of partitions.
+        share: The share of the account that each leases.
         deployment: The name of the deployment that runs them.
-        parameters: What each is told, as JSON.
+        parameters: The parameters that each gets from the batch, as JSON.
     """
 
     partitions: int
@@ -43,72 +43,79 @@ class PartitionPlan:
 async def plan_partitions(
     partitions: int, deployment: str, account: FluxKontextCredentials, wait: str
 ) -> PartitionPlan:
-    """Find out before anything is paid whether the present batch can be run in partitions.
+    """Check that the current batch can run in partitions, and plan them.
+
+    Args:
+        partitions: The number of partitions.
+        deployment: The name of the deployment that runs them.
+        account: The account that they share.
+        wait: The `wait` parameter of the batch.
 
     Raises:
-        ConfigurationError: It cannot; the message says why.
+        ConfigurationError: It cannot run in partitions; the message says why.
     """
     if wait != "poll":
         raise ConfigurationError(
-            f'A batch in partitions waits for its results: wait="{wait}" is for one partition.'
+            f'wait="{wait}" is not possible with partitions. Use wait="poll", or partitions=1.'
         )
     if FluxKontextSettings().callback_listen is not None:
         raise ConfigurationError(
-            "The partitions of a batch cannot each receive callbacks. Unset "
-            "FLUX_KONTEXT_CALLBACK_LISTEN and run a receiver: flux-kontext receive OUTPUT"
+            "Partitions cannot receive callbacks themselves. Unset FLUX_KONTEXT_CALLBACK_LISTEN "
+            "and run a receiver: flux-kontext receive OUTPUT"
         )
-    parameters = _passed_on()
+    parameters = _collect_parameters()
     async with get_client() as client:
         try:
             await client.read_deployment_by_name(deployment)
         except (ObjectNotFound, ValueError):
             raise ConfigurationError(
-                f"There is no deployment {deployment!r} to run partitions. Deploy it from this "
-                "package's prefect.yaml (prefect deploy --name partition-of-batch), or name yours "
-                "as "
-                "partition_deployment. Nothing was submitted."
+                f"There is no deployment {deployment!r} to run partitions. Deploy it from the "
+                "prefect.yaml of this package (prefect deploy --name partition-of-batch), or set "
+                "partition_deployment to one of yours. Nothing was submitted."
             ) from None
     return PartitionPlan(
         partitions, await read_account_limit(account, partitions), deployment, parameters
     )
 
 
-def _passed_on() -> dict[str, Any]:
-    """The parameters of the present flow run that its partitions get as well, as JSON."""
+def _collect_parameters() -> dict[str, Any]:
+    """Return the parameters of the current flow run that its partitions get too, as JSON."""
     context = FlowRunContext.get()
-    given = (context.parameters if context is not None else None) or {}
+    own = (context.parameters if context is not None else None) or {}
     names: Any = style_transfer_partition.parameters.properties
-    told = {name: _as_json(name, given[name]) for name in names if name in given}
-    told["output"] = _absolute(told["output"])
-    told["manifest"] = _absolute(told["manifest"])
-    styles = told.get("styles")
+    passed = {name: _convert_to_json(name, own[name]) for name in names if name in own}
+    passed["output"] = _make_absolute(passed["output"])
+    passed["manifest"] = _make_absolute(passed["manifest"])
+    styles = passed.get("styles")
     if styles is not None:
         named = [styles] if isinstance(styles, str) else styles
-        told["styles"] = [_absolute(name) if is_style_file(name) else name for name in named]
-    return told
+        passed["styles"] = [
+            _make_absolute(name) if is_style_file(name) else name for name in named
+        ]
+    return passed
 
 
-def _as_json(name: str, value: Any) -> Any:
+def _convert_to_json(name: str, value: Any) -> Any:
     if isinstance(value, Block):
-        document = value._block_document_id  # noqa: SLF001 - there is no other way
+        document = value._block_document_id  # noqa: SLF001 - Prefect has no public name
         if document is None:
             raise ConfigurationError(
-                f"The {name} of a batch in partitions cannot be an unsaved Block: its partitions "
-                "load it by itself. Save it, and give its name."
+                f"The {name} of a batch in partitions cannot be an unsaved Block, because each "
+                "partition loads the Block. Save it and give its name."
             )
         return {"$ref": {"block_document_id": str(document)}}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Table) or not isinstance(value, str | int | float | list | dict | None):
         raise ConfigurationError(
-            f"The {name} of a batch in partitions is sent to other machines, so it cannot be "
-            f"{value!r:.80}. Give it as text or, of a manifest, as a list of dicts."
+            f"The {name} of a batch in partitions cannot be {value!r:.80}, because it is sent to "
+            "other machines. Give it as text, or a manifest as a list of dicts."
         )
     return value
 
 
-def _absolute(location: Any) -> Any:
-    # Who runs a partition has another working directory.
+def _make_absolute(location: Any) -> Any:
+    # The worker that runs a partition has another working directory.
     if not isinstance(location, str) or "://" in location or location.startswith("block:"):
         return location
     return str(Path(location).expanduser().absolute())

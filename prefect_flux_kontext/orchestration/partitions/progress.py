@@ -1,7 +1,7 @@
-"""Progress of partitions: a small record for each, beside the ledger, read by the batch.
+"""The progress of partitions: one small record each, beside the ledger, which the batch reads.
 
-`_ledger/partitions/<flow run>.json` holds the counts of a partition.
-It is a view; the ledger is the truth.
+`_ledger/partitions/<flow run>.json` holds the counts of a partition. It is a view; the ledger is
+the truth.
 """
 
 from __future__ import annotations
@@ -24,57 +24,58 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOLD_EVERY = 5.0
+WRITE_INTERVAL_SECONDS = 5.0
+"""As often as the batch reads the record."""
 
 
 @asynccontextmanager
 async def report_progress(
     store: RecordStore, name: str, batch: BatchSummary
 ) -> AsyncIterator[None]:
-    """Keep the record of a partition up to date while the block runs.
+    """Keep the progress record of a partition up to date while the block runs.
 
     Args:
         store: The ledger.
-        name: The partition's flow run.
-        batch: What became of the partition's rows so far; it moves.
+        name: The id of the partition's flow run.
+        batch: The counts of the partition's rows so far, which the partition updates.
     """
-    telling = asyncio.create_task(_tell(store, name, batch))
+    writing = asyncio.create_task(_write_periodically(store, name, batch))
     try:
         yield
     finally:
-        telling.cancel()
-        await asyncio.wait({telling})
+        writing.cancel()
+        await asyncio.wait({writing})
 
 
-async def _tell(store: RecordStore, name: str, batch: BatchSummary) -> None:
+async def _write_periodically(store: RecordStore, name: str, batch: BatchSummary) -> None:
     async def write() -> None:
         counts = batch.model_dump_json(exclude={"failures", "output"})
         try:
-            await store.replace(_record(name), counts.encode())
+            await store.replace(_get_record_name(name), counts.encode())
         except LedgerError as error:
-            logger.debug("How far this partition is was not written: %s", error)
+            logger.debug("The progress of this partition was not written: %s", error)
 
     try:
         while True:
-            await asyncio.sleep(TOLD_EVERY)
+            await asyncio.sleep(WRITE_INTERVAL_SECONDS)
             await write()
     finally:
         await write()
 
 
 async def read_progress(store: RecordStore, name: str) -> BatchSummary:
-    """What became of a partition's rows so far, as far as it has told."""
+    """Return the counts of a partition's rows so far; zeros if it has no valid record."""
     try:
-        return BatchSummary.model_validate_json(await store.read(_record(name)) or b"{}")
+        return BatchSummary.model_validate_json(await store.read(_get_record_name(name)) or b"{}")
     except (LedgerError, ValidationError):
         return BatchSummary()
 
 
-async def forget_progress(store: RecordStore, name: str) -> None:
-    """Remove the record of a partition."""
+async def remove_progress(store: RecordStore, name: str) -> None:
+    """Remove the progress record of a partition."""
     with contextlib.suppress(LedgerError):
-        await store.remove(_record(name))
+        await store.remove(_get_record_name(name))
 
 
-def _record(name: str) -> str:
+def _get_record_name(name: str) -> str:
     return f"partitions/{name}.json"
