@@ -39,7 +39,7 @@ def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
         "uri": outcome.uris[0] if outcome.uris else None,
         "uris": outcome.uris or None,
         "file": output.relative(outcome.uris[0]) if outcome.uris else None,
-        "already": outcome.already,
+        "stored_before": outcome.already,
         "style": row.style if isinstance(row, Row) else row.cells.get("style"),
         "key": outcome.key,
         "run": run,
@@ -49,7 +49,7 @@ def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
     }
     if isinstance(row, Row):
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
-        line["references"] = [url_identity(url) for url in row.request.image_urls] or None
+        line["reference_images"] = [url_identity(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | own_columns(row.cells)
     return {name: _plain(value) for name, value in line.items() if value not in (None, "")}
 
@@ -97,7 +97,7 @@ def _facts(done: DoneRow) -> Line:
         submitted = record.task.submitted_at
     line: Line = {
         "attempts": record.attempt,
-        "price": record.spent,
+        "cost_usd": round(record.spent, 6),
         "submitted_at": _moment(submitted),
     }
     if ended is None or outcome.state != ended.state:

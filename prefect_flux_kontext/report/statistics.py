@@ -50,14 +50,14 @@ class Statistics:
             for number, line in enumerate(lines, start=1):
                 self._count(line)
                 key = str(line.get("key"))
-                if line.get("price") and paid.first(key.encode(), number) == number:
-                    self.dollars += line["price"]
+                if line.get("cost_usd") and paid.first(key.encode(), number) == number:
+                    self.dollars += line["cost_usd"]
                 yield line
 
     def _count(self, line: Line) -> None:
         self.states[line["state"]] += 1
         self._latest = max(self._latest, (line["recorded_at"], line["run"]))
-        if line["state"] != "stored" or line.get("already"):
+        if line["state"] != "stored" or line.get("stored_before"):
             return
         for what, tenths in self.tenths.items():
             if (seconds := line.get(f"{what}_seconds")) is not None:

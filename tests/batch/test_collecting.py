@@ -43,7 +43,7 @@ def test_the_result_manifest_learns_of_what_killed_runs_have_stored():
         lines = [json.loads(line) for line in files["results.jsonl"].splitlines()]
         stored = {line["id"] for line in lines if line["state"] == "stored"}
         assert stored == {name[:-4] for name in files if name.endswith(".jpg")}
-        assert any(line["already"] for line in lines)
+        assert any(line["stored_before"] for line in lines)
         assert {line["source"] for line in lines} == {"manifest", "ledger"}
         await in_process(world, None, manifest(LINES))
         lines = list(map(json.loads, read_all(world.url)["results.jsonl"].splitlines()))

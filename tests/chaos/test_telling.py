@@ -84,7 +84,7 @@ def test_a_wrong_status_is_seen(told, so, not_so):
         (lambda _: [], "has not, or has besides"),
         (lambda line: [line, line], "has a row twice"),
         (lambda line: [line | {"state": "failed"}], "the ledger stored"),
-        (lambda line: [line | {"price": 0.06}], "prices make"),
+        (lambda line: [line | {"cost_usd": 0.06}], "prices make"),
         (lambda line: [line | {"sha256": "0" * 64}], "makes up an image"),
         (lambda line: [line | {"key": "0" * 32}], "makes up a key"),
         (lambda line: [line | {"prompt": "another"}], "differ"),

@@ -47,7 +47,7 @@ def manifest(folder, sandbox, rows):
     reference = f"{sandbox.url}/references/cat.png"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "image", "prompt", "sku", "price", "style"])
+        writer.writerow(["id", "image", "prompt", "sku", "cost_usd", "style"])
         for number, (name, prompt) in enumerate(rows):
             image = f"{reference}?X-Amz-Signature={SECRET}&n={number}"
             writer.writerow([name, image, prompt, f"s{number}", "9.99", "oil"])
@@ -78,17 +78,17 @@ async def test_every_row_has_its_line_with_all_that_is_known_of_it(sandbox, outp
     assert good["bytes"] == len(files[good["file"]])
     assert good["uri"].endswith("/out/a/oil.jpg")
     assert good["uris"] == [good["uri"]]
-    assert (good["sku"], good["manifest_price"], good["price"]) == ("s0", "9.99", 0.03)
+    assert (good["sku"], good["manifest_cost_usd"], good["cost_usd"]) == ("s0", "9.99", 0.03)
     assert good["prompt"].endswith("\none")
     assert (good["style"], good["mode"]) == ("oil", "pro")
-    assert (good["state"], good["attempts"], good["already"]) == ("stored", 1, False)
+    assert (good["state"], good["attempts"], good["stored_before"]) == ("stored", 1, False)
     assert good["generation_seconds"] >= 0
     assert good["waiting_seconds"] >= 0
     assert good["download_seconds"] > 0
     assert good["submitted_at"] <= good["finished_at"] <= good["recorded_at"]
-    assert good["references"] == [f"{sandbox.url}/references/cat.png?n=0"]
+    assert good["reference_images"] == [f"{sandbox.url}/references/cat.png?n=0"]
     assert refused_by_service["reason"] == "CONTENT_VIOLATION"
-    assert refused_by_service["price"] == 0.03
+    assert refused_by_service["cost_usd"] == 0.03
     assert folder["id"] == "c/d"
     assert (refused["state"], refused["reason"]) == ("failed", "refused")
     assert "key" not in refused
@@ -113,8 +113,8 @@ async def test_a_second_run_updates_its_rows_and_leaves_no_twins(sandbox, output
         "d": "stored",
     }
     # What was stored before is told in full again, from the ledger.
-    assert after["a"]["already"]
-    for name in ("sha256", "submitted_at", "finished_at", "waiting_seconds", "price", "width"):
+    assert after["a"]["stored_before"]
+    for name in ("sha256", "submitted_at", "finished_at", "waiting_seconds", "cost_usd", "width"):
         assert after["a"][name] == before["a"][name]
     assert after["c"] == before["c"]
     pictures = Counter(pictures_of(output))

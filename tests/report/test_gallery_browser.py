@@ -106,7 +106,7 @@ def test_what_the_slider_uncovers_is_the_reference(opened):
 
 
 def test_the_image_itself_takes_the_thumbnails_place(opened):
-    page = opened([line(0, references=None, file="a b/ü#1.jpg")], made={"before": False})
+    page = opened([line(0, reference_images=None, file="a b/ü#1.jpg")], made={"before": False})
     (page.folder / "a b").mkdir()
     Image.new("RGB", (640, 480), "green").save(page.folder / "a b" / "ü#1.jpg")
     page.locator(".open").click()
@@ -167,9 +167,9 @@ def test_the_keyboard_alone_is_enough(opened):
 def test_a_selection_is_downloaded_as_a_manifest_that_can_be_run(opened, tmp_path):
     odd = 'a "quoted",\nprompt'
     rows = [
-        line(0, sku="7", manifest_price="9.99", image="https://example.com/0.jpg"),
-        line(1, prompt=odd, sku="8", manifest_price="", image="https://example.com/1.jpg"),
-        line(2, style=None, references=None),
+        line(0, sku="7", manifest_cost_usd="9.99", image="https://example.com/0.jpg"),
+        line(1, prompt=odd, sku="8", manifest_cost_usd="", image="https://example.com/1.jpg"),
+        line(2, style=None, reference_images=None),
     ]
     page = opened(rows)
     for number in (2, 1):
@@ -182,7 +182,7 @@ def test_a_selection_is_downloaded_as_a_manifest_that_can_be_run(opened, tmp_pat
     cells = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
     assert [row["id"] for row in cells] == ["row-1-pencil", "row-2"]
     assert [row["sku"] for row in cells] == ["8", ""]
-    assert "price" in cells[0]
+    assert "cost_usd" in cells[0]
     made = list(Manifest(str(path)).rows())
     assert [row.request.prompt for row in made] == [odd, "Repaint it"]
     assert [row.request.image_urls for row in made] == [["https://example.com/1.jpg"], []]
@@ -203,7 +203,7 @@ def test_ids_prompts_and_reasons_are_text_whatever_they_hold(opened):
     names = ("id", "style", "prompt", "task_id", "provider", "file", EVIL, "__proto__")
     evil = dict.fromkeys(names, EVIL)
     rows = [
-        line(0, **evil, references=["javascript:window.pwned=1"]),
+        line(0, **evil, reference_images=["javascript:window.pwned=1"]),
         failed(1, EVIL, EVIL, id=f"{EVIL}2", style=EVIL),
     ]
     page = opened(rows)

@@ -40,11 +40,11 @@ def test_a_value_that_is_often_the_same_is_written_once():
 
 def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
     rows = GalleryRows()
-    for added in (line(0, sku="7"), line(1, manifest_price="9"), failed(2, sku="8")):
+    for added in (line(0, sku="7"), line(1, manifest_cost_usd="9"), failed(2, sku="8")):
         rows.add(added)
     assert {name: list(column) for name, column in rows.own.items()} == {
         "sku": ["7", None, "8"],
-        "price": [None, "9", None],
+        "cost_usd": [None, "9", None],
     }
     assert list(rows.columns["state"]) == ["stored", "stored", "failed"]
     assert len(rows) == 3
@@ -52,7 +52,7 @@ def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
 
 def test_only_stored_rows_have_a_picture_and_rows_without_reference_none_before():
     rows = GalleryRows()
-    for added in (line(0), failed(1), line(2, references=None)):
+    for added in (line(0), failed(1), line(2, reference_images=None)):
         rows.add(added)
     of = name_of_image(line(0)["key"]), None, name_of_image(line(2)["key"])
     assert tuple(rows.after) == of

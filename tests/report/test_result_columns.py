@@ -9,10 +9,10 @@ from prefect_flux_kontext.report.results import manifest_name, own_columns
     ("cells", "own"),
     [
         ({"id": "a", "prompt": "b", "sku": "7"}, {"sku": "7"}),
-        ({"price": "9.99", "State": "new"}, {"manifest_price": "9.99", "manifest_State": "new"}),
+        ({"cost_usd": "9.99", "State": "new"}, {"manifest_cost_usd": "9.99", "manifest_State": "new"}),
         (
-            {"manifest_price": "1", "price": "2"},
-            {"manifest_price": "1", "manifest_manifest_price": "2"},
+            {"manifest_cost_usd": "1", "cost_usd": "2"},
+            {"manifest_cost_usd": "1", "manifest_manifest_cost_usd": "2"},
         ),
         ({"": "nameless", "image": "u"}, {"image": "u"}),
     ],
@@ -23,7 +23,7 @@ def test_a_column_with_the_name_of_one_of_ours_is_set_apart(cells, own):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("sku", "sku"), ("manifest_price", "price"), ("manifest_of_mine", "manifest_of_mine")],
+    [("sku", "sku"), ("manifest_cost_usd", "cost_usd"), ("manifest_of_mine", "manifest_of_mine")],
 )
 def test_it_has_its_own_name_again_in_a_manifest(name, meant):
     assert manifest_name(name) == meant

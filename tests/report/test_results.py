@@ -1,6 +1,7 @@
 """How a row stands, by all that runs have said of it: one line, the latest, nothing lost."""
 
 import itertools
+from decimal import Decimal
 
 import pytest
 
@@ -92,18 +93,35 @@ def test_parquet_has_the_same_rows_with_types_that_never_change(tmp_path):
     table = pq.read_table(tmp_path / "some.parquet")
     types = {field.name: str(field.type) for field in table.schema}
     assert types["recorded_at"] == "timestamp[ms, tz=UTC]"
-    assert (types["price"], types["bytes"], types["already"]) == ("double", "int64", "bool")
+    assert types["cost_usd"] == "decimal128(18, 6)"
+    assert (types["attempts"], types["bytes"], types["stored_before"]) == ("int64", "int64", "bool")
     assert (types["uris"], types["sku"]) == ("list<element: string>", "string")
     empty = pq.read_table(tmp_path / "none.parquet").schema
     assert empty == table.schema.remove(table.schema.get_field_index("sku"))
+    columns = table.to_pylist()
+    assert [str(row.pop("cost_usd")) for row in columns] == ["0.030000", "0.030000"]
     told = [
         {name: value for name, value in row.items() if value is not None and "_at" not in name}
-        for row in table.to_pylist()
+        for row in columns
     ]
     assert told == [
-        {name: value for name, value in row.items() if "_at" not in name} for row in rows
+        {name: value for name, value in row.items() if name != "cost_usd" and "_at" not in name}
+        for row in rows
     ]
     assert table["recorded_at"][0].as_py().isoformat() == "2026-01-02T03:05:06+00:00"
+
+
+@pytest.mark.parametrize(
+    ("cost", "total"), [(0.03, "0.330000"), (1e-06, "0.000011"), (1_234.567891, "13580.246801")]
+)
+def test_parquet_sums_costs_exactly(tmp_path, cost, total):
+    """Eleven rows at $0.03 cost $0.33, which a sum of floats misses."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [line(number, cost_usd=cost) for number in range(11)]
+    (tmp_path / "lines").write_text("".join(map(as_json, rows)))
+    assert write_parquet(tmp_path / "lines", tmp_path / "costs.parquet", {})
+    costs = pq.read_table(tmp_path / "costs.parquet")["cost_usd"]
+    assert sum(costs.to_pylist()) == Decimal(total)
 
 
 @pytest.mark.parametrize(

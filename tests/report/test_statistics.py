@@ -21,7 +21,7 @@ def test_equal_rows_cost_once_and_every_state_is_counted():
 def test_the_speed_is_that_of_the_last_run_without_what_was_there_before():
     rows = [line(n, run="a", recorded_at="2026-01-01T00:00:00.000Z") for n in range(9)]
     rows += [line(n, run="b") for n in range(10, 16)]
-    rows += [line(20, run="b", already=True, submitted_at="2020-01-01T00:00:00.000Z")]
+    rows += [line(20, run="b", stored_before=True, submitted_at="2020-01-01T00:00:00.000Z")]
     told = numbers_of(rows)
     assert (told["seconds"], told["perSecond"]) == (60, 0.1)
 

@@ -67,12 +67,12 @@ def line(number, **how):
         "download_seconds": 0.4,
         "submitted_at": "2026-01-02T03:04:05.000Z",
         "finished_at": "2026-01-02T03:05:05.000Z",
-        "price": 0.03,
+        "cost_usd": 0.03,
         "attempts": 1,
-        "already": False,
+        "stored_before": False,
         "style": ["oil", "pencil", "poster"][number % 3],
         "prompt": "Repaint it",
-        "references": [f"https://example.com/{number % 10}.jpg"],
+        "reference_images": [f"https://example.com/{number % 10}.jpg"],
         "mode": "pro",
         "aspect_ratio": "4:3",
         "output_format": "jpeg",
@@ -110,7 +110,7 @@ async def _make(output, results, lines, most, before):
     pictures = {name_of_image(row["key"]): after for row in lines if row["state"] == "stored"}
     if before:
         pictures |= {
-            name_of_reference(url): red for row in lines for url in row.get("references", [])
+            name_of_reference(url): red for row in lines for url in row.get("reference_images", [])
         }
     await album.add("run-000001", pictures)
     await build_gallery(output, results, album, most=most, missing=0)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 _SHOWN = (
-    *("id", "line", "state", "reason", "message", "file", "style", "prompt", "references"),
-    *("mode", "aspect_ratio", "output_format", "provider", "price", "attempts", "already"),
+    *("id", "line", "state", "reason", "message", "file", "style", "prompt"),
+    *("reference_images", "mode", "aspect_ratio", "output_format", "provider"),
+    *("cost_usd", "attempts", "stored_before"),
     *("width", "height", "bytes", "format", "task_id", "submitted_at"),
     *("waiting_seconds", "generation_seconds", "download_seconds"),
 )
@@ -85,7 +86,7 @@ class GalleryRows:
         for name, column in self.own.items():
             column.add(own.get(name))
         self.after.add(name_of_image(line["key"]) if line["state"] == "stored" else None)
-        references = line.get("references")
+        references = line.get("reference_images")
         self.before.add(name_of_reference(references[0]) if references else None)
         self._rows += 1
 

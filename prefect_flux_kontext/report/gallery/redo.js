@@ -6,7 +6,7 @@ const redo = (() => {
 
   function values(row, prompt) {
     const style = cell("style", row);
-    const references = cell("references", row) ?? [];
+    const references = cell("reference_images", row) ?? [];
     const kept = Object.entries(own)
       .filter(([name]) => !["image", "images"].includes(name))
       .map(([name, column]) => [name, column[row]]);

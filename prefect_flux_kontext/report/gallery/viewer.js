@@ -31,15 +31,15 @@ const viewer = (() => {
     fact("Style", cell("style", row));
     if (file) fact("Image", element("a", { href: address(file), target: "_blank" }, file));
     if (width) fact("Size", `${width} × ${height} px, ${size}`);
-    for (const url of cell("references", row) ?? []) fact("Reference", link(url));
+    for (const url of cell("reference_images", row) ?? []) fact("Reference", link(url));
     fact("Asked for", ["mode", "aspect_ratio", "output_format", "provider"]
       .map((name) => cell(name, row)).filter(Boolean).join(", "));
     fact("Waiting", seconds("waiting"));
     fact("Generation", seconds("generation"));
     fact("Download", seconds("download"));
-    const price = cell("price", row);
+    const cost = cell("cost_usd", row);
     const attempts = cell("attempts", row);
-    if (price !== null) fact("Price", dollars(price) + (attempts > 1 ? ` for ${attempts} attempts` : ""));
+    if (cost !== null) fact("Cost", dollars(cost) + (attempts > 1 ? ` for ${attempts} attempts` : ""));
     fact("Task", cell("task_id", row));
     fact("Line", String(cell("line", row)));
     for (const [name, values] of Object.entries(own)) {
