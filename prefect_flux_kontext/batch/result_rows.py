@@ -18,21 +18,20 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.report.results import Line
-    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 _URL = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)
 
 
-def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
+def line_from_outcome(session: Session, done: DoneRow) -> Line:
     """The line of a row, without anything that gives access to a reference.
 
     Args:
-        done: The row and what became of it.
-        run: The name of the run.
-        output: Where the images are.
+        session: The batch of the row.
+        done: The row and its outcome.
     """
     row, outcome, _ = done
+    output = session.output
     line: Line = {
         **outcome.model_dump(include={"id", "line", "state", "reason", "message", "task_id"}),
         **_facts(done),
@@ -42,7 +41,8 @@ def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
         "stored_before": outcome.already,
         "style": row.style if isinstance(row, Row) else row.cells.get("style"),
         "key": outcome.key,
-        "run": run,
+        "run": session.ledger.owner,
+        "flow_run_id": session.flow_run_id,
         # A row that is collected has no line of a manifest, for the ledger keeps none.
         "source": "manifest" if row.cells else "ledger",
         "recorded_at": _moment(utc_now()),
@@ -83,7 +83,7 @@ def line_from_entry(session: Session, entry: Entry) -> Line:
         uris=[session.output.uri(file) for file in ended.files],
         already=ended.state == "stored" and not session.rows.ended_now(entry),
     )
-    return line_from_outcome(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
+    return line_from_outcome(session, DoneRow(row, outcome, entry))
 
 
 def _facts(done: DoneRow) -> Line:

@@ -44,6 +44,7 @@ class Session:
     rows: RowRunner
     stored: StoredRows
     report: Report
+    flow_run_id: str | None = None
 
 
 @asynccontextmanager
@@ -55,6 +56,7 @@ async def open_session(
     callbacks: CallbackOptions | None = None,
     *,
     whole: bool = True,
+    flow_run_id: str | None = None,
 ) -> AsyncIterator[Session]:
     """Open what a batch needs.
 
@@ -67,6 +69,7 @@ async def open_session(
         settings: The environment's.
         callbacks: How the batch is called back; None to poll.
         whole: Whether the run has the whole batch, and so tells of it in the end.
+        flow_run_id: The Prefect flow run that the result lines name; None outside of one.
 
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output; or
@@ -115,7 +118,7 @@ async def open_session(
                         store_row, output, ledger, submitter, called, deferral, options
                     )
                     try:
-                        yield Session(output, ledger, submitter, rows, stored, report)
+                        yield Session(output, ledger, submitter, rows, stored, report, flow_run_id)
                     finally:
                         submitter.stop(BatchStoppedError("The batch is over."))
                         await asyncio.shield(submitter.drained())

@@ -178,7 +178,9 @@ async def open_batch(
     client = account.get_client()
     with forward_core_logs():
         async with (
-            open_session(client, output, options, settings, callbacks) as session,
+            open_session(
+                client, output, options, settings, callbacks, flow_run_id=_flow_run_id()
+            ) as session,
             _told(session, settings, plan, alert_above_usd, earlier, suspends=suspends),
         ):
             yield session, account.concurrent_tasks
@@ -292,6 +294,11 @@ def _asset_key(output: str) -> str | None:
         return Asset(key=output).key
     except ValidationError:
         return None
+
+
+def _flow_run_id() -> str | None:
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context and context.flow_run else None
 
 
 def _flow_name() -> str:

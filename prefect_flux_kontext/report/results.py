@@ -57,6 +57,7 @@ COLUMNS: dict[str, str] = {
     "provider": "text",
     "key": "text",
     "run": "text",
+    "flow_run_id": "text",
     "source": "text",
     "recorded_at": "moment",
 }

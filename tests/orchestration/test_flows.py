@@ -121,6 +121,9 @@ class TestABatch:
         assert bill["by_mode"] == {"pro": 4, "max": 1}
         runs = await task_runs(state.state_details.flow_run_id, expected=1)
         assert [run.name for run in runs] == ["wave-1"]
+        lines = list(map(json.loads, (output / "results.jsonl").read_text().splitlines()))
+        assert len(lines) == 6
+        assert {line["flow_run_id"] for line in lines} == {str(state.state_details.flow_run_id)}
 
     async def test_three_hundred_rows_are_two_waves_that_overlap(self, account, sandbox, tmp_path):
         rows = [(f"row-{number}", "", f"a lighthouse, number {number}") for number in range(300)]

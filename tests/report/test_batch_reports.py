@@ -82,6 +82,7 @@ async def test_every_row_has_its_line_with_all_that_is_known_of_it(sandbox, outp
     assert good["prompt"].endswith("\none")
     assert (good["style"], good["mode"]) == ("oil", "pro")
     assert (good["state"], good["attempts"], good["stored_before"]) == ("stored", 1, False)
+    assert "flow_run_id" not in good
     assert good["generation_seconds"] >= 0
     assert good["waiting_seconds"] >= 0
     assert good["download_seconds"] > 0

@@ -9,7 +9,10 @@ from prefect_flux_kontext.report.results import manifest_name, own_columns
     ("cells", "own"),
     [
         ({"id": "a", "prompt": "b", "sku": "7"}, {"sku": "7"}),
-        ({"cost_usd": "9.99", "State": "new"}, {"manifest_cost_usd": "9.99", "manifest_State": "new"}),
+        (
+            {"cost_usd": "9.99", "State": "new"},
+            {"manifest_cost_usd": "9.99", "manifest_State": "new"},
+        ),
         (
             {"manifest_cost_usd": "1", "cost_usd": "2"},
             {"manifest_cost_usd": "1", "manifest_manifest_cost_usd": "2"},
