@@ -13,7 +13,11 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.report.results import merge_lock, results_store, write_part
+from prefect_flux_kontext.report.results import (
+    acquire_merge_lock,
+    open_results_store,
+    write_part,
+)
 from prefect_flux_kontext.report.thumbnails import name_of_image
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -143,7 +147,10 @@ async def test_what_a_killed_run_has_written_is_merged_and_a_living_runs_is_left
     sandbox, tmp_path
 ):
     output = str(tmp_path / "out")
-    store, ledger = results_store(OutputFolder(output)), open_ledger_store(OutputFolder(output))
+    store, ledger = (
+        open_results_store(OutputFolder(output)),
+        open_ledger_store(OutputFolder(output)),
+    )
     await write_part(store, "dead", 1, [line(7, run="dead", file=None)])
     async with keep_heartbeat(ledger) as other:
         await write_part(store, other, 1, [line(8, run=other)])
@@ -167,11 +174,11 @@ async def test_a_run_that_dies_between_its_files_is_merged_again_to_the_same(
         patched.setattr("prefect_flux_kontext.report.builder.remove_parts", dies)
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
     first = results(output)
-    assert await results_store(OutputFolder(output)).names("parts")
+    assert await open_results_store(OutputFolder(output)).names("parts")
     await batches.run(sandbox, manifest(tmp_path, sandbox, [("b", "two")]), output)
     assert results(output)[0] == first[0]
     assert [row["id"] for row in results(output)] == ["a", "b"]
-    assert not await results_store(OutputFolder(output)).names("parts")
+    assert not await open_results_store(OutputFolder(output)).names("parts")
 
 
 async def test_a_report_that_cannot_be_written_is_told_and_fails_no_row(
@@ -188,27 +195,30 @@ async def test_a_report_that_cannot_be_written_is_told_and_fails_no_row(
         )
     assert summary.complete
     assert "Wave 1 is not in the report: no report today" in caplog.text
-    assert "The report is not up to date: no report today" in caplog.text
+    assert (
+        "The report is not up to date: no report today. To rebuild it: flux-kontext gallery"
+        in caplog.text
+    )
 
 
 @pytest.mark.virtual_time
 async def test_only_one_run_merges_at_a_time_and_a_dead_one_holds_nobody_up():
-    ledger, store = RecordStore("memory://turns/_ledger"), RecordStore("memory://turns/_results")
-    await store.create("turns/000001.taken", b"dead")
-    inside, most, turns = 0, 0, []
+    ledger, store = RecordStore("memory://locks/_ledger"), RecordStore("memory://locks/_results")
+    await store.create("locks/000001.acquired", b"dead")
+    inside, most, order = 0, 0, []
 
     async def merge(number):
         nonlocal inside, most
-        async with keep_heartbeat(ledger) as run, merge_lock(store, ledger, run):
+        async with keep_heartbeat(ledger) as run, acquire_merge_lock(store, ledger, run):
             inside += 1
             most = max(most, inside)
             await asyncio.sleep(3)
             inside -= 1
-            turns.append(number)
+            order.append(number)
 
     await asyncio.gather(*map(merge, range(5)))
-    assert (most, sorted(turns)) == (1, list(range(5)))
-    assert await store.names("turns") == ["000006.over", "000006.taken"]
+    assert (most, sorted(order)) == (1, list(range(5)))
+    assert await store.names("locks") == ["000006.acquired", "000006.released"]
 
 
 def test_the_gallery_is_made_anew_with_pictures_of_what_is_there(

@@ -60,7 +60,7 @@ def test_it_shows_what_was_made_and_why_rows_failed(opened):
     page = opened(MIXED)
     assert shown_ids(page) == ["row-0", "row-1", "row-2", "row-3", "row-4"]
     numbers = page.locator("#numbers").inner_text().split()
-    assert numbers[:6] == ["images", "3", "failed", "2", "for", "all"]
+    assert numbers[:6] == ["images", "3", "failed", "2", "total", "cost"]
     assert "$0.15" in numbers
     assert "CONTENT_VIOLATION" in page.locator(".card.failed").first.inner_text()
     assert page.locator("#histograms svg").count() == 2

@@ -10,8 +10,12 @@ from tests.support.galleries import failed, line
 
 
 def unpacked(column):
-    told = json.loads(column.packed())
-    return [told["values"][place] for place in told["of"]] if "of" in told else told["values"]
+    told = json.loads(column.to_json())
+    return (
+        [told["values"][index] for index in told["indexes"]]
+        if "indexes" in told
+        else told["values"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,14 +39,14 @@ def test_a_value_that_is_often_the_same_is_written_once():
     column = Column()
     for _ in range(10):
         column.add("the same prompt")
-    assert column.packed().count("the same prompt") == 1
+    assert column.to_json().count("the same prompt") == 1
 
 
 def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
     rows = GalleryRows()
     for added in (line(0, sku="7"), line(1, manifest_cost_usd="9"), failed(2, sku="8")):
         rows.add(added)
-    assert {name: list(column) for name, column in rows.own.items()} == {
+    assert {name: list(column) for name, column in rows.custom.items()} == {
         "sku": ["7", None, "8"],
         "cost_usd": [None, "9", None],
     }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefect_flux_kontext.report.results import manifest_name, own_columns
+from prefect_flux_kontext.report.results import original_column_name, own_columns
 
 
 @pytest.mark.parametrize(
@@ -29,4 +29,4 @@ def test_a_column_with_the_name_of_one_of_ours_is_set_apart(cells, own):
     [("sku", "sku"), ("manifest_cost_usd", "cost_usd"), ("manifest_of_mine", "manifest_of_mine")],
 )
 def test_it_has_its_own_name_again_in_a_manifest(name, meant):
-    assert manifest_name(name) == meant
+    assert original_column_name(name) == meant

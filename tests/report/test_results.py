@@ -6,9 +6,9 @@ from decimal import Decimal
 import pytest
 
 from prefect_flux_kontext.report.results import (
-    NewLines,
+    LineMerger,
     as_json,
-    newer_line,
+    merge_lines,
     read_lines,
     write_parquet,
 )
@@ -21,13 +21,13 @@ def merge(folder, earlier, *parts):
     """The lines after merging, and your own columns that were seen."""
     before, after = folder / "before.jsonl", folder / "after.jsonl"
     before.write_text("".join(map(as_json, earlier)))
-    with NewLines() as new:
+    with LineMerger() as new:
         for part in parts:
             new.add("".join(map(as_json, part)).encode())
         number = new.write(before, after)
         lines = list(read_lines(after))
         assert number == len(lines)
-        return lines, list(new.own)
+        return lines, list(new.custom_columns)
 
 
 def test_the_later_line_of_a_row_stands_in_the_place_of_the_earlier(tmp_path):
@@ -66,7 +66,7 @@ def test_rows_of_one_id_in_several_styles_are_several_rows(tmp_path):
 def test_a_row_that_was_collected_keeps_its_columns_of_the_manifest():
     old = failed(0, sku="7", style="oil", key="k")
     new = line(0, recorded_at=LATE, source="ledger", style=None, line=99, key="k")
-    made = newer_line(new, old)
+    made = merge_lines(new, old)
     assert (made["state"], made["sku"], made["style"]) == ("stored", "7", "oil")
     assert (made["line"], made["source"]) == (2, "manifest")
     assert "reason" not in made
@@ -75,7 +75,7 @@ def test_a_row_that_was_collected_keeps_its_columns_of_the_manifest():
 def test_what_an_older_request_came_to_does_not_replace_the_row_as_it_is_now():
     now = line(0, key="new prompt")
     collected = line(0, key="old prompt", recorded_at=LATE, source="ledger")
-    assert newer_line(now, collected) == now
+    assert merge_lines(now, collected) == now
 
 
 def test_your_own_columns_are_told_in_the_order_they_were_seen(tmp_path):
@@ -139,10 +139,10 @@ def test_parquet_sums_costs_exactly(tmp_path, cost, total):
 def test_a_row_comes_on_though_the_clock_of_the_later_run_is_behind(earlier, later):
     before = line(0, **earlier, recorded_at=LATE)
     after = line(0, **later, recorded_at=EARLY)
-    assert newer_line(before, after) == newer_line(after, before) == after
+    assert merge_lines(before, after) == merge_lines(after, before) == after
 
 
 def test_of_another_request_the_clock_decides():
     stored = line(0, attempts=2, key="old prompt")
     now = failed(0, attempts=1, key="new prompt", recorded_at=LATE)
-    assert newer_line(stored, now) == newer_line(now, stored) == now
+    assert merge_lines(stored, now) == merge_lines(now, stored) == now

@@ -8,14 +8,14 @@ from tests.support.galleries import failed, line
 
 def numbers_of(rows):
     numbers = Statistics()
-    assert list(numbers.counting(rows)) == rows
-    return numbers.told()
+    assert list(numbers.count(rows)) == rows
+    return numbers.summarize()
 
 
 def test_equal_rows_cost_once_and_every_state_is_counted():
     told = numbers_of([line(0, key="k"), line(1, key="k"), failed(2), line(3, state="unknown")])
     assert told["states"] == {"stored": 2, "failed": 1, "unknown": 1}
-    assert told["dollars"] == pytest.approx(0.09)
+    assert told["costUsd"] == pytest.approx(0.09)
 
 
 def test_the_speed_is_that_of_the_last_run_without_what_was_there_before():
@@ -23,7 +23,7 @@ def test_the_speed_is_that_of_the_last_run_without_what_was_there_before():
     rows += [line(n, run="b") for n in range(10, 16)]
     rows += [line(20, run="b", stored_before=True, submitted_at="2020-01-01T00:00:00.000Z")]
     told = numbers_of(rows)
-    assert (told["seconds"], told["perSecond"]) == (60, 0.1)
+    assert (told["seconds"], told["imagesPerSecond"]) == (60, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_a_histogram_has_each_image_in_the_bar_of_its_time(seconds):
 def test_nothing_measured_is_no_histogram():
     told = numbers_of([failed(0, waiting_seconds=None)])
     assert told["times"] == {"waiting": None, "generation": None}
-    assert (told["perSecond"], told["dollars"]) == (None, 0.03)
+    assert (told["imagesPerSecond"], told["costUsd"]) == (None, 0.03)

@@ -139,7 +139,7 @@ async def test_what_signs_a_reference_is_in_no_log(caplog):
         with caplog.at_level(logging.DEBUG):
             pictures.want_references([f"{URL}?X-Amz-Signature=canary"])
             await pictures.wait(10)
-    assert "No picture of a reference" in caplog.text
+    assert "No thumbnail of a reference" in caplog.text
     assert "canary" not in caplog.text
 
 
@@ -151,17 +151,17 @@ def test_a_reference_is_known_however_its_url_is_signed():
 async def test_an_album_is_read_back_with_files_that_no_index_names(tmp_path):
     first, second = (ThumbnailStore(OutputFolder(str(tmp_path))) for _ in range(2))
     await first.add("one", {f"a{n}": bytes([n]) for n in range(50)})
-    await first.read()
+    await first.load_index()
     await second.add("two", {"b": b"2"})  # and then its run is killed
     third = ThumbnailStore(OutputFolder(str(tmp_path)))
-    await third.read()
-    assert len(third.places) == 51
-    assert {third.places["a0"], third.places["a49"], third.places["b"]} == {
+    await third.load_index()
+    assert len(third.files) == 51
+    assert {third.files["a0"], third.files["a49"], third.files["b"]} == {
         "one-1",
         "one-2",
         "two-1",
     }
-    assert await third.pictures(["b", "a49", "nobody"]) == {
+    assert await third.load(["b", "a49", "nobody"]) == {
         "b": "data:image/webp;base64,Mg==",
         "a49": "data:image/webp;base64,MQ==",
     }
