@@ -79,7 +79,7 @@ def test_a_row_whose_result_is_refused_is_outstanding_and_the_others_go_on(
     assert f"{4 - rows} of 4 rows stored" in first.said
     assert f"{rows} outstanding (paid for, not yet stored)" in first.said
     assert f"RefusedUrlError {rows}" in first.said
-    assert "not of http or https" in first.said
+    assert "only http and https are allowed" in first.said
     service.weather.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 4

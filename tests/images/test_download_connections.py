@@ -33,7 +33,7 @@ STRONG = '"version-1"'
 async def fetched(http, url, partial=None):
     """One attempt."""
     partial = partial or _Partial()
-    await _fetch(http, url, partial, last=True)
+    await _fetch(http, url, partial, is_last=True)
     return bytes(partial.data)
 
 

@@ -198,7 +198,7 @@ class TestOnVirtualTime:
         assert (tmp_path / f"cat.{ending}").read_bytes() == host.answers["/a"][0][1]
         assert len(host.requests) == 1
         (warning,) = caplog.messages
-        assert "task_1 was asked for a JPEG and has made a " + kind.upper() in warning
+        assert "task_1 was asked for a JPEG and returned a " + kind.upper() in warning
 
     @pytest.mark.parametrize(
         ("references", "source"),

@@ -12,7 +12,7 @@ import pytest
 
 from prefect_flux_kontext.client.transport import create_tls_context
 from prefect_flux_kontext.errors import RefusedUrlError
-from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport, resolve
+from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport, resolve
 from tests.support import scripted_server as play
 from tests.support.certificates import self_signed
 from tests.support.made_up_network import Names, Network, guarded, redirect
@@ -155,7 +155,7 @@ async def test_a_name_that_takes_too_long_to_resolve_is_a_time_out():
     async def never(_host, _port):
         await asyncio.Event().wait()
 
-    transport = GuardedTransport(Guard(None, never), socket_factory=Network())
+    transport = GuardedTransport(AddressGuard(None, never), socket_factory=Network())
     async with httpx.AsyncClient(transport=transport, timeout=5) as http:
         with pytest.raises(httpx.ConnectTimeout):
             await http.get("http://cdn.test/")

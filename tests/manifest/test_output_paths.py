@@ -79,7 +79,7 @@ def test_a_template_puts_ids_styles_and_columns_in_their_places_and_makes_them_s
         ("a/.{id}.{ext}", "begins with a dot"),
         (".{ext}", "a part between slashes is empty"),
         ("CON/{id}.{ext}", "reserved on Windows"),
-        ("_ledger/{id}.{ext}", "that of the batch's own _ledger"),
+        ("_ledger/{id}.{ext}", "reserved for the batch's own _ledger"),
         ("all.jpg/{id}.{ext}", "a folder 'all.jpg' that is named like an image"),
         ("x" * 300 + "{id}.{ext}", "a name has at most 400, and 200 between slashes"),
     ],

@@ -136,7 +136,9 @@ async def test_an_exception_midway_leaves_the_old_file_and_no_part(tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"cat\.jpg: OSError: .*No space left"):
+    with pytest.raises(
+        StorageError, match=r"cat\.jpg cannot be written: OSError: .*No space left"
+    ):
         await output.write("cat.jpg", b"the new cat")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
     assert (tmp_path / "cat.jpg").read_bytes() == b"the old cat"

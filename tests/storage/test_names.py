@@ -62,5 +62,5 @@ async def test_a_row_gets_the_image_of_its_equal_under_its_own_name(output, tmp_
 
 
 async def test_an_image_that_is_gone_is_said_to_be(output):
-    with pytest.raises(StorageError, match="gone"):
+    with pytest.raises(StorageError, match="missing"):
         await place_stored_images(["cat.jpg"], output, name="tiger", key=KEY)

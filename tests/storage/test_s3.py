@@ -90,7 +90,9 @@ async def test_a_store_that_asks_to_slow_down_loses_nothing_and_costs_nothing(
 
 async def test_one_that_refuses_is_not_asked_twice(proxy, output):
     proxy.rates = {"put": {"denied": 1.0}}
-    with pytest.raises(StorageError, match=r"refused .*cat\.jpg: PermissionError") as caught:
+    with pytest.raises(
+        StorageError, match=r"cat\.jpg cannot be written: PermissionError"
+    ) as caught:
         await output.write("cat.jpg", b"a cat")
     assert proxy.numbers["put"] == 1
     assert SECRET not in repr(caught.value)

@@ -5,7 +5,7 @@ import threading
 
 import httpx
 
-from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport
+from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport
 
 NAMES = {
     "cdn.test": ["93.184.215.14"],
@@ -94,6 +94,6 @@ def redirect(target):
 
 
 def guarded(network=None, names=None, base_url=None):
-    guard = Guard(base_url, names or Names())
+    guard = AddressGuard(base_url, names or Names())
     transport = GuardedTransport(guard, socket_factory=network)
     return httpx.AsyncClient(transport=transport, follow_redirects=True, max_redirects=3)
