@@ -1,4 +1,4 @@
-"""A row's line in the result manifest."""
+"""Build the lines of the result manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _URL = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)
 
 
 def line_from_outcome(session: Session, done: DoneRow) -> Line:
-    """The line of a row, without anything that gives access to a reference.
+    """Return the line of a row, without anything that authorizes access to a reference.
 
     Args:
         session: The batch of the row.
@@ -34,7 +34,7 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
     output = session.output
     line: Line = {
         **outcome.model_dump(include={"id", "line", "state", "reason", "message", "task_id"}),
-        **_facts(done),
+        **_ledger_columns(done),
         "uri": outcome.uris[0] if outcome.uris else None,
         "uris": outcome.uris or None,
         "file": output.relative(outcome.uris[0]) if outcome.uris else None,
@@ -43,21 +43,21 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
         "key": outcome.key,
         "run": session.ledger.owner,
         "flow_run_id": session.flow_run_id,
-        # A row that is collected has no line of a manifest, for the ledger keeps none.
+        # A collected row has no manifest columns: the ledger does not hold them.
         "source": "manifest" if row.cells else "ledger",
-        "recorded_at": _moment(utc_now()),
+        "recorded_at": _format_timestamp(utc_now()),
     }
     if isinstance(row, Row):
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
         line["reference_images"] = [url_identity(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | own_columns(row.cells)
-    return {name: _plain(value) for name, value in line.items() if value not in (None, "")}
+    return {name: _sanitize(value) for name, value in line.items() if value not in (None, "")}
 
 
 def row_from_entry(entry: Entry) -> Row:
-    """A row as the ledger knows it, without what else its manifest said."""
+    """Return a row as the ledger has it, without its custom columns."""
     intent = entry.intent
-    assert intent is not None  # noqa: S101 - whatever was paid for has one
+    assert intent is not None  # noqa: S101 - every paid row has one
     return Row(
         id=intent.row_id,
         line=intent.line,
@@ -69,9 +69,9 @@ def row_from_entry(entry: Entry) -> Row:
 
 
 def line_from_entry(session: Session, entry: Entry) -> Line:
-    """The line of a row that has ended, whatever run saw it, from the ledger alone."""
+    """Return the line of a row that has ended in any run, from the ledger alone."""
     row, ended = row_from_entry(entry), entry.ended
-    assert ended is not None  # noqa: S101 - this is what it has ended with
+    assert ended is not None  # noqa: S101 - the caller passes ended rows only
     outcome = RowOutcome(
         id=row.id,
         line=row.line,
@@ -86,8 +86,8 @@ def line_from_entry(session: Session, entry: Entry) -> Line:
     return line_from_outcome(session, DoneRow(row, outcome, entry))
 
 
-def _facts(done: DoneRow) -> Line:
-    """What the ledger says of the row: its price, its times and its first image."""
+def _ledger_columns(done: DoneRow) -> Line:
+    """Return the columns that come from the ledger: cost, times and the first image."""
     _, outcome, record = done
     if record is None:
         return {}
@@ -98,15 +98,15 @@ def _facts(done: DoneRow) -> Line:
     line: Line = {
         "attempts": record.attempt,
         "cost_usd": round(record.spent, 6),
-        "submitted_at": _moment(submitted),
+        "submitted_at": _format_timestamp(submitted),
     }
     if ended is None or outcome.state != ended.state:
         return line
     line |= {
-        "finished_at": _moment(ended.at),
-        "waiting_seconds": _seconds(ended.waiting_seconds),
-        "generation_seconds": _seconds(ended.generation_seconds),
-        "download_seconds": _seconds(ended.download_seconds),
+        "finished_at": _format_timestamp(ended.at),
+        "waiting_seconds": _round_seconds(ended.waiting_seconds),
+        "generation_seconds": _round_seconds(ended.generation_seconds),
+        "download_seconds": _round_seconds(ended.download_seconds),
     }
     if ended.images:
         first = ended.images[0]
@@ -115,14 +115,14 @@ def _facts(done: DoneRow) -> Line:
     return line
 
 
-def _plain(value: Any) -> Any:
-    """Text that can be written as UTF-8, its URLs without their signatures; others as they are."""
+def _sanitize(value: Any) -> Any:
+    """Make text valid UTF-8 and strip signatures from its URLs; other values stay as they are."""
     if not isinstance(value, str):
         return value
-    return _URL.sub(_unsigned, value.encode(errors="replace").decode())
+    return _URL.sub(_strip_signature, value.encode(errors="replace").decode())
 
 
-def _unsigned(found: re.Match[str]) -> str:
+def _strip_signature(found: re.Match[str]) -> str:
     url = found[0]
     try:
         return url_identity(url) if set("?@") & set(url) else url
@@ -130,9 +130,9 @@ def _unsigned(found: re.Match[str]) -> str:
         return "(a URL that cannot be read)"
 
 
-def _moment(at: datetime | None) -> str | None:
+def _format_timestamp(at: datetime | None) -> str | None:
     return at.isoformat(timespec="milliseconds").replace("+00:00", "Z") if at else None
 
 
-def _seconds(seconds: float | None) -> float | None:
+def _round_seconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)

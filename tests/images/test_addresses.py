@@ -1,4 +1,4 @@
-"""Addresses in every spelling and every wrapping are what they are."""
+"""Addresses are recognized in every notation and inside of IPv6 addresses."""
 
 import ipaddress
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prefect_flux_kontext.images.ssrf import classify_non_public, parse_address
 
-SPELLINGS = {
+NOTATIONS = {
     "127.0.0.1": [
         "127.0.0.1", "2130706433", "0x7f000001", "0x7f.0x0.0x0.0x1", "017700000001", "0177.0.0.1",
         "127.1", "127.0.1", "0x7f.1",
@@ -20,16 +20,16 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(
-    ("address", "spelling"), [(a, spelling) for a, each in SPELLINGS.items() for spelling in each]
+    ("address", "notation"), [(a, notation) for a, each in NOTATIONS.items() for notation in each]
 )
-def test_an_address_is_read_in_every_spelling(address, spelling):
-    assert parse_address(spelling) == ipaddress.ip_address(address)
+def test_parse_address_accepts_every_notation(address, notation):
+    assert parse_address(notation) == ipaddress.ip_address(address)
 
 
 @pytest.mark.parametrize(
     "name", ["localhost", "example.com", "127.0.0.1.example", "", "0x", "1.2.3.4.5"]
 )
-def test_a_name_is_no_address(name):
+def test_parse_address_returns_none_for_names(name):
     assert parse_address(name) is None
 
 
@@ -85,18 +85,18 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("address", "kind"), KINDS.items())
-def test_what_is_not_public_is_told_by_its_kind(address, kind):
+def test_non_public_addresses_have_a_kind(address, kind):
     assert classify_non_public(ipaddress.ip_address(address)) == kind
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_a_wrapped_address_counts_as_itself(number):
+def test_ipv4_in_ipv6_is_classified_as_ipv4(number):
     inside = ipaddress.IPv4Address(number)
     for wrapped in (0xFFFF << 32 | number, 0x64FF9B << 96 | number, 0x2002 << 112 | number << 80):
         assert classify_non_public(ipaddress.IPv6Address(wrapped)) == classify_non_public(inside)
 
 
 @given(st.ip_addresses())
-def test_whatever_python_calls_local_is_not_public(address):
+def test_addresses_that_python_calls_local_are_not_public(address):
     if not address.is_global or address.is_multicast:
         assert classify_non_public(address) is not None or "::ffff:" in str(address.exploded)

@@ -1,4 +1,4 @@
-"""The report of whole batches: what a person finds beside the images, whatever died."""
+"""Reports of whole batches, also after crashes."""
 
 import asyncio
 import csv
@@ -46,7 +46,7 @@ def output(request, tmp_path):
 
 
 def manifest(folder, sandbox, rows):
-    """A manifest of (id, prompt) with columns of the user's own, and signed references."""
+    """A manifest of (id, prompt) with custom columns and signed references."""
     path = folder / "manifest.csv"
     reference = f"{sandbox.url}/references/cat.png"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -62,8 +62,8 @@ def results(output):
     return [json.loads(line) for line in read_all(output)["results.jsonl"].splitlines()]
 
 
-def pictures_of(output):
-    """The name of each picture in the gallery's files, as often as it is there."""
+def thumbnails_of(output):
+    """The name of each thumbnail in the gallery's files, as often as it occurs."""
     for name, data in read_all(output).items():
         if name.startswith("_gallery/") and name.endswith(".js"):
             yield from json.loads(data.decode().partition(", ")[2].rpartition(")")[0])
@@ -73,11 +73,11 @@ def states(output):
     return {row["id"]: row["state"] for row in results(output)}
 
 
-async def test_every_row_has_its_line_with_all_that_is_known_of_it(sandbox, output, tmp_path):
+async def test_every_row_has_a_complete_line(sandbox, output, tmp_path):
     rows = [("a", "one"), ("b", "nsfw"), ("c/d", "three"), ("bad\x01", "four")]
     summary = await batches.run(sandbox, manifest(tmp_path, sandbox, rows), output)
     assert (summary.stored, summary.failed) == (2, 2)
-    good, refused_by_service, folder, refused = results(output)
+    good, violation, folder, refused = results(output)
     files = read_all(output)
     assert good["bytes"] == len(files[good["file"]])
     assert good["uri"].endswith("/out/a/oil.jpg")
@@ -92,8 +92,8 @@ async def test_every_row_has_its_line_with_all_that_is_known_of_it(sandbox, outp
     assert good["download_seconds"] > 0
     assert good["submitted_at"] <= good["finished_at"] <= good["recorded_at"]
     assert good["reference_images"] == [f"{sandbox.url}/references/cat.png?n=0"]
-    assert refused_by_service["reason"] == "CONTENT_VIOLATION"
-    assert refused_by_service["cost_usd"] == 0.03
+    assert violation["reason"] == "CONTENT_VIOLATION"
+    assert violation["cost_usd"] == 0.03
     assert folder["id"] == "c/d"
     assert (refused["state"], refused["reason"]) == ("failed", "refused")
     assert "key" not in refused
@@ -104,7 +104,7 @@ async def test_every_row_has_its_line_with_all_that_is_known_of_it(sandbox, outp
     assert files["_gallery/contact-sheet.png"].startswith(b"\x89PNG")
 
 
-async def test_a_second_run_updates_its_rows_and_leaves_no_twins(sandbox, output, tmp_path):
+async def test_second_run_updates_rows_without_duplicates(sandbox, output, tmp_path):
     first = [("a", "one"), ("b", "nsfw b"), ("c", "three")]
     await batches.run(sandbox, manifest(tmp_path, sandbox, first), output)
     before = {row["id"]: row for row in results(output)}
@@ -117,35 +117,33 @@ async def test_a_second_run_updates_its_rows_and_leaves_no_twins(sandbox, output
         "c": "stored",
         "d": "stored",
     }
-    # What was stored before is told in full again, from the ledger.
+    # The line of a row that was stored before is complete again, from the ledger.
     assert after["a"]["stored_before"]
     for name in ("sha256", "submitted_at", "finished_at", "waiting_seconds", "cost_usd", "width"):
         assert after["a"][name] == before["a"][name]
     assert after["c"] == before["c"]
-    pictures = Counter(pictures_of(output))
-    assert [pictures[name_of_image(after[name]["key"])] for name in ("a", "c", "d")] == [1, 1, 1]
+    thumbnails = Counter(thumbnails_of(output))
+    assert [thumbnails[name_of_image(after[name]["key"])] for name in ("a", "c", "d")] == [1, 1, 1]
 
 
-async def test_parts_can_be_read_while_the_batch_runs(sandbox, tmp_path):
+async def test_part_files_exist_while_the_batch_runs(sandbox, tmp_path):
     output = str(tmp_path / "out")
     seen = []
     put = OutputFolder.put
 
-    async def looked_at(self, name, source):
+    async def spy(self, name, source):
         if name.startswith("results."):
             seen.append([name for name in read_all(output) if name.startswith("_results/parts/")])
         return await put(self, name, source)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(OutputFolder, "put", looked_at)
+        patched.setattr(OutputFolder, "put", spy)
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
     assert [len(parts) for parts in seen] == [1, 1]
     assert seen[0][0].endswith("-000001.jsonl")
 
 
-async def test_what_a_killed_run_has_written_is_merged_and_a_living_runs_is_left(
-    sandbox, tmp_path
-):
+async def test_parts_of_dead_runs_are_merged_and_of_live_runs_kept(sandbox, tmp_path):
     output = str(tmp_path / "out")
     store, ledger = (
         open_results_store(OutputFolder(output)),
@@ -162,16 +160,14 @@ async def test_what_a_killed_run_has_written_is_merged_and_a_living_runs_is_left
     assert await store.names("parts") == []
 
 
-async def test_a_run_that_dies_between_its_files_is_merged_again_to_the_same(
-    sandbox, tmp_path, monkeypatch
-):
+async def test_merge_is_idempotent_after_a_crash(sandbox, tmp_path, monkeypatch):
     output = str(tmp_path / "out")
 
-    async def dies(*_):
-        raise LedgerError("died here")
+    async def crash(*_):
+        raise LedgerError("crashed here")
 
     with monkeypatch.context() as patched:
-        patched.setattr("prefect_flux_kontext.report.builder.remove_parts", dies)
+        patched.setattr("prefect_flux_kontext.report.builder.remove_parts", crash)
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
     first = results(output)
     assert await open_results_store(OutputFolder(output)).names("parts")
@@ -181,14 +177,12 @@ async def test_a_run_that_dies_between_its_files_is_merged_again_to_the_same(
     assert not await open_results_store(OutputFolder(output)).names("parts")
 
 
-async def test_a_report_that_cannot_be_written_is_told_and_fails_no_row(
-    sandbox, tmp_path, monkeypatch, caplog
-):
-    def refused(*_, **__):
+async def test_failed_report_is_logged_and_fails_no_row(sandbox, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
         raise RuntimeError("no report today")
 
     for name in ("write_part", "bring_up_to_date"):
-        monkeypatch.setattr(f"prefect_flux_kontext.report.builder.{name}", refused)
+        monkeypatch.setattr(f"prefect_flux_kontext.report.builder.{name}", fail)
     with caplog.at_level(logging.WARNING):
         summary = await batches.run(
             sandbox, manifest(tmp_path, sandbox, [("a", "one")]), tmp_path / "out"
@@ -202,7 +196,7 @@ async def test_a_report_that_cannot_be_written_is_told_and_fails_no_row(
 
 
 @pytest.mark.virtual_time
-async def test_only_one_run_merges_at_a_time_and_a_dead_one_holds_nobody_up():
+async def test_merge_lock_has_one_holder_and_survives_dead_runs():
     ledger, store = RecordStore("memory://locks/_ledger"), RecordStore("memory://locks/_results")
     await store.create("locks/000001.acquired", b"dead")
     inside, most, order = 0, 0, []
@@ -221,9 +215,7 @@ async def test_only_one_run_merges_at_a_time_and_a_dead_one_holds_nobody_up():
     assert await store.names("locks") == ["000006.acquired", "000006.released"]
 
 
-def test_the_gallery_is_made_anew_with_pictures_of_what_is_there(
-    sandbox, tmp_path, capsys, monkeypatch
-):
+def test_gallery_command_rebuilds_the_gallery(sandbox, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     rows = manifest(tmp_path, sandbox, [("a", "one"), ("b", "two")])
     monkeypatch.setenv("FLUX_KONTEXT_GALLERY_IMAGES", "0")
@@ -239,7 +231,7 @@ def test_the_gallery_is_made_anew_with_pictures_of_what_is_there(
     assert (output / "gallery.html").read_text().count("data:image/webp") == 2
 
 
-def test_a_gallery_of_nothing_says_so(tmp_path, capsys):
+def test_gallery_command_fails_without_results(tmp_path, capsys):
     assert main(["gallery", str(tmp_path)]) == 2
     assert "No run has written results" in capsys.readouterr().err
 

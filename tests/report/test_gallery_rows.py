@@ -1,4 +1,4 @@
-"""The rows of a gallery are held as columns of text, and come out as they went in."""
+"""Gallery rows are held as columns of text without loss."""
 
 import json
 
@@ -9,12 +9,12 @@ from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_refere
 from tests.support.galleries import failed, line
 
 
-def unpacked(column):
-    told = json.loads(column.to_json())
+def decode(column):
+    decoded = json.loads(column.to_json())
     return (
-        [told["values"][index] for index in told["indexes"]]
-        if "indexes" in told
-        else told["values"]
+        [decoded["values"][index] for index in decoded["indexes"]]
+        if "indexes" in decoded
+        else decoded["values"]
     )
 
 
@@ -28,21 +28,21 @@ def unpacked(column):
         [1, 1.5, True, None, "1", ["x", "y"], []],
     ],
 )
-def test_a_column_gives_back_whatever_it_was_given(values):
+def test_column_round_trips_any_value(values):
     column = Column()
     for value in values:
         column.add(value)
-    assert list(column) == unpacked(column) == values
+    assert list(column) == decode(column) == values
 
 
-def test_a_value_that_is_often_the_same_is_written_once():
+def test_column_holds_repeated_values_once():
     column = Column()
     for _ in range(10):
         column.add("the same prompt")
     assert column.to_json().count("the same prompt") == 1
 
 
-def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
+def test_custom_columns_are_empty_where_missing():
     rows = GalleryRows()
     for added in (line(0, sku="7"), line(1, manifest_cost_usd="9"), failed(2, sku="8")):
         rows.add(added)
@@ -54,7 +54,7 @@ def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
     assert len(rows) == 3
 
 
-def test_only_stored_rows_have_a_picture_and_rows_without_reference_none_before():
+def test_thumbnails_need_a_stored_image_and_a_reference():
     rows = GalleryRows()
     for added in (line(0), failed(1), line(2, reference_images=None)):
         rows.add(added)
