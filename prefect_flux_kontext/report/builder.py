@@ -83,12 +83,12 @@ class Report:
         self._max_rows = settings.gallery_images
         self._thumbnails = ThumbnailStore(output)
         self._is_whole = whole
-        self._has_news = False
+        self._has_changes = False
 
     async def add(self, number: int, lines: Iterable[Line]) -> None:
         """Write the result lines of a wave."""
         try:
-            self._has_news = True
+            self._has_changes = True
             if self._is_whole:
                 await write_part(open_results_store(self._output), self._run, number, lines)
             await self._save_thumbnails(f"{number:06}")
@@ -98,8 +98,8 @@ class Report:
     async def finish(self) -> None:
         """Update result manifest and gallery, if a wave was added."""
         try:
-            if self._has_news:
-                self._has_news = False
+            if self._has_changes:
+                self._has_changes = False
                 await self.pictures.wait(_REFERENCE_WAIT_SECONDS)
                 await self._save_thumbnails("last")
                 if self._is_whole:

@@ -20,6 +20,7 @@ _CONNECTION_ERROR_NAMES = re.compile(r"Timeout|Timedout|Connect|Payload|Incomple
 
 # The values of these options are not secret, and help to find the cause of an error.
 _PUBLIC_OPTIONS = {"endpoint_url", "region_name", "profile", "project", "account_name", "mode"}
+
 # Shorter values, such as "us", would blank out parts of ordinary words.
 _MIN_SECRET_LENGTH = 4
 

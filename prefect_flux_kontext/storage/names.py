@@ -27,10 +27,12 @@ _RESERVED_NAMES = frozenset(
 _PLAIN = re.compile(
     r"(?!(?:con|prn|aux|nul|com\d|lpt\d)$)[a-z0-9][a-z0-9_-]{0,60}[a-z0-9]", re.IGNORECASE
 )
+
 # Control characters, and those that reverse or hide the text around them.
 INVISIBLE_CHARACTERS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 )
+
 # Characters of a safe name before its tilde and hash.
 _MAX_SAFE_LENGTH = 80
 

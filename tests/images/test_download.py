@@ -118,6 +118,7 @@ class TestResuming:
         ids=["another range", "no range", "no header", "another version", "status 416"],
     )
     async def test_wrong_range_is_discarded(self, second):
+        """A range that does not continue the received bytes is not appended to them."""
         first = httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(JPEG[:HALF], None))
         script = [first, second, httpx.Response(200, content=JPEG)]
         asked = []
@@ -141,6 +142,7 @@ class TestResuming:
         assert files.statuses == [200, 206, 200]
 
     async def test_error_between_attempts_keeps_received_bytes(self):
+        """A 503 between two attempts does not lose the bytes of the first."""
         script = [
             httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(JPEG[:HALF], None)),
             httpx.Response(503, headers={"Retry-After": "7"}, stream=Piecewise(b"sorry")),

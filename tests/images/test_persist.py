@@ -190,6 +190,7 @@ class TestOnVirtualTime:
 
     @pytest.mark.parametrize(("kind", "ending"), [("png", "png"), ("webp", "webp")])
     async def test_image_of_another_format_is_stored(self, kind, ending, tmp_path, caplog):
+        """An image of another format than requested is paid for, so it is stored, with a warning."""
         host = Host(a=[ok(picture(kind))])
         (stored,) = await persist(host, result("a", output_format="jpeg"), tmp_path)
         assert (stored.format, stored.uri) == (kind, f"file://{tmp_path}/cat.{ending}")
@@ -228,6 +229,7 @@ class TestOnVirtualTime:
         assert stored.uri.startswith(f"file://{output}/")
 
     async def test_storage_error_causes_no_new_download(self, tmp_path):
+        """If the image cannot be written, it is not downloaded again."""
         (tmp_path / "cat.jpg" / "in the way").mkdir(parents=True)
         host = Host(a=[ok(JPEG)])
         with pytest.raises(StorageError, match=r"cat\.jpg"):

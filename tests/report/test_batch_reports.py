@@ -105,6 +105,7 @@ async def test_every_row_has_a_complete_line(sandbox, output, tmp_path):
 
 
 async def test_second_run_updates_rows_without_duplicates(sandbox, output, tmp_path):
+    """A second run updates its rows and leaves the rows of other runs as they are."""
     first = [("a", "one"), ("b", "nsfw b"), ("c", "three")]
     await batches.run(sandbox, manifest(tmp_path, sandbox, first), output)
     before = {row["id"]: row for row in results(output)}
@@ -144,6 +145,7 @@ async def test_part_files_exist_while_the_batch_runs(sandbox, tmp_path):
 
 
 async def test_parts_of_dead_runs_are_merged_and_of_live_runs_kept(sandbox, tmp_path):
+    """The next run merges the part files of a killed run, not those of a live run."""
     output = str(tmp_path / "out")
     store, ledger = (
         open_results_store(OutputFolder(output)),
@@ -161,6 +163,7 @@ async def test_parts_of_dead_runs_are_merged_and_of_live_runs_kept(sandbox, tmp_
 
 
 async def test_merge_is_idempotent_after_a_crash(sandbox, tmp_path, monkeypatch):
+    """A run that crashes between its files is merged again, to the same lines."""
     output = str(tmp_path / "out")
 
     async def crash(*_):
@@ -197,6 +200,7 @@ async def test_failed_report_is_logged_and_fails_no_row(sandbox, tmp_path, monke
 
 @pytest.mark.virtual_time
 async def test_merge_lock_has_one_holder_and_survives_dead_runs():
+    """Only one run merges at a time, and a dead holder does not block the others."""
     ledger, store = RecordStore("memory://locks/_ledger"), RecordStore("memory://locks/_results")
     await store.create("locks/000001.acquired", b"dead")
     inside, most, order = 0, 0, []

@@ -73,6 +73,7 @@ def test_collected_row_keeps_its_manifest_columns():
 
 
 def test_line_of_an_older_request_changes_nothing():
+    """A collected line with another key does not replace the line of the manifest."""
     now = line(0, key="new prompt")
     collected = line(0, key="old prompt", recorded_at=LATE, source="ledger")
     assert merge_lines(now, collected) == now
@@ -137,6 +138,7 @@ def test_parquet_sums_costs_exactly(tmp_path, cost, total):
     ],
 )
 def test_merge_ignores_clocks_where_states_decide(earlier, later):
+    """States and attempts decide although the clock of the later run is behind."""
     before = line(0, **earlier, recorded_at=LATE)
     after = line(0, **later, recorded_at=EARLY)
     assert merge_lines(before, after) == merge_lines(after, before) == after

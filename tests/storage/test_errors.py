@@ -127,6 +127,7 @@ class TestCalls:
         assert await output.read("cat.jpg") == b"a cat"
 
     async def test_busy_store_fails_after_a_minute(self, output):
+        """Retries of a busy store are spread out and end after about a minute."""
         loop = asyncio.get_running_loop()
         output.fs = Faulty(output.fs, {"pipe_file"}, BUSY[0], times=9_999)
         began = loop.time()

@@ -76,6 +76,7 @@ async def test_images_and_ledger_use_the_same_options(sandbox, server, output, t
 
 
 async def test_slow_down_errors_lose_no_image(sandbox, proxy, output):
+    """A store that answers 503 SlowDown loses no image and causes no second payment."""
     busy = {"slow_down": 0.15, "too_many": 0.05}
     proxy.rates = dict.fromkeys(("put", "get", "delete"), busy)
     summary = await run(sandbox, rows(25), output)
