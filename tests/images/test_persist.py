@@ -190,7 +190,7 @@ class TestOnVirtualTime:
 
     @pytest.mark.parametrize(("kind", "ending"), [("png", "png"), ("webp", "webp")])
     async def test_image_of_another_format_is_stored(self, kind, ending, tmp_path, caplog):
-        """An image of another format than requested is paid for, so it is stored, with a warning."""
+        """An image of another format is paid for, so it is stored, with a warning."""
         host = Host(a=[ok(picture(kind))])
         (stored,) = await persist(host, result("a", output_format="jpeg"), tmp_path)
         assert (stored.format, stored.uri) == (kind, f"file://{tmp_path}/cat.{ending}")
