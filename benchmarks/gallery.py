@@ -72,7 +72,7 @@ def measure(rows: int, folder: Path, after: list[bytes], before: list[bytes]) ->
         name_of_image(row["key"]): after[number % len(after)] for number, row in enumerate(lines)
     }
     for number, row in enumerate(lines):
-        pictures[name_of_reference(row["references"][0])] = before[number // 5 % len(before)]
+        pictures[name_of_reference(row["reference_images"][0])] = before[number // 5 % len(before)]
     output = OutputFolder(str(folder))
     made = asyncio.run(make(output, results, pictures, rows))
     page = (folder / "gallery.html").stat().st_size
@@ -106,7 +106,7 @@ def line(number: int) -> dict[str, object]:
         "file": f"photograph-{number // 5:05}-{style}.jpg",
         "style": style,
         "prompt": f"Turn it into a {style}. Keep the composition and the subject as they are.",
-        "references": [f"https://example.com/photographs/{number // 5:05}.jpg"],
+        "reference_images": [f"https://example.com/photographs/{number // 5:05}.jpg"],
         "mode": "pro",
         "aspect_ratio": "4:3",
         "output_format": "jpeg",
@@ -121,7 +121,7 @@ def line(number: int) -> dict[str, object]:
         "waiting_seconds": 20 + number % 170 / 10,
         "generation_seconds": 15 + number % 130 / 10,
         "download_seconds": 0.4 + number % 90 / 100,
-        "price": 0.03,
+        "cost_usd": 0.03,
         "attempts": 1,
         "key": f"{number:032x}"[::-1],
         "run": "0123456789abcdef",

@@ -18,46 +18,46 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.report.results import Line
-    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 _URL = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)
 
 
-def line_from_outcome(done: DoneRow, run: str, output: OutputFolder) -> Line:
-    """Make the line of a row, without credentials or signatures of its references.
+def line_from_outcome(session: Session, done: DoneRow) -> Line:
+    """Return the line of a row, without anything that authorizes access to a reference.
 
     Args:
+        session: The batch of the row.
         done: The row and its outcome.
-        run: The name of the run.
-        output: Where the images are.
     """
     row, outcome, _ = done
+    output = session.output
     line: Line = {
         **outcome.model_dump(include={"id", "line", "state", "reason", "message", "task_id"}),
-        **_read_ledger_columns(done),
+        **_ledger_columns(done),
         "uri": outcome.uris[0] if outcome.uris else None,
         "uris": outcome.uris or None,
         "file": output.relative(outcome.uris[0]) if outcome.uris else None,
-        "already": outcome.already,
+        "stored_before": outcome.already,
         "style": row.style if isinstance(row, Row) else row.cells.get("style"),
         "key": outcome.key,
-        "run": run,
-        # A collected row has no manifest line, because the ledger does not keep it.
+        "run": session.ledger.owner,
+        "flow_run_id": session.flow_run_id,
+        # A collected row has no manifest columns: the ledger does not hold them.
         "source": "manifest" if row.cells else "ledger",
-        "recorded_at": _format_time(utc_now()),
+        "recorded_at": _format_timestamp(utc_now()),
     }
     if isinstance(row, Row):
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
-        line["references"] = [url_identity(url) for url in row.request.image_urls] or None
+        line["reference_images"] = [url_identity(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | own_columns(row.cells)
-    return {name: _clean(value) for name, value in line.items() if value not in (None, "")}
+    return {name: _sanitize(value) for name, value in line.items() if value not in (None, "")}
 
 
 def row_from_entry(entry: Entry) -> Row:
-    """Make a row from the ledger, without the other columns of its manifest."""
+    """Return a row as the ledger has it, without its custom columns."""
     intent = entry.intent
-    assert intent is not None  # noqa: S101 - every paid row has an intent
+    assert intent is not None  # noqa: S101 - every paid row has one
     return Row(
         id=intent.row_id,
         line=intent.line,
@@ -69,9 +69,9 @@ def row_from_entry(entry: Entry) -> Row:
 
 
 def line_from_entry(session: Session, entry: Entry) -> Line:
-    """Make the line of a row that has ended, in whichever run, from the ledger alone."""
+    """Return the line of a row that has ended in any run, from the ledger alone."""
     row, ended = row_from_entry(entry), entry.ended
-    assert ended is not None  # noqa: S101 - a condition of this function
+    assert ended is not None  # noqa: S101 - the caller passes ended rows only
     outcome = RowOutcome(
         id=row.id,
         line=row.line,
@@ -83,11 +83,11 @@ def line_from_entry(session: Session, entry: Entry) -> Line:
         uris=[session.output.uri(file) for file in ended.files],
         already=ended.state == "stored" and not session.rows.has_ended_in_run(entry),
     )
-    return line_from_outcome(DoneRow(row, outcome, entry), session.ledger.owner, session.output)
+    return line_from_outcome(session, DoneRow(row, outcome, entry))
 
 
-def _read_ledger_columns(done: DoneRow) -> Line:
-    """Return the row's price, times and first image, as the ledger has them."""
+def _ledger_columns(done: DoneRow) -> Line:
+    """Return the columns that come from the ledger: cost, times and the first image."""
     _, outcome, record = done
     if record is None:
         return {}
@@ -97,16 +97,16 @@ def _read_ledger_columns(done: DoneRow) -> Line:
         submitted = record.task.submitted_at
     line: Line = {
         "attempts": record.attempt,
-        "price": record.spent,
-        "submitted_at": _format_time(submitted),
+        "cost_usd": round(record.spent, 6),
+        "submitted_at": _format_timestamp(submitted),
     }
     if ended is None or outcome.state != ended.state:
         return line
     line |= {
-        "finished_at": _format_time(ended.at),
-        "waiting_seconds": _round(ended.waiting_seconds),
-        "generation_seconds": _round(ended.generation_seconds),
-        "download_seconds": _round(ended.download_seconds),
+        "finished_at": _format_timestamp(ended.at),
+        "waiting_seconds": _round_seconds(ended.waiting_seconds),
+        "generation_seconds": _round_seconds(ended.generation_seconds),
+        "download_seconds": _round_seconds(ended.download_seconds),
     }
     if ended.images:
         first = ended.images[0]
@@ -115,14 +115,14 @@ def _read_ledger_columns(done: DoneRow) -> Line:
     return line
 
 
-def _clean(value: Any) -> Any:
-    """Make text valid UTF-8 and remove signatures from its URLs; return other values as is."""
+def _sanitize(value: Any) -> Any:
+    """Make text valid UTF-8 and strip signatures from its URLs; other values stay as they are."""
     if not isinstance(value, str):
         return value
-    return _URL.sub(_remove_signature, value.encode(errors="replace").decode())
+    return _URL.sub(_strip_signature, value.encode(errors="replace").decode())
 
 
-def _remove_signature(found: re.Match[str]) -> str:
+def _strip_signature(found: re.Match[str]) -> str:
     url = found[0]
     try:
         return url_identity(url) if set("?@") & set(url) else url
@@ -130,9 +130,9 @@ def _remove_signature(found: re.Match[str]) -> str:
         return "(a URL that cannot be read)"
 
 
-def _format_time(at: datetime | None) -> str | None:
+def _format_timestamp(at: datetime | None) -> str | None:
     return at.isoformat(timespec="milliseconds").replace("+00:00", "Z") if at else None
 
 
-def _round(seconds: float | None) -> float | None:
+def _round_seconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)

@@ -54,6 +54,7 @@ class Session:
     rows: RowRunner
     stored: StoredRows
     report: Report
+    flow_run_id: str | None = None
 
 
 @asynccontextmanager
@@ -65,6 +66,7 @@ async def open_session(
     callbacks: CallbackOptions | None = None,
     *,
     whole: bool = True,
+    flow_run_id: str | None = None,
 ) -> AsyncIterator[Session]:
     """Open the resources of a batch, and close them at the end of the block.
 
@@ -78,6 +80,7 @@ async def open_session(
         settings: The settings from the environment.
         callbacks: How callbacks are received; None polls only.
         whole: Whether the run has the whole batch, and so writes its reports at the end.
+        flow_run_id: The Prefect flow run that the result lines name; None outside of one.
 
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output; or
@@ -130,7 +133,7 @@ async def open_session(
                         store_row, output, ledger, submitter, callback_session, deferral, options
                     )
                     try:
-                        yield Session(output, ledger, submitter, rows, stored, report)
+                        yield Session(output, ledger, submitter, rows, stored, report, flow_run_id)
                     finally:
                         submitter.stop(BatchStoppedError("The batch is over."))
                         await asyncio.shield(submitter.drained())

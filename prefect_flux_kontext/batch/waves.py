@@ -98,7 +98,7 @@ class Wave:
         for row in done:
             summary.count(row.outcome)
         session = self._session
-        lines = (line_from_outcome(row, session.ledger.owner, session.output) for row in done)
+        lines = (line_from_outcome(session, row) for row in done)
         await session.report.add(self.number, lines)
         return summary
 

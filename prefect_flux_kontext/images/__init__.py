@@ -1,1 +1,1 @@
-"""Result images: download, check, mark as AI-made and store."""
+"""Result images: download, check, label as AI-made and store."""

@@ -1,9 +1,9 @@
-"""The mark "made by AI", put into an image's bytes beside its pixels, which stay as they are.
+"""Label images as made by AI in their metadata. The pixels do not change.
 
-It is IPTC's `DigitalSourceType` in a packet of XMP, where photo agencies, platforms and search
-engines look for it: https://iptc.org/std/photometadata/specification. The bytes follow from the
-image alone. Left as they are: images with signed provenance (C2PA), which would break, and images
-with XMP of their own, which is not ours to rewrite.
+The label is IPTC's `DigitalSourceType` in an XMP packet, where photo agencies, platforms and
+search engines look for it: https://iptc.org/std/photometadata/specification. The same image always
+gets the same bytes. Two kinds of images stay unchanged: those with signed provenance (C2PA), which
+the label would break, and those that already have XMP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zlib
 from typing import Literal
 
 SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
-"""IPTC's words for an image made from text alone, and for one made from other images as well."""
+"""IPTC's terms for an image made from text alone, and for one made from other images too."""
 
 _PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -28,82 +28,88 @@ _PACKET = (
 )
 
 _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
-# Markers: the first byte of each, those without content, and those that are looked at.
-_MARKER, _ALONE = 0xFF, (0x01, *range(0xD0, 0xD8))
+# JPEG markers: the first byte of each, those without content, and those that matter here.
+_MARKER, _STANDALONE_MARKERS = 0xFF, (0x01, *range(0xD0, 0xD8))
 _APP0, _APP1, _APP2, _APP11, _SCAN = 0xE0, 0xE1, 0xE2, 0xEB, 0xDA
+
 _PNG_XMP = b"XML:com.adobe.xmp\0"
-_PNG_XMPS = (_PNG_XMP, b"Raw profile type xmp\0")
-_PNG_HEAD = 33
+
+# Bytes of a PNG's signature and its first chunk, IHDR.
+_PNG_HEADER_BYTES = 33
+
+# Flags of the WebP chunk VP8X.
 _VP8X_XMP, _VP8X_ALPHA = 0x04, 0x10
 
 
 def add_ai_metadata(data: bytes, source: SourceType) -> bytes:
-    """The image with the mark; as it is where it has XMP or C2PA already or is no such image.
+    """Return the image with the label.
+
+    An image with XMP or C2PA, or of another format, is returned unchanged.
 
     Args:
-        data: A whole JPEG, PNG or WebP.
-        source: How it was made.
+        data: The bytes of a whole JPEG, PNG or WebP.
+        source: How the image was made.
     """
     packet = _PACKET.format(source=source).encode()
     try:
         if data.startswith(b"\xff\xd8"):
-            return _marked_jpeg(data, packet)
+            return _label_jpeg(data, packet)
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
-            return _marked_png(data, packet)
+            return _label_png(data, packet)
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-            return _marked_webp(data, packet)
+            return _label_webp(data, packet)
     except (IndexError, ValueError, struct.error):
-        pass  # not built as its kind is; the pixels count more than the mark
+        pass  # the file is malformed; the image is worth more than the label
     return data
 
 
-def _marked_jpeg(data: bytes, packet: bytes) -> bytes:
-    at = place = 2
-    marker, at_head = _APP0, True
+def _label_jpeg(data: bytes, packet: bytes) -> bytes:
+    at = insert_at = 2
+    marker, is_header = _APP0, True
     while marker != _SCAN:
         if data[at] != _MARKER:
-            raise ValueError("no marker")
+            raise ValueError("a JPEG marker is missing")
         marker = data[at + 1]
-        if marker == _MARKER or marker in _ALONE:
+        if marker == _MARKER or marker in _STANDALONE_MARKERS:
             at += 1 if marker == _MARKER else 2
             continue
         (length,) = struct.unpack_from(">H", data, at + 2)
         content = data[at + 4 : at + 2 + length]
         if (
             (marker == _APP1 and content.startswith(_JPEG_XMP))
-            or (marker == _APP11 and content.startswith(b"JP"))  # JUMBF, C2PA's box
-            # It says at which byte a second picture is.
+            or (marker == _APP11 and content.startswith(b"JP"))  # JUMBF, the box of C2PA
+            # The Multi-Picture index holds byte offsets, which the label would shift.
             or (marker == _APP2 and content.startswith(b"MPF\0"))
         ):
             return data
         at += 2 + length
-        # JFIF and Exif each ask to be first.
-        at_head = at_head and marker in (_APP0, _APP1)
-        if at_head:
-            place = at
+        # JFIF and Exif must come first.
+        is_header = is_header and marker in (_APP0, _APP1)
+        if is_header:
+            insert_at = at
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(_JPEG_XMP) + len(packet))
-    return data[:place] + segment + _JPEG_XMP + packet + data[place:]
+    return data[:insert_at] + segment + _JPEG_XMP + packet + data[insert_at:]
 
 
-def _marked_png(data: bytes, packet: bytes) -> bytes:
+def _label_png(data: bytes, packet: bytes) -> bytes:
     at, kind = 8, b""
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, at)
         content = data[at + 8 : at + 8 + min(length, 64)]
-        has_xmp = kind == b"iTXt" and content.startswith(_PNG_XMP)
-        old_xmp = kind in (b"tEXt", b"zTXt", b"iTXt") and content.startswith(
+        is_xmp = kind == b"iTXt" and content.startswith(_PNG_XMP)
+        is_legacy_xmp = kind in (b"tEXt", b"zTXt", b"iTXt") and content.startswith(
             b"Raw profile type xmp"
         )
-        if kind == b"caBX" or has_xmp or old_xmp:
+        if kind == b"caBX" or is_xmp or is_legacy_xmp:
             return data
         at += 12 + length
-    # Not compressed, and of no language.
-    named = b"iTXt" + _PNG_XMP + b"\0\0\0\0" + packet
-    chunk = struct.pack(">I", len(named) - 4) + named + struct.pack(">I", zlib.crc32(named))
-    return data[:_PNG_HEAD] + chunk + data[_PNG_HEAD:]
+    # Uncompressed, without language or translated keyword.
+    chunk = b"iTXt" + _PNG_XMP + b"\0\0\0\0" + packet
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return data[:_PNG_HEADER_BYTES] + chunk + data[_PNG_HEADER_BYTES:]
 
 
-def _marked_webp(data: bytes, packet: bytes) -> bytes:
+def _label_webp(data: bytes, packet: bytes) -> bytes:
     (size,) = struct.unpack_from("<I", data, 4)
     end = 8 + size
     first, begin, at = data[12:16], 12, 12
@@ -113,19 +119,19 @@ def _marked_webp(data: bytes, packet: bytes) -> bytes:
             return data
         at += 8 + length + length % 2
     if at != end or end > len(data):
-        raise ValueError("chunks that do not add up")
+        raise ValueError("the chunks do not add up")
     if first == b"VP8X":
         head = data[12:20] + bytes([data[20] | _VP8X_XMP]) + data[21:30]
         begin = 30
     else:
-        head = b"VP8X" + struct.pack("<I", 10) + _canvas(data, first)
+        head = b"VP8X" + struct.pack("<I", 10) + _build_vp8x(data, first)
     chunks = head + data[begin:end] + b"XMP " + struct.pack("<I", len(packet)) + packet
     chunks += b"\0" * (len(packet) % 2)
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks + data[end:]
 
 
-def _canvas(data: bytes, kind: bytes) -> bytes:
-    """What VP8X tells of a WebP that had no need of it: its flags and its size in pixels."""
+def _build_vp8x(data: bytes, kind: bytes) -> bytes:
+    """Build the content of a VP8X chunk for a WebP without one: its flags and its size."""
     flags = _VP8X_XMP
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
@@ -135,6 +141,6 @@ def _canvas(data: bytes, kind: bytes) -> bytes:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
         width, height = width - 1, height - 1
     else:
-        raise ValueError("no picture")
+        raise ValueError("the WebP has no image")
     sides = struct.pack("<I", width)[:3] + struct.pack("<I", height)[:3]
     return struct.pack("<I", flags) + sides

@@ -1,4 +1,4 @@
-"""One image, fetched until it is whole: resumed where that is safe, else begun anew."""
+"""Download a result image: retried until it is whole, resumed where that is safe."""
 
 from __future__ import annotations
 
@@ -13,35 +13,41 @@ import httpx
 from prefect_flux_kontext.client.retry import jittered_backoff, parse_retry_after
 from prefect_flux_kontext.client.transport import Connections, stream_response
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
-from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport
+from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 T = TypeVar("T")
 
-_ATTEMPTS = 6
-_LARGEST_IMAGE = 50 * 2**20
-_LONGEST_STALL = 30.0
-_LONGEST_ATTEMPT = 300.0
-_MOST_REDIRECTS = 3
+# Six attempts with backoff take some seconds, enough for a host to recover from a short failure.
+_MAX_ATTEMPTS = 6
 
-_TIMEOUTS = httpx.Timeout(connect=10, read=_LONGEST_STALL, write=30, pool=None)
+# Bounds the memory of a download.
+_MAX_IMAGE_BYTES = 50 * 2**20
+
+# An attempt ends after this long without a byte, and after this long in all.
+_STALL_TIMEOUT_SECONDS = 30.0
+_ATTEMPT_TIMEOUT_SECONDS = 300.0
+
+_MAX_REDIRECTS = 3
+
+_TIMEOUTS = httpx.Timeout(connect=10, read=_STALL_TIMEOUT_SECONDS, write=30, pool=None)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 def open_download_client(
     transport: httpx.AsyncBaseTransport | None = None, *, base_url: str | None = None
 ) -> Connections:
-    """Connections for results, apart from the API's: no key in them, and no submit behind them.
+    """Open connections for downloads. They never send the API key, and never delay submits.
 
     Args:
-        transport: Another way to reach the results than the network, for tests.
-        base_url: The configured service. Results are fetched from the public internet, and from
-            a private network only if the service is there itself.
+        transport: Replaces the network in tests.
+        base_url: The configured service. Results are downloaded from public addresses, and from a
+            private network only if the service is on it.
     """
     return Connections(
-        transport or GuardedTransport(Guard(base_url)),
+        transport or GuardedTransport(AddressGuard(base_url)),
         timeout=_TIMEOUTS,
         headers={"Accept": "*/*", "Accept-Encoding": "identity"},
     )
@@ -49,7 +55,7 @@ def open_download_client(
 
 @dataclass
 class _Partial:
-    """What has come so far, and the version of the file that it is a part of."""
+    """The bytes received so far, and the ETag of the file that they belong to."""
 
     data: bytearray = field(default_factory=bytearray)
     etag: str | None = None
@@ -60,28 +66,28 @@ class _Partial:
 
 
 async def download_image(
-    url: str, http: Connections, finished: Callable[[bytes], T], *, task_id: str
+    url: str, http: Connections, process: Callable[[bytes], T], *, task_id: str
 ) -> T:
-    """Fetch a result until it is a whole image, six times at most.
+    """Download a result until it is a whole image, in at most six attempts.
 
-    At most 50 MB are taken. An attempt ends after 30 s without a byte, and after 300 s in all.
-    The next goes on where it ended, if the server has given the file a strong ETag and it is
-    still the same file; else it begins anew.
+    The image may have at most 50 MB. An attempt ends after 30 s without a byte, and after 300 s in
+    all. The next attempt resumes the download if the server gave the file a strong ETag and it is
+    still the same file; otherwise it starts again.
 
     Args:
-        url: Where it is.
-        http: Connections made by `download_client`.
-        finished: Makes of the bytes, in a thread, what is to be stored; raises
-            InvalidImageError where they are no whole image.
+        url: The URL of the result.
+        http: Connections from `open_download_client`.
+        process: Called with the bytes in a thread; returns what is to be stored, and raises
+            InvalidImageError if they are not a whole image.
         task_id: The paid task, for messages.
 
     Returns:
-        What `finished` has made.
+        The result of `process`.
 
     Raises:
-        DownloadError: The URL could not be fetched.
-        RefusedUrlError: It leads where no download may go; it was not asked.
-        InvalidImageError: It serves no whole image.
+        DownloadError: The URL could not be downloaded.
+        RefusedUrlError: The URL is not allowed; no request was sent.
+        InvalidImageError: The URL does not serve a whole image.
     """
     partial = _Partial()
     attempt = 0
@@ -89,42 +95,42 @@ async def download_image(
         attempt += 1
         failure: DownloadError | InvalidImageError
         try:
-            await _fetch(http, url, partial, last=attempt == _ATTEMPTS)
+            await _fetch(http, url, partial, is_last=attempt == _MAX_ATTEMPTS)
             data = bytes(partial.data)
             partial.clear()
-            return await asyncio.to_thread(finished, data)
+            return await asyncio.to_thread(process, data)
         except (DownloadError, InvalidImageError) as error:
             failure = error
-        if attempt == _ATTEMPTS or not failure.retryable:
+        if attempt == _MAX_ATTEMPTS or not failure.retryable:
             break
         await asyncio.sleep(jittered_backoff(attempt))
     tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
     raise type(failure)(
-        f"Task {task_id} is paid for, but its result {_without_secrets(url)} cannot be stored "
+        f"Task {task_id} is paid for, but its result {_strip_secrets(url)} cannot be stored "
         f"after {tried}: {failure.message}",
         task_id=task_id,
         code=failure.code,
     )
 
 
-async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) -> None:
-    """Bring what is missing; what has come stays in `partial` where it can be gone on from."""
+async def _fetch(http: Connections, url: str, partial: _Partial, *, is_last: bool) -> None:
+    """Download the missing bytes into `partial`, which keeps them if the download can resume."""
     if partial.etag is None:
         partial.clear()
     wait = None
     try:
         async with (
-            asyncio.timeout(_LONGEST_ATTEMPT),
-            asyncio.timeout(_LONGEST_STALL) as stall,
-            _redirected(http, url, _range(partial)) as response,
+            asyncio.timeout(_ATTEMPT_TIMEOUT_SECONDS),
+            asyncio.timeout(_STALL_TIMEOUT_SECONDS) as stall,
+            _follow_redirects(http, url, _build_range_headers(partial)) as response,
         ):
-            told = _refusal(response, partial)
-            if told is None:
+            problem = _find_problem(response, partial)
+            if problem is None:
                 async for chunk in stream_response(response):
-                    stall.reschedule(asyncio.get_running_loop().time() + _LONGEST_STALL)
+                    stall.reschedule(asyncio.get_running_loop().time() + _STALL_TIMEOUT_SECONDS)
                     partial.data += chunk
-                    if len(partial.data) > _LARGEST_IMAGE:
-                        told = f"it is larger than {_LARGEST_IMAGE:,} bytes"
+                    if len(partial.data) > _MAX_IMAGE_BYTES:
+                        problem = f"it is larger than {_MAX_IMAGE_BYTES:,} bytes"
                         partial.clear()
                         break
                 else:
@@ -133,39 +139,39 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
                 wait = parse_retry_after(response.headers.get("Retry-After"))
     except RefusedUrlError:
         raise
-    except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx
-        told = f"{type(error).__name__} after {len(partial.data):,} bytes"
-    if wait and not last:
+    except Exception as error:  # noqa: BLE001 - invalid URLs raise more than httpx errors
+        problem = f"{type(error).__name__} after {len(partial.data):,} bytes"
+    if wait and not is_last:
         await asyncio.sleep(wait)
-    raise DownloadError(f"The download failed: {told}.")
+    raise DownloadError(f"The download failed: {problem}.")
 
 
 @asynccontextmanager
-async def _redirected(
+async def _follow_redirects(
     http: Connections, url: str, headers: dict[str, str]
 ) -> AsyncIterator[httpx.Response]:
-    """Follow redirects, each as guarded as the first URL."""
-    for _ in range(1 + _MOST_REDIRECTS):
+    """Send the request and follow redirects; the transport checks each URL."""
+    for _ in range(1 + _MAX_REDIRECTS):
         async with http.stream("GET", url, headers=headers) as response:
             if not response.has_redirect_location:
                 yield response
                 return
             url = str(httpx.URL(url).join(response.headers["Location"]))
-    raise httpx.TooManyRedirects(f"more than {_MOST_REDIRECTS} redirects")
+    raise httpx.TooManyRedirects(f"more than {_MAX_REDIRECTS} redirects")
 
 
-def _range(partial: _Partial) -> dict[str, str]:
+def _build_range_headers(partial: _Partial) -> dict[str, str]:
     if not partial.data or partial.etag is None:
         return {}
     return {"Range": f"bytes={len(partial.data)}-", "If-Range": partial.etag}
 
 
-def _refusal(response: httpx.Response, partial: _Partial) -> str | None:
-    """Why the response is of no use, or None with `partial` ready for its body."""
+def _find_problem(response: httpx.Response, partial: _Partial) -> str | None:
+    """Return why the response cannot be used, or None with `partial` ready for its body."""
     if response.status_code == httpx.codes.OK:
         partial.clear()
         etag = response.headers.get("ETag", "")
-        # A weak one may name two files that are not the same to the byte.
+        # Two files with the same weak ETag may differ in their bytes.
         partial.etag = etag if etag.startswith('"') else None
         return None
     if response.status_code == httpx.codes.PARTIAL_CONTENT and partial.data:
@@ -184,6 +190,6 @@ def _refusal(response: httpx.Response, partial: _Partial) -> str | None:
     return f"HTTP {response.status_code}"
 
 
-def _without_secrets(url: str) -> str:
-    """The URL without what may sign it: its query, its fragment, a password."""
+def _strip_secrets(url: str) -> str:
+    """Remove what may authorize access from a URL: query, fragment and password."""
     return re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])[:200]

@@ -124,7 +124,9 @@ async def open_batch(
     client = account.get_client()
     with forward_core_logs():
         async with (
-            open_session(client, output, options, settings, callbacks) as session,
+            open_session(
+                client, output, options, settings, callbacks, flow_run_id=_get_flow_run_id()
+            ) as session,
             _report_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
             ),
@@ -250,6 +252,11 @@ def _find_asset_key(output: str) -> str | None:
         return Asset(key=output).key
     except ValidationError:
         return None
+
+
+def _get_flow_run_id() -> str | None:
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context and context.flow_run else None
 
 
 def _get_flow_name() -> str:

@@ -1,1 +1,1 @@
-"""What a run leaves for people: results, statistics, thumbnails, gallery."""
+"""Reports of a batch: result manifest, statistics, thumbnails, gallery and contact sheet."""

@@ -1,6 +1,6 @@
-"""What a run leaves for people and their tools: result manifest, gallery, contact sheet.
+"""The report of a run: result manifest, gallery and contact sheet.
 
-Whatever goes wrong here is logged and costs the report, never the batch.
+A failure to write the report is logged. It never fails the batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.report.gallery.builder import build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.results import (
-    NewLines,
-    merge_lock,
-    read_ended_parts,
+    LineMerger,
+    acquire_merge_lock,
+    list_mergeable_parts,
+    open_results_store,
     read_parts,
     remove_parts,
-    results_store,
     write_parquet,
     write_part,
 )
@@ -37,11 +37,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results.jsonl"
-RESULTS_AS_PARQUET = "results.parquet"
-_FOR_REFERENCES = 5.0
-_MADE_AT_THE_END = 500
-"""Pictures made at the end of a run from images that a run before has stored without one."""
+RESULTS_JSONL = "results.jsonl"
+RESULTS_PARQUET = "results.parquet"
+
+# A thumbnail of a reference is worth a short wait at the end of a run, not a long one.
+_REFERENCE_WAIT_SECONDS = 5.0
+
+# Stored images without a thumbnail come from earlier runs. Each one is read back from the output,
+# so the end of a run makes only this many; `flux-kontext gallery` makes the others.
+_MAX_THUMBNAILS_AT_END = 500
 
 
 class Report:
@@ -50,14 +54,14 @@ class Report:
     Args:
         output: The batch's output.
         ledger: The records of its ledger.
-        run: The name of the run, which is a living owner there.
-        http: For references.
-        settings: How much the gallery shows.
-        whole: Whether the run has the whole batch. One that has a part of it only makes pictures,
-            and who has the whole writes result manifest and gallery.
+        run: The name of the run, which is a live owner in the ledger.
+        http: Connections to fetch references.
+        settings: The limits of the gallery.
+        whole: Whether the run has the whole batch. The run of a partition only makes thumbnails;
+            the run of the whole batch writes result manifest and gallery.
 
     Attributes:
-        pictures: Makes the gallery's pictures.
+        pictures: Makes the gallery's thumbnails.
     """
 
     def __init__(
@@ -76,48 +80,52 @@ class Report:
         self._output = output
         self._ledger = ledger
         self._run = run
-        self._most = settings.gallery_images
-        self._album = ThumbnailStore(output)
-        self._whole = whole
-        self._added = False
+        self._max_rows = settings.gallery_images
+        self._thumbnails = ThumbnailStore(output)
+        self._is_whole = whole
+        self._has_changes = False
 
     async def add(self, number: int, lines: Iterable[Line]) -> None:
-        """Write down what became of the rows of a wave."""
+        """Write the result lines of a wave."""
         try:
-            self._added = True
-            if self._whole:
-                await write_part(results_store(self._output), self._run, number, lines)
-            await self._keep_pictures(f"{number:06}")
+            self._has_changes = True
+            if self._is_whole:
+                await write_part(open_results_store(self._output), self._run, number, lines)
+            await self._save_thumbnails(f"{number:06}")
         except Exception as error:  # noqa: BLE001 - the images are worth more than the report
             logger.warning("Wave %d is not in the report: %s", number, error)
 
     async def finish(self) -> None:
-        """Bring result manifest and gallery up to date, if there is anything new."""
+        """Update result manifest and gallery, if a wave was added."""
         try:
-            if self._added:
-                self._added = False
-                await self.pictures.wait(_FOR_REFERENCES)
-                await self._keep_pictures("last")
-                if self._whole:
+            if self._has_changes:
+                self._has_changes = False
+                await self.pictures.wait(_REFERENCE_WAIT_SECONDS)
+                await self._save_thumbnails("last")
+                if self._is_whole:
                     await bring_up_to_date(
                         self._output,
                         self._ledger,
                         self._run,
-                        self._album,
-                        most=self._most,
-                        missing=_MADE_AT_THE_END,
+                        self._thumbnails,
+                        most=self._max_rows,
+                        missing=_MAX_THUMBNAILS_AT_END,
                     )
         except Exception as error:  # noqa: BLE001 - the images are worth more than the report
-            logger.warning("The report is not up to date: %s", error)
+            logger.warning(
+                "The report is not up to date: %s. To rebuild it: flux-kontext gallery %s",
+                str(error).rstrip("."),
+                self._output,
+            )
 
-    async def _keep_pictures(self, name: str) -> None:
-        if made := self.pictures.take():
-            await self._album.add(f"{self._run}-{name}", made)
+    async def _save_thumbnails(self, name: str) -> None:
+        if thumbnails := self.pictures.take():
+            await self._thumbnails.add(f"{self._run}-{name}", thumbnails)
 
 
 @asynccontextmanager
 async def open_report(report: Report) -> AsyncIterator[None]:
-    """Finish the report after the block, unless it was cancelled: then the next run does."""
+    """Finish the report after the block. If the block is cancelled, the next run finishes it."""
     try:
         try:
             yield
@@ -133,45 +141,47 @@ async def bring_up_to_date(
     output: OutputFolder,
     ledger: RecordStore,
     run: str,
-    album: ThumbnailStore,
+    thumbnails: ThumbnailStore,
     *,
     most: int,
     missing: int,
 ) -> int:
-    """Merge what has ended into the result manifest, and make gallery and contact sheet of it.
+    """Merge the lines of ended runs into the result manifest, then rebuild the gallery.
 
     Args:
         output: The batch's output.
         ledger: The records of its ledger.
-        run: The name of this run, which is a living owner there.
-        album: The gallery's pictures.
-        most: Rows that the gallery shows; 0 makes none.
-        missing: Pictures that may be made from images in the output.
+        run: The name of this run, which is a live owner in the ledger.
+        thumbnails: The gallery's thumbnails.
+        most: The most rows in the gallery; with 0 no gallery is written.
+        missing: The most thumbnails to make from images in the output.
 
     Returns:
-        How many rows the result manifest has.
+        The number of rows in the result manifest.
 
     Raises:
         LedgerError: The output cannot be read or written.
-        StorageError: Likewise.
+        StorageError: The output cannot be read or written.
     """
-    store = results_store(output)
-    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder, NewLines() as new:
-        earlier, merged, parquet = (Path(folder, name) for name in ("earlier", "now", "parquet"))
-        async with merge_lock(store, ledger, run):
-            await output.fetch(RESULTS, earlier)
-            parts = await read_ended_parts(store, ledger, run)
+    store = open_results_store(output)
+    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder, LineMerger() as merger:
+        earlier, merged, parquet = (
+            Path(folder, name) for name in ("earlier", "merged", "parquet")
+        )
+        async with acquire_merge_lock(store, ledger, run):
+            await output.fetch(RESULTS_JSONL, earlier)
+            parts = await list_mergeable_parts(store, ledger, run)
             async for data in read_parts(store, parts):
-                await asyncio.to_thread(new.add, data)
-            rows = await asyncio.to_thread(new.write, earlier, merged)
+                await asyncio.to_thread(merger.add, data)
+            rows = await asyncio.to_thread(merger.write, earlier, merged)
             if parts:
-                await output.put(RESULTS, merged)
-                if await asyncio.to_thread(write_parquet, merged, parquet, new.own):
-                    await output.put(RESULTS_AS_PARQUET, parquet)
+                await output.put(RESULTS_JSONL, merged)
+                if await asyncio.to_thread(write_parquet, merged, parquet, merger.custom_columns):
+                    await output.put(RESULTS_PARQUET, parquet)
                 else:
-                    # One of an earlier run would say what is no longer so.
-                    await output.remove(RESULTS_AS_PARQUET)
+                    # The file of an earlier run would contradict results.jsonl.
+                    await output.remove(RESULTS_PARQUET)
                 await remove_parts(store, parts)
             if most and rows:
-                await build_gallery(output, merged, album, most=most, missing=missing)
+                await build_gallery(output, merged, thumbnails, most=most, missing=missing)
     return rows

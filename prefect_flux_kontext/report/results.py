@@ -1,4 +1,8 @@
-"""The columns of the result manifest: ours with their types, and what yours are named there."""
+"""The result manifest: its columns, the merging of its lines, and its files.
+
+Each run writes its lines to part files, `_results/parts/*.jsonl`, one for each wave. At the end of
+a run the part files of all ended runs are merged into `results.jsonl` and `results.parquet`.
+"""
 
 from __future__ import annotations
 
@@ -13,189 +17,197 @@ from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-    from pathlib import Path
-
-
 Line = dict[str, Any]
-"""A row of the result manifest, as it stands in the JSON Lines file."""
+"""A row of the result manifest, as in the JSON Lines file."""
 
 COLUMNS: dict[str, str] = {
-    "id": "text",
-    "line": "whole",
-    "state": "text",
-    "reason": "text",
-    "message": "text",
-    "uri": "text",
-    "uris": "texts",
-    "file": "text",
-    "sha256": "text",
-    "bytes": "whole",
-    "width": "whole",
-    "height": "whole",
-    "format": "text",
-    "task_id": "text",
-    "submitted_at": "moment",
-    "finished_at": "moment",
-    "waiting_seconds": "number",
-    "generation_seconds": "number",
-    "download_seconds": "number",
-    "price": "number",
-    "attempts": "whole",
-    "already": "truth",
-    "style": "text",
-    "prompt": "text",
-    "references": "texts",
-    "mode": "text",
-    "aspect_ratio": "text",
-    "output_format": "text",
-    "provider": "text",
-    "key": "text",
-    "run": "text",
-    "source": "text",
-    "recorded_at": "moment",
+    "id": "string",
+    "line": "integer",
+    "state": "string",
+    "reason": "string",
+    "message": "string",
+    "uri": "string",
+    "uris": "strings",
+    "file": "string",
+    "sha256": "string",
+    "bytes": "integer",
+    "width": "integer",
+    "height": "integer",
+    "format": "string",
+    "task_id": "string",
+    "submitted_at": "timestamp",
+    "finished_at": "timestamp",
+    "waiting_seconds": "float",
+    "generation_seconds": "float",
+    "download_seconds": "float",
+    "cost_usd": "decimal",
+    "attempts": "integer",
+    "stored_before": "boolean",
+    "style": "string",
+    "prompt": "string",
+    "reference_images": "strings",
+    "mode": "string",
+    "aspect_ratio": "string",
+    "output_format": "string",
+    "provider": "string",
+    "key": "string",
+    "run": "string",
+    "flow_run_id": "string",
+    "source": "string",
+    "recorded_at": "timestamp",
 }
-"""Our columns and the kind of their values."""
+"""The columns of the package and the type of their values."""
 
-_OF_THE_MANIFEST = frozenset(
+_REQUEST_COLUMNS = frozenset(
     {"id", "style", "prompt", "mode", "aspect_ratio", "output_format", "provider"}
 )
-"""Columns that a manifest has too, and means the same: ours tell what was really asked for."""
+"""Columns of both manifests. Their result value is the one that was sent to the service."""
 
-_APART = "manifest_"
-_MOST_OWN = 500
+_CUSTOM_PREFIX = "manifest_"
+
+# Bounds the Parquet file: each of its row groups has metadata of every column.
+_MAX_CUSTOM_COLUMNS = 500
+
+# Bytes of lines that Arrow converts to one row group, some 1,200 rows.
+_ROW_GROUP_BYTES = 2**20
+
+# Lines are written and read in order, so a larger cache would help little.
+_CACHE_KIB = 2_048
+
+# Columns of the manifest that a line from the ledger does not replace.
+_KEPT_COLUMNS = ("line", "style", "source")
+
+# Part files that are read or removed at a time.
+_PARALLEL_FILES = 16
+
+# How often a waiting run checks whether the merge lock is free.
+_LOCK_POLL_SECONDS = 1.0
 
 
 def own_columns(cells: Mapping[str, str]) -> Line:
-    """A manifest's other columns, under names that are not ours.
+    """Return the custom columns of a manifest row under names that do not clash with `COLUMNS`.
 
-    A column that has the name of one of ours, in whatever case, gets `manifest_` before it.
+    A column with the name of one of `COLUMNS`, in any case, gets the prefix `manifest_`.
     """
-    own: Line = {}
+    custom: Line = {}
     for name, text in cells.items():
-        if name in _OF_THE_MANIFEST or not name:
+        if name in _REQUEST_COLUMNS or not name:
             continue
-        free = name
-        while free.casefold() in COLUMNS or free in own:
-            free = f"{_APART}{free}"
-        own[free] = text
-    return own
+        unique = name
+        while unique.casefold() in COLUMNS or unique in custom:
+            unique = f"{_CUSTOM_PREFIX}{unique}"
+        custom[unique] = text
+    return custom
 
 
-def manifest_name(name: str) -> str:
-    """The name that one of your own columns has in the manifest."""
-    meant = name.removeprefix(_APART)
-    return meant if meant.casefold() in COLUMNS else name
+def original_column_name(name: str) -> str:
+    """Return the name that a custom column has in the manifest."""
+    original = name.removeprefix(_CUSTOM_PREFIX)
+    return original if original.casefold() in COLUMNS else name
 
 
-def parquet_schema(own: Iterable[str]) -> Any:
-    """The Arrow schema of the result manifest; your own columns are text, 500 at most."""
+def build_parquet_schema(custom_columns: Iterable[str]) -> Any:
+    """Build the Arrow schema of the result manifest; custom columns are strings, at most 500."""
     import pyarrow as pa  # noqa: PLC0415 - comes with the extra `parquet`
 
-    kinds = {
-        "text": pa.string(),
-        "texts": pa.list_(pa.string()),
-        "whole": pa.int64(),
-        "number": pa.float64(),
-        "truth": pa.bool_(),
-        "moment": pa.timestamp("ms", tz="UTC"),
+    types = {
+        "string": pa.string(),
+        "strings": pa.list_(pa.string()),
+        "integer": pa.int64(),
+        "float": pa.float64(),
+        "decimal": pa.decimal128(18, 6),  # exact, so sums over many rows are exact
+        "boolean": pa.bool_(),
+        "timestamp": pa.timestamp("ms", tz="UTC"),
     }
-    ours = [pa.field(name, kinds[kind]) for name, kind in COLUMNS.items()]
-    return pa.schema([*ours, *(pa.field(name, pa.string()) for name in list(own)[:_MOST_OWN])])
+    fields = [pa.field(name, types[kind]) for name, kind in COLUMNS.items()]
+    custom = list(custom_columns)[:_MAX_CUSTOM_COLUMNS]
+    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in custom)])
 
 
-_BLOCK = 2**20
-"""Bytes of lines that become columns at once."""
-
-_CACHE_KIB = 2_048
-"""Lines are written and read in their order, so that a larger one would help little."""
-
-_KEPT_OF_THE_MANIFEST = ("line", "style", "source")
-
-
-class NewLines(TempDatabase):
-    """Lines that are to be merged, in a private database in a temporary file.
+class LineMerger(TempDatabase):
+    """New lines to merge into a result manifest, held in a private temporary database.
 
     Attributes:
-        own: The names of your own columns that were seen, in the order of their first line.
+        custom_columns: The names of the custom columns, in the order of their first line.
     """
 
     def __init__(self) -> None:
-        self.own: dict[str, None] = {}
-        self._own_of_new: dict[str, None] = {}
+        self.custom_columns: dict[str, None] = {}
+        self._new_custom_columns: dict[str, None] = {}
         super().__init__(
             "CREATE TABLE lines (number INTEGER PRIMARY KEY, name TEXT UNIQUE, line TEXT)",
             cache_kib=_CACHE_KIB,
         )
 
     def add(self, data: bytes) -> None:
-        """Add the lines of a part."""
+        """Add the lines of a part file."""
         for text in io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"):
             line = json.loads(text)
-            name = _name(line)
-            self._own_of_new.update(_own(line))
+            name = _identity(line)
+            self._new_custom_columns.update(_custom_names(line))
             added = self._database.execute(
                 "INSERT INTO lines (name, line) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, text)
             )
-            if not added.rowcount and (known := self._line_of(name)):
+            if not added.rowcount and (known := self._find(name)):
                 self._database.execute(
                     "UPDATE lines SET line = ? WHERE name = ?",
-                    (as_json(newer_line(known, line)), name),
+                    (as_json(merge_lines(known, line)), name),
                 )
 
     def write(self, earlier: Path, merged: Path) -> int:
-        """Write the earlier lines as the new ones have changed them, and then the other new ones.
+        """Write the earlier lines, updated by the new ones, and then the lines of new rows.
 
         Args:
-            earlier: The result manifest as it was; there may be none.
-            merged: Where to write it as it is.
+            earlier: The result manifest before the merge; the file may be missing.
+            merged: The file to write.
 
         Returns:
-            How many lines there are.
+            The number of lines written.
         """
         lines = 0
         with merged.open("w", encoding="ascii") as file:
             for line in read_lines(earlier):
-                new = self._line_of(_name(line))
-                now = newer_line(line, new) if new else line
-                self.own.update(_own(now))
-                file.write(as_json(now))
+                new = self._find(_identity(line))
+                current = merge_lines(line, new) if new else line
+                self.custom_columns.update(_custom_names(current))
+                file.write(as_json(current))
                 lines += 1
-                self._database.execute("DELETE FROM lines WHERE name = ?", (_name(line),))
+                self._database.execute("DELETE FROM lines WHERE name = ?", (_identity(line),))
             for (text,) in self._database.execute("SELECT line FROM lines ORDER BY number"):
                 file.write(text)
                 lines += 1
-        self.own.update(self._own_of_new)
+        self.custom_columns.update(self._new_custom_columns)
         return lines
 
-    def _line_of(self, name: str) -> Line | None:
+    def _find(self, name: str) -> Line | None:
         found = self._database.execute("SELECT line FROM lines WHERE name = ?", (name,)).fetchone()
         line: Line | None = json.loads(found[0]) if found else None
         return line
 
 
-def _name(line: Line) -> str:
-    """What a row is known by from run to run."""
+def _identity(line: Line) -> str:
+    """Return what identifies a row in all runs: its id and style."""
     return json.dumps([line["id"], line.get("style")])
 
 
-def _own(line: Line) -> dict[str, None]:
-    """The names of your own columns."""
+def _custom_names(line: Line) -> dict[str, None]:
     return dict.fromkeys(name for name in line if name not in COLUMNS)
 
 
-def newer_line(one: Line, other: Line) -> Line:
-    """How a row stands, by two lines of it.
+def merge_lines(one: Line, other: Line) -> Line:
+    """Return the current line of a row, given two lines of it in any order.
 
-    The later stands; where it follows from what they say which that is, clocks are not believed.
-    But a line that was made of the ledger alone tells only of the request that its run has paid
-    for: it changes nothing when the row asks for something else by now, and leaves the columns of
-    the manifest as they are.
+    The later line is current. Where states and attempts show which one is later, they count and
+    the clocks of the machines do not.
+
+    A line from the ledger alone describes the request that was paid for. If the row asks for
+    something else by now, such a line changes nothing; otherwise it leaves the columns of the
+    manifest as they are.
     """
     old, new = sorted((one, other), key=lambda line: str(line["recorded_at"]))
     if old.get("key") == new.get("key") and _is_further(old, new):
@@ -204,15 +216,15 @@ def newer_line(one: Line, other: Line) -> Line:
         return new
     if old.get("key") != new.get("key"):
         return old
-    own = {name: value for name, value in old.items() if name not in COLUMNS}
-    kept = {name: old[name] for name in _KEPT_OF_THE_MANIFEST if name in old}
-    return new | kept | own
+    custom = {name: value for name, value in old.items() if name not in COLUMNS}
+    kept = {name: old[name] for name in _KEPT_COLUMNS if name in old}
+    return new | kept | custom
 
 
 def _is_further(line: Line, other: Line) -> bool:
-    """Whether a row has come to what the line says after what the other says of the same request.
+    """Whether a line describes a later state of a request than another line of the same request.
 
-    Nothing follows `stored`, attempts are counted up, and what is outstanding ends.
+    Nothing follows `stored`, the number of attempts only grows, and `outstanding` ends.
     """
     states = line["state"], other["state"]
     if "stored" in states and states[0] != states[1]:
@@ -225,21 +237,26 @@ def _is_further(line: Line, other: Line) -> bool:
     return bool(attempts > others)
 
 
+def as_json(line: Line) -> str:
+    """Encode a line of JSON Lines in ASCII, so that no text in it can end the line."""
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a result manifest on this machine; none where there is no file."""
+    """Yield the lines of a result manifest on this machine; none if the file is missing."""
     if path.exists():
         with path.open("rb") as file:
             yield from map(json.loads, file)
 
 
-def write_parquet(lines: Path, parquet: Path, own: dict[str, None]) -> bool:
+def write_parquet(lines: Path, parquet: Path, custom_columns: Iterable[str]) -> bool:
     """Write a result manifest as Parquet, some 1,200 rows in a row group.
 
-    Arrow reads the text itself: Python's objects would take more time and memory, and looking at
-    them Arrow would import pandas.
+    Arrow parses the text itself: Python objects would take more time and memory, and Arrow would
+    import pandas to inspect them.
 
     Returns:
-        Whether it was written: it takes the extra `parquet`.
+        Whether the file was written. It needs the extra `parquet`.
     """
     try:
         import pyarrow as pa  # noqa: PLC0415
@@ -247,37 +264,26 @@ def write_parquet(lines: Path, parquet: Path, own: dict[str, None]) -> bool:
         import pyarrow.parquet as pq  # noqa: PLC0415
     except ImportError:
         return False
-    schema = parquet_schema(own)
-    pool = pa.system_memory_pool()  # Arrow's own keeps 20 MB
-    columns = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    schema = build_parquet_schema(custom_columns)
+    pool = pa.system_memory_pool()  # Arrow's own pool keeps 20 MB
+    parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     with (
         lines.open("rb") as file,
         pq.ParquetWriter(parquet, schema, compression="zstd", memory_pool=pool) as writer,
     ):
-        while text := file.read(_BLOCK) + file.readline():
-            whole = pj.ReadOptions(use_threads=False, block_size=len(text))
-            writer.write_table(pj.read_json(pa.BufferReader(text), whole, columns, pool))
+        while text := file.read(_ROW_GROUP_BYTES) + file.readline():
+            read = pj.ReadOptions(use_threads=False, block_size=len(text))
+            writer.write_table(pj.read_json(pa.BufferReader(text), read, parse, pool))
     return True
 
 
-_AT_ONCE = 16
-
-
-_LOOK_AGAIN = 1.0
-
-
-def results_store(output: OutputFolder) -> RecordStore:
-    """Where the parts of an output's result manifest are: beside the images."""
+def open_results_store(output: OutputFolder) -> RecordStore:
+    """Open the folder of an output that holds the part files and the merge lock."""
     return RecordStore(output.below("_results"))
 
 
-def as_json(line: Line) -> str:
-    """A line of JSON Lines, in ASCII, so that no text in it can end the line."""
-    return json.dumps(line, allow_nan=False) + "\n"
-
-
 async def write_part(store: RecordStore, run: str, number: int, lines: Iterable[Line]) -> None:
-    """Write what became of a wave's rows.
+    """Write the lines of a wave to a part file.
 
     Raises:
         LedgerError: The output cannot be written to.
@@ -286,64 +292,67 @@ async def write_part(store: RecordStore, run: str, number: int, lines: Iterable[
     await store.replace(f"parts/{run}-{number:06}.jsonl", data)
 
 
-async def read_ended_parts(store: RecordStore, ledger: RecordStore, run: str) -> list[str]:
-    """The names of the parts of this run, and of runs that are gone.
+async def list_mergeable_parts(store: RecordStore, ledger: RecordStore, run: str) -> list[str]:
+    """Return the names of the part files of this run and of runs that have ended.
 
     Raises:
         LedgerError: The output cannot be read.
     """
     names = await store.names("parts")
     runs = {name.partition("-")[0] for name in names} - {run}
-    living = {other for other in runs if await is_alive(ledger, other)}
-    return [name for name in names if name.partition("-")[0] not in living]
+    live = {other for other in runs if await is_alive(ledger, other)}
+    return [name for name in names if name.partition("-")[0] not in live]
 
 
 async def read_parts(store: RecordStore, names: list[str]) -> AsyncIterator[bytes]:
-    """The contents of parts, a few at a time.
+    """Yield the contents of part files, read 16 at a time.
 
     Raises:
         LedgerError: The output cannot be read.
     """
-    for start in range(0, len(names), _AT_ONCE):
-        block = names[start : start + _AT_ONCE]
+    for start in range(0, len(names), _PARALLEL_FILES):
+        block = names[start : start + _PARALLEL_FILES]
         for data in await asyncio.gather(*(store.read(f"parts/{name}") for name in block)):
             yield data or b""
 
 
 async def remove_parts(store: RecordStore, names: list[str]) -> None:
-    """Remove parts that are merged.
+    """Remove part files that are merged.
 
     Raises:
         LedgerError: The output cannot be written to.
     """
-    for start in range(0, len(names), _AT_ONCE):
-        block = names[start : start + _AT_ONCE]
+    for start in range(0, len(names), _PARALLEL_FILES):
+        block = names[start : start + _PARALLEL_FILES]
         await asyncio.gather(*(store.remove(f"parts/{name}") for name in block))
 
 
 @asynccontextmanager
-async def merge_lock(store: RecordStore, ledger: RecordStore, run: str) -> AsyncIterator[None]:
-    """Be the only run that merges, while the block runs: two at once would lose lines.
+async def acquire_merge_lock(
+    store: RecordStore, ledger: RecordStore, run: str
+) -> AsyncIterator[None]:
+    """Hold the merge lock during the block: two runs that merge at a time would lose lines.
 
-    Turns are numbered. The next can be taken once the last is over or its run is gone.
+    The holders are numbered. The next number can be acquired once the last holder has released
+    the lock or its run has ended.
 
     Raises:
         LedgerError: The output cannot be read or written.
     """
     while True:
-        names = await store.names("turns")
+        names = await store.names("locks")
         last = max((int(name.partition(".")[0]) for name in names), default=0)
-        if last and f"{last:06}.over" not in names:
-            taken = await store.read(f"turns/{last:06}.taken") or b""
-            if await is_alive(ledger, taken.decode() or run):
-                await asyncio.sleep(_LOOK_AGAIN)
+        if last and f"{last:06}.released" not in names:
+            holder = await store.read(f"locks/{last:06}.acquired") or b""
+            if await is_alive(ledger, holder.decode() or run):
+                await asyncio.sleep(_LOCK_POLL_SECONDS)
                 continue
-        turn = f"turns/{last + 1:06}"
-        if await store.create(f"{turn}.taken", run.encode()):
+        lock = f"locks/{last + 1:06}"
+        if await store.create(f"{lock}.acquired", run.encode()):
             break
     try:
         yield
     finally:
-        await store.replace(f"{turn}.over", b"")
+        await store.replace(f"{lock}.released", b"")
         for name in names:
-            await store.remove(f"turns/{name}")
+            await store.remove(f"locks/{name}")

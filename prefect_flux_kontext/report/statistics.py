@@ -1,4 +1,4 @@
-"""The numbers of an output, counted line by line from its result manifest."""
+"""The statistics of an output, counted line by line from its result manifest."""
 
 from __future__ import annotations
 
@@ -15,85 +15,93 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.report.results import Line
 
-_BARS = 24
-_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1_800, 3_600)
+# Keeps the bars of the gallery's histograms legible.
+_MAX_BARS = 24
+
+# Round widths of a bar, in seconds.
+_BAR_WIDTHS_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1_800, 3_600)
 
 
 @dataclass
 class _Run:
+    """The images that a run stored, with its first submit and its last finish."""
+
     images: int = 0
-    first: str = "~"
-    last: str = ""
+    first_submitted_at: str = "~"  # later than any timestamp
+    last_finished_at: str = ""
 
 
 @dataclass
 class Statistics:
-    """What a result manifest comes to.
+    """The statistics of a result manifest.
 
     Attributes:
-        states: Rows in each state.
-        dollars: What they cost; equal rows are paid once.
-        tenths: How many images took how many tenths of a second, by what took them.
+        states: The number of rows in each state.
+        cost_usd: The cost of all rows in US dollars; equal rows are paid for once.
+        tenths: For waiting and generation, the number of images by their time in tenths of a
+            second.
     """
 
     states: Counter[str] = field(default_factory=Counter)
-    dollars: float = 0.0
+    cost_usd: float = 0.0
     tenths: dict[str, Counter[int]] = field(
         default_factory=lambda: {"waiting": Counter(), "generation": Counter()}
     )
     _runs: dict[str, _Run] = field(default_factory=dict)
     _latest: tuple[str, str] = ("", "")
 
-    def counting(self, lines: Iterable[Line]) -> Iterator[Line]:
-        """Pass lines on and count them."""
+    def count(self, lines: Iterable[Line]) -> Iterator[Line]:
+        """Count lines and yield them unchanged."""
         with DuplicateIndex() as paid:
             for number, line in enumerate(lines, start=1):
-                self._count(line)
+                self._count_line(line)
                 key = str(line.get("key"))
-                if line.get("price") and paid.first(key.encode(), number) == number:
-                    self.dollars += line["price"]
+                if line.get("cost_usd") and paid.first(key.encode(), number) == number:
+                    self.cost_usd += line["cost_usd"]
                 yield line
 
-    def _count(self, line: Line) -> None:
+    def summarize(self) -> dict[str, Any]:
+        """Return the statistics as the gallery's page takes them, ready for JSON."""
+        run = self._runs.get(self._latest[1])
+        seconds = _seconds_between(run.first_submitted_at, run.last_finished_at) if run else None
+        return {
+            "states": dict(self.states),
+            "costUsd": round(self.cost_usd, 6),
+            "seconds": seconds,
+            "imagesPerSecond": run.images / seconds if run and seconds else None,
+            "recordedAt": self._latest[0] or None,
+            "times": {name: _build_histogram(tenths) for name, tenths in self.tenths.items()},
+        }
+
+    def _count_line(self, line: Line) -> None:
         self.states[line["state"]] += 1
         self._latest = max(self._latest, (line["recorded_at"], line["run"]))
-        if line["state"] != "stored" or line.get("already"):
+        if line["state"] != "stored" or line.get("stored_before"):
             return
-        for what, tenths in self.tenths.items():
-            if (seconds := line.get(f"{what}_seconds")) is not None:
+        for name, tenths in self.tenths.items():
+            if (seconds := line.get(f"{name}_seconds")) is not None:
                 tenths[round(seconds * 10)] += 1
         if "submitted_at" in line and "finished_at" in line:
             run = self._runs.setdefault(line["run"], _Run())
             run.images += 1
-            run.first = min(run.first, line["submitted_at"])
-            run.last = max(run.last, line["finished_at"])
-
-    def told(self) -> dict[str, Any]:
-        """All of it, as the page takes it."""
-        run = self._runs.get(self._latest[1])
-        seconds = _between(run.first, run.last) if run else None
-        return {
-            "states": dict(self.states),
-            "dollars": round(self.dollars, 6),
-            "seconds": seconds,
-            "perSecond": run.images / seconds if run and seconds else None,
-            "recorded": self._latest[0] or None,
-            "times": {what: _histogram(tenths) for what, tenths in self.tenths.items()},
-        }
+            run.first_submitted_at = min(run.first_submitted_at, line["submitted_at"])
+            run.last_finished_at = max(run.last_finished_at, line["finished_at"])
 
 
-def _between(first: str, last: str) -> float:
+def _seconds_between(first: str, last: str) -> float:
     span = datetime.fromisoformat(last) - datetime.fromisoformat(first)
     return max(0.0, span.total_seconds())
 
 
-def _histogram(tenths: Counter[int]) -> dict[str, Any] | None:
-    """At most 24 bars of one width, in seconds, and the median and the 95th percentile."""
+def _build_histogram(tenths: Counter[int]) -> dict[str, Any] | None:
+    """Return at most 24 bars of equal width, in seconds, with the median and 95th percentile."""
     if not tenths:
         return None
     low, high = min(tenths) / 10, max(tenths) / 10
-    width = next((step for step in _STEPS if (high - low) / step < _BARS - 1), 0)
-    width = width or math.ceil((high - low) / (_BARS - 1))
+    width = next(
+        (width for width in _BAR_WIDTHS_SECONDS if (high - low) / width < _MAX_BARS - 1), 0
+    )
+    width = width or math.ceil((high - low) / (_MAX_BARS - 1))
     start = math.floor(low / width) * width
     bars = [0] * (math.floor((high - start) / width + 1e-9) + 1)
     for tenth, number in tenths.items():
@@ -102,12 +110,12 @@ def _histogram(tenths: Counter[int]) -> dict[str, Any] | None:
         "start": round(start, 3),
         "width": width,
         "bars": bars,
-        "median": _share(tenths, 0.5),
-        "p95": _share(tenths, 0.95),
+        "median": _percentile(tenths, 0.5),
+        "p95": _percentile(tenths, 0.95),
     }
 
 
-def _share(tenths: Counter[int], share: float) -> float:
+def _percentile(tenths: Counter[int], share: float) -> float:
     left = share * tenths.total()
     for tenth in sorted(tenths):
         left -= tenths[tenth]

@@ -1,4 +1,4 @@
-"""Small pictures of large ones."""
+"""Thumbnails of result images and of reference images."""
 
 from __future__ import annotations
 
@@ -21,111 +21,127 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.client.transport import Connections
 
-AFTER, BEFORE = 320, 640
-"""Pixels of the long edge: many of what was made are seen at once, what it was made of alone."""
+T = TypeVar("T")
 
-_QUALITY = 72
+logger = logging.getLogger(__name__)
+
+AFTER, BEFORE = 320, 640
+"""Pixels of the long edge of a result's and of a reference's thumbnail.
+
+The grid shows many results at a time; a reference is only shown alone, so its thumbnail is larger.
+"""
+
+# At this quality, 48 thumbnails of results take about 0.7 MB as base64.
+_WEBP_QUALITY = 72
+
+# References have threads of their own, so that they never delay the storing of images.
+_THREADS = ThreadPoolExecutor(2, thread_name_prefix="flux-kontext-thumbnails")
+
+# The service takes references of at most 10 MB.
+_MAX_REFERENCE_BYTES = 10 * 2**20
+
+_FETCH_TIMEOUT_SECONDS = 30.0
+
+# Bounds the connections to the hosts of references.
+_PARALLEL_FETCHES = 4
+
+# Bounds the memory of waiting fetches: beyond it, references go without a thumbnail.
+_MAX_PENDING_FETCHES = 200
 
 
 def make_thumbnail(data: bytes, edge: int) -> bytes:
-    """A small WebP of an image's bytes; see `small_picture`.
+    """Decode an image and make a thumbnail of it; see `shrink_image`.
 
     Args:
-        data: A JPEG, PNG or WebP.
-        edge: Pixels that neither side of it passes.
+        data: The bytes of a JPEG, PNG or WebP.
+        edge: The most pixels of either side.
 
     Raises:
-        Exception: It is no such image; decoders raise whatever they stumble on.
+        Exception: The image is invalid or has more than 64 million pixels. Decoders raise many
+            types of errors.
     """
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError("it has too many pixels")
-        # A JPEG decodes several times faster at the size it is wanted in.
+            raise ValueError("the image has too many pixels")
+        # A JPEG decodes several times faster at a reduced size.
         image.draft("RGB", (edge, edge))
-        return shrink_picture(image, edge)
+        return shrink_image(image, edge)
 
 
-def shrink_picture(image: Image.Image, edge: int) -> bytes:
-    """A small WebP of a picture, upright, without what else its file holds.
+def shrink_image(image: Image.Image, edge: int) -> bytes:
+    """Make a small upright WebP of an image, without the metadata of its file.
 
     Args:
-        image: Decoded or not.
-        edge: Pixels that neither side of it passes.
+        image: The image, decoded or not.
+        edge: The most pixels of either side.
 
     Raises:
-        Exception: Decoders raise whatever they stumble on.
+        Exception: The image is invalid. Decoders raise many types of errors.
     """
     small = ImageOps.exif_transpose(image)
     small.thumbnail((edge, edge))
     file = io.BytesIO()
     has_alpha = small.mode in ("RGBA", "LA", "PA") or "transparency" in small.info
-    small.convert("RGBA" if has_alpha else "RGB").save(file, "WEBP", quality=_QUALITY, method=2)
+    small.convert("RGBA" if has_alpha else "RGB").save(
+        file, "WEBP", quality=_WEBP_QUALITY, method=2
+    )
     return file.getvalue()
 
 
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-# References are not waited for: their threads are apart from those that store images.
-_THREADS = ThreadPoolExecutor(2, thread_name_prefix="flux-kontext-pictures")
-_LARGEST_REFERENCE = 10 * 2**20
-_LONGEST_FETCH = 30.0
-_FETCHES = 4
-_MOST_WAITING = 200
-
-
 def name_of_image(key: str) -> str:
-    """What the picture of a row's image is known by."""
+    """Return the thumbnail name of a row's image, given the row key."""
     return key[:16]
 
 
 def name_of_reference(url: str) -> str:
-    """What the picture of a reference is known by, however its URL is signed."""
+    """Return the thumbnail name of a reference; the signature of its URL does not change it."""
     return "r" + hashlib.sha256(url_identity(url).encode(errors="replace")).hexdigest()[:16]
 
 
 class ThumbnailCollector:
-    """Makes small pictures and holds them until they are taken.
+    """Makes thumbnails and holds them until they are taken.
 
-    Whatever goes wrong costs a picture and no more.
+    Errors are logged at debug level; they cost a thumbnail and nothing else.
 
     Args:
-        http: For references.
-        most: Pictures of images that are made at most.
-        references: Whether references are fetched.
+        http: Connections to fetch references.
+        most: The most thumbnails of result images to make.
+        references: Whether to fetch references.
     """
 
     def __init__(self, http: Connections, most: int, *, references: bool) -> None:
         self._http = http
         self._left = most
-        self._references = references
-        self._made: deque[tuple[str, bytes]] = deque()  # several threads add to it
-        self._wanted: set[str] = set()
+        self._fetches_references = references
+        self._made: deque[tuple[str, bytes]] = deque()  # several threads append to it
+        self._requested: set[str] = set()
         self._fetching: set[asyncio.Task[None]] = set()
-        self._room = asyncio.Semaphore(_FETCHES)
+        self._semaphore = asyncio.Semaphore(_PARALLEL_FETCHES)
 
     def showing(self, key: str) -> Callable[[Image.Image], None] | None:
-        """What makes the picture of a row's image, in the thread that has decoded it."""
+        """Return a function that makes the thumbnail of a row's decoded image; None at the limit.
+
+        The thread that has decoded the image calls the function.
+        """
         if self._left <= 0:
             return None
         self._left -= 1
-        return partial(self._make, name_of_image(key), partial(shrink_picture, edge=AFTER))
+        return partial(self._make, name_of_image(key), partial(shrink_image, edge=AFTER))
 
     def want_references(self, urls: Sequence[str]) -> None:
-        """Fetch a row's first reference while the row waits, if there is time for it."""
-        if not (urls and self._references and self._left > 0):
+        """Start to fetch a row's first reference while the row waits, within the limits."""
+        if not (urls and self._fetches_references and self._left > 0):
             return
         name = name_of_reference(urls[0])
-        if name in self._wanted or len(self._fetching) >= _MOST_WAITING:
+        if name in self._requested or len(self._fetching) >= _MAX_PENDING_FETCHES:
             return
-        self._wanted.add(name)
+        self._requested.add(name)
         task = asyncio.create_task(self._fetch(name, urls[0]))
         self._fetching.add(task)
         task.add_done_callback(self._fetching.discard)
 
     def take(self) -> dict[str, bytes]:
-        """The pictures made since this was last called, by name."""
+        """Return the thumbnails made since the last call, by name."""
         made = {}
         while self._made:
             name, data = self._made.popleft()
@@ -133,38 +149,38 @@ class ThumbnailCollector:
         return made
 
     async def wait(self, seconds: float) -> None:
-        """Wait a little for references that are being fetched."""
+        """Wait at most this long for pending fetches of references."""
         if self._fetching:
             await asyncio.wait(self._fetching, timeout=seconds)
 
     def close(self) -> None:
-        """Fetch nothing more."""
+        """Cancel pending fetches."""
         for task in list(self._fetching):
             task.cancel()
 
-    def _make(self, name: str, make: Callable[[T], bytes], of: T) -> None:
+    def _make(self, name: str, make: Callable[[T], bytes], source: T) -> None:
         try:
-            self._made.append((name, make(of)))
-        except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
-            logger.debug("No picture of %s for the gallery: %s", name, error)
+            self._made.append((name, make(source)))
+        except Exception as error:  # noqa: BLE001 - decoders raise many types of errors
+            logger.debug("No thumbnail of %s for the gallery: %s", name, error)
 
     async def _fetch(self, name: str, url: str) -> None:
         data = bytearray()
         try:
             async with (
-                self._room,
-                asyncio.timeout(_LONGEST_FETCH),
-                # A redirect may lead to where no reference may be.
+                self._semaphore,
+                asyncio.timeout(_FETCH_TIMEOUT_SECONDS),
+                # Redirects are not followed: they could lead to a private address.
                 self._http.stream("GET", url) as response,
             ):
                 response.raise_for_status()
                 async for chunk in response.aiter_raw():
                     data += chunk
-                    if len(data) > _LARGEST_REFERENCE:
+                    if len(data) > _MAX_REFERENCE_BYTES:
                         return
-        except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx
-            # Not its message: it holds the URL, which may be signed.
-            logger.debug("No picture of a reference for the gallery: %s", type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - invalid URLs raise more than httpx errors
+            # The message is left out: it holds the URL, which may be signed.
+            logger.debug("No thumbnail of a reference for the gallery: %s", type(error).__name__)
             return
         make = partial(make_thumbnail, edge=BEFORE)
         loop = asyncio.get_running_loop()

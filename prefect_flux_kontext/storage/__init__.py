@@ -1,1 +1,1 @@
-"""Files and small databases on any filesystem."""
+"""Files on any fsspec filesystem, safe file names, and temporary databases."""

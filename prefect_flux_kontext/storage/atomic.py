@@ -1,4 +1,4 @@
-"""Files that are whole from the moment they can be seen, on any fsspec filesystem."""
+"""Write files atomically on any fsspec filesystem: no reader sees a partial file."""
 
 from __future__ import annotations
 
@@ -16,68 +16,69 @@ from fsspec.implementations.memory import MemoryFileSystem
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MEMORY = threading.Lock()
+# The memory filesystem checks and writes in two steps, so its writers take turns.
+_MEMORY_LOCK = threading.Lock()
 
 
 def create_file(fs: Any, path: str, data: bytes) -> None:
-    """Put a file where there is none.
+    """Create a file that does not exist yet.
 
     Raises:
-        FileExistsError: There is one.
-        Exception: Each filesystem has errors of its own.
+        FileExistsError: The file exists.
+        Exception: The file cannot be written. Each filesystem has its own errors.
     """
     if isinstance(fs, LocalFileSystem):
-        where, name = os.path.split(path)
-        with _synced(where) as folder:
-            if not _linked(folder, name, data):
-                with _part(path, data) as part:
-                    os.link(part, path)
+        folder_path, name = os.path.split(path)
+        with _open_synced_folder(folder_path) as folder:
+            if not _create_unnamed(folder, name, data):
+                with _temporary_file(path, data) as temporary:
+                    os.link(temporary, path)
     elif isinstance(fs, MemoryFileSystem):
-        with _MEMORY:
+        with _MEMORY_LOCK:
             fs.pipe_file(path, data, mode="create")
     else:
         fs.pipe_file(path, data, mode="create")
 
 
 def replace_file(fs: Any, path: str, data: bytes) -> None:
-    """Put a file in place, over an older one of that name.
+    """Write a file, and replace an older one of that name.
 
     Raises:
-        Exception: Each filesystem has errors of its own.
+        Exception: The file cannot be written. Each filesystem has its own errors.
     """
     if isinstance(fs, LocalFileSystem):
-        _put_over(path, data)
+        _replace_local(path, data)
     else:
-        # One PUT: an object store shows the object whole or not at all.
+        # One PUT: object stores show the whole object or nothing.
         fs.pipe_file(path, data)
 
 
 def copy_into_place(fs: Any, path: str, source: Path) -> None:
-    """Put a file of this machine in place, over an older one of that name; never held whole.
+    """Copy a local file, and replace an older one of that name. The data is streamed.
 
     Raises:
-        Exception: Each filesystem has errors of its own.
+        Exception: The file cannot be written. Each filesystem has its own errors.
     """
     if isinstance(fs, LocalFileSystem):
-        _put_over(path, source)
+        _replace_local(path, source)
     else:
-        # An object store shows the object once its last piece has come.
+        # Object stores show an object once its upload is complete.
         fs.put_file(str(source), path)
 
 
-def _put_over(path: str, data: bytes | Path) -> None:
-    with _synced(os.path.dirname(path)), _part(path, data) as part:
-        os.replace(part, path)
+def _replace_local(path: str, data: bytes | Path) -> None:
+    with _open_synced_folder(os.path.dirname(path)), _temporary_file(path, data) as temporary:
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def _synced(where: str) -> Iterator[int]:
-    """A folder, made where there is none; what is put there is on the disk at the end."""
+def _open_synced_folder(path: str) -> Iterator[int]:
+    """Open a folder, created if missing, and sync its entries to disk after the block."""
     try:
-        folder = os.open(where, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        os.makedirs(where, exist_ok=True)
-        folder = os.open(where, os.O_RDONLY)
+        os.makedirs(path, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
     try:
         yield folder
         os.fsync(folder)
@@ -85,15 +86,16 @@ def _synced(where: str) -> Iterator[int]:
         os.close(folder)
 
 
-def _linked(folder: int, name: str, data: bytes) -> bool:
-    """Create a file that has no name until it is whole, so that a kill leaves nothing behind.
+def _create_unnamed(folder: int, name: str, data: bytes) -> bool:
+    """Create a file that gets its name once it is complete, so that a kill leaves nothing behind.
 
     Returns:
-        Whether the system and the filesystem know how: Linux's own do, most of the others do not.
+        Whether the system and the filesystem support it. Linux's own filesystems do, most others
+        do not.
 
     Raises:
-        FileExistsError: There is one of that name.
-        OSError: It could not be written.
+        FileExistsError: A file of that name exists.
+        OSError: The file cannot be written.
     """
     try:
         unnamed = os.open(".", os.O_WRONLY | os.O_TMPFILE, 0o666, dir_fd=folder)
@@ -104,32 +106,33 @@ def _linked(folder: int, name: str, data: bytes) -> bool:
         while rest:
             rest = rest[os.write(unnamed, rest) :]
         os.fsync(unnamed)
-        return _named(unnamed, folder, name)
+        return _link_unnamed(unnamed, folder, name)
     finally:
         os.close(unnamed)
 
 
-def _named(unnamed: int, folder: int, name: str) -> bool:
+def _link_unnamed(unnamed: int, folder: int, name: str) -> bool:
+    """Give an unnamed file its name; returns False where the system cannot."""
     try:
         os.link(f"/proc/self/fd/{unnamed}", name, src_dir_fd=folder, dst_dir_fd=folder)
     except FileExistsError:
         raise
-    except OSError:  # there is no /proc, or no link may lead there
+    except OSError:  # /proc is missing, or the filesystem allows no such link
         return False
     return True
 
 
 @contextlib.contextmanager
-def _part(path: str, data: bytes | Path) -> Iterator[str]:
-    """The data in a file beside its place, which is gone at the end.
+def _temporary_file(path: str, data: bytes | Path) -> Iterator[str]:
+    """Write the data to a temporary file beside its final path, and remove that after the block.
 
-    Paths are text: each part of a `Path` is interned, and Python makes its table of what is
-    interned anew after some 100,000 of them, 4 MB in the memory of whatever thread it is.
+    Paths are strings: Python interns each component of a `Path`, and after some 100,000 of them it
+    rebuilds its table of interned strings, which takes 4 MB in the current thread.
     """
-    where, name = os.path.split(path)
-    part = os.path.join(where, f".{name}.{secrets.token_hex(6)}.part")
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.part")
     try:
-        with open(part, "xb") as file:
+        with open(temporary, "xb") as file:
             if isinstance(data, Path):
                 with data.open("rb") as source:
                     shutil.copyfileobj(source, file)
@@ -137,7 +140,7 @@ def _part(path: str, data: bytes | Path) -> Iterator[str]:
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        yield part
+        yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
+            os.remove(temporary)

@@ -1,4 +1,4 @@
-"""What killed runs leave half-written on a local disk, swept away a day later."""
+"""Remove temporary files that killed runs have left on a local disk."""
 
 from __future__ import annotations
 
@@ -17,39 +17,45 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-_AGE = 86_400.0
-_PART = re.compile(r"\..+\.[0-9a-f]{12}\.part")
+# No write lasts a day, so nobody writes to a temporary file of this age.
+_MIN_AGE_SECONDS = 86_400.0
+
+# The names that `storage.atomic` gives to temporary files.
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 
 
 async def sweep(folder: OutputFolder, *, recursive: bool = False) -> int:
-    """Remove the parts of files that nobody writes any more, and return how many there were.
+    """Remove temporary files that are older than a day, and return their number.
 
-    Only names that `atomic` gives, older than a day, on local disks: an object store shows no
-    object before it is whole. What cannot be removed stays.
+    Only files on local disks with a name of `storage.atomic` are removed: object stores have no
+    temporary files. Files that cannot be removed stay.
 
     Args:
-        folder: Where to look.
-        recursive: Look into its folders too.
+        folder: The folder to clean up.
+        recursive: Whether to clean up its subfolders too.
     """
     if not isinstance(folder.fs, LocalFileSystem):
         return 0
-    return await asyncio.to_thread(_sweep, folder.root, recursive=recursive)
+    return await asyncio.to_thread(_remove_old, folder.root, recursive=recursive)
 
 
-def _sweep(root: str, *, recursive: bool) -> int:
-    swept = 0
-    for entry in _files(root, recursive=recursive):
+def _remove_old(root: str, *, recursive: bool) -> int:
+    removed = 0
+    for entry in _list_files(root, recursive=recursive):
         with contextlib.suppress(OSError):
-            if _PART.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _AGE:
+            if (
+                _TEMPORARY_NAME.fullmatch(entry.name)
+                and time.time() - entry.stat().st_mtime > _MIN_AGE_SECONDS
+            ):
                 Path(entry.path).unlink()
-                swept += 1
-    return swept
+                removed += 1
+    return removed
 
 
-def _files(root: str, *, recursive: bool) -> Iterator[os.DirEntry[str]]:
+def _list_files(root: str, *, recursive: bool) -> Iterator[os.DirEntry[str]]:
     with contextlib.suppress(OSError), os.scandir(root) as entries:
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
                 yield entry
             elif recursive:
-                yield from _files(entry.path, recursive=True)
+                yield from _list_files(entry.path, recursive=True)

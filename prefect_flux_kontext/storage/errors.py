@@ -1,4 +1,4 @@
-"""What a filesystem says when it is not well: whether that passes, and what may be told of it."""
+"""Errors of filesystems: which ones are transient, and how to describe them without secrets."""
 
 from __future__ import annotations
 
@@ -7,43 +7,49 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_PATIENCE = 60.0
-_ATTEMPTS_TO_CONNECT = 4
-_BUSY = {408, 429, 500, 502, 503, 504}
-_BUSY_WORDS = re.compile(r"SlowDown|ServiceUnavailable|InternalError|TooManyRequests|Throttl")
-# Each kind of store has errors of its own for it, and they share no class.
-_UNCONNECTED = re.compile(r"Timeout|Timedout|Connect|Payload|IncompleteRead")
+# How long calls to a busy store are repeated.
+_BUSY_RETRY_SECONDS = 60.0
 
-# What these options hold is no secret, and helps a person to see what is wrong.
-_TELLING = {"endpoint_url", "region_name", "profile", "project", "account_name", "mode"}
-_SHORTEST_SECRET = 4
+_MAX_CONNECT_ATTEMPTS = 4
+
+_BUSY_STATUSES = {408, 429, 500, 502, 503, 504}
+_BUSY_WORDS = re.compile(r"SlowDown|ServiceUnavailable|InternalError|TooManyRequests|Throttl")
+
+# Each store has its own connection errors, which share no class. They are matched by class name.
+_CONNECTION_ERROR_NAMES = re.compile(r"Timeout|Timedout|Connect|Payload|IncompleteRead")
+
+# The values of these options are not secret, and help to find the cause of an error.
+_PUBLIC_OPTIONS = {"endpoint_url", "region_name", "profile", "project", "account_name", "mode"}
+
+# Shorter values, such as "us", would blank out parts of ordinary words.
+_MIN_SECRET_LENGTH = 4
 
 
 def is_transient(error: Exception, attempts: int, seconds: float) -> bool:
-    """Whether a call that has failed with the error is worth another attempt.
+    """Whether a failed call is worth another attempt.
 
-    A store that says it is too busy (429, 503 SlowDown and their like) is asked for a minute, and
-    one that cannot be reached four times. Every other error is taken as meant.
+    Calls to a busy store (429, 503 SlowDown and similar) are repeated for a minute, and calls to a
+    store that cannot be reached four times. All other errors are permanent.
 
     Args:
-        error: What the filesystem has raised.
-        attempts: How often it has failed so far.
-        seconds: Since the first attempt began.
+        error: The error that the filesystem raised.
+        attempts: The number of failed attempts so far.
+        seconds: The time since the first attempt began.
     """
-    if any(map(_is_busy, _chain(error))):
-        return seconds < _PATIENCE
-    return attempts < _ATTEMPTS_TO_CONNECT and any(map(_is_unconnected, _chain(error)))
+    if any(map(_is_busy, _error_chain(error))):
+        return seconds < _BUSY_RETRY_SECONDS
+    return attempts < _MAX_CONNECT_ATTEMPTS and any(map(_is_connection_error, _error_chain(error)))
 
 
 def describe_error(error: BaseException, options: Mapping[str, Any]) -> str:
-    """The error in words, without the secrets that the filesystem's options hold."""
+    """Describe an error without the secrets in the filesystem's options."""
     text = f"{type(error).__name__}: {error}"
-    for secret in sorted(_secrets(options), key=len, reverse=True):
+    for secret in sorted(_find_secrets(options), key=len, reverse=True):
         text = text.replace(secret, "…")
     return text
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _error_chain(error: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -53,24 +59,28 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _is_busy(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.EBUSY:
-        return True  # what s3fs makes of a 503
+        return True  # s3fs turns a 503 into this
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     codes = [metadata.get("HTTPStatusCode")]
     codes += [getattr(error, name, None) for name in ("status", "status_code", "code")]
-    return any(code in _BUSY for code in codes if isinstance(code, int)) or bool(
+    return any(code in _BUSY_STATUSES for code in codes if isinstance(code, int)) or bool(
         _BUSY_WORDS.search(str(error))
     )
 
 
-def _is_unconnected(error: BaseException) -> bool:
-    named = any(_UNCONNECTED.search(kind.__name__) for kind in type(error).__mro__)
-    return named or isinstance(error, ConnectionError | TimeoutError)
+def _is_connection_error(error: BaseException) -> bool:
+    has_name = any(_CONNECTION_ERROR_NAMES.search(kind.__name__) for kind in type(error).__mro__)
+    return has_name or isinstance(error, ConnectionError | TimeoutError)
 
 
-def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
+def _find_secrets(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
-            yield from _secrets(value)
-        elif name not in _TELLING and isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+            yield from _find_secrets(value)
+        elif (
+            name not in _PUBLIC_OPTIONS
+            and isinstance(value, str)
+            and len(value) >= _MIN_SECRET_LENGTH
+        ):
             yield value

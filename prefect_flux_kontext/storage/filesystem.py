@@ -1,4 +1,4 @@
-"""Files in their place on any fsspec filesystem, such that no reader ever sees half of one."""
+"""An output folder on any fsspec filesystem. Files are written atomically."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Data = TypeVar("Data", bytes, "Path")
 
-# Apart from the ledger's and from asyncio's own, of which a small machine has five: a store that
-# is slow to take images holds up neither records nor checks.
+# Separate from the ledger's threads and from asyncio's own, of which a small machine has five: a
+# store that is slow to take images delays neither ledger records nor image checks.
 _THREADS = ThreadPoolExecutor(16, thread_name_prefix="flux-kontext-images")
 _PROBE = ".probe"
 
-# Of botocore's own 10, images would take some from the ledger, whose writes hold up submits.
+# With botocore's default of 10, images would take connections from the ledger, whose writes delay
+# submits.
 _S3_CONNECTIONS = 48
 
 
-def _s3_defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What S3's filesystem is told where neither the options nor fsspec's settings say otherwise.
+def _build_s3_defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return default options for S3; the given options and fsspec's settings override them.
 
-    As many connections as there are threads, and one request to read a small file, not two.
+    They allow as many connections as there are threads, and read a small file in one request
+    instead of two.
     """
     if not url.startswith(("s3://", "s3a://")):
         return {}
@@ -49,19 +51,19 @@ class OutputFolder:
     """A folder or prefix to write to, given as an fsspec URL or a local path.
 
     Args:
-        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`. Another folder is
-            taken as it is.
-        storage_options: What the filesystem needs to know, as its fsspec implementation names
-            it: for S3 `endpoint_url`, `key`, `secret`, `profile`, …. They are never told again.
+        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`. Another
+            `OutputFolder` is copied.
+        storage_options: The options of the fsspec filesystem: for S3 `endpoint_url`, `key`,
+            `secret`, `profile`, …. They appear in no message.
 
     Attributes:
         fs: The fsspec filesystem.
-        root: The folder's path on it.
-        options: What the filesystem was given; it may be secret.
+        root: The folder's path on the filesystem.
+        options: The storage options; they may be secret.
 
     Raises:
-        ConfigurationError: There is no such kind of filesystem here, or the URL chains several,
-            or the options are not the filesystem's.
+        ConfigurationError: The filesystem is unknown or not installed, the URL chains several
+            filesystems, or the options are invalid.
     """
 
     fs: Any
@@ -80,16 +82,16 @@ class OutputFolder:
         if "::" in location or not location.strip():
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
         self.options = dict(storage_options or {})
-        # What another run has written is to be seen, so nothing that was listed is kept.
+        # Other runs write here too, so listings must not be cached.
         options = {
             **self.options,
-            **_s3_defaults(location, self.options),
+            **_build_s3_defaults(location, self.options),
             "use_listings_cache": False,
         }
         problem = None
         try:
             self.fs, root = fsspec.core.url_to_fs(location, **options)
-        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+        except Exception as error:  # noqa: BLE001 - each filesystem has its own errors
             problem = describe_error(error, self.options)
         if problem:
             raise ConfigurationError(f"The output {location!r} cannot be used: {problem}")
@@ -99,36 +101,37 @@ class OutputFolder:
         return str(self.fs.unstrip_protocol(self.root))
 
     def below(self, name: str) -> Self:
-        """A folder in this one, on the same filesystem."""
+        """Return a subfolder, on the same filesystem."""
         folder = copy.copy(self)
         folder.root = self._path(name)
         return folder
 
     async def write(self, name: str, data: bytes) -> str:
-        """Put a whole file in place, over an older one of that name, and return its URI.
+        """Write a file, replace an older one of that name, and return its URI.
 
         Raises:
-            StorageError: The filesystem refused; no half file is left to be seen.
+            StorageError: The file cannot be written; no partial file is visible.
         """
         return await self._write(replace_file, name, data)
 
     def uri(self, name: str) -> str:
-        """The URI of a file here."""
+        """Return the URI of a file in this folder."""
         return str(self.fs.unstrip_protocol(self._path(name)))
 
     def relative(self, uri: str) -> str:
-        """The name of a file that `write` put here, by its URI."""
+        """Return the name of a file in this folder, given its URI."""
         return uri.removeprefix(f"{self}/")
 
     async def write_unique(self, names: Sequence[str], data: bytes) -> str:
-        """Put a file under the first name that is free or holds these bytes, and return its URI.
+        """Write a file under the first name that is free or has the same bytes; return its URI.
 
         Args:
-            names: From the wanted name to one that nothing else has, which is written over.
-            data: The whole file.
+            names: The names to try. The last one belongs to this file alone, so an older file of
+                that name is replaced.
+            data: The content of the file.
 
         Raises:
-            StorageError: The filesystem refused.
+            StorageError: The file cannot be written.
         """
         for name in names[:-1]:
             try:
@@ -139,10 +142,10 @@ class OutputFolder:
         return await self.write(names[-1], data)
 
     async def read(self, name: str) -> bytes | None:
-        """The bytes of a file, or None where there is none.
+        """Return the bytes of a file, or None if there is none.
 
         Raises:
-            StorageError: The filesystem refused.
+            StorageError: The file cannot be read.
         """
         try:
             return await self._call(
@@ -154,18 +157,18 @@ class OutputFolder:
             return None
 
     async def put(self, name: str, source: Path) -> str:
-        """Put a file of this machine in place, over an older one, and return its URI.
+        """Copy a local file here, replace an older one of that name, and return its URI.
 
         Raises:
-            StorageError: The filesystem refused; no half file is left to be seen.
+            StorageError: The file cannot be written; no partial file is visible.
         """
         return await self._write(copy_into_place, name, source)
 
     async def fetch(self, name: str, target: Path) -> bool:
-        """Copy a file to this machine; False where there is none.
+        """Copy a file to a local path; returns False if there is none.
 
         Raises:
-            StorageError: The filesystem refused.
+            StorageError: The file cannot be read.
         """
         try:
             await self._call(
@@ -174,27 +177,27 @@ class OutputFolder:
                 FileNotFoundError,
             )
         except FileNotFoundError:
-            # Some filesystems have made an empty one by then.
+            # Some filesystems have created an empty target by then.
             await asyncio.to_thread(target.unlink, missing_ok=True)
             return False
         return True
 
     async def exists(self, name: str) -> bool:
-        """Whether a file is there.
+        """Whether a file exists.
 
         Raises:
-            StorageError: The filesystem refused.
+            StorageError: The filesystem reported an error.
         """
         return await self._call(
-            f"{self.uri(name)} cannot be looked for",
+            f"{self.uri(name)} cannot be checked",
             lambda: bool(self.fs.exists(self._path(name))),
         )
 
     async def remove(self, name: str) -> None:
-        """Remove a file, if there is one.
+        """Remove a file, if it exists.
 
         Raises:
-            StorageError: The filesystem refused.
+            StorageError: The file cannot be removed.
         """
         with contextlib.suppress(FileNotFoundError):
             await self._call(
@@ -204,10 +207,10 @@ class OutputFolder:
             )
 
     async def check_writable(self) -> None:
-        """Write a small file, so that a wrong output is known before anything is paid.
+        """Check with an empty test file that the folder can be written to.
 
-        It is removed again, but nothing hangs on that: there are outputs where nobody may remove
-        anything. Its name is always the same, so at most one is ever left.
+        A wrong output is thus found before anything is paid. The file is removed again where
+        possible. It always has the same name, so at most one is ever left.
 
         Raises:
             ConfigurationError: The folder cannot be written to.
@@ -221,28 +224,28 @@ class OutputFolder:
 
     async def _write(
         self,
-        how: Callable[[Any, str, Data], None],
+        write_file: Callable[[Any, str, Data], None],
         name: str,
         data: Data,
-        *passes: type[FileExistsError],
+        *expected: type[FileExistsError],
     ) -> str:
         await self._call(
-            f"The output refused {self.uri(name)}",
-            lambda: how(self.fs, self._path(name), data),
-            *passes,
+            f"The file {self.uri(name)} cannot be written",
+            lambda: write_file(self.fs, self._path(name), data),
+            *expected,
         )
         return self.uri(name)
 
     async def _call(
         self,
-        what: str,
+        failure: str,
         action: Callable[[], T],
-        *passes: type[FileExistsError | FileNotFoundError],
+        *expected: type[FileExistsError | FileNotFoundError],
     ) -> T:
-        """Do it in a thread, and again while the store is only too busy or out of reach.
+        """Run an action in a thread, and repeat it after transient errors.
 
         Raises:
-            StorageError: Instead of every error that does not pass.
+            StorageError: The action failed with any other error than the expected ones.
         """
         loop = asyncio.get_running_loop()
         began, attempt = loop.time(), 0
@@ -250,13 +253,13 @@ class OutputFolder:
             attempt += 1
             try:
                 return await loop.run_in_executor(_THREADS, action)
-            except passes:
+            except expected:
                 raise
-            except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-                again = is_transient(error, attempt, loop.time() - began)
+            except Exception as error:  # noqa: BLE001 - each filesystem has its own errors
+                can_retry = is_transient(error, attempt, loop.time() - began)
                 problem = describe_error(error, self.options)
-            if not again:
-                raise StorageError(f"{what}: {problem}")
+            if not can_retry:
+                raise StorageError(f"{failure}: {problem}")
             await asyncio.sleep(jittered_backoff(attempt))
 
     def _path(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What may name an image below the output, and what may not."""
+"""Safe names for images below the output."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import re
 import unicodedata
 
-_LONGEST_PART = 200
-_LONGEST = 400
-_OURS = frozenset(
+# Filesystems allow 255 bytes between slashes; suffixes and extension need some of them.
+_MAX_COMPONENT_LENGTH = 200
+_MAX_LENGTH = 400
+
+_RESERVED_NAMES = frozenset(
     {
         "_ledger",
         "_results",
@@ -19,21 +21,29 @@ _OURS = frozenset(
         "results.parquet",
     }
 )
-"""The batch's own, in the output's first folder."""
+"""Names in the output's first folder that the batch itself uses."""
 
-# Most ids are so plain that nothing more needs to be asked of them.
+# A fast path: most ids match this and need no further check.
 _PLAIN = re.compile(
     r"(?!(?:con|prn|aux|nul|com\d|lpt\d)$)[a-z0-9][a-z0-9_-]{0,60}[a-z0-9]", re.IGNORECASE
 )
-# Control characters, and those that turn or hide the text around them.
+
+# Control characters, and those that reverse or hide the text around them.
 INVISIBLE_CHARACTERS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 )
+
+# Characters of a safe name before its tilde and hash.
+_MAX_SAFE_LENGTH = 80
+
+# Names of devices on Windows, with or without an extension.
+_WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
 IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 
 
 def find_text_problem(text: str) -> str | None:
-    """Why a person's text cannot name a file, even when it is made safe."""
+    """Return why a user's text cannot name a file, even when made safe; None if it can."""
     if _PLAIN.fullmatch(text):
         return None
     if sign := INVISIBLE_CHARACTERS.search(text):
@@ -46,12 +56,12 @@ def find_text_problem(text: str) -> str | None:
 
 
 def safe_part(text: str) -> str:
-    """One part of a name, made of any text; texts that look the same make the same."""
+    """Make a safe path component of any text; texts that look the same make the same one."""
     return safe_name(text if text.isascii() else unicodedata.normalize("NFC", text))
 
 
 def safe_path(text: str) -> str:
-    """A name made of an id, which keeps its folders where it is a plain relative path."""
+    """Make a safe name of an id. The folders of a plain relative path are kept."""
     if _PLAIN.fullmatch(text):
         return text
     parts = text.split("/")
@@ -61,16 +71,16 @@ def safe_path(text: str) -> str:
 
 
 def find_name_problem(name: str) -> str | None:
-    """Why a name, each part of it safe, cannot be that of an image."""
+    """Return why a name of safe components cannot be that of an image; None if it can."""
     if _PLAIN.fullmatch(name):
         return None
     parts = name.split("/")
-    if parts[0].casefold() in _OURS:
-        return f"is that of the batch's own {parts[0]}"
-    if len(name) > _LONGEST or max(map(len, parts)) > _LONGEST_PART:
+    if parts[0].casefold() in _RESERVED_NAMES:
+        return f"is reserved for the batch's own {parts[0]}"
+    if len(name) > _MAX_LENGTH or max(map(len, parts)) > _MAX_COMPONENT_LENGTH:
         return (
-            f"has {len(name):,} characters; a name has at most {_LONGEST}, and {_LONGEST_PART} "
-            "between slashes"
+            f"has {len(name):,} characters; a name has at most {_MAX_LENGTH}, and "
+            f"{_MAX_COMPONENT_LENGTH} between slashes"
         )
     for part in parts:
         if is_reserved(part):
@@ -81,28 +91,23 @@ def find_name_problem(name: str) -> str | None:
     return None
 
 
-_LONGEST_NAME = 80
-
-
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-
-
 def is_reserved(name: str) -> bool:
-    """Whether Windows keeps the name for itself, whatever its extension."""
-    return _RESERVED.fullmatch(name) is not None
+    """Whether Windows reserves the name, with any extension."""
+    return _WINDOWS_DEVICE.fullmatch(name) is not None
 
 
 def safe_name(text: str) -> str:
-    """A file name made from any text: no folders, no surprises, at most 93 characters.
+    """Make a safe file name of any text: one path component of at most 93 characters.
 
-    Text that is no plain name is spelled with dashes and gets a tilde and a short hash of itself.
-    No plain name has a tilde, so two different texts never share a name.
+    A plain name stays as it is. In any other text, dashes replace unsafe characters, and a tilde
+    and a short hash of the text are appended. No plain name has a tilde, so two different texts
+    never share a name.
     """
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")
-    if _RESERVED.fullmatch(plain):
-        # Windows reserves them with any extension, so a hash behind does not help.
+    if _WINDOWS_DEVICE.fullmatch(plain):
+        # Windows reserves device names with any suffix, so the hash alone does not help.
         plain = f"_{plain}"
-    plain = plain[:_LONGEST_NAME] or "unnamed"
+    plain = plain[:_MAX_SAFE_LENGTH] or "unnamed"
     if plain == text:
         return text
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""A private database for what would not fit into memory, gone when it is closed."""
+"""A private temporary database for data that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from types import TracebackType
 
+# Memory for the database's pages. With random access, the pages of a million rows fit.
 _CACHE_KIB = 16_384
-"""Memory for the database's pages: where rows are looked up at random, a million fit into it."""
 
 
 def open_temp_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Connection:
-    """Open a database that SQLite keeps in a temporary file, inside a transaction.
+    """Open a database in a temporary file, which SQLite deletes on close, and begin a transaction.
 
     Args:
-        table: The statement that creates its table.
-        cache_kib: The most KiB of it that are held in memory.
+        table: The SQL statement that creates its table.
+        cache_kib: The most KiB of the database that are held in memory.
     """
-    # Used by one thread at a time, though not always by the same one.
+    # One thread at a time uses it, but not always the same one.
     database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
     database.execute(f"PRAGMA cache_size = -{cache_kib}")
     database.execute("PRAGMA journal_mode = OFF")
@@ -30,11 +30,11 @@ def open_temp_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Conne
 
 
 class TempDatabase:
-    """Has a private database while the block runs.
+    """Base class of context managers with a private temporary database.
 
     Args:
-        table: The statement that creates its table.
-        cache_kib: The most KiB of it that are held in memory.
+        table: The SQL statement that creates its table.
+        cache_kib: The most KiB of the database that are held in memory.
     """
 
     def __init__(self, table: str, cache_kib: int = _CACHE_KIB) -> None:

@@ -43,7 +43,7 @@ def test_collect_reports_rows_that_killed_runs_stored():
         lines = [json.loads(line) for line in files["results.jsonl"].splitlines()]
         stored = {line["id"] for line in lines if line["state"] == "stored"}
         assert stored == {name[:-4] for name in files if name.endswith(".jpg")}
-        assert any(line["already"] for line in lines)
+        assert any(line["stored_before"] for line in lines)
         assert {line["source"] for line in lines} == {"manifest", "ledger"}
         await in_process(env, None, manifest(LINES))
         lines = list(map(json.loads, read_all(env.url)["results.jsonl"].splitlines()))

@@ -156,7 +156,7 @@ def _check_all_rows(found, lines, ledger, rows):
             found.problems.append(f"the result manifest invents a key of {line['id']}")
             continue
         state, spent = attempts[-1].state, sum(a.price for a in attempts if a.accepted)
-        prices[line["key"]] = Decimal(str(line.get("price", 0)))
+        prices[line["key"]] = Decimal(str(line.get("cost_usd", 0)))
         if line["state"] != state or prices[line["key"]] != spent:
             found.problems.append(
                 f"the result manifest says of {line['id']} {line['state']} for "
@@ -175,9 +175,14 @@ def _check_parquet(found, data, lines):
     if data is None:
         found.problems.append("results.parquet is missing")
         return
-    names = ("id", "state", "key", "sha256", "file", "price", "attempts", "prompt")
+    names = ("id", "state", "key", "sha256", "file", "attempts", "prompt")
     table = pq.read_table(io.BytesIO(data)).to_pylist()
+    costs = [row["cost_usd"] for row in table]
     if [{name: row.get(name) for name in names} for row in table] != [
         {name: line.get(name) for name in names} for line in lines
-    ]:
+    ] or costs != [_decimal(line.get("cost_usd")) for line in lines]:
         found.problems.append("results.parquet and results.jsonl differ")
+
+
+def _decimal(number):
+    return None if number is None else Decimal(str(number))

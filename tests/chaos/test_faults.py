@@ -77,7 +77,7 @@ def test_row_with_a_refused_result_url_is_outstanding(service, tmp_path, fault, 
     assert f"{4 - rows} of 4 rows stored" in first.said
     assert f"{rows} outstanding (paid for, not yet stored)" in first.said
     assert f"RefusedUrlError {rows}" in first.said
-    assert "not of http or https" in first.said
+    assert "only http and https are allowed" in first.said
     service.weather.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 4

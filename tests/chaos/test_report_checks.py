@@ -86,7 +86,7 @@ def test_a_wrong_status_is_found(reported_batch, right, wrong):
         (lambda _: [], "misses, or has in addition"),
         (lambda line: [line, line], "has a row twice"),
         (lambda line: [line | {"state": "failed"}], "the ledger stored"),
-        (lambda line: [line | {"price": 0.06}], "prices sum to"),
+        (lambda line: [line | {"cost_usd": 0.06}], "prices sum to"),
         (lambda line: [line | {"sha256": "0" * 64}], "invents an image"),
         (lambda line: [line | {"key": "0" * 32}], "invents a key"),
         (lambda line: [line | {"prompt": "another"}], "differ"),

@@ -93,7 +93,7 @@ def test_full_disk_pays_for_nothing_unrecorded(tmp_path):
         assert batch.accepted == 0, full
         assert full.status != 0
         images = batch.run(file_limit=1_500)  # enough for records, too little for images
-        assert "The output refused" in images.said, images
+        assert "cannot be written:" in images.said, images
         assert batch.accepted == 8
         found = batch.check(killed=False, complete=False)
         assert not found.problems, found

@@ -45,7 +45,7 @@ def test_catalogue_is_stored_in_three_styles_with_its_own_names(place):
         "this model rocket of painted balsa on a seamless warm grey backdrop" in studio["prompt"]
     )
     assert studio["category"] == "models"
-    assert studio["references"] == ["s3://shop/photos/rocket.jpg"]
+    assert studio["reference_images"] == ["s3://shop/photos/rocket.jpg"]
     assert place.count_billed() - before == 9
 
 

@@ -1,4 +1,4 @@
-"""The mark "made by AI" is read back by others, and costs no pixel, no signature, no error."""
+"""The label "made by AI" is readable and changes neither pixels nor signed images."""
 
 import io
 import struct
@@ -20,9 +20,9 @@ NEWSCODES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
 
 def exif():
-    written = Image.Exif()
-    written[0x010E] = "a description"
-    return written.tobytes()
+    metadata = Image.Exif()
+    metadata[0x010E] = "a description"
+    return metadata.tobytes()
 
 
 PICTURES = {
@@ -49,19 +49,19 @@ PICTURES = {
 
 
 def frames(data):
-    """Every pixel of every frame, and what else a reader tells of the picture."""
+    """The metadata of an image and the pixels of every frame."""
     with Image.open(io.BytesIO(data)) as image:
-        told = image.format, image.mode, image.size, image.info.get("exif")
-        told += (image.info.get("icc_profile"), image.info.get("comment"))
+        info = image.format, image.mode, image.size, image.info.get("exif")
+        info += (image.info.get("icc_profile"), image.info.get("comment"))
         pixels = []
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             pixels.append(image.convert("RGBA").tobytes())
-    return told, pixels
+    return info, pixels
 
 
 def source_type(data):
-    """What the XMP says, as Pillow finds it and an XML parser reads it; None without any."""
+    """The source type in the XMP, found by Pillow and an XML parser; None without XMP."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         packet = image.info.get("xmp")
@@ -73,19 +73,19 @@ def source_type(data):
 
 @pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
 @pytest.mark.parametrize("source", [TEXT, RESTYLED])
-def test_the_mark_is_read_back_and_the_picture_is_the_same(data, source):
-    marked = add_ai_metadata(data, source)
+def test_label_is_readable_and_keeps_the_image(data, source):
+    labelled = add_ai_metadata(data, source)
     assert source_type(data) is None
-    assert source_type(marked) == NEWSCODES + source
-    assert frames(marked) == frames(data)
-    assert inspect_image(marked) == inspect_image(data)
+    assert source_type(labelled) == NEWSCODES + source
+    assert frames(labelled) == frames(data)
+    assert inspect_image(labelled) == inspect_image(data)
 
 
 @pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
-def test_the_mark_follows_from_the_image_alone_and_is_put_once(data):
-    marked = add_ai_metadata(data, TEXT)
-    assert add_ai_metadata(data, TEXT) == marked
-    assert add_ai_metadata(marked, RESTYLED) == marked
+def test_label_is_deterministic_and_added_once(data):
+    labelled = add_ai_metadata(data, TEXT)
+    assert add_ai_metadata(data, TEXT) == labelled
+    assert add_ai_metadata(labelled, RESTYLED) == labelled
 
 
 @given(
@@ -95,16 +95,16 @@ def test_the_mark_follows_from_the_image_alone_and_is_put_once(data):
     height=st.integers(1, 70),
     lossless=st.booleans(),
 )
-def test_pictures_of_all_sizes_keep_their_pixels(kind, mode, width, height, lossless):
+def test_label_keeps_the_pixels_of_images_of_any_size(kind, mode, width, height, lossless):
     mode = "RGB" if kind == "jpeg" and mode in ("RGBA", "P") else mode
     data = picture(kind, mode, (width, height), lossless=lossless)
-    marked = add_ai_metadata(data, RESTYLED)
-    assert source_type(marked) == NEWSCODES + RESTYLED
-    assert frames(marked) == frames(data)
+    labelled = add_ai_metadata(data, RESTYLED)
+    assert source_type(labelled) == NEWSCODES + RESTYLED
+    assert frames(labelled) == frames(data)
 
 
 @given(st.sampled_from(list(PICTURES.values())), st.data())
-def test_what_is_broken_is_never_an_error(data, draw):
+def test_malformed_image_raises_no_error(data, draw):
     at = draw.draw(st.integers(0, min(len(data), 400)))
     broken = draw.draw(
         st.sampled_from(
@@ -136,7 +136,7 @@ def png_text(keyword, compressed):
 
 
 JPEG, PNG = PICTURES["JPEG"], PICTURES["PNG"]
-NOT_OURS = {
+UNCHANGED = {
     "JPEG with C2PA": JPEG[:2] + segment(0xEB, b"JP\0\1\0\0\0\1jumb") + JPEG[2:],
     "JPEG with C2PA after its Exif": PICTURES["JPEG with Exif"].replace(
         b"\xff\xdb", segment(0xEB, b"JP\0\1\0\0\0\1jumb") + b"\xff\xdb", 1
@@ -146,7 +146,7 @@ NOT_OURS = {
     "PNG with C2PA": PNG[:33] + chunk(b"caBX", b"\0\0\0\1jumb") + PNG[33:],
     "PNG with XMP": png_text("XML:com.adobe.xmp", compressed=False),
     "PNG with compressed XMP": png_text("XML:com.adobe.xmp", compressed=True),
-    "PNG with XMP in its older place": png_text("Raw profile type xmp", compressed=False),
+    "PNG with legacy XMP": png_text("Raw profile type xmp", compressed=False),
     "WebP with C2PA": webp_with(b"C2PA", b"jumb"),
     "WebP with XMP": webp_with(b"XMP ", b"<x/>"),
     "GIF": picture("gif", "L"),
@@ -154,12 +154,12 @@ NOT_OURS = {
 }
 
 
-@pytest.mark.parametrize("data", NOT_OURS.values(), ids=NOT_OURS)
-def test_what_is_signed_or_has_xmp_of_its_own_is_left_as_it_is(data):
+@pytest.mark.parametrize("data", UNCHANGED.values(), ids=UNCHANGED)
+def test_images_with_c2pa_or_xmp_stay_unchanged(data):
     assert add_ai_metadata(data, TEXT) == data
 
 
 def test_jfif_and_exif_stay_first():
-    marked = add_ai_metadata(PICTURES["JPEG with Exif"], TEXT)
-    assert marked.index(b"JFIF") < marked.index(b"Exif") < marked.index(b"xap/1.0")
-    assert marked.index(b"xap/1.0") < marked.index(b"\xff\xdb")
+    labelled = add_ai_metadata(PICTURES["JPEG with Exif"], TEXT)
+    assert labelled.index(b"JFIF") < labelled.index(b"Exif") < labelled.index(b"xap/1.0")
+    assert labelled.index(b"xap/1.0") < labelled.index(b"\xff\xdb")

@@ -1,4 +1,4 @@
-"""Downloads over real connections that break, end early or never; nothing slow on the loop."""
+"""Downloads over real connections that break or never end; nothing blocks the event loop."""
 
 import asyncio
 import functools
@@ -30,23 +30,23 @@ LARGEST = 50 * 2**20
 STRONG = '"version-1"'
 
 
-async def fetched(http, url, partial=None):
-    """One attempt."""
+async def fetch(http, url, partial=None):
+    """Make one attempt."""
     partial = partial or _Partial()
-    await _fetch(http, url, partial, last=True)
+    await _fetch(http, url, partial, is_last=True)
     return bytes(partial.data)
 
 
 @asynccontextmanager
-async def raw_server(*pieces, forever=False):
-    """A server that answers each connection with the same bytes, then hangs up."""
+async def raw_server(*pieces, is_endless=False):
+    """A server that sends the same bytes on each connection and closes it."""
 
     async def answer(reader, writer):
         try:
             await reader.readuntil(b"\r\n\r\n")
             for piece in pieces:
                 writer.write(piece)
-            while forever:
+            while is_endless:
                 writer.write(bytes(2**20))
                 await writer.drain()
             await writer.drain()
@@ -63,14 +63,14 @@ async def raw_server(*pieces, forever=False):
 class TestOverRealConnections:
     pytestmark = pytest.mark.anyio
 
-    async def test_an_endless_body_is_cut_at_the_cap(self):
+    async def test_endless_body_stops_at_the_size_limit(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n"
         async with (
-            raw_server(head, forever=True) as url,
+            raw_server(head, is_endless=True) as url,
             local_client() as http,
         ):
             with pytest.raises(DownloadError, match=f"larger than {LARGEST:,} bytes"):
-                await fetched(http, url)
+                await fetch(http, url)
 
     @pytest.mark.parametrize(
         "head",
@@ -80,24 +80,24 @@ class TestOverRealConnections:
             b"no HTTP at all\r\n\r\n",
             b"",
         ],
-        ids=["shorter than promised", "chunk unfinished", "no HTTP", "nothing"],
+        ids=["shorter than promised", "chunk unfinished", "not HTTP", "nothing"],
     )
-    async def test_a_connection_that_breaks_is_a_download_error(self, head):
+    async def test_broken_connection_is_a_download_error(self, head):
         async with (
             raw_server(head, JPEG if head else b"") as url,
             local_client() as http,
         ):
             with pytest.raises(DownloadError, match=r"RemoteProtocolError|ReadError"):
-                await fetched(http, url)
+                await fetch(http, url)
 
-    async def test_nobody_there_is_a_download_error(self):
+    async def test_refused_connection_is_a_download_error(self):
         async with raw_server() as url:
             pass
         async with local_client() as http:
             with pytest.raises(DownloadError, match="ConnectError"):
-                await fetched(http, url)
+                await fetch(http, url)
 
-    async def test_redirects_are_followed_but_not_for_ever(self):
+    async def test_redirects_are_followed_up_to_a_limit(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(JPEG)
         async with (
             raw_server(head, JPEG) as there,
@@ -105,17 +105,17 @@ class TestOverRealConnections:
         ):
             moved = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n"
             async with raw_server(moved % there.encode()) as url:
-                assert await fetched(http, url) == JPEG
+                assert await fetch(http, url) == JPEG
             async with raw_server(moved % b"/again") as url:
                 with pytest.raises(DownloadError, match="TooManyRedirects"):
-                    await fetched(http, url)
+                    await fetch(http, url)
 
-    async def test_a_port_that_is_none_is_a_download_error(self):
+    async def test_invalid_port_is_a_download_error(self):
         async with local_client() as http:
             with pytest.raises(DownloadError):
-                await fetched(http, "http://127.0.0.1:-1/")
+                await fetch(http, "http://127.0.0.1:-1/")
 
-    async def test_a_real_connection_that_broke_is_gone_on_from(self):
+    async def test_broken_real_connection_is_resumed(self):
         rest = reply(206, JPEG[HALF:], content_range=f"bytes {HALF}-{len(JPEG) - 1}/{len(JPEG)}")
         partial = _Partial()
         async with (
@@ -123,8 +123,8 @@ class TestOverRealConnections:
             local_client() as http,
         ):
             with pytest.raises(DownloadError, match=f"after {HALF:,} bytes"):
-                await fetched(http, server.url, partial)
-            assert await fetched(http, server.url, partial) == JPEG
+                await fetch(http, server.url, partial)
+            assert await fetch(http, server.url, partial) == JPEG
             assert server.seen[1].headers["range"] == f"bytes={HALF}-"
             assert server.seen[1].headers["if-range"] == STRONG
 
@@ -132,10 +132,10 @@ class TestOverRealConnections:
 class TestTheLoop:
     pytestmark = pytest.mark.anyio
 
-    async def test_nothing_that_takes_time_is_done_on_the_event_loop(self, tmp_path, monkeypatch):
+    async def test_persisting_does_not_block_the_event_loop(self, tmp_path, monkeypatch):
         ran = {}
 
-        def noted(module, name):
+        def record_thread(module, name):
             real = getattr(module, name)
 
             def call(*args):
@@ -144,23 +144,23 @@ class TestTheLoop:
 
             monkeypatch.setattr(module, name, call)
 
-        noted(results, "decode_image")
-        noted(results, "add_ai_metadata")
-        noted(storage, "create_file")
+        record_thread(results, "decode_image")
+        record_thread(results, "add_ai_metadata")
+        record_thread(storage, "create_file")
         async with (
             ScriptedServer(reply(200, JPEG)) as server,
             local_client() as http,
         ):
             what = GenerationResult(task_id="task_1", result_urls=[server.url])
             output = OutputFolder(tmp_path)
-            # Certificates and modules are read once in a process, at the first request.
+            # The first request of a process reads certificates and modules.
             await persist_result(what, output, http, name="first", key="k" * 32)
             with blockbuster_ctx() as detector:
-                # What counts the lines that a test runs has a lock of its own.
+                # The coverage tool has a lock of its own.
                 lock = detector.functions["threading.Lock.acquire"]
                 lock.can_block_in("collector.py", "lock_data")
                 with pytest.raises(BlockingError):
-                    time.sleep(0)  # noqa: ASYNC251 - to see that it watches
+                    time.sleep(0)  # noqa: ASYNC251 - checks that the detector works
                 await persist_result(what, output, http, name="second", key="k" * 32)
         assert len(ran) == 3
         assert threading.main_thread() not in ran.values()

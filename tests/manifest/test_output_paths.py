@@ -82,7 +82,7 @@ def test_template_inserts_safe_values():
         ("a/.{id}.{ext}", "starts with a dot"),
         (".{ext}", "a path segment is empty"),
         ("CON/{id}.{ext}", "reserved on Windows"),
-        ("_ledger/{id}.{ext}", "that of the batch's own _ledger"),
+        ("_ledger/{id}.{ext}", "reserved for the batch's own _ledger"),
         ("all.jpg/{id}.{ext}", "a folder 'all.jpg' that is named like an image"),
         ("x" * 300 + "{id}.{ext}", "a name has at most 400, and 200 between slashes"),
     ],

@@ -118,6 +118,9 @@ class TestBatch:
         assert bill["by_mode"] == {"pro": 4, "max": 1}
         runs = await wait_for_task_runs(state.state_details.flow_run_id, expected=1)
         assert [run.name for run in runs] == ["wave-1"]
+        lines = list(map(json.loads, (output / "results.jsonl").read_text().splitlines()))
+        assert len(lines) == 6
+        assert {line["flow_run_id"] for line in lines} == {str(state.state_details.flow_run_id)}
 
     async def test_three_hundred_rows_run_in_two_overlapping_waves(
         self, account, sandbox, tmp_path

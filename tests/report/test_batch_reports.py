@@ -1,4 +1,4 @@
-"""The report of whole batches: what a person finds beside the images, whatever died."""
+"""Reports of whole batches, also after crashes."""
 
 import asyncio
 import csv
@@ -13,7 +13,11 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.report.results import merge_lock, results_store, write_part
+from prefect_flux_kontext.report.results import (
+    acquire_merge_lock,
+    open_results_store,
+    write_part,
+)
 from prefect_flux_kontext.report.thumbnails import name_of_image
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -42,12 +46,12 @@ def output(request, tmp_path):
 
 
 def manifest(folder, sandbox, rows):
-    """A manifest of (id, prompt) with columns of the user's own, and signed references."""
+    """A manifest of (id, prompt) with custom columns and signed references."""
     path = folder / "manifest.csv"
     reference = f"{sandbox.url}/references/cat.png"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "image", "prompt", "sku", "price", "style"])
+        writer.writerow(["id", "image", "prompt", "sku", "cost_usd", "style"])
         for number, (name, prompt) in enumerate(rows):
             image = f"{reference}?X-Amz-Signature={SECRET}&n={number}"
             writer.writerow([name, image, prompt, f"s{number}", "9.99", "oil"])
@@ -58,8 +62,8 @@ def results(output):
     return [json.loads(line) for line in read_all(output)["results.jsonl"].splitlines()]
 
 
-def pictures_of(output):
-    """The name of each picture in the gallery's files, as often as it is there."""
+def thumbnails_of(output):
+    """The name of each thumbnail in the gallery's files, as often as it occurs."""
     for name, data in read_all(output).items():
         if name.startswith("_gallery/") and name.endswith(".js"):
             yield from json.loads(data.decode().partition(", ")[2].rpartition(")")[0])
@@ -69,26 +73,27 @@ def states(output):
     return {row["id"]: row["state"] for row in results(output)}
 
 
-async def test_every_row_has_its_line_with_all_that_is_known_of_it(sandbox, output, tmp_path):
+async def test_every_row_has_a_complete_line(sandbox, output, tmp_path):
     rows = [("a", "one"), ("b", "nsfw"), ("c/d", "three"), ("bad\x01", "four")]
     summary = await batches.run(sandbox, manifest(tmp_path, sandbox, rows), output)
     assert (summary.stored, summary.failed) == (2, 2)
-    good, refused_by_service, folder, refused = results(output)
+    good, violation, folder, refused = results(output)
     files = read_all(output)
     assert good["bytes"] == len(files[good["file"]])
     assert good["uri"].endswith("/out/a/oil.jpg")
     assert good["uris"] == [good["uri"]]
-    assert (good["sku"], good["manifest_price"], good["price"]) == ("s0", "9.99", 0.03)
+    assert (good["sku"], good["manifest_cost_usd"], good["cost_usd"]) == ("s0", "9.99", 0.03)
     assert good["prompt"].endswith("\none")
     assert (good["style"], good["mode"]) == ("oil", "pro")
-    assert (good["state"], good["attempts"], good["already"]) == ("stored", 1, False)
+    assert (good["state"], good["attempts"], good["stored_before"]) == ("stored", 1, False)
+    assert "flow_run_id" not in good
     assert good["generation_seconds"] >= 0
     assert good["waiting_seconds"] >= 0
     assert good["download_seconds"] > 0
     assert good["submitted_at"] <= good["finished_at"] <= good["recorded_at"]
-    assert good["references"] == [f"{sandbox.url}/references/cat.png?n=0"]
-    assert refused_by_service["reason"] == "CONTENT_VIOLATION"
-    assert refused_by_service["price"] == 0.03
+    assert good["reference_images"] == [f"{sandbox.url}/references/cat.png?n=0"]
+    assert violation["reason"] == "CONTENT_VIOLATION"
+    assert violation["cost_usd"] == 0.03
     assert folder["id"] == "c/d"
     assert (refused["state"], refused["reason"]) == ("failed", "refused")
     assert "key" not in refused
@@ -99,7 +104,8 @@ async def test_every_row_has_its_line_with_all_that_is_known_of_it(sandbox, outp
     assert files["_gallery/contact-sheet.png"].startswith(b"\x89PNG")
 
 
-async def test_a_second_run_updates_its_rows_and_leaves_no_twins(sandbox, output, tmp_path):
+async def test_second_run_updates_rows_without_duplicates(sandbox, output, tmp_path):
+    """A second run updates its rows and leaves the rows of other runs as they are."""
     first = [("a", "one"), ("b", "nsfw b"), ("c", "three")]
     await batches.run(sandbox, manifest(tmp_path, sandbox, first), output)
     before = {row["id"]: row for row in results(output)}
@@ -112,37 +118,39 @@ async def test_a_second_run_updates_its_rows_and_leaves_no_twins(sandbox, output
         "c": "stored",
         "d": "stored",
     }
-    # What was stored before is told in full again, from the ledger.
-    assert after["a"]["already"]
-    for name in ("sha256", "submitted_at", "finished_at", "waiting_seconds", "price", "width"):
+    # The line of a row that was stored before is complete again, from the ledger.
+    assert after["a"]["stored_before"]
+    for name in ("sha256", "submitted_at", "finished_at", "waiting_seconds", "cost_usd", "width"):
         assert after["a"][name] == before["a"][name]
     assert after["c"] == before["c"]
-    pictures = Counter(pictures_of(output))
-    assert [pictures[name_of_image(after[name]["key"])] for name in ("a", "c", "d")] == [1, 1, 1]
+    thumbnails = Counter(thumbnails_of(output))
+    assert [thumbnails[name_of_image(after[name]["key"])] for name in ("a", "c", "d")] == [1, 1, 1]
 
 
-async def test_parts_can_be_read_while_the_batch_runs(sandbox, tmp_path):
+async def test_part_files_exist_while_the_batch_runs(sandbox, tmp_path):
     output = str(tmp_path / "out")
     seen = []
     put = OutputFolder.put
 
-    async def looked_at(self, name, source):
+    async def spy(self, name, source):
         if name.startswith("results."):
             seen.append([name for name in read_all(output) if name.startswith("_results/parts/")])
         return await put(self, name, source)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(OutputFolder, "put", looked_at)
+        patched.setattr(OutputFolder, "put", spy)
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
     assert [len(parts) for parts in seen] == [1, 1]
     assert seen[0][0].endswith("-000001.jsonl")
 
 
-async def test_what_a_killed_run_has_written_is_merged_and_a_living_runs_is_left(
-    sandbox, tmp_path
-):
+async def test_parts_of_dead_runs_are_merged_and_of_live_runs_kept(sandbox, tmp_path):
+    """The next run merges the part files of a killed run, not those of a live run."""
     output = str(tmp_path / "out")
-    store, ledger = results_store(OutputFolder(output)), open_ledger_store(OutputFolder(output))
+    store, ledger = (
+        open_results_store(OutputFolder(output)),
+        open_ledger_store(OutputFolder(output)),
+    )
     await write_part(store, "dead", 1, [line(7, run="dead", file=None)])
     async with keep_heartbeat(ledger) as other:
         await write_part(store, other, 1, [line(8, run=other)])
@@ -154,65 +162,64 @@ async def test_what_a_killed_run_has_written_is_merged_and_a_living_runs_is_left
     assert await store.names("parts") == []
 
 
-async def test_a_run_that_dies_between_its_files_is_merged_again_to_the_same(
-    sandbox, tmp_path, monkeypatch
-):
+async def test_merge_is_idempotent_after_a_crash(sandbox, tmp_path, monkeypatch):
+    """A run that crashes between its files is merged again, to the same lines."""
     output = str(tmp_path / "out")
 
-    async def dies(*_):
-        raise LedgerError("died here")
+    async def crash(*_):
+        raise LedgerError("crashed here")
 
     with monkeypatch.context() as patched:
-        patched.setattr("prefect_flux_kontext.report.builder.remove_parts", dies)
+        patched.setattr("prefect_flux_kontext.report.builder.remove_parts", crash)
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
     first = results(output)
-    assert await results_store(OutputFolder(output)).names("parts")
+    assert await open_results_store(OutputFolder(output)).names("parts")
     await batches.run(sandbox, manifest(tmp_path, sandbox, [("b", "two")]), output)
     assert results(output)[0] == first[0]
     assert [row["id"] for row in results(output)] == ["a", "b"]
-    assert not await results_store(OutputFolder(output)).names("parts")
+    assert not await open_results_store(OutputFolder(output)).names("parts")
 
 
-async def test_a_report_that_cannot_be_written_is_told_and_fails_no_row(
-    sandbox, tmp_path, monkeypatch, caplog
-):
-    def refused(*_, **__):
+async def test_failed_report_is_logged_and_fails_no_row(sandbox, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
         raise RuntimeError("no report today")
 
     for name in ("write_part", "bring_up_to_date"):
-        monkeypatch.setattr(f"prefect_flux_kontext.report.builder.{name}", refused)
+        monkeypatch.setattr(f"prefect_flux_kontext.report.builder.{name}", fail)
     with caplog.at_level(logging.WARNING):
         summary = await batches.run(
             sandbox, manifest(tmp_path, sandbox, [("a", "one")]), tmp_path / "out"
         )
     assert summary.complete
     assert "Wave 1 is not in the report: no report today" in caplog.text
-    assert "The report is not up to date: no report today" in caplog.text
+    assert (
+        "The report is not up to date: no report today. To rebuild it: flux-kontext gallery"
+        in caplog.text
+    )
 
 
 @pytest.mark.virtual_time
-async def test_only_one_run_merges_at_a_time_and_a_dead_one_holds_nobody_up():
-    ledger, store = RecordStore("memory://turns/_ledger"), RecordStore("memory://turns/_results")
-    await store.create("turns/000001.taken", b"dead")
-    inside, most, turns = 0, 0, []
+async def test_merge_lock_has_one_holder_and_survives_dead_runs():
+    """Only one run merges at a time, and a dead holder does not block the others."""
+    ledger, store = RecordStore("memory://locks/_ledger"), RecordStore("memory://locks/_results")
+    await store.create("locks/000001.acquired", b"dead")
+    inside, most, order = 0, 0, []
 
     async def merge(number):
         nonlocal inside, most
-        async with keep_heartbeat(ledger) as run, merge_lock(store, ledger, run):
+        async with keep_heartbeat(ledger) as run, acquire_merge_lock(store, ledger, run):
             inside += 1
             most = max(most, inside)
             await asyncio.sleep(3)
             inside -= 1
-            turns.append(number)
+            order.append(number)
 
     await asyncio.gather(*map(merge, range(5)))
-    assert (most, sorted(turns)) == (1, list(range(5)))
-    assert await store.names("turns") == ["000006.over", "000006.taken"]
+    assert (most, sorted(order)) == (1, list(range(5)))
+    assert await store.names("locks") == ["000006.acquired", "000006.released"]
 
 
-def test_the_gallery_is_made_anew_with_pictures_of_what_is_there(
-    sandbox, tmp_path, capsys, monkeypatch
-):
+def test_gallery_command_rebuilds_the_gallery(sandbox, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     rows = manifest(tmp_path, sandbox, [("a", "one"), ("b", "two")])
     monkeypatch.setenv("FLUX_KONTEXT_GALLERY_IMAGES", "0")
@@ -228,7 +235,7 @@ def test_the_gallery_is_made_anew_with_pictures_of_what_is_there(
     assert (output / "gallery.html").read_text().count("data:image/webp") == 2
 
 
-def test_a_gallery_of_nothing_says_so(tmp_path, capsys):
+def test_gallery_command_fails_without_results(tmp_path, capsys):
     assert main(["gallery", str(tmp_path)]) == 2
     assert "No run has written results" in capsys.readouterr().err
 

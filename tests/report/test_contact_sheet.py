@@ -1,11 +1,11 @@
-"""The contact sheet shows every picture in its place with its caption."""
+"""The contact sheet shows every image in its place with its caption."""
 
 from PIL import Image
 
 from prefect_flux_kontext.report.gallery.contact_sheet import contact_sheet
 from tests.support.pictures import picture
 
-PAPER = (250, 249, 246)
+BACKGROUND = (250, 249, 246)
 
 
 def colour(path, name, size=(300, 200), kind="png"):
@@ -14,7 +14,7 @@ def colour(path, name, size=(300, 200), kind="png"):
     return file
 
 
-def test_pictures_stand_in_rows_and_columns(tmp_path):
+def test_images_are_in_rows_and_columns(tmp_path):
     colours = ["red", "green", "blue"]
     red, green, blue = (colour(tmp_path, name) for name in colours)
     sheet = contact_sheet([[("before", red), ("after", green)], [("before", blue)]])
@@ -24,20 +24,20 @@ def test_pictures_stand_in_rows_and_columns(tmp_path):
         (255, 0, 0),
         (0, 128, 0),
         (0, 0, 255),
-        PAPER,
+        BACKGROUND,
     ]
 
 
-def test_a_caption_is_written_under_its_picture(tmp_path):
+def test_caption_is_below_its_image(tmp_path):
     red = colour(tmp_path, "red")
     strip = (0, 192, 256, 216)
     bare = contact_sheet([[("", red)]]).crop(strip)
     captioned = contact_sheet([[("cat, before", red)]]).crop(strip)
-    assert bare.getextrema() == tuple((value, value) for value in PAPER)
+    assert bare.getextrema() == tuple((value, value) for value in BACKGROUND)
     assert captioned.getextrema() != bare.getextrema()
 
 
-def test_pictures_of_any_kind_and_shape_keep_their_shape(tmp_path):
+def test_images_keep_their_aspect_ratio(tmp_path):
     tall = colour(tmp_path, "red", size=(50, 500), kind="jpg")
     grey, alpha = tmp_path / "grey.jpg", tmp_path / "alpha.webp"
     grey.write_bytes(picture("jpeg", "CMYK"))
@@ -45,4 +45,4 @@ def test_pictures_of_any_kind_and_shape_keep_their_shape(tmp_path):
     sheet = contact_sheet([[("tall", tall), ("CMYK", grey), ("alpha", alpha)]])
     assert sheet.size == (768, 216)
     assert sheet.getpixel((128, 96))[0] > 200
-    assert sheet.getpixel((10, 96)) == PAPER
+    assert sheet.getpixel((10, 96)) == BACKGROUND

@@ -1,4 +1,4 @@
-"""The gallery in a real Chromium, opened from the disk as a person opens it."""
+"""The gallery in a real Chromium, opened from the disk."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Open the gallery of lines; at the end it must have complained of nothing, asked nobody."""
+    """Open the gallery of lines; at the end, check for errors and requests elsewhere."""
     contexts, seen = [], []
 
     def make(lines, *, width=1280, height=900, made=None, **how):
@@ -56,11 +56,11 @@ def shown_ids(page):
 MIXED = [line(0), failed(1), line(2), line(3, style=None), failed(4, "TIMEOUT", "It took long.")]
 
 
-def test_it_shows_what_was_made_and_why_rows_failed(opened):
+def test_page_shows_images_and_failure_reasons(opened):
     page = opened(MIXED)
     assert shown_ids(page) == ["row-0", "row-1", "row-2", "row-3", "row-4"]
     numbers = page.locator("#numbers").inner_text().split()
-    assert numbers[:6] == ["images", "3", "failed", "2", "for", "all"]
+    assert numbers[:6] == ["images", "3", "failed", "2", "total", "cost"]
     assert "$0.15" in numbers
     assert "CONTENT_VIOLATION" in page.locator(".card.failed").first.inner_text()
     assert page.locator("#histograms svg").count() == 2
@@ -71,29 +71,29 @@ def test_it_shows_what_was_made_and_why_rows_failed(opened):
     assert page.locator("#slider").is_hidden()
 
 
-def test_the_slider_moves_by_mouse_and_by_keyboard(opened):
+def test_slider_moves_by_mouse_and_keyboard(opened):
     page = opened(MIXED)
     page.locator(".open").first.click()
     before = page.locator("#before")
     before.wait_for()
 
-    def clipped():
+    def clip_path():
         return before.evaluate("image => getComputedStyle(image).clipPath")
 
-    assert clipped() == "inset(0px 50% 0px 0px)"
+    assert clip_path() == "inset(0px 50% 0px 0px)"
     box = page.locator("#figure").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + 60)
     page.mouse.up()
-    assert float(clipped().split()[1].rstrip("%")) == pytest.approx(20, abs=1)
+    assert float(clip_path().split()[1].rstrip("%")) == pytest.approx(20, abs=1)
     page.locator("#slider").fill("30")
     page.locator("#slider").press("ArrowLeft")
-    assert clipped() == "inset(0px 71% 0px 0px)"
-    assert page.locator("#viewed").inner_text() == "row-0"  # the arrow moved the slider alone
+    assert clip_path() == "inset(0px 71% 0px 0px)"
+    assert page.locator("#viewed").inner_text() == "row-0"  # the arrow key only moved the slider
 
 
-def test_what_the_slider_uncovers_is_the_reference(opened):
+def test_slider_reveals_the_reference(opened):
     page = opened([line(0)])
     page.locator(".open").click()
     page.locator("#before").wait_for()
@@ -105,8 +105,8 @@ def test_what_the_slider_uncovers_is_the_reference(opened):
     assert right[2] > right[0] > right[1]
 
 
-def test_the_image_itself_takes_the_thumbnails_place(opened):
-    page = opened([line(0, references=None, file="a b/ü#1.jpg")], made={"before": False})
+def test_full_image_replaces_the_thumbnail(opened):
+    page = opened([line(0, reference_images=None, file="a b/ü#1.jpg")], made={"before": False})
     (page.folder / "a b").mkdir()
     Image.new("RGB", (640, 480), "green").save(page.folder / "a b" / "ü#1.jpg")
     page.locator(".open").click()
@@ -130,7 +130,7 @@ def test_rows_are_filtered_by_state_style_and_id(opened):
     assert shown_ids(page) == ["row-4"]
 
 
-def test_the_keyboard_alone_is_enough(opened):
+def test_page_works_with_the_keyboard_alone(opened):
     page = opened([line(number) for number in range(40)])
     page.keyboard.press("/")
     page.keyboard.type("row")
@@ -155,7 +155,7 @@ def test_the_keyboard_alone_is_enough(opened):
     assert page.locator("#viewed").inner_text() == "row-2"
     page.keyboard.press("Escape")
     page.locator("#viewer").wait_for(state="hidden")
-    # A dialog tells that it was closed a turn of the browser later.
+    # The browser dispatches the close event of a dialog later.
     until(page, "document.activeElement.getAttribute('aria-label') === 'row-2, poster, stored'")
     page.keyboard.press("End")
     assert focused() == "row-39, oil, stored"
@@ -164,12 +164,12 @@ def test_the_keyboard_alone_is_enough(opened):
     )
 
 
-def test_a_selection_is_downloaded_as_a_manifest_that_can_be_run(opened, tmp_path):
+def test_selection_downloads_a_runnable_manifest(opened, tmp_path):
     odd = 'a "quoted",\nprompt'
     rows = [
-        line(0, sku="7", manifest_price="9.99", image="https://example.com/0.jpg"),
-        line(1, prompt=odd, sku="8", manifest_price="", image="https://example.com/1.jpg"),
-        line(2, style=None, references=None),
+        line(0, sku="7", manifest_cost_usd="9.99", image="https://example.com/0.jpg"),
+        line(1, prompt=odd, sku="8", manifest_cost_usd="", image="https://example.com/1.jpg"),
+        line(2, style=None, reference_images=None),
     ]
     page = opened(rows)
     for number in (2, 1):
@@ -182,7 +182,7 @@ def test_a_selection_is_downloaded_as_a_manifest_that_can_be_run(opened, tmp_pat
     cells = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
     assert [row["id"] for row in cells] == ["row-1-pencil", "row-2"]
     assert [row["sku"] for row in cells] == ["8", ""]
-    assert "price" in cells[0]
+    assert "cost_usd" in cells[0]
     made = list(Manifest(str(path)).rows())
     assert [row.request.prompt for row in made] == [odd, "Repaint it"]
     assert [row.request.image_urls for row in made] == [["https://example.com/1.jpg"], []]
@@ -199,11 +199,11 @@ def test_a_selection_is_downloaded_as_a_manifest_that_can_be_run(opened, tmp_pat
 EVIL = "</script><img src=x onerror=window.pwned=1><!--\u2028'\"&lt;"
 
 
-def test_ids_prompts_and_reasons_are_text_whatever_they_hold(opened):
+def test_untrusted_values_are_shown_as_text(opened):
     names = ("id", "style", "prompt", "task_id", "provider", "file", EVIL, "__proto__")
     evil = dict.fromkeys(names, EVIL)
     rows = [
-        line(0, **evil, references=["javascript:window.pwned=1"]),
+        line(0, **evil, reference_images=["javascript:window.pwned=1"]),
         failed(1, EVIL, EVIL, id=f"{EVIL}2", style=EVIL),
     ]
     page = opened(rows)
@@ -222,20 +222,20 @@ def test_ids_prompts_and_reasons_are_text_whatever_they_hold(opened):
     assert "<img src=x" not in html
 
 
-def test_even_a_script_that_got_into_the_page_would_not_run(opened):
+def test_injected_script_does_not_run(opened):
     page = opened([line(0)])
     path = page.folder / "gallery.html"
     path.write_text(path.read_text().replace("<main>", "<main><img src=x onerror='pwned=1'>"))
-    said = []
+    messages = []
     context = page.context
     other = context.new_page()
-    other.on("console", lambda message: said.append(message.text))
+    other.on("console", lambda message: messages.append(message.text))
     other.goto(path.as_uri())
     assert other.evaluate("window.pwned") is None
-    assert any("Content Security Policy" in text for text in said)
+    assert any("Content Security Policy" in text for text in messages)
 
 
-def test_it_is_light_by_day_and_dark_by_night(opened):
+def test_page_follows_the_color_scheme(opened):
     def paper(scheme):
         page = opened(MIXED, color_scheme=scheme)
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -245,7 +245,7 @@ def test_it_is_light_by_day_and_dark_by_night(opened):
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
-def test_a_narrow_screen_needs_no_sideways_scrolling(opened, width):
+def test_narrow_screen_does_not_scroll_sideways(opened, width):
     long = "a" * 200
     rows = [line(0, id=long, prompt=long * 9, style=long), failed(1, message=long), *MIXED[2:]]
     page = opened(rows, width=width, height=800, has_touch=True, is_mobile=True)
@@ -265,7 +265,7 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened, width):
     assert page.locator("#viewed").inner_text() == "row-1"
 
 
-def test_ten_thousand_rows_scroll_with_few_cards_and_load_pictures_as_they_come(opened):
+def test_large_gallery_keeps_few_cards_and_loads_on_demand(opened):
     page = opened([line(number) for number in range(10_000)])
     loaded = "[...document.querySelectorAll('.open img')].filter(i => i.naturalWidth).length"
     until(page, f"{loaded} > 10")

@@ -1,4 +1,4 @@
-"""The rows of a gallery are held as columns of text, and come out as they went in."""
+"""Gallery rows are held as columns of text without loss."""
 
 import json
 
@@ -9,9 +9,13 @@ from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_refere
 from tests.support.galleries import failed, line
 
 
-def unpacked(column):
-    told = json.loads(column.packed())
-    return [told["values"][place] for place in told["of"]] if "of" in told else told["values"]
+def decode(column):
+    decoded = json.loads(column.to_json())
+    return (
+        [decoded["values"][index] for index in decoded["indexes"]]
+        if "indexes" in decoded
+        else decoded["values"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -24,35 +28,35 @@ def unpacked(column):
         [1, 1.5, True, None, "1", ["x", "y"], []],
     ],
 )
-def test_a_column_gives_back_whatever_it_was_given(values):
+def test_column_round_trips_any_value(values):
     column = Column()
     for value in values:
         column.add(value)
-    assert list(column) == unpacked(column) == values
+    assert list(column) == decode(column) == values
 
 
-def test_a_value_that_is_often_the_same_is_written_once():
+def test_column_holds_repeated_values_once():
     column = Column()
     for _ in range(10):
         column.add("the same prompt")
-    assert column.packed().count("the same prompt") == 1
+    assert column.to_json().count("the same prompt") == 1
 
 
-def test_own_columns_that_come_late_or_end_early_are_empty_elsewhere():
+def test_custom_columns_are_empty_where_missing():
     rows = GalleryRows()
-    for added in (line(0, sku="7"), line(1, manifest_price="9"), failed(2, sku="8")):
+    for added in (line(0, sku="7"), line(1, manifest_cost_usd="9"), failed(2, sku="8")):
         rows.add(added)
-    assert {name: list(column) for name, column in rows.own.items()} == {
+    assert {name: list(column) for name, column in rows.custom.items()} == {
         "sku": ["7", None, "8"],
-        "price": [None, "9", None],
+        "cost_usd": [None, "9", None],
     }
     assert list(rows.columns["state"]) == ["stored", "stored", "failed"]
     assert len(rows) == 3
 
 
-def test_only_stored_rows_have_a_picture_and_rows_without_reference_none_before():
+def test_thumbnails_need_a_stored_image_and_a_reference():
     rows = GalleryRows()
-    for added in (line(0), failed(1), line(2, references=None)):
+    for added in (line(0), failed(1), line(2, reference_images=None)):
         rows.add(added)
     of = name_of_image(line(0)["key"]), None, name_of_image(line(2)["key"])
     assert tuple(rows.after) == of

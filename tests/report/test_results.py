@@ -1,13 +1,14 @@
-"""How a row stands, by all that runs have said of it: one line, the latest, nothing lost."""
+"""Result lines of several runs are merged to one current line for each row."""
 
 import itertools
+from decimal import Decimal
 
 import pytest
 
 from prefect_flux_kontext.report.results import (
-    NewLines,
+    LineMerger,
     as_json,
-    newer_line,
+    merge_lines,
     read_lines,
     write_parquet,
 )
@@ -17,19 +18,19 @@ EARLY, LATE = "2026-01-02T03:05:06.000Z", "2026-01-03T00:00:00.000Z"
 
 
 def merge(folder, earlier, *parts):
-    """The lines after merging, and your own columns that were seen."""
+    """Merge part files; returns the lines and the names of the custom columns."""
     before, after = folder / "before.jsonl", folder / "after.jsonl"
     before.write_text("".join(map(as_json, earlier)))
-    with NewLines() as new:
+    with LineMerger() as merger:
         for part in parts:
-            new.add("".join(map(as_json, part)).encode())
-        number = new.write(before, after)
+            merger.add("".join(map(as_json, part)).encode())
+        number = merger.write(before, after)
         lines = list(read_lines(after))
         assert number == len(lines)
-        return lines, list(new.own)
+        return lines, list(merger.custom_columns)
 
 
-def test_the_later_line_of_a_row_stands_in_the_place_of_the_earlier(tmp_path):
+def test_later_line_replaces_the_earlier_in_place(tmp_path):
     earlier = [failed(0), line(1), failed(2)]
     part = [line(2, recorded_at=LATE), line(3, recorded_at=LATE), line(0, recorded_at=LATE)]
     lines, _ = merge(tmp_path, earlier, part)
@@ -41,7 +42,7 @@ def test_the_later_line_of_a_row_stands_in_the_place_of_the_earlier(tmp_path):
     ]
 
 
-def test_parts_may_come_in_any_order_and_twice(tmp_path):
+def test_merge_accepts_parts_in_any_order_and_twice(tmp_path):
     parts = [
         [line(0, key="a" * 32)],
         [failed(0, recorded_at=LATE, key="a" * 32)],
@@ -57,32 +58,33 @@ def test_parts_may_come_in_any_order_and_twice(tmp_path):
     assert [row["state"] for row in outcomes[0]] == ["stored"]
 
 
-def test_rows_of_one_id_in_several_styles_are_several_rows(tmp_path):
+def test_row_is_identified_by_id_and_style(tmp_path):
     lines, _ = merge(tmp_path, [], [line(0, style="oil"), line(0, style="noir")])
     assert [row["style"] for row in lines] == ["oil", "noir"]
 
 
-def test_a_row_that_was_collected_keeps_its_columns_of_the_manifest():
+def test_collected_row_keeps_its_manifest_columns():
     old = failed(0, sku="7", style="oil", key="k")
     new = line(0, recorded_at=LATE, source="ledger", style=None, line=99, key="k")
-    made = newer_line(new, old)
+    made = merge_lines(new, old)
     assert (made["state"], made["sku"], made["style"]) == ("stored", "7", "oil")
     assert (made["line"], made["source"]) == (2, "manifest")
     assert "reason" not in made
 
 
-def test_what_an_older_request_came_to_does_not_replace_the_row_as_it_is_now():
+def test_line_of_an_older_request_changes_nothing():
+    """A collected line with another key does not replace the line of the manifest."""
     now = line(0, key="new prompt")
     collected = line(0, key="old prompt", recorded_at=LATE, source="ledger")
-    assert newer_line(now, collected) == now
+    assert merge_lines(now, collected) == now
 
 
-def test_your_own_columns_are_told_in_the_order_they_were_seen(tmp_path):
-    _, own = merge(tmp_path, [line(0, zebra="1", apple="2")], [line(1, ball="3", zebra="4")])
-    assert own == ["zebra", "apple", "ball"]
+def test_custom_columns_keep_their_order(tmp_path):
+    _, custom = merge(tmp_path, [line(0, zebra="1", apple="2")], [line(1, ball="3", zebra="4")])
+    assert custom == ["zebra", "apple", "ball"]
 
 
-def test_parquet_has_the_same_rows_with_types_that_never_change(tmp_path):
+def test_parquet_has_the_same_rows_and_fixed_types(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     rows = [line(0, sku="007", uris=["a", "b"]), failed(1)]
     (tmp_path / "lines").write_text("".join(map(as_json, rows)))
@@ -92,18 +94,36 @@ def test_parquet_has_the_same_rows_with_types_that_never_change(tmp_path):
     table = pq.read_table(tmp_path / "some.parquet")
     types = {field.name: str(field.type) for field in table.schema}
     assert types["recorded_at"] == "timestamp[ms, tz=UTC]"
-    assert (types["price"], types["bytes"], types["already"]) == ("double", "int64", "bool")
+    assert types["cost_usd"] == "decimal128(18, 6)"
+    assert (types["bytes"], types["stored_before"]) == ("int64", "bool")
+    assert types["flow_run_id"] == "string"
     assert (types["uris"], types["sku"]) == ("list<element: string>", "string")
     empty = pq.read_table(tmp_path / "none.parquet").schema
     assert empty == table.schema.remove(table.schema.get_field_index("sku"))
-    told = [
+    columns = table.to_pylist()
+    assert [str(row.pop("cost_usd")) for row in columns] == ["0.030000", "0.030000"]
+    decoded = [
         {name: value for name, value in row.items() if value is not None and "_at" not in name}
-        for row in table.to_pylist()
+        for row in columns
     ]
-    assert told == [
-        {name: value for name, value in row.items() if "_at" not in name} for row in rows
+    assert decoded == [
+        {name: value for name, value in row.items() if name != "cost_usd" and "_at" not in name}
+        for row in rows
     ]
     assert table["recorded_at"][0].as_py().isoformat() == "2026-01-02T03:05:06+00:00"
+
+
+@pytest.mark.parametrize(
+    ("cost", "total"), [(0.03, "0.330000"), (1e-06, "0.000011"), (1_234.567891, "13580.246801")]
+)
+def test_parquet_sums_costs_exactly(tmp_path, cost, total):
+    """Eleven rows at $0.03 cost $0.33, which a sum of floats misses."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = [line(number, cost_usd=cost) for number in range(11)]
+    (tmp_path / "lines").write_text("".join(map(as_json, rows)))
+    assert write_parquet(tmp_path / "lines", tmp_path / "costs.parquet", {})
+    costs = pq.read_table(tmp_path / "costs.parquet")["cost_usd"]
+    assert sum(costs.to_pylist()) == Decimal(total)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +137,14 @@ def test_parquet_has_the_same_rows_with_types_that_never_change(tmp_path):
         ({"state": "failed", "attempts": 1}, {"state": "outstanding", "attempts": 2}),
     ],
 )
-def test_a_row_comes_on_though_the_clock_of_the_later_run_is_behind(earlier, later):
+def test_merge_ignores_clocks_where_states_decide(earlier, later):
+    """States and attempts decide although the clock of the later run is behind."""
     before = line(0, **earlier, recorded_at=LATE)
     after = line(0, **later, recorded_at=EARLY)
-    assert newer_line(before, after) == newer_line(after, before) == after
+    assert merge_lines(before, after) == merge_lines(after, before) == after
 
 
-def test_of_another_request_the_clock_decides():
+def test_merge_of_different_requests_uses_the_clock():
     stored = line(0, attempts=2, key="old prompt")
     now = failed(0, attempts=1, key="new prompt", recorded_at=LATE)
-    assert newer_line(stored, now) == newer_line(now, stored) == now
+    assert merge_lines(stored, now) == merge_lines(now, stored) == now

@@ -1,4 +1,4 @@
-"""Small pictures cost the batch nothing: what cannot be had is left out."""
+"""Thumbnails never fail a batch: those that cannot be made are left out."""
 
 import asyncio
 import io
@@ -23,8 +23,8 @@ KEY = "ab" * 16
 URL = "http://pictures.test/cat.jpg"
 
 
-def connections(answer):
-    return open_download_client(httpx.MockTransport(answer))
+def connections(handler):
+    return open_download_client(httpx.MockTransport(handler))
 
 
 def size_of(data):
@@ -34,11 +34,11 @@ def size_of(data):
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("jpeg", "CMYK"), ("png", "LA"), ("webp", "RGBA")])
-def test_a_thumbnail_of_any_kind_keeps_its_shape(kind, mode):
+def test_thumbnail_keeps_the_aspect_ratio(kind, mode):
     assert size_of(make_thumbnail(picture(kind, mode, (960, 480)), 320)) == (320, 160)
 
 
-def test_a_thumbnail_is_upright_and_tells_nothing_of_where_it_was_taken():
+def test_thumbnail_is_upright_and_has_no_metadata():
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "camera"
@@ -48,30 +48,30 @@ def test_a_thumbnail_is_upright_and_tells_nothing_of_where_it_was_taken():
 
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", png_that_claims(50_000, 50_000)])
-def test_what_is_no_picture_or_a_bomb_has_no_thumbnail(data):
+def test_invalid_images_and_bombs_have_no_thumbnail(data):
     with pytest.raises((OSError, ValueError, Image.DecompressionBombError)):
         make_thumbnail(data, 320)
 
 
 @pytest.mark.anyio
-async def test_pictures_are_made_up_to_a_limit_and_taken_once():
+async def test_thumbnails_are_limited_and_taken_once():
     async with connections(lambda _: httpx.Response(404)) as http:
-        pictures = ThumbnailCollector(http, 2, references=True)
+        collector = ThumbnailCollector(http, 2, references=True)
         for key in ("a" * 32, "b" * 32):
-            pictures.showing(key)(Image.new("RGB", (640, 480)))
-        assert pictures.showing("c" * 32) is None
-        made = pictures.take()
+            collector.showing(key)(Image.new("RGB", (640, 480)))
+        assert collector.showing("c" * 32) is None
+        made = collector.take()
         assert list(made) == [name_of_image("a" * 32), name_of_image("b" * 32)]
         assert {size_of(data) for data in made.values()} == {(320, 240)}
-        assert pictures.take() == {}
+        assert collector.take() == {}
 
 
 @pytest.mark.anyio
-async def test_a_picture_that_cannot_be_made_small_fails_nothing():
+async def test_thumbnail_errors_are_ignored():
     async with connections(lambda _: httpx.Response(404)) as http:
-        pictures = ThumbnailCollector(http, 2, references=True)
-        pictures.showing("a" * 32)(Image.new("F", (0, 0)))
-        assert pictures.take() == {}
+        collector = ThumbnailCollector(http, 2, references=True)
+        collector.showing("a" * 32)(Image.new("F", (0, 0)))
+        assert collector.take() == {}
 
 
 @pytest.mark.anyio
@@ -86,7 +86,7 @@ async def test_a_picture_that_cannot_be_made_small_fails_nothing():
     ],
     ids=["an image", "gone", "elsewhere", "a page", "too large"],
 )
-async def test_a_reference_is_fetched_once_and_whatever_comes_fails_nothing(status, content, made):
+async def test_reference_is_fetched_once_and_errors_are_ignored(status, content, made):
     asked = []
 
     def answer(request):
@@ -96,11 +96,11 @@ async def test_a_reference_is_fetched_once_and_whatever_comes_fails_nothing(stat
         return httpx.Response(status, headers=headers, stream=stream)
 
     async with connections(answer) as http:
-        pictures = ThumbnailCollector(http, 10, references=True)
-        pictures.want_references([URL, "http://pictures.test/second.jpg"])
-        pictures.want_references([URL])
-        await pictures.wait(10)
-        taken = pictures.take()
+        collector = ThumbnailCollector(http, 10, references=True)
+        collector.want_references([URL, "http://pictures.test/second.jpg"])
+        collector.want_references([URL])
+        await collector.wait(10)
+        taken = collector.take()
     assert asked == [URL]
     assert list(taken) == ([name_of_reference(URL)] if made else [])
     assert [size_of(data) for data in taken.values()] == ([(640, 320)] if made else [])
@@ -108,60 +108,60 @@ async def test_a_reference_is_fetched_once_and_whatever_comes_fails_nothing(stat
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("most", "references"), [(0, True), (10, False)])
-async def test_no_reference_is_fetched_when_none_is_wanted(most, references):
+async def test_no_reference_is_fetched_when_turned_off(most, references):
     async with connections(lambda _: pytest.fail("asked")) as http:
-        pictures = ThumbnailCollector(http, most, references=references)
-        pictures.want_references([URL])
-        pictures.want_references([])
-        await pictures.wait(0)
-        assert pictures.take() == {}
+        collector = ThumbnailCollector(http, most, references=references)
+        collector.want_references([URL])
+        collector.want_references([])
+        await collector.wait(0)
+        assert collector.take() == {}
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_a_reference_that_never_comes_is_left_at_the_end():
+async def test_wait_ends_although_a_reference_is_pending():
     async def never(_request):
         await asyncio.Event().wait()
 
     async with connections(never) as http:
-        pictures = ThumbnailCollector(http, 10, references=True)
-        pictures.want_references([URL])
+        collector = ThumbnailCollector(http, 10, references=True)
+        collector.want_references([URL])
         began = asyncio.get_running_loop().time()
-        await pictures.wait(5)
+        await collector.wait(5)
         assert asyncio.get_running_loop().time() - began == pytest.approx(5)
-        pictures.close()
+        collector.close()
 
 
 @pytest.mark.anyio
-async def test_what_signs_a_reference_is_in_no_log(caplog):
+async def test_signature_of_a_reference_is_not_logged(caplog):
     async with connections(lambda _: httpx.Response(403)) as http:
-        pictures = ThumbnailCollector(http, 10, references=True)
+        collector = ThumbnailCollector(http, 10, references=True)
         with caplog.at_level(logging.DEBUG):
-            pictures.want_references([f"{URL}?X-Amz-Signature=canary"])
-            await pictures.wait(10)
-    assert "No picture of a reference" in caplog.text
+            collector.want_references([f"{URL}?X-Amz-Signature=canary"])
+            await collector.wait(10)
+    assert "No thumbnail of a reference" in caplog.text
     assert "canary" not in caplog.text
 
 
-def test_a_reference_is_known_however_its_url_is_signed():
+def test_reference_name_ignores_the_url_signature():
     assert name_of_reference(f"{URL}?X-Amz-Signature=a") == name_of_reference(URL)
 
 
 @pytest.mark.anyio
-async def test_an_album_is_read_back_with_files_that_no_index_names(tmp_path):
+async def test_thumbnail_store_finds_files_missing_in_its_index(tmp_path):
     first, second = (ThumbnailStore(OutputFolder(str(tmp_path))) for _ in range(2))
     await first.add("one", {f"a{n}": bytes([n]) for n in range(50)})
-    await first.read()
-    await second.add("two", {"b": b"2"})  # and then its run is killed
+    await first.load_index()
+    await second.add("two", {"b": b"2"})  # then the run is killed
     third = ThumbnailStore(OutputFolder(str(tmp_path)))
-    await third.read()
-    assert len(third.places) == 51
-    assert {third.places["a0"], third.places["a49"], third.places["b"]} == {
+    await third.load_index()
+    assert len(third.files) == 51
+    assert {third.files["a0"], third.files["a49"], third.files["b"]} == {
         "one-1",
         "one-2",
         "two-1",
     }
-    assert await third.pictures(["b", "a49", "nobody"]) == {
+    assert await third.load(["b", "a49", "missing"]) == {
         "b": "data:image/webp;base64,Mg==",
         "a49": "data:image/webp;base64,MQ==",
     }

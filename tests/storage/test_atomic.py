@@ -1,4 +1,4 @@
-"""A file is created whole or not at all, whatever the system and the filesystem know."""
+"""Files are created whole or not at all, whatever the system supports."""
 
 import errno
 import os
@@ -14,12 +14,14 @@ from prefect_flux_kontext.storage.atomic import create_file
 LOCAL = LocalFileSystem()
 
 
-@pytest.fixture(params=["as it is here", "no unnamed files", "none in this folder", "no /proc"])
+@pytest.fixture(
+    params=["this system", "no unnamed files", "not supported in this folder", "no /proc"]
+)
 def system(request, monkeypatch):
-    """The ways in which a system may lack what Linux's own filesystems have."""
+    """Systems without some of the features of Linux's own filesystems."""
     if request.param == "no unnamed files":
         monkeypatch.delattr(os, "O_TMPFILE")
-    elif request.param == "none in this folder":
+    elif request.param == "not supported in this folder":
         opened = os.open
 
         def refuse(path, flags, *mode, **how):
@@ -46,14 +48,14 @@ def names(folder):
 
 @pytest.mark.usefixtures("system")
 @pytest.mark.parametrize("data", [b"", b"a record", os.urandom(3_000_000)], ids=len)
-def test_a_file_is_created_whole_in_a_folder_that_is_made(tmp_path, data):
+def test_create_makes_missing_folders(tmp_path, data):
     create_file(LOCAL, str(tmp_path / "a" / "b" / "1.json"), data)
     assert (tmp_path / "a" / "b" / "1.json").read_bytes() == data
     assert names(tmp_path / "a" / "b") == ["1.json"]
 
 
 @pytest.mark.usefixtures("system")
-def test_what_is_there_stays(tmp_path):
+def test_create_keeps_an_existing_file(tmp_path):
     create_file(LOCAL, str(tmp_path / "1.json"), b"first")
     with pytest.raises(FileExistsError):
         create_file(LOCAL, str(tmp_path / "1.json"), b"second")
@@ -62,7 +64,7 @@ def test_what_is_there_stays(tmp_path):
 
 
 @pytest.mark.usefixtures("system")
-def test_others_may_read_it_as_any_file_of_this_user(tmp_path):
+def test_created_file_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         create_file(LOCAL, str(tmp_path / "1.json"), b"x")
@@ -72,8 +74,8 @@ def test_others_may_read_it_as_any_file_of_this_user(tmp_path):
 
 
 @pytest.mark.usefixtures("system")
-def test_what_does_not_fit_is_not_seen_at_all(tmp_path):
-    """A write may be cut short without an error; only the next one tells."""
+def test_failed_create_leaves_no_file(tmp_path):
+    """A short write raises no error; only the next write does."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -87,7 +89,7 @@ def test_what_does_not_fit_is_not_seen_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "link"])
-def test_no_descriptor_is_left_open_when_it_goes_wrong(tmp_path, monkeypatch, call):
+def test_failed_create_closes_its_descriptors(tmp_path, monkeypatch, call):
     def refuse(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 

@@ -1,4 +1,4 @@
-"""What a killed run has left half-written goes away by itself, and nothing else does."""
+"""Temporary files of killed runs are removed, and nothing else."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def put(path, *, hours):
     return path
 
 
-async def test_parts_older_than_a_day_go_and_all_else_stays(tmp_path):
+async def test_sweep_removes_only_temporary_files_over_a_day_old(tmp_path):
     gone = [put(tmp_path / OLD, hours=25), put(tmp_path / ".a.b.c.ffffffffffff.part", hours=999)]
     kept = [
         put(tmp_path / name, hours=hours)
@@ -38,7 +38,7 @@ async def test_parts_older_than_a_day_go_and_all_else_stays(tmp_path):
             ".cat.jpg.0123456789ab": 99,
             "download.part": 99,
             "cat.jpg": 99,
-            f"of somebody else/{OLD}": 99,
+            f"another folder/{OLD}": 99,
         }.items()
     ]
     assert await sweep(OutputFolder(tmp_path)) == len(gone)
@@ -47,7 +47,7 @@ async def test_parts_older_than_a_day_go_and_all_else_stays(tmp_path):
     assert await sweep(OutputFolder(tmp_path), recursive=True) == 1
 
 
-async def test_what_a_killed_writer_has_left_is_what_is_swept(tmp_path):
+async def test_sweep_removes_files_of_a_killed_writer(tmp_path):
     with writer(tmp_path, 16 * 2**20, "forever") as process:
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -64,7 +64,7 @@ async def test_what_a_killed_writer_has_left_is_what_is_swept(tmp_path):
     assert not any(path.exists() for path in left)
 
 
-async def test_a_run_begins_by_sweeping_its_output_and_its_ledger(tmp_path):
+async def test_run_sweeps_its_output_and_ledger(tmp_path):
     parts = [
         put(tmp_path / folder / OLD, hours=25) for folder in (".", "_ledger/rows/aa", "_ledger")
     ]
@@ -74,12 +74,12 @@ async def test_a_run_begins_by_sweeping_its_output_and_its_ledger(tmp_path):
     assert not any(path.exists() for path in parts)
 
 
-@pytest.mark.parametrize("url", ["{tmp_path}/not there", "memory://nothing"])
-async def test_where_there_is_nothing_to_sweep_that_is_no_error(url, tmp_path):
+@pytest.mark.parametrize("url", ["{tmp_path}/missing", "memory://nothing"])
+async def test_sweep_accepts_a_missing_folder(url, tmp_path):
     assert await sweep(OutputFolder(url.format(tmp_path=tmp_path))) == 0
 
 
-async def test_a_link_in_a_circle_is_not_followed(tmp_path):
+async def test_sweep_does_not_follow_symlink_loops(tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path)
     put(tmp_path / OLD, hours=25)
     assert await sweep(OutputFolder(tmp_path), recursive=True) == 1

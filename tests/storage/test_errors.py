@@ -1,4 +1,4 @@
-"""Which errors of a filesystem pass, how long they are waited for, and what is told of them."""
+"""Transient filesystem errors are retried, and messages hide secrets."""
 
 import asyncio
 import errno
@@ -19,7 +19,7 @@ def s3_error(code, status):
     return botocore.exceptions.ClientError(reply, "PutObject")
 
 
-def caused(error, cause):
+def with_cause(error, cause):
     error.__cause__ = cause
     return error
 
@@ -40,13 +40,13 @@ BUSY = [
     OSError(errno.EBUSY, "Please reduce your request rate"),
     s3_error("SlowDown", 503),
     s3_error("TooManyRequests", 429),
-    caused(OSError("what s3fs makes of an unknown code"), s3_error("429", 429)),
-    caused(OSError(errno.EREMOTEIO, "We encountered an internal error"), s3_error("500", 500)),
+    with_cause(OSError("what s3fs makes of an unknown code"), s3_error("429", 429)),
+    with_cause(OSError(errno.EREMOTEIO, "We encountered an internal error"), s3_error("500", 500)),
     RuntimeError("SlowDown"),
     GcsError(),
     AzureError(),
 ]
-UNCONNECTED = [
+CONNECTION_ERRORS = [
     ConnectionResetError(104, "reset"),
     TimeoutError("slow"),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
@@ -54,7 +54,7 @@ UNCONNECTED = [
     aiohttp.ServerDisconnectedError(),
     aiohttp.ClientPayloadError(),
 ]
-MEANT = [
+PERMANENT = [
     PermissionError("Access Denied"),
     FileNotFoundError("no such bucket"),
     OSError(errno.ENOSPC, "No space left on device"),
@@ -67,14 +67,14 @@ MEANT = [
 
 
 @pytest.mark.parametrize("error", BUSY, ids=repr)
-def test_a_store_that_is_too_busy_is_asked_again_for_a_minute(error):
+def test_busy_errors_are_transient_for_a_minute(error):
     assert is_transient(error, 1, 0)
     assert is_transient(error, 50, 59)
     assert not is_transient(error, 2, 60)
 
 
-@pytest.mark.parametrize("error", UNCONNECTED, ids=repr)
-def test_a_store_that_cannot_be_reached_is_tried_four_times(error):
+@pytest.mark.parametrize("error", CONNECTION_ERRORS, ids=repr)
+def test_connection_errors_allow_four_attempts(error):
     assert [is_transient(error, attempt, 0) for attempt in (1, 2, 3, 4)] == [
         True,
         True,
@@ -83,18 +83,18 @@ def test_a_store_that_cannot_be_reached_is_tried_four_times(error):
     ]
 
 
-@pytest.mark.parametrize("error", MEANT, ids=repr)
-def test_every_other_error_is_meant(error):
+@pytest.mark.parametrize("error", PERMANENT, ids=repr)
+def test_other_errors_are_not_transient(error):
     assert not is_transient(error, 1, 0)
 
 
-def test_an_error_that_is_its_own_cause_is_looked_at_once():
+def test_is_transient_accepts_circular_causes():
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
     assert not is_transient(first, 1, 0)
 
 
-def test_what_the_options_hold_is_not_told_but_where_the_store_is_and_what_happened():
+def test_describe_error_hides_secret_options():
     options = {
         "key": "canary-key",
         "secret": "canary-key-and-more",
@@ -118,7 +118,7 @@ class TestCalls:
         return OutputFolder(f"memory://{tmp_path.name}", SECRETS)
 
     @pytest.mark.parametrize("error", [BUSY[0], BUSY[1]], ids=repr)
-    async def test_a_busy_store_is_written_to_as_soon_as_it_takes_it(self, output, error):
+    async def test_busy_store_is_retried(self, output, error):
         fs = output.fs
         output.fs = Faulty(fs, {"pipe_file", "cat_file"}, error, times=5)
         await output.write("cat.jpg", b"a cat")
@@ -126,16 +126,19 @@ class TestCalls:
         output.fs.times = 3
         assert await output.read("cat.jpg") == b"a cat"
 
-    async def test_waiting_for_it_has_an_end_and_is_spread_out(self, output):
+    async def test_busy_store_fails_after_a_minute(self, output):
+        """Retries of a busy store are spread out and end after about a minute."""
         loop = asyncio.get_running_loop()
         output.fs = Faulty(output.fs, {"pipe_file"}, BUSY[0], times=9_999)
         began = loop.time()
-        with pytest.raises(StorageError, match=r"refused .*cat\.jpg: OSError: .*request rate"):
+        with pytest.raises(
+            StorageError, match=r"cat\.jpg cannot be written: OSError: .*request rate"
+        ):
             await output.write("cat.jpg", b"a cat")
         assert 60 <= loop.time() - began <= 90
         assert 5 <= 9_999 - output.fs.times <= 30
 
-    async def test_what_is_meant_is_not_tried_again(self, output):
+    async def test_permanent_errors_are_not_retried(self, output):
         for call in (output.write("a", b""), output.read("a"), output.remove("a")):
             output.fs = Faulty(
                 output.fs,
@@ -147,11 +150,11 @@ class TestCalls:
             assert output.fs.times == 98
             assert "canary" not in repr(caught.value)
 
-    async def test_a_file_that_is_not_there_is_no_trouble(self, output):
+    async def test_missing_file_is_no_error(self, output):
         assert await output.read("none.jpg") is None
         await output.remove("none.jpg")
 
-    async def test_the_ledger_waits_for_a_busy_store_too(self, output):
+    async def test_ledger_waits_for_a_busy_store(self, output):
         store = RecordStore(output.below("_ledger"))
         store._fs = Faulty(store._fs, {"pipe_file"}, BUSY[0], times=7)
         assert await store.create("1.json", b"one")

@@ -1,4 +1,4 @@
-"""Files are whole in their place or not there at all."""
+"""Files are visible whole or not at all."""
 
 import asyncio
 import errno
@@ -43,7 +43,7 @@ def files_below(url):
 
 
 @pytest.mark.anyio
-async def test_a_written_file_can_be_read_at_its_uri(folder):
+async def test_written_file_is_readable_at_its_uri(folder):
     uri = await OutputFolder(folder).write("cat.jpg", b"\xff\xd8 a cat")
     assert uri.endswith("/out/cat.jpg")
     with fsspec.open(uri, "rb") as file:
@@ -52,7 +52,7 @@ async def test_a_written_file_can_be_read_at_its_uri(folder):
 
 
 @pytest.mark.anyio
-async def test_writing_again_replaces_the_file(folder):
+async def test_write_replaces_an_older_file(folder):
     output = OutputFolder(folder)
     for data in (b"an old and longer cat", b"a new cat"):
         uri = await output.write("cat.jpg", data)
@@ -62,13 +62,13 @@ async def test_writing_again_replaces_the_file(folder):
 
 
 @pytest.mark.anyio
-async def test_checking_leaves_nothing_behind(folder):
+async def test_check_writable_leaves_no_file(folder):
     await OutputFolder(folder).check_writable()
     assert files_below(folder) == []
 
 
 @pytest.mark.anyio
-async def test_many_writers_of_one_name_leave_one_whole_file(folder):
+async def test_concurrent_writes_leave_one_whole_file(folder):
     output = OutputFolder(folder)
     contents = [bytes([number]) * 50_000 for number in range(8)]
     await asyncio.gather(*(output.write("cat.jpg", data) for data in contents))
@@ -78,7 +78,7 @@ async def test_many_writers_of_one_name_leave_one_whole_file(folder):
 
 
 @pytest.mark.anyio
-async def test_a_bucket_itself_can_be_the_output(s3):
+async def test_output_can_be_a_bucket(s3):
     bucket, client = s3
     assert await OutputFolder(bucket).write("top.jpg", b"top") == f"{bucket}/top.jpg"
     assert client.get_object(Bucket="pictures", Key="top.jpg")["Body"].read() == b"top"
@@ -86,7 +86,7 @@ async def test_a_bucket_itself_can_be_the_output(s3):
 
 
 @pytest.mark.anyio
-async def test_a_bucket_that_is_not_there_is_found_out_by_the_check(s3):
+async def test_check_writable_finds_a_missing_bucket(s3):
     with pytest.raises(ConfigurationError, match="s3://no-such-bucket/x cannot be written to"):
         await OutputFolder("s3://no-such-bucket/x").check_writable()
 
@@ -105,14 +105,14 @@ async def test_a_bucket_that_is_not_there_is_found_out_by_the_check(s3):
         "github://x",
     ],
 )
-def test_an_output_that_is_no_folder_of_one_known_filesystem_is_refused(url):
+def test_unsupported_output_urls_are_rejected(url):
     with pytest.raises(ConfigurationError, match="output"):
         OutputFolder(url)
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("url", ["{file}", "{file}/below", "/proc/nobody/writes/here", "a\0b"])
-async def test_an_output_that_cannot_be_written_is_found_out_by_the_check(url, tmp_path):
+async def test_check_writable_finds_unwritable_outputs(url, tmp_path):
     file = tmp_path / "file"
     file.write_text("in the way")
     output = OutputFolder(url.format(file=file))
@@ -122,13 +122,13 @@ async def test_an_output_that_cannot_be_written_is_found_out_by_the_check(url, t
 
 
 @pytest.mark.anyio
-async def test_a_filesystem_that_knows_no_writing_is_found_out_by_the_check():
+async def test_check_writable_finds_a_read_only_filesystem():
     with pytest.raises(ConfigurationError, match="cannot be written to"):
         await OutputFolder("data://x").check_writable()
 
 
 @pytest.mark.anyio
-async def test_an_exception_midway_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+async def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     output = OutputFolder(tmp_path)
     await output.write("cat.jpg", b"the old cat")
 
@@ -136,14 +136,16 @@ async def test_an_exception_midway_leaves_the_old_file_and_no_part(tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"cat\.jpg: OSError: .*No space left"):
+    with pytest.raises(
+        StorageError, match=r"cat\.jpg cannot be written: OSError: .*No space left"
+    ):
         await output.write("cat.jpg", b"the new cat")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
     assert (tmp_path / "cat.jpg").read_bytes() == b"the old cat"
 
 
 @pytest.mark.anyio
-async def test_a_name_taken_by_a_folder_is_a_storage_error_without_a_part(tmp_path):
+async def test_write_over_a_folder_is_a_storage_error(tmp_path):
     (tmp_path / "cat.jpg" / "in the way").mkdir(parents=True)
     with pytest.raises(StorageError):
         await OutputFolder(tmp_path).write("cat.jpg", b"a cat")
@@ -185,14 +187,14 @@ def writer(folder, size, how, **popen):
     return process
 
 
-def test_a_kill_in_the_middle_of_writing_never_shows_half_a_file(tmp_path):
+def test_killed_write_shows_no_partial_file(tmp_path):
     size, midway = 16 * 2**20, 0
     for number in range(4):
         folder = tmp_path / str(number)
         with writer(folder, size, "forever") as process:
             process.stdin.write("go\n")
             process.stdin.flush()
-            # As soon as the first bytes are on their way, or a little later.
+            # Wait until the write has begun.
             while not list(folder.glob(".*.part")):
                 assert process.poll() is None
             process.send_signal(signal.SIGKILL)
@@ -204,15 +206,15 @@ def test_a_kill_in_the_middle_of_writing_never_shows_half_a_file(tmp_path):
     assert midway, "no kill came in the middle of writing"
 
 
-def test_a_full_disk_leaves_no_file_and_no_part(tmp_path):
+def test_full_disk_leaves_no_file(tmp_path):
     def small_files_only():
         # The kernel refuses to let any file grow beyond it, as a full disk would.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     with writer(tmp_path / "out", 3 * 2**20, "once", preexec_fn=small_files_only) as process:
-        told, _ = process.communicate("go\n")
+        output_text, _ = process.communicate("go\n")
     assert process.returncode == 0
-    assert "big.png" in told
-    assert "File too large" in told
+    assert "big.png" in output_text
+    assert "File too large" in output_text
     assert list(Path(tmp_path / "out").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Batches on S3: with options of its own, with a busy store, with one that removes nothing."""
+"""Batches on S3: storage options, busy stores, and stores without delete permission."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ SECRET = "canary-of-the-store"
 
 @pytest.fixture(scope="module")
 def server():
-    """An S3 that nothing but its address leads to."""
+    """An S3 server that only its endpoint URL leads to."""
     with s3_server(configured=False) as (_, client):
         yield client
 
@@ -65,9 +65,7 @@ def names(server, folder):
     return {name.removeprefix(f"{folder}/") for name in found}
 
 
-async def test_images_and_ledger_are_reached_with_the_same_options(
-    sandbox, server, output, tmp_path
-):
+async def test_images_and_ledger_use_the_same_options(sandbox, server, output, tmp_path):
     assert (await run(sandbox, rows(2), output)).stored == 2
     found = names(server, tmp_path.name)
     assert {"r0.jpg", "r1.jpg"} <= found
@@ -77,9 +75,8 @@ async def test_images_and_ledger_are_reached_with_the_same_options(
     assert sandbox.service.bill()["accepted"] == 2
 
 
-async def test_a_store_that_asks_to_slow_down_loses_nothing_and_costs_nothing(
-    sandbox, proxy, output
-):
+async def test_slow_down_errors_lose_no_image(sandbox, proxy, output):
+    """A store that answers 503 SlowDown loses no image and causes no second payment."""
     busy = {"slow_down": 0.15, "too_many": 0.05}
     proxy.rates = dict.fromkeys(("put", "get", "delete"), busy)
     summary = await run(sandbox, rows(25), output)
@@ -88,9 +85,11 @@ async def test_a_store_that_asks_to_slow_down_loses_nothing_and_costs_nothing(
     assert sandbox.service.bill()["accepted"] == 25
 
 
-async def test_one_that_refuses_is_not_asked_twice(proxy, output):
+async def test_access_denied_is_not_retried(proxy, output):
     proxy.rates = {"put": {"denied": 1.0}}
-    with pytest.raises(StorageError, match=r"refused .*cat\.jpg: PermissionError") as caught:
+    with pytest.raises(
+        StorageError, match=r"cat\.jpg cannot be written: PermissionError"
+    ) as caught:
         await output.write("cat.jpg", b"a cat")
     assert proxy.numbers["put"] == 1
     assert SECRET not in repr(caught.value)
@@ -98,9 +97,7 @@ async def test_one_that_refuses_is_not_asked_twice(proxy, output):
         await output.check_writable()
 
 
-async def test_where_nothing_may_be_removed_a_batch_runs_all_the_same(
-    sandbox, proxy, server, output, tmp_path
-):
+async def test_batch_runs_without_delete_permission(sandbox, proxy, server, output, tmp_path):
     proxy.rates = {"delete": {"denied": 1.0}}
     await output.check_writable()
     await output.check_writable()
@@ -116,7 +113,7 @@ async def test_where_nothing_may_be_removed_a_batch_runs_all_the_same(
     }
 
 
-async def test_many_at_once_share_a_bounded_number_of_connections(proxy, output):
+async def test_concurrent_calls_share_bounded_connections(proxy, output):
     store = open_ledger_store(output)
     await asyncio.gather(
         *(output.write_unique([f"{n}.jpg", f"{n}~1.jpg"], bytes(2**16)) for n in range(60)),
@@ -124,25 +121,25 @@ async def test_many_at_once_share_a_bounded_number_of_connections(proxy, output)
         *(store.read(f"rows/none-{n}.json") for n in range(60)),
     )
     assert proxy.numbers["put"] == 120
-    # The proxy sees a moment later that one has been closed.
+    # The proxy notices a closed connection a moment later.
     assert 10 < proxy.most_connections < 2 * 48
 
 
-async def test_what_is_read_costs_one_request(proxy, output):
+async def test_read_takes_one_request(proxy, output):
     await output.write("cat.jpg", b"a cat")
     assert await output.read("cat.jpg") == b"a cat"
     assert await output.read("none.jpg") is None
     assert proxy.numbers == {"put": 1, "get": 2}
 
 
-async def test_connections_are_as_many_as_the_options_say(proxy, tmp_path):
+async def test_options_limit_the_connections(proxy, tmp_path):
     few = options(proxy) | {"config_kwargs": {"max_pool_connections": 2}}
     output = OutputFolder(f"s3://pictures/{tmp_path.name}", few)
     await asyncio.gather(*(output.write(f"{n}.jpg", bytes(2**16)) for n in range(20)))
     assert proxy.most_connections <= 2 * 2
 
 
-def test_the_command_line_takes_options_from_the_environment(
+def test_command_line_takes_options_from_the_environment(
     sandbox, proxy, server, tmp_path, monkeypatch, capsys
 ):
     for name, value in {
@@ -161,18 +158,18 @@ def test_the_command_line_takes_options_from_the_environment(
     assert main(["collect", output]) == 0
     assert main(["retry-failed", output]) == 1
     assert names(server, tmp_path.name) >= {"a.jpg", "failed.csv"}
-    told = capsys.readouterr()
-    assert "1  stored" in told.out
-    assert SECRET not in told.out + told.err
+    captured = capsys.readouterr()
+    assert "1  stored" in captured.out
+    assert SECRET not in captured.out + captured.err
 
 
-def test_without_failed_rows_there_is_nothing_to_retry(proxy, tmp_path, monkeypatch, capsys):
+def test_retry_failed_needs_failed_rows(proxy, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", json.dumps(options(proxy)))
     assert main(["retry-failed", f"s3://pictures/{tmp_path.name}"]) == 2
     assert "There are no failed rows" in capsys.readouterr().err
 
 
-def test_a_manifest_that_may_not_be_read_says_so(proxy, server, tmp_path, monkeypatch, capsys):
+def test_manifest_without_read_access_is_an_error(proxy, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(fsspec.config.conf, "s3", options(proxy))
     server.put_object(Bucket="pictures", Key=f"{tmp_path.name}/m.csv", Body=b"id,prompt\na,oil\n")
     manifest = f"s3://pictures/{tmp_path.name}/m.csv"

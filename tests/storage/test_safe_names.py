@@ -1,4 +1,4 @@
-"""Any text makes a file name that cannot go astray, and no two texts the same."""
+"""Any text makes a safe file name, and different texts make different names."""
 
 import ntpath
 from pathlib import PurePosixPath, PureWindowsPath
@@ -53,7 +53,7 @@ HOSTILE = [
 
 
 def isreserved(name):
-    """Whether Windows keeps the name for itself."""
+    """Whether Windows reserves the name."""
     judge = getattr(ntpath, "isreserved", None)  # since Python 3.13
     return judge(name) if judge else PureWindowsPath(name).is_reserved()
 
@@ -66,7 +66,7 @@ def hostile(test):
 
 @hostile
 @given(st.text())
-def test_a_safe_name_is_one_short_plain_path_component(text):
+def test_safe_name_is_one_short_path_component(text):
     name = safe_name(text)
     assert 0 < len(name) <= 93
     assert set(name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-~")
@@ -78,7 +78,7 @@ def test_a_safe_name_is_one_short_plain_path_component(text):
 
 
 @given(PLAIN.filter(lambda text: not isreserved(text)))
-def test_a_plain_name_stays_as_it_is(text):
+def test_safe_name_keeps_plain_names(text):
     assert safe_name(text) == text
     assert safe_name(safe_name(text)) == text
 
@@ -89,13 +89,13 @@ def test_a_plain_name_stays_as_it_is(text):
 @example("con", "_con")
 @example("", "unnamed")
 @example("a" * 81, "a" * 80)
-def test_different_texts_have_different_names(one, other):
+def test_safe_names_of_different_texts_differ(one, other):
     assert (safe_name(one) == safe_name(other)) == (one == other)
 
 
-def test_no_text_takes_the_name_of_another():
+def test_safe_names_of_hostile_texts_differ():
     names = {text: safe_name(text) for text in HOSTILE}
     assert len(set(names.values())) == len(HOSTILE)
     for name in names.values():
-        # A name that was spelled for one text, given as a text of its own.
+        # A name that was made of one text, given as a text itself.
         assert safe_name(name) == name or safe_name(name) not in names.values()

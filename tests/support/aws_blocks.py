@@ -1,4 +1,4 @@
-"""Blocks of the shape of prefect-aws', with its fields and slugs, for where it is not there."""
+"""Blocks with the fields and slugs of prefect-aws, for environments without it."""
 
 from typing import Any
 

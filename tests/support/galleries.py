@@ -1,4 +1,4 @@
-"""Galleries of made-up results, and a real browser to open them in."""
+"""Galleries of fake results, and a real browser to open them in."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ _FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # Whatever the page may ask for, no name is looked up and only this machine is reached.
+    # No name is resolved and only this machine is reached.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 
 
 @contextlib.contextmanager
 def running_browser():
-    """A headless Chromium of this machine, or a skipped test where there is none."""
+    """Start a headless Chromium of this machine; skip the test if there is none."""
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -46,14 +46,14 @@ def running_browser():
 
 
 def square(colour):
-    """A small picture of one colour, as a gallery holds it."""
+    """A thumbnail of one colour."""
     file = io.BytesIO()
     Image.new("RGB", (32, 24), colour).save(file, "WEBP")
     return file.getvalue()
 
 
 def line(number, **how):
-    """A line of a result manifest; what is None is left out."""
+    """A line of a result manifest; values of None are left out."""
     made = {
         "id": f"row-{number}",
         "line": number + 2,
@@ -67,12 +67,12 @@ def line(number, **how):
         "download_seconds": 0.4,
         "submitted_at": "2026-01-02T03:04:05.000Z",
         "finished_at": "2026-01-02T03:05:05.000Z",
-        "price": 0.03,
+        "cost_usd": 0.03,
         "attempts": 1,
-        "already": False,
+        "stored_before": False,
         "style": ["oil", "pencil", "poster"][number % 3],
         "prompt": "Repaint it",
-        "references": [f"https://example.com/{number % 10}.jpg"],
+        "reference_images": [f"https://example.com/{number % 10}.jpg"],
         "mode": "pro",
         "aspect_ratio": "4:3",
         "output_format": "jpeg",
@@ -87,54 +87,56 @@ def line(number, **how):
 
 
 def failed(number, reason="CONTENT_VIOLATION", message="The prompt breaks the rules.", **how):
-    """A line of a row that failed."""
+    """A line of a failed row."""
     nothing = dict.fromkeys(("file", "width", "height", "bytes", "finished_at"))
     return line(number, state="failed", reason=reason, message=message, **nothing, **how)
 
 
 def gallery_of(folder, lines, *, most=10_000, before=True):
-    """Write the gallery of such lines into a folder and return the page's URL."""
+    """Write the gallery of lines into a folder and return the page's URL."""
     output = OutputFolder(os.fspath(folder))
     folder.mkdir(exist_ok=True)
     results = folder / "results.jsonl"
     results.write_text("".join(map(as_json, lines)))
-    # Playwright holds this thread's event loop.
+    # Playwright occupies this thread's event loop.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(lambda: asyncio.run(_make(output, results, lines, most, before))).result()
     return (folder / GALLERY).as_uri()
 
 
 async def _make(output, results, lines, most, before):
-    album = ThumbnailStore(output)
+    thumbnails = ThumbnailStore(output)
     after, red = square("rebeccapurple"), square("red")
-    pictures = {name_of_image(row["key"]): after for row in lines if row["state"] == "stored"}
+    images = {name_of_image(row["key"]): after for row in lines if row["state"] == "stored"}
     if before:
-        pictures |= {
-            name_of_reference(url): red for row in lines for url in row.get("references", [])
+        images |= {
+            name_of_reference(url): red for row in lines for url in row.get("reference_images", [])
         }
-    await album.add("run-000001", pictures)
-    await build_gallery(output, results, album, most=most, missing=0)
+    await thumbnails.add("run-000001", images)
+    await build_gallery(output, results, thumbnails, most=most, missing=0)
 
 
 def page_errors(page, requests):
-    """What a page complains about, and what it asks for, from now on."""
+    """Collect the errors and requests of a page from now on."""
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    page.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     page.on("request", lambda request: requests.append(request.url))
     return errors
 
 
 def outside(requests, folder):
-    """The requests that went anywhere but to the files of a folder."""
+    """The requests to anything but the files of a folder."""
     here = (Path(folder).as_uri(), "data:", "blob:")
     return [url for url in requests if not url.startswith(here)]
 
 
 def until(page, expression):
-    """Wait until an expression is true; not in the page, whose policy evaluates no text."""
+    """Wait until an expression is true. The page's policy forbids waiting inside of it."""
     for _ in range(3_000):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(10)
-    pytest.fail(f"never true: {expression}")
+    pytest.fail(f"not true after 30 s: {expression}")

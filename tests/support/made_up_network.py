@@ -1,11 +1,11 @@
-"""Made-up names, addresses and connections: what a download meets, without anything reached."""
+"""Fake names, addresses and connections, so that downloads reach nothing outside."""
 
 import socket
 import threading
 
 import httpx
 
-from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport
+from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport
 
 NAMES = {
     "cdn.test": ["93.184.215.14"],
@@ -23,7 +23,7 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine"
 
 
 class Names:
-    """Made-up addresses; they may change from one question to the next."""
+    """A fake resolver; its addresses may change between calls."""
 
     def __init__(self, names=NAMES):
         self.names = {name: list(addresses) for name, addresses in names.items()}
@@ -32,17 +32,17 @@ class Names:
     async def __call__(self, host, port):
         self.asked.append(host)
         if host not in self.names:
-            raise OSError(f"{host} is not known here")
+            raise OSError(f"{host} is unknown")
         return self.names[host]
 
 
 class Network:
-    """Makes sockets that end in this process, and remembers where they were to lead.
+    """Makes sockets that end in this process, and records where they should connect to.
 
     Args:
-        replies: What each connection answers; the last one for ever.
-        dead: Addresses that do not answer.
-        tls: The context of a server of https.
+        replies: The reply of each connection; the last one repeats.
+        dead: Addresses that refuse connections.
+        tls: The TLS context of the server; None for http.
     """
 
     def __init__(self, *replies, dead=(), tls=None):
@@ -53,10 +53,10 @@ class Network:
         self._tls = tls
 
     def __call__(self, addr_info):
-        ours, theirs = socket.socketpair()
-        made = _Socket(fileno=ours.detach())
-        made.network, made.theirs = self, theirs
-        return made
+        local, remote = socket.socketpair()
+        fake = _Socket(fileno=local.detach())
+        fake.network, fake.remote = self, remote
+        return fake
 
     def serve(self, connection):
         """Read a request and answer it, in a thread."""
@@ -68,12 +68,12 @@ class Network:
                 except OSError:
                     return
             with connection:
-                asked = b""
-                while b"\r\n\r\n" not in asked and (piece := connection.recv(65_536)):
-                    asked += piece
-                    if asked[0] == _TLS_HANDSHAKE:
+                request = b""
+                while b"\r\n\r\n" not in request and (piece := connection.recv(65_536)):
+                    request += piece
+                    if request[0] == _TLS_HANDSHAKE:
                         return
-                self.written += asked
+                self.written += request
                 connection.sendall(reply)
 
 
@@ -84,16 +84,16 @@ class _Socket(socket.socket):
         host, port = address[:2]
         self.network.connected.append((host, port))
         if host in self.network.dead:
-            self.theirs.close()
-            raise ConnectionRefusedError(f"{host} does not answer")
-        threading.Thread(target=self.network.serve, args=[self.theirs], daemon=True).start()
+            self.remote.close()
+            raise ConnectionRefusedError(f"{host} refuses connections")
+        threading.Thread(target=self.network.serve, args=[self.remote], daemon=True).start()
 
 
 def redirect(target):
     return f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
-def guarded(network=None, names=None, base_url=None):
-    guard = Guard(base_url, names or Names())
+def open_guarded_client(network=None, names=None, base_url=None):
+    guard = AddressGuard(base_url, names or Names())
     transport = GuardedTransport(guard, socket_factory=network)
     return httpx.AsyncClient(transport=transport, follow_redirects=True, max_redirects=3)

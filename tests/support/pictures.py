@@ -1,4 +1,4 @@
-"""Small pictures of every kind, whole and broken."""
+"""Small test images of every format, whole and broken."""
 
 import io
 import struct
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def picture(kind="jpeg", mode="RGB", size=(96, 72), **how):
-    """The bytes of a noisy picture: noise leaves no cut unnoticed by luck."""
+    """The bytes of a noisy image: with noise, no cut goes unnoticed by luck."""
     file = io.BytesIO()
     Image.effect_noise(size, 60).convert(mode).save(file, kind, **how)
     return file.getvalue()
@@ -22,7 +22,7 @@ def animation(kind="webp", size=(96, 72)):
 
 
 def png_that_claims(width, height):
-    """A PNG of 69 bytes whose header promises as many pixels as asked."""
+    """A tiny PNG whose header claims the given size."""
 
     def chunk(name, data):
         check = struct.pack(">I", zlib.crc32(name + data))

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, and s3fs pointed at it."""
+"""An S3 server on loopback, and s3fs configured for it."""
 
 import contextlib
 import threading
@@ -11,18 +11,19 @@ from moto.server import ThreadedMotoServer
 
 @contextlib.contextmanager
 def s3_server(*, configured=True):
-    """Serve an empty S3, and let every new `s3://` filesystem of this process use it.
+    """Start an S3 server with an empty bucket, and configure `s3://` filesystems for it.
 
     Args:
-        configured: Else nobody here knows it but by its address, `client.meta.endpoint_url`.
+        configured: Whether new `s3://` filesystems of this process use the server; otherwise only
+            its address, `client.meta.endpoint_url`, leads to it.
 
     Yields:
-        The bucket's URL and a boto3 client, to look at it from the outside.
+        The bucket's URL and a boto3 client to inspect it.
     """
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    # Else a client that hangs up before it is accepted leaves the server waiting for another.
+    # Otherwise a client that disconnects before it is accepted blocks the server.
     server._server.socket.settimeout(1)
     access = {"endpoint_url": f"http://{host}:{port}"}
     secrets = {"key": "testing", "secret": "testing"}
@@ -46,7 +47,7 @@ def s3_server(*, configured=True):
             fsspec.config.conf.pop("s3", None)
         else:
             fsspec.config.conf["s3"] = before
-        # On a busy machine it has been seen not to end, and nobody needs it any more.
+        # On a busy machine the server may not stop; it is not needed any more.
         ending = threading.Thread(target=server.stop, daemon=True)
         ending.start()
         ending.join(10)

@@ -1,4 +1,4 @@
-"""The gallery and the contact sheet of an output, from its result manifest and pictures."""
+"""Build the gallery and the contact sheet of an output from its result manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.report.gallery.contact_sheet import contact_sheet
 from prefect_flux_kontext.report.gallery.page import GalleryRows, render_page
-from prefect_flux_kontext.report.gallery.thumbnails import ALBUM_FOLDER
+from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
 from prefect_flux_kontext.report.results import read_lines
 from prefect_flux_kontext.report.statistics import Statistics
 from prefect_flux_kontext.report.thumbnails import AFTER, make_thumbnail
@@ -27,60 +27,64 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GALLERY = "gallery.html"
-CONTACT_SHEET = f"{ALBUM_FOLDER}/contact-sheet.png"
-"""In a folder of its own, where no row's image can be."""
+CONTACT_SHEET = f"{GALLERY_FOLDER}/contact-sheet.png"
+"""The contact sheet, in a folder of the package, so that no row's image can have its name."""
 
-_HELD_BY_THE_PAGE = 150
-_ON_THE_SHEET = 48
+# A page with the thumbnails of this many rows is still small enough to send as one file.
+_MAX_EMBEDDED_ROWS = 150
+
+_SHEET_IMAGES = 48
 _SHEET_COLUMNS = 6
-_AT_ONCE = 8
+
+# Images that are read from the output at a time, each of up to 50 MB.
+_PARALLEL_IMAGES = 8
 
 
 async def build_gallery(
-    output: OutputFolder, results: Path, album: ThumbnailStore, *, most: int, missing: int
+    output: OutputFolder, results: Path, thumbnails: ThumbnailStore, *, most: int, missing: int
 ) -> None:
     """Write gallery and contact sheet.
 
     Args:
         output: The batch's output.
-        results: Its result manifest, on this machine.
-        album: The gallery's pictures.
-        most: Rows that the page shows.
-        missing: Pictures that may be made from images in the output.
+        results: The result manifest of the output, on this machine.
+        thumbnails: The gallery's thumbnails.
+        most: The most rows on the page.
+        missing: The most thumbnails to make from images in the output.
 
     Raises:
-        LedgerError: The pictures cannot be read or written.
-        StorageError: The output refused.
+        LedgerError: The thumbnails cannot be read or written.
+        StorageError: The output cannot be written to.
     """
-    numbers = Statistics()
-    rows = await asyncio.to_thread(_first, results, numbers, most)
-    await album.read()
-    await _make_missing(output, rows, album, missing)
-    there = [name for name in rows.after if name in album.places]
-    small = len(rows) <= _HELD_BY_THE_PAGE
-    named = [name for name in (*rows.after, *rows.before) if name in album.places]
-    pictures = await album.pictures(named if small else there[:_ON_THE_SHEET])
+    statistics = Statistics()
+    rows = await asyncio.to_thread(_read_rows, results, statistics, most)
+    await thumbnails.load_index()
+    await _make_missing(output, rows, thumbnails, missing)
+    results_shown = [name for name in rows.after if name in thumbnails.files]
+    all_shown = [name for name in (*rows.after, *rows.before) if name in thumbnails.files]
+    is_embedded = len(rows) <= _MAX_EMBEDDED_ROWS
+    urls = await thumbnails.load(all_shown if is_embedded else results_shown[:_SHEET_IMAGES])
     pieces = render_page(
         rows,
         title=str(output).rstrip("/").rpartition("/")[2],
-        folder=ALBUM_FOLDER,
-        numbers=numbers.told(),
-        places={} if small else {name: album.places[name] for name in named},
-        pictures=pictures if small else {},
+        folder=GALLERY_FOLDER,
+        statistics=statistics.summarize(),
+        files={} if is_embedded else {name: thumbnails.files[name] for name in all_shown},
+        embedded=urls if is_embedded else {},
     )
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as private:
         file = Path(private, "page")
         await asyncio.to_thread(_write, pieces, file)
         await output.put(GALLERY, file)
-    if there:
-        sheet = await asyncio.to_thread(_sheet, rows, pictures)
+    if results_shown:
+        sheet = await asyncio.to_thread(_draw_contact_sheet, rows, urls)
         await output.write(CONTACT_SHEET, sheet)
 
 
-def _first(results: Path, numbers: Statistics, most: int) -> GalleryRows:
-    """The first rows, and the numbers of all."""
+def _read_rows(results: Path, statistics: Statistics, most: int) -> GalleryRows:
+    """Read the first rows, and count the statistics of all rows."""
     rows = GalleryRows()
-    for line in numbers.counting(read_lines(results)):
+    for line in statistics.count(read_lines(results)):
         if len(rows) < most:
             rows.add(line)
     return rows
@@ -92,12 +96,13 @@ def _write(pieces: Iterable[str], file: Path) -> None:
 
 
 async def _make_missing(
-    output: OutputFolder, rows: GalleryRows, album: ThumbnailStore, most: int
+    output: OutputFolder, rows: GalleryRows, thumbnails: ThumbnailStore, most: int
 ) -> None:
-    wanted = {
+    """Make thumbnails of images in the output that have none, at most `most`."""
+    missing = {
         name: file
         for name, file in zip(rows.after, rows.columns["file"], strict=True)
-        if name and file and name not in album.places
+        if name and file and name not in thumbnails.files
     }
     made: dict[str, bytes] = {}
 
@@ -105,29 +110,31 @@ async def _make_missing(
         try:
             if (image := await output.read(file)) is not None:
                 made[name] = await asyncio.to_thread(make_thumbnail, image, AFTER)
-        except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
-            logger.warning("No picture of %s for the gallery: %s", file, error)
+        except Exception as error:  # noqa: BLE001 - decoders raise many types of errors
+            logger.warning("No thumbnail of %s for the gallery: %s", file, error)
 
-    chosen = list(wanted.items())[:most]
-    for start in range(0, len(chosen), _AT_ONCE):
-        await asyncio.gather(*(make(*item) for item in chosen[start : start + _AT_ONCE]))
+    chosen = list(missing.items())[:most]
+    for start in range(0, len(chosen), _PARALLEL_IMAGES):
+        await asyncio.gather(*(make(*item) for item in chosen[start : start + _PARALLEL_IMAGES]))
     if made:
-        await album.add(f"made-{secrets.token_hex(6)}", made)
-        await album.read()
-    if len(wanted) > most:
+        await thumbnails.add(f"made-{secrets.token_hex(6)}", made)
+        await thumbnails.load_index()
+    if len(missing) > most:
         logger.warning(
-            "%d images have no picture in the gallery yet. To make them: flux-kontext gallery %s",
-            len(wanted) - most,
+            "%d images have no thumbnail in the gallery yet. To make them: "
+            "flux-kontext gallery %s",
+            len(missing) - most,
             output,
         )
 
 
-def _sheet(rows: GalleryRows, pictures: dict[str, str]) -> bytes:
+def _draw_contact_sheet(rows: GalleryRows, urls: dict[str, str]) -> bytes:
+    """Draw the first thumbnails of results, given as data URLs; returns a PNG."""
     cells = [
-        (of, io.BytesIO(base64.b64decode(pictures[name].partition(",")[2])))
-        for of, name in zip(rows.columns["id"], rows.after, strict=True)
-        if name in pictures
-    ][:_ON_THE_SHEET]
+        (row_id, io.BytesIO(base64.b64decode(urls[name].partition(",")[2])))
+        for row_id, name in zip(rows.columns["id"], rows.after, strict=True)
+        if name in urls
+    ][:_SHEET_IMAGES]
     columns = min(_SHEET_COLUMNS, len(cells))
     file = io.BytesIO()
     contact_sheet(

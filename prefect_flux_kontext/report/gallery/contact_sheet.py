@@ -1,4 +1,4 @@
-"""Many pictures on one, in rows and columns with their names."""
+"""A contact sheet: images in rows and columns, with captions."""
 
 from __future__ import annotations
 
@@ -10,40 +10,50 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_CELL = (256, 192)
-_CAPTION = 24
-_PAPER = (250, 249, 246)
-_INK = (40, 40, 48)
+# Pixels.
+_CELL_SIZE = (256, 192)
+_CAPTION_HEIGHT = 24
+_CAPTION_MARGIN = 12
+
+_BACKGROUND = (250, 249, 246)
+_TEXT_COLOR = (40, 40, 48)
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Path | IO[bytes]]]]) -> Image.Image:
-    """Draw a sheet with one row of pictures for each row of captions and files.
+    """Draw a contact sheet.
+
+    Args:
+        rows: The rows of the sheet, each a sequence of captions and image files.
 
     Returns:
-        An RGB image of 256 x 216 pixels for each picture of the longest row.
+        An RGB image, with 256 x 216 pixels for each image of the longest row.
     """
-    width, height = _CELL[0], _CELL[1] + _CAPTION
+    width, height = _CELL_SIZE[0], _CELL_SIZE[1] + _CAPTION_HEIGHT
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * width, len(rows) * height), _PAPER)
+    sheet = Image.new("RGB", (columns * width, len(rows) * height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
     for top, row in enumerate(rows):
         for left, (caption, file) in enumerate(row):
             with Image.open(file) as image:
-                # A JPEG decodes several times faster at the size it is wanted in.
-                image.draft("RGB", _CELL)
-                picture = ImageOps.pad(image.convert("RGB"), _CELL, color=_PAPER)
-            sheet.paste(picture, (left * width, top * height))
-            place = (left * width + width // 2, top * height + _CELL[1] + _CAPTION // 2)
-            draw.text(place, _fitting(caption, font), fill=_INK, font=font, anchor="mm")
+                # A JPEG decodes several times faster at a reduced size.
+                image.draft("RGB", _CELL_SIZE)
+                cell = ImageOps.pad(image.convert("RGB"), _CELL_SIZE, color=_BACKGROUND)
+            sheet.paste(cell, (left * width, top * height))
+            center = (
+                left * width + width // 2,
+                top * height + _CELL_SIZE[1] + _CAPTION_HEIGHT // 2,
+            )
+            text = _shorten(caption, font)
+            draw.text(center, text, fill=_TEXT_COLOR, font=font, anchor="mm")
     return sheet
 
 
-def _fitting(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The caption, with its middle left out where it is wider than its picture."""
+def _shorten(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Replace the middle of a caption by an ellipsis if it is wider than its image."""
     kept = len(caption)
-    told = caption
-    while kept > 1 and font.getlength(told) > _CELL[0] - 12:
+    text = caption
+    while kept > 1 and font.getlength(text) > _CELL_SIZE[0] - _CAPTION_MARGIN:
         kept -= 1
-        told = f"{caption[: (kept + 1) // 2]}…{caption[len(caption) - kept // 2 :]}"
-    return told
+        text = f"{caption[: (kept + 1) // 2]}…{caption[len(caption) - kept // 2 :]}"
+    return text

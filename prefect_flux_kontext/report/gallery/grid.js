@@ -1,52 +1,54 @@
-// The grid: only the cards on the screen exist, however many rows there are.
+// The grid. Only the cards on the screen exist, so that many rows cost no more than few.
 
 const grid = (() => {
+  // Pixels, as in style.css.
   const GAP = 14;
-  const CAPTION = 46;
+  const CAPTION_HEIGHT = 46;
+  // Lines above and below the screen that exist too, so that scrolling shows no gaps.
   const SPARE_LINES = 2;
   const box = byId("grid");
   const cards = new Map();
   let shown = [];
-  let across = 1;
-  let wide = 0;
+  let cardsPerLine = 1;
+  let cardWidth = 0;
   let current = 0;
-  let asked = false;
+  let isDrawRequested = false;
 
   function measure() {
-    const room = box.clientWidth;
-    const least = room < 560 ? 150 : 224;
-    across = Math.max(1, Math.floor((room + GAP) / (least + GAP)));
-    wide = (room - GAP * (across - 1)) / across;
+    const width = box.clientWidth;
+    const minimum = width < 560 ? 150 : 224;
+    cardsPerLine = Math.max(1, Math.floor((width + GAP) / (minimum + GAP)));
+    cardWidth = (width - GAP * (cardsPerLine - 1)) / cardsPerLine;
   }
 
-  const high = () => wide * 0.75 + CAPTION;
-  const pitch = () => high() + GAP;
+  const cardHeight = () => cardWidth * 0.75 + CAPTION_HEIGHT;
+  const lineHeight = () => cardHeight() + GAP;
 
-  function range() {
+  function visibleRange() {
     const top = -box.getBoundingClientRect().top;
-    const first = Math.floor(top / pitch()) - SPARE_LINES;
-    const last = Math.ceil((top + window.innerHeight) / pitch()) + SPARE_LINES;
-    return [Math.max(0, first * across), Math.min(shown.length, last * across)];
+    const first = Math.floor(top / lineHeight()) - SPARE_LINES;
+    const last = Math.ceil((top + window.innerHeight) / lineHeight()) + SPARE_LINES;
+    return [Math.max(0, first * cardsPerLine), Math.min(shown.length, last * cardsPerLine)];
   }
 
   function place(card, at) {
-    card.style.width = `${wide}px`;
-    card.style.height = `${high()}px`;
-    const left = (at % across) * (wide + GAP);
-    card.style.transform = `translate(${left}px, ${Math.floor(at / across) * pitch()}px)`;
+    card.style.width = `${cardWidth}px`;
+    card.style.height = `${cardHeight()}px`;
+    const left = (at % cardsPerLine) * (cardWidth + GAP);
+    card.style.transform = `translate(${left}px, ${Math.floor(at / cardsPerLine) * lineHeight()}px)`;
     card.setAttribute("aria-posinset", at + 1);
     card.setAttribute("aria-setsize", shown.length);
   }
 
-  function face(row) {
+  function cardContent(row) {
     const state = cell("state", row);
     if (state === "stored") {
-      const picture = element("img", { alt: "", decoding: "async", draggable: "false" });
-      album.show(pictureOf.after[row], (url) => {
-        if (url) picture.src = url;
-        else picture.replaceWith(element("span", { class: "blank" }, "no thumbnail"));
+      const image = element("img", { alt: "", decoding: "async", draggable: "false" });
+      thumbnails.show(thumbnailOf.after[row], (url) => {
+        if (url) image.src = url;
+        else image.replaceWith(element("span", { class: "blank" }, "no thumbnail"));
       });
-      return picture;
+      return image;
     }
     return element(
       "span",
@@ -56,21 +58,21 @@ const grid = (() => {
     );
   }
 
-  function make(at) {
+  function makeCard(at) {
     const row = shown[at];
     const id = cell("id", row);
     const state = cell("state", row);
     const style = cell("style", row);
-    const told = [id, style, STATES[state] ?? state, state === "failed" && cell("reason", row)];
+    const label = [id, style, STATES[state] ?? state, state === "failed" && cell("reason", row)];
     const open = element(
       "button",
       {
         type: "button",
         class: "open",
         tabindex: at === current ? "0" : "-1",
-        "aria-label": told.filter(Boolean).join(", "),
+        "aria-label": label.filter(Boolean).join(", "),
       },
-      face(row),
+      cardContent(row),
     );
     const pick = element("input", {
       type: "checkbox",
@@ -103,33 +105,33 @@ const grid = (() => {
   }
 
   function draw() {
-    asked = false;
-    const [first, last] = range();
-    const held = document.activeElement;
+    isDrawRequested = false;
+    const [first, last] = visibleRange();
+    const focused = document.activeElement;
     for (const [at, card] of cards) {
-      if ((at < first || at >= last) && !card.contains(held)) {
+      if ((at < first || at >= last) && !card.contains(focused)) {
         card.remove();
         cards.delete(at);
       }
     }
     for (let at = first; at < last; at += 1) {
       if (!cards.has(at)) {
-        cards.set(at, make(at));
+        cards.set(at, makeCard(at));
         box.append(cards.get(at));
       }
     }
   }
 
-  function later() {
-    if (!asked) {
-      asked = true;
+  function requestDraw() {
+    if (!isDrawRequested) {
+      isDrawRequested = true;
       requestAnimationFrame(draw);
     }
   }
 
-  function lay() {
+  function layOut() {
     measure();
-    box.style.height = `${Math.max(0, Math.ceil(shown.length / across) * pitch() - GAP)}px`;
+    box.style.height = `${Math.max(0, Math.ceil(shown.length / cardsPerLine) * lineHeight() - GAP)}px`;
     for (const [at, card] of cards) place(card, at);
     draw();
   }
@@ -138,12 +140,12 @@ const grid = (() => {
     if (!shown.length) return;
     cards.get(current)?.querySelector(".open").setAttribute("tabindex", "-1");
     current = Math.min(Math.max(at, 0), shown.length - 1);
-    const line = Math.floor(current / across) * pitch();
+    const line = Math.floor(current / cardsPerLine) * lineHeight();
     const top = box.getBoundingClientRect().top + line;
     const tools = byId("tools").offsetHeight + GAP;
     const bottom = window.innerHeight - byId("redo").offsetHeight - GAP;
     if (top < tools) window.scrollBy(0, top - tools);
-    else if (top + high() > bottom) window.scrollBy(0, top + high() - bottom);
+    else if (top + cardHeight() > bottom) window.scrollBy(0, top + cardHeight() - bottom);
     draw();
     const open = cards.get(current).querySelector(".open");
     open.setAttribute("tabindex", "0");
@@ -153,10 +155,10 @@ const grid = (() => {
   const MOVES = {
     ArrowLeft: () => -1,
     ArrowRight: () => 1,
-    ArrowUp: () => -across,
-    ArrowDown: () => across,
-    PageUp: () => -across * 4,
-    PageDown: () => across * 4,
+    ArrowUp: () => -cardsPerLine,
+    ArrowDown: () => cardsPerLine,
+    PageUp: () => -cardsPerLine * 4,
+    PageDown: () => cardsPerLine * 4,
     Home: () => -current,
     End: () => shown.length - 1 - current,
   };
@@ -171,11 +173,11 @@ const grid = (() => {
     const by = MOVES[event.key]?.();
     if (by === undefined) return;
     event.preventDefault();
-    // Down from above the last line goes there, not past the end; up from the first stays.
+    // Down from the last line but one goes to the last card at most; up from the first line stays.
     if (current + by >= 0 || by === -current) focus(current + by);
   });
-  window.addEventListener("scroll", later, { passive: true });
-  new ResizeObserver(() => box.clientWidth && lay()).observe(box);
+  window.addEventListener("scroll", requestDraw, { passive: true });
+  new ResizeObserver(() => box.clientWidth && layOut()).observe(box);
 
   return {
     show(rows) {
@@ -183,7 +185,7 @@ const grid = (() => {
       current = 0;
       for (const card of cards.values()) card.remove();
       cards.clear();
-      lay();
+      layOut();
     },
     row: (at) => shown[at],
     length: () => shown.length,

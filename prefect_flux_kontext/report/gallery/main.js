@@ -1,4 +1,4 @@
-// Search and filters; then the first rows.
+// Search and filters. Loaded last: it shows the first rows.
 
 (() => {
   const hidden = new Set();
@@ -48,8 +48,8 @@
   const choose = byId("style");
   choose.append(element("option", { value: "" }, "All styles"));
   for (const style of [...styles.keys()].sort()) {
-    const told = `${style || "without a style"} (${grouped.format(styles.get(style))})`;
-    choose.append(element("option", { value: `=${style}` }, told));
+    const label = `${style || "no style"} (${grouped.format(styles.get(style))})`;
+    choose.append(element("option", { value: `=${style}` }, label));
   }
   choose.hidden = styles.size < 2;
   choose.addEventListener("change", filter);

@@ -1,18 +1,18 @@
-// What the batch came to: numbers, and how long things took.
+// The statistics of the batch: numbers and histograms.
 
 (() => {
-  const { states, dollars: cost, seconds, perSecond, recorded, times } = data.numbers;
+  const { states, costUsd, seconds, imagesPerSecond, recordedAt, times } = data.statistics;
   const all = Object.values(states).reduce((sum, number) => sum + number, 0);
 
   byId("title").textContent = data.title;
   document.title = `${data.title}: gallery`;
-  const told = [`${grouped.format(all)} ${all === 1 ? "row" : "rows"}`];
-  if (data.rows < all) told.push(`the first ${grouped.format(data.rows)} are shown`);
-  if (recorded) {
-    const at = new Date(recorded);
-    told.push(at.toLocaleString("en-GB", { dateStyle: "long", timeStyle: "short" }));
+  const facts = [`${grouped.format(all)} ${all === 1 ? "row" : "rows"}`];
+  if (data.rows < all) facts.push(`the first ${grouped.format(data.rows)} are shown`);
+  if (recordedAt) {
+    const at = new Date(recordedAt);
+    facts.push(at.toLocaleString("en-GB", { dateStyle: "long", timeStyle: "short" }));
   }
-  byId("recorded").textContent = told.join(" · ");
+  byId("recorded").textContent = facts.join(" · ");
 
   const number = (value, name, kind = "") =>
     byId("numbers").append(
@@ -22,10 +22,10 @@
   for (const state of ["failed", "unknown", "outstanding", "not_submitted"]) {
     if (states[state]) number(grouped.format(states[state]), STATES[state], state);
   }
-  number(dollars(cost), "for all of it");
-  if (perSecond) {
-    number(fine.format(perSecond), "images a second");
-    number(duration(seconds), "for the last run");
+  number(dollars(costUsd), "total cost");
+  if (imagesPerSecond) {
+    number(rounded.format(imagesPerSecond), "images a second");
+    number(duration(seconds), "last run");
   }
 
   const SVG = "http://www.w3.org/2000/svg";
@@ -42,34 +42,34 @@
     const highest = Math.max(...bars);
     const step = WIDTH / bars.length;
     const end = start + width * bars.length;
-    const summary = `median ${duration(median)}, 95 of 100 within ${duration(p95)}`;
-    const drawn = shape("svg", {
+    const summary = `median ${duration(median)}, 95th percentile ${duration(p95)}`;
+    const chart = shape("svg", {
       viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
       preserveAspectRatio: "none",
       role: "img",
       "aria-label": `${name}: ${summary}`,
     });
-    bars.forEach((count, place) => {
+    bars.forEach((count, position) => {
       const height = count && Math.max(2, (count / highest) * HEIGHT);
       const bar = shape("rect", {
-        x: place * step + step * 0.06,
+        x: position * step + step * 0.06,
         y: HEIGHT - height,
         width: step * 0.88,
         height,
         rx: 1.5,
       });
       const title = shape("title", {});
-      const from = start + place * width;
-      title.textContent = `${fine.format(from)} to ${fine.format(from + width)} s: ${grouped.format(count)}`;
+      const from = start + position * width;
+      title.textContent = `${rounded.format(from)} to ${rounded.format(from + width)} s: ${grouped.format(count)}`;
       bar.append(title);
-      drawn.append(bar);
+      chart.append(bar);
     });
     byId("histograms").append(
       element(
         "figure",
         {},
         element("figcaption", {}, element("b", {}, name), element("span", {}, summary)),
-        drawn,
+        chart,
         element(
           "div",
           { class: "axis", "aria-hidden": "true" },
@@ -80,6 +80,6 @@
     );
   }
 
-  if (times.generation) histogram("Generation, by the service's count", times.generation);
-  if (times.waiting) histogram("Waiting, from submit to result", times.waiting);
+  if (times.generation) histogram("Generation time, as measured by the service", times.generation);
+  if (times.waiting) histogram("Waiting time, from submit to result", times.waiting);
 })();

@@ -1,4 +1,7 @@
-"""The rows that a gallery shows, as columns of text: as objects, ten thousand take 50 MB."""
+"""The gallery's page: its rows, held as columns of text, and its HTML.
+
+As Python objects, ten thousand rows would take 50 MB.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.report.results import COLUMNS, manifest_name
+from prefect_flux_kontext.report.results import COLUMNS, original_column_name
 from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_reference
 
 if TYPE_CHECKING:
@@ -16,21 +19,25 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.report.results import Line
 
-
-_SHOWN = (
-    *("id", "line", "state", "reason", "message", "file", "style", "prompt", "references"),
-    *("mode", "aspect_ratio", "output_format", "provider", "price", "attempts", "already"),
+_SHOWN_COLUMNS = (
+    *("id", "line", "state", "reason", "message", "file", "style", "prompt"),
+    *("reference_images", "mode", "aspect_ratio", "output_format", "provider"),
+    *("cost_usd", "attempts", "stored_before"),
     *("width", "height", "bytes", "format", "task_id", "submitted_at"),
     *("waiting_seconds", "generation_seconds", "download_seconds"),
 )
+
+# In the order in which they use each other.
+_SCRIPTS = ("rows", "thumbnails", "numbers", "grid", "viewer", "redo", "main")
+
 _as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Column:
-    """The values of one column, each a line of JSON.
+    """The values of one column, each held as a line of JSON.
 
     Args:
-        empty: How many rows before the first have no value.
+        empty: The number of rows before the first that have no value.
     """
 
     def __init__(self, empty: int = 0) -> None:
@@ -43,30 +50,30 @@ class Column:
     def __iter__(self) -> Iterator[Any]:
         return map(json.loads, self._lines.splitlines())
 
-    def packed(self) -> str:
-        """The column as JSON; where values are often the same, each of them once."""
+    def to_json(self) -> str:
+        """Encode the column; a column with many equal values holds each distinct value once."""
         texts = self._lines.decode().splitlines()
-        different = list(dict.fromkeys(texts))
-        if len(different) > len(texts) / 2:
+        distinct = list(dict.fromkeys(texts))
+        if len(distinct) > len(texts) / 2:
             return f'{{"values":[{",".join(texts)}]}}'
-        places = {text: str(place) for place, text in enumerate(different)}
-        of = ",".join(places[text] for text in texts)
-        return f'{{"values":[{",".join(different)}],"of":[{of}]}}'
+        positions = {text: str(position) for position, text in enumerate(distinct)}
+        indexes = ",".join(positions[text] for text in texts)
+        return f'{{"values":[{",".join(distinct)}],"indexes":[{indexes}]}}'
 
 
 class GalleryRows:
     """The rows of a gallery.
 
     Attributes:
-        columns: What is shown of ours, by name.
-        own: Your own columns, as your manifest names them.
-        after: The name of the picture of each row's image; None where it has none.
-        before: The name of the picture of each row's reference, likewise.
+        columns: The shown columns of the package, by name.
+        custom: The custom columns, by their name in the manifest.
+        after: The name of the thumbnail of each row's image; None for rows without one.
+        before: The name of the thumbnail of each row's reference; None for rows without one.
     """
 
     def __init__(self) -> None:
-        self.columns = {name: Column() for name in _SHOWN}
-        self.own: dict[str, Column] = {}
+        self.columns = {name: Column() for name in _SHOWN_COLUMNS}
+        self.custom: dict[str, Column] = {}
         self.after = Column()
         self.before = Column()
         self._rows = 0
@@ -78,19 +85,16 @@ class GalleryRows:
         """Add a line of the result manifest."""
         for name, column in self.columns.items():
             column.add(line.get(name))
-        own = {manifest_name(name): line[name] for name in line if name not in COLUMNS}
-        for name in own:
-            if name not in self.own:
-                self.own[name] = Column(self._rows)
-        for name, column in self.own.items():
-            column.add(own.get(name))
+        custom = {original_column_name(name): line[name] for name in line if name not in COLUMNS}
+        for name in custom:
+            if name not in self.custom:
+                self.custom[name] = Column(self._rows)
+        for name, column in self.custom.items():
+            column.add(custom.get(name))
         self.after.add(name_of_image(line["key"]) if line["state"] == "stored" else None)
-        references = line.get("references")
+        references = line.get("reference_images")
         self.before.add(name_of_reference(references[0]) if references else None)
         self._rows += 1
-
-
-_SCRIPTS = ("rows", "album", "numbers", "grid", "viewer", "redo", "main")
 
 
 def render_page(
@@ -98,59 +102,60 @@ def render_page(
     *,
     title: str,
     folder: str,
-    numbers: Mapping[str, Any],
-    places: Mapping[str, str],
-    pictures: Mapping[str, str],
+    statistics: Mapping[str, Any],
+    files: Mapping[str, str],
+    embedded: Mapping[str, str],
 ) -> Iterator[str]:
-    """The gallery as HTML, piece by piece, which asks nobody for anything but the files beside it.
+    """Yield the HTML of the gallery in pieces. The page loads nothing but the files beside it.
 
     Args:
-        rows: The rows that it shows.
-        title: What it is of.
-        folder: Where the files with pictures are, from the page.
-        numbers: From `Numbers.told`.
-        places: The file that each picture is in.
-        pictures: Pictures that the page holds itself, as data URLs.
+        rows: The rows of the page.
+        title: The title of the page.
+        folder: The folder of the thumbnail files, relative to the page.
+        statistics: The result of `Statistics.summarize`.
+        files: The name of the file that holds each thumbnail.
+        embedded: Thumbnails that the page itself holds, as data URLs.
     """
-    style = _file("style.css")
-    script = "".join(_file(f"{name}.js") for name in _SCRIPTS)
+    style = _read_file("style.css")
+    script = "".join(_read_file(f"{name}.js") for name in _SCRIPTS)
 
-    def filled(text: str) -> str:
+    def fill(text: str) -> str:
         return (
-            text.replace("{policy}", _policy(style, script))
+            text.replace("{policy}", _build_policy(style, script))
             .replace("{style}", style)
             .replace("{script}", script)
         )
 
-    above, _, below = _file("page.html").partition("{data}")
-    yield filled(above)
+    above, _, below = _read_file("page.html").partition("{data}")
+    yield fill(above)
     simple = {
         "title": title,
         "folder": folder,
-        "numbers": numbers,
+        "statistics": statistics,
         "rows": len(rows),
-        "places": places,
-        "pictures": pictures,
+        "thumbnailFiles": files,
+        "embedded": embedded,
     }
-    yield _in_html(_as_json(simple).removesuffix("}"))
+    yield _escape_html(_as_json(simple).removesuffix("}"))
     for name, column in (("after", rows.after), ("before", rows.before)):
-        yield f',"{name}":{column.packed()}'
-    for name, columns in (("columns", rows.columns), ("own", rows.own)):
+        yield f',"{name}":{column.to_json()}'
+    for name, columns in (("columns", rows.columns), ("custom", rows.custom)):
         yield f',"{name}":{{'
-        for number, (of, column) in enumerate(columns.items()):
-            yield _in_html(f"{',' if number else ''}{_as_json(of)}:{column.packed()}")
+        for number, (column_name, column) in enumerate(columns.items()):
+            comma = "," if number else ""
+            yield _escape_html(f"{comma}{_as_json(column_name)}:{column.to_json()}")
         yield "}"
     yield "}"
-    yield filled(below)
+    yield fill(below)
 
 
-def _in_html(text: str) -> str:
-    """JSON in which nothing can be taken for HTML."""
+def _escape_html(text: str) -> str:
+    """Escape JSON so that a browser cannot take any of it for HTML."""
     return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 
-def _policy(style: str, script: str) -> str:
-    """What the page may load: its own style and script, and the files beside it."""
+def _build_policy(style: str, script: str) -> str:
+    """Build the content security policy: the page's own style and script, files beside it."""
     return (
         f"default-src 'none'; style-src {_digest(style)}; "
         f"script-src {_digest(script)} 'self' file:; img-src data: 'self' file: blob:; "
@@ -162,5 +167,5 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _file(name: str) -> str:
+def _read_file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-// Rows that a person wants again, as a manifest to download.
+// The selected rows, as a manifest to download.
 
 const redo = (() => {
   const chosen = new Set();
@@ -6,53 +6,53 @@ const redo = (() => {
 
   function values(row, prompt) {
     const style = cell("style", row);
-    const references = cell("references", row) ?? [];
-    const kept = Object.entries(own)
+    const references = cell("reference_images", row) ?? [];
+    const customCells = Object.entries(custom)
       .filter(([name]) => !["image", "images"].includes(name))
       .map(([name, column]) => [name, column[row]]);
     return Object.fromEntries([
-      // Rows of several styles share an id; here each has its own, for its prompt is made already.
+      // Rows of one id in several styles get ids of their own: their prompts hold the style already.
       ["id", style ? `${cell("id", row)}-${style}` : cell("id", row)],
       ["images", references.length ? JSON.stringify(references) : ""],
       ["prompt", prompt || cell("prompt", row)],
       ...PARAMETERS.map((name) => [name, cell(name, row)]),
-      ...kept,
+      ...customCells,
     ]);
   }
 
-  const quoted = (text) => `"${String(text ?? "").replaceAll('"', '""')}"`;
+  const quote = (text) => `"${String(text ?? "").replaceAll('"', '""')}"`;
 
-  function manifest() {
+  function buildManifest() {
     const prompt = byId("prompt").value.trim();
     const rows = [...chosen].sort((one, other) => one - other).map((row) => values(row, prompt));
     const names = Object.keys(rows[0]);
     const lines = [names, ...rows.map((row) => names.map((name) => row[name]))];
-    return lines.map((line) => `${line.map(quoted).join(",")}\r\n`).join("");
+    return lines.map((line) => `${line.map(quote).join(",")}\r\n`).join("");
   }
 
-  function tell() {
+  function update() {
     byId("redo").hidden = chosen.size === 0;
     byId("chosen").textContent = `${grouped.format(chosen.size)} selected`;
     grid.refresh();
   }
 
   byId("download").addEventListener("click", () => {
-    const url = URL.createObjectURL(new Blob([manifest()], { type: "text/csv" }));
+    const url = URL.createObjectURL(new Blob([buildManifest()], { type: "text/csv" }));
     element("a", { href: url, download: "redo.csv" }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10_000);
   });
   byId("clear").addEventListener("click", () => {
     chosen.clear();
     byId("prompt").value = "";
-    tell();
+    update();
   });
 
   return {
     has: (row) => chosen.has(row),
-    set(row, wanted) {
-      if (wanted) chosen.add(row);
+    set(row, isSelected) {
+      if (isSelected) chosen.add(row);
       else chosen.delete(row);
-      tell();
+      update();
     },
   };
 })();

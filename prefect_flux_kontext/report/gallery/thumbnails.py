@@ -1,67 +1,65 @@
-"""Many things, a few at a time."""
+"""The stored thumbnails of a gallery: script files beside the page, and their index."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import itertools
 import json
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-T = TypeVar("T")
+GALLERY_FOLDER = "_gallery"
 
-
-def blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of so many items, the last of as many as are left."""
-    rest = iter(items)
-    return iter(lambda: list(itertools.islice(rest, size)), [])
-
-
-ALBUM_FOLDER = "_gallery"
-_PER_FILE = 48
-"""Pictures of a file: about 0.7 MB, a screen or two of them."""
+# A file of this many thumbnails has about 0.7 MB and fills a screen or two.
+_THUMBNAILS_PER_FILE = 48
 
 _INDEX = "index.json"
-_AT_ONCE = 8
+
+_PARALLEL_READS = 8
 
 
 class ThumbnailStore:
-    """The pictures beside a gallery.
+    """The thumbnails of a gallery, in script files that the page loads on demand.
+
+    The files are scripts because a page opened from the disk may not read other files.
 
     Args:
         output: The batch's output.
 
     Attributes:
-        places: The file that each picture is in, once `read` was called.
+        files: The name of the file that holds each thumbnail, after `load_index`.
     """
 
     def __init__(self, output: OutputFolder) -> None:
-        self.places: dict[str, str] = {}
-        self._store = RecordStore(output.below(ALBUM_FOLDER))
+        self.files: dict[str, str] = {}
+        self._store = RecordStore(output.below(GALLERY_FOLDER))
         self._written: dict[str, list[str]] = {}
 
-    async def add(self, name: str, pictures: Mapping[str, bytes]) -> None:
-        """Write pictures to files of that name and a number.
+    async def add(self, name: str, thumbnails: Mapping[str, bytes]) -> None:
+        """Write thumbnails to files that are called by the given name and a number.
 
         Raises:
             LedgerError: The output cannot be written to.
         """
-        for number, block in enumerate(blocks(pictures.items(), _PER_FILE), start=1):
-            file = f"{name}-{number}"
-            script = await asyncio.to_thread(_script, file, dict(block))
+        items = list(thumbnails.items())
+        for start in range(0, len(items), _THUMBNAILS_PER_FILE):
+            block = dict(items[start : start + _THUMBNAILS_PER_FILE])
+            file = f"{name}-{start // _THUMBNAILS_PER_FILE + 1}"
+            script = await asyncio.to_thread(_render_script, file, block)
             await self._store.replace(f"{file}.js", script)
-            self._written[file] = [picture for picture, _ in block]
+            self._written[file] = list(block)
 
-    async def read(self) -> None:
-        """Learn which pictures there are, also from runs that died before they could say so.
+    async def load_index(self) -> None:
+        """Load the index of all thumbnails, and complete it.
+
+        A run that was killed may have written files that the index does not name.
 
         Raises:
             LedgerError: The output cannot be read or written.
@@ -69,37 +67,45 @@ class ThumbnailStore:
         index: dict[str, list[str]] = json.loads(await self._store.read(_INDEX) or b"{}")
         before = len(index)
         index.update(self._written)
-        names = [name[:-3] for name in await self._store.names("") if name.endswith(".js")]
-        for name in names:
-            if name not in index:
-                index[name] = list(await self._pictures_of(name))
+        files = [name[:-3] for name in await self._store.names("") if name.endswith(".js")]
+        for file in files:
+            if file not in index:
+                index[file] = list(await self._read_file(file))
         if len(index) > before:
             await self._store.replace(_INDEX, json.dumps(index).encode())
-        self.places = {picture: name for name in names for picture in index[name]}
+        self.files = {thumbnail: file for file in files for thumbnail in index[file]}
 
-    async def pictures(self, names: Iterable[str]) -> dict[str, str]:
-        """Some of the pictures, as data URLs."""
-        wanted = {name for name in names if name in self.places}
-        files = sorted({self.places[name] for name in wanted})
+    async def load(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the named thumbnails as data URLs; names that do not exist are left out.
+
+        Raises:
+            LedgerError: The output cannot be read.
+        """
+        wanted = {name for name in names if name in self.files}
+        files = sorted({self.files[name] for name in wanted})
         found: dict[str, str] = {}
-        for block in blocks(files, _AT_ONCE):
-            for pictures in await asyncio.gather(*map(self._pictures_of, block)):
-                found |= {name: url for name, url in pictures.items() if name in wanted}
+        for start in range(0, len(files), _PARALLEL_READS):
+            block = files[start : start + _PARALLEL_READS]
+            for thumbnails in await asyncio.gather(*map(self._read_file, block)):
+                found |= {name: url for name, url in thumbnails.items() if name in wanted}
         return found
 
-    async def _pictures_of(self, name: str) -> dict[str, str]:
+    async def _read_file(self, name: str) -> dict[str, str]:
         script = await self._store.read(f"{name}.js") or b""
         try:
             text = script.decode().partition(", ")[2].rpartition(")")[0]
-            pictures: dict[str, str] = json.loads(text)
+            thumbnails: dict[str, str] = json.loads(text)
         except ValueError:
-            raise LedgerError(f"The gallery's {self._store}/{name}.js is damaged.") from None
-        return pictures
+            raise LedgerError(
+                f"The gallery file {self._store}/{name}.js is damaged. Remove it and run "
+                "`flux-kontext gallery` again."
+            ) from None
+        return thumbnails
 
 
-def _script(name: str, pictures: Mapping[str, bytes]) -> bytes:
+def _render_script(name: str, thumbnails: Mapping[str, bytes]) -> bytes:
     urls = {
-        picture: f"data:image/webp;base64,{base64.b64encode(data).decode()}"
-        for picture, data in pictures.items()
+        thumbnail: f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+        for thumbnail, data in thumbnails.items()
     }
     return f"galleryPart({json.dumps(name)}, {json.dumps(urls)});\n".encode()

@@ -1,4 +1,4 @@
-// One row at a time, with a slider between before and after.
+// The view of one row, with a slider between before and after.
 
 const viewer = (() => {
   const dialog = byId("viewer");
@@ -6,9 +6,9 @@ const viewer = (() => {
   const slider = byId("slider");
   let at = 0;
 
-  const address = (file) => file.split("/").map(encodeURIComponent).join("/");
+  const encodePath = (file) => file.split("/").map(encodeURIComponent).join("/");
 
-  function fact(name, value) {
+  function addFact(name, value) {
     if (value === null || value === "") return;
     byId("facts").append(element("dt", {}, name), element("dd", {}, value));
   }
@@ -18,32 +18,32 @@ const viewer = (() => {
     return element("a", { href: url, target: "_blank", rel: "noopener noreferrer" }, url);
   }
 
-  function facts(row) {
+  function showFacts(row) {
     byId("facts").replaceChildren();
     const seconds = (name) => {
       const value = cell(`${name}_seconds`, row);
       return value === null ? null : duration(value);
     };
     const [width, height, bytes] = ["width", "height", "bytes"].map((name) => cell(name, row));
-    const size = bytes > 1e6 ? `${fine.format(bytes / 1e6)} MB` : `${fine.format((bytes ?? 0) / 1e3)} kB`;
+    const size = bytes > 1e6 ? `${rounded.format(bytes / 1e6)} MB` : `${rounded.format((bytes ?? 0) / 1e3)} kB`;
     const file = cell("file", row);
-    fact("Prompt", cell("prompt", row));
-    fact("Style", cell("style", row));
-    if (file) fact("Image", element("a", { href: address(file), target: "_blank" }, file));
-    if (width) fact("Size", `${width} × ${height} px, ${size}`);
-    for (const url of cell("references", row) ?? []) fact("Reference", link(url));
-    fact("Asked for", ["mode", "aspect_ratio", "output_format", "provider"]
+    addFact("Prompt", cell("prompt", row));
+    addFact("Style", cell("style", row));
+    if (file) addFact("Image", element("a", { href: encodePath(file), target: "_blank" }, file));
+    if (width) addFact("Size", `${width} × ${height} px, ${size}`);
+    for (const url of cell("reference_images", row) ?? []) addFact("Reference", link(url));
+    addFact("Parameters", ["mode", "aspect_ratio", "output_format", "provider"]
       .map((name) => cell(name, row)).filter(Boolean).join(", "));
-    fact("Waiting", seconds("waiting"));
-    fact("Generation", seconds("generation"));
-    fact("Download", seconds("download"));
-    const price = cell("price", row);
+    addFact("Waiting time", seconds("waiting"));
+    addFact("Generation time", seconds("generation"));
+    addFact("Download time", seconds("download"));
+    const cost = cell("cost_usd", row);
     const attempts = cell("attempts", row);
-    if (price !== null) fact("Price", dollars(price) + (attempts > 1 ? ` for ${attempts} attempts` : ""));
-    fact("Task", cell("task_id", row));
-    fact("Line", String(cell("line", row)));
-    for (const [name, values] of Object.entries(own)) {
-      if (!["image", "images"].includes(name)) fact(name, values[row] ?? null);
+    if (cost !== null) addFact("Cost", dollars(cost) + (attempts > 1 ? ` for ${attempts} attempts` : ""));
+    addFact("Task", cell("task_id", row));
+    addFact("Line", String(cell("line", row)));
+    for (const [name, values] of Object.entries(custom)) {
+      if (!["image", "images"].includes(name)) addFact(name, values[row] ?? null);
     }
   }
 
@@ -52,37 +52,37 @@ const viewer = (() => {
     figure.style.setProperty("--split", `${percent}%`);
   }
 
-  function picture(image, row, which) {
+  function showThumbnail(image, row, which) {
     image.removeAttribute("src");
     image.hidden = true;
-    album.show(pictureOf[which][row], (url) => {
+    thumbnails.show(thumbnailOf[which][row], (url) => {
       if (grid.row(at) !== row || !url) return;
-      if (!image.hidden) return; // the image itself was quicker
+      if (!image.hidden) return; // the image itself has loaded first
       image.src = url;
       image.hidden = false;
     });
   }
 
-  function pictures(row) {
+  function showImages(row) {
     const stored = cell("state", row) === "stored";
     const [width, height] = [cell("width", row), cell("height", row)];
     figure.style.setProperty("--ratio", width ? width / height : 4 / 3);
-    const both = stored && album.has(pictureOf.before[row]);
+    const both = stored && thumbnails.has(thumbnailOf.before[row]);
     figure.classList.toggle("both", both);
-    figure.classList.toggle("only-before", !stored && album.has(pictureOf.before[row]));
+    figure.classList.toggle("only-before", !stored && thumbnails.has(thumbnailOf.before[row]));
     slider.hidden = !both;
-    picture(byId("after"), row, "after");
-    picture(byId("before"), row, "before");
+    showThumbnail(byId("after"), row, "after");
+    showThumbnail(byId("before"), row, "before");
     byId("after").alt = stored ? `${cell("id", row)}, after` : "";
     byId("before").alt = both ? `${cell("id", row)}, before` : "";
-    byId("missing").textContent = stored || album.has(pictureOf.before[row]) ? "" : "No image";
-    if (stored && cell("file", row)) sharpen(row);
+    byId("missing").textContent = stored || thumbnails.has(thumbnailOf.before[row]) ? "" : "No image";
+    if (stored && cell("file", row)) showFullImage(row);
   }
 
-  // The thumbnail is there at once, and the image itself in its place when it has come.
-  function sharpen(row) {
+  // Replaces the thumbnail by the image itself once that has loaded.
+  function showFullImage(row) {
     const image = new Image();
-    image.src = address(cell("file", row));
+    image.src = encodePath(cell("file", row));
     image.decode().then(() => {
       if (dialog.open && grid.row(at) === row) {
         byId("after").src = image.src;
@@ -91,9 +91,9 @@ const viewer = (() => {
     }, () => {});
   }
 
-  function show(place) {
-    if (place < 0 || place >= grid.length()) return;
-    at = place;
+  function show(position) {
+    if (position < 0 || position >= grid.length()) return;
+    at = position;
     const row = grid.row(at);
     const state = cell("state", row);
     byId("viewed").textContent = cell("id", row);
@@ -109,12 +109,12 @@ const viewer = (() => {
       " ",
       cell("message", row) ?? "",
     );
-    pictures(row);
-    facts(row);
+    showImages(row);
+    showFacts(row);
     split(50);
   }
 
-  function move(event) {
+  function moveSlider(event) {
     const side = figure.getBoundingClientRect();
     split(Math.min(100, Math.max(0, ((event.clientX - side.left) / side.width) * 100)));
   }
@@ -125,10 +125,10 @@ const viewer = (() => {
     event.preventDefault();
     figure.setPointerCapture(event.pointerId);
     slider.focus({ preventScroll: true });
-    move(event);
+    moveSlider(event);
   });
   figure.addEventListener("pointermove", (event) => {
-    if (figure.hasPointerCapture(event.pointerId)) move(event);
+    if (figure.hasPointerCapture(event.pointerId)) moveSlider(event);
   });
   byId("previous").addEventListener("click", () => show(at - 1));
   byId("next").addEventListener("click", () => show(at + 1));
@@ -147,8 +147,8 @@ const viewer = (() => {
   });
 
   return {
-    open(place) {
-      show(place);
+    open(position) {
+      show(position);
       dialog.showModal();
       byId("close").focus();
     },
