@@ -92,7 +92,7 @@ def test_failed_rows_are_retried_in_the_styles_of_their_file(sandbox, tmp_path, 
     [
         (["--style", "watercolor"], "did you mean 'watercolour'?"),
         (["--names", "{id}.jpg", "--prompt", "x"], "does not end in `.{ext}`"),
-        (["--prompt", "{{ a.b }}"], "The prompt for all rows: the template holds a look inside"),
+        (["--prompt", "{{ a.b }}"], "The prompt for all rows: the template uses attribute access"),
     ],
 )
 def test_what_cannot_be_meant_for_all_rows_is_status_2(manifest, tmp_path, capsys, options, told):

@@ -113,7 +113,7 @@ def test_a_prompt_that_holds_itself_is_refused():
 
 
 def test_a_prompt_for_all_rows_that_is_no_template_is_told_once():
-    with pytest.raises(ConfigurationError, match="The prompt for all rows: the template holds"):
+    with pytest.raises(ConfigurationError, match="The prompt for all rows: the template uses"):
         rows({"id": "a"}, prompt="{% for x in y %}{% endfor %}")
 
 
