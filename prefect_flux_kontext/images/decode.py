@@ -1,4 +1,4 @@
-"""Is this a whole image, and of which kind? Judged by its bytes, never by its name."""
+"""Check that bytes are a complete image, and find its format. File names do not count."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from prefect_flux_kontext.errors import InvalidImageError
 ImageFormat = Literal["jpeg", "png", "webp"]
 
 EXTENSIONS: dict[ImageFormat, str] = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-"""The file name extension of each kind."""
+"""File name extension of each format, without the dot."""
 
 MAX_PIXELS = 64_000_000
-"""A picture of more pixels is refused before it is decoded: it may be a bomb."""
+"""Larger images are refused before decoding, since they may be decompression bombs."""
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What an image's bytes say about it; width and height in pixels."""
+    """Format of an image, and its width and height in pixels."""
 
     format: ImageFormat
     width: int
@@ -29,23 +29,24 @@ class ImageInfo:
 
 
 def inspect_image(data: bytes) -> ImageInfo:
-    """What an image is, once the whole of it has been decoded; see `decoded_image`."""
+    """Decode the whole image and return its format and size; see `decode_image`."""
     return decode_image(data)[0]
 
 
 def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
     """Decode the whole image, in memory.
 
-    Decoding alone accepts some truncated files, so the format's own end mark is looked for too.
+    Decoders accept some truncated files, so the end marker of the format is checked too.
 
     Args:
-        data: The bytes of the file.
+        data: Content of the file.
 
     Returns:
-        What it is, and the picture.
+        The format and size, and the decoded image.
 
     Raises:
-        InvalidImageError: It is no whole JPEG, PNG or WebP, or larger than 64 million pixels.
+        InvalidImageError: The data is not a complete JPEG, PNG or WebP, or the image has more
+            than 64 million pixels.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
@@ -57,9 +58,9 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
                 image.load()
     except UnidentifiedImageError:
         raise InvalidImageError(
-            f"The {len(data):,} bytes are no JPEG, PNG or WebP; they start with {data[:16]!r}."
+            f"The {len(data):,} bytes are not a JPEG, PNG or WebP; they start with {data[:16]!r}."
         ) from None
-    except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
+    except Exception as error:  # noqa: BLE001 - decoders raise errors of any type
         raise InvalidImageError(
             f"The {len(data):,} bytes are not a whole image ({error}); they start with "
             f"{data[:16]!r}."
@@ -68,12 +69,12 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
         raise InvalidImageError(
             f"The image has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded."
         )
-    if not _has_its_end(data, kind):
+    if not _has_end_marker(data, kind):
         raise InvalidImageError(f"The {kind.upper()} is cut off after {len(data):,} bytes.")
     return ImageInfo(format=kind, width=width, height=height), image
 
 
-def _has_its_end(data: bytes, kind: ImageFormat) -> bool:
+def _has_end_marker(data: bytes, kind: ImageFormat) -> bool:
     if kind == "jpeg":
         return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
     if kind == "png":

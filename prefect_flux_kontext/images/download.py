@@ -1,4 +1,4 @@
-"""One image, fetched until it is whole: resumed where that is safe, else begun anew."""
+"""Download an image with retries. A retry resumes if that is safe, else it starts again."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# With the backoff between them, these ride out a short outage of the host.
 _ATTEMPTS = 6
-_LARGEST_IMAGE = 50 * 2**20
-_LONGEST_STALL = 30.0
+# Far above the size of a result; bounds the memory that a wrong URL can take.
+_MAX_IMAGE_BYTES = 50 * 2**20
+# Time without a byte after which an attempt ends.
+_STALL_SECONDS = 30.0
+# Limit of a whole attempt, also for a host that sends one byte at a time.
 _LONGEST_ATTEMPT = 300.0
-_MOST_REDIRECTS = 3
+_MAX_REDIRECTS = 3
 
-_TIMEOUTS = httpx.Timeout(connect=10, read=_LONGEST_STALL, write=30, pool=None)
+_TIMEOUTS = httpx.Timeout(connect=10, read=_STALL_SECONDS, write=30, pool=None)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 def open_download_client(
     transport: httpx.AsyncBaseTransport | None = None, *, base_url: str | None = None
 ) -> Connections:
-    """Connections for results, apart from the API's: no key in them, and no submit behind them.
+    """Open the connections for results. They carry no API key, and submits do not wait for them.
 
     Args:
-        transport: Another way to reach the results than the network, for tests.
+        transport: Replaces the network, for tests.
         base_url: The configured service. Results are fetched from the public internet, and from
-            a private network only if the service is there itself.
+            a private network only if the service is there too.
     """
     return Connections(
         transport or GuardedTransport(Guard(base_url)),
@@ -48,8 +52,8 @@ def open_download_client(
 
 
 @dataclass
-class _Partial:
-    """What has come so far, and the version of the file that it is a part of."""
+class _PartialDownload:
+    """Data received so far, and the version of the file that it belongs to."""
 
     data: bytearray = field(default_factory=bytearray)
     etag: str | None = None
@@ -60,30 +64,30 @@ class _Partial:
 
 
 async def download_image(
-    url: str, http: Connections, finished: Callable[[bytes], T], *, task_id: str
+    url: str, http: Connections, process: Callable[[bytes], T], *, task_id: str
 ) -> T:
-    """Fetch a result until it is a whole image, six times at most.
+    """Fetch a result until it is a complete image, in at most six attempts.
 
-    At most 50 MB are taken. An attempt ends after 30 s without a byte, and after 300 s in all.
-    The next goes on where it ended, if the server has given the file a strong ETag and it is
-    still the same file; else it begins anew.
+    The limit is 50 MiB. An attempt ends after 30 s without a byte, and after 300 s in total. The
+    next attempt resumes where it ended, if the server sent a strong ETag and the file has not
+    changed; else it starts again.
 
     Args:
-        url: Where it is.
-        http: Connections made by `download_client`.
-        finished: Makes of the bytes, in a thread, what is to be stored; raises
-            InvalidImageError where they are no whole image.
+        url: URL of the result.
+        http: Connections from `open_download_client`.
+        process: Converts the bytes to the return value, in a thread; raises InvalidImageError
+            if they are not a complete image.
         task_id: The paid task, for messages.
 
     Returns:
-        What `finished` has made.
+        The return value of `process`.
 
     Raises:
         DownloadError: The URL could not be fetched.
-        RefusedUrlError: It leads where no download may go; it was not asked.
-        InvalidImageError: It serves no whole image.
+        RefusedUrlError: The URL is not allowed; no request was sent.
+        InvalidImageError: The URL does not serve a complete image.
     """
-    partial = _Partial()
+    partial = _PartialDownload()
     attempt = 0
     while True:
         attempt += 1
@@ -92,39 +96,39 @@ async def download_image(
             await _fetch(http, url, partial, last=attempt == _ATTEMPTS)
             data = bytes(partial.data)
             partial.clear()
-            return await asyncio.to_thread(finished, data)
+            return await asyncio.to_thread(process, data)
         except (DownloadError, InvalidImageError) as error:
             failure = error
         if attempt == _ATTEMPTS or not failure.retryable:
             break
         await asyncio.sleep(jittered_backoff(attempt))
-    tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
+    attempts = "1 attempt" if attempt == 1 else f"{attempt} attempts"
     raise type(failure)(
-        f"Task {task_id} is paid for, but its result {_without_secrets(url)} cannot be stored "
-        f"after {tried}: {failure.message}",
+        f"Task {task_id} is paid for, but its result {_redact_url(url)} cannot be stored "
+        f"after {attempts}: {failure.message}",
         task_id=task_id,
         code=failure.code,
     )
 
 
-async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) -> None:
-    """Bring what is missing; what has come stays in `partial` where it can be gone on from."""
+async def _fetch(http: Connections, url: str, partial: _PartialDownload, *, last: bool) -> None:
+    """Fetch the missing bytes. Data that a later attempt can resume from stays in `partial`."""
     if partial.etag is None:
         partial.clear()
     wait = None
     try:
         async with (
             asyncio.timeout(_LONGEST_ATTEMPT),
-            asyncio.timeout(_LONGEST_STALL) as stall,
-            _redirected(http, url, _range(partial)) as response,
+            asyncio.timeout(_STALL_SECONDS) as stall,
+            _follow_redirects(http, url, _build_range_header(partial)) as response,
         ):
-            told = _refusal(response, partial)
-            if told is None:
+            problem = _check_response(response, partial)
+            if problem is None:
                 async for chunk in stream_response(response):
-                    stall.reschedule(asyncio.get_running_loop().time() + _LONGEST_STALL)
+                    stall.reschedule(asyncio.get_running_loop().time() + _STALL_SECONDS)
                     partial.data += chunk
-                    if len(partial.data) > _LARGEST_IMAGE:
-                        told = f"it is larger than {_LARGEST_IMAGE:,} bytes"
+                    if len(partial.data) > _MAX_IMAGE_BYTES:
+                        problem = f"it is larger than {_MAX_IMAGE_BYTES:,} bytes"
                         partial.clear()
                         break
                 else:
@@ -133,46 +137,46 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, last: bool) 
                 wait = parse_retry_after(response.headers.get("Retry-After"))
     except RefusedUrlError:
         raise
-    except Exception as error:  # noqa: BLE001 - a strange URL upsets more than httpx
-        told = f"{type(error).__name__} after {len(partial.data):,} bytes"
+    except Exception as error:  # noqa: BLE001 - an invalid URL raises errors of any type
+        problem = f"{type(error).__name__} after {len(partial.data):,} bytes"
     if wait and not last:
         await asyncio.sleep(wait)
-    raise DownloadError(f"The download failed: {told}.")
+    raise DownloadError(f"The download failed: {problem}.")
 
 
 @asynccontextmanager
-async def _redirected(
+async def _follow_redirects(
     http: Connections, url: str, headers: dict[str, str]
 ) -> AsyncIterator[httpx.Response]:
-    """Follow redirects, each as guarded as the first URL."""
-    for _ in range(1 + _MOST_REDIRECTS):
+    """Open a response, following redirects; each URL passes the guard."""
+    for _ in range(1 + _MAX_REDIRECTS):
         async with http.stream("GET", url, headers=headers) as response:
             if not response.has_redirect_location:
                 yield response
                 return
             url = str(httpx.URL(url).join(response.headers["Location"]))
-    raise httpx.TooManyRedirects(f"more than {_MOST_REDIRECTS} redirects")
+    raise httpx.TooManyRedirects(f"more than {_MAX_REDIRECTS} redirects")
 
 
-def _range(partial: _Partial) -> dict[str, str]:
+def _build_range_header(partial: _PartialDownload) -> dict[str, str]:
     if not partial.data or partial.etag is None:
         return {}
     return {"Range": f"bytes={len(partial.data)}-", "If-Range": partial.etag}
 
 
-def _refusal(response: httpx.Response, partial: _Partial) -> str | None:
-    """Why the response is of no use, or None with `partial` ready for its body."""
+def _check_response(response: httpx.Response, partial: _PartialDownload) -> str | None:
+    """Return why a response is unusable, or None with `partial` ready for its body."""
     if response.status_code == httpx.codes.OK:
         partial.clear()
         etag = response.headers.get("ETag", "")
-        # A weak one may name two files that are not the same to the byte.
+        # Files with the same weak ETag may differ in their bytes.
         partial.etag = etag if etag.startswith('"') else None
         return None
     if response.status_code == httpx.codes.PARTIAL_CONTENT and partial.data:
-        rest = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        content_range = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if (
-            rest
-            and int(rest[1]) == len(partial.data)
+            content_range
+            and int(content_range[1]) == len(partial.data)
             and response.headers.get("ETag", partial.etag) == partial.etag
         ):
             return None
@@ -184,6 +188,6 @@ def _refusal(response: httpx.Response, partial: _Partial) -> str | None:
     return f"HTTP {response.status_code}"
 
 
-def _without_secrets(url: str) -> str:
-    """The URL without what may sign it: its query, its fragment, a password."""
+def _redact_url(url: str) -> str:
+    """Strip what may grant access from a URL: query, fragment and password."""
     return re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])[:200]

@@ -1,4 +1,4 @@
-"""What an image's header alone says of it: no decoder is let near a bomb."""
+"""Read format and size from an image's header, without decoding it."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.images.decode import ImageFormat
 
 _WEBP_KIND = slice(12, 16)
-_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
+# Start-of-frame markers hold the size; the three left out have other meanings.
+_JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_MARKERS_WITHOUT_CONTENT = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 def read_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels of a JPEG, PNG or WebP; None where the header does not tell."""
+    """Return width and height in pixels of a JPEG, PNG or WebP, or None if not found."""
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             width, height = struct.unpack_from(">II", data, 16)
             return width, height
         if data.startswith(b"\xff\xd8"):
-            return _size_of_jpeg(data)
+            return _read_jpeg_size(data)
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-            return _size_of_webp(data)
+            return _read_webp_size(data)
     except (struct.error, IndexError):
         pass
     return None
 
 
 def read_format(data: bytes) -> ImageFormat:
-    """The kind of an image that is known to be a JPEG, PNG or WebP."""
+    """Return the format of an image that is known to be a JPEG, PNG or WebP."""
     if data.startswith(b"\xff\xd8"):
         return "jpeg"
     return "png" if data.startswith(b"\x89PNG") else "webp"
 
 
-def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
+def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:
     at = 2
     while True:
-        while data[at] != 0xFF:  # noqa: PLR2004 - what every marker starts with
+        while data[at] != 0xFF:  # noqa: PLR2004 - the first byte of every marker
             at += 1
         while data[at] == 0xFF:  # noqa: PLR2004
             at += 1
         marker = data[at]
         at += 1
-        if marker in _JPEG_SIZES:
+        if marker in _JPEG_FRAME_MARKERS:
             height, width = struct.unpack_from(">HH", data, at + 3)
             return width, height
-        if marker not in _JPEG_BARE:
+        if marker not in _JPEG_MARKERS_WITHOUT_CONTENT:
             at += struct.unpack_from(">H", data, at)[0]
 
 
-def _size_of_webp(data: bytes) -> tuple[int, int] | None:
+def _read_webp_size(data: bytes) -> tuple[int, int] | None:
     kind = data[_WEBP_KIND]
     if kind == b"VP8X":
         width, height = data[24:27], data[27:30]

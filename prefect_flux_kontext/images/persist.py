@@ -1,4 +1,4 @@
-"""From a result's URLs to checked images in their place."""
+"""Download the images of a result, check them and store them in the output."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ logger = logging.getLogger(__name__)
 
 
 def image_names(name: str, number: int, extension: str, key: str | None) -> list[str]:
-    """The file names a result's image may have, the wanted one first.
+    """Return the possible file names of a result's image, the preferred one first.
 
-    `cat.jpg`, and where that is another row's image already, `cat~1a2b3c4d.jpg` after the row
-    key. A second image of the same result is `cat~2.jpg`, and so on. No row's name ends in a
-    tilde and so few digits, so no name is that of another row.
+    The preferred name is `cat.jpg`. If another row has it, the name gets the start of the row
+    key: `cat~1a2b3c4d.jpg`. A second image of the same result is `cat~2.jpg`, and so on. No
+    row's name ends in a tilde and few digits, so the names never collide with another row's.
 
     Args:
         name: The row's name below the output, already safe.
-        number: Which image of the result, from 1.
-        extension: With its dot.
-        key: The row key; None where there is only the wanted name.
+        number: Number of the image in the result, from 1.
+        extension: Extension with its dot.
+        key: The row key; None allows only the preferred name.
     """
-    which = "" if number == 1 else f"~{number}"
-    apart = [] if key is None else [f"{name}~{key[:8]}{which}{extension}"]
-    return [f"{name}{which}{extension}", *apart]
+    suffix = "" if number == 1 else f"~{number}"
+    fallback = [] if key is None else [f"{name}~{key[:8]}{suffix}{extension}"]
+    return [f"{name}{suffix}{extension}", *fallback]
 
 
 async def persist_result(
@@ -56,46 +56,47 @@ async def persist_result(
     ai_mark: bool = True,
     show: Callable[[Image.Image], None] | None = None,
 ) -> list[StoredImage]:
-    """Download every image of a result, check it and put it in its place.
+    """Download every image of a result, check it and store it.
 
-    A whole image of another kind than was asked for is stored too, as what it is: it is paid for.
+    A complete image in another format than requested is stored too, since it is paid for.
 
     Args:
-        result: What came of the task.
-        output: Where the images go.
-        http: Connections made by `download_client`.
-        name: Name below the output, already safe, without extension; a second image gets `~2`
-            after it, and so on.
-        key: The row key, for which no other row's image is written over; None writes over
-            what has that name.
-        ai_mark: Whether the image is marked as made by AI; see `provenance`.
-        show: Is given the first picture while it is decoded, in a thread; it must not raise.
+        result: Result of the paid task.
+        output: Folder for the images.
+        http: Connections made by `open_download_client`.
+        name: Name below the output, already safe, without extension. A second image gets the
+            suffix `~2`, and so on.
+        key: The row key, which protects images of other rows from being overwritten; with
+            None, a file of that name is overwritten.
+        ai_mark: Whether to mark images as made by AI; see `ai_metadata`.
+        show: Called with the first decoded image, in a thread; must not raise.
 
     Returns:
         One record for each image, in the order of the result's URLs.
 
     Raises:
         DownloadError: A URL could not be fetched, after several attempts.
-        RefusedUrlError: A URL leads where no download may go; it was not asked.
-        InvalidImageError: What it serves is not a whole image.
+        RefusedUrlError: A URL is not allowed; no request was sent.
+        InvalidImageError: A URL does not serve a complete image.
         StorageError: The output refused the file.
     """
-    asked = result.request.output_format if result.request else None
-    source = _source(result) if ai_mark else None
+    requested = result.request.output_format if result.request else None
+    source = _choose_source_type(result) if ai_mark else None
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
         data, image, sha256 = await download_image(
             url,
             http,
-            functools.partial(_finished, source=source, show=show if number == 1 else None),
+            functools.partial(_process_image, source=source, show=show if number == 1 else None),
             task_id=result.task_id,
         )
-        if asked not in (None, image.format):
+        if requested not in (None, image.format):
             logger.warning(
-                "Task %s was asked for a %s and has made a %s, which is stored as such.",
+                "Task %s returned a %s instead of the requested %s; the image is stored in its "
+                "own format.",
                 result.task_id,
-                str(asked).upper(),
                 image.format.upper(),
+                str(requested).upper(),
             )
         names = image_names(name, number, f".{EXTENSIONS[image.format]}", key)
         stored.append(
@@ -115,10 +116,10 @@ async def persist_result(
 async def place_stored_images(
     files: Sequence[str], output: OutputFolder, *, name: str, key: str
 ) -> list[str]:
-    """Give a row the images that are stored for its key already, and return their URIs.
+    """Store the images that exist for a key under a row's name; return their URIs.
 
     Raises:
-        StorageError: One of them is gone, or the filesystem refused.
+        StorageError: An image no longer exists, or the output refused a file.
     """
     uris = []
     for number, file in enumerate(files, start=1):
@@ -128,15 +129,15 @@ async def place_stored_images(
             continue
         image = await output.read(file)
         if image is None:
-            raise StorageError(f"{output.uri(file)} was stored for this row and is gone.")
+            raise StorageError(f"{output.uri(file)} was stored for this row but no longer exists.")
         uris.append(await output.write_unique(names, image))
     return uris
 
 
-def _finished(
+def _process_image(
     data: bytes, source: SourceType | None, show: Callable[[Image.Image], None] | None
 ) -> tuple[bytes, ImageInfo, str]:
-    """The bytes to store, what they are, and their checksum."""
+    """Return the bytes to store, their format and size, and their SHA-256 checksum."""
     image, picture = decode_image(data)
     if show is not None:
         show(picture)
@@ -145,6 +146,6 @@ def _finished(
     return data, image, hashlib.sha256(data).hexdigest()
 
 
-def _source(result: GenerationResult) -> SourceType:
+def _choose_source_type(result: GenerationResult) -> SourceType:
     restyled = result.request is not None and result.request.image_urls
     return "compositeWithTrainedAlgorithmicMedia" if restyled else "trainedAlgorithmicMedia"

@@ -1,4 +1,4 @@
-"""Which addresses are nobody's business but this machine's or this network's. No I/O."""
+"""Protection against server-side request forgery: downloads reach public addresses only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from prefect_flux_kontext.errors import RefusedUrlError
 if TYPE_CHECKING:
     import aiohttp
 
-
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _RANGES = {
@@ -34,16 +33,16 @@ _RANGES = {
         ("private 172.16.0.0/12", "172.16.0.0/12"),
         ("private 192.168.0.0/16", "192.168.0.0/16"),
         ("private fc00::/7", "fc00::/7"),
-        ("shared by a carrier", "100.64.0.0/10"),
+        ("carrier-grade NAT", "100.64.0.0/10"),
         ("link-local", "169.254.0.0/16", "fe80::/10"),
         ("site-local", "fec0::/10"),
         ("multicast", "224.0.0.0/4", "ff00::/8"),
-        # NAT64 inside of a network, Teredo: what they lead to cannot be told.
+        # Network-local NAT64 and Teredo: the target address is not known.
         ("translated", "64:ff9b:1::/48", "2001::/32"),
     )
 }
-METADATA = "a cloud's metadata service"
-_METADATA = {
+METADATA_SERVICE = "cloud metadata service"
+_METADATA_ADDRESSES = {
     ipaddress.ip_address(text)
     for text in (
         "169.254.169.254",  # AWS, Google, Azure and others
@@ -66,8 +65,8 @@ _IPV4_IN_IPV6 = [
 ]
 
 
-def literal(host: str) -> Address | None:
-    """The address that a host is, in any spelling that a resolver takes; None for a name.
+def parse_address(host: str) -> Address | None:
+    """Parse a host as an address, in any notation that resolvers accept; None for a name.
 
     Decimal, octal and hexadecimal numbers are IPv4 addresses: `2130706433` and `0x7f.1` are
     127.0.0.1.
@@ -83,132 +82,139 @@ def literal(host: str) -> Address | None:
         return None
 
 
-def not_public(address: Address) -> str | None:
-    """What kind of address it is, or None for one of the public internet.
+def classify_address(address: Address) -> str | None:
+    """Return the kind of a non-public address, or None for a public one.
 
-    An IPv4 address inside an IPv6 address counts as itself.
+    An IPv4 address embedded in an IPv6 address is classified as the IPv4 address.
     """
     if isinstance(address, ipaddress.IPv6Address):
-        address = ipaddress.IPv6Address(int(address))  # without its scope
-    if address in _METADATA:
-        return METADATA
+        address = ipaddress.IPv6Address(int(address))  # drops the scope
+    if address in _METADATA_ADDRESSES:
+        return METADATA_SERVICE
     for name, networks in _RANGES.items():
         if any(address in network for network in networks):
             return name
     if isinstance(address, ipaddress.IPv6Address):
         for network, shift in _IPV4_IN_IPV6:
             if address in network:
-                return not_public(ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF))
+                return classify_address(ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF))
     return None if address.is_global else "reserved"
 
 
-Resolve = Callable[[str, int], Awaitable[list[str]]]
-"""Gives the addresses of a name; raises OSError where there are none."""
+AddressLookup = Callable[[str, int], Awaitable[list[str]]]
+"""Returns the addresses of a host and port; raises OSError if there are none."""
 
-_PORTS = {"http": 80, "https": 443}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """Ask the system for the addresses of a name."""
+async def resolve_host(host: str, port: int) -> list[str]:
+    """Resolve a name with the resolver of the system."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
 
 class Guard:
-    """Knows where connections may go.
+    """Decides which addresses downloads may connect to.
 
     Args:
-        base_url: The configured service, whose own host is always allowed. Where it is on a
-            private network, such as a sandbox on loopback, so may its results be, on the same.
-            One of https by name is taken for public and not resolved to find out.
-        resolve: Gives the addresses of a name.
+        base_url: The configured service. Its host is always allowed, except at a metadata
+            address. If the service is on a private network, such as a sandbox on loopback, its
+            results may be on a network of the same kind. A service with https and a host name
+            counts as public and is not resolved.
+        resolve: Resolves host names.
     """
 
-    def __init__(self, base_url: str | None = None, resolve: Resolve = resolve) -> None:
+    def __init__(self, base_url: str | None = None, resolve: AddressLookup = resolve_host) -> None:
         self._base = None if base_url is None else httpx.URL(base_url)
         self._resolve = resolve
-        self._own: set[str] | None = None
+        self._service_kinds: set[str] | None = None
 
-    async def addresses(self, host: str, port: int) -> list[str]:
-        """All addresses of a host, each of them allowed.
+    async def resolve_allowed(self, host: str, port: int) -> list[str]:
+        """Resolve a host to addresses that are all allowed.
 
         Raises:
-            RefusedUrlError: One of them is not.
-            OSError: It has none.
+            RefusedUrlError: An address is not allowed.
+            OSError: The host has no address.
         """
-        found = await self._addresses(host, port)
+        found = await self._resolve_addresses(host, port)
         for address in found:
-            kind = not_public(address)
-            if kind == METADATA or not (kind is None or await self._is_own(host, kind)):
+            kind = classify_address(address)
+            if kind == METADATA_SERVICE or not (
+                kind is None or await self._is_service_network(host, kind)
+            ):
                 raise RefusedUrlError(
-                    f"The URL leads to {host[:100]}, and so to {address} ({kind}), which is no "
-                    "address of the public internet; nothing was sent there."
+                    f"The host {host[:100]} resolves to {address} ({kind}), which is not a public "
+                    "address; no request was sent."
                 )
         return [str(address) for address in found]
 
-    async def _addresses(self, host: str, port: int) -> list[Address]:
-        address = literal(host)
+    async def _resolve_addresses(self, host: str, port: int) -> list[Address]:
+        address = parse_address(host)
         if address is not None:
             return [address]
-        found = [literal(text) for text in await self._resolve(host, port)]
+        found = [parse_address(text) for text in await self._resolve(host, port)]
         if not found or None in found:
             raise OSError(f"{host[:100]} has no address")
         return [address for address in found if address is not None]
 
-    async def _is_own(self, host: str, kind: str) -> bool:
-        """Whether it is the service's host, or an address of a kind that the service has."""
+    async def _is_service_network(self, host: str, kind: str) -> bool:
+        """Return whether a host is the service's, or its kind of network is the service's."""
         if self._base is None:
             return False
         if host == self._base.host:
             return True
-        if literal(self._base.host) is None and self._base.scheme == "https":
+        if parse_address(self._base.host) is None and self._base.scheme == "https":
             return False
-        if self._own is None:
+        if self._service_kinds is None:
             try:
-                found = await self._addresses(self._base.host, self._base.port or 80)
+                found = await self._resolve_addresses(self._base.host, self._base.port or 80)
             except OSError:
                 return False
-            self._own = {kind for kind in map(not_public, found) if kind is not None}
-        return kind in self._own
+            self._service_kinds = {
+                kind for kind in map(classify_address, found) if kind is not None
+            }
+        return kind in self._service_kinds
 
 
 class GuardedTransport(AiohttpTransport):
-    """Sends requests where the guard lets them go. TLS asks for the name's certificate.
+    """Sends requests only to addresses that the guard allows. TLS verifies the host name.
 
-    Behind a proxy of the environment (HTTPS_PROXY …) the proxy resolves names and must guard
-    them; what is a private address already is refused all the same.
+    Behind a proxy of the environment (HTTPS_PROXY …), the proxy resolves names and must filter
+    them. URLs with a private address are refused also there.
 
     Args:
-        guard: Knows where they may go.
-        socket_factory: Makes the socket for an address; tests give another.
+        guard: Decides which addresses are allowed.
+        socket_factory: Creates the socket for an address, for tests.
     """
 
     def __init__(
         self, guard: Guard, *, socket_factory: aiohttp.SocketFactoryType | None = None
     ) -> None:
         super().__init__(
-            create_tls_context(), resolver=_CheckedNames(guard), socket_factory=socket_factory
+            create_tls_context(), resolver=_GuardedResolver(guard), socket_factory=socket_factory
         )
         self._guard = guard
         self._proxied: dict[str, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, unless its URL is refused.
+        """Send a request, unless its URL is not allowed.
 
         Raises:
-            RefusedUrlError: Its scheme, or an address of its host, is not allowed.
-            httpx.TransportError: It went wrong.
+            RefusedUrlError: The scheme or an address of the host is not allowed.
+            httpx.TransportError: The request failed.
         """
         url = request.url
-        if url.scheme not in _PORTS or not url.host:
-            raise RefusedUrlError(f"The URL is one of {url.scheme[:20]!r}, not of http or https.")
-        if proxy := _proxy(url):
-            return await self._through(proxy).handle_async_request(request)
+        if url.scheme not in _DEFAULT_PORTS or not url.host:
+            raise RefusedUrlError(
+                f"The URL has the scheme {url.scheme[:20]!r}; only http and https are allowed."
+            )
+        if proxy := _choose_proxy(url):
+            return await self._get_proxy_transport(proxy).handle_async_request(request)
         host = url.raw_host.decode()
-        if ":" in host or not any(map(str.isalpha, host)):  # aiohttp resolves names alone
+        if ":" in host or not any(map(str.isalpha, host)):  # aiohttp resolves names only
             try:
-                await self._guard.addresses(host, url.port or _PORTS[url.scheme])
+                await self._guard.resolve_allowed(host, url.port or _DEFAULT_PORTS[url.scheme])
             except OSError as error:
                 raise httpx.ConnectError(str(error), request=request) from None
         return await super().handle_async_request(request)
@@ -219,22 +225,22 @@ class GuardedTransport(AiohttpTransport):
         for transport in self._proxied.values():
             await transport.aclose()
 
-    def _through(self, proxy: str) -> httpx.AsyncHTTPTransport:
+    def _get_proxy_transport(self, proxy: str) -> httpx.AsyncHTTPTransport:
         if proxy not in self._proxied:
             self._proxied[proxy] = create_proxy_transport(proxy)
         return self._proxied[proxy]
 
 
-def _proxy(url: httpx.URL) -> str | None:
-    """The environment's proxy for a URL; none for a private address, which the guard judges."""
-    address = literal(url.host)
-    if address is not None and not_public(address):
+def _choose_proxy(url: httpx.URL) -> str | None:
+    """Return the environment's proxy for a URL; None for a private address, for the guard."""
+    address = parse_address(url.host)
+    if address is not None and classify_address(address):
         return None
     return find_proxy(url)
 
 
-class _CheckedNames(AbstractResolver):
-    """Gives aiohttp the addresses of names that the guard has seen."""
+class _GuardedResolver(AbstractResolver):
+    """Resolver for aiohttp that returns only addresses that the guard allows."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -254,8 +260,8 @@ class _CheckedNames(AbstractResolver):
                 proto=0,
                 flags=socket.AI_NUMERICHOST,
             )
-            for address in await self._guard.addresses(host, port)
+            for address in await self._guard.resolve_allowed(host, port)
         ]
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing; there is nothing to close."""

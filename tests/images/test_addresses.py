@@ -1,4 +1,4 @@
-"""Addresses in every spelling and every wrapping are what they are."""
+"""Parsing and classification of addresses in every notation and embedding."""
 
 import ipaddress
 
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.images.ssrf import literal, not_public
+from prefect_flux_kontext.images.ssrf import classify_address, parse_address
 
-SPELLINGS = {
+NOTATIONS = {
     "127.0.0.1": [
         "127.0.0.1", "2130706433", "0x7f000001", "0x7f.0x0.0x0.0x1", "017700000001", "0177.0.0.1",
         "127.1", "127.0.1", "0x7f.1",
@@ -20,17 +20,17 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(
-    ("address", "spelling"), [(a, spelling) for a, each in SPELLINGS.items() for spelling in each]
+    ("address", "notation"), [(a, notation) for a, each in NOTATIONS.items() for notation in each]
 )
-def test_an_address_is_read_in_every_spelling(address, spelling):
-    assert literal(spelling) == ipaddress.ip_address(address)
+def test_parse_address_accepts_every_notation(address, notation):
+    assert parse_address(notation) == ipaddress.ip_address(address)
 
 
 @pytest.mark.parametrize(
     "name", ["localhost", "example.com", "127.0.0.1.example", "", "0x", "1.2.3.4.5"]
 )
-def test_a_name_is_no_address(name):
-    assert literal(name) is None
+def test_parse_address_returns_none_for_a_name(name):
+    assert parse_address(name) is None
 
 
 KINDS = {
@@ -42,8 +42,8 @@ KINDS = {
     "172.31.255.255": "private 172.16.0.0/12",
     "192.168.1.1": "private 192.168.0.0/16",
     "fd12:3456::1": "private fc00::/7",
-    "100.64.0.1": "shared by a carrier",
-    "100.127.255.255": "shared by a carrier",
+    "100.64.0.1": "carrier-grade NAT",
+    "100.127.255.255": "carrier-grade NAT",
     "169.254.1.1": "link-local",
     "fe80::1": "link-local",
     "fe80::1%eth0": "link-local",
@@ -59,19 +59,19 @@ KINDS = {
     "192.0.2.1": "reserved",
     "198.18.0.1": "reserved",
     "2001:db8::1": "reserved",
-    "169.254.169.254": "a cloud's metadata service",
-    "168.63.129.16": "a cloud's metadata service",
-    "100.100.100.200": "a cloud's metadata service",
-    "fd00:ec2::254": "a cloud's metadata service",
+    "169.254.169.254": "cloud metadata service",
+    "168.63.129.16": "cloud metadata service",
+    "100.100.100.200": "cloud metadata service",
+    "fd00:ec2::254": "cloud metadata service",
     "::ffff:127.0.0.1": "loopback",
-    "::ffff:169.254.169.254": "a cloud's metadata service",
+    "::ffff:169.254.169.254": "cloud metadata service",
     "::ffff:0:10.0.0.1": "private 10.0.0.0/8",
     "::7f00:1": "loopback",
     "64:ff9b::127.0.0.1": "loopback",
-    "64:ff9b::a9fe:a9fe": "a cloud's metadata service",
+    "64:ff9b::a9fe:a9fe": "cloud metadata service",
     "64:ff9b:1::1": "translated",
     "2002:7f00:1::": "loopback",
-    "2002:a9fe:a9fe::1": "a cloud's metadata service",
+    "2002:a9fe:a9fe::1": "cloud metadata service",
     "2002:c0a8:101::1": "private 192.168.0.0/16",
     "2001:0:7f00:1::": "translated",
     "8.8.8.8": None,
@@ -85,18 +85,18 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("address", "kind"), KINDS.items())
-def test_what_is_not_public_is_told_by_its_kind(address, kind):
-    assert not_public(ipaddress.ip_address(address)) == kind
+def test_classify_address_names_the_kind(address, kind):
+    assert classify_address(ipaddress.ip_address(address)) == kind
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_a_wrapped_address_counts_as_itself(number):
-    inside = ipaddress.IPv4Address(number)
+def test_embedded_ipv4_address_is_classified_as_ipv4(number):
+    embedded = ipaddress.IPv4Address(number)
     for wrapped in (0xFFFF << 32 | number, 0x64FF9B << 96 | number, 0x2002 << 112 | number << 80):
-        assert not_public(ipaddress.IPv6Address(wrapped)) == not_public(inside)
+        assert classify_address(ipaddress.IPv6Address(wrapped)) == classify_address(embedded)
 
 
 @given(st.ip_addresses())
-def test_whatever_python_calls_local_is_not_public(address):
+def test_addresses_that_python_calls_local_are_not_public(address):
     if not address.is_global or address.is_multicast:
-        assert not_public(address) is not None or "::ffff:" in str(address.exploded)
+        assert classify_address(address) is not None or "::ffff:" in str(address.exploded)

@@ -1,4 +1,4 @@
-"""The mark "made by AI" is read back by others, and costs no pixel, no signature, no error."""
+"""The AI mark is readable, changes no pixel, breaks no signature and raises no error."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def exif():
     return written.tobytes()
 
 
-PICTURES = {
+IMAGES = {
     "JPEG": picture("jpeg"),
     "grey progressive JPEG": picture("jpeg", "L", progressive=True),
     "CMYK JPEG": picture("jpeg", "CMYK"),
@@ -48,20 +48,20 @@ PICTURES = {
 }
 
 
-def frames(data):
-    """Every pixel of every frame, and what else a reader tells of the picture."""
+def read_frames(data):
+    """Return the properties and metadata of an image, and the pixels of every frame."""
     with Image.open(io.BytesIO(data)) as image:
-        told = image.format, image.mode, image.size, image.info.get("exif")
-        told += (image.info.get("icc_profile"), image.info.get("comment"))
+        properties = image.format, image.mode, image.size, image.info.get("exif")
+        properties += (image.info.get("icc_profile"), image.info.get("comment"))
         pixels = []
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
             pixels.append(image.convert("RGBA").tobytes())
-    return told, pixels
+    return properties, pixels
 
 
-def source_type(data):
-    """What the XMP says, as Pillow finds it and an XML parser reads it; None without any."""
+def read_source_type(data):
+    """Return the source type in the XMP that Pillow finds, or None without XMP."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         packet = image.info.get("xmp")
@@ -71,18 +71,18 @@ def source_type(data):
     return found.text
 
 
-@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("data", IMAGES.values(), ids=IMAGES)
 @pytest.mark.parametrize("source", [TEXT, RESTYLED])
-def test_the_mark_is_read_back_and_the_picture_is_the_same(data, source):
+def test_mark_is_readable_and_pixels_are_unchanged(data, source):
     marked = add_ai_metadata(data, source)
-    assert source_type(data) is None
-    assert source_type(marked) == NEWSCODES + source
-    assert frames(marked) == frames(data)
+    assert read_source_type(data) is None
+    assert read_source_type(marked) == NEWSCODES + source
+    assert read_frames(marked) == read_frames(data)
     assert inspect_image(marked) == inspect_image(data)
 
 
-@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
-def test_the_mark_follows_from_the_image_alone_and_is_put_once(data):
+@pytest.mark.parametrize("data", IMAGES.values(), ids=IMAGES)
+def test_marking_is_deterministic_and_happens_once(data):
     marked = add_ai_metadata(data, TEXT)
     assert add_ai_metadata(data, TEXT) == marked
     assert add_ai_metadata(marked, RESTYLED) == marked
@@ -95,16 +95,16 @@ def test_the_mark_follows_from_the_image_alone_and_is_put_once(data):
     height=st.integers(1, 70),
     lossless=st.booleans(),
 )
-def test_pictures_of_all_sizes_keep_their_pixels(kind, mode, width, height, lossless):
+def test_images_of_any_size_keep_their_pixels(kind, mode, width, height, lossless):
     mode = "RGB" if kind == "jpeg" and mode in ("RGBA", "P") else mode
     data = picture(kind, mode, (width, height), lossless=lossless)
     marked = add_ai_metadata(data, RESTYLED)
-    assert source_type(marked) == NEWSCODES + RESTYLED
-    assert frames(marked) == frames(data)
+    assert read_source_type(marked) == NEWSCODES + RESTYLED
+    assert read_frames(marked) == read_frames(data)
 
 
-@given(st.sampled_from(list(PICTURES.values())), st.data())
-def test_what_is_broken_is_never_an_error(data, draw):
+@given(st.sampled_from(list(IMAGES.values())), st.data())
+def test_malformed_data_raises_no_error(data, draw):
     at = draw.draw(st.integers(0, min(len(data), 400)))
     broken = draw.draw(
         st.sampled_from(
@@ -124,7 +124,7 @@ def chunk(name, content):
 
 
 def webp_with(name, content):
-    data = PICTURES["WebP with Exif"]
+    data = IMAGES["WebP with Exif"]
     grown = data[12:] + name + struct.pack("<I", len(content)) + content
     return b"RIFF" + struct.pack("<I", 4 + len(grown)) + b"WEBP" + grown
 
@@ -135,10 +135,10 @@ def png_text(keyword, compressed):
     return picture("png", pnginfo=text)
 
 
-JPEG, PNG = PICTURES["JPEG"], PICTURES["PNG"]
-NOT_OURS = {
+JPEG, PNG = IMAGES["JPEG"], IMAGES["PNG"]
+LEFT_UNCHANGED = {
     "JPEG with C2PA": JPEG[:2] + segment(0xEB, b"JP\0\1\0\0\0\1jumb") + JPEG[2:],
-    "JPEG with C2PA after its Exif": PICTURES["JPEG with Exif"].replace(
+    "JPEG with C2PA after its Exif": IMAGES["JPEG with Exif"].replace(
         b"\xff\xdb", segment(0xEB, b"JP\0\1\0\0\0\1jumb") + b"\xff\xdb", 1
     ),
     "JPEG with XMP": JPEG[:2] + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>") + JPEG[2:],
@@ -146,7 +146,7 @@ NOT_OURS = {
     "PNG with C2PA": PNG[:33] + chunk(b"caBX", b"\0\0\0\1jumb") + PNG[33:],
     "PNG with XMP": png_text("XML:com.adobe.xmp", compressed=False),
     "PNG with compressed XMP": png_text("XML:com.adobe.xmp", compressed=True),
-    "PNG with XMP in its older place": png_text("Raw profile type xmp", compressed=False),
+    "PNG with XMP in a raw profile": png_text("Raw profile type xmp", compressed=False),
     "WebP with C2PA": webp_with(b"C2PA", b"jumb"),
     "WebP with XMP": webp_with(b"XMP ", b"<x/>"),
     "GIF": picture("gif", "L"),
@@ -154,12 +154,12 @@ NOT_OURS = {
 }
 
 
-@pytest.mark.parametrize("data", NOT_OURS.values(), ids=NOT_OURS)
-def test_what_is_signed_or_has_xmp_of_its_own_is_left_as_it_is(data):
+@pytest.mark.parametrize("data", LEFT_UNCHANGED.values(), ids=LEFT_UNCHANGED)
+def test_signed_images_and_existing_xmp_are_unchanged(data):
     assert add_ai_metadata(data, TEXT) == data
 
 
 def test_jfif_and_exif_stay_first():
-    marked = add_ai_metadata(PICTURES["JPEG with Exif"], TEXT)
+    marked = add_ai_metadata(IMAGES["JPEG with Exif"], TEXT)
     assert marked.index(b"JFIF") < marked.index(b"Exif") < marked.index(b"xap/1.0")
     assert marked.index(b"xap/1.0") < marked.index(b"\xff\xdb")

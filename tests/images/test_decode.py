@@ -1,4 +1,4 @@
-"""Only whole images of the promised kind pass, judged by their bytes."""
+"""Only complete JPEG, PNG and WebP images pass, judged by their bytes."""
 
 import tracemalloc
 
@@ -10,7 +10,7 @@ from tests.support.pictures import animation, picture, png_that_claims
 
 CUTS = 35
 
-NO_IMAGES = {
+NOT_IMAGES = {
     "nothing": b"",
     "one byte": b"\xff",
     "text": b"No image here, the generation failed.",
@@ -21,15 +21,15 @@ NO_IMAGES = {
     "BMP": picture("bmp"),
     "TIFF": picture("tiff"),
     "zeros": bytes(4_096),
-    "JPEG start alone": b"\xff\xd8\xff\xe0",
-    "JPEG start and end alone": b"\xff\xd8\xff\xd9",
-    "PNG signature alone": b"\x89PNG\r\n\x1a\n",
-    "RIFF that is no WebP": b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(24),
+    "JPEG start marker": b"\xff\xd8\xff\xe0",
+    "JPEG start and end markers": b"\xff\xd8\xff\xd9",
+    "PNG signature": b"\x89PNG\r\n\x1a\n",
+    "RIFF with WAVE": b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(24),
 }
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-def test_whole_images_of_the_three_kinds_are_accepted_by_their_content(kind):
+def test_inspect_image_accepts_supported_formats(kind):
     expected = ImageInfo(format=kind, width=96, height=72)
     assert inspect_image(picture(kind)) == expected
 
@@ -63,12 +63,12 @@ def test_whole_images_of_the_three_kinds_are_accepted_by_their_content(kind):
         "animated WebP",
     ],
 )
-def test_unusual_images_of_the_three_kinds_are_accepted(data, kind):
+def test_inspect_image_accepts_unusual_variants(data, kind):
     assert inspect_image(data) == ImageInfo(format=kind, width=96, height=72)
 
 
-@pytest.mark.parametrize("data", NO_IMAGES.values(), ids=NO_IMAGES)
-def test_what_is_no_image_of_the_three_kinds_is_refused_and_shown_by_its_first_bytes(data):
+@pytest.mark.parametrize("data", NOT_IMAGES.values(), ids=NOT_IMAGES)
+def test_error_for_other_content_shows_the_first_bytes(data):
     with pytest.raises(InvalidImageError) as caught:
         inspect_image(data)
     assert repr(data[:16]) in caught.value.message
@@ -76,7 +76,7 @@ def test_what_is_no_image_of_the_three_kinds_is_refused_and_shown_by_its_first_b
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-def test_an_image_cut_anywhere_is_refused(kind):
+def test_image_truncated_anywhere_is_refused(kind):
     data = picture(kind)
     step = len(data) // CUTS
     cuts = [*range(0, len(data) - 1, step), *range(len(data) - 10, len(data))]
@@ -87,7 +87,7 @@ def test_an_image_cut_anywhere_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "mpo"])
-def test_an_animation_cut_in_a_later_frame_is_refused(kind):
+def test_animation_truncated_in_a_later_frame_is_refused(kind):
     data = animation(kind)
     for cut in range(len(data) // 2, len(data), len(data) // 2 // CUTS):
         with pytest.raises(InvalidImageError):
@@ -95,7 +95,7 @@ def test_an_animation_cut_in_a_later_frame_is_refused(kind):
 
 
 @pytest.mark.parametrize("side", [8_001, 9_000, 20_000, 65_500])
-def test_a_picture_that_claims_too_many_pixels_is_refused_without_decoding_it(side):
+def test_image_with_too_many_pixels_is_not_decoded(side):
     bomb = png_that_claims(side, side)
     assert side * side > MAX_PIXELS
     tracemalloc.start()

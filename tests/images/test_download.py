@@ -1,4 +1,4 @@
-"""An image is fetched until it is whole, gone on with where that is safe, and never for ever."""
+"""Downloads retry until the image is complete, resume where safe, and end in bounded time."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ STRONG, WEAK = '"version-1"', 'W/"version-1"'
 
 
 class Piecewise(httpx.AsyncByteStream):
-    """A body that comes in pieces; a number is a pause in seconds, None the end of the line."""
+    """A body in pieces; a number is a pause in seconds, None breaks the connection."""
 
     def __init__(self, *pieces):
         self.pieces = pieces
@@ -35,10 +35,10 @@ class Piecewise(httpx.AsyncByteStream):
 
 
 class Files(httpx.AsyncBaseTransport):
-    """A server of one file that plays its answers in order, the last for ever.
+    """A server of one file that gives its answers in order; the last one repeats.
 
-    An answer is (etag or None, pieces); for a request with a range it is served from there on,
-    as long as the version is the one that the client has.
+    An answer is (etag or None, data, end of the data sent or None). A range is served if
+    the client has the same version.
     """
 
     def __init__(self, *answers, ranges=True):
@@ -62,10 +62,10 @@ class Files(httpx.AsyncBaseTransport):
 
 async def download(transport):
     async with open_download_client(transport) as http:
-        return await download_image("http://results.test/a", http, whole, task_id="task_1")
+        return await download_image("http://results.test/a", http, check_whole, task_id="task_1")
 
 
-def whole(data):
+def check_whole(data):
     inspect_image(data)
     return data
 
@@ -76,7 +76,7 @@ virtual = [pytest.mark.anyio, pytest.mark.virtual_time]
 class TestResuming:
     pytestmark = virtual
 
-    async def test_a_download_that_was_cut_goes_on_where_it_ended(self):
+    async def test_broken_download_resumes_where_it_ended(self):
         files = Files((STRONG, JPEG, HALF), (STRONG, JPEG, HALF + 100), (STRONG, JPEG, None))
         assert await download(files) == JPEG
         assert files.statuses == [200, 206, 206]
@@ -91,13 +91,13 @@ class TestResuming:
             Files((STRONG, JPEG, HALF), (STRONG, JPEG, None), ranges=False),
             Files((STRONG, OTHER, HALF), ('"version-2"', JPEG, None)),
         ],
-        ids=["no version", "a weak version", "no ranges", "a new version"],
+        ids=["no version", "weak version", "no ranges", "new version"],
     )
-    async def test_where_that_is_not_safe_it_begins_anew(self, files):
+    async def test_unsafe_resume_starts_again(self, files):
         assert await download(files) == JPEG
         assert files.statuses == [200, 200]
 
-    async def test_without_a_strong_version_no_range_is_asked_for(self):
+    async def test_weak_etag_requests_no_range(self):
         files = Files((WEAK, JPEG, HALF), (WEAK, JPEG, None))
         await download(files)
         assert "Range" not in files.requests[1].headers
@@ -115,32 +115,32 @@ class TestResuming:
             ),
             httpx.Response(416),
         ],
-        ids=["another place", "no place", "not said", "another version", "not possible"],
+        ids=["other offset", "no offset", "no header", "other version", "unsatisfiable"],
     )
-    async def test_a_part_that_is_not_the_one_asked_for_is_not_put_to_the_first(self, second):
+    async def test_unrequested_range_is_discarded(self, second):
         first = httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(JPEG[:HALF], None))
         script = [first, second, httpx.Response(200, content=JPEG)]
         asked = []
 
         def answer(request):
             asked.append(request.headers.get("Range"))
-            played = script.pop(0)
-            if isinstance(played.stream, Piecewise):
-                return played
+            response = script.pop(0)
+            if isinstance(response.stream, Piecewise):
+                return response
             return httpx.Response(
-                played.status_code, headers=played.headers, stream=Piecewise(played.content)
+                response.status_code, headers=response.headers, stream=Piecewise(response.content)
             )
 
         assert await download(httpx.MockTransport(answer)) == JPEG
         assert asked == [None, f"bytes={HALF}-", None]
 
-    async def test_parts_that_make_no_image_are_thrown_away_together(self):
+    async def test_ranges_that_form_no_image_are_discarded(self):
         old, new = picture("png"), picture("png")
         files = Files((STRONG, old, 900), (STRONG, new, None), (STRONG, new, None))
         assert await download(files) == new
         assert files.statuses == [200, 206, 200]
 
-    async def test_trouble_between_two_parts_costs_nothing_of_the_first(self):
+    async def test_error_between_ranges_keeps_the_first(self):
         script = [
             httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(JPEG[:HALF], None)),
             httpx.Response(503, headers={"Retry-After": "7"}, stream=Piecewise(b"sorry")),
@@ -156,7 +156,7 @@ class TestResuming:
 class TestTime:
     pytestmark = virtual
 
-    async def test_a_slow_download_that_keeps_coming_is_waited_for(self):
+    async def test_slow_download_without_stall_succeeds(self):
         step = len(JPEG) // 8 + 1
         pieces = [p for n in range(0, len(JPEG), step) for p in (29.0, JPEG[n : n + step])]
         transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Piecewise(*pieces)))
@@ -165,7 +165,7 @@ class TestTime:
         assert await download(transport) == JPEG
         assert loop.time() - began == pytest.approx(8 * 29)
 
-    async def test_after_30_seconds_without_a_byte_it_is_asked_again_for_the_rest(self):
+    async def test_stall_of_30_seconds_resumes_in_a_new_attempt(self):
         loop = asyncio.get_running_loop()
         asked = []
 
@@ -174,15 +174,15 @@ class TestTime:
             if len(asked) == 1:
                 pieces = [JPEG[:100], 20, JPEG[100:HALF], 9_999]
                 return httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(*pieces))
-            told = {"Content-Range": f"bytes {HALF}-{len(JPEG) - 1}/{len(JPEG)}"}
-            return httpx.Response(206, headers=told, stream=Piecewise(JPEG[HALF:]))
+            headers = {"Content-Range": f"bytes {HALF}-{len(JPEG) - 1}/{len(JPEG)}"}
+            return httpx.Response(206, headers=headers, stream=Piecewise(JPEG[HALF:]))
 
         assert await download(httpx.MockTransport(answer)) == JPEG
         (first, _), (second, rest) = asked
         assert 50 <= second - first <= 51
         assert rest == f"bytes={HALF}-"
 
-    async def test_a_drip_that_never_stalls_has_its_end_too(self):
+    async def test_attempt_ends_after_300_seconds(self):
         transport = httpx.MockTransport(
             lambda _: httpx.Response(200, stream=Piecewise(*[b"x", 29] * 99_999))
         )

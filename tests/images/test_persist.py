@@ -1,4 +1,4 @@
-"""Results are fetched until they are right, checked, stored once, and never cost the key."""
+"""Results are downloaded, checked and stored once; the API key is never sent."""
 
 import asyncio
 import gzip
@@ -21,7 +21,7 @@ LOCAL = "http://127.0.0.1"
 
 
 class Host:
-    """A result host as an ASGI application: for each path a list of answers, the last repeats."""
+    """A result host as an ASGI application: a list of answers per path; the last one repeats."""
 
     def __init__(self, **answers):
         self.answers = {f"/{name}": list(replies) for name, replies in answers.items()}
@@ -60,10 +60,10 @@ async def persist(host, what, output, name="cat", *, ai_mark=False):
 virtual = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-class TestOnVirtualTime:
+class TestPersistResult:
     pytestmark = virtual
 
-    async def test_a_good_result_is_stored_and_described_at_the_first_try(self, tmp_path):
+    async def test_valid_result_is_stored_at_the_first_attempt(self, tmp_path):
         host = Host(a=[ok(JPEG)])
         (stored,) = await persist(host, result("a"), tmp_path)
         assert stored.model_dump() == {
@@ -78,7 +78,7 @@ class TestOnVirtualTime:
         assert (tmp_path / "cat.jpg").read_bytes() == JPEG
         assert len(host.requests) == 1
 
-    async def test_further_images_of_a_result_are_numbered_in_order(self, tmp_path):
+    async def test_further_images_are_numbered_in_order(self, tmp_path):
         pictures = [picture("jpeg", size=(size, 64)) for size in (64, 80, 96)]
         host = Host(**{name: [ok(data)] for name, data in zip("abc", pictures, strict=True)})
         stored = await persist(host, result("a", "b", "c"), tmp_path)
@@ -114,19 +114,19 @@ class TestOnVirtualTime:
             "304",
             "empty",
             "HTML",
-            "half of it",
-            "all but a byte",
-            "squeezed unasked",
+            "first half",
+            "all but one byte",
+            "unrequested compression",
         ],
     )
-    async def test_what_is_wrong_at_first_is_fetched_again_and_stored_once(self, wrong, tmp_path):
+    async def test_wrong_reply_is_retried_and_image_stored_once(self, wrong, tmp_path):
         host = Host(a=[wrong, wrong, ok(JPEG)])
         (stored,) = await persist(host, result("a"), tmp_path)
         assert stored.sha256 == hashlib.sha256(JPEG).hexdigest()
         assert len(host.requests) == 3
         assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
 
-    async def test_a_result_that_stays_away_is_given_up_with_the_paid_task_named(self, tmp_path):
+    async def test_error_after_six_failed_downloads_names_the_task(self, tmp_path):
         host = Host(a=[error(404)])
         with pytest.raises(DownloadError) as caught:
             await persist(host, result("a"), tmp_path)
@@ -138,7 +138,7 @@ class TestOnVirtualTime:
         assert "HTTP 404" in caught.value.message
         assert list(tmp_path.iterdir()) == []
 
-    async def test_a_result_that_stays_broken_is_given_up_with_the_paid_task_named(self, tmp_path):
+    async def test_error_after_six_invalid_images_names_the_task(self, tmp_path):
         host = Host(a=[ok(JPEG[:-2])])
         with pytest.raises(InvalidImageError, match="Task task_1 is paid for") as caught:
             await persist(host, result("a"), tmp_path)
@@ -146,13 +146,13 @@ class TestOnVirtualTime:
         assert len(host.requests) == 6
         assert list(tmp_path.iterdir()) == []
 
-    async def test_the_tries_are_spread_over_seconds_not_fired_at_once(self, tmp_path):
+    async def test_attempts_are_spread_over_time(self, tmp_path):
         began = asyncio.get_running_loop().time()
         with pytest.raises(DownloadError):
             await persist(Host(a=[error(404)]), result("a"), tmp_path)
         assert 5 < asyncio.get_running_loop().time() - began < 60
 
-    async def test_retry_after_is_waited_for_but_not_once_it_is_given_up(self, tmp_path):
+    async def test_retry_after_is_honoured_except_after_the_last(self, tmp_path):
         loop = asyncio.get_running_loop()
         began = loop.time()
         host = Host(a=[error(503, Retry_After="100"), ok(JPEG)])
@@ -168,28 +168,28 @@ class TestOnVirtualTime:
     @pytest.mark.parametrize(
         "secret", ["?sig=s3cret", "#s3cret", "?a=1&X-Amz-Signature=s3cret?x#y"]
     )
-    async def test_what_signs_a_url_is_in_no_message(self, reply, secret, tmp_path):
+    async def test_message_hides_the_signature_of_a_url(self, reply, secret, tmp_path):
         with pytest.raises((DownloadError, InvalidImageError)) as caught:
             await persist(Host(a=[reply]), result("a", query=secret), tmp_path)
         assert f"{HOST}/a" in caught.value.message
         assert "s3cret" not in f"{caught.value!r} {caught.value.__cause__!r}"
         assert caught.value.__context__ is None
 
-    async def test_a_password_in_a_url_is_in_no_message(self, tmp_path):
+    async def test_message_hides_the_password_of_a_url(self, tmp_path):
         what = GenerationResult(task_id="task_1", result_urls=["http://u:s3cret@results.test/a"])
         with pytest.raises(DownloadError) as caught:
             await persist(Host(a=[error(404)]), what, tmp_path)
         assert "s3cret" not in repr(caught.value)
         assert "http://results.test/a" in caught.value.message
 
-    async def test_without_its_request_a_result_may_be_of_any_kind(self, tmp_path):
+    async def test_result_without_request_may_have_any_format(self, tmp_path):
         what = GenerationResult(task_id="task_1", result_urls=[f"{HOST}/a"])
         (stored,) = await persist(Host(a=[ok(picture("webp"))]), what, tmp_path)
         assert stored.format == "webp"
         assert (tmp_path / "cat.webp").exists()
 
     @pytest.mark.parametrize(("kind", "ending"), [("png", "png"), ("webp", "webp")])
-    async def test_a_whole_image_of_another_kind_than_asked_is_paid_and_so_it_is_stored(
+    async def test_image_in_another_format_is_stored_with_a_warning(
         self, kind, ending, tmp_path, caplog
     ):
         host = Host(a=[ok(picture(kind))])
@@ -198,7 +198,7 @@ class TestOnVirtualTime:
         assert (tmp_path / f"cat.{ending}").read_bytes() == host.answers["/a"][0][1]
         assert len(host.requests) == 1
         (warning,) = caplog.messages
-        assert "task_1 was asked for a JPEG and has made a " + kind.upper() in warning
+        assert f"task_1 returned a {kind.upper()} instead of the requested JPEG" in warning
 
     @pytest.mark.parametrize(
         ("references", "source"),
@@ -207,7 +207,7 @@ class TestOnVirtualTime:
             ([f"{HOST}/reference.jpg"], "compositeWithTrainedAlgorithmicMedia"),
         ],
     )
-    async def test_an_image_is_marked_by_how_it_was_made_and_described_as_stored(
+    async def test_ai_mark_matches_the_request_and_the_checksum(
         self, references, source, tmp_path
     ):
         what = result("a").model_copy(
@@ -218,12 +218,12 @@ class TestOnVirtualTime:
         assert f"digitalsourcetype/{source}<".encode() in data
         assert (stored.size, stored.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
-    async def test_of_a_task_known_by_its_id_alone_it_is_told_that_ai_made_it(self, tmp_path):
+    async def test_result_without_request_is_marked_as_made_by_ai(self, tmp_path):
         what = GenerationResult(task_id="task_1", result_urls=[f"{HOST}/a"])
         await persist(Host(a=[ok(JPEG)]), what, tmp_path, ai_mark=True)
         assert b"digitalsourcetype/trainedAlgorithmicMedia<" in (tmp_path / "cat.jpg").read_bytes()
 
-    async def test_a_hostile_name_stays_inside_the_output(self, tmp_path):
+    async def test_hostile_name_stays_inside_the_output(self, tmp_path):
         output = tmp_path / "out"
         (stored,) = await persist(
             Host(a=[ok(JPEG)]), result("a"), output, name=safe_name("../../etc/cron.d/x\0")
@@ -231,16 +231,14 @@ class TestOnVirtualTime:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert stored.uri.startswith(f"file://{output}/")
 
-    async def test_an_output_that_refuses_is_not_tried_by_downloading_again(self, tmp_path):
-        (tmp_path / "cat.jpg" / "in the way").mkdir(parents=True)
+    async def test_failing_output_does_not_repeat_the_download(self, tmp_path):
+        (tmp_path / "cat.jpg" / "blocker").mkdir(parents=True)
         host = Host(a=[ok(JPEG)])
         with pytest.raises(StorageError, match=r"cat\.jpg"):
             await persist(host, result("a"), tmp_path)
         assert len(host.requests) == 1
 
-    async def test_the_result_host_gets_no_key_and_no_cookie_of_another(
-        self, tmp_path, monkeypatch
-    ):
+    async def test_result_host_gets_no_key_and_no_cookies(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
         host = Host(a=[(200, JPEG, {"Set-Cookie": "a=1; Domain=other.test"})], b=[ok(JPEG)])
         await persist(host, result("a", "b"), tmp_path)
@@ -265,7 +263,7 @@ class TestOnVirtualTime:
             "http://127.0.0.1:1/\0",
         ],
     )
-    async def test_a_url_that_is_none_is_a_download_error(self, url, tmp_path):
+    async def test_invalid_url_is_a_download_error(self, url, tmp_path):
         what = GenerationResult(task_id="task_1", result_urls=[url])
         async with open_download_client(base_url="http://127.0.0.1") as http:
             with pytest.raises(DownloadError, match="task_1"):

@@ -1,7 +1,6 @@
-"""Downloads go to public addresses alone, whatever a URL says and a name resolves to.
+"""Downloads reach only public addresses, for any URL and any resolved name.
 
-Nothing here is resolved or reached but loopback: names have made-up addresses, and connections
-to addresses end in this process.
+The tests use loopback only: names have made-up addresses, and connections end in this process.
 """
 
 import asyncio
@@ -12,10 +11,10 @@ import pytest
 
 from prefect_flux_kontext.client.transport import create_tls_context
 from prefect_flux_kontext.errors import RefusedUrlError
-from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport, resolve
+from prefect_flux_kontext.images.ssrf import Guard, GuardedTransport, resolve_host
 from tests.support import scripted_server as play
 from tests.support.certificates import self_signed
-from tests.support.made_up_network import Names, Network, guarded, redirect
+from tests.support.made_up_network import Names, Network, guarded_client, redirect
 from tests.support.scripted_server import ScriptedServer
 
 pytestmark = pytest.mark.anyio
@@ -65,45 +64,45 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("url", REFUSED)
-@pytest.mark.parametrize("how", ["at once", "by a redirect"])
-async def test_what_is_not_public_is_refused_and_never_reached(url, how):
+@pytest.mark.parametrize("how", ["directly", "by a redirect"])
+async def test_non_public_url_is_refused_without_a_connection(url, how):
     network = Network(redirect(url))
-    # A redirect to what is no URL is refused by httpx.
+    # httpx refuses a redirect to an invalid URL.
     errors = (RefusedUrlError, httpx.InvalidURL) if "data:" in url else RefusedUrlError
-    async with guarded(network) as http:
+    async with guarded_client(network) as http:
         with pytest.raises(errors):
-            await http.get(url if how == "at once" else "http://cdn.test/first")
-    assert network.connected == ([] if how == "at once" else [("93.184.215.14", 80)])
+            await http.get(url if how == "directly" else "http://cdn.test/first")
+    assert network.connected == ([] if how == "directly" else [("93.184.215.14", 80)])
 
 
 @pytest.mark.parametrize("url", ["http://0177.0.0.1/", "http://017700000001/"])
-async def test_an_address_that_httpx_does_not_take_is_refused_too(url):
+async def test_address_that_httpx_rejects_is_refused(url):
     network = Network()
-    async with guarded(network) as http:
+    async with guarded_client(network) as http:
         with pytest.raises((RefusedUrlError, httpx.InvalidURL)):
             await http.get(url)
     assert network.connected == []
 
 
-async def test_a_public_name_is_reached_at_the_address_that_was_looked_at():
+async def test_public_name_is_reached_at_the_checked_address():
     network, names = Network(), Names()
-    async with guarded(network, names) as http:
+    async with guarded_client(network, names) as http:
         reply = await http.get("http://cdn.test/a.jpg?x=1")
         assert (reply.status_code, reply.content) == (200, b"fine")
     assert network.connected == [("93.184.215.14", 80)]
-    assert names.asked == ["cdn.test"]
+    assert names.queries == ["cdn.test"]
     assert network.written.startswith(b"GET /a.jpg?x=1 HTTP/1.1\r\nHost: cdn.test\r\n")
 
 
 @pytest.mark.parametrize("name", ["cdn.test", "other.test"])
-async def test_over_https_the_certificate_must_be_the_names(name, tmp_path, monkeypatch):
+async def test_https_certificate_must_match_the_name(name, tmp_path, monkeypatch):
     certificate = self_signed(name, tmp_path)
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(certificate)
     client = ssl.create_default_context(cafile=str(certificate))
     monkeypatch.setattr("prefect_flux_kontext.images.ssrf.create_tls_context", lambda: client)
     network = Network(tls=server)
-    async with guarded(network) as http:
+    async with guarded_client(network) as http:
         if name == "cdn.test":
             assert (await http.get("https://cdn.test/a.jpg")).content == b"fine"
         else:
@@ -112,13 +111,13 @@ async def test_over_https_the_certificate_must_be_the_names(name, tmp_path, monk
     assert network.connected == [("93.184.215.14", 443)]
 
 
-def test_the_context_of_all_connections_asks_for_certificates():
+def test_tls_context_requires_certificates():
     context = create_tls_context()
     assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
 
 
-async def test_a_name_that_changes_its_address_leads_nowhere_else():
-    """Rebinding: the address that was looked at is the one that is connected to."""
+async def test_rebinding_name_is_not_followed():
+    """The transport connects to the checked address, also if the name changes."""
 
     class Rebinding(Names):
         async def __call__(self, host, port):
@@ -129,29 +128,29 @@ async def test_a_name_that_changes_its_address_leads_nowhere_else():
     names = Rebinding()
     network = Network(b"HTTP/1.1 302 Found\r\nLocation: /second\r\nConnection: close\r\n"
                       b"Content-Length: 0\r\n\r\n")  # fmt: skip
-    async with guarded(network, names) as http:
+    async with guarded_client(network, names) as http:
         with pytest.raises(RefusedUrlError, match="loopback"):
             await http.get("http://cdn.test/first")
     assert network.connected == [("93.184.215.14", 80)]
 
 
-async def test_of_several_addresses_the_next_is_tried_where_one_does_not_answer():
+async def test_next_address_is_tried_after_a_refused_connection():
     network = Network(dead={"93.184.215.14"})
-    async with guarded(network) as http:
+    async with guarded_client(network) as http:
         assert (await http.get("http://two.test/")).status_code == 200
     assert [host for host, _ in network.connected] == ["93.184.215.14", "93.184.215.15"]
 
 
-async def test_a_host_without_an_address_or_an_answer_is_a_failed_connection():
+async def test_unreachable_host_raises_connect_error():
     network = Network(dead={"93.184.215.14"})
-    async with guarded(network) as http:
+    async with guarded_client(network) as http:
         for host in ("nowhere.test", "unknown.test", "cdn.test"):
             with pytest.raises(httpx.ConnectError):
                 await http.get(f"http://{host}/")
 
 
 @pytest.mark.virtual_time
-async def test_a_name_that_takes_too_long_to_resolve_is_a_time_out():
+async def test_slow_name_resolution_times_out():
     async def never(_host, _port):
         await asyncio.Event().wait()
 
@@ -182,11 +181,11 @@ LOCAL = [
 
 
 @pytest.mark.parametrize(("base_url", "url", "allowed"), LOCAL)
-async def test_a_service_on_a_private_network_may_have_its_results_there(base_url, url, allowed):
+async def test_private_service_may_have_results_on_its_network(base_url, url, allowed):
     network = Network()
-    async with guarded(network, base_url=base_url) as http:
+    async with guarded_client(network, base_url=base_url) as http:
         if allowed and url.startswith("https"):
-            with pytest.raises(httpx.ConnectError):  # the server there speaks no TLS
+            with pytest.raises(httpx.ConnectError):  # the server has no TLS
                 await http.get(url)
         elif allowed:
             assert (await http.get(url)).status_code == 200
@@ -196,33 +195,33 @@ async def test_a_service_on_a_private_network_may_have_its_results_there(base_ur
     assert len(network.connected) == allowed
 
 
-async def test_a_service_of_https_is_not_resolved_to_find_out_where_it_is():
+async def test_https_service_is_not_resolved():
     names = Names()
-    async with guarded(Network(), names, "https://unknown.test") as http:
+    async with guarded_client(Network(), names, "https://unknown.test") as http:
         with pytest.raises(RefusedUrlError):
             await http.get("http://10.0.0.1/a.jpg")
-    assert names.asked == []
+    assert names.queries == []
 
 
-async def test_a_refusal_says_what_leads_where_and_keeps_the_query():
-    async with guarded(Network()) as http:
+async def test_refusal_names_the_address_and_hides_the_query():
+    async with guarded_client(Network()) as http:
         with pytest.raises(RefusedUrlError) as raised:
             await http.get("http://inside.test/a.jpg?signature=canary")
-    told = str(raised.value)
-    assert "inside.test" in told
-    assert "10.0.0.7 (private 10.0.0.0/8)" in told
-    assert "canary" not in told
+    message = str(raised.value)
+    assert "inside.test" in message
+    assert "10.0.0.7 (private 10.0.0.0/8)" in message
+    assert "canary" not in message
     assert not raised.value.retryable
 
 
-async def test_on_a_real_connection_errors_are_those_of_httpx():
+async def test_connection_errors_are_those_of_httpx():
     async with (
         ScriptedServer(
             play.reply(200, b"fine"),
-            *(play.hang_up, play.hang_up, play.reset, play.reset),  # a GET is sent again
+            *(play.hang_up, play.hang_up, play.reset, play.reset),  # a GET is retried
             play.half_a_reply(),
         ) as server,
-        guarded(base_url=server.url) as http,
+        guarded_client(base_url=server.url) as http,
     ):
         assert (await http.get(server.url)).content == b"fine"
         for error in (httpx.RemoteProtocolError, httpx.ReadError, httpx.RemoteProtocolError):
@@ -231,29 +230,29 @@ async def test_on_a_real_connection_errors_are_those_of_httpx():
         assert all(seen.headers["host"] in server.url for seen in server.seen)
 
 
-async def test_the_system_resolves_loopback_without_asking_anybody():
-    assert "127.0.0.1" in await resolve("127.0.0.1", 80)
+async def test_resolve_host_resolves_loopback():
+    assert "127.0.0.1" in await resolve_host("127.0.0.1", 80)
 
 
-async def test_behind_a_proxy_the_proxy_is_asked_and_addresses_are_refused(monkeypatch):
+async def test_proxy_resolves_names_but_addresses_are_refused(monkeypatch):
     async with ScriptedServer(play.reply(200, b"by proxy")) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
         network, names = Network(), Names()
-        async with guarded(network, names) as http:
+        async with guarded_client(network, names) as http:
             reply = await http.get("http://cdn.test/a.jpg")
             assert reply.content == b"by proxy"
             for url in ("http://10.0.0.1/a.jpg", "file:///etc/passwd"):
                 with pytest.raises(RefusedUrlError):
                     await http.get(url)
         assert [seen.target for seen in proxy.seen] == ["http://cdn.test/a.jpg"]
-        assert (network.connected, names.asked) == ([], [])
+        assert (network.connected, names.queries) == ([], [])
         monkeypatch.setenv("no_proxy", "cdn.test")
-        async with guarded(network, names) as http:
+        async with guarded_client(network, names) as http:
             assert (await http.get("http://cdn.test/a.jpg")).content == b"fine"
 
 
-async def test_a_private_sandbox_behind_a_proxy_is_not_asked_of_it(monkeypatch):
+async def test_private_sandbox_bypasses_the_proxy(monkeypatch):
     async with ScriptedServer(play.reply(200, b"fine")) as server:
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-        async with guarded(base_url=server.url) as http:
+        async with guarded_client(base_url=server.url) as http:
             assert (await http.get(server.url)).content == b"fine"

@@ -1,4 +1,4 @@
-"""Certificates for servers of tests."""
+"""Self-signed certificates for test servers."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -9,14 +9,14 @@ from cryptography.x509.oid import NameOID
 
 
 def self_signed(name, folder):
-    """The file of a key and a certificate for a name, which is its own authority."""
+    """Write a key and a self-signed certificate for a name; return the path of the file."""
     key = ec.generate_private_key(ec.SECP256R1())
-    called = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder()
-        .subject_name(called)
-        .issuer_name(called)
+        .subject_name(subject)
+        .issuer_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))

@@ -1,4 +1,4 @@
-"""Made-up names, addresses and connections: what a download meets, without anything reached."""
+"""Made-up names, addresses and connections, so that tests reach no network."""
 
 import socket
 import threading
@@ -23,26 +23,26 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine"
 
 
 class Names:
-    """Made-up addresses; they may change from one question to the next."""
+    """A resolver with made-up addresses, which a test may change between queries."""
 
     def __init__(self, names=NAMES):
         self.names = {name: list(addresses) for name, addresses in names.items()}
-        self.asked = []
+        self.queries = []
 
     async def __call__(self, host, port):
-        self.asked.append(host)
+        self.queries.append(host)
         if host not in self.names:
             raise OSError(f"{host} is not known here")
         return self.names[host]
 
 
 class Network:
-    """Makes sockets that end in this process, and remembers where they were to lead.
+    """Creates sockets that end in this process, and records the addresses they connect to.
 
     Args:
-        replies: What each connection answers; the last one for ever.
-        dead: Addresses that do not answer.
-        tls: The context of a server of https.
+        replies: The reply to each connection; the last one repeats.
+        dead: Addresses that refuse connections.
+        tls: TLS context of an https server.
     """
 
     def __init__(self, *replies, dead=(), tls=None):
@@ -54,12 +54,12 @@ class Network:
 
     def __call__(self, addr_info):
         ours, theirs = socket.socketpair()
-        made = _Socket(fileno=ours.detach())
-        made.network, made.theirs = self, theirs
-        return made
+        connection = _Socket(fileno=ours.detach())
+        connection.network, connection.theirs = self, theirs
+        return connection
 
     def serve(self, connection):
-        """Read a request and answer it, in a thread."""
+        """Read a request and answer it; runs in a thread."""
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         with connection:
             if self._tls is not None:
@@ -68,12 +68,12 @@ class Network:
                 except OSError:
                     return
             with connection:
-                asked = b""
-                while b"\r\n\r\n" not in asked and (piece := connection.recv(65_536)):
-                    asked += piece
-                    if asked[0] == _TLS_HANDSHAKE:
+                received = b""
+                while b"\r\n\r\n" not in received and (piece := connection.recv(65_536)):
+                    received += piece
+                    if received[0] == _TLS_HANDSHAKE:
                         return
-                self.written += asked
+                self.written += received
                 connection.sendall(reply)
 
 
@@ -90,10 +90,12 @@ class _Socket(socket.socket):
 
 
 def redirect(target):
+    """Return a redirect reply."""
     return f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
-def guarded(network=None, names=None, base_url=None):
+def guarded_client(network=None, names=None, base_url=None):
+    """Return a client whose connections are guarded."""
     guard = Guard(base_url, names or Names())
     transport = GuardedTransport(guard, socket_factory=network)
     return httpx.AsyncClient(transport=transport, follow_redirects=True, max_redirects=3)

@@ -1,4 +1,4 @@
-"""Small pictures of every kind, whole and broken."""
+"""Small images of every format, valid and invalid."""
 
 import io
 import struct
@@ -8,13 +8,14 @@ from PIL import Image
 
 
 def picture(kind="jpeg", mode="RGB", size=(96, 72), **how):
-    """The bytes of a noisy picture: noise leaves no cut unnoticed by luck."""
+    """Return the bytes of a noisy image. With noise, any truncation changes the pixels."""
     file = io.BytesIO()
     Image.effect_noise(size, 60).convert(mode).save(file, kind, **how)
     return file.getvalue()
 
 
 def animation(kind="webp", size=(96, 72)):
+    """Return the bytes of an image with three frames."""
     frames = [Image.effect_noise(size, sigma).convert("RGB") for sigma in (20, 60, 90)]
     file = io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:])
@@ -22,7 +23,7 @@ def animation(kind="webp", size=(96, 72)):
 
 
 def png_that_claims(width, height):
-    """A PNG of 69 bytes whose header promises as many pixels as asked."""
+    """Return a PNG of 69 bytes whose header announces the given size in pixels."""
 
     def chunk(name, data):
         check = struct.pack(">I", zlib.crc32(name + data))

@@ -1,4 +1,4 @@
-"""A folder on the web, as far as this machine reaches."""
+"""A folder served over HTTP on loopback."""
 
 import contextlib
 import functools
@@ -9,15 +9,15 @@ from pathlib import Path
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_args):
-        """Keep quiet."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
 def served_folder(folder):
-    """Serve a folder, made where it is missing, on loopback.
+    """Serve a folder on loopback; create it if it is missing.
 
     Yields:
-        Its URL.
+        The URL of the folder.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     handler = functools.partial(_Handler, directory=str(folder))
