@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import aiohttp
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+AddressLookup = Callable[[str, int], Awaitable[list[str]]]
+"""Returns the addresses of a host and port; raises OSError if there are none."""
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _RANGES = {
     name: [ipaddress.ip_network(text) for text in networks]
@@ -99,12 +103,6 @@ def classify_address(address: Address) -> str | None:
             if address in network:
                 return classify_address(ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF))
     return None if address.is_global else "reserved"
-
-
-AddressLookup = Callable[[str, int], Awaitable[list[str]]]
-"""Returns the addresses of a host and port; raises OSError if there are none."""
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 async def resolve_host(host: str, port: int) -> list[str]:

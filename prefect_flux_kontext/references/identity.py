@@ -96,7 +96,7 @@ def _get_file_info(fs: Any, path: str) -> dict[str, Any]:
 
 
 @contextmanager
-def describe_reference(reference: str) -> Iterator[None]:
+def wrap_reference_errors(reference: str) -> Iterator[None]:
     """Convert errors of a filesystem or a check into an error that names the reference.
 
     Raises:

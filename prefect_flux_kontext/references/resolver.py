@@ -13,10 +13,10 @@ from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.headers import read_format
 from prefect_flux_kontext.references.cache import Locks, ReferenceCache, ReferenceInfo
 from prefect_flux_kontext.references.identity import (
-    describe_reference,
     identify_private_object,
     identify_reference,
     read_content,
+    wrap_reference_errors,
 )
 from prefect_flux_kontext.references.location import (
     LocationKind,
@@ -153,7 +153,7 @@ class References:
         if info.checked or info.problem:
             return info.flaw or info.problem
         try:
-            with describe_reference(reference):
+            with wrap_reference_errors(reference):
                 self._read_checked(reference, info)
         except ReferenceImageError as error:
             self._cache.put(reference, info._replace(checked=True, flaw=error.message))
@@ -187,11 +187,11 @@ class References:
         """Stage a reference if needed; return a function that builds its URL."""
         # Rows with the same image stage it only once.
         with self._locks.get(reference):
-            with describe_reference(reference):
+            with wrap_reference_errors(reference):
                 info = self._check_unchanged(reference)
             if info.flaw:
                 raise ReferenceImageError(info.flaw)
-            with describe_reference(reference):
+            with wrap_reference_errors(reference):
                 data = None if info.checked else self._read_checked(reference, info)
                 info = self._cache.get(reference) or info
                 if self._staging is None or not (
@@ -236,7 +236,7 @@ def create_references(
 
 def _identify(reference: str) -> ReferenceInfo:
     try:
-        with describe_reference(reference):
+        with wrap_reference_errors(reference):
             return ReferenceInfo(identify_reference(reference))
     except ReferenceImageError as error:
         return ReferenceInfo(problem=error.message)

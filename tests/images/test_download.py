@@ -80,8 +80,8 @@ class TestResuming:
         files = Files((STRONG, JPEG, HALF), (STRONG, JPEG, HALF + 100), (STRONG, JPEG, None))
         assert await download(files) == JPEG
         assert files.statuses == [200, 206, 206]
-        asked = [request.headers.get("Range") for request in files.requests]
-        assert asked == [None, f"bytes={HALF}-", f"bytes={HALF + 100}-"]
+        requests = [request.headers.get("Range") for request in files.requests]
+        assert requests == [None, f"bytes={HALF}-", f"bytes={HALF + 100}-"]
 
     @pytest.mark.parametrize(
         "files",
@@ -120,10 +120,10 @@ class TestResuming:
     async def test_unrequested_range_is_discarded(self, second):
         first = httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(JPEG[:HALF], None))
         script = [first, second, httpx.Response(200, content=JPEG)]
-        asked = []
+        requests = []
 
         def answer(request):
-            asked.append(request.headers.get("Range"))
+            requests.append(request.headers.get("Range"))
             response = script.pop(0)
             if isinstance(response.stream, Piecewise):
                 return response
@@ -132,7 +132,7 @@ class TestResuming:
             )
 
         assert await download(httpx.MockTransport(answer)) == JPEG
-        assert asked == [None, f"bytes={HALF}-", None]
+        assert requests == [None, f"bytes={HALF}-", None]
 
     async def test_ranges_that_form_no_image_are_discarded(self):
         old, new = picture("png"), picture("png")
@@ -167,18 +167,18 @@ class TestTime:
 
     async def test_stall_of_30_seconds_resumes_in_a_new_attempt(self):
         loop = asyncio.get_running_loop()
-        asked = []
+        requests = []
 
         def answer(request):
-            asked.append((loop.time(), request.headers.get("Range")))
-            if len(asked) == 1:
+            requests.append((loop.time(), request.headers.get("Range")))
+            if len(requests) == 1:
                 pieces = [JPEG[:100], 20, JPEG[100:HALF], 9_999]
                 return httpx.Response(200, headers={"ETag": STRONG}, stream=Piecewise(*pieces))
             headers = {"Content-Range": f"bytes {HALF}-{len(JPEG) - 1}/{len(JPEG)}"}
             return httpx.Response(206, headers=headers, stream=Piecewise(JPEG[HALF:]))
 
         assert await download(httpx.MockTransport(answer)) == JPEG
-        (first, _), (second, rest) = asked
+        (first, _), (second, rest) = requests
         assert 50 <= second - first <= 51
         assert rest == f"bytes={HALF}-"
 
