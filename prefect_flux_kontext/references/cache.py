@@ -1,4 +1,4 @@
-"""What is known of references by now, for as many as there are, with little held in memory."""
+"""Cache of what is known about references, on disk so that its size takes no memory; locks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class ReferenceInfo(NamedTuple):
-    """What is known of a reference that is not on the web.
+    """What is known about a reference that is not on the web.
 
     Attributes:
-        identity: What its content is known by; nothing where it could not be looked at.
-        problem: Why it could not be looked at.
+        identity: Identifies the content; empty if the reference could not be read.
+        problem: Why the reference could not be read.
         checked: Whether the content was checked.
-        flaw: What is wrong with the content.
+        flaw: Why the content is invalid.
         large: Whether the content must be shrunk.
-        staged: The name under which it is staged.
+        staged: Name of the staged copy.
     """
 
     identity: str = ""
@@ -35,54 +35,54 @@ class ReferenceInfo(NamedTuple):
 
 
 class ReferenceCache:
-    """Looks by reference, in a private database in a temporary file. Any thread may use it."""
+    """Maps references to `ReferenceInfo` in a private temporary database. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._opened: sqlite3.Connection | None = None
+        self._connection: sqlite3.Connection | None = None
 
     def get(self, reference: str) -> ReferenceInfo | None:
-        """What is known of a reference, if anything."""
-        if self._opened is None:
+        """Return what is known about a reference, or None."""
+        if self._connection is None:
             return None
         with self._lock:
-            found = self._opened.execute(
-                "SELECT identity, problem, checked, flaw, large, staged FROM looks "
+            found = self._connection.execute(
+                "SELECT identity, problem, checked, flaw, large, staged FROM infos "
                 "WHERE reference = ?",
-                (_short(reference),),
+                (_cache_key(reference),),
             ).fetchone()
         return ReferenceInfo(*found) if found else None
 
-    def put(self, reference: str, look: ReferenceInfo) -> None:
-        """Keep what is known of a reference now."""
+    def put(self, reference: str, info: ReferenceInfo) -> None:
+        """Store what is known about a reference; replaces an earlier entry."""
         with self._lock:
             self._database().execute(
-                "INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (_short(reference), *look),
+                "INSERT OR REPLACE INTO infos VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (_cache_key(reference), *info),
             )
 
     def _database(self) -> sqlite3.Connection:
-        if self._opened is None:
-            self._opened = open_temp_database(
-                "CREATE TABLE looks (reference BLOB PRIMARY KEY, identity TEXT, problem TEXT, "
+        if self._connection is None:
+            self._connection = open_temp_database(
+                "CREATE TABLE infos (reference BLOB PRIMARY KEY, identity TEXT, problem TEXT, "
                 "checked INTEGER, flaw TEXT, large INTEGER, staged TEXT) WITHOUT ROWID"
             )
-            weakref.finalize(self, self._opened.close)
-        return self._opened
+            weakref.finalize(self, self._connection.close)
+        return self._connection
 
 
-def _short(reference: str) -> bytes:
+def _cache_key(reference: str) -> bytes:
     return hashlib.sha256(reference.encode(errors="surrogatepass")).digest()[:16]
 
 
 class Locks:
-    """A lock for each name, gone when nobody holds it."""
+    """One lock per name; a lock is dropped when nothing refers to it."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
-    def of(self, name: str) -> threading.Lock:
-        """The lock of that name; keep it for as long as it is used."""
+    def get(self, name: str) -> threading.Lock:
+        """Return the lock of a name. Keep a reference to it while using it."""
         with self._guard:
             return self._locks.setdefault(name, threading.Lock())

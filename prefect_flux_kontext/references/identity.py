@@ -1,4 +1,4 @@
-"""What a reference that is not on the web is, so that changed content is another row."""
+"""Identity of references, so that changed content makes a new row; errors that name them."""
 
 from __future__ import annotations
 
@@ -9,108 +9,24 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from prefect_flux_kontext.errors import FluxKontextError, ReferenceImageError
-from prefect_flux_kontext.references.location import Kind, classify_location, open_filesystem
+from prefect_flux_kontext.references.location import (
+    LocationKind,
+    classify_location,
+    open_filesystem,
+)
 from prefect_flux_kontext.references.validation import MAX_SHRINKABLE_BYTES, check_size
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_CHUNK = 2**20
-_SHOWN = 200
+_CHUNK_BYTES = 2**20
+_MAX_SHOWN_CHARACTERS = 200
 
-
-def identify_reference(reference: str) -> str:
-    """What its content is known by: a checksum, or what its store says of it.
-
-    Args:
-        reference: A local file, or an object in a bucket.
-
-    Raises:
-        ReferenceImageError: It is no file, or a hopelessly large one.
-        Exception: What the filesystem raises.
-    """
-    fs, path = open_filesystem(reference)
-    info = _info_of_file(fs, path)
-    if classify_location(reference) is Kind.PRIVATE:
-        return identify_private_object(reference, read_version(info))
-    check_size(int(info["size"]), fit=True)
-    digest = hashlib.sha256()
-    with fs.open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def identify_private_object(reference: str, version: str | None) -> str:
-    """What an object is known by: its URL, and its version where the store has one."""
-    return f"{reference} {version}" if version else reference
-
-
-def read_version(info: Mapping[str, Any]) -> str | None:
-    """What a store says of an object that changes with its content.
-
-    Args:
-        info: From `fs.info` or a listing.
-    """
-    told = info.get("ETag") or info.get("etag")
-    return str(told).strip('"') if told else None
-
-
-def hash_content(reference: str, *, fit: bool) -> bytes:
-    """The bytes of a local file or an object, if they are not too many.
-
-    Raises:
-        ReferenceImageError: It is no file, or too large.
-        Exception: What the filesystem raises.
-    """
-    fs, path = open_filesystem(reference)
-    check_size(int(_info_of_file(fs, path)["size"]), fit=fit)
-    data: bytes = fs.cat_file(path, start=0, end=MAX_SHRINKABLE_BYTES + 1)
-    return data
-
-
-def _info_of_file(fs: Any, path: str) -> dict[str, Any]:
-    info: dict[str, Any] = fs.info(path)
-    if info["type"] != "file":
-        raise ReferenceImageError("is a folder" if info["type"] == "directory" else "is no file")
-    return info
-
-
-@contextmanager
-def describe_reference(reference: str) -> Iterator[None]:
-    """Turn whatever a filesystem or a check raises into an error that names the reference.
-
-    Raises:
-        ReferenceImageError: Instead of every other error.
-    """
-    name = f"image {reference[:_SHOWN]!r}"
-    try:
-        yield
-    except ReferenceImageError as error:
-        raise ReferenceImageError(f"{name} {error.message}") from None
-    except FluxKontextError:
-        raise
-    except FileNotFoundError:
-        raise ReferenceImageError(f"{name} is not there") from None
-    except PermissionError:
-        raise ReferenceImageError(f"{name} may not be read: permission denied") from None
-    except ImportError as error:
-        raise ReferenceImageError(f"{name} needs a package: {error}") from None
-    except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-        told = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise ReferenceImageError(f"{name} cannot be read: {told:.200}") from None
-
-
-# What signs a URL says who may read it and for how long, not what is there. The plain names are
-# anybody's, and may well say what is there, unless the signature that they belong to is there too.
-_ALWAYS = re.compile(r"x-(amz|goog)-.*")  # AWS and Google Cloud
-
-
-_BESIDE = {
+# Parameters of a signed URL say who may read it and for how long, not what it holds. These
+# prefixes are always part of a signature: AWS and Google Cloud.
+_SIGNATURE_PARAMETERS = re.compile(r"x-(amz|goog)-.*")
+# Plain names may identify the content, so they count only beside the parameter in the key.
+_PARAMETERS_BESIDE = {
     # AWS, Google Cloud and CloudFront
     "signature": re.compile(
         r"signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|hash-algorithm"
@@ -120,22 +36,109 @@ _BESIDE = {
 }
 
 
-def url_identity(url: str) -> str:
-    """A URL without its signature, password and fragment: it gives nobody access.
+def identify_reference(reference: str) -> str:
+    """Return what identifies the content: a checksum, or the URL with the store's version.
 
-    What is not on the web stays as it is: there, neither `#` nor `?` nor `@` has that meaning.
+    Args:
+        reference: A local file, or an object in a bucket.
+
+    Raises:
+        ReferenceImageError: It is not a file, or is too large even to be shrunk.
+        Exception: What the filesystem raises.
+    """
+    fs, path = open_filesystem(reference)
+    info = _get_file_info(fs, path)
+    if classify_location(reference) is LocationKind.PRIVATE:
+        return identify_private_object(reference, read_version(info))
+    check_size(int(info["size"]), fit=True)
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def identify_private_object(reference: str, version: str | None) -> str:
+    """Return what identifies an object: its URL, and its version if the store has one."""
+    return f"{reference} {version}" if version else reference
+
+
+def read_version(info: Mapping[str, Any]) -> str | None:
+    """Return the ETag of an object, which changes with its content, or None.
+
+    Args:
+        info: From `fs.info` or a listing.
+    """
+    etag = info.get("ETag") or info.get("etag")
+    return str(etag).strip('"') if etag else None
+
+
+def read_content(reference: str, *, fit: bool) -> bytes:
+    """Read a local file or an object, within the size limit.
+
+    Raises:
+        ReferenceImageError: It is not a file, or is too large.
+        Exception: What the filesystem raises.
+    """
+    fs, path = open_filesystem(reference)
+    check_size(int(_get_file_info(fs, path)["size"]), fit=fit)
+    data: bytes = fs.cat_file(path, start=0, end=MAX_SHRINKABLE_BYTES + 1)
+    return data
+
+
+def _get_file_info(fs: Any, path: str) -> dict[str, Any]:
+    info: dict[str, Any] = fs.info(path)
+    if info["type"] != "file":
+        raise ReferenceImageError(
+            "is a folder" if info["type"] == "directory" else "is not a file"
+        )
+    return info
+
+
+@contextmanager
+def wrap_reference_errors(reference: str) -> Iterator[None]:
+    """Convert errors of a filesystem or a check into an error that names the reference.
+
+    Raises:
+        ReferenceImageError: In place of any error that is not a `FluxKontextError`.
+    """
+    name = f"image {reference[:_MAX_SHOWN_CHARACTERS]!r}"
+    try:
+        yield
+    except ReferenceImageError as error:
+        raise ReferenceImageError(f"{name} {error.message}") from None
+    except FluxKontextError:
+        raise
+    except FileNotFoundError:
+        raise ReferenceImageError(f"{name} does not exist") from None
+    except PermissionError:
+        raise ReferenceImageError(f"{name} cannot be read: permission denied") from None
+    except ImportError as error:
+        raise ReferenceImageError(f"{name} needs a package: {error}") from None
+    except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise ReferenceImageError(f"{name} cannot be read: {reason:.200}") from None
+
+
+def url_identity(url: str) -> str:
+    """Strip signature, password and fragment from a URL, so that it grants no access.
+
+    Other references are returned unchanged: there, `#`, `?` and `@` have no such meaning.
     """
     if not url.lower().startswith(("http:", "https:")):
         return url
     parts = urlsplit(url)
     query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
     names = {name.lower() for name, _ in query}
-    signs = [_ALWAYS, *(beside for name, beside in _BESIDE.items() if name in names)]
+    patterns = [
+        _SIGNATURE_PARAMETERS,
+        *(pattern for name, pattern in _PARAMETERS_BESIDE.items() if name in names),
+    ]
     kept = [
         (name, value)
         for name, value in query
-        if not any(sign.fullmatch(name.lower()) for sign in signs)
+        if not any(pattern.fullmatch(name.lower()) for pattern in patterns)
     ]
     host = parts.netloc.rpartition("@")[2]
-    told = urlencode(kept, errors="surrogateescape")
-    return urlunsplit((parts.scheme, host, parts.path, told, ""))
+    query_string = urlencode(kept, errors="surrogateescape")
+    return urlunsplit((parts.scheme, host, parts.path, query_string, ""))

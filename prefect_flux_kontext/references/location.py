@@ -1,4 +1,4 @@
-"""What a reference image is, as far as its text tells: on the web, private, or on this machine."""
+"""Location of a reference image, judged by its text: web, private bucket or this machine."""
 
 from __future__ import annotations
 
@@ -13,136 +13,140 @@ import fsspec
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# A letter and a colon are a drive of Windows, which is not a kind either.
+# A single letter and a colon are a Windows drive, which is not a supported kind either.
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_PLAINLY_WEB = ("https://", "http://")
-_SHOWN = 100
+_WEB_PREFIXES = ("https://", "http://")
+_MAX_SHOWN_CHARACTERS = 100
 
 
-class Kind(Enum):
+class LocationKind(Enum):
     """How the service gets a reference."""
 
-    WEB = "goes as it is"
-    PRIVATE = "is signed"
-    OWN = "is staged"
+    WEB = "sent unchanged"
+    PRIVATE = "signed"
+    LOCAL = "staged"
 
 
-_KINDS = {
-    "http": Kind.WEB,
-    "https": Kind.WEB,
+_KIND_BY_PROTOCOL = {
+    "http": LocationKind.WEB,
+    "https": LocationKind.WEB,
     # Object stores whose fsspec filesystem signs URLs.
-    "s3": Kind.PRIVATE,
-    "s3a": Kind.PRIVATE,
-    "gs": Kind.PRIVATE,
-    "gcs": Kind.PRIVATE,
-    "abfs": Kind.PRIVATE,
-    "abfss": Kind.PRIVATE,
-    "az": Kind.PRIVATE,
+    "s3": LocationKind.PRIVATE,
+    "s3a": LocationKind.PRIVATE,
+    "gs": LocationKind.PRIVATE,
+    "gcs": LocationKind.PRIVATE,
+    "abfs": LocationKind.PRIVATE,
+    "abfss": LocationKind.PRIVATE,
+    "az": LocationKind.PRIVATE,
     # On this machine.
-    "": Kind.OWN,
-    "file": Kind.OWN,
-    "local": Kind.OWN,
-    "memory": Kind.OWN,
+    "": LocationKind.LOCAL,
+    "file": LocationKind.LOCAL,
+    "local": LocationKind.LOCAL,
+    "memory": LocationKind.LOCAL,
 }
 
 
-def protocol_of(reference: str) -> str:
-    """The part before the colon, in small letters; nothing for a plain path."""
+def parse_protocol(reference: str) -> str:
+    """Return the protocol in lower case, or an empty string for a plain path."""
     found = _PROTOCOL.match(reference)
     return found.group(1).lower() if found else ""
 
 
-def classify_location(reference: str) -> Kind | None:
-    """How the service gets it; None for what it cannot be given."""
-    return _KINDS.get(protocol_of(reference))
+def classify_location(reference: str) -> LocationKind | None:
+    """Return how the service gets a reference, or None for an unsupported protocol."""
+    return _KIND_BY_PROTOCOL.get(parse_protocol(reference))
 
 
 def non_public_references(references: Iterable[str]) -> list[str]:
-    """Those of the references that the service cannot fetch as they are."""
+    """Return the references that the service cannot fetch as they are."""
     return [
         reference
         for reference in references
-        if not reference.startswith(_PLAINLY_WEB) and classify_location(reference) is not Kind.WEB
+        if not reference.startswith(_WEB_PREFIXES)
+        and classify_location(reference) is not LocationKind.WEB
     ]
 
 
 def manifest_folder(manifest: Any) -> str | None:
-    """Where relative paths in a manifest start; None where it may not name local files.
+    """Return the base folder for relative paths, or None if local files are not allowed.
 
-    A manifest beside its images is the usual case, and one from elsewhere that names files of
-    this machine is a trap. Rows given directly start from the working directory.
+    A local manifest usually lies beside its images. A remote manifest must not read files of
+    this machine. Rows given directly are relative to the working directory.
     """
     if not isinstance(manifest, str):
         return str(Path.cwd())
-    if protocol_of(manifest) == "memory":
+    if parse_protocol(manifest) == "memory":
         return str(Path.cwd())
-    if classify_location(manifest) is not Kind.OWN:
+    if classify_location(manifest) is not LocationKind.LOCAL:
         return None
-    return str(Path(_path(manifest)).absolute().parent)
+    return str(Path(_local_path(manifest)).absolute().parent)
 
 
 def locate(reference: str, folder: str | None) -> str:
-    """The reference as fsspec spells it, with a local path made absolute."""
-    if reference.startswith(_PLAINLY_WEB):
+    """Normalize a reference for fsspec, with a local path made absolute."""
+    if reference.startswith(_WEB_PREFIXES):
         return reference
-    protocol = protocol_of(reference)
+    protocol = parse_protocol(reference)
     if protocol not in ("", "file", "local"):
-        web = classify_location(reference) is Kind.WEB
+        web = classify_location(reference) is LocationKind.WEB
         return reference if web else protocol + reference[len(protocol) :]
-    return reference if folder is None else str(Path(folder, _path(reference)))
+    return reference if folder is None else str(Path(folder, _local_path(reference)))
 
 
 def find_location_problem(reference: str, folder: str | None) -> str | None:
-    """Why a reference that is not on the web cannot be given to the service, if so.
+    """Return why the service cannot use a reference that is not on the web, or None.
 
     Args:
-        reference: As it is written.
-        folder: What `folder_of` says of its manifest.
+        reference: As written in the manifest.
+        folder: Result of `manifest_folder` for its manifest.
     """
-    shown = f"image {reference[:_SHOWN]!r}"
+    shown = f"image {reference[:_MAX_SHOWN_CHARACTERS]!r}"
     kind = classify_location(reference)
-    unknown = kind is None or kind is Kind.WEB or not reference.strip()
+    unknown = kind is None or kind is LocationKind.WEB or not reference.strip()
     if unknown or "::" in reference or reference.startswith("//"):
         return (
             f"{shown} is not an http or https URL, nor in a bucket (s3:, gs:, abfs:, az:), nor a "
             "local file, so the service cannot fetch it"
         )
-    if kind is Kind.OWN:
+    if kind is LocationKind.LOCAL:
         if folder is None:
             return (
                 f"{shown} is a local file, and the manifest is not: only a manifest on this "
                 "machine, or rows given directly, may name local files"
             )
         return None
-    parts = _parts(reference)
+    parts = _split_url(reference)
     if not parts.netloc or not parts.path.strip("/"):
-        return f"{shown} names no object in a bucket"
-    # `abfs://container@account/path` is no user name.
-    if ":" in parts.netloc or ("@" in parts.netloc and protocol_of(reference)[0] != "a"):
+        return f"{shown} does not name an object in a bucket"
+    # In `abfs://container@account/path`, the part before `@` is not a user name.
+    if ":" in parts.netloc or ("@" in parts.netloc and parse_protocol(reference)[0] != "a"):
         return f"image in {parts.scheme}: has a user name or password in its URL; leave it out"
     return None
 
 
 def open_filesystem(reference: str) -> tuple[Any, str]:
-    """The filesystem of a reference that is not on the web, and its path there.
+    """Return the filesystem of a reference that is not on the web, and its path there.
 
-    Listings are not kept: they would show objects as they were.
+    The listings cache is off, because it would show outdated objects.
 
     Raises:
-        Exception: Each filesystem has errors of its own.
+        Exception: Whatever the filesystem raises.
     """
-    if classify_location(reference) is Kind.OWN and protocol_of(reference) != "memory":
+    if (
+        classify_location(reference) is LocationKind.LOCAL
+        and parse_protocol(reference) != "memory"
+    ):
         return fsspec.filesystem("file", use_listings_cache=False), reference
     fs, path = fsspec.core.url_to_fs(reference, use_listings_cache=False)
     return fs, path
 
 
-def _path(reference: str) -> str:
-    """A local path without its `file://`. Nothing in it is decoded, as everywhere in fsspec."""
+def _local_path(reference: str) -> str:
+    """Strip `file://` from a local path. As in fsspec, nothing is percent-decoded."""
     return re.sub(r"^(?:file|local):(?://)?", "", reference, flags=re.IGNORECASE)
 
 
-def _parts(url: str) -> SplitResult:
+def _split_url(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Making an image small enough for the service: the same bytes each time, for the same image."""
+"""Shrink images to the limits of the service; equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -12,87 +12,87 @@ from PIL.JpegImagePlugin import JpegImageFile
 from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.decode import MAX_PIXELS
 
-_MOST_PIXELS_OF_JPEG = 160_000_000
-"""A JPEG can be decoded at an eighth of its size; the largest cameras make 150 million pixels."""
-
-_LONG_EDGES = (4_096, 2_048, 1_024)
-"""Pixels. The service makes images of about 1,000 by 1,000."""
-
+# A JPEG can be decoded at an eighth of its size; the largest cameras make 150 million pixels.
+_MAX_JPEG_PIXELS = 160_000_000
+# Tried in this order. The service makes images of about 1,000 by 1,000 pixels.
+_LONG_EDGES_PIXELS = (4_096, 2_048, 1_024)
 _QUALITIES = (95, 88, 80)
-_ONE_AT_A_TIME = threading.Lock()
+# Bounds memory: one image is decoded at a time.
+_DECODE_LOCK = threading.Lock()
 
 
-def check_can_shrink(data: bytes, told: str) -> None:
-    """Whether an image of too many pixels can be shrunk without a machine's whole memory.
+def check_can_shrink(data: bytes, problem: str) -> None:
+    """Check that an image of too many pixels can be shrunk in bounded memory.
 
     Args:
-        data: The bytes of the file.
-        told: What it is, for the message.
+        data: Content of the file.
+        problem: What is wrong with the image; begins the message.
 
     Raises:
-        ReferenceImageError: It cannot.
+        ReferenceImageError: It cannot be shrunk.
     """
     if not data.startswith(b"\xff\xd8"):
-        raise ReferenceImageError(f"{told}; shrink it: it is not decoded")
-    with _ONE_AT_A_TIME, _decoded(data, told):
+        raise ReferenceImageError(f"{problem}; shrink it yourself: it is too large to decode")
+    with _DECODE_LOCK, _decode(data, problem):
         pass
 
 
-def shrink_to_fit(data: bytes, largest: int) -> bytes:
-    """Shrink and encode an image anew: upright, its colours and its transparency kept.
+def shrink_to_fit(data: bytes, max_bytes: int) -> bytes:
+    """Shrink and re-encode an image, turned upright, with its colours and transparency.
 
     Args:
         data: A whole JPG, PNG or WebP.
-        largest: Bytes that the result may have.
+        max_bytes: Limit for the result.
 
     Returns:
-        A JPG, or a WebP where the image has transparent parts.
+        A JPG, or a WebP if the image has transparent areas.
 
     Raises:
-        ReferenceImageError: It cannot be decoded.
+        ReferenceImageError: The image cannot be decoded or made small enough.
     """
-    with _ONE_AT_A_TIME, _decoded(data, "is too large") as image:
+    with _DECODE_LOCK, _decode(data, "is too large") as image:
         kind = "webp" if image.mode == "RGBA" else "jpeg"
         profile = image.info.get("icc_profile")
-        for edge in _LONG_EDGES:
+        for edge in _LONG_EDGES_PIXELS:
             image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
             for quality in _QUALITIES:
                 file = io.BytesIO()
                 image.save(file, kind, quality=quality, icc_profile=profile, exif=b"")
-                if file.tell() <= largest:
+                if file.tell() <= max_bytes:
                     return file.getvalue()
-    raise ReferenceImageError(f"cannot be shrunk to {largest:,} bytes")
+    raise ReferenceImageError(f"cannot be shrunk to {max_bytes:,} bytes")
 
 
-def _decoded(data: bytes, told: str) -> Image.Image:
-    """The image upright, as RGB or RGBA, of 64 million pixels at most."""
+def _decode(data: bytes, problem: str) -> Image.Image:
+    """Decode an image upright, as RGB or RGBA, of at most 64 million pixels."""
     try:
-        return _upright(data, told)
+        return _decode_upright(data, problem)
     except ReferenceImageError:
         raise
-    except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble on
-        raise ReferenceImageError(f"{told}, and is not whole: {error}") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise errors of any type
+        raise ReferenceImageError(f"{problem} and is damaged: {error}") from None
 
 
-def _upright(data: bytes, told: str) -> Image.Image:
+def _decode_upright(data: bytes, problem: str) -> Image.Image:
     image: Any
     if data.startswith(b"\xff\xd8"):
-        # Not by `Image.open`, which takes what is merely large for a bomb.
+        # `Image.open` rejects large images as decompression bombs.
         image = JpegImageFile(io.BytesIO(data))
-        if image.width * image.height > _MOST_PIXELS_OF_JPEG:
+        if image.width * image.height > _MAX_JPEG_PIXELS:
             raise ReferenceImageError(
-                f"{told}; shrink it: more than {_MOST_PIXELS_OF_JPEG:,} are not decoded"
+                f"{problem}; shrink it yourself: JPEGs of more than {_MAX_JPEG_PIXELS:,} pixels "
+                "are not decoded"
             )
-        image.draft(None, (_LONG_EDGES[0], _LONG_EDGES[0]))
+        image.draft(None, (_LONG_EDGES_PIXELS[0], _LONG_EDGES_PIXELS[0]))
     else:
         image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
     if image.width * image.height > MAX_PIXELS:
-        raise ReferenceImageError(f"{told}; shrink it: it is not decoded")
+        raise ReferenceImageError(f"{problem}; shrink it yourself: it is too large to decode")
     image.load()
     profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        # 16 bits of grey, of which a plain conversion would only keep the darkest.
+        # 16-bit grey: a plain conversion clips all but the darkest values.
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.info = {"icc_profile": profile} if profile else {}

@@ -1,4 +1,4 @@
-"""Locks by name, as many as are in use."""
+"""Check references that are not on the web, and make them available to the service."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.headers import read_format
 from prefect_flux_kontext.references.cache import Locks, ReferenceCache, ReferenceInfo
 from prefect_flux_kontext.references.identity import (
-    describe_reference,
-    hash_content,
     identify_private_object,
     identify_reference,
+    read_content,
+    wrap_reference_errors,
 )
 from prefect_flux_kontext.references.location import (
-    Kind,
+    LocationKind,
     classify_location,
     non_public_references,
     open_filesystem,
 )
 from prefect_flux_kontext.references.resizing import shrink_to_fit
 from prefect_flux_kontext.references.staging import (
-    NOT_SET,
+    STAGING_HINT,
     Staging,
+    choose_signature_lifetime,
     create_staging,
     sign_url,
-    signature_lifetime,
 )
 from prefect_flux_kontext.references.validation import (
     MAX_REFERENCE_BYTES,
@@ -44,23 +44,23 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.settings import FluxKontextSettings
 
+# Most of the time of a check is spent waiting for the store.
+_MAX_THREADS = 16
 
-_AT_ONCE = 16
-
-Sending: TypeAlias = "Callable[[], Awaitable[GenerationRequest]]"
-"""Makes the request as it is to be sent now. Its URLs give access, so it is kept nowhere."""
+RequestFactory: TypeAlias = "Callable[[], Awaitable[GenerationRequest]]"
+"""Makes the request to send now. Its URLs may grant access, so the result is never stored."""
 
 
 class References:
-    """How reference images that are not on the web get to the service.
+    """Checks references that are not on the web, and gives the service access to them.
 
-    What it has found out of a reference once stands for as long as it lives, from the plan to
-    the last submit, so that what is paid for is what was planned.
+    Results are cached for the life of the object, from the plan to the last submit, so that the
+    run pays for what was planned.
 
     Args:
-        staging: Where files of this machine are put; None where there is no such place.
-        fit: Shrink what is too large, rather than refuse it.
-        timeout: Seconds after which the wait for a task is given up; signatures outlast it.
+        staging: Where local files are staged; None if no staging place is set.
+        fit: Shrink images that are too large instead of refusing them.
+        timeout: Seconds after which the wait for a task ends; signed URLs live longer.
     """
 
     def __init__(
@@ -68,166 +68,175 @@ class References:
     ) -> None:
         self._staging = staging
         self._fit = fit
-        self._seconds = signature_lifetime(timeout)
-        self._known = ReferenceCache()
+        self._seconds = choose_signature_lifetime(timeout)
+        self._cache = ReferenceCache()
         self._locks = Locks()
 
     def look_at(
         self, references: Iterable[str], versions: Mapping[str, str] | None = None
     ) -> dict[str, ReferenceInfo]:
-        """What the references are known by, of which several are looked at at a time.
+        """Identify the references, several at a time.
 
         Args:
             references: Local files, or objects in buckets.
-            versions: What a listing has said of some of the objects, by reference.
+            versions: Versions of objects that a listing gave, by reference.
+
+        Returns:
+            The identity of each reference, or the problem with it.
         """
         for reference, version in (versions or {}).items():
-            if classify_location(reference) is Kind.PRIVATE and self._known.get(reference) is None:
-                self._known.put(
+            if (
+                classify_location(reference) is LocationKind.PRIVATE
+                and self._cache.get(reference) is None
+            ):
+                self._cache.put(
                     reference, ReferenceInfo(identify_private_object(reference, version))
                 )
-        looks = {reference: self._known.get(reference) for reference in references}
-        new = [reference for reference, look in looks.items() if look is None]
-        for reference, look in zip(new, self._threads.map(_look_at, new), strict=True):
-            self._known.put(reference, look)
-            looks[reference] = look
-        return {reference: look for reference, look in looks.items() if look is not None}
+        infos = {reference: self._cache.get(reference) for reference in references}
+        new = [reference for reference, info in infos.items() if info is None]
+        for reference, info in zip(new, self._threads.map(_identify, new), strict=True):
+            self._cache.put(reference, info)
+            infos[reference] = info
+        return {reference: info for reference, info in infos.items() if info is not None}
 
     def flaws(self, references: Iterable[str]) -> dict[str, str]:
-        """What is wrong with the content of references that were looked at, several at a time."""
+        """Check the content of identified references; return the problems by reference."""
         references = list(references)
-        flaws = zip(references, self._threads.map(self._flaw, references), strict=True)
+        flaws = zip(references, self._threads.map(self._check_content, references), strict=True)
         return {reference: flaw for reference, flaw in flaws if flaw}
 
-    async def prepared(self, request: GenerationRequest, *, doubted: bool = False) -> Sending:
-        """Have the request's references where the service can fetch them.
+    async def prepared(
+        self, request: GenerationRequest, *, doubted: bool = False
+    ) -> RequestFactory:
+        """Make the references of a request available to the service.
 
-        Nothing is signed until the request is about to be sent.
+        URLs are signed only when the returned factory is called, right before the request is
+        sent.
 
         Args:
-            request: With references as the manifest has them.
-            doubted: The service could not fetch them before, so what is staged is compared.
+            request: The request, with references as in the manifest.
+            doubted: The service could not fetch them before, so compare the staged files.
 
         Raises:
-            ReferenceImageError: One has changed since it was looked at, or is not to be used.
-            StorageError: The staging place refused one.
+            ReferenceImageError: A reference has changed since the plan, or is unusable.
+            StorageError: The staging place refused a file.
         """
         own = non_public_references(request.image_urls)
         loop = asyncio.get_running_loop()
-        ready = [
-            loop.run_in_executor(self._threads, self._ready, reference, doubted)
+        pending = [
+            loop.run_in_executor(self._threads, self._make_available, reference, doubted)
             for reference in own
         ]
-        url_of = dict(zip(own, await asyncio.gather(*ready), strict=True))
+        url_factories = dict(zip(own, await asyncio.gather(*pending), strict=True))
 
-        async def sending() -> GenerationRequest:
+        async def create_request() -> GenerationRequest:
             if not own:
                 return request
             urls = [
-                await loop.run_in_executor(self._threads, url_of[image])
-                if image in url_of
+                await loop.run_in_executor(self._threads, url_factories[image])
+                if image in url_factories
                 else image
                 for image in request.image_urls
             ]
             return request.model_copy(update={"image_urls": urls})
 
-        return sending
+        return create_request
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        threads = ThreadPoolExecutor(_AT_ONCE, "references")
+        threads = ThreadPoolExecutor(_MAX_THREADS, "references")
         weakref.finalize(self, threads.shutdown, wait=False)
         return threads
 
-    def _flaw(self, reference: str) -> str | None:
-        look = self._known.get(reference) or ReferenceInfo()
-        if look.checked or look.problem:
-            return look.flaw or look.problem
+    def _check_content(self, reference: str) -> str | None:
+        info = self._cache.get(reference) or ReferenceInfo()
+        if info.checked or info.problem:
+            return info.flaw or info.problem
         try:
-            with describe_reference(reference):
-                self._checked(reference, look)
+            with wrap_reference_errors(reference):
+                self._read_checked(reference, info)
         except ReferenceImageError as error:
-            self._known.put(reference, look._replace(checked=True, flaw=error.message))
+            self._cache.put(reference, info._replace(checked=True, flaw=error.message))
             return error.message
         return None
 
-    def _checked(self, reference: str, look: ReferenceInfo) -> bytes:
-        """The content of a reference, which is from now on known to be good."""
-        if self._staging is None and classify_location(reference) is Kind.OWN:
+    def _read_checked(self, reference: str, info: ReferenceInfo) -> bytes:
+        """Read the content of a reference, check it and record that it is valid."""
+        if self._staging is None and classify_location(reference) is LocationKind.LOCAL:
             raise ReferenceImageError(
-                f"is a local file, which the service cannot fetch; {NOT_SET}"
+                f"is a local file, which the service cannot fetch; {STAGING_HINT}"
             )
-        data = self._content(reference, look)
+        data = self._read_content(reference, info)
         check_image(data, fit=self._fit)
         large = needs_shrinking(data)
         if self._staging is None and large:
             raise ReferenceImageError(
-                f"is too large, and once it is shrunk it has to be somewhere; {NOT_SET}"
+                f"is too large, and its shrunk copy must be staged; {STAGING_HINT}"
             )
-        self._known.put(reference, look._replace(checked=True, large=large))
+        self._cache.put(reference, info._replace(checked=True, large=large))
         return data
 
-    def _content(self, reference: str, look: ReferenceInfo) -> bytes:
-        data = hash_content(reference, fit=self._fit)
-        is_own = classify_location(reference) is Kind.OWN
-        if is_own and f"sha256:{hashlib.sha256(data).hexdigest()}" != look.identity:
-            raise ReferenceImageError("has changed while it was looked at")
+    def _read_content(self, reference: str, info: ReferenceInfo) -> bytes:
+        data = read_content(reference, fit=self._fit)
+        is_own = classify_location(reference) is LocationKind.LOCAL
+        if is_own and f"sha256:{hashlib.sha256(data).hexdigest()}" != info.identity:
+            raise ReferenceImageError("changed while it was checked")
         return data
 
-    def _ready(self, reference: str, doubted: bool) -> Callable[[], str]:
-        """Have a reference where the service can fetch it, and return what tells its URL."""
-        # Rows of the same image wait for the first of them to stage it.
-        with self._locks.of(reference):
-            with describe_reference(reference):
-                look = self._unchanged(reference)
-            if look.flaw:
-                raise ReferenceImageError(look.flaw)
-            with describe_reference(reference):
-                data = None if look.checked else self._checked(reference, look)
-                look = self._known.get(reference) or look
+    def _make_available(self, reference: str, doubted: bool) -> Callable[[], str]:
+        """Stage a reference if needed; return a function that builds its URL."""
+        # Rows with the same image stage it only once.
+        with self._locks.get(reference):
+            with wrap_reference_errors(reference):
+                info = self._check_unchanged(reference)
+            if info.flaw:
+                raise ReferenceImageError(info.flaw)
+            with wrap_reference_errors(reference):
+                data = None if info.checked else self._read_checked(reference, info)
+                info = self._cache.get(reference) or info
                 if self._staging is None or not (
-                    look.large or classify_location(reference) is Kind.OWN
+                    info.large or classify_location(reference) is LocationKind.LOCAL
                 ):
                     fs, path = open_filesystem(reference)
                     return partial(sign_url, fs, path, self._seconds)
-                name = look.staged
+                name = info.staged
                 if name is None or doubted:
-                    data = data or self._content(reference, look)
-                    data = shrink_to_fit(data, MAX_REFERENCE_BYTES) if look.large else data
+                    data = data or self._read_content(reference, info)
+                    data = shrink_to_fit(data, MAX_REFERENCE_BYTES) if info.large else data
                     name = self._staging.put(data, read_format(data), doubted=doubted)
-                    self._known.put(reference, look._replace(staged=name))
-                return partial(self._staging.url_of, name, self._seconds)
+                    self._cache.put(reference, info._replace(staged=name))
+                return partial(self._staging.build_url, name, self._seconds)
 
-    def _unchanged(self, reference: str) -> ReferenceInfo:
+    def _check_unchanged(self, reference: str) -> ReferenceInfo:
         identity = identify_reference(reference)
-        look = self._known.get(reference) or ReferenceInfo(identity)
-        if look.identity != identity:
+        info = self._cache.get(reference) or ReferenceInfo(identity)
+        if info.identity != identity:
             raise ReferenceImageError(
                 "has changed since the plan, so nothing was submitted for its row; run it again"
             )
-        return look
+        return info
 
 
 def create_references(
     settings: FluxKontextSettings, *, timeout: float, fit: bool = False
 ) -> References:
-    """How references get to the service, as the environment says.
+    """Create the access to references that the settings describe.
 
     Args:
-        settings: Name the staging place.
-        timeout: Seconds after which the wait for a task is given up.
-        fit: Shrink what is too large.
+        settings: Hold the URLs of the staging place.
+        timeout: Seconds after which the wait for a task ends.
+        fit: Shrink images that are too large.
 
     Raises:
-        ConfigurationError: The staging place is not usable.
+        ConfigurationError: The staging settings are incomplete or invalid.
     """
     staging = create_staging(settings.staging_url, settings.staging_public_url)
     return References(staging, fit=fit, timeout=timeout)
 
 
-def _look_at(reference: str) -> ReferenceInfo:
+def _identify(reference: str) -> ReferenceInfo:
     try:
-        with describe_reference(reference):
+        with wrap_reference_errors(reference):
             return ReferenceInfo(identify_reference(reference))
     except ReferenceImageError as error:
         return ReferenceInfo(problem=error.message)

@@ -1,4 +1,7 @@
-"""Signed URLs: whoever holds one reads the object, so it is made when it is sent and not kept."""
+"""Give the service access to references: signed URLs and a staging place for files.
+
+A signed URL grants access to its object, so it is created right before it is sent, never stored.
+"""
 
 from __future__ import annotations
 
@@ -12,76 +15,78 @@ import fsspec
 from prefect_flux_kontext.errors import ConfigurationError, ReferenceImageError, StorageError
 from prefect_flux_kontext.images.decode import EXTENSIONS, ImageFormat
 from prefect_flux_kontext.references.cache import Locks
-from prefect_flux_kontext.references.location import Kind, classify_location
+from prefect_flux_kontext.references.location import LocationKind, classify_location
 from prefect_flux_kontext.storage.atomic import create_file, replace_file
 
-_SHORTEST = 3_600
-_LONGEST = 7 * 24 * 3_600
-"""Seconds; S3 signs for no longer than a week."""
+STAGING_HINT = (
+    "set FLUX_KONTEXT_STAGING_URL (a folder or bucket for the files) and "
+    "FLUX_KONTEXT_STAGING_PUBLIC_URL (its URL on the web)"
+)
+
+# Leaves time for the service's queue, also with a short timeout.
+_MIN_SIGNATURE_SECONDS = 3_600
+# S3 signs for at most a week.
+_MAX_SIGNATURE_SECONDS = 7 * 24 * 3_600
 
 
-def signature_lifetime(timeout: float) -> int:
-    """Seconds for which a signed URL is good: longer than the service queues and works.
+def choose_signature_lifetime(timeout: float) -> int:
+    """Return the seconds for which to sign a URL: twice the timeout, an hour to a week.
 
     Args:
-        timeout: Seconds after which the wait for a task is given up.
+        timeout: Seconds after which the wait for a task ends.
     """
-    return min(max(_SHORTEST, math.ceil(2 * timeout)), _LONGEST)
+    return min(max(_MIN_SIGNATURE_SECONDS, math.ceil(2 * timeout)), _MAX_SIGNATURE_SECONDS)
 
 
 def sign_url(fs: Any, path: str, seconds: int) -> str:
-    """A URL under which anybody can read the object for so long.
+    """Sign a URL that lets anybody read an object for a number of seconds.
 
     Raises:
-        ReferenceImageError: The filesystem cannot sign, or may not.
+        ReferenceImageError: The filesystem cannot sign, or lacks the permission.
     """
     try:
         url = str(fs.sign(path, expiration=seconds))
     except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-        # Not its text: who knows how much of a signature is in it.
+        # The text of the error is left out, since it may contain a signature.
         raise ReferenceImageError(
             f"{path} cannot be signed ({type(error).__name__}); check that the credentials in use "
-            "can sign, and may read it. Nothing was submitted for its row."
+            "can sign and can read it. Nothing was submitted for its row."
         ) from None
     if not url.startswith(("https://", "http://")):
-        raise ReferenceImageError(f"{path} was signed as something that is no URL.")
+        raise ReferenceImageError(
+            f"{path} cannot be signed: the filesystem returned no http or https URL."
+        )
     return url
 
 
-NOT_SET = (
-    "set FLUX_KONTEXT_STAGING_URL (a folder or bucket to put it into) and "
-    "FLUX_KONTEXT_STAGING_PUBLIC_URL (where that is on the web)"
-)
-
-
 class Staging:
-    """A folder or bucket whose files the service can fetch.
+    """A staging place: a folder or bucket whose files the service can fetch.
 
     Args:
         url: The place, as a path or fsspec URL.
-        public_url: The same place as an http or https URL; without one, URLs are signed.
+        public_url: The http or https URL of the place; without it, URLs are signed.
 
     Raises:
-        ConfigurationError: It is no one place, or nobody could fetch from it.
+        ConfigurationError: A URL is invalid, or the service could not fetch from the place.
     """
 
     def __init__(self, url: str, public_url: str | None = None) -> None:
         if "::" in url:
             raise ConfigurationError(
-                f"FLUX_KONTEXT_STAGING_URL {url!r} chains several filesystems; give one URL."
+                f"FLUX_KONTEXT_STAGING_URL {url!r} chains several filesystems; use a single URL."
             )
-        if public_url is not None and not _is_on_the_web(public_url):
+        if public_url is not None and not _is_public_url(public_url):
             raise ConfigurationError(
                 f"FLUX_KONTEXT_STAGING_PUBLIC_URL {public_url!r} is not an http or https URL "
                 "without a query."
             )
-        if public_url is None and classify_location(url) is not Kind.PRIVATE:
+        if public_url is None and classify_location(url) is not LocationKind.PRIVATE:
             raise ConfigurationError(
                 f"URLs of files in FLUX_KONTEXT_STAGING_URL {url!r} cannot be signed; set "
-                "FLUX_KONTEXT_STAGING_PUBLIC_URL to where it is on the web."
+                "FLUX_KONTEXT_STAGING_PUBLIC_URL to its URL on the web."
             )
         self._locks = Locks()
-        self._public = public_url.rstrip("/") if public_url else None
+        self._public_url = public_url.rstrip("/") if public_url else None
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
@@ -90,22 +95,22 @@ class Staging:
             ) from None
 
     def put(self, data: bytes, kind: ImageFormat, *, doubted: bool = False) -> str:
-        """Put a file where it is not yet, and return its name: its checksum.
+        """Stage a file unless it is there, and return its name, which holds its checksum.
 
         Args:
             data: The whole file.
-            kind: What it is, for the name's extension.
-            doubted: The service could not fetch it, so what is there is read and compared.
+            kind: Format of the file, for the extension of the name.
+            doubted: The service could not fetch it, so compare the staged content.
 
         Raises:
-            StorageError: The place refused it.
+            StorageError: The staging place refused the file.
         """
         name = f"{hashlib.sha256(data).hexdigest()}.{EXTENSIONS[kind]}"
-        path = self._path(name)
+        path = self._build_path(name)
         try:
-            # Equal files wait for the first of them to be there.
-            with self._locks.of(name):
-                if not self._has(path, data, doubted=doubted):
+            # Stage equal files only once.
+            with self._locks.get(name):
+                if not self._is_staged(path, data, doubted=doubted):
                     self._write(path, data)
         except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
             raise StorageError(
@@ -114,21 +119,21 @@ class Staging:
             ) from None
         return name
 
-    def url_of(self, name: str, seconds: int) -> str:
-        """Where the service fetches a file that was put here.
+    def build_url(self, name: str, seconds: int) -> str:
+        """Return the URL from which the service fetches a staged file.
 
         Args:
             name: What `put` returned.
-            seconds: How long it must be there, where the URL is signed.
+            seconds: Lifetime of a signed URL.
 
         Raises:
-            ReferenceImageError: It cannot be signed.
+            ReferenceImageError: The URL cannot be signed.
         """
-        if self._public is not None:
-            return f"{self._public}/{name}"
-        return sign_url(self._fs, self._path(name), seconds)
+        if self._public_url is not None:
+            return f"{self._public_url}/{name}"
+        return sign_url(self._fs, self._build_path(name), seconds)
 
-    def _has(self, path: str, data: bytes, *, doubted: bool) -> bool:
+    def _is_staged(self, path: str, data: bytes, *, doubted: bool) -> bool:
         try:
             if doubted:
                 return bool(self._fs.cat_file(path) == data)
@@ -140,33 +145,33 @@ class Staging:
         try:
             create_file(self._fs, path, data)
         except FileExistsError:
-            # Another run's file of that checksum, or half of one.
-            if not self._has(path, data, doubted=True):
+            # Another run staged it, or left an incomplete file.
+            if not self._is_staged(path, data, doubted=True):
                 replace_file(self._fs, path, data)
 
-    def _path(self, name: str) -> str:
+    def _build_path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
 
-def _is_on_the_web(url: str) -> bool:
+def _is_public_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
     except ValueError:
         return False
-    plain = not (parts.query or parts.fragment or parts.username or parts.password)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+    has_no_extras = not (parts.query or parts.fragment or parts.username or parts.password)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and has_no_extras
 
 
 def create_staging(url: str | None, public_url: str | None) -> Staging | None:
-    """The staging place of the settings, if there is one.
+    """Create the staging place of the settings, or return None if none is set.
 
     Raises:
-        ConfigurationError: It is not usable.
+        ConfigurationError: The settings are incomplete or invalid.
     """
     if url is None:
         if public_url is not None:
             raise ConfigurationError(
-                "FLUX_KONTEXT_STAGING_PUBLIC_URL is set and FLUX_KONTEXT_STAGING_URL is not: set "
+                "FLUX_KONTEXT_STAGING_PUBLIC_URL is set but FLUX_KONTEXT_STAGING_URL is not: set "
                 "both."
             )
         return None

@@ -1,4 +1,4 @@
-"""A style: a name for a prompt and its parameters, to be used on many images."""
+"""Styles: named prompt templates with parameters, built in or read from a file."""
 
 from __future__ import annotations
 
@@ -26,41 +26,49 @@ from prefect_flux_kontext.styles.templates import Template, parse_template
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
-_LONGEST_NAME = 60
-_FIELDS = frozenset(GenerationRequest.model_fields)
+_BUILTIN_FILE = Path(__file__).with_name("builtin.yaml")
+# A style's name is a part of its images' file names.
+_MAX_NAME_LENGTH = 60
+# Far more than any real file of styles; bounds the memory that a wrong URL can take.
+_MAX_FILE_BYTES = 1_000_000
+# A message lists this many problems and counts the rest.
+_MAX_PROBLEMS_LISTED = 20
+_REQUEST_FIELDS = frozenset(GenerationRequest.model_fields)
 
 
 class Style(BaseModel):
-    """A style by its name.
+    """A named prompt template and the parameters that go with it.
 
     Raises:
-        ValidationError: It is none; all that is wrong with it is told at once.
+        ValidationError: A field is invalid; the error lists every problem.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=_LONGEST_NAME, description="Names its images.")
+    name: str = Field(
+        min_length=1, max_length=_MAX_NAME_LENGTH, description="Part of the names of its images."
+    )
     prompt: str = Field(
         min_length=1,
-        description="A template over the row's columns. `{{ prompt }}` is the row's own prompt, "
-        "which else comes after it.",
+        description="A template over the row's columns. `{{ prompt }}` inserts the row's own "
+        "prompt; without it, the row's prompt is appended.",
     )
     mode: Mode | None = Field(default=None, description="`pro` or `max`.")
-    aspect_ratio: AspectRatio | None = Field(default=None, description="Width to height.")
-    output_format: OutputFormat | None = Field(default=None, description="Kind of the result.")
-    provider: Provider | None = Field(default=None, description="How the service routes it.")
+    aspect_ratio: AspectRatio | None = Field(default=None, description="Ratio of width to height.")
+    output_format: OutputFormat | None = Field(default=None, description="Format of the result.")
+    provider: Provider | None = Field(default=None, description="Route that the service uses.")
     extra: dict[str, Any] = Field(
-        default_factory=dict, description="Further input of the model, as it is."
+        default_factory=dict, description="Further input, passed to the model as it is."
     )
 
     @field_validator("name")
     @classmethod
-    def _names_a_file(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         problem = find_text_problem(name)
         if problem is None and ("/" in name or "\\" in name):
             problem = "holds a slash"
         elif problem is None and is_style_file(name):
-            problem = "looks like a file"
+            problem = "has the extension of a styles file"
         elif problem is None and name != name.strip():
             problem = "begins or ends with a space"
         if problem:
@@ -69,16 +77,18 @@ class Style(BaseModel):
 
     @field_validator("prompt")
     @classmethod
-    def _prompt_is_a_template(cls, prompt: str) -> str:
+    def _check_prompt(cls, prompt: str) -> str:
         parse_template(prompt)
         return prompt
 
     @field_validator("extra")
     @classmethod
-    def _extra_is_further_input(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        # Else it would change unseen what was planned, priced and put into the row's key.
-        if known := sorted(_FIELDS & set(extra)):
-            raise ValueError(f"extra holds {', '.join(known)}, which has a place of its own")
+    def _check_extra(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        # A request field in `extra` would bypass the plan, the price and the row's key.
+        if known := sorted(_REQUEST_FIELDS & set(extra)):
+            raise ValueError(
+                f"extra must not set {', '.join(known)}; set it as a field of the style"
+            )
         GenerationRequest(prompt="x", extra=extra)
         return extra
 
@@ -88,64 +98,60 @@ class Style(BaseModel):
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
-        """What it sets in a request, without the prompt."""
+        """The request fields that the style sets, without the prompt."""
         return self.model_dump(
             exclude={"name", "prompt"}, exclude_none=True, exclude_defaults=True
         )
 
     def text(self, prompt: str | None, cells: Mapping[str, str]) -> str:
-        """The prompt for a row.
+        """Render the prompt for a row.
 
         Args:
             prompt: The row's own prompt, or the one for all rows.
             cells: The row's columns.
 
         Raises:
-            ValueError: The row has not what the style's template names.
+            ValueError: A column that the template names is missing, empty or too long.
         """
-        made = self._template.render({**cells, "prompt": prompt or "", "style": self.name})
+        rendered = self._template.render({**cells, "prompt": prompt or "", "style": self.name})
         if prompt and "prompt" not in self._template.columns:
-            return f"{made}\n{prompt}"
-        return made
-
-
-def is_style_file(text: str) -> bool:
-    """Whether a text names a file of styles rather than a style."""
-    return text.lower().endswith((".yaml", ".yml", ".json"))
-
-
-_BUILTIN = Path(__file__).with_name("builtin.yaml")
-_LARGEST_FILE = 1_000_000
-_TOLD = 20
+            return f"{rendered}\n{prompt}"
+        return rendered
 
 
 class Styles(NamedTuple):
     """The styles of a batch.
 
     Attributes:
-        known: All that a row may name.
-        chosen: Those for rows that name none, in the order in which they were chosen.
+        known: Every style that a row may name, by name.
+        chosen: The styles for rows that name none, in the order in which they were chosen.
     """
 
     known: Mapping[str, Style]
     chosen: Sequence[Style]
 
 
+def is_style_file(text: str) -> bool:
+    """Return whether a text names a file of styles rather than a style."""
+    return text.lower().endswith((".yaml", ".yml", ".json"))
+
+
 @cache
 def builtin_styles() -> dict[str, Style]:
-    """The styles that come with the package, by name."""
-    return {style.name: style for style in read_styles(str(_BUILTIN))}
+    """Return the styles of the package, by name."""
+    return {style.name: style for style in read_styles(str(_BUILTIN_FILE))}
 
 
 def select_styles(styles: str | Sequence[str] | None) -> Styles:
-    """Find the styles that a person has named.
+    """Resolve names and files of styles.
 
     Args:
         styles: Names of styles, and paths or fsspec URLs of files of styles (`.yaml`, `.yml`,
-            `.json`). A file adds all that are in it, which replace built-in ones of their name.
+            `.json`). A file adds all of its styles; they replace built-in styles of the same
+            name.
 
     Raises:
-        ConfigurationError: A file cannot be used, or there is no style of a name.
+        ConfigurationError: A file is unreadable or invalid, or a name is unknown.
     """
     named = [styles] if isinstance(styles, str) else list(styles or ())
     files = {text: read_styles(text) for text in named if is_style_file(text)}
@@ -170,7 +176,7 @@ def select_styles(styles: str | Sequence[str] | None) -> Styles:
 
 
 def unknown_style_error(name: str, known: Mapping[str, Style]) -> str:
-    """What to say of a name that is no style's."""
+    """Return the problem with an unknown name of a style, to follow the word "there"."""
     near = difflib.get_close_matches(name[:100], known, n=1)
     meant = f", did you mean {near[0]!r}?" if near else ""
     return f"is no style {name!r:.80}{meant} (there are {', '.join(known)[:400]})"
@@ -180,62 +186,69 @@ def read_styles(url: str) -> list[Style]:
     """Read a file of styles: a mapping from name to prompt, or to `prompt` and parameters.
 
     Raises:
-        ConfigurationError: It cannot be read or is none; all that is wrong is told at once.
+        ConfigurationError: The file is unreadable or invalid; the message lists every problem
+            of the file, up to a limit.
     """
     if "::" in url:
-        raise ConfigurationError(f"The styles {url} chain several filesystems; give one URL.")
+        raise ConfigurationError(f"The styles {url} chain several filesystems; use a single URL.")
     try:
         with fsspec.open(url, "rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
+            data = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigurationError(f"There are no styles at {url}.") from None
     except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-        told = str(error) or type(error).__name__
-        raise ConfigurationError(f"The styles {url} cannot be read: {told}") from None
-    if len(data) > _LARGEST_FILE:
-        raise ConfigurationError(f"The styles {url} have more than {_LARGEST_FILE:,} bytes.")
+        reason = str(error) or type(error).__name__
+        raise ConfigurationError(f"The styles {url} cannot be read: {reason}") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigurationError(f"The styles {url} have more than {_MAX_FILE_BYTES:,} bytes.")
     try:
         text = data.decode("utf-8-sig")
-        read = _from_json(text) if url.lower().endswith(".json") else _from_yaml(text)
+        read = _parse_json(text) if url.lower().endswith(".json") else _parse_yaml(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigurationError(f"The styles {url} cannot be read: {_told(error)}.") from None
+        raise ConfigurationError(f"The styles {url} cannot be read: {_describe(error)}.") from None
     if not isinstance(read, dict) or not read:
         raise ConfigurationError(
             f"The styles {url} are not a mapping from names to prompts, such as `ink: Redraw it "
             "in ink`."
         )
-    return _made(url, read)
+    return _build_styles(url, read)
 
 
-def _made(url: str, read: dict[Any, Any]) -> list[Style]:
+def _build_styles(url: str, read: dict[Any, Any]) -> list[Style]:
     styles, problems = [], []
     names: dict[str, Any] = {}
     for name, value in read.items():
-        told = f"{name!r:.80}"
+        shown = f"{name!r:.80}"
         if not isinstance(name, str):
-            problems.append(f"the name {told} is not text; put it in quotes")
+            problems.append(f"the name {shown} is not text; put it in quotes")
             continue
         if (other := names.setdefault(name.casefold(), name)) != name:
-            problems.append(f"{told} and {other!r:.80} are equal but for case")
+            problems.append(f"{shown} and {other!r:.80} differ only in case")
         fields = {"prompt": value} if isinstance(value, str) else value
         if not isinstance(fields, dict) or not all(isinstance(field, str) for field in fields):
-            problems.append(f"{told} is neither a prompt nor a mapping")
+            problems.append(f"{shown} must be a prompt or a mapping")
         elif "name" in fields:
-            problems.append(f"{told} has a field `name`; its name stands before it")
+            problems.append(f"{shown} must not set `name`; its key is its name")
         else:
             try:
                 styles.append(Style(name=name, **fields))
             except ValidationError as error:
-                problems += [f"{told}: {_problem(problem)}" for problem in error.errors()]
+                problems += [
+                    f"{shown}: {_describe_problem(problem)}" for problem in error.errors()
+                ]
     if problems:
-        more = f"; and {len(problems) - _TOLD:,} more" if len(problems) > _TOLD else ""
+        more = (
+            f"; and {len(problems) - _MAX_PROBLEMS_LISTED:,} more"
+            if len(problems) > _MAX_PROBLEMS_LISTED
+            else ""
+        )
         raise ConfigurationError(
-            f"The styles {url} have mistakes: {'; '.join(problems[:_TOLD])}{more}."
+            f"The styles {url} have mistakes: {'; '.join(problems[:_MAX_PROBLEMS_LISTED])}{more}."
         )
     return styles
 
 
-def _problem(problem: Any) -> str:
+def _describe_problem(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])[:80]
     if problem["type"] == "extra_forbidden":
         fields = ", ".join(name for name in Style.model_fields if name != "name")
@@ -247,39 +260,39 @@ def _problem(problem: Any) -> str:
     return f"{where} {problem['input']!r:.60}: {problem['msg']}"
 
 
-def _from_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_without_twins)
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_reject_repeated_names)
 
 
-def _from_yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc] # it ships no types
-    """YAML as people write it: no aliases, of which bombs are made, and no name twice."""
+    """YAML loader that rejects aliases, which allow exponential documents, and repeated names."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ValueError("it holds an alias (`*`); write the text again")
+            raise ValueError("aliases (`*`) are not allowed; repeat the text instead")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        _without_twins([(repr(name), None) for name in names])
-        made: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
-        return made
+        _reject_repeated_names([(repr(name), None) for name in names])
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
-def _without_twins(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _reject_repeated_names(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = sorted({str(name) for name in names if names.count(name) > 1})
-        raise ValueError(f"it names {', '.join(twice)[:100]} twice")
-    return made
+        repeated = sorted({str(name) for name in names if names.count(name) > 1})
+        raise ValueError(f"it names {', '.join(repeated)[:100]} twice")
+    return mapping
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):

@@ -1,7 +1,7 @@
-"""Prompt templates: a small part of Jinja over a row's columns, whose work and size are bounded.
+"""Prompt templates: a small subset of Jinja over a row's columns, bounded in time and size.
 
-What a template may hold is a list of what is allowed, looked at when it is parsed: columns,
-conditions, a few filters. There is nothing in it that repeats, calls or reaches inside a value.
+The parser checks each node of a template against an allowlist: columns, conditions and a few
+filters. Loops, calls and access to attributes or items are not on it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jinja2.sandbox import SandboxedEnvironment
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_LONGEST_TEMPLATE = 20_000
-_LONGEST_VALUE = 10_000
-_MOST_NODES = 1_000
-_DEEPEST = 50
-"""Together: no template makes more than 10 MB of text on its way to a prompt."""
+# Together these limits keep the text that a template makes for one row below 10 MB.
+_MAX_TEMPLATE_CHARACTERS = 20_000
+_MAX_VALUE_CHARACTERS = 10_000
+_MAX_NODES = 1_000
+_MAX_DEPTH = 50
 
 _FILTERS = (
     "capitalize",
@@ -36,7 +36,7 @@ _FILTERS = (
     "upper",
 )
 _TESTS = ("defined", "undefined")
-_ALLOWED = (
+_ALLOWED_NODES = (
     nodes.Template,
     nodes.Output,
     nodes.TemplateData,
@@ -54,13 +54,13 @@ _ALLOWED = (
     nodes.Keyword,
     nodes.Test,
 )
-_TOLD = {
+_NODE_DESCRIPTIONS = {
     "For": "a loop",
     "Macro": "a macro",
     "CallBlock": "a macro",
     "Call": "a call",
-    "Getattr": "a look inside a value (`.`)",
-    "Getitem": "a look inside a value (`[]`)",
+    "Getattr": "attribute access (`.`)",
+    "Getitem": "item access (`[]`)",
     "Assign": "`set`",
     "AssignBlock": "`set`",
     "Include": "an include",
@@ -74,8 +74,8 @@ _TOLD = {
 }
 
 
-class _Empty(Undefined):
-    """A cell with nothing in it: false when it is asked for, refused when it is to be printed."""
+class _EmptyCell(Undefined):
+    """Value of an empty cell: false in a condition, an error when it is printed."""
 
     __slots__ = ()
     __hash__ = Undefined.__hash__
@@ -90,100 +90,104 @@ class _Empty(Undefined):
         return other != ""
 
 
-def _environment() -> SandboxedEnvironment:
-    made = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
-    made.filters = {name: made.filters[name] for name in _FILTERS}
-    made.tests = {name: made.tests[name] for name in _TESTS}
-    made.globals = {}
-    return made
+def _build_environment() -> SandboxedEnvironment:
+    environment = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+    environment.filters = {name: environment.filters[name] for name in _FILTERS}
+    environment.tests = {name: environment.tests[name] for name in _TESTS}
+    environment.globals = {}
+    return environment
 
 
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = _build_environment()
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A template that was looked through.
+    """A template that passed the checks.
 
     Attributes:
-        columns: The columns that it names.
+        columns: Names of the columns that it uses.
     """
 
     columns: frozenset[str]
     _compiled: jinja2.Template
 
     def render(self, cells: Mapping[str, str]) -> str:
-        """The text for a row.
+        """Render the text for a row.
 
         Args:
-            cells: Column name to text. A column whose name is no word is reached with `_` in
-                place of what is not a letter or digit: `photo title` as `photo_title`.
+            cells: Maps the name of a column to its text. In a template, `_` replaces each
+                run of characters that are not letters or digits: `photo title` becomes
+                `photo_title`.
 
         Raises:
-            ValueError: The row has not what the template names; says what that is.
+            ValueError: A column is missing, empty or too long, or a filter failed; the message
+                names the cause.
         """
-        values = {name: _value(name, cells) for name in self.columns}
+        values = {name: _get_value(name, cells) for name in self.columns}
         try:
             return self._compiled.render(values).strip()
         except jinja2.UndefinedError as error:
             raise ValueError(error.message) from None
-        except Exception as error:  # noqa: BLE001 - a filter may be given anything
+        except Exception as error:  # noqa: BLE001 - filters take arguments of any type
             raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
 def is_template(text: str) -> bool:
-    """Whether a text is more than itself."""
+    """Return whether a text contains template markup."""
     return "{{" in text or "{%" in text
 
 
 @lru_cache(maxsize=256)
 def parse_template(text: str) -> Template:
-    """Look through a template and make it ready; each is made once.
+    """Check and compile a template; results are cached.
 
     Raises:
-        ValueError: It is none, or holds what is not allowed; says what that is.
+        ValueError: The template is invalid or uses something that is not allowed; the message
+            names it.
     """
-    if len(text) > _LONGEST_TEMPLATE:
+    if len(text) > _MAX_TEMPLATE_CHARACTERS:
         raise ValueError(
-            f"a template of {len(text):,} characters; it has at most {_LONGEST_TEMPLATE:,}"
+            f"the template has {len(text):,} characters; at most "
+            f"{_MAX_TEMPLATE_CHARACTERS:,} are allowed"
         )
     try:
         parsed = _ENVIRONMENT.parse(text)
     except RecursionError:
         raise ValueError("the template is nested too deeply") from None
     except (jinja2.TemplateError, ValueError) as error:
-        told = str(error)[:200].rstrip(".")
-        raise ValueError(f"the template cannot be read: {told}") from None
+        reason = str(error)[:200].rstrip(".")
+        raise ValueError(f"the template cannot be read: {reason}") from None
     columns: set[str] = set()
-    _look_through(parsed, columns)
+    _check_nodes(parsed, columns)
     return Template(frozenset(columns), _ENVIRONMENT.from_string(parsed))
 
 
-def _look_through(parsed: nodes.Template, columns: set[str]) -> None:
-    waiting: list[tuple[nodes.Node, int]] = [(parsed, 0)]
-    seen = 0
-    while waiting:
-        node, depth = waiting.pop()
-        seen += 1
-        if seen > _MOST_NODES:
-            raise ValueError(f"the template has more than {_MOST_NODES:,} parts")
-        if depth > _DEEPEST:
+def _check_nodes(parsed: nodes.Template, columns: set[str]) -> None:
+    pending: list[tuple[nodes.Node, int]] = [(parsed, 0)]
+    count = 0
+    while pending:
+        node, depth = pending.pop()
+        count += 1
+        if count > _MAX_NODES:
+            raise ValueError(f"the template has more than {_MAX_NODES:,} parts")
+        if depth > _MAX_DEPTH:
             raise ValueError("the template is nested too deeply")
-        if problem := _problem_of(node):
+        if problem := _find_problem(node):
             raise ValueError(
-                f"the template holds {problem}; it may hold columns, texts, if and else, "
+                f"the template uses {problem}; allowed are columns, strings, if and else, "
                 f"comparisons, and, or, not, ~, and the filters {', '.join(_FILTERS)}"
             )
         if isinstance(node, nodes.Name):
             columns.add(node.name)
         inside = [(child, depth + 1) for child in node.iter_child_nodes()]
-        waiting += reversed(inside)  # so that the first problem is told
+        pending += reversed(inside)  # reports the first problem in reading order
 
 
-def _problem_of(node: nodes.Node) -> str | None:
+def _find_problem(node: nodes.Node) -> str | None:
     kind = type(node).__name__
-    if not isinstance(node, _ALLOWED):
-        return _TOLD.get(kind, f"`{kind}`")
+    if not isinstance(node, _ALLOWED_NODES):
+        return _NODE_DESCRIPTIONS.get(kind, f"`{kind}`")
     if isinstance(node, nodes.Name) and node.name == "self":
         return "`self`"
     if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
@@ -195,20 +199,20 @@ def _problem_of(node: nodes.Node) -> str | None:
     return None
 
 
-def _value(name: str, cells: Mapping[str, str]) -> Any:
+def _get_value(name: str, cells: Mapping[str, str]) -> Any:
     column = name
     if name not in cells:
-        spelled = (column for column in cells if re.sub(r"\W+", "_", column) == name)
-        column = next(spelled, "")
+        matches = (column for column in cells if re.sub(r"\W+", "_", column) == name)
+        column = next(matches, "")
     if column not in cells:
-        there = ", ".join(cells)[:200]
-        return StrictUndefined(hint=f"there is no column {name!r}; there are {there}")
+        available = ", ".join(cells)[:200]
+        return StrictUndefined(hint=f"there is no column {name!r}; there are {available}")
     text = cells[column].strip()
     if not text:
-        return _Empty(hint=f"the column {column!r} is empty")
-    if len(text) > _LONGEST_VALUE:
+        return _EmptyCell(hint=f"the column {column!r} is empty")
+    if len(text) > _MAX_VALUE_CHARACTERS:
         raise ValueError(
-            f"the column {column!r} has {len(text):,} characters; in a template it has at most "
-            f"{_LONGEST_VALUE:,}"
+            f"the column {column!r} has {len(text):,} characters; a template takes "
+            f"at most {_MAX_VALUE_CHARACTERS:,}"
         )
     return text

@@ -186,7 +186,7 @@ BAD_INPUTS = [
     BadInput(
         "an HTML error page", "m.csv", "<!DOCTYPE html>\n<p>403</p>\n", "an HTML or XML page"
     ),
-    reference("a missing local file", "/data/cat.jpg", "'/data/cat.jpg' is not there"),
+    reference("a missing local file", "/data/cat.jpg", "'/data/cat.jpg' does not exist"),
     reference("a local folder", "/etc", "is a folder"),
     reference("file: that is not an image", "file:///etc/passwd", "is text by its content"),
     reference(
@@ -210,7 +210,7 @@ BAD_INPUTS = [
     reference("ftp:", "ftp://a.example.com/cat.jpg", "not an http or https URL"),
     reference("a cloud's metadata service", "http://169.254.169.254/x", "link-local"),
     reference("a password in a URL", "https://me:word@a.example.com/x", "user name or password"),
-    reference("no scheme", "pictures.example.com/cat.jpg", "example.com/cat.jpg' is not there"),
+    reference("no scheme", "pictures.example.com/cat.jpg", "example.com/cat.jpg' does not exist"),
     reference("a line end in a URL", "https://a.example.com/\r\nx", "an invisible character"),
     json_line("a truncated line", '{"prompt": "x', "is not valid JSON"),
     json_line("an array", '["x"]', "expected an object, got list"),
@@ -263,7 +263,7 @@ BAD_INPUTS = [
     style_file("a style with an unknown ratio", "a: {prompt: x, aspect_ratio: '2:1'}", "'21:9'"),
     style_file("a duplicate style", "ink: x\nink: y\n", "it names 'ink' twice"),
     style_file("a style outside the output", "../ink: x\n", "the name leads out"),
-    style_file("a YAML bomb", "a: &a [x]\nb: &b [*a, *a]\nc: [*b]\n", "holds an alias"),
+    style_file("a YAML bomb", "a: &a [x]\nb: &b [*a, *a]\nc: [*b]\n", "aliases (`*`) are not"),
     style_file(
         "an object in YAML", "a: !!python/object/apply:os.getcwd []", "could not determine"
     ),
@@ -274,10 +274,10 @@ BAD_INPUTS = [
     prompt_template(
         "a template with an empty cell", "a {{ mood }} cat", "the column 'mood' is empty"
     ),
-    prompt_template("an endless loop", "{% for x in range(9**9) %}x{% endfor %}", "holds a loop"),
-    prompt_template("a template that calls", "{{ lipsum() }}", "holds a call"),
-    prompt_template("a template with an attribute", "{{ id.__class__ }}", "a look inside a value"),
-    prompt_template("a template that makes a gigabyte", "{{ 'x' * 10**9 }}", "holds arithmetic"),
+    prompt_template("an endless loop", "{% for x in range(9**9) %}x{% endfor %}", "uses a loop"),
+    prompt_template("a template that calls", "{{ lipsum() }}", "uses a call"),
+    prompt_template("a template with an attribute", "{{ id.__class__ }}", "attribute access"),
+    prompt_template("a template that makes a gigabyte", "{{ 'x' * 10**9 }}", "uses arithmetic"),
     prompt_template("a nested bomb", "{{ " + "(" * 9_000, "nested too deeply"),
     prompt_template("a template of itself", "{{ prompt }}{{ prompt }}", "cannot contain itself"),
     prompt_template("an unclosed template", "a {{ colour", "cannot be read"),

@@ -113,7 +113,7 @@ def test_prompt_that_contains_itself_is_refused():
 
 
 def test_invalid_default_prompt_is_a_configuration_error():
-    with pytest.raises(ConfigurationError, match="The prompt for all rows: the template holds"):
+    with pytest.raises(ConfigurationError, match="The prompt for all rows: the template uses"):
         rows({"id": "a"}, prompt="{% for x in y %}{% endfor %}")
 
 

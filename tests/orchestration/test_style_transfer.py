@@ -56,7 +56,7 @@ class TestStyleTransfer:
         [
             ("", "not an http or https URL"),
             ("gist://1/cat.jpg", "not an http or https URL"),
-            ("cat.jpg", "is not there"),
+            ("cat.jpg", "does not exist"),
             (str(PHOTOS / "cat.png"), "set FLUX_KONTEXT_STAGING_URL"),
         ],
     )

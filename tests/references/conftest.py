@@ -1,4 +1,4 @@
-"""A bucket of a cloud whose package is not installed, by its interface alone."""
+"""A fake of a cloud bucket whose fsspec package is not installed."""
 
 import fsspec
 import pytest
@@ -11,11 +11,11 @@ SIGNATURE = "X-Goog-Signature=s3cr3t"
 
 
 class Bucket(MemoryFileSystem):
-    """Objects in memory, with versions and signed URLs."""
+    """In-memory objects with versions and signed URLs."""
 
     protocol = "gs"
-    where = "https://signed.test"
-    store = {}  # noqa: RUF012 - as in fsspec: one for all
+    base_url = "https://signed.test"
+    store = {}  # noqa: RUF012 - shared by all instances, as in fsspec
     pseudo_dirs = [""]  # noqa: RUF012
 
     @classmethod
@@ -30,11 +30,12 @@ class Bucket(MemoryFileSystem):
         return super().info(path, **how) | {"etag": "v1"}
 
     def sign(self, path, expiration):
-        return f"{self.where}{path}?life={expiration}&{SIGNATURE}"
+        return f"{self.base_url}{path}?life={expiration}&{SIGNATURE}"
 
 
 @pytest.fixture
 def bucket(monkeypatch):
+    """Return a `gs://` filesystem that holds one image."""
     monkeypatch.setitem(_registry, "gs", Bucket)
     monkeypatch.setattr(Bucket, "store", {})
     fs = fsspec.filesystem("gs")

@@ -1,4 +1,4 @@
-"""Whole batches of local and private references against the sandbox, which fetches them."""
+"""Batches with local and private references against the sandbox, which fetches them."""
 
 import asyncio
 import csv
@@ -47,15 +47,15 @@ def photos(tmp_path):
     return folder
 
 
-def accepted(sandbox):
+def count_accepted(sandbox):
     return sandbox.service.bill()["accepted"]
 
 
-def everything_in(folder):
+def read_all_files(folder):
     return "".join(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())
 
 
-def one_by_one(sandbox, rows, output, **options):
+def run_batch(sandbox, rows, output, **options):
     return asyncio.run(run(sandbox, rows, output, **options))
 
 
@@ -63,148 +63,145 @@ def test_local_files_are_staged_and_paid_for_once(sandbox, staging, photos, tmp_
     references = References(staging)
     rows = Manifest(str(photos / "m.csv"))
     assert build_plan(rows, references=references).to_pay == 3
-    summary = one_by_one(sandbox, rows, tmp_path / "out", references=references)
+    summary = run_batch(sandbox, rows, tmp_path / "out", references=references)
     assert summary.complete, str(summary)
     assert len(list((tmp_path / "staged").iterdir())) == 3
-    # The ledger says what the manifest says, not where it was staged.
-    ledger = everything_in(tmp_path / "out" / "_ledger")
+    # The ledger holds the references of the manifest, not the staged URLs.
+    ledger = read_all_files(tmp_path / "out" / "_ledger")
     assert str(photos / "0.jpeg") in ledger
     assert "127.0.0.1" not in ledger
 
-    # Found again by its content, under whatever name; only what is new is paid for.
+    # A renamed file is recognized by its content; only the new file is paid for.
     (photos / "0.jpeg").rename(photos / "renamed.jpg")
     (photos / "new.jpg").write_bytes(picture(size=(50, 40)))
     more = Manifest(
         [{"id": n, "image": str(photos / n), "prompt": "oil"} for n in ("renamed.jpg", "new.jpg")]
     )
-    summary = one_by_one(sandbox, more, tmp_path / "out", references=References(staging))
+    summary = run_batch(sandbox, more, tmp_path / "out", references=References(staging))
     assert (summary.stored, summary.already_stored) == (2, 1)
-    assert accepted(sandbox) == 4
+    assert count_accepted(sandbox) == 4
 
 
-def test_private_objects_are_signed_and_the_signature_is_kept_nowhere(sandbox, tmp_path, caplog):
+def test_private_objects_are_signed_and_signature_not_stored(sandbox, tmp_path, caplog):
     caplog.set_level(logging.DEBUG, "prefect_flux_kontext")
-    # The bucket's own log tells who has asked for what.
+    # The log of the S3 server itself contains signed URLs.
     caplog.set_level(logging.ERROR, "werkzeug")
     with s3_server() as (bucket, client):
         client.put_object(Bucket="pictures", Key="a cat.jpg", Body=picture())
         rows = Manifest([{"id": "cat", "image": f"{bucket}/a cat.jpg", "prompt": "oil"}])
-        summary = one_by_one(sandbox, rows, tmp_path)
+        summary = run_batch(sandbox, rows, tmp_path)
         assert summary.complete, str(summary)
-        again = one_by_one(sandbox, rows, tmp_path)
-        assert (again.already_stored, accepted(sandbox)) == (1, 1)
+        again = run_batch(sandbox, rows, tmp_path)
+        assert (again.already_stored, count_accepted(sandbox)) == (1, 1)
         client.put_object(Bucket="pictures", Key="a cat.jpg", Body=picture(size=(50, 40)))
-        assert one_by_one(sandbox, rows, tmp_path).complete
-        assert accepted(sandbox) == 2
-    kept = everything_in(tmp_path) + caplog.text + summary.model_dump_json()
+        assert run_batch(sandbox, rows, tmp_path).complete
+        assert count_accepted(sandbox) == 2
+    kept = read_all_files(tmp_path) + caplog.text + summary.model_dump_json()
     assert f"{bucket}/a cat.jpg" in kept
     assert "Signature" not in kept
 
 
 @pytest.mark.anyio
-async def test_anybody_with_the_signed_url_reads_the_object():
+async def test_signed_url_gives_read_access():
     with s3_server() as (bucket, client):
         client.put_object(Bucket="pictures", Key="a cat.jpg", Body=picture())
         row = next(Manifest([{"image": f"{bucket}/a cat.jpg", "prompt": "oil"}]).rows())
-        sending = await References().prepared(row.request)
-        (url,) = (await sending()).image_urls
+        create_request = await References().prepared(row.request)
+        (url,) = (await create_request()).image_urls
         assert "Signature=" in url
         async with httpx.AsyncClient() as http:
             assert (await http.get(url)).status_code == 200
 
 
-def test_what_is_staged_wrongly_is_mended_and_paid_for_once_more(
-    sandbox, staging, photos, tmp_path
-):
+def test_corrupt_staged_file_is_replaced_and_row_retried(sandbox, staging, photos, tmp_path):
     content = (photos / "0.jpeg").read_bytes()
     name = staging.put(content, "jpeg")
     (tmp_path / "staged" / name).write_bytes(bytes(len(content)))
     rows = Manifest([{"id": "x", "image": str(photos / "0.jpeg"), "prompt": "oil"}])
-    summary = one_by_one(sandbox, rows, tmp_path / "out", references=References(staging))
+    summary = run_batch(sandbox, rows, tmp_path / "out", references=References(staging))
     assert summary.complete, str(summary)
-    assert accepted(sandbox) == 2
+    assert count_accepted(sandbox) == 2
     assert (tmp_path / "staged" / name).read_bytes() == content
 
 
-def test_a_signed_reference_that_fails_twice_is_left_and_its_signature_is_in_no_message(
+def test_failing_signed_reference_is_not_retried_further(
     sandbox, bucket, tmp_path, caplog, monkeypatch
 ):
+    """Two attempts are paid for, and the signature is in no message, log or file."""
     caplog.set_level(logging.DEBUG, "prefect_flux_kontext")
-    monkeypatch.setattr(Bucket, "where", "http://127.0.0.1:1")
+    monkeypatch.setattr(Bucket, "base_url", "http://127.0.0.1:1")
     rows = Manifest([{"id": "x", "image": "gs://photos/cat.jpg", "prompt": "oil"}])
-    summary = one_by_one(sandbox, rows, tmp_path)
+    summary = run_batch(sandbox, rows, tmp_path)
     assert summary.reasons == {"INVALID_IMAGE_URL": 1}
-    assert accepted(sandbox) == 2
-    kept = everything_in(tmp_path) + caplog.text + summary.model_dump_json()
+    assert count_accepted(sandbox) == 2
+    kept = read_all_files(tmp_path) + caplog.text + summary.model_dump_json()
     assert "http://127.0.0.1:1/photos/cat.jpg" in kept
     assert SIGNATURE not in kept
     assert "s3cr3t" not in kept
-    # Nor is it paid for in the next run, which its plan says too.
+    # Neither the next plan nor the next run pays for it again.
     store = open_ledger_store(OutputFolder(str(tmp_path)))
     assert build_plan(rows, store).to_pay == 0
-    one_by_one(sandbox, rows, tmp_path)
-    assert accepted(sandbox) == 2
+    run_batch(sandbox, rows, tmp_path)
+    assert count_accepted(sandbox) == 2
 
 
-def test_a_reference_of_the_users_own_that_fails_is_not_paid_for_again(sandbox, tmp_path):
+def test_failing_web_reference_is_paid_for_once(sandbox, tmp_path):
     rows = Manifest([{"id": "x", "image": "http://127.0.0.1:1/cat.jpg", "prompt": "oil"}])
-    summary = one_by_one(sandbox, rows, tmp_path)
+    summary = run_batch(sandbox, rows, tmp_path)
     assert summary.reasons == {"INVALID_IMAGE_URL": 1}
-    assert accepted(sandbox) == 1
+    assert count_accepted(sandbox) == 1
 
 
-def test_a_file_that_changes_after_the_plan_fails_alone_and_unpaid(
-    sandbox, staging, photos, tmp_path
-):
+def test_file_changed_after_the_plan_fails_unpaid(sandbox, staging, photos, tmp_path):
     references = References(staging)
     rows = Manifest(str(photos / "m.csv"))
     assert build_plan(rows, references=references).to_pay == 3
     (photos / "0.jpeg").write_bytes(picture(size=(50, 40)))
     (photos / "1.png").unlink()
-    summary = one_by_one(sandbox, rows, tmp_path / "out", references=references)
+    summary = run_batch(sandbox, rows, tmp_path / "out", references=references)
     assert (summary.stored, summary.reasons) == (1, {"ReferenceImageError": 2})
     changed, gone = sorted(row.message for row in summary.failures)
     assert "has changed since the plan" in changed
-    assert "is not there" in gone
-    assert accepted(sandbox) == 1
+    assert "does not exist" in gone
+    assert count_accepted(sandbox) == 1
 
 
-def test_failed_rows_run_again_from_wherever_they_were_written(
+def test_failed_csv_holds_absolute_paths_and_runs_again(
     sandbox, staging, photos, tmp_path, monkeypatch
 ):
     rows = Manifest(str(photos / "m.csv"))
     references = References(staging)
     list(build_plan(rows, references=references).problems)
     (photos / "0.jpeg").rename(photos / "away")
-    one_by_one(sandbox, rows, tmp_path / "out", references=references)
+    run_batch(sandbox, rows, tmp_path / "out", references=references)
     (photos / "away").rename(photos / "0.jpeg")
     with (tmp_path / "out" / "failed.csv").open() as file:
         (failed,) = csv.DictReader(file)
     assert failed["image"] == str(photos / "0.jpeg")
     again = Manifest(str(tmp_path / "out" / "failed.csv"))
-    assert one_by_one(sandbox, again, tmp_path / "out", references=References(staging)).complete
-    assert accepted(sandbox) == 3
+    assert run_batch(sandbox, again, tmp_path / "out", references=References(staging)).complete
+    assert count_accepted(sandbox) == 3
 
 
-def test_a_staging_place_that_refuses_costs_nothing(sandbox, photos, tmp_path):
+def test_failing_staging_place_costs_nothing(sandbox, photos, tmp_path):
     (tmp_path / "a-file").write_bytes(b"")
     references = References(Staging(str(tmp_path / "a-file"), "http://127.0.0.1:1"))
     rows = Manifest(str(photos / "m.csv"))
-    summary = one_by_one(sandbox, rows, tmp_path / "out", references=references)
+    summary = run_batch(sandbox, rows, tmp_path / "out", references=references)
     assert summary.reasons == {"StorageError": 3}
-    assert accepted(sandbox) == 0
+    assert count_accepted(sandbox) == 0
 
 
-def test_many_bad_images_do_not_stop_the_others(sandbox, staging, photos, tmp_path):
+def test_many_invalid_images_do_not_stop_the_batch(sandbox, staging, photos, tmp_path):
     (photos / "text.jpg").write_bytes(b"text")
     bad = [{"id": f"b{n}", "image": "text.jpg", "prompt": f"{n}"} for n in range(40)]
     good = [{"id": "good", "image": "0.jpeg", "prompt": "oil"}]
     rows = Manifest(bad + good, folder=str(photos))
-    summary = one_by_one(sandbox, rows, tmp_path / "out", references=References(staging))
-    assert (summary.stored, summary.failed, accepted(sandbox)) == (1, 40, 1)
+    summary = run_batch(sandbox, rows, tmp_path / "out", references=References(staging))
+    assert (summary.stored, summary.failed, count_accepted(sandbox)) == (1, 40, 1)
 
 
-def test_the_command_line_shrinks_what_is_too_large_when_it_is_told_to(
+def test_fit_references_option_shrinks_large_images(
     sandbox, photos, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
@@ -220,7 +217,7 @@ def test_the_command_line_shrinks_what_is_too_large_when_it_is_told_to(
         monkeypatch.setenv("FLUX_KONTEXT_STAGING_PUBLIC_URL", url)
         assert main(["run", *batch]) == 2
         assert "line 2, 'r0': image" in capsys.readouterr().out
-        assert accepted(sandbox) == 0
+        assert count_accepted(sandbox) == 0
         assert main(["run", *batch, "--fit-references"]) == 0
     assert "3 of 3 rows stored" in capsys.readouterr().out
     assert max(path.stat().st_size for path in (tmp_path / "staged").iterdir()) < 100_000

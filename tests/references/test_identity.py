@@ -1,4 +1,4 @@
-"""Rows whose references are files or objects: their keys, and what is found before paying."""
+"""Row keys and checks before payment of rows with files or objects as references."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from prefect_flux_kontext.batch.planning import with_reference_checks, with_row_
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.row_key import compute_row_key
-from prefect_flux_kontext.references import resolver as resolving
+from prefect_flux_kontext.references import resolver
 from prefect_flux_kontext.references.identity import identify_private_object, read_version
 from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.references.staging import Staging
@@ -27,19 +27,19 @@ def manifest(*images, folder=None):
 
 
 def keys(rows, references=None):
-    told = list(with_row_keys(rows.rows(), references or References()))
-    assert all(isinstance(row, Row) for row in told), told
-    return [row.key for row in told]
+    result = list(with_row_keys(rows.rows(), references or References()))
+    assert all(isinstance(row, Row) for row in result), result
+    return [row.key for row in result]
 
 
 def refused(rows, **how):
-    told = with_reference_checks(
+    result = with_reference_checks(
         rows.rows(), References(how.pop("staging", STAGING), **how), lambda _row: True
     )
-    return [row.reason for row in told if isinstance(row, RefusedRow)]
+    return [row.reason for row in result if isinstance(row, RefusedRow)]
 
 
-def test_the_key_of_a_web_reference_is_what_it_was():
+def test_key_of_a_web_reference_is_stable():
     rows = manifest("https://a.test/cat.jpg?X-Amz-Signature=1#x", "http://b.test/a%20cat?v=2")
     assert keys(rows) == [
         "c23a3c0c289629821b473d30aa474aed",
@@ -48,7 +48,7 @@ def test_the_key_of_a_web_reference_is_what_it_was():
     assert keys(Manifest([{"id": "x", "prompt": "oil"}])) == ["4e1d913e7941d4ab8f27384bec194f2e"]
 
 
-def test_the_key_of_a_file_is_that_of_its_content_wherever_it_is(tmp_path):
+def test_key_of_a_file_depends_on_its_content_only(tmp_path):
     for name in ("cat.jpg", "copy.png"):
         (tmp_path / name).write_bytes(b"a cat")
     (tmp_path / "dog.jpg").write_bytes(b"a dog")
@@ -60,7 +60,7 @@ def test_the_key_of_a_file_is_that_of_its_content_wherever_it_is(tmp_path):
     assert cat != before
 
 
-def test_the_key_of_an_object_is_that_of_its_url_and_version():
+def test_key_of_an_object_depends_on_url_and_version():
     seen = []
     with s3_server() as (url, client):
         for body in (b"a cat", b"a dog", b"a cat"):
@@ -76,39 +76,39 @@ def test_the_key_of_an_object_is_that_of_its_url_and_version():
             for entry in fs.ls("pictures", detail=True)
             if entry["name"] == "pictures/cat.jpg"
         ]
-        # A listing and a look at the object itself tell the same version.
+        # A listing and a request for the object give the same version.
         assert read_version(listed) == read_version(fs.info("pictures/cat.jpg", refresh=True))
         request = next(manifest(f"{url}/cat.jpg").rows()).request
         identity = identify_private_object(f"{url}/cat.jpg", read_version(listed))
         assert compute_row_key(request, {f"{url}/cat.jpg": identity}) == seen[2]
 
 
-def test_an_object_whose_store_tells_no_version_is_known_by_its_url():
+def test_object_without_version_is_identified_by_its_url():
     assert identify_private_object("gs://a/b", read_version({"size": 3})) == "gs://a/b"
 
 
-def test_rows_stay_in_order_and_each_file_is_looked_at_once(tmp_path, monkeypatch):
-    looked = []
-    real = resolving.identify_reference
+def test_rows_stay_in_order_and_files_are_identified_once(tmp_path, monkeypatch):
+    identified = []
+    real = resolver.identify_reference
 
-    def identity_of(reference):
-        looked.append(reference)
+    def record(reference):
+        identified.append(reference)
         return real(reference)
 
-    monkeypatch.setattr(resolving, "identify_reference", identity_of)
+    monkeypatch.setattr(resolver, "identify_reference", record)
     for number in range(7):
         (tmp_path / f"{number}.jpg").write_bytes(bytes([number]))
     rows = manifest(*(f"{n % 7}.jpg" for n in range(1_000)), folder=tmp_path)
     references = References()
-    told = list(with_row_keys(rows.rows(), references))
-    assert [row.id for row in told] == [str(n) for n in range(1_000)]
-    assert len({row.key for row in told}) == 7
-    # Nor again in the run after the plan.
-    assert keys(rows, references) == [row.key for row in told]
-    assert len(looked) == 7
+    result = list(with_row_keys(rows.rows(), references))
+    assert [row.id for row in result] == [str(n) for n in range(1_000)]
+    assert len({row.key for row in result}) == 7
+    # The run after the plan does not read them again.
+    assert keys(rows, references) == [row.key for row in result]
+    assert len(identified) == 7
 
 
-def test_everything_that_is_wrong_is_told_at_once_and_by_row(tmp_path, bucket):
+def test_check_reports_every_invalid_reference(tmp_path, bucket):
     (tmp_path / "good.jpg").write_bytes(picture())
     (tmp_path / "text.jpg").write_bytes(b"a cat, in words")
     (tmp_path / "empty.jpg").write_bytes(b"")
@@ -130,38 +130,38 @@ def test_everything_that_is_wrong_is_told_at_once_and_by_row(tmp_path, bucket):
         "https://a.test/cat.jpg",
         folder=tmp_path,
     )
-    told = refused(rows)
+    result = refused(rows)
     too_large = "has 11.0 MB; the service takes 10 MB; shrink it, or use --fit-references"
-    assert [reason.rpartition("' ")[2] for reason in told] == [
+    assert [reason.rpartition("' ")[2] for reason in result] == [
         "is text by its content; the service takes JPG, PNG and WebP",
         "is an empty file",
         f"{too_large} (in a flow, fit_references)",
         "is a folder",
-        "is not there",
+        "does not exist",
         "is an SVG by its content; the service takes JPG, PNG and WebP",
-        "is not there",
-        "may not be read: permission denied",
+        "does not exist",
+        "cannot be read: permission denied",
         "cannot be read: OSError: no route to the bucket",
     ]
 
 
-def test_two_bad_references_of_a_row_are_told_together(tmp_path):
+def test_one_error_names_all_invalid_references_of_a_row(tmp_path):
     (tmp_path / "text.jpg").write_bytes(b"text")
     rows = Manifest([{"images": ["a.jpg", "b.jpg"], "prompt": "x"}], folder=str(tmp_path))
-    (told,) = refused(rows)
-    assert told.count("is not there") == 2
+    (result,) = refused(rows)
+    assert result.count("does not exist") == 2
     rows = Manifest([{"images": ["text.jpg", "text.jpg"], "prompt": "x"}], folder=str(tmp_path))
     assert refused(rows)[0].count("is text") == 2
 
 
-def test_a_local_file_without_a_staging_place_is_refused_with_what_to_set(tmp_path):
+def test_local_file_without_staging_names_the_settings(tmp_path):
     (tmp_path / "cat.jpg").write_bytes(picture())
-    (told,) = refused(manifest("cat.jpg", folder=tmp_path), staging=None)
-    assert "set FLUX_KONTEXT_STAGING_URL" in told
-    assert "FLUX_KONTEXT_STAGING_PUBLIC_URL" in told
+    (result,) = refused(manifest("cat.jpg", folder=tmp_path), staging=None)
+    assert "set FLUX_KONTEXT_STAGING_URL" in result
+    assert "FLUX_KONTEXT_STAGING_PUBLIC_URL" in result
 
 
-def test_a_large_object_that_would_be_shrunk_needs_a_staging_place(bucket):
+def test_shrinking_an_object_needs_a_staging_place(bucket):
     bucket.pipe_file("photos/large.jpg", picture() + bytes(11_000_000))
     rows = manifest("gs://photos/large.jpg")
     assert "the service takes 10 MB" in refused(rows)[0]
@@ -169,59 +169,59 @@ def test_a_large_object_that_would_be_shrunk_needs_a_staging_place(bucket):
     assert refused(rows, fit=True) == []
 
 
-def test_the_references_of_rows_that_are_not_to_be_paid_are_not_read(tmp_path):
+def test_references_of_unpaid_rows_are_not_read(tmp_path):
     (tmp_path / "text.jpg").write_bytes(b"text")
     rows = manifest("text.jpg", folder=tmp_path)
-    told = list(with_reference_checks(rows.rows(), References(STAGING), lambda _row: False))
-    assert isinstance(told[0], Row)
+    result = list(with_reference_checks(rows.rows(), References(STAGING), lambda _row: False))
+    assert isinstance(result[0], Row)
 
 
-def test_a_package_that_is_missing_is_told_by_name(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     monkeypatch.delitem(_registry, "gs", raising=False)
     missing = {"class": "nobody_has_this.FileSystem", "err": "Please install gcsfs"}
     monkeypatch.setitem(known_implementations, "gs", missing)
-    told = next(with_row_keys(manifest("gs://bucket/cat.jpg").rows(), References()))
-    assert "needs a package: Please install gcsfs" in told.reason
+    result = next(with_row_keys(manifest("gs://bucket/cat.jpg").rows(), References()))
+    assert "needs a package: Please install gcsfs" in result.reason
 
 
-async def _sent(references, reference, **how):
+async def send(references, reference, **how):
     row = next(manifest(reference).rows())
-    sending = await references.prepared(row.request, **how)
-    (url,) = (await sending()).image_urls
+    create_request = await references.prepared(row.request, **how)
+    (url,) = (await create_request()).image_urls
     return url
 
 
 @pytest.mark.anyio
-async def test_an_object_is_signed_for_long_enough_each_time_it_is_sent(bucket):
+async def test_signature_outlasts_the_timeout(bucket):
     references = References(timeout=4_000)
-    assert await _sent(references, "gs://photos/cat.jpg") == (
+    assert await send(references, "gs://photos/cat.jpg") == (
         f"https://signed.test/photos/cat.jpg?life=8000&{SIGNATURE}"
     )
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("where", ["local", "bucket"])
-async def test_what_has_changed_since_the_plan_is_not_sent(tmp_path, bucket, where, monkeypatch):
+async def test_changed_reference_is_not_sent(tmp_path, bucket, where, monkeypatch):
     (tmp_path / "cat.jpg").write_bytes(picture())
     reference = str(tmp_path / "cat.jpg") if where == "local" else "gs://photos/cat.jpg"
     references = References(STAGING)
     list(with_reference_checks(manifest(reference).rows(), references, lambda _row: True))
-    assert await _sent(references, reference)
+    assert await send(references, reference)
     (tmp_path / "cat.jpg").write_bytes(picture(size=(50, 50)))
     info = Bucket.info
     monkeypatch.setattr(Bucket, "info", lambda *args: info(*args) | {"etag": "v2"})
-    with pytest.raises(resolving.ReferenceImageError, match="has changed since the plan"):
-        await _sent(references, reference)
+    with pytest.raises(resolver.ReferenceImageError, match="has changed since the plan"):
+        await send(references, reference)
 
 
 @pytest.mark.anyio
-async def test_what_is_too_large_is_shrunk_and_staged_once(tmp_path, bucket):
+async def test_large_image_is_shrunk_and_staged_once(tmp_path, bucket):
     large = picture() + bytes(11_000_000)
     (tmp_path / "large.jpg").write_bytes(large)
     bucket.pipe_file("photos/large.jpg", large)
     references = References(Staging(str(tmp_path / "staged"), "https://p.test"), fit=True)
-    urls = {await _sent(references, str(tmp_path / "large.jpg"), doubted=n > 1) for n in range(3)}
-    urls |= {await _sent(references, "gs://photos/large.jpg")}
+    urls = {await send(references, str(tmp_path / "large.jpg"), doubted=n > 1) for n in range(3)}
+    urls |= {await send(references, "gs://photos/large.jpg")}
     (file,) = (tmp_path / "staged").iterdir()
     assert urls == {f"https://p.test/{file.name}"}
     assert file.suffix == ".jpg"
@@ -229,16 +229,16 @@ async def test_what_is_too_large_is_shrunk_and_staged_once(tmp_path, bucket):
 
 
 @pytest.mark.anyio
-async def test_what_was_not_checked_by_a_plan_is_checked_before_it_is_sent(tmp_path, bucket):
+async def test_unplanned_reference_is_checked_before_sending(tmp_path, bucket):
     bucket.pipe_file("photos/text.jpg", b"text")
     (tmp_path / "text.jpg").write_bytes(b"text")
     for reference in ("gs://photos/text.jpg", str(tmp_path / "text.jpg")):
-        with pytest.raises(resolving.ReferenceImageError, match="is text"):
-            await _sent(References(STAGING), reference)
+        with pytest.raises(resolver.ReferenceImageError, match="is text"):
+            await send(References(STAGING), reference)
 
 
-def test_a_row_keeps_everything_but_its_key(tmp_path):
+def test_with_row_keys_changes_only_the_key(tmp_path):
     (tmp_path / "cat.jpg").write_bytes(b"a cat")
     (row,) = manifest("cat.jpg", folder=tmp_path).rows()
-    (told,) = with_row_keys([row], References())
-    assert dataclasses.replace(told, key=row.key) == row
+    (result,) = with_row_keys([row], References())
+    assert dataclasses.replace(result, key=row.key) == row

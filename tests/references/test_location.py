@@ -1,10 +1,10 @@
-"""What a reference is, by its text alone: no filesystem is made for one that is not allowed."""
+"""Kinds of references; no filesystem is created for a refused one."""
 
 import fsspec
 import pytest
 
 from prefect_flux_kontext.references.location import (
-    Kind,
+    LocationKind,
     classify_location,
     find_location_problem,
     locate,
@@ -17,24 +17,24 @@ from prefect_flux_kontext.references.location import (
 @pytest.mark.parametrize(
     ("reference", "kind"),
     [
-        ("https://a.test/cat.jpg", Kind.WEB),
-        ("HTTP://a.test/cat.jpg", Kind.WEB),
-        ("s3://bucket/cat.jpg", Kind.PRIVATE),
-        ("gs://bucket/cat.jpg", Kind.PRIVATE),
-        ("abfs://container@account.dfs.core.windows.net/cat.jpg", Kind.PRIVATE),
-        ("az://container/cat.jpg", Kind.PRIVATE),
-        ("cat.jpg", Kind.OWN),
-        ("/data/a b#1?.jpg", Kind.OWN),
-        ("./12:30.jpg", Kind.OWN),
-        ("12:30.jpg", Kind.OWN),
-        ("file:///data/cat.jpg", Kind.OWN),
-        ("memory://cat.jpg", Kind.OWN),
+        ("https://a.test/cat.jpg", LocationKind.WEB),
+        ("HTTP://a.test/cat.jpg", LocationKind.WEB),
+        ("s3://bucket/cat.jpg", LocationKind.PRIVATE),
+        ("gs://bucket/cat.jpg", LocationKind.PRIVATE),
+        ("abfs://container@account.dfs.core.windows.net/cat.jpg", LocationKind.PRIVATE),
+        ("az://container/cat.jpg", LocationKind.PRIVATE),
+        ("cat.jpg", LocationKind.LOCAL),
+        ("/data/a b#1?.jpg", LocationKind.LOCAL),
+        ("./12:30.jpg", LocationKind.LOCAL),
+        ("12:30.jpg", LocationKind.LOCAL),
+        ("file:///data/cat.jpg", LocationKind.LOCAL),
+        ("memory://cat.jpg", LocationKind.LOCAL),
     ],
 )
-def test_the_service_gets_each_kind_in_its_way(reference, kind):
+def test_classify_location_knows_every_supported_kind(reference, kind):
     assert classify_location(reference) is kind
-    assert non_public_references([reference]) == ([] if kind is Kind.WEB else [reference])
-    if kind is not Kind.WEB:
+    assert non_public_references([reference]) == ([] if kind is LocationKind.WEB else [reference])
+    if kind is not LocationKind.WEB:
         assert find_location_problem(reference, "/data") is None
 
 
@@ -57,34 +57,32 @@ def test_the_service_gets_each_kind_in_its_way(reference, kind):
         " ",
     ],
 )
-def test_what_is_not_on_the_list_is_refused_without_a_filesystem(reference, monkeypatch):
-    def made(*_args, **_how):
-        raise AssertionError("a filesystem was made")
+def test_unsupported_location_is_refused_by_its_text(reference, monkeypatch):
+    def fail(*_args, **_how):
+        raise AssertionError("a filesystem was created")
 
-    monkeypatch.setattr(fsspec, "filesystem", made)
-    monkeypatch.setattr(fsspec.core, "url_to_fs", made)
+    monkeypatch.setattr(fsspec, "filesystem", fail)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
     assert "so the service cannot fetch it" in find_location_problem(reference, "/data")
 
 
 @pytest.mark.parametrize(
     "reference", ["s3://bucket", "s3://bucket/", "s3:bucket/cat.jpg", "gs:///x"]
 )
-def test_a_bucket_is_no_object(reference):
-    assert "names no object" in find_location_problem(reference, None)
+def test_bucket_without_object_is_refused(reference):
+    assert "does not name an object" in find_location_problem(reference, None)
 
 
 @pytest.mark.parametrize(
     "reference", ["s3://key:word@bucket/x", "gs://me@bucket/x", "az://a:b@c/x"]
 )
-def test_a_password_in_a_bucket_is_refused_and_not_repeated(reference):
-    told = find_location_problem(reference, None)
-    assert "has a user name or password" in told
-    assert "word@" not in told
+def test_password_in_bucket_url_is_refused_and_not_shown(reference):
+    message = find_location_problem(reference, None)
+    assert "has a user name or password" in message
+    assert "word@" not in message
 
 
-def test_relative_paths_start_from_a_local_manifests_folder_else_from_the_working_directory(
-    tmp_path, monkeypatch
-):
+def test_manifest_folder_is_none_for_remote_manifests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here = str(tmp_path)
     assert manifest_folder("m.csv") == here
@@ -94,14 +92,14 @@ def test_relative_paths_start_from_a_local_manifests_folder_else_from_the_workin
         assert manifest_folder(url) is None
 
 
-def test_a_local_path_is_made_absolute_and_a_protocol_small():
+def test_locate_normalizes_paths_and_protocols():
     assert locate("cat.jpg", "/data") == locate("file://cat.jpg", "/data") == "/data/cat.jpg"
     assert locate("FILE:///a%20b.jpg", "/data") == "/a%20b.jpg"
     assert locate("S3://Bucket/Cat.jpg", "/data") == "s3://Bucket/Cat.jpg"
     assert locate("HTTPS://a.test/x", "/data") == "HTTPS://a.test/x"
 
 
-def test_a_path_is_opened_as_it_is_whatever_is_in_it(tmp_path):
+def test_open_filesystem_does_not_decode_paths(tmp_path):
     path = str(tmp_path / "a b#1?%20.jpg")
     fs, where = open_filesystem(path)
     fs.pipe_file(where, b"x")

@@ -1,4 +1,4 @@
-"""Files are put where the service can fetch them: once, under the name of their content."""
+"""Files are staged once, under a name made from their content."""
 
 import hashlib
 import threading
@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from prefect_flux_kontext.errors import ConfigurationError, ReferenceImageError, StorageError
-from prefect_flux_kontext.references import staging as module
+from prefect_flux_kontext.references import staging as staging_module
 from prefect_flux_kontext.references.staging import (
     Staging,
+    choose_signature_lifetime,
     create_staging,
     sign_url,
-    signature_lifetime,
 )
 from tests.support.s3 import s3_server
 
@@ -21,27 +21,27 @@ PUBLIC = "https://pictures.test/staged/"
 
 @pytest.fixture
 def writes(monkeypatch):
-    """Where something was really written."""
-    seen = []
-    create = module.create_file
+    """Return the list of paths that were written."""
+    paths = []
+    create = staging_module.create_file
 
-    def counted(fs, path, data):
-        seen.append(path)
+    def record(fs, path, data):
+        paths.append(path)
         create(fs, path, data)
 
-    monkeypatch.setattr(module, "create_file", counted)
-    return seen
+    monkeypatch.setattr(staging_module, "create_file", record)
+    return paths
 
 
-def test_a_file_has_the_name_of_its_content_and_the_place_a_public_url(tmp_path):
+def test_put_names_the_file_by_its_content(tmp_path):
     staging = Staging(str(tmp_path / "new"), PUBLIC)
     name = staging.put(b"a cat", "webp")
     assert name == f"{hashlib.sha256(b'a cat').hexdigest()}.webp"
     assert (tmp_path / "new" / name).read_bytes() == b"a cat"
-    assert staging.url_of(name, 60) == f"https://pictures.test/staged/{name}"
+    assert staging.build_url(name, 60) == f"https://pictures.test/staged/{name}"
 
 
-def test_equal_content_is_put_there_once_by_however_many(tmp_path, writes):
+def test_concurrent_puts_of_equal_content_write_once(tmp_path, writes):
     staging = Staging(str(tmp_path), PUBLIC)
     together = threading.Barrier(8)
 
@@ -56,33 +56,33 @@ def test_equal_content_is_put_there_once_by_however_many(tmp_path, writes):
 
 
 @pytest.mark.parametrize("doubted", [False, True])
-def test_half_a_file_from_elsewhere_is_written_anew(tmp_path, doubted):
+def test_incomplete_file_is_replaced(tmp_path, doubted):
     staging = Staging(str(tmp_path), PUBLIC)
     (tmp_path / staging.put(b"a cat", "png")).write_bytes(b"a c")
     name = staging.put(b"a cat", "png", doubted=doubted)
     assert (tmp_path / name).read_bytes() == b"a cat"
 
 
-def test_in_doubt_the_content_is_compared_and_not_only_its_length(tmp_path):
+def test_doubted_file_is_compared_by_content(tmp_path):
     staging = Staging(str(tmp_path), PUBLIC)
     (tmp_path / staging.put(b"a cat", "png")).write_bytes(b"a dog")
     staging.put(b"a cat", "png", doubted=True)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"a cat"]
 
 
-def test_a_place_that_refuses_is_told_as_what_may_pass(tmp_path):
+def test_failing_place_raises_retryable_error(tmp_path):
     (tmp_path / "a-file").write_bytes(b"")
     with pytest.raises(StorageError, match="Nothing was submitted") as caught:
         Staging(str(tmp_path / "a-file"), PUBLIC).put(b"a cat", "png")
     assert caught.value.retryable
 
 
-def test_a_bucket_without_a_public_url_signs():
+def test_bucket_without_public_url_signs_urls():
     with s3_server() as (bucket, client):
         staging = Staging(f"{bucket}/staged")
         name = staging.put(b"a cat", "png")
         assert staging.put(b"a cat", "png", doubted=True) == name
-        url = staging.url_of(name, 7_200)
+        url = staging.build_url(name, 7_200)
         assert f"/pictures/staged/{name}?" in url
         assert "Expires=" in url
         body = client.get_object(Bucket="pictures", Key=f"staged/{name}")["Body"].read()
@@ -90,7 +90,7 @@ def test_a_bucket_without_a_public_url_signs():
 
 
 @pytest.mark.parametrize(
-    ("url", "public_url", "told"),
+    ("url", "public_url", "message"),
     [
         ("staged", None, "cannot be signed; set FLUX_KONTEXT_STAGING_PUBLIC_URL"),
         ("staged", "pictures.test", "is not an http or https URL"),
@@ -102,22 +102,22 @@ def test_a_bucket_without_a_public_url_signs():
         (None, PUBLIC, "FLUX_KONTEXT_STAGING_URL is not: set both"),
     ],
 )
-def test_a_place_that_nobody_could_fetch_from_is_no_setting(url, public_url, told):
-    with pytest.raises(ConfigurationError, match=told):
+def test_unusable_settings_are_refused(url, public_url, message):
+    with pytest.raises(ConfigurationError, match=message):
         create_staging(url, public_url)
 
 
-def test_no_place_is_none():
+def test_create_staging_returns_none_without_settings():
     assert create_staging(None, None) is None
 
 
 @pytest.mark.parametrize(("timeout", "life"), [(0, 3_600), (900, 3_600), (4_000, 8_000)])
-def test_signatures_outlast_the_wait_and_are_good_for_an_hour_at_least(timeout, life):
-    assert signature_lifetime(timeout) == life
-    assert signature_lifetime(10_000_000) == 7 * 24 * 3_600
+def test_signature_lifetime_is_an_hour_to_a_week(timeout, life):
+    assert choose_signature_lifetime(timeout) == life
+    assert choose_signature_lifetime(10_000_000) == 7 * 24 * 3_600
 
 
-def test_a_filesystem_that_cannot_sign_is_told_without_what_it_says(tmp_path):
+def test_signing_error_hides_the_original_text(tmp_path):
     class Fs:
         def sign(self, path, expiration):
             raise RuntimeError(f"https://{path}?Signature=s3cr3t&{expiration}")
@@ -126,5 +126,5 @@ def test_a_filesystem_that_cannot_sign_is_told_without_what_it_says(tmp_path):
         sign_url(Fs(), "bucket/cat.jpg", 60)
     assert "s3cr3t" not in str(caught.value)
     Fs.sign = lambda *_args, **_how: "bucket/cat.jpg"
-    with pytest.raises(ReferenceImageError, match="no URL"):
+    with pytest.raises(ReferenceImageError, match="returned no http or https URL"):
         sign_url(Fs(), "bucket/cat.jpg", 60)

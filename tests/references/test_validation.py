@@ -1,4 +1,4 @@
-"""An image that the service would not take is refused with what it is, and no bomb is decoded."""
+"""Images that the service would not take are refused; no decompression bomb is decoded."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.headers import read_format, read_size
-from prefect_flux_kontext.references import validation as checks
+from prefect_flux_kontext.references import validation
 from prefect_flux_kontext.references.validation import check_image, needs_shrinking
 from tests.support.pictures import animation, picture, png_that_claims
 
@@ -45,7 +45,7 @@ def problem(data, **how):
 
 
 @pytest.mark.parametrize(("kind", "mode", "how"), KINDS)
-def test_what_the_service_takes_passes_whatever_its_name(kind, mode, how):
+def test_check_image_accepts_supported_formats(kind, mode, how):
     data = picture(kind, mode, (97, 73), **how)
     check_image(data, fit=False)
     assert read_size(data) == (97, 73)
@@ -54,7 +54,7 @@ def test_what_the_service_takes_passes_whatever_its_name(kind, mode, how):
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (b"", "is an empty file"),
         (b"a cat, in words", "is text by its content; the service takes JPG, PNG and WebP"),
@@ -68,38 +68,38 @@ def test_what_the_service_takes_passes_whatever_its_name(kind, mode, how):
         (b"\0\0\0\x18ftypheic\0\0", "is a HEIC"),
         (b"\0\0\0\x18ftypavif\0\0", "is an AVIF"),
         (b"%PDF-1.7", "is a PDF"),
-        (b"\0\1\2" * 30, "is no image by its content"),
+        (b"\0\1\2" * 30, "is not an image by its content"),
         (picture()[:-1_000], "is cut off or damaged"),
         (picture("png")[:-20], "is cut off or damaged"),
         (picture("webp")[:-20], "is cut off or damaged"),
-        (b"\xff\xd8", "is no image"),
+        (b"\xff\xd8", "is not an image"),
         (bytes(11_000_000), "has 11.0 MB; the service takes 10 MB; shrink it, or use --fit-ref"),
         (bytes(10_000_001), "has 10.1 MB"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_it_does_not_take_is_told_by_what_it_is(data, told):
-    assert told in problem(data)
+def test_check_image_names_the_unsupported_content(data, expected):
+    assert expected in problem(data)
 
 
-def test_no_more_of_a_file_that_is_no_image_is_told_than_its_kind():
+def test_message_shows_no_content_of_the_file():
     assert "BEGIN" not in problem(b"-----BEGIN PRIVATE KEY-----")
 
 
 @pytest.mark.parametrize("claim", [png_that_claims, jpeg_that_claims, webp_that_claims])
 @pytest.mark.parametrize("fit", [False, True])
-def test_a_bomb_is_refused_by_its_header_and_not_decoded(claim, fit, monkeypatch):
+def test_bomb_is_refused_by_its_header(claim, fit, monkeypatch):
     bomb = claim(50_000, 50_000)
 
-    def decoded(*_args, **_how):
+    def fail(*_args, **_how):
         raise AssertionError("it was decoded")
 
-    monkeypatch.setattr(checks, "inspect_image", decoded)
-    monkeypatch.setattr(Image.Image, "load", decoded)
+    monkeypatch.setattr(validation, "inspect_image", fail)
+    monkeypatch.setattr(Image.Image, "load", fail)
     assert "has 50,000 x 50,000 pixels" in problem(bomb, fit=fit)
 
 
-def test_a_photo_of_many_pixels_is_refused_or_shrunk():
+def test_photo_of_too_many_pixels_is_refused_or_shrunk():
     file = io.BytesIO()
     Image.new("RGB", (12_000, 9_000), "teal").save(file, "jpeg")
     assert "has 12,000 x 9,000 pixels, more than 64,000,000; shrink it" in problem(file.getvalue())
@@ -107,10 +107,10 @@ def test_a_photo_of_many_pixels_is_refused_or_shrunk():
     assert needs_shrinking(file.getvalue())
 
 
-def test_what_is_much_too_large_is_not_even_read_to_be_shrunk():
+def test_file_over_100_mb_is_refused_also_with_fit():
     with pytest.raises(ReferenceImageError, match=r"has 100\.1 MB; at most 100 MB are read"):
-        checks.check_size(100_000_001, fit=True)
+        validation.check_size(100_000_001, fit=True)
 
 
-def test_what_is_too_large_and_no_image_is_refused_though_it_would_be_shrunk():
-    assert "is no image" in problem(bytes(11_000_000), fit=True)
+def test_large_file_that_is_not_an_image_is_refused():
+    assert "is not an image" in problem(bytes(11_000_000), fit=True)

@@ -79,6 +79,9 @@ class SimulatedAccount:
     async def aclose(self):
         """Do nothing: there are no connections."""
 
+    def check_open(self):
+        """Do nothing: there are no connections."""
+
     @asynccontextmanager
     async def stream(self, method, url, *, json=None):
         """Yield the service's reply, after the time for both ways."""

@@ -174,7 +174,7 @@ SLOW = {
 
 @pytest.fixture(autouse=True)
 def _one_attempt(monkeypatch):
-    monkeypatch.setattr(download, "_ATTEMPTS", 1)
+    monkeypatch.setattr(download, "_MAX_ATTEMPTS", 1)
 
 
 async def download_and_persist(origin, output):
