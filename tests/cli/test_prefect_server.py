@@ -9,7 +9,7 @@ from prefect_flux_kontext.errors import ConfigurationError
 
 
 def test_the_command_to_start_it_again_survives_a_space_in_the_path(tmp_path):
-    command = module._command(tmp_path / "my demo", ["prefect", "server", "start"])
+    command = module._start_command(tmp_path / "my demo", ["prefect", "server", "start"])
     # Quoted as a whole, a shell would take it for the name of a program.
     assert command.startswith("PREFECT_HOME='")
     assert shlex.split(command)[0] == f"PREFECT_HOME={tmp_path / 'my demo'}"
