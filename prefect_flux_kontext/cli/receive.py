@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import argparse
 
 _GREETING = """\
-Receiving callbacks on {url}, storing them in {inbox}
+Receiving callbacks on {url} and storing them in {inbox}
 
 The service calls by HTTPS only, so put a proxy with TLS in front. Give each batch the proxy's
 URL as FLUX_KONTEXT_CALLBACK_URL and the same FLUX_KONTEXT_CALLBACK_SECRET.
