@@ -116,7 +116,7 @@ async def test_when_callbacks_stop_rows_are_polled_until_they_come_again(monkeyp
         assert batch.service.bill()["accepted"] > 25
         come = True
         assert (await run).stored == 60
-    assert caplog.text.count("Callbacks come again") == 1
+    assert caplog.text.count("Callbacks arrive again") == 1
 
 
 async def test_a_callback_that_says_too_early_that_a_task_ended_changes_nothing(monkeypatch):
@@ -150,7 +150,7 @@ async def test_a_right_token_with_the_task_of_another_row_is_told_and_changes_no
     batch = CalledBatch(monkeypatch, mixed_up)
     summary = await batch.run(ROWS)
     assert summary.stored == batch.service.bill()["accepted"] == ROWS
-    assert f"was called back as {tasks[0]} too" in caplog.text
+    assert f"its callbacks also name {tasks[0]}." in caplog.text
 
 
 async def test_every_answer_to_a_forged_callback_is_that_to_a_right_one(monkeypatch):

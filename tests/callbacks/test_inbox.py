@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-from prefect_flux_kontext.callbacks.session import CallbackNotifications, Watcher
+from prefect_flux_kontext.callbacks.session import CallbackNotifications, InboxWatcher
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 from tests.support.s3 import s3_server
@@ -74,28 +74,28 @@ async def test_a_damaged_file_is_told_once_and_the_others_count(tmp_path, caplog
     inbox = Inbox(RecordStore(str(tmp_path)))
     await inbox.keep(callback(1))
     (tmp_path / OWNER / "0.jsonl").write_bytes(b"{")
-    hints = CallbackNotifications()
-    hints.expect(callback(1).attempt)
-    watching = asyncio.create_task(Watcher(inbox, hints, OWNER).watch())
+    notifications = CallbackNotifications()
+    notifications.expect(callback(1).attempt)
+    watching = asyncio.create_task(InboxWatcher(inbox, notifications, OWNER).watch())
     await asyncio.sleep(10)
     watching.cancel()
-    assert hints.task_ids(callback(1).attempt) == ["t1"]
+    assert notifications.task_ids(callback(1).attempt) == ["t1"]
     assert caplog.text.count("0.jsonl is damaged") == 1
 
 
 @pytest.mark.virtual_time
 async def test_files_go_when_all_their_rows_have_ended(tmp_path):
     inbox = Inbox(RecordStore(str(tmp_path)))
-    hints = CallbackNotifications()
+    notifications = CallbackNotifications()
     for number in (1, 2):
-        hints.expect(callback(number).attempt)
+        notifications.expect(callback(number).attempt)
     await asyncio.gather(*(inbox.keep(callback(number)) for number in (1, 1, 2, 3)))
-    watching = asyncio.create_task(Watcher(inbox, hints, OWNER).watch())
+    watching = asyncio.create_task(InboxWatcher(inbox, notifications, OWNER).watch())
     await asyncio.sleep(10)
-    hints.ended(callback(1).attempt)
+    notifications.record_end(callback(1).attempt)
     await asyncio.sleep(10)
     assert await everything_in(inbox) != []
-    hints.ended(callback(2).attempt)
+    notifications.record_end(callback(2).attempt)
     await asyncio.sleep(10)
     watching.cancel()
     assert await everything_in(inbox) == []

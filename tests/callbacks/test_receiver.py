@@ -93,7 +93,7 @@ async def test_wrong_tokens_are_told_now_and_then_and_never_repeated(app, caplog
     with caplog.at_level(logging.DEBUG):
         for number in range(20):
             await posted(app, f"/{TOKEN[:-1]}{number}")
-    assert caplog.text.count("not made with our secret") == 1
+    assert caplog.text.count("invalid callback token") == 1
     assert TOKEN[:-1] not in ours(caplog)
 
 
@@ -175,7 +175,7 @@ async def test_of_one_url_no_more_than_four_different_bodies_are_kept(app, inbox
 
 
 async def test_what_is_remembered_of_answered_callbacks_is_bounded(app, inbox, monkeypatch):
-    monkeypatch.setattr(receiver_module, "_REMEMBERED", 10)
+    monkeypatch.setattr(receiver_module, "_REMEMBERED_ATTEMPTS", 10)
     for number in range(1, 40):
         await posted(app, f"/{create_token(SECRET.encode(), ATTEMPT._replace(number=number))}")
     assert len(await told(inbox)) == 39

@@ -142,7 +142,7 @@ async def test_a_task_that_the_service_does_not_know_is_not_adopted(monkeypatch,
 
     summary = await CalledBatch(monkeypatch, made_up, lose=every_fourth).run(ROWS)
     assert (summary.stored, summary.unknown) == (ROWS - 5, 5)
-    assert "was called back as task task_made_up" in caplog.text
+    assert "names task task_made_up, which cannot be confirmed" in caplog.text
 
 
 async def test_after_a_made_up_task_the_true_one_is_still_adopted(monkeypatch):
@@ -167,7 +167,7 @@ async def test_of_two_tasks_for_one_row_none_is_adopted_and_both_are_told(monkey
     batch.spare = submitted.task_id
     summary = await batch.run(1)
     assert summary.unknown == 1
-    assert "was called back for 2 tasks" in caplog.text
+    assert "name 2 tasks" in caplog.text
 
 
 async def test_a_status_request_that_fails_for_a_while_does_not_lose_the_adoption(monkeypatch):

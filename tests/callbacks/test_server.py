@@ -62,7 +62,7 @@ async def read_to_the_end(reader):
     ids=["nothing", "half a head", "half a line"],
 )
 async def test_a_request_that_does_not_begin_in_time_is_hung_up_on(tmp_path, monkeypatch, begun):
-    monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
+    monkeypatch.setattr(server_module, "_HEAD_TIMEOUT_SECONDS", 0.2)
     async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -72,7 +72,7 @@ async def test_a_request_that_does_not_begin_in_time_is_hung_up_on(tmp_path, mon
 
 
 async def test_a_head_that_drips_in_after_a_good_request_is_hung_up_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
+    monkeypatch.setattr(server_module, "_HEAD_TIMEOUT_SECONDS", 0.2)
     async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
