@@ -1,1 +1,1 @@
-"""Callbacks from the service: tokens, receiver, inbox and what they trigger."""
+"""Callbacks from the service: their tokens, the receiver, the inbox, and the waiting rows."""

@@ -1,8 +1,8 @@
-"""Whether everything that an output is owed was called back, and who is told when it was.
+"""Detection of the moment when every outstanding row of an output has had its callback.
 
-Told of by whoever received the last callback. What was received says only when to look: the
-ledger says which rows are owed, and the inbox which of them were called back. A look reads as
-many records as rows are owed, so none is taken while callbacks come or a run lives.
+Callbacks only trigger the check. The ledger says which rows are outstanding, and the inbox which
+of them have had a callback. A check reads one record for each row of the open waves, so it waits
+until callbacks pause and no run is active.
 """
 
 from __future__ import annotations
@@ -28,26 +28,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _QUIET = 5.0
-"""Seconds without a callback after which it is worth a look."""
+"""Seconds without a callback before a check, so that a burst costs one check."""
 
 _AGAIN = 15.0
-_AFTER_TROUBLE = 60.0
-_CALLS = 4
-"""How often `ready` is called for the same rows: a run whose ledger is closed may still be about
-to be suspended."""
+"""Seconds before the next check while a run is active or nothing waits for the results."""
 
-_READ_AT_ONCE = 8
-"""Records read together: callbacks are written by the same threads, and must not queue."""
+_RETRY_SECONDS = 60.0
+"""Pause after an error of the ledger, the inbox or `ready`: an outage takes minutes."""
+
+_READY_CALLS = 4
+"""How often `ready` is called for the same rows: a run that has closed its ledger may be about to
+suspend its flow run."""
+
+_READ_BATCH = 8
+"""Records read together. Callbacks are written by the same threads and must not queue."""
 
 
 class CompletionMonitor:
-    """Calls `ready` when every row that is paid for and has not ended was called back.
+    """Calls `ready` when every outstanding row of an output has had its callback.
 
     Args:
         ledger: The output's ledger.
-        inbox: Where the receiver keeps callbacks.
-        ready: Given the attempts that were called back; returns whether anybody waited for them.
-            Called again for the same ones where nobody did, or it raises a FluxKontextError.
+        inbox: Where the receiver stores callbacks.
+        ready: Receives the outstanding attempts, and returns whether anything waited for them.
+            Called again for the same attempts if nothing waited or it raised a FluxKontextError.
     """
 
     def __init__(
@@ -60,89 +64,89 @@ class CompletionMonitor:
         self._ledger = Ledger(ledger, owner="", prices={})
         self._inbox = inbox
         self._ready = ready
-        self._files: dict[str, dict[str, set[Attempt]]] = {}
-        self._news = asyncio.Event()
-        self._news.set()  # what came before we did
+        self._attempts_by_file: dict[str, dict[str, set[Attempt]]] = {}
+        self._has_new_callbacks = asyncio.Event()
+        # Callbacks may have arrived before this process started.
+        self._has_new_callbacks.set()
 
     def kept(self, _owner: str, _name: str, _callbacks: Sequence[Callback]) -> None:
-        """Callbacks were kept; for `Inbox.on_kept`."""
-        self._news.set()
+        """Note that callbacks were stored; meant for `Inbox.on_kept`."""
+        self._has_new_callbacks.set()
 
     async def watch(self) -> None:
-        """Look for ever, each time after callbacks came."""
+        """Check each time after callbacks have arrived, until cancelled."""
         while True:
-            await self._news.wait()
-            while self._news.is_set():
-                self._news.clear()
+            await self._has_new_callbacks.wait()
+            while self._has_new_callbacks.is_set():
+                self._has_new_callbacks.clear()
                 await asyncio.sleep(_QUIET)
-            await self._follow()
+            await self._check_until_done()
 
-    async def _follow(self) -> None:
-        """Look until there is nothing more to be done, or callbacks come again."""
+    async def _check_until_done(self) -> None:
+        """Check until nothing is left to do or more callbacks arrive."""
         calls = 0
-        while calls < _CALLS and not self._news.is_set():
+        while calls < _READY_CALLS and not self._has_new_callbacks.is_set():
             pause = _AGAIN
             try:
-                if not await self._a_run_lives():
-                    rows = await self.all_come()
-                    if not rows or await self._ready(rows):
+                if not await self._is_run_active():
+                    attempts = await self.find_called_back()
+                    if not attempts or await self._ready(attempts):
                         return
                     calls += 1
             except FluxKontextError as error:
-                pause = _AFTER_TROUBLE
+                pause = _RETRY_SECONDS
                 logger.warning(
-                    "Whether all results are there could not be found out or told, and is tried "
-                    "again in %.0f s: %s",
+                    "The check for completed results failed and is repeated in %.0f s: %s",
                     pause,
                     error,
                 )
             await asyncio.sleep(pause)
 
-    async def all_come(self) -> frozenset[Attempt]:
-        """The attempts that are owed a result, if all were called back; none where one was not.
+    async def find_called_back(self) -> frozenset[Attempt]:
+        """Return all outstanding attempts, or none if one of them has had no callback.
 
         Raises:
             LedgerError: The ledger or the inbox cannot be read or is damaged.
         """
-        come: dict[str, set[Attempt]] = {}
-        owed: set[Attempt] = set()
+        called_back: dict[str, set[Attempt]] = {}
+        outstanding: set[Attempt] = set()
         keys = sorted({key async for wave in read_open_waves(self._store) for key in wave.keys})
-        for start in range(0, len(keys), _READ_AT_ONCE):
-            block = keys[start : start + _READ_AT_ONCE]
+        for start in range(0, len(keys), _READ_BATCH):
+            block = keys[start : start + _READ_BATCH]
             entries = await asyncio.gather(*(self._ledger.read(key) for key in block))
-            for attempt in map(_owed, entries):
+            for attempt in map(_outstanding_attempt, entries):
                 if attempt is None:
                     continue
-                if attempt.owner not in come:
-                    come[attempt.owner] = await self._come(attempt.owner)
-                if attempt not in come[attempt.owner]:
+                if attempt.owner not in called_back:
+                    called_back[attempt.owner] = await self._read_attempts(attempt.owner)
+                if attempt not in called_back[attempt.owner]:
                     return frozenset()
-                owed.add(attempt)
-        self._files = {owner: self._files[owner] for owner in come}
-        return frozenset(owed)
+                outstanding.add(attempt)
+        self._attempts_by_file = {owner: self._attempts_by_file[owner] for owner in called_back}
+        return frozenset(outstanding)
 
-    async def _come(self, owner: str) -> set[Attempt]:
-        """What the inbox holds of a run; each file is read once."""
-        known = self._files.get(owner, {})
+    async def _read_attempts(self, owner: str) -> set[Attempt]:
+        """Return the attempts of a run that the inbox has callbacks for; read each file once."""
+        known = self._attempts_by_file.get(owner, {})
         files = {name: known.get(name, set()) for name in await self._inbox.names(owner)}
         new = [name for name in files if name not in known]
-        for start in range(0, len(new), _READ_AT_ONCE):
-            block = new[start : start + _READ_AT_ONCE]
+        for start in range(0, len(new), _READ_BATCH):
+            block = new[start : start + _READ_BATCH]
             read = await asyncio.gather(*(self._inbox.read(owner, name) for name in block))
             for name, callbacks in zip(block, read, strict=True):
                 files[name] = {callback.attempt for callback in callbacks}
-        self._files[owner] = files
+        self._attempts_by_file[owner] = files
         return set().union(*files.values())
 
-    async def _a_run_lives(self) -> bool:
+    async def _is_run_active(self) -> bool:
         for name in await self._store.names("owners"):
             if await is_alive(self._store, name.removesuffix(".json")):
                 return True
         return False
 
 
-def _owed(entry: Entry) -> Attempt | None:
-    """The attempt whose result is still to be stored, if there is one."""
+def _outstanding_attempt(entry: Entry) -> Attempt | None:
+    """Return the attempt whose result is not stored yet, if the row has one."""
     if entry.state is not State.ACCEPTED or entry.intent is None:
         return None
     return Attempt(entry.intent.owner, entry.key, entry.attempt)

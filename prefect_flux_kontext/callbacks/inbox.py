@@ -1,7 +1,7 @@
-"""Callbacks on record: durable before they are answered, on any fsspec filesystem.
+"""Durable storage of callbacks on any fsspec filesystem.
 
-A folder for each run that pays holds files of one or more callbacks, a line each. They stay until
-their rows have ended, so a folder holds little more than what is under way.
+Each run has its own folder of JSON Lines files, with one callback a line. A file stays until its
+rows have ended, so a folder holds little more than the callbacks of running rows.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.store import RecordStore
 
 INBOX_FOLDER = "callbacks"
-"""Where an output keeps callbacks, in its ledger, unless an inbox of its own is named."""
+"""The folder of callbacks inside an output's ledger, unless another inbox is configured."""
 
 
 class Callback(BaseModel):
-    """What a callback said; a hint, until the service has confirmed it.
+    """A received callback. It is a hint until the service confirms it.
 
     Attributes:
         owner: The run that made the attempt.
         key: The row key.
-        number: The attempt's.
-        task_id: The task that it told of, where it told one.
+        number: The attempt's number.
+        task_id: The task that the callback names, if it names one.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -50,50 +50,51 @@ class Callback(BaseModel):
 
 
 class Inbox:
-    """Keeps callbacks and gives them back.
+    """Stores callbacks and reads them back.
 
-    Those that come while a file is being written go into the next one together, so a slow
-    filesystem makes files larger and not the queue.
+    Callbacks that arrive while a file is being written share the next file, so a slow filesystem
+    makes larger files and not a longer queue.
 
     Args:
         store: Where the folders are.
 
     Attributes:
-        on_kept: Told of each file that was written here: owner, name, callbacks.
+        on_kept: Called after each file that this inbox has written, with the run, the file's
+            name and its callbacks.
     """
 
     def __init__(self, store: RecordStore) -> None:
         self.on_kept: Callable[[str, str, Sequence[Callback]], None] | None = None
         self._store = store
-        self._next: defaultdict[str, list[tuple[Callback, asyncio.Future[None]]]]
-        self._next = defaultdict(list)
+        self._pending: defaultdict[str, list[tuple[Callback, asyncio.Future[None]]]]
+        self._pending = defaultdict(list)
         self._writers: dict[str, asyncio.Task[None]] = {}
 
     def __str__(self) -> str:
         return str(self._store)
 
     async def keep(self, callback: Callback) -> None:
-        """Return as soon as the callback is durable.
+        """Store a callback; return once it is durable.
 
         Raises:
-            LedgerError: It could not be written.
+            LedgerError: The callback cannot be written.
         """
-        kept = asyncio.get_running_loop().create_future()
-        self._next[callback.owner].append((callback, kept))
+        written = asyncio.get_running_loop().create_future()
+        self._pending[callback.owner].append((callback, written))
         if callback.owner not in self._writers:
             self._writers[callback.owner] = asyncio.create_task(self._write(callback.owner))
-        await kept
+        await written
 
     async def names(self, owner: str) -> list[str]:
-        """The names of the files of a run.
+        """Return the names of a run's files.
 
         Raises:
-            LedgerError: They cannot be listed.
+            LedgerError: The files cannot be listed.
         """
         return await self._store.names(owner)
 
     async def read(self, owner: str, name: str) -> list[Callback]:
-        """The callbacks in a file; none where it is gone.
+        """Return the callbacks in a file; an empty list if the file is gone.
 
         Raises:
             LedgerError: The file cannot be read or is damaged.
@@ -103,24 +104,24 @@ class Inbox:
             return [Callback.model_validate_json(line) for line in (data or b"").splitlines()]
         except ValidationError:
             raise LedgerError(
-                f"The record of callbacks {self}/{owner}/{name} is damaged. Remove it: what it "
-                "told, the service tells again when it is asked."
+                f"The callback file {self}/{owner}/{name} is damaged. Remove it: the service "
+                "reports the same results when it is polled."
             ) from None
 
     async def remove(self, owner: str, name: str) -> None:
         """Remove a file whose rows have ended.
 
         Raises:
-            LedgerError: It cannot be removed.
+            LedgerError: The file cannot be removed.
         """
         await self._store.remove(f"{owner}/{name}")
 
     async def _write(self, owner: str) -> None:
         try:
-            while together := self._next.pop(owner, None):
-                callbacks = [callback for callback, _ in together]
+            while pending := self._pending.pop(owner, None):
+                callbacks = [callback for callback, _ in pending]
                 name = f"{utc_now():%Y%m%dT%H%M%S.%f}-{secrets.token_hex(4)}.jsonl"
-                lines = [told.model_dump_json(exclude_none=True) for told in callbacks]
+                lines = [callback.model_dump_json(exclude_none=True) for callback in callbacks]
                 failure = None
                 try:
                     await self._store.create(f"{owner}/{name}", "\n".join(lines).encode())
@@ -129,12 +130,12 @@ class Inbox:
                 else:
                     if self.on_kept is not None:
                         self.on_kept(owner, name, callbacks)
-                for _, kept in together:
-                    if kept.done():  # who waited has given up
+                for _, written in pending:
+                    if written.done():  # its waiter was cancelled
                         continue
                     if failure is None:
-                        kept.set_result(None)
+                        written.set_result(None)
                     else:
-                        kept.set_exception(failure)
+                        written.set_exception(failure)
         finally:
             del self._writers[owner]

@@ -1,4 +1,4 @@
-"""What a person decides about callbacks."""
+"""Options of callbacks, from settings and arguments."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CallbackOptions:
-    """How a batch is called back.
+    """How a batch receives callbacks.
 
     Attributes:
         url: Public URL of the receiver, to which tokens are added; None to poll.
-        secret: What tokens are made with; at least 24 characters where there is a URL.
-        listen: Host and port of a receiver in the batch's own process; None where one runs
+        secret: Secret that signs the tokens; at least 24 characters if there is a URL.
+        listen: Host and port of a receiver in the batch's own process; None if the receiver runs
             elsewhere.
-        inbox: Folder or prefix where callbacks are kept; None for the output's own.
-        sweep: Seconds after which a row is looked at without a callback, again and again.
-        grace: Seconds from its submit for which a row whose reply was lost waits for its callback
+        inbox: Folder or prefix where callbacks are stored; None for the one in the output's
+            ledger.
+        sweep: Seconds between polls of a row that has had no callback.
+        grace: Seconds, from the submit on, for which a row without a reply waits for its callback
             before it is reported as unknown.
     """
 
@@ -46,16 +47,16 @@ def resolve_callback_options(
     secret: SecretStr | None = None,
     listens: bool = True,
 ) -> CallbackOptions:
-    """What the settings say, unless an argument or a Block says otherwise.
+    """Return the options of the settings, overridden by the arguments.
 
     Args:
-        settings: The environment's.
+        settings: The settings of the environment.
         url: Public URL of the receiver.
-        secret: What tokens are made with.
+        secret: Secret that signs the tokens.
         listens: Whether a receiver may be started in this process.
 
     Raises:
-        ConfigurationError: The URL, the secret or the address cannot be right.
+        ConfigurationError: The URL, the secret or the address is invalid.
     """
     url = url or settings.callback_url
     if url is None:
@@ -64,42 +65,43 @@ def resolve_callback_options(
     validate_secret(secret)
     listen = settings.callback_listen if listens else None
     return CallbackOptions(
-        url=_checked_url(url),
+        url=_validate_url(url),
         secret=secret,
-        listen=None if listen is None else _host_and_port(listen),
+        listen=None if listen is None else _parse_address(listen),
         inbox=settings.callback_inbox,
         sweep=settings.callback_sweep,
         grace=settings.callback_grace,
     )
 
 
-def _checked_url(url: str) -> str:
+def _validate_url(url: str) -> str:
     try:
         parts = urlsplit(url)
-        secure = parts.scheme == "https" or (parts.scheme == "http" and _is_here(parts.hostname))
+        is_local = parts.scheme == "http" and _is_loopback(parts.hostname)
+        secure = parts.scheme == "https" or is_local
         plain = parts.hostname and not (parts.query or parts.fragment or "@" in parts.netloc)
     except ValueError:
         secure = plain = False
     if not (secure and plain):
         raise ConfigurationError(
-            "The callback URL is not of the form https://host/path (http only to this machine). "
-            "Set FLUX_KONTEXT_CALLBACK_URL to where the service reaches the receiver."
+            "The callback URL must have the form https://host/path (http only for this machine). "
+            "Set FLUX_KONTEXT_CALLBACK_URL to the public URL of the receiver."
         )
     return url.rstrip("/")
 
 
-def _is_here(host: str | None) -> bool:
+def _is_loopback(host: str | None) -> bool:
     try:
         return host == "localhost" or ip_address(host or "").is_loopback
     except ValueError:
         return False
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def _parse_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not (host and port.isascii() and port.isdigit()):
         raise ConfigurationError(
-            f"The address {address!r} to receive callbacks on is not of the form host:port. Set "
+            f"The callback address {address!r} must have the form host:port. Set "
             "FLUX_KONTEXT_CALLBACK_LISTEN, for example to 127.0.0.1:8780."
         )
     return host.strip("[]"), int(port)

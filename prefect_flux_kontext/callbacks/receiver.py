@@ -1,7 +1,7 @@
-"""The receiver of callbacks, as an ASGI application: durable first, then 200.
+"""The receiver of callbacks: an ASGI application and its server.
 
-Everything that is well-formed is answered alike, an empty 200, so that nobody learns from the
-answer which token is right, and nothing that was sent is ever sent back.
+A callback is stored before it is answered with 200. Every well-formed request gets the same empty
+200, so that the answer does not show whether its token is valid, and nothing is ever echoed.
 """
 
 from __future__ import annotations
@@ -38,113 +38,121 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_BODY = 64 * 2**10
-_SLOWEST_BODY = 10.0
-_SLOWEST_RECORD = 20.0
-"""Seconds for the body and for the record: together no more than the service's 30."""
+__all__ = ["create_receiver"]
 
-_REMEMBERED = 20_000
-_BODIES_OF_ONE = 4
-"""Different bodies kept for one attempt: a task has one id, so whoever sends more is playing."""
+_MAX_BODY_BYTES = 64 * 2**10
 
-_TOLD_EVERY = 60.0
+_BODY_TIMEOUT_SECONDS = 10.0
+_STORE_TIMEOUT_SECONDS = 20.0
+"""Together at most 30 s, after which the service gives up."""
+
+_REMEMBERED_ATTEMPTS = 20_000
+"""Attempts whose repeated callbacks are recognized; bounds the memory."""
+
+_MAX_BODIES_PER_ATTEMPT = 4
+"""Different bodies stored for one attempt. A task has one id, so more are an attack or a fault."""
+
+_WARNING_INTERVAL_SECONDS = 60.0
+"""Between warnings of wrong tokens, so that a scan does not fill the log."""
+
+_BACKLOG = 4_096
+_MAX_CONNECTIONS = 1_000
+"""Connections or requests. Any more get a 503, and the service repeats their callbacks."""
+
+_HEAD_TIMEOUT_SECONDS = 10.0
+_KEEP_ALIVE_SECONDS = 30
+_SHUTDOWN_SECONDS = 5
 
 
 def create_receiver(inbox: Inbox | str, secret: SecretStr | str | None) -> Starlette:
-    """A receiver to serve, or to mount in an application of your own under any path.
+    """Create a receiver to serve, or to mount in an application of your own under any path.
 
-    The last part of a request's path is the token, so it works behind a proxy whether that
-    takes its path prefix away or not.
+    The last segment of a request's path is the token, so the receiver works behind a proxy
+    whether or not the proxy strips its path prefix.
 
     Args:
-        inbox: Where callbacks are kept: a folder or prefix on any fsspec filesystem. A batch
-            looks in `OUTPUT/_ledger/callbacks`, unless FLUX_KONTEXT_CALLBACK_INBOX says where.
-        secret: The one that the batch makes its tokens with.
+        inbox: Where callbacks are stored: a folder or prefix on any fsspec filesystem. A batch
+            reads `OUTPUT/_ledger/callbacks`, unless FLUX_KONTEXT_CALLBACK_INBOX is set.
+        secret: The secret with which the batch signs its tokens.
 
     Raises:
-        ConfigurationError: There is no secret, or it is too short.
+        ConfigurationError: The secret is missing or too short.
     """
-    kept = inbox if isinstance(inbox, Inbox) else Inbox(RecordStore(inbox))
-    receiver = _Receiver(kept, validate_secret(secret))
-    return Starlette(routes=[Route("/{path:path}", receiver.take, methods=["POST"])])
+    opened = inbox if isinstance(inbox, Inbox) else Inbox(RecordStore(inbox))
+    receiver = _Receiver(opened, validate_secret(secret))
+    return Starlette(routes=[Route("/{path:path}", receiver.handle, methods=["POST"])])
 
 
 class _Receiver:
     def __init__(self, inbox: Inbox, secret: bytes) -> None:
         self._inbox = inbox
         self._secret = secret
-        self._seen: OrderedDict[Attempt, set[str | None]] = OrderedDict()
-        self._wrong = 0
-        self._tell_from = 0.0
+        self._stored_task_ids: OrderedDict[Attempt, set[str | None]] = OrderedDict()
+        self._wrong_tokens = 0
+        self._next_warning_at = 0.0
 
-    async def take(self, request: Request) -> Response:
-        """Answer one request."""
+    async def handle(self, request: Request) -> Response:
+        """Store the callback of a request and answer it."""
         try:
-            async with asyncio.timeout(_SLOWEST_BODY):
-                body = await _body(request)
+            async with asyncio.timeout(_BODY_TIMEOUT_SECONDS):
+                body = await _read_body(request)
         except TimeoutError:
-            return _closing(408)
+            return _response_and_close(408)
         except ClientDisconnect:
-            return _closing(400)
+            return _response_and_close(400)
         if body is None:
-            return _closing(413)
+            return _response_and_close(413)
         attempt = parse_token(self._secret, request.url.path.rpartition("/")[2])
         if attempt is None:
-            self._count_wrong()
+            self._count_wrong_token()
             return Response()
         try:
-            async with asyncio.timeout(_SLOWEST_RECORD):
-                await self._keep(attempt, read_callback(body))
+            async with asyncio.timeout(_STORE_TIMEOUT_SECONDS):
+                await self._store(attempt, read_callback(body))
         except (LedgerError, TimeoutError) as error:
-            # The service delivers it again; asking it finds the task's end in any case.
-            logger.warning("A callback could not be kept: %s", error or "it took too long")
+            # The service repeats the callback, and polling finds the result in any case.
+            reason = error if str(error) else f"no answer in {_STORE_TIMEOUT_SECONDS:.0f} s"
+            logger.warning(
+                "A callback could not be stored (the service is asked to repeat it): %s", reason
+            )
             return Response(status_code=503)
         return Response()
 
-    async def _keep(self, attempt: Attempt, task_id: str | None) -> None:
-        known = self._seen.get(attempt, set())
-        if task_id in known or len(known) >= _BODIES_OF_ONE:
+    async def _store(self, attempt: Attempt, task_id: str | None) -> None:
+        stored = self._stored_task_ids.get(attempt, set())
+        if task_id in stored or len(stored) >= _MAX_BODIES_PER_ATTEMPT:
             return
         owner, key, number = attempt
         await self._inbox.keep(Callback(owner=owner, key=key, number=number, task_id=task_id))
-        self._seen.setdefault(attempt, set()).add(task_id)
-        if len(self._seen) > _REMEMBERED:
-            self._seen.popitem(last=False)
+        self._stored_task_ids.setdefault(attempt, set()).add(task_id)
+        if len(self._stored_task_ids) > _REMEMBERED_ATTEMPTS:
+            self._stored_task_ids.popitem(last=False)
 
-    def _count_wrong(self) -> None:
-        self._wrong += 1
+    def _count_wrong_token(self) -> None:
+        self._wrong_tokens += 1
         now = asyncio.get_running_loop().time()
-        if now >= self._tell_from:
-            self._tell_from = now + _TOLD_EVERY
+        if now >= self._next_warning_at:
+            self._next_warning_at = now + _WARNING_INTERVAL_SECONDS
             logger.warning(
-                "%d callbacks so far came with a token that was not made with our secret. If they "
-                "are the service's, receiver and batch have different secrets.",
-                self._wrong,
+                "Requests with an invalid callback token so far: %d. If the service sent them, "
+                "give the receiver and the batch the same FLUX_KONTEXT_CALLBACK_SECRET.",
+                self._wrong_tokens,
             )
 
 
-async def _body(request: Request) -> bytes | None:
-    """The whole body; None where it is too large."""
+async def _read_body(request: Request) -> bytes | None:
+    """Return the whole body, or None if it is too large."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
-        if len(body) > _LARGEST_BODY:
+        if len(body) > _MAX_BODY_BYTES:
             return None
     return bytes(body)
 
 
-def _closing(status: int) -> Response:
-    """An answer to a request that is not read to its end."""
+def _response_and_close(status: int) -> Response:
+    """Return the answer to a request that is not read to its end."""
     return Response(status_code=status, headers={"Connection": "close"})
-
-
-_BACKLOG = 4_096
-_MOST_AT_ONCE = 1_000
-"""Connections or requests; more are told 503, and the service delivers theirs again."""
-
-_SLOWEST_HEAD = 10.0
-_KEEP_ALIVE_SECONDS = 30
-_LAST_REQUESTS_SECONDS = 5
 
 
 def serve(
@@ -160,14 +168,14 @@ def serve(
         app: The receiver.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        announce: Called with the URL as soon as it can be reached.
-        beside: What runs on the same loop meanwhile.
+        announce: Called with the URL once the server listens.
+        beside: A context that is entered on the same loop while the receiver serves.
 
     Raises:
-        ConfigurationError: The address cannot be listened on.
+        ConfigurationError: The server cannot listen on the address.
     """
 
-    async def until_signalled() -> None:
+    async def serve_until_signal() -> None:
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -176,33 +184,33 @@ def serve(
             announce(url)
             await stopped.wait()
 
-    asyncio.run(until_signalled())
+    asyncio.run(serve_until_signal())
 
 
 @asynccontextmanager
 async def serve_in_background(app: Starlette, host: str, port: int) -> AsyncIterator[str]:
-    """Serve on the running loop while the block runs; yields the URL.
+    """Serve on the running loop while the block runs, and yield the URL.
 
     Raises:
-        ConfigurationError: The address cannot be listened on.
+        ConfigurationError: The server cannot listen on the address.
     """
-    with _listening(host, port) as listener:
+    with _open_listener(host, port) as listener:
         server = _Server(
             uvicorn.Config(
                 app,
                 loop="none",
-                http=_Impatient,
+                http=_TimeoutProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                # The URLs of callbacks are secrets, so no line tells of a request.
+                # Callback URLs are secrets and must not be logged.
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                limit_concurrency=_MOST_AT_ONCE,
+                limit_concurrency=_MAX_CONNECTIONS,
                 backlog=_BACKLOG,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=_LAST_REQUESTS_SECONDS,
+                timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             )
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -216,45 +224,45 @@ async def serve_in_background(app: Starlette, host: str, port: int) -> AsyncIter
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # Signals are the batch's, or are handled above.
+        # The batch, or `serve`, handles the signals.
         yield
 
 
-class _Impatient(H11Protocol):
-    """Closes a connection whose request does not begin in time, or drips in line by line."""
+class _TimeoutProtocol(H11Protocol):
+    """HTTP protocol that closes a connection if a request's head takes too long to arrive."""
 
-    _closing: asyncio.TimerHandle | None = None
+    _close_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._watch()
+        self._update_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unwatch()
+        self._cancel_timer()
         super().connection_lost(exc)
 
-    def _watch(self) -> None:
-        under_way = self.cycle is not None and not self.cycle.response_complete
-        if under_way:
-            self._unwatch()
-        elif self._closing is None:
-            self._closing = self.loop.call_later(_SLOWEST_HEAD, self.transport.abort)
+    def _update_timer(self) -> None:
+        is_in_progress = self.cycle is not None and not self.cycle.response_complete
+        if is_in_progress:
+            self._cancel_timer()
+        elif self._close_timer is None:
+            self._close_timer = self.loop.call_later(_HEAD_TIMEOUT_SECONDS, self.transport.abort)
 
-    def _unwatch(self) -> None:
-        if self._closing is not None:
-            self._closing.cancel()
-            self._closing = None
+    def _cancel_timer(self) -> None:
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+            self._close_timer = None
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def _open_listener(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, because asyncio switches Nagle's delay off only where it says so: without
-    # it every reply takes 40 ms longer.
+    # The protocol is given because asyncio disables Nagle's algorithm only for sockets that name
+    # TCP. With it, every reply takes 40 ms longer.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -262,8 +270,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(_BACKLOG)
         except (OSError, OverflowError) as error:
             raise ConfigurationError(
-                f"Callbacks cannot be received on {host}:{port}: {error}. Choose another port, or "
-                "let a receiver that runs already take them."
+                f"The callback receiver cannot listen on {host}:{port}: {error}. Choose another "
+                "port, or use a receiver that already runs there."
             ) from None
         yield listener
 

@@ -1,8 +1,8 @@
-"""Adopting a task that a callback names for a row whose submit's reply was lost.
+"""Recovery of the task of an unknown row, by its callback.
 
-The token says that whoever calls was given the URL with the submit, but the body is not signed.
-So a task is adopted only when the service confirms it under our key, when it is not older than
-the intent, when no other row has it, and when it is the only such task.
+The token proves that the caller got the URL from the submit, but the body is not signed. So a row
+takes a task only if the service confirms the task under our key, the task is not older than the
+intent, no other row has it, and it is the only such task.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BY = "callback"
-_CLOCKS_DIFFER = timedelta(minutes=10)
-_ATTEMPTS = 5
+SETTLED_BY = "callback"
+"""Who settled the row, as the ledger records it."""
+
+_CLOCK_TOLERANCE = timedelta(minutes=10)
+"""How much older than the intent a task may be: the service has its own clock."""
+
+_STATUS_TRIES = 5
 
 
 async def recover_task(
@@ -36,37 +40,37 @@ async def recover_task(
     named: Iterable[str],
     taken: Container[str],
 ) -> Entry | None:
-    """Record the one task that is the row's, if there is one.
+    """Record the row's task if exactly one of the named tasks can be it.
 
     Args:
-        client: The service.
-        ledger: Where it is recorded.
+        client: The client that confirms the tasks.
+        ledger: The ledger that records the task.
         entry: A row whose latest attempt has no outcome.
-        named: The tasks that callbacks have named for that attempt.
+        named: The tasks that callbacks named for that attempt.
         taken: Tasks of other rows.
 
     Returns:
-        The row as it is on record then, or None where nothing was adopted.
+        The row as it is now recorded, or None if no task was recorded.
 
     Raises:
-        LedgerError: It cannot be recorded.
+        LedgerError: The task cannot be recorded.
     """
-    found = [task_id for task_id in named if await _is_its(client, entry, task_id, taken)]
+    found = [task_id for task_id in named if await _is_task_of_row(client, entry, task_id, taken)]
     if len(found) > 1:
         logger.error(
-            "Row %s was called back for %d tasks (%s), so it stays unknown: look in the account's "
-            "history which is its own, and whether it is paid for twice.",
+            "Callbacks of row %s name %d tasks (%s), so the row stays unknown. Check in the "
+            "account's history which task is its own and whether it was billed twice.",
             entry.key,
             len(found),
             ", ".join(found),
         )
     if len(found) != 1:
         return None
-    recorded = await ledger.accepted(entry, found[0], by=BY)
+    recorded = await ledger.accepted(entry, found[0], by=SETTLED_BY)
     if recorded.posted is not None and recorded.posted.task_id != found[0]:
         logger.error(
-            "Row %s was called back as task %s and had been settled as %s (task %s) by %s: look "
-            "whether it is paid for twice.",
+            "A callback of row %s names task %s, but the row had been settled as %s (task %s) by "
+            "%s. Check in the account's history whether it was billed twice.",
             entry.key,
             found[0],
             recorded.posted.state,
@@ -74,29 +78,38 @@ async def recover_task(
             recorded.posted.by,
         )
     else:
-        logger.info("Row %s, whose submit's reply was lost, is task %s.", entry.key, found[0])
+        logger.info("Row %s was unknown; its callback names task %s.", entry.key, found[0])
     return recorded
 
 
-async def _is_its(
+async def _is_task_of_row(
     client: FluxKontextClient, entry: Entry, task_id: str, taken: Container[str]
 ) -> bool:
     if task_id in taken or entry.intent is None:
-        logger.warning("Row %s was called back as task %s of another row.", entry.key, task_id)
+        logger.warning("A callback of row %s names task %s of another row.", entry.key, task_id)
         return False
     created_at = None
-    for attempt in range(1, _ATTEMPTS + 1):
+    for number in range(1, _STATUS_TRIES + 1):
         try:
             created_at = (await client.status(task_id)).created_at
             break
         except ApiError as error:
-            # A task that has just ended may be unknown to another of the service's machines.
-            again = error.retryable or isinstance(error, NotFoundError)
-            if attempt == _ATTEMPTS or not again:
-                logger.warning("Row %s was called back as task %s: %s", entry.key, task_id, error)
+            # Another machine of the service may not know a task yet that has just ended.
+            should_retry = error.retryable or isinstance(error, NotFoundError)
+            if number == _STATUS_TRIES or not should_retry:
+                logger.warning(
+                    "A callback of row %s names task %s, which cannot be confirmed: %s",
+                    entry.key,
+                    task_id,
+                    error,
+                )
                 return False
-            await asyncio.sleep(jittered_backoff(attempt))
-    if created_at is not None and created_at < entry.intent.at - _CLOCKS_DIFFER:
-        logger.warning("Row %s was called back as task %s of old.", entry.key, task_id)
+            await asyncio.sleep(jittered_backoff(number))
+    if created_at is not None and created_at < entry.intent.at - _CLOCK_TOLERANCE:
+        logger.warning(
+            "A callback of row %s names task %s, which is older than its submit.",
+            entry.key,
+            task_id,
+        )
         return False
     return True

@@ -1,4 +1,8 @@
-"""What callbacks have told of the rows under way, and who waits to be told."""
+"""Callbacks during a batch: the rows that wait for them and the inbox that delivers them.
+
+`CallbackSession` is what the batch uses. Its `InboxWatcher` reads the inbox and passes callbacks
+to `CallbackNotifications`, which wakes the waiting rows.
+"""
 
 from __future__ import annotations
 
@@ -30,134 +34,139 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_STILL_IN_TIME = 5.0
-"""Seconds after a row's end for which its callback counts as come: through the filesystem it may
-be 2 s behind."""
+_LATE_CALLBACK_SECONDS = 5.0
+"""Time after a row's end in which its callback still counts: the inbox is read every 2 s."""
 
-_WEIGHT, _TOO_MANY_MISSED = 0.1, 0.5
-"""Of the last ten rows that ended or so, the share without a callback from which on we poll."""
+_MISSED_WEIGHT = 0.1
+_MAX_MISSED_SHARE = 0.5
+"""Rows are polled if half of the last ten or so ended without a callback. The share is an
+exponential average."""
+
+_INBOX_INTERVAL_SECONDS = 2.0
+
+_READ_BATCH = 16
+"""Files of callbacks that are read together."""
+
+_REMEMBERED_TASKS = 20_000
+"""Tasks of other rows, to recognize wrong callbacks: ten minutes of submits at full speed."""
 
 
 @dataclass(eq=False, slots=True)
 class _Row:
     attempt: Attempt
-    since: float
-    came: asyncio.Event = field(default_factory=asyncio.Event)
+    submitted_at: float
+    has_news: asyncio.Event = field(default_factory=asyncio.Event)
     task_ids: set[str] = field(default_factory=set)
-    heard: bool = False
-    ended: bool = False
+    has_callback: bool = False
+    has_ended: bool = False
 
 
 class CallbackNotifications:
-    """Hints by row. A hint for a row or an attempt that nobody expects is none.
+    """Received callbacks by row. Callbacks of attempts that are not expected are ignored.
 
     Attributes:
-        reliable: Whether callbacks come as they should, so that there is no need to poll.
+        is_reliable: Whether enough callbacks arrive that rows need not be polled.
     """
 
     def __init__(self) -> None:
-        self.reliable = True
+        self.is_reliable = True
         self._missed_share = 0.0
         self._rows: dict[str, _Row] = {}
 
     def expect(self, attempt: Attempt, age: float = 0.0) -> None:
-        """Let hints for an attempt count, which is being made or was `age` seconds ago."""
+        """Accept callbacks of an attempt, whose submit is `age` seconds old."""
         row = self._rows.get(attempt.key)
         if row is None or row.attempt != attempt:
-            since = asyncio.get_running_loop().time() - age
-            self._rows[attempt.key] = _Row(attempt, since)
+            submitted_at = asyncio.get_running_loop().time() - age
+            self._rows[attempt.key] = _Row(attempt, submitted_at)
 
-    def latest(self, key: str) -> tuple[Attempt, float] | None:
-        """The attempt that is expected for a row, and its age in seconds."""
+    def latest_attempt(self, key: str) -> tuple[Attempt, float] | None:
+        """Return the attempt that is expected for a row and its age in seconds."""
         row = self._rows.get(key)
         if row is None:
             return None
-        return row.attempt, asyncio.get_running_loop().time() - row.since
+        return row.attempt, asyncio.get_running_loop().time() - row.submitted_at
 
-    def ended(self, attempt: Attempt) -> None:
-        """The row is over; its hints are forgotten in a few seconds."""
+    def record_end(self, attempt: Attempt) -> None:
+        """Note that the row has ended; its callbacks are forgotten after a few seconds."""
         row = self._rows.get(attempt.key)
-        if row is not None and row.attempt == attempt and not row.ended:
-            row.ended = True
-            asyncio.get_running_loop().call_later(_STILL_IN_TIME, self._judge, row)
+        if row is not None and row.attempt == attempt and not row.has_ended:
+            row.has_ended = True
+            asyncio.get_running_loop().call_later(_LATE_CALLBACK_SECONDS, self._forget, row)
 
-    def expected(self, attempt: Attempt) -> bool:
-        """Whether hints for this attempt count: it is under way, or ended just now."""
+    def is_expected(self, attempt: Attempt) -> bool:
+        """Whether callbacks of the attempt count: it is in progress or has just ended."""
         return self._row(attempt) is not None
 
     def is_over(self, attempt: Attempt) -> bool:
-        """Whether nobody has any use for this hint any more."""
+        """Whether a callback of the attempt is of no more use."""
         row = self._row(attempt)
-        return row is None or row.ended
+        return row is None or row.has_ended
 
-    def hear(self, attempt: Attempt, task_id: str | None) -> None:
-        """A callback has come."""
+    def record_callback(self, attempt: Attempt, task_id: str | None) -> None:
+        """Record a callback and wake the row that waits for it."""
         row = self._row(attempt)
         if row is None:
             return
-        row.heard = True
+        row.has_callback = True
         if task_id is not None:
             row.task_ids.add(task_id)
-        row.came.set()
+        row.has_news.set()
 
-    def heard(self, attempt: Attempt) -> bool:
-        """Whether a callback has come for the attempt."""
+    def has_callback(self, attempt: Attempt) -> bool:
+        """Whether a callback of the attempt has arrived."""
         row = self._row(attempt)
-        return row is not None and row.heard
+        return row is not None and row.has_callback
 
     def task_ids(self, attempt: Attempt) -> list[str]:
-        """The tasks that callbacks have named for the attempt; more than one is one too many."""
+        """Return the tasks that callbacks of the attempt name; more than one is an error."""
         row = self._row(attempt)
         return sorted(row.task_ids) if row else []
 
     async def wait(self, attempt: Attempt, seconds: float = math.inf) -> bool:
-        """Wait for a hint that was not waited for before; False when none has come in time."""
+        """Wait for the next callback of the attempt; return False if none arrives in time."""
         row = self._row(attempt)
         if row is None:
             return False
         try:
             async with asyncio.timeout(None if seconds == math.inf else max(0.0, seconds)):
-                await row.came.wait()
+                await row.has_news.wait()
         except TimeoutError:
             return False
-        row.came.clear()
+        row.has_news.clear()
         return True
 
     def _row(self, attempt: Attempt) -> _Row | None:
         row = self._rows.get(attempt.key)
         return row if row is not None and row.attempt == attempt else None
 
-    def _judge(self, row: _Row) -> None:
+    def _forget(self, row: _Row) -> None:
         if self._rows.get(row.attempt.key) is row:
             del self._rows[row.attempt.key]
-        self._missed_share += _WEIGHT * ((not row.heard) - self._missed_share)
-        reliable = self._missed_share < _TOO_MANY_MISSED
-        if reliable != self.reliable:
-            self.reliable = reliable
+        self._missed_share += _MISSED_WEIGHT * ((not row.has_callback) - self._missed_share)
+        is_reliable = self._missed_share < _MAX_MISSED_SHARE
+        if is_reliable != self.is_reliable:
+            self.is_reliable = is_reliable
             logger.warning(
-                "Callbacks come again: rows wait for them."
-                if reliable
-                else "Rows end without a callback: they are polled until callbacks come again. "
-                "ReferenceInfo whether the receiver can be reached from outside at its public URL."
+                "Callbacks arrive again, so rows wait for them instead of polling."
+                if is_reliable
+                else "Rows end without a callback, so they are polled until callbacks arrive "
+                "again. Check that the receiver can be reached from outside at its public URL."
             )
 
 
-_EVERY = 2.0
-_READ_AT_ONCE = 16
-
-
-class Watcher:
-    """Takes callbacks from the inbox to the rows, and files away whose rows have ended.
+class InboxWatcher:
+    """Passes callbacks from the inbox to the rows, and removes files whose rows have ended.
 
     Args:
-        inbox: Where callbacks are kept.
-        hints: Where rows are told of them.
-        owner: This run. Other runs' callbacks count only for the attempts that were claimed.
+        inbox: Where callbacks are stored.
+        notifications: Where the callbacks go.
+        owner: This run. Callbacks of other runs count only for attempts that were claimed.
     """
 
-    def __init__(self, inbox: Inbox, hints: CallbackNotifications, owner: str) -> None:
+    def __init__(self, inbox: Inbox, notifications: CallbackNotifications, owner: str) -> None:
         self._inbox = inbox
-        self._hints = hints
+        self._notifications = notifications
         self._owner = owner
         self._files: defaultdict[str, dict[str, set[Attempt]]] = defaultdict(dict)
         self._unclaimed: defaultdict[Attempt, list[str | None]] = defaultdict(list)
@@ -165,65 +174,67 @@ class Watcher:
         self._damaged: set[str] = set()
 
     async def watch(self) -> None:
-        """Look for new files for ever."""
+        """Read new files every 2 s and remove those of ended rows, until cancelled."""
         while True:
-            await asyncio.sleep(_EVERY)
+            await asyncio.sleep(_INBOX_INTERVAL_SECONDS)
             for owner in (self._owner, *self._claimed):
-                await self._look(owner)
+                await self._read_new_files(owner)
             await self.remove_ended()
 
     async def claim(self, attempt: Attempt) -> None:
-        """Tell the row what was heard of an attempt that an ended run has made."""
+        """Accept callbacks of an attempt that an ended run has made."""
         if attempt.owner == self._owner:
             return
         async with self._claimed[attempt.owner]:
             if attempt.owner not in self._files:
                 self._files[attempt.owner] = {}
-                await self._look(attempt.owner)
+                await self._read_new_files(attempt.owner)
         for task_id in self._unclaimed.pop(attempt, ()):
-            self._hints.hear(attempt, task_id)
+            self._notifications.record_callback(attempt, task_id)
 
-    def kept(self, owner: str, name: str, callbacks: Sequence[Callback]) -> None:
-        """Take up a file of callbacks that has just been written or read."""
+    def add_file(self, owner: str, name: str, callbacks: Sequence[Callback]) -> None:
+        """Add a file of callbacks that was just written or read."""
         self._files[owner][name] = {callback.attempt for callback in callbacks}
         for callback in callbacks:
             attempt = callback.attempt
-            if owner == self._owner or self._hints.expected(attempt):
-                self._hints.hear(attempt, callback.task_id)
+            if owner == self._owner or self._notifications.is_expected(attempt):
+                self._notifications.record_callback(attempt, callback.task_id)
             else:
                 self._unclaimed[attempt].append(callback.task_id)
 
     async def remove_ended(self) -> None:
-        """Remove the files of which every row has ended."""
+        """Remove files of which all rows have ended."""
         files = self._files[self._owner]
-        over = [name for name, told in files.items() if all(map(self._hints.is_over, told))]
-        for name in over:
+        ended = [
+            name for name, rows in files.items() if all(map(self._notifications.is_over, rows))
+        ]
+        for name in ended:
             try:
                 await self._inbox.remove(self._owner, name)
             except LedgerError as error:
-                logger.warning("A record of callbacks stays where it is: %s", error)
+                logger.warning("A callback file could not be removed: %s", error)
                 return
             del files[name]
 
     async def clear(self, owners: Iterable[str]) -> None:
-        """Remove what ended runs were told: what they owed is settled, or the run's own by now."""
+        """Remove the callbacks of ended runs, whose rows are settled or belong to this run now."""
         for owner in owners:
             try:
                 for name in await self._inbox.names(owner):
                     await self._inbox.remove(owner, name)
             except LedgerError as error:
-                logger.warning("Callbacks of an ended run stay where they are: %s", error)
+                logger.warning("The callbacks of an ended run could not be removed: %s", error)
 
-    async def _look(self, owner: str) -> None:
+    async def _read_new_files(self, owner: str) -> None:
         try:
             names = await self._inbox.names(owner)
             new = [name for name in names if name not in self._files[owner]]
-            for start in range(0, len(new), _READ_AT_ONCE):
-                block = new[start : start + _READ_AT_ONCE]
+            for start in range(0, len(new), _READ_BATCH):
+                block = new[start : start + _READ_BATCH]
                 await asyncio.gather(*(self._read(owner, name) for name in block))
         except LedgerError as error:
-            # Rows are looked at now and then in any case.
-            logger.warning("Callbacks cannot be looked for: %s", error)
+            # Rows are also polled now and then.
+            logger.warning("The inbox of callbacks could not be read: %s", error)
 
     async def _read(self, owner: str, name: str) -> None:
         try:
@@ -233,47 +244,43 @@ class Watcher:
                 self._damaged.add(name)
                 logger.warning("%s", error)
             return
-        if name not in self._files[owner]:  # received here meanwhile
-            self.kept(owner, name, callbacks)
-
-
-_REMEMBERED_TASKS = 20_000
-"""Tasks of other rows to tell a false hint by: ten minutes of submits at full speed."""
+        if name not in self._files[owner]:  # this process may have received it meanwhile
+            self.add_file(owner, name, callbacks)
 
 
 @asynccontextmanager
 async def open_callback_session(
     options: CallbackOptions, client: FluxKontextClient, ledger: Ledger
 ) -> AsyncIterator[CallbackSession]:
-    """Be called back while the block runs; where there is no URL, poll.
+    """Open the callback session of a batch, with a receiver if the options have an address.
 
-    Without a URL too, what an ended run was told settles the rows that it left unknown.
+    Without a URL, rows are polled, but callbacks of ended runs still settle unknown rows.
 
     Raises:
-        ConfigurationError: The address to receive callbacks on cannot be listened on.
+        ConfigurationError: The receiver cannot listen on its address.
     """
     store = RecordStore(options.inbox) if options.inbox else ledger.store.below(INBOX_FOLDER)
-    inbox, hints = Inbox(store), CallbackNotifications()
-    watcher = Watcher(inbox, hints, ledger.owner)
-    mode = CallbackSession(options, client, ledger, hints, watcher)
+    inbox, notifications = Inbox(store), CallbackNotifications()
+    watcher = InboxWatcher(inbox, notifications, ledger.owner)
+    session = CallbackSession(options, client, ledger, notifications, watcher)
     if options.url is None:
-        yield mode
+        yield session
         return
     async with AsyncExitStack() as stack:
         if options.listen is not None:
-            # Here, because they take a while to import.
+            # Imported here because the server is slow to import.
             from prefect_flux_kontext.callbacks.receiver import (  # noqa: PLC0415
                 create_receiver,
                 serve_in_background,
             )
 
-            inbox.on_kept = watcher.kept
+            inbox.on_kept = watcher.add_file
             receiver = create_receiver(inbox, options.secret)
             url = await stack.enter_async_context(serve_in_background(receiver, *options.listen))
-            logger.info("Callbacks are received on %s.", url)
+            logger.info("Receiving callbacks on %s.", url)
         watching = asyncio.create_task(watcher.watch())
         try:
-            yield mode
+            yield session
         finally:
             watching.cancel()
             await asyncio.wait({watching})
@@ -281,14 +288,14 @@ async def open_callback_session(
 
 
 class CallbackSession:
-    """What the rows of a batch need to be called back.
+    """Adds callbacks to a batch: to requests, to polling and to unknown rows.
 
     Args:
-        options: What a person has decided.
-        client: The service.
-        ledger: Where it stands what was paid for.
-        hints: What callbacks have told.
-        watcher: Where they come from.
+        options: How callbacks are received.
+        client: The client that confirms tasks.
+        ledger: The ledger of the batch.
+        notifications: The received callbacks.
+        watcher: The watcher that reads them from the inbox.
     """
 
     def __init__(
@@ -296,120 +303,126 @@ class CallbackSession:
         options: CallbackOptions,
         client: FluxKontextClient,
         ledger: Ledger,
-        hints: CallbackNotifications,
-        watcher: Watcher,
+        notifications: CallbackNotifications,
+        watcher: InboxWatcher,
     ) -> None:
         self._options = options
         self._secret = validate_secret(options.secret) if options.url else b""
         self._client = client
         self._ledger = ledger
-        self._hints = hints
+        self._notifications = notifications
         self._watcher = watcher
-        self._doubtful: set[Attempt] = set()
+        self._unknown: set[Attempt] = set()
         self._tasks: deque[str] = deque(maxlen=_REMEMBERED_TASKS)
 
     def request(self, request: GenerationRequest, entry: Entry) -> GenerationRequest:
-        """The request of a claimed attempt as it is sent, with its callback URL.
+        """Return the request of a claimed attempt with its callback URL.
 
-        The URL is a secret: it goes into the POST and nowhere else.
+        The URL is a secret: send it in the POST only, never log or store it.
         """
         if self._options.url is None:
             return request
         attempt = _attempt(entry)
-        self._hints.expect(attempt)
+        self._notifications.expect(attempt)
         url = f"{self._options.url}/{create_token(self._secret, attempt)}"
         return request.model_copy(update={"callback_url": url, "request_type": "callback"})
 
     def pauses(self, entry: Entry, cadence: PollingCadence) -> Pauses | None:
-        """The pauses between looks at the row's accepted task; None for those of polling."""
+        """Return the pauses between polls of an accepted task; None for the cadence's own."""
         attempt = _attempt(entry)
         self._tasks.append(entry.task.task_id)
-        if self._hints.expected(attempt):
-            return _Called(self._hints, attempt, cadence, self._options.sweep)
+        if self._notifications.is_expected(attempt):
+            return _CallbackPauses(self._notifications, attempt, cadence, self._options.sweep)
         return None
 
     def ended(self, entry: Entry) -> None:
-        """The row's task has ended: whatever is still heard of it is of no use."""
+        """Note that the row's task has ended, and report callbacks that name other tasks."""
         attempt = _attempt(entry)
-        others = [name for name in self._hints.task_ids(attempt) if name != entry.task.task_id]
+        others = [
+            name for name in self._notifications.task_ids(attempt) if name != entry.task.task_id
+        ]
         if others:
             logger.error(
-                "Row %s is task %s and was called back as %s too: look whether it is paid for "
-                "twice.",
+                "Row %s is task %s, but its callbacks also name %s. Check in the account's "
+                "history whether the row was billed twice.",
                 entry.key,
                 entry.task.task_id,
                 ", ".join(others),
             )
-        self._hints.ended(attempt)
+        self._notifications.record_end(attempt)
 
     async def adopted(self, entry: Entry) -> Entry | None:
-        """The row with the task that a callback has named for it; None where none has, so far.
+        """Recover the task of an unknown row from its callback; return None if there is none yet.
 
         Args:
             entry: A row whose latest attempt has no outcome on record.
 
         Raises:
-            LedgerError: The adoption cannot be recorded.
+            LedgerError: The task cannot be recorded.
         """
         attempt = _attempt(entry)
         age = (utc_now() - entry.intent.at).total_seconds() if entry.intent else 0.0
-        self._hints.expect(attempt, max(0.0, age))
+        self._notifications.expect(attempt, max(0.0, age))
         await self._watcher.claim(attempt)
-        self._doubtful.add(attempt)
-        named = self._hints.task_ids(attempt)
-        adopted = await recover_task(self._client, self._ledger, entry, named, self._tasks)
-        if adopted is not None:
-            self._doubtful.discard(attempt)
-        return adopted
+        self._unknown.add(attempt)
+        named = self._notifications.task_ids(attempt)
+        recovered = await recover_task(self._client, self._ledger, entry, named, self._tasks)
+        if recovered is not None:
+            self._unknown.discard(attempt)
+        return recovered
 
     def may_be_called(self, key: str) -> bool:
-        """Whether there is still hope that a callback settles the row."""
-        return self._left(key) > 0
+        """Whether a callback may still settle the row."""
+        return self._remaining_seconds(key) > 0
 
     async def news(self, key: str) -> None:
-        """Wait until something new is heard of a row, or the time for it is over."""
-        expected = self._hints.latest(key)
+        """Wait for the next callback of an unknown row, at most until its grace period ends."""
+        expected = self._notifications.latest_attempt(key)
         if expected is not None:
-            await self._hints.wait(expected[0], self._left(key))
+            await self._notifications.wait(expected[0], self._remaining_seconds(key))
 
     async def clear(self, owners: Iterable[str]) -> None:
-        """Remove what was heard for ended runs, unless one of their rows is still unknown."""
-        await self._watcher.clear(set(owners) - {attempt.owner for attempt in self._doubtful})
+        """Remove the callbacks of ended runs that have no unknown row left."""
+        await self._watcher.clear(set(owners) - {attempt.owner for attempt in self._unknown})
 
-    def _left(self, key: str) -> float:
-        expected = self._hints.latest(key)
+    def _remaining_seconds(self, key: str) -> float:
+        expected = self._notifications.latest_attempt(key)
         if self._options.url is None or expected is None:
             return 0.0
         return max(0.0, self._options.grace - expected[1])
 
 
-class _Called:
-    """Pauses that a callback ends; looks without one are rare while callbacks come."""
+class _CallbackPauses:
+    """Pauses that a callback ends. While callbacks are reliable, polls without one are rare."""
 
     def __init__(
-        self, hints: CallbackNotifications, attempt: Attempt, cadence: PollingCadence, sweep: float
+        self,
+        notifications: CallbackNotifications,
+        attempt: Attempt,
+        cadence: PollingCadence,
+        sweep: float,
     ) -> None:
-        self._hints = hints
+        self._notifications = notifications
         self._attempt = attempt
         self._cadence = cadence
         self._sweep = sweep
         self._unconfirmed = 0
 
     async def before_first_look(self, age: float) -> None:
-        """Wait to be called, but no longer than a poll or a sweep would."""
-        longest = self._sweep if self._hints.reliable else self._cadence.initial_delay
-        if self._hints.heard(self._attempt):
+        """Wait for a callback, at most until the first poll or sweep is due."""
+        longest = self._sweep if self._notifications.is_reliable else self._cadence.initial_delay
+        if self._notifications.has_callback(self._attempt):
             longest = 0.0
-        await self._hints.wait(self._attempt, longest - age)
+        await self._notifications.wait(self._attempt, longest - age)
 
     async def before_next_look(self) -> None:
-        """Wait to be called; a hint that was not true yet is looked into soon, then less often."""
-        longest = self._sweep if self._hints.reliable else self._cadence.interval
-        if self._hints.heard(self._attempt):
+        """Wait for a callback; after one that was too early, poll soon, then less often."""
+        longest = self._sweep if self._notifications.is_reliable else self._cadence.interval
+        if self._notifications.has_callback(self._attempt):
             soon = self._cadence.interval * 2**self._unconfirmed
             longest = min(longest, soon)
             self._unconfirmed = min(self._unconfirmed + 1, 16)
-        await self._hints.wait(self._attempt, longest)
+        await self._notifications.wait(self._attempt, longest)
 
 
 def _attempt(entry: Entry) -> Attempt:

@@ -1,6 +1,6 @@
-"""The token in a callback URL: it names an attempt to pay, and only our secret makes one.
+"""Tokens in callback URLs: each names an attempt and is signed with the secret.
 
-The service does not sign its callbacks and names nothing of ours in them, so the URL does both.
+The service neither signs its callbacks nor names the row in them, so the URL does both.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from prefect_flux_kontext.errors import ConfigurationError
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-_SHORTEST_SECRET = 24
+_MIN_SECRET_CHARACTERS = 24
+"""Too long to guess, also for a secret of lower-case letters only."""
+
 _TOKEN = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{32})\.([1-9]\d{0,5})\.([A-Za-z0-9_-]{43})")
 
 
 class Attempt(NamedTuple):
-    """An attempt to pay for a row, as a callback names it.
+    """A paid try of a row, as a callback names it.
 
     Attributes:
-        owner: The run that makes it, 16 hexadecimal digits.
+        owner: The run that makes the attempt, 16 hexadecimal digits.
         key: The row key, 32 hexadecimal digits.
-        number: 1 for the row's first attempt.
+        number: The attempt's number, from 1.
     """
 
     owner: str
@@ -35,31 +37,31 @@ class Attempt(NamedTuple):
 
 
 def validate_secret(secret: SecretStr | str | None) -> bytes:
-    """The secret that tokens are made with.
+    """Return the secret as bytes, without surrounding white space.
 
     Raises:
-        ConfigurationError: There is none, or it is short enough to be guessed.
+        ConfigurationError: The secret is missing or has fewer than 24 characters.
     """
-    given = secret if isinstance(secret, str | None) else secret.get_secret_value()
-    plain = (given or "").strip().encode()
-    if len(plain) < _SHORTEST_SECRET:
+    value = secret if isinstance(secret, str | None) else secret.get_secret_value()
+    plain = (value or "").strip().encode()
+    if len(plain) < _MIN_SECRET_CHARACTERS:
         raise ConfigurationError(
-            f"Callbacks need a secret of at least {_SHORTEST_SECRET} characters, the same for the "
-            "batch and its receiver. Make one with `openssl rand -hex 32` and set it as "
+            f"Callbacks need a secret of at least {_MIN_SECRET_CHARACTERS} characters, the same "
+            "for the batch and its receiver. Create one with `openssl rand -hex 32` and set it as "
             "FLUX_KONTEXT_CALLBACK_SECRET or in the Block."
         )
     return plain
 
 
 def create_token(secret: bytes, attempt: Attempt) -> str:
-    """The token of an attempt: what it names, and an HMAC-SHA256 of that; 100 characters or so."""
-    named = f"{attempt.owner}.{attempt.key}.{attempt.number}"
-    mac = hmac.digest(secret, f"flux-kontext callback {named}".encode(), hashlib.sha256)
-    return f"{named}.{base64.urlsafe_b64encode(mac).decode().rstrip('=')}"
+    """Return the token of an attempt: its fields and their HMAC-SHA256, about 100 characters."""
+    fields = f"{attempt.owner}.{attempt.key}.{attempt.number}"
+    mac = hmac.digest(secret, f"flux-kontext callback {fields}".encode(), hashlib.sha256)
+    return f"{fields}.{base64.urlsafe_b64encode(mac).decode().rstrip('=')}"
 
 
 def parse_token(secret: bytes, token: str) -> Attempt | None:
-    """The attempt that a token names, or None where the token was not made with the secret."""
+    """Return the attempt that a token names, or None if the secret did not sign the token."""
     match = _TOKEN.fullmatch(token)
     if match is None:
         return None

@@ -1,4 +1,7 @@
-"""The command line `flux-kontext`. Each command imports what it needs when it runs."""
+"""The command line `flux-kontext`: one module for each command or group of commands.
+
+Each command imports what it needs when it runs, so that `--help` stays fast.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,15 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext import __version__
 from prefect_flux_kontext.cli import (
     demo,
-    events,
-    gallery,
-    ledger,
-    limits,
     plan,
+    prefect_commands,
     receive,
     run,
     sandbox,
+    status,
     styles,
 )
-from prefect_flux_kontext.cli.outputs import open_output_argument
+from prefect_flux_kontext.cli.arguments import open_output_argument
 from prefect_flux_kontext.cli.parser import CommandParser
 
 if TYPE_CHECKING:
@@ -28,17 +29,20 @@ if TYPE_CHECKING:
 COULD_NOT_START = 2
 INTERRUPTED = 130
 
+# In the order in which `--help` lists their commands.
+_MODULES = (plan, run, status, styles, receive, prefect_commands, sandbox, demo)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0: all rows stored. 1: some rows not. 2: the run could not start. 130: interrupted.
+    0: all rows stored. 1: some rows not stored. 2: the run could not start. 130: interrupted.
+
+    Args:
+        arguments: The words after the program's name; None takes them from `sys.argv`.
     """
-    # Imported here to keep --help quick.
-    from prefect_flux_kontext.errors import (
-        BatchStoppedError,
-        FluxKontextError,
-    )
+    # Imported here to keep --help fast.
+    from prefect_flux_kontext.errors import BatchStoppedError, FluxKontextError
 
     options = _parser().parse_args(arguments)
     try:
@@ -56,11 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="flux-kontext",
-        description="Restyle whole manifests of images with the Flux Kontext API.",
-        epilog="The account comes from FLUX_KONTEXT_API_KEY and FLUX_KONTEXT_BASE_URL.",
+        description="Generate and restyle images in batches with the Flux Kontext API.",
+        epilog="The environment names the account: FLUX_KONTEXT_API_KEY and "
+        "FLUX_KONTEXT_BASE_URL.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (plan, run, ledger, gallery, styles, receive, events, limits, sandbox, demo):
-        command.add_parser(commands)
+    for module in _MODULES:
+        module.add_parser(commands)
     return parser

@@ -1,7 +1,8 @@
-"""`flux-kontext demo`: the main job in a minute, with all it needs on this machine."""
+"""`flux-kontext demo`: a whole batch through Prefect on this machine, for $0."""
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import signal
@@ -20,26 +21,35 @@ if TYPE_CHECKING:
     from types import FrameType
 
 STYLES = ("watercolour", "pencil", "oil", "poster", "noir")
-_MEAN_SECONDS = 2.0
+
+# Long enough to show tasks that run side by side, short enough for a demo of a minute.
+_MEAN_GENERATION_SECONDS = 2.0
+
+_FLOW_PROGRAM = "from prefect_flux_kontext.cli.demo import run_flow; run_flow()"
+"""Not `python -m`: the package has imported this module before it would run it again."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "demo",
-        help="restyle six photographs in five styles through Prefect, for $0",
+        help="Restyle six photographs in five styles through Prefect, for $0",
         description="Start the sandbox and a Prefect server on this machine, restyle six "
-        "photographs in five styles as a flow run, stop both, and say where everything is.",
+        "photographs in five styles as a flow run, stop both, and print where the results are.",
     )
     parser.add_argument(
-        "folder", metavar="FOLDER", nargs="?", default="demo", help="default: %(default)s"
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        default="demo",
+        help="folder for the results (default: %(default)s)",
     )
     parser.set_defaults(func=run)
 
 
 @contextmanager
-def _leaving_when_told() -> Iterator[None]:
-    """Leave by way of every `finally` while it runs: else the server would outlive us."""
+def _exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an exit that stops the server on the way out."""
 
     def leave(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -52,9 +62,14 @@ def _leaving_when_told() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@_leaving_when_told()
+@_exit_on_signals()
 def run(options: argparse.Namespace) -> int:
-    """Run the demo; 0 when every picture is there."""
+    """Run the demo and return its exit status: 0 if every picture was stored, otherwise 1.
+
+    Raises:
+        ConfigurationError: The folder cannot be used, or the Prefect server does not start.
+        BatchStoppedError: The flow run did not complete.
+    """
     from prefect_flux_kontext.cli.prefect_server import prefect_server
     from prefect_flux_kontext.sandbox.server import running_sandbox
     from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
@@ -63,50 +78,87 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.folder).resolve()
     pictures, sheet = folder / "pictures", folder / "contact-sheet.png"
     photos = sorted(path for path in PHOTOS.iterdir() if path.suffix in (".jpg", ".png", ".webp"))
-    rows = [_row_of(photo, pictures) for photo in photos]
+    rows = [_paths_by_caption(photo, pictures) for photo in photos]
     try:
         pictures.mkdir(parents=True, exist_ok=True)
-        # Only what an earlier demo made: the folder may be the user's own.
+        # Remove only the files of an earlier demo: the folder may hold files of the user's.
         for path in (sheet, *(row[style] for row in rows for style in STYLES)):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigurationError(f"The folder {folder} cannot be used: {error}") from None
     print(f"{len(photos)} photographs in {len(STYLES)} styles. Starting a Prefect server …")
     with (
-        running_sandbox(SandboxSettings(mean=_MEAN_SECONDS)) as sandbox,
+        running_sandbox(SandboxSettings(mean=_MEAN_GENERATION_SECONDS)) as sandbox,
         prefect_server(folder / "prefect") as server,
     ):
         manifest = folder / "manifest.csv"
         _write_manifest(manifest, f"{sandbox.url}/references", photos)
         print(f"The sandbox is at {sandbox.url}, Prefect at {server.url}. Restyling …", flush=True)
-        report = _run_flow(manifest, pictures, server.environment | _account(sandbox.url))
+        environment = server.environment | _account_environment(sandbox.url)
+        report = _run_flow_process(manifest, pictures, environment)
         bill = sandbox.service.bill()
     complete = all(path.exists() for row in rows for path in row.values())
     if complete:
         _draw_sheet(rows, sheet)
     print(f"""
 {report["summary"]}
-The sandbox's bill: {bill["accepted"]} tasks, ${float(bill["dollars"]):.2f} of play money.
+Sandbox bill: {bill["accepted"]} tasks, ${float(bill["dollars"]):.2f} (not real money)
 
-Look at      {sheet if complete else f"{pictures}: some are missing"}
+Look at      {sheet if complete else f"{pictures}: some pictures are missing"}
 Gallery      {(pictures / "gallery.html").as_uri()}
 Pictures     {pictures}
 Manifest     {manifest}
 Run page     {server.url}/runs/flow-run/{report["flow_run_id"]}
-             once its server is up again:
+             (first start the server again:)
              {server.command}
 
-Took {time.monotonic() - began:.0f} s. Everything that was started is stopped.""")
+Took {time.monotonic() - began:.0f} s. The sandbox and the Prefect server are stopped.""")
     return 0 if complete else 1
 
 
-def _account(base_url: str) -> dict[str, str]:
+def run_flow() -> None:
+    """Run the demo's flow in this process; `sys.argv` holds MANIFEST OUTPUT STYLE ….
+
+    Prints the id of the flow run and the summary as JSON.
+    """
+    manifest, output, *styles = sys.argv[1:]
+    print(json.dumps(asyncio.run(_run_flow(manifest, output, styles))))
+
+
+async def _run_flow(manifest: str, output: str, styles: list[str]) -> dict[str, str]:
+    from prefect_flux_kontext.flows import style_transfer_batch
+
+    state = await style_transfer_batch(manifest, output, styles=styles, return_state=True)
+    summary = await state.aresult()
+    flow_run_id = str(state.state_details.flow_run_id)
+    return {"flow_run_id": flow_run_id, "summary": str(summary)}
+
+
+def _run_flow_process(
+    manifest: Path, pictures: Path, environment: dict[str, str]
+) -> dict[str, Any]:
+    """Run the flow in its own process, so that Prefect has received everything when it ends."""
+    flow = subprocess.run(
+        [sys.executable, "-c", _FLOW_PROGRAM, str(manifest), str(pictures), *STYLES],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=False,
+        # Ctrl-C on the terminal reaches only this process, which then stops the flow.
+        start_new_session=True,
+    )
+    if flow.returncode:
+        raise BatchStoppedError("The demo's flow run did not complete; its log is above.")
+    report: dict[str, Any] = json.loads(flow.stdout)
+    return report
+
+
+def _account_environment(base_url: str) -> dict[str, str]:
     return {
         "FLUX_KONTEXT_API_KEY": "sandbox",
         "FLUX_KONTEXT_BASE_URL": base_url,
         "FLUX_KONTEXT_POLL_INITIAL_DELAY": "1",
         "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
-        # Nor does a setting for the user's own account slow it down.
+        # Reset: the user's settings for a real account would slow the demo down.
         "FLUX_KONTEXT_POLL_TIMEOUT": "",
         "FLUX_KONTEXT_REQUESTS_PER_MINUTE": "",
         "FLUX_KONTEXT_CONCURRENT_TASKS": "",
@@ -120,24 +172,8 @@ def _write_manifest(manifest: Path, references: str, photos: Sequence[Path]) -> 
         writer.writerows([photo.stem, f"{references}/{photo.name}", "4:3"] for photo in photos)
 
 
-def _run_flow(manifest: Path, pictures: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Run the batch in a process of its own, which says all to the server before it ends."""
-    module = "prefect_flux_kontext.cli.demo_flow"
-    flow = subprocess.run(
-        [sys.executable, "-m", module, str(manifest), str(pictures), *STYLES],
-        env=environment,
-        stdout=subprocess.PIPE,
-        check=False,
-        # Ctrl-C on the terminal is for us alone; `run` stops it.
-        start_new_session=True,
-    )
-    if flow.returncode:
-        raise BatchStoppedError("The demo's flow run did not end; what it said stands above.")
-    report: dict[str, Any] = json.loads(flow.stdout)
-    return report
-
-
-def _row_of(photo: Path, pictures: Path) -> dict[str, Path]:
+def _paths_by_caption(photo: Path, pictures: Path) -> dict[str, Path]:
+    """Return a row of the contact sheet: the photograph and its picture in each style."""
     styled = {style: pictures / photo.stem / f"{style}.jpg" for style in STYLES}
     return {f"{photo.stem}, before": photo, **styled}
 

@@ -1,4 +1,4 @@
-"""A real Prefect server for as long as a block runs, with a home of its own."""
+"""A Prefect server that runs as long as a block does, with its own home folder."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LOOPBACK = "127.0.0.1"
-_STARTS_WITHIN = 120.0
-_LOOKS_PER_SECOND = 5
-_STOPS_WITHIN = 20.0
+
+# The first start creates the database, which takes long on a busy machine.
+_START_TIMEOUT_SECONDS = 120.0
+_CHECKS_PER_SECOND = 5
+_STOP_TIMEOUT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class PrefectServer:
-    """A server that runs.
+    """A running server.
 
     Attributes:
         url: Address of its pages.
-        environment: The whole environment of a process that talks to it, and to no other.
-        command: What a person types to start it again, with all it has recorded.
+        environment: The complete environment for processes that talk to this server only.
+        command: Shell command that starts it again with the same database.
     """
 
     url: str
@@ -44,15 +46,15 @@ class PrefectServer:
 def prefect_server(
     home: Path, port: int | None = None, settings: Mapping[str, str] | None = None
 ) -> Iterator[PrefectServer]:
-    """Start `prefect server start` on loopback, and stop it afterwards.
+    """Run `prefect server start` on loopback while the block runs.
 
     Args:
-        home: Folder for its database, and for what it prints (`server.log`).
+        home: Folder for its database and its log (`server.log`).
         port: Port to listen on; None takes a free one.
-        settings: More of Prefect's settings, such as another database.
+        settings: Further settings of Prefect for the server, such as another database.
 
     Raises:
-        ConfigurationError: It does not start; the message says where its log is.
+        ConfigurationError: The server does not start; the message names its log.
     """
     home.mkdir(parents=True, exist_ok=True)
     port = port or _free_port()
@@ -60,7 +62,7 @@ def prefect_server(
     environment = _environment_without_prefect() | {
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"{url}/api",
-        # Nothing leaves this machine, nor goes through a proxy.
+        # Nothing leaves this machine, and nothing goes through a proxy.
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "NO_PROXY": _LOOPBACK,
@@ -74,28 +76,28 @@ def prefect_server(
             env=environment | dict(settings or {}),
             stdout=printed,
             stderr=subprocess.STDOUT,
-            # Ctrl-C on the terminal is for us alone; we stop it.
+            # Ctrl-C on the terminal reaches only this process, which then stops the server.
             start_new_session=True,
         )
         try:
-            if not _is_up(server, url):
+            if not _wait_until_up(server, url):
                 raise ConfigurationError(f"The Prefect server did not start; its log is {log}.")
-            yield PrefectServer(url, environment, _command(home, start))
+            yield PrefectServer(url, environment, _start_command(home, start))
         finally:
             server.terminate()
             try:
-                server.wait(_STOPS_WITHIN)
+                server.wait(_STOP_TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
 
 
 def _environment_without_prefect() -> dict[str, str]:
-    # The user's own settings may name another database, another server or a key to it.
+    # The user's settings may name another database, another server or its API key.
     return {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
 
 
-def _command(home: Path, start: list[str]) -> str:
+def _start_command(home: Path, start: list[str]) -> str:
     python = shlex.join([sys.executable, "-m", *start])
     return f"PREFECT_HOME={shlex.quote(str(home))} {python}"
 
@@ -106,15 +108,16 @@ def _free_port() -> int:
         return port
 
 
-def _is_up(server: subprocess.Popen[bytes], url: str) -> bool:
-    for _ in range(int(_STARTS_WITHIN * _LOOKS_PER_SECOND)):
+def _wait_until_up(server: subprocess.Popen[bytes], url: str) -> bool:
+    """Return whether the server answers in time; False also when it has exited."""
+    for _ in range(int(_START_TIMEOUT_SECONDS * _CHECKS_PER_SECOND)):
         try:
             if httpx.get(f"{url}/api/health", trust_env=False).is_success:
                 return True
         except httpx.TransportError:
             pass
         try:
-            server.wait(1 / _LOOKS_PER_SECOND)
+            server.wait(1 / _CHECKS_PER_SECOND)
         except subprocess.TimeoutExpired:
             continue
         return False

@@ -1,4 +1,4 @@
-"""How a batch is doing: a moving bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a batch: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -21,56 +21,66 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.batch.row import RowRunner
 
-_LINE_EVERY = 10.0
-_BAR_EVERY = 0.2
+# A log needs a sign of life, a terminal a bar that moves smoothly.
+_LINE_INTERVAL_SECONDS = 10.0
+_BAR_INTERVAL_SECONDS = 0.2
 
 
 @asynccontextmanager
 async def show_progress(runner: RowRunner, rows: int) -> AsyncIterator[None]:
-    """Show the runner's progress while the block runs."""
-    how, every = (_bar, _BAR_EVERY) if sys.stdout.isatty() else (_lines, _LINE_EVERY)
-    with how(runner, rows) as tell:
-        reporter = asyncio.create_task(_repeat(tell, every))
+    """Show the runner's progress on standard output while the block runs.
+
+    Args:
+        runner: Counts the rows.
+        rows: Rows in total.
+    """
+    if sys.stdout.isatty():
+        open_display, seconds = _open_bar, _BAR_INTERVAL_SECONDS
+    else:
+        open_display, seconds = _open_lines, _LINE_INTERVAL_SECONDS
+    with open_display(runner, rows) as update:
+        updating = asyncio.create_task(_repeat(update, seconds))
         try:
             yield
         finally:
-            reporter.cancel()
+            updating.cancel()
 
 
-async def _repeat(tell: Callable[[], None], seconds: float) -> None:
+async def _repeat(update: Callable[[], None], seconds: float) -> None:
     while True:
         await asyncio.sleep(seconds)
-        tell()
+        update()
 
 
 @contextmanager
-def _bar(runner: RowRunner, rows: int) -> Iterator[Callable[[], None]]:
+def _open_bar(runner: RowRunner, rows: int) -> Iterator[Callable[[], None]]:
     columns = (
         TextColumn("restyling"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[counts]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task("", total=rows, told="")
+        task = bar.add_task("", total=rows, counts="")
 
-        def tell() -> None:
-            bar.update(task, completed=runner.progress.rows, told=_told(runner))
+        def update() -> None:
+            bar.update(task, completed=runner.progress.rows, counts=_format_counts(runner))
 
-        yield tell
-        tell()
+        yield update
+        update()
 
 
 @contextmanager
-def _lines(runner: RowRunner, rows: int) -> Iterator[Callable[[], None]]:
-    def tell() -> None:
-        print(f"{runner.progress.rows} of {rows} rows done: {_told(runner)}", flush=True)
+def _open_lines(runner: RowRunner, rows: int) -> Iterator[Callable[[], None]]:
+    def update() -> None:
+        done = runner.progress.rows
+        print(f"{done} of {rows} rows done: {_format_counts(runner)}", flush=True)
 
-    yield tell
+    yield update
 
 
-def _told(runner: RowRunner) -> str:
+def _format_counts(runner: RowRunner) -> str:
     progress = runner.progress
     return f"{progress.stored} stored, {progress.failed} failed, ${progress.spent:.2f} spent"

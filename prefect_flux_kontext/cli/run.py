@@ -1,4 +1,4 @@
-"""`flux-kontext run` and what continues it: `retry-failed` and `collect`, all without Prefect."""
+"""`flux-kontext run`, `retry-failed` and `collect`: run batches without Prefect."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.cli.plan import (
+from prefect_flux_kontext.cli.arguments import (
     add_budget_argument,
     add_fit_argument,
     add_manifest_arguments,
+    add_output_argument,
+    add_prompt_argument,
     add_style_argument,
     manifest_from_options,
-    show_plan,
+    row_options_from_options,
 )
+from prefect_flux_kontext.cli.plan import show_plan
 
 if TYPE_CHECKING:
     import argparse
@@ -28,26 +31,28 @@ if TYPE_CHECKING:
 
 SOME_ROWS_FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
-_EXIT_STATUS = "Exit status: 0 all rows stored, 1 some rows not, 2 the run could not start."
+_EXIT_STATUS = (
+    "Exit status: 0 all rows are stored, 1 some rows are not stored, 2 the run could not start."
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands to the command line."""
     run = commands.add_parser(
         "run",
-        help="restyle every image of a manifest",
-        description="Restyle every image of a manifest and store the results, once the plan is "
-        "told and no row is invalid. Run again, it pays only for what is new and collects what "
-        f"was left. {_EXIT_STATUS}",
+        help="Generate and store the image of every row of a manifest",
+        description="Show the plan, then generate and store the image of every row. Stops after "
+        "the plan when a row is invalid. Run it again to continue: it pays only for new rows and "
+        f"collects outstanding results. {_EXIT_STATUS}",
     )
     add_manifest_arguments(run)
     run.add_argument(
-        "--skip-invalid", action="store_true", help="run the other rows where some are invalid"
+        "--skip-invalid", action="store_true", help="skip invalid rows and run the others"
     )
     run.add_argument(
         "--callback-url",
         metavar="URL",
-        help="be called back there when an image is ready, instead of polling; see the settings "
+        help="public URL of a receiver: wait for callbacks instead of polling; see the settings "
         "FLUX_KONTEXT_CALLBACK_…",
     )
     run.add_argument("--dry-run", action="store_true", help="stop after the plan")
@@ -55,12 +60,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     retry = commands.add_parser(
         "retry-failed",
-        help="run the failed rows of a batch once more, and nothing else",
-        description="Run the rows in OUTPUT/failed.csv once more. Rows against the content rules "
-        f"are not paid for again: change their prompt there first. {_EXIT_STATUS}",
+        help="Run the failed rows of a batch again",
+        description="Run only the rows in OUTPUT/failed.csv again. Rows that broke the content "
+        "rules are not submitted until you change their prompt in that file. "
+        f"{_EXIT_STATUS}",
     )
-    retry.add_argument("output", metavar="OUTPUT", help="the batch's output")
-    retry.add_argument("--prompt", help="the prompt for rows that have none of their own")
+    add_output_argument(retry)
+    add_prompt_argument(retry)
     add_style_argument(retry)
     add_fit_argument(retry)
     add_budget_argument(retry)
@@ -68,21 +74,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     collect = commands.add_parser(
         "collect",
-        help="store what ended runs have paid for; pays for nothing",
-        description="Wait for, download and store what ended runs have paid for. Pays for "
-        f"nothing. {_EXIT_STATUS}",
+        help="Store the outstanding results of ended runs; submits nothing",
+        description="Wait for, download and store the outstanding results of ended runs. Submits "
+        f"nothing, so it costs nothing. {_EXIT_STATUS}",
     )
-    collect.add_argument("output", metavar="OUTPUT", help="the batch's output")
+    add_output_argument(collect)
     collect.add_argument(
         "--resume",
         action="store_true",
-        help="when all is stored, resume the flow runs that are suspended for it, at "
-        "PREFECT_API_URL",
+        help="once everything is stored, resume the suspended flow runs of OUTPUT in the Prefect "
+        "at PREFECT_API_URL",
     )
     collect.set_defaults(func=lambda options: _report(_collect(options)))
 
 
 def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
+    """Run the batch, print its summary and return the exit status."""
     from prefect_flux_kontext.report.gallery.builder import GALLERY
     from prefect_flux_kontext.settings import FluxKontextSettings
 
@@ -103,12 +110,13 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
-        return asyncio.run(_dry(options))
-    return _report(_batch(manifest_from_options(options), options.output, options))
+        return asyncio.run(_dry_run(options))
+    return _report(_run_manifest(manifest_from_options(options), options.output, options))
 
 
-async def _dry(options: argparse.Namespace) -> int:
-    plan = await show_plan(manifest_from_options(options), options.output, _row_options(options))
+async def _dry_run(options: argparse.Namespace) -> int:
+    row_options = row_options_from_options(options)
+    plan = await show_plan(manifest_from_options(options), options.output, row_options)
     plan.check(skip_invalid=options.skip_invalid)
     return 0
 
@@ -120,25 +128,25 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     manifest = Manifest(
         await read_failed_rows(options.output), options.prompt, styles=options.styles
     )
-    # A row that was skipped as invalid stands there too, and must not stop the others.
+    # failed.csv also lists rows that were skipped as invalid; they must not stop the others.
     options.skip_invalid = options.retry_failed = True
-    return await _batch(manifest, options.output, options)
+    return await _run_manifest(manifest, options.output, options)
 
 
-async def _batch(
+async def _run_manifest(
     manifest: Manifest, output: OutputFolder, options: argparse.Namespace
 ) -> BatchSummary:
     from prefect_flux_kontext.batch.runner import run_batch
     from prefect_flux_kontext.cli.progress import show_progress
 
-    decided = _row_options(options)
-    # Else a wrong output would show as a ledger that cannot be read.
+    row_options = row_options_from_options(options)
+    # Checked first: otherwise a wrong output shows as a ledger that cannot be read.
     await output.check_writable()
-    plan = await show_plan(manifest, output, decided)
+    plan = await show_plan(manifest, output, row_options)
     plan.check(skip_invalid=options.skip_invalid)
     url = getattr(options, "callback_url", None)
     async with (
-        _session(output, decided, callback_url=url) as (session, slots),
+        _open_session(output, row_options, callback_url=url) as (session, slots),
         show_progress(session.rows, plan.rows),
     ):
         return await run_batch(
@@ -149,13 +157,13 @@ async def _batch(
 async def _collect(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.batch.collection import collect_outstanding
 
-    decided = _row_options(options)
+    row_options = row_options_from_options(options)
     if options.resume:
         from prefect_flux_kontext.orchestration.events import require_api_url
         from prefect_flux_kontext.orchestration.suspension import resume_suspended
 
         require_api_url()
-    async with _session(options.output, decided, listens=False) as (session, slots):
+    async with _open_session(options.output, row_options, listens=False) as (session, slots):
         summary = await collect_outstanding(
             session, lambda wave: wave.run(), concurrent_tasks=slots
         )
@@ -165,34 +173,15 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
     return summary
 
 
-def _row_options(options: argparse.Namespace) -> RowOptions:
-    from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.references.resolver import create_references
-    from prefect_flux_kontext.settings import FluxKontextSettings
-
-    settings = FluxKontextSettings()
-    return RowOptions(
-        cadence=settings.cadence(),
-        resubmit_unknown=getattr(options, "resubmit_unknown", False),
-        retry_failed=getattr(options, "retry_failed", False),
-        result_days=settings.result_days,
-        budget_usd=getattr(options, "budget", None),
-        references=create_references(
-            settings,
-            timeout=settings.poll_timeout,
-            fit=getattr(options, "fit_references", False),
-        ),
-    )
-
-
 @asynccontextmanager
-async def _session(
+async def _open_session(
     output: OutputFolder,
     options: RowOptions,
     *,
     callback_url: str | None = None,
     listens: bool = True,
 ) -> AsyncIterator[tuple[Session, int]]:
+    """Open a session with the account of the environment; yield it with its number of slots."""
     from prefect_flux_kontext.batch.session import open_session
     from prefect_flux_kontext.callbacks.options import resolve_callback_options
     from prefect_flux_kontext.client.client import FluxKontextClient
@@ -207,7 +196,7 @@ async def _session(
         concurrent_tasks=settings.concurrent_tasks,
     )
     await output.check_writable()
-    # Ctrl-C cancels by itself; SIGTERM, which ends containers, is to do the same.
+    # asyncio already cancels on Ctrl-C; do the same on SIGTERM, which ends containers.
     running = asyncio.current_task()
     if running is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)

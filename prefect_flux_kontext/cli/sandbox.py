@@ -1,10 +1,11 @@
-"""`flux-kontext sandbox`: the service on loopback, to rehearse for $0."""
+"""`flux-kontext sandbox`: an emulation of the service on loopback, to rehearse for $0."""
 
 from __future__ import annotations
 
 import sys
+from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -19,56 +20,78 @@ Flux Kontext sandbox: {url}
   export FLUX_KONTEXT_BASE_URL={url}
   export FLUX_KONTEXT_API_KEY={key}
 
-What was paid: {url}/sandbox/bill
-The weather:   {url}/sandbox/faults
+Bill:          {url}/sandbox/bill
+Active faults: {url}/sandbox/faults
 References:    {url}/references
 Stop with Ctrl-C.
 """
 
+_METAVARS = {
+    "mean": "SECONDS",
+    "spread": "SHARE",
+    "fail_rate": "SHARE",
+    "api_key": "KEY",
+    "price_pro": "USD",
+    "price_max": "USD",
+    "balance": "USD",
+    "result_lifetime": "SECONDS",
+    "references": "FOLDER",
+    "fetch_timeout": "SECONDS",
+    "long_edge": "PIXELS",
+    "callback_timeout": "SECONDS",
+    "callback_delay_scale": "FACTOR",
+}
+"""What the values of options are; all others are numbers, `N`."""
+
+_DAY_SECONDS = 86_400
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Registers `sandbox`, with one option for each setting."""
+    """Add the command to the command line, with one option for each setting."""
     parser = subparsers.add_parser(
         "sandbox",
-        help="serve the Flux Kontext API on loopback, to rehearse for $0",
-        description="Serves the whole Flux Kontext API on loopback and really restyles the "
-        "reference images, so that batches can be rehearsed for $0.",
+        help="Serve the Flux Kontext API on loopback, to rehearse for $0",
+        description="Serve the whole Flux Kontext API on loopback, so that batches can be "
+        "rehearsed for $0. The sandbox really restyles the reference images.",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
     parser.add_argument(
-        "--port", type=int, default=8765, help="port, 0 for a free one (default: %(default)s)"
+        "--port",
+        type=int,
+        default=8765,
+        help="port to listen on; 0 takes a free one (default: %(default)s)",
     )
     for name, field in SandboxSettings.model_fields.items():
-        # Read from the settings, so that both always agree; pydantic converts the text.
-        default = "" if "(without it" in str(field.description) else f" (default: {field.default})"
+        # The options come from the settings, so that both always agree. The text that is given
+        # stays a text here: pydantic converts and checks it.
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            metavar=name.rsplit("_", 1)[-1].upper(),
-            help=f"{field.description}{default}",
+            metavar=_METAVARS.get(name, "N"),
+            help=f"{field.description}{_format_default(name, field.default)}",
         )
     parser.add_argument(
         "--fault",
         action="append",
         default=[],
         metavar="KIND:FAULT=SHARE@FIRST-LAST",
-        help="a fault on demand, such as submit:lost-reply=0.02; can be repeated; "
-        "`--fault help` lists them",
+        help="inject a fault, such as submit:lost-reply=0.02; can be repeated; `--fault help` "
+        "lists all faults",
     )
     parser.add_argument(
-        "--faults", type=Path, metavar="FILE", help="a plan of faults, JSON or YAML"
+        "--faults", type=Path, metavar="FILE", help="inject the faults of a JSON or YAML plan"
     )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is interrupted.
+    """Serve until interrupted.
 
     Returns:
-        0 after a clean stop, 2 when it could not start.
+        0 after a clean stop, 2 if the sandbox could not start.
     """
-    # Slow to import.
+    # Imported here because they are slow to import.
     from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, load_plan
     from prefect_flux_kontext.sandbox.faults.registry import described
     from prefect_flux_kontext.sandbox.server import serve
@@ -103,3 +126,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"flux-kontext sandbox: cannot listen on {address}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _format_default(name: str, default: Any) -> str:
+    """Return the remark on a default; the descriptions of options that are off have their own."""
+    if not isinstance(default, int | float | Decimal):
+        return ""
+    number = f"{default:f}".rstrip("0").rstrip(".") if isinstance(default, float) else f"{default}"
+    days, rest = divmod(default, _DAY_SECONDS)
+    if _METAVARS.get(name) == "SECONDS" and days and not rest:
+        return f" (default: {number}, which is {days:g} days)"
+    return f" (default: {number})"

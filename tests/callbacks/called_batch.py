@@ -1,7 +1,7 @@
-"""Whole batches in callback mode on virtual time, with a courier that does what a test says.
+"""Whole batches in callback mode on virtual time, whose callbacks a test delivers.
 
-The batch, the receiver and the sandbox are real and share one loop. Between receiver and batch
-is nothing but the inbox, as between two processes.
+The batch, the receiver and the sandbox are real and share one loop. Receiver and batch share only
+the inbox, as two processes would.
 """
 
 import asyncio
@@ -35,16 +35,16 @@ _numbers = itertools.count()
 
 @dataclass
 class CalledBatch:
-    """A sandbox, an output, a receiver, and what goes wrong between them.
+    """A sandbox, an output, a receiver, and the faults between them.
 
     Attributes:
-        courier: `async def courier(post, url, envelope)`: delivers, or does not, by
-            `await post(url, body)`.
+        deliver_callback: `async def deliver(post, url, envelope)`: delivers a callback by
+            `await post(url, body)`, or drops it.
         lose: Whether the reply to the n-th submit, from 1, is lost after it was accepted.
     """
 
     monkeypatch: object
-    courier: object = None
+    deliver_callback: object = None
     lose: object = lambda _number: False
     slots: int = 1_000
     submits: int = 0
@@ -68,18 +68,18 @@ class CalledBatch:
         )
 
     async def deliver(self, url, envelope):
-        """What the sandbox calls when a task has ended."""
+        """Deliver a callback; the sandbox calls it when a task has ended."""
         self.urls.append(url)
-        await (self.courier or punctual)(self.post, url, envelope)
+        await (self.deliver_callback or punctual)(self.post, url, envelope)
         return True
 
     async def post(self, url, body):
-        """One callback, over ASGI."""
+        """Post one callback over ASGI."""
         how = {"content": body} if isinstance(body, bytes) else {"json": body}
         return await self._reach.post(url, **how)
 
     async def handle_async_request(self, request):
-        """The service, as an httpx transport that loses replies."""
+        """Answer a request as the service, as an httpx transport that loses replies."""
         response = await self._app.handle_async_request(request)
         content = await response.aread()
         if "generateTask" in request.url.path:
@@ -94,7 +94,7 @@ class CalledBatch:
         """Part of httpx's interface."""
 
     async def run(self, rows=20, *, only_collect=False, url=PUBLIC, resubmit=False, **decided):
-        """One run of the batch, as a process would make it."""
+        """Run the batch once, as a process would."""
         limiter = AccountLimiter(requests_per_minute=60_000, concurrent_tasks=self.slots)
         client = FluxKontextClient(
             KEY, base_url="http://sandbox.test", transport=self, limiter=limiter
@@ -115,7 +115,7 @@ class CalledBatch:
             )
 
     async def inbox(self):
-        """The files in the inbox."""
+        """List the files in the inbox."""
         from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
 
         store = RecordStore(f"{self.url}/_ledger/callbacks")
@@ -132,7 +132,7 @@ async def punctual(post, url, envelope):
 
 
 async def lost(_post, _url, _envelope):
-    """Nothing comes."""
+    """Deliver nothing."""
 
 
 async def later(post, url, body, seconds):

@@ -1,4 +1,4 @@
-"""When all that an output is owed was called back: once, later again, never while a run lives."""
+"""`CompletionMonitor`: when it calls `ready`, and what it reads."""
 
 import asyncio
 import logging
@@ -25,24 +25,24 @@ FIRST, SECOND = "1" * 16, "2" * 16
 
 
 class Place:
-    """An output with its ledger and inbox, and what was told of it.
+    """An output with its ledger and inbox, and the calls of `ready`.
 
     Attributes:
-        told: The row numbers of each call of `ready`, with the seconds since the beginning.
-        waiting: What `ready` answers: whether anybody waits.
-        trouble: How often `ready` fails first.
+        calls: The row numbers of each call of `ready`.
+        waiting: What `ready` returns: whether anything waits.
+        failures: How often `ready` fails first.
     """
 
     def __init__(self, folder):
         self.store = open_ledger_store(OutputFolder(str(folder)))
         self.inbox = Inbox(self.store.below("callbacks"))
-        self.told = []
+        self.calls = []
         self.waiting = True
-        self.trouble = 0
+        self.failures = 0
         self.attempts = {}
 
     async def pay(self, owner, *numbers, accepted=True):
-        """Rows as a run that has ended leaves them: accepted, or with their reply lost."""
+        """Leave rows as an ended run does: accepted, or with their submit's reply lost."""
         ledger = Ledger(self.store, owner, FluxKontextSettings().prices())
         keys = []
         for number in numbers:
@@ -66,18 +66,18 @@ class Place:
             await self.inbox.keep(Callback(owner=owner, key=key, number=attempt))
 
     async def ready(self, rows):
-        if self.trouble:
-            self.trouble -= 1
+        if self.failures:
+            self.failures -= 1
             raise FluxKontextError("Prefect is away")
         numbers = {attempt: number for number, attempt in self.attempts.items()}
-        self.told.append(sorted(numbers[attempt] for attempt in rows))
+        self.calls.append(sorted(numbers[attempt] for attempt in rows))
         return self.waiting
 
     @asynccontextmanager
     async def watched(self):
-        awaited = CompletionMonitor(self.store, self.inbox, self.ready)
-        self.inbox.on_kept = awaited.kept
-        watching = asyncio.create_task(awaited.watch())
+        monitor = CompletionMonitor(self.store, self.inbox, self.ready)
+        self.inbox.on_kept = monitor.kept
+        watching = asyncio.create_task(monitor.watch())
         try:
             yield
         finally:
@@ -90,18 +90,18 @@ def place(tmp_path):
     return Place(tmp_path)
 
 
-async def test_all_rows_are_told_of_together_and_once(place):
+async def test_ready_is_called_once_for_all_rows(place):
     await place.pay(FIRST, 1, 2, 3)
     async with place.watched():
         await place.call(1, 2)
         await asyncio.sleep(3_600)
-        assert place.told == []
+        assert place.calls == []
         await place.call(3)
         await asyncio.sleep(3_600)
-    assert place.told == [[1, 2, 3]]
+    assert place.calls == [[1, 2, 3]]
 
 
-async def test_a_later_batch_is_told_of_again(place):
+async def test_ready_is_called_again_for_a_later_batch(place):
     await place.pay(FIRST, 1)
     async with place.watched():
         await place.call(1)
@@ -110,49 +110,49 @@ async def test_a_later_batch_is_told_of_again(place):
         await place.pay(SECOND, 2, 3)
         await place.call(3)
         await asyncio.sleep(60)
-        assert place.told == [[1]]
+        assert place.calls == [[1]]
         await place.call(2)
         await asyncio.sleep(60)
-    assert place.told == [[1], [2, 3]]
+    assert place.calls == [[1], [2, 3]]
 
 
-async def test_what_came_before_the_receiver_started_counts(place):
+async def test_callbacks_before_the_start_count(place):
     await place.pay(FIRST, 1, 2)
     await place.call(1, 2)
     async with place.watched():
         await asyncio.sleep(60)
-    assert place.told == [[1, 2]]
+    assert place.calls == [[1, 2]]
 
 
-async def test_where_nothing_is_owed_nothing_is_told(place):
+async def test_ready_is_not_called_without_outstanding_rows(place):
     await place.pay(FIRST, 1)
     await place.call(1)
     await place.end(1)
     async with place.watched():
         await asyncio.sleep(60)
-    assert place.told == []
+    assert place.calls == []
 
 
-async def test_a_row_whose_reply_was_lost_holds_nothing_up(place):
+async def test_unknown_rows_do_not_delay_ready(place):
     await place.pay(FIRST, 1)
     await place.pay(FIRST, 2, accepted=False)
     async with place.watched():
         await place.call(1)
         await asyncio.sleep(60)
-    assert place.told == [[1]]
+    assert place.calls == [[1]]
 
 
-async def test_another_attempt_of_a_row_is_not_the_one_that_is_owed(place):
+async def test_callbacks_of_other_attempts_do_not_count(place):
     await place.pay(FIRST, 1)
     async with place.watched():
         owner, key, _ = place.attempts[1]
         await place.inbox.keep(Callback(owner=owner, key=key, number=2))
         await place.inbox.keep(Callback(owner=SECOND, key=key, number=1))
         await asyncio.sleep(60)
-    assert place.told == []
+    assert place.calls == []
 
 
-async def test_nobody_is_told_while_a_run_lives_nor_any_row_read(place, monkeypatch):
+async def test_no_row_is_read_while_a_run_is_active(place, monkeypatch):
     await place.pay(FIRST, 1)
     read = []
     plain = Ledger.read
@@ -166,66 +166,66 @@ async def test_nobody_is_told_while_a_run_lives_nor_any_row_read(place, monkeypa
         async with keep_heartbeat(place.store):
             await place.call(1)
             await asyncio.sleep(600)
-            assert place.told == read == []
+            assert place.calls == read == []
         await asyncio.sleep(60)
-    assert place.told == [[1]]
+    assert place.calls == [[1]]
     assert len(read) == 1
 
 
-async def test_while_callbacks_come_the_ledger_is_left_alone(place, monkeypatch):
+async def test_no_check_while_callbacks_arrive(place, monkeypatch):
     await place.pay(FIRST, *range(1, 31))
-    looks = []
-    plain = CompletionMonitor.all_come
+    checks = []
+    plain = CompletionMonitor.find_called_back
 
-    async def counted(awaited):
-        looks.append(1)
-        return await plain(awaited)
+    async def counted(monitor):
+        checks.append(1)
+        return await plain(monitor)
 
-    monkeypatch.setattr(CompletionMonitor, "all_come", counted)
+    monkeypatch.setattr(CompletionMonitor, "find_called_back", counted)
     async with place.watched():
         for number in range(1, 31):
             await place.call(number)
             await asyncio.sleep(4)
-        assert looks == []
+        assert checks == []
         await asyncio.sleep(60)
-    assert looks == [1]
-    assert place.told == [list(range(1, 31))]
+    assert checks == [1]
+    assert place.calls == [list(range(1, 31))]
 
 
-async def test_who_is_not_yet_suspended_is_looked_for_again_but_not_for_ever(place):
+async def test_ready_is_called_four_times_if_nothing_waits(place):
     await place.pay(FIRST, 1)
     place.waiting = False
     async with place.watched():
         await place.call(1)
         await asyncio.sleep(3_600)
-    assert place.told == [[1]] * 4
+    assert place.calls == [[1]] * 4
 
 
-async def test_what_could_not_be_told_is_told_later(place, caplog):
+async def test_failed_ready_is_repeated(place, caplog):
     await place.pay(FIRST, 1)
-    place.trouble = 10
+    place.failures = 10
     async with place.watched():
         await place.call(1)
         with caplog.at_level(logging.WARNING):
             await asyncio.sleep(3_600)
-    assert place.told == [[1]]
+    assert place.calls == [[1]]
     assert caplog.text.count("Prefect is away") == 10
 
 
-async def test_a_damaged_record_of_callbacks_is_named_and_waited_for(place, caplog):
+async def test_damaged_callback_file_is_named_and_rechecked(place, caplog):
     await place.pay(FIRST, 1)
     await place.call(1)
     await place.inbox._store.create(f"{FIRST}/damaged.jsonl", b"{")
     async with place.watched():
         await asyncio.sleep(60)
-        assert place.told == []
+        assert place.calls == []
         assert "damaged.jsonl is damaged. Remove it" in caplog.text
         await place.inbox.remove(FIRST, "damaged.jsonl")
         await asyncio.sleep(120)
-    assert place.told == [[1]]
+    assert place.calls == [[1]]
 
 
-async def test_each_record_of_callbacks_is_read_once(place, monkeypatch):
+async def test_each_callback_file_is_read_once(place, monkeypatch):
     await place.pay(FIRST, 1, 2)
     await place.call(1)
     read = []
@@ -240,5 +240,5 @@ async def test_each_record_of_callbacks_is_read_once(place, monkeypatch):
         await asyncio.sleep(60)
         await place.call(2)
         await asyncio.sleep(60)
-    assert place.told == [[1, 2]]
+    assert place.calls == [[1, 2]]
     assert len(read) == len(set(read)) == 2

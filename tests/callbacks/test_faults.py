@@ -1,4 +1,4 @@
-"""Callback faults x outcome: whatever becomes of the callbacks, the batch ends the same."""
+"""Faults of callbacks: none of them changes the result of a batch."""
 
 import asyncio
 import logging
@@ -79,67 +79,67 @@ FAULTS = {
     unreadable: 50,
     nested: 50,
 }
-"""Seconds that the batch takes at most. Generation takes 17 to 44 s, a sweep comes after 60."""
+"""Seconds that the batch takes at most. Generation takes 17 to 44 s, a sweep 60 s."""
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-async def test_the_batch_ends_the_same_whatever_becomes_of_callbacks(fault, monkeypatch):
+async def test_batch_result_does_not_depend_on_callbacks(fault, monkeypatch):
     batch = CalledBatch(monkeypatch, fault)
     summary = await batch.run(ROWS)
     assert (summary.stored, summary.unknown, summary.rows) == (ROWS, 0, ROWS)
     assert batch.service.bill()["accepted"] == ROWS
     assert summary.seconds < FAULTS[fault]
-    # One look is needed in any case; a hint may be wrong, and a sweep may come too early.
+    # Each row needs one poll. A callback may be wrong, and a sweep may be too early.
     assert batch.service.bill()["status_requests"] <= 2 * ROWS
 
 
-async def test_while_callbacks_come_each_image_takes_two_requests(monkeypatch):
+async def test_callbacks_need_one_status_request_per_image(monkeypatch):
     batch = CalledBatch(monkeypatch)
     await batch.run(ROWS)
     assert batch.service.bill()["status_requests"] == ROWS
     assert len(set(batch.urls)) == ROWS
 
 
-async def test_when_callbacks_stop_rows_are_polled_until_they_come_again(monkeypatch, caplog):
-    come = False
+async def test_rows_are_polled_while_callbacks_are_missing(monkeypatch, caplog):
+    is_up = False
 
-    async def at_times(post, url, envelope):
-        if come:
+    async def sometimes(post, url, envelope):
+        if is_up:
             await post(url, envelope)
 
-    batch = CalledBatch(monkeypatch, at_times, slots=5)
+    batch = CalledBatch(monkeypatch, sometimes, slots=5)
     with caplog.at_level(logging.WARNING):
         run = asyncio.create_task(batch.run(60))
         await asyncio.sleep(240)
         assert caplog.text.count("Rows end without a callback") == 1
-        # Five rows at a time: a sweep of 60 s would have done 20 by now, had it not been noticed.
+        # Five rows at a time: a sweep of 60 s would have done only 20 by now.
         assert batch.service.bill()["accepted"] > 25
-        come = True
+        is_up = True
         assert (await run).stored == 60
-    assert caplog.text.count("Callbacks come again") == 1
+    assert caplog.text.count("Callbacks arrive again") == 1
 
 
-async def test_a_callback_that_says_too_early_that_a_task_ended_changes_nothing(monkeypatch):
+async def test_premature_callbacks_change_nothing(monkeypatch):
     batch = CalledBatch(monkeypatch, lost)
     submit = batch.service.submit
 
-    def submit_and_tell(key, body, base_url):
+    def submit_and_call(key, body, base_url):
         task = submit(key, body, base_url)
-        told = {"code": 200, "data": {"taskId": task.task_id, "state": "success"}}
-        early.append(asyncio.ensure_future(later(batch.post, body["callback_url"], told, 1)))
+        body_of_callback = {"code": 200, "data": {"taskId": task.task_id, "state": "success"}}
+        early.append(
+            asyncio.ensure_future(later(batch.post, body["callback_url"], body_of_callback, 1))
+        )
         return task
 
     early = []
-    monkeypatch.setattr(batch.service, "submit", submit_and_tell)
+    monkeypatch.setattr(batch.service, "submit", submit_and_call)
     summary = await batch.run(ROWS)
     await asyncio.gather(*early)
     assert summary.stored == batch.service.bill()["accepted"] == ROWS
     assert summary.seconds < 70
 
 
-async def test_a_right_token_with_the_task_of_another_row_is_told_and_changes_nothing(
-    monkeypatch, caplog
-):
+async def test_wrong_task_id_is_logged_and_changes_nothing(monkeypatch, caplog):
     tasks = []
 
     async def mixed_up(post, url, envelope):
@@ -150,10 +150,10 @@ async def test_a_right_token_with_the_task_of_another_row_is_told_and_changes_no
     batch = CalledBatch(monkeypatch, mixed_up)
     summary = await batch.run(ROWS)
     assert summary.stored == batch.service.bill()["accepted"] == ROWS
-    assert f"was called back as {tasks[0]} too" in caplog.text
+    assert f"its callbacks also name {tasks[0]}." in caplog.text
 
 
-async def test_every_answer_to_a_forged_callback_is_that_to_a_right_one(monkeypatch):
+async def test_forged_callbacks_get_the_same_answer(monkeypatch):
     replies = []
 
     async def both(post, url, envelope):
@@ -168,7 +168,7 @@ async def test_every_answer_to_a_forged_callback_is_that_to_a_right_one(monkeypa
     assert all(reply == (200, b"", [("content-length", "0")]) for reply in replies)
 
 
-async def test_nothing_is_left_in_the_inbox_when_all_rows_are_stored(monkeypatch):
+async def test_inbox_is_empty_when_all_rows_are_stored(monkeypatch):
     batch = CalledBatch(monkeypatch)
     await batch.run(ROWS)
     assert await batch.inbox() == []

@@ -1,7 +1,7 @@
 """`kill -9` of a batch in callback mode, at random moments, while replies to submits are lost.
 
 Without callbacks each lost reply and each kill leaves rows unknown. With them, what was paid for
-is found again, and only what was never accepted stays in doubt.
+is found again, and only rows that were never accepted stay unknown.
 """
 
 import random
@@ -19,8 +19,8 @@ LOST = ["submit:lost-reply=0.05", "submit:trouble-after=0.05", "submit:unavailab
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_what_a_killed_batch_has_paid_for_is_found_by_its_callbacks(seed, tmp_path):
-    dice = random.Random(seed)
+def test_killed_batch_recovers_its_tasks_by_callbacks(seed, tmp_path):
+    rng = random.Random(seed)
     settings = SandboxSettings(mean=0.5, long_edge=16, callback_delay_scale=0.02)
     with running_sandbox(settings) as service, held_port() as port:
         service.weather.change(FaultPlan(seed=seed, faults=LOST))
@@ -35,9 +35,9 @@ def test_what_a_killed_batch_has_paid_for_is_found_by_its_callbacks(seed, tmp_pa
         batch.write(ROWS)
         receiver = Receiver(batch, port)
         for _ in range(6):
-            batch.run_and_kill(dice.uniform(0.3, 1.5))
+            batch.run_and_kill(rng.uniform(0.3, 1.5))
         batch.run()
-        # On a busy machine a callback may come after the row was given up: it counts all the same.
+        # On a busy machine a callback may arrive after the run has ended; it still counts.
         batch.until(lambda: every_callback_ended(service), receiver.process)
         collected = batch.command("collect")
         receiver.kill()

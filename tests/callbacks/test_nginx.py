@@ -1,4 +1,4 @@
-"""The nginx configuration of the documentation, word by word, with a real nginx."""
+"""The nginx configuration of the documentation, run with a real nginx."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.callbacks.called_batch import manifest
-from tests.callbacks.test_server import SECRET, envelope, kept_in, token
+from tests.callbacks.test_server import SECRET, envelope, stored_task_ids, token
 from tests.support.batches import KEY, QUICK
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
@@ -53,15 +53,15 @@ def certificate(folder):
 
 def configuration(folder, port, upstream):
     documented = re.search(r"```nginx\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    for said, here in {
+    for documented_value, value in {
         "127.0.0.1:8780": f"127.0.0.1:{upstream}",
         "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
         "hooks.example.com;\n    ssl": "localhost;\n    ssl",
         "/etc/ssl/hooks.example.com.pem": f"{folder}/cert.pem",
         "/etc/ssl/hooks.example.com.key": f"{folder}/key.pem",
     }.items():
-        assert said in documented
-        documented = documented.replace(said, here)
+        assert documented_value in documented
+        documented = documented.replace(documented_value, value)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     places = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
     user = "user root;\n" if os.geteuid() == 0 else ""
@@ -106,17 +106,19 @@ async def test_callbacks_pass_through_tls_and_a_path_prefix(tmp_path):
                 huge = await http.post(f"{url}/{token(3)}", content=b"x" * 70_000)
                 assert huge.status_code == 413
                 assert (await http.post(f"{url}/wrong", json=envelope(4))).status_code == 200
-    assert await kept_in(kept) == {"task_1"}
+    assert await stored_task_ids(kept) == {"task_1"}
     logs = "".join((folder / name).read_text() for name in ("access.log", "error.log"))
     assert token(1).rpartition(".")[2] not in logs
 
 
-async def test_a_batch_is_called_back_through_it(tmp_path, monkeypatch):
+async def test_batch_is_called_back_through_nginx(tmp_path, monkeypatch):
     folder = tmp_path / "nginx"
     folder.mkdir()
     listen = free_port()
     with nginx(folder, free_port(), listen) as url:
-        monkeypatch.setenv("SSL_CERT_FILE", str(folder / "cert.pem"))  # for the sandbox's courier
+        monkeypatch.setenv(
+            "SSL_CERT_FILE", str(folder / "cert.pem")
+        )  # for the sandbox's callbacks
         callbacks = CallbackOptions(url=url, secret=SECRET, listen=("127.0.0.1", listen))
         with running_sandbox(SandboxSettings(mean=0.5, long_edge=16)) as sandbox:
             async with open_session(

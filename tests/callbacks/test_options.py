@@ -1,4 +1,4 @@
-"""Callback mode from the environment, from a Block and from arguments; wrong ones pay nothing."""
+"""Callback options from the environment and from arguments; wrong ones pay nothing."""
 
 import pytest
 
@@ -16,11 +16,11 @@ def options(**given):
     return resolve_callback_options(FluxKontextSettings(callback_secret=SECRET), **given)
 
 
-def test_without_a_url_rows_are_polled_and_no_secret_is_needed():
+def test_polling_without_url_needs_no_secret():
     assert resolve_callback_options(FluxKontextSettings()).url is None
 
 
-def test_an_argument_wins_over_the_environment(monkeypatch):
+def test_argument_overrides_environment(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_URL", "https://example.com/a")
     assert options().url == "https://example.com/a"
     assert options(url="https://example.com/b/").url == "https://example.com/b"
@@ -39,36 +39,36 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
         "https://[::1",
     ],
 )
-def test_a_url_that_the_service_could_not_call_is_refused(url):
+def test_url_that_cannot_be_called_is_refused(url):
     with pytest.raises(ConfigurationError, match="FLUX_KONTEXT_CALLBACK_URL") as error:
         options(url=url)
     assert "word" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/a", "http://localhost:1", "http://[::1]:1"])
-def test_http_is_enough_on_this_machine(url):
+def test_http_is_allowed_on_this_machine(url):
     assert options(url=url).url == url
 
 
-def test_a_url_without_a_secret_is_refused():
+def test_url_without_secret_is_refused():
     with pytest.raises(ConfigurationError, match="FLUX_KONTEXT_CALLBACK_SECRET"):
         resolve_callback_options(FluxKontextSettings(), url="https://example.com")
 
 
 @pytest.mark.parametrize("address", ["8780", "localhost", "localhost:", ":8780", "a:b", "a:-1"])
-def test_an_address_to_listen_on_has_a_host_and_a_port(address, monkeypatch):
+def test_listen_address_needs_host_and_port(address, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", address)
     with pytest.raises(ConfigurationError, match="host:port"):
         options(url="https://example.com")
 
 
-def test_an_address_may_be_of_ip_version_6(monkeypatch):
+def test_listen_address_may_be_ipv6(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", "[::1]:8780")
     assert options(url="https://example.com").listen == ("::1", 8780)
     assert options(url="https://example.com", listens=False).listen is None
 
 
-def test_the_secret_is_in_no_repr():
+def test_repr_hides_the_secret():
     assert SECRET not in repr(options(url="https://example.com"))
 
 
@@ -83,14 +83,14 @@ def rehearsal(tmp_path, monkeypatch):
         yield sandbox, str(tmp_path / "manifest.csv"), str(tmp_path / "out")
 
 
-def test_the_command_line_refuses_callbacks_without_a_secret(rehearsal, capsys):
+def test_run_refuses_callbacks_without_secret(rehearsal, capsys):
     sandbox, manifest, output = rehearsal
     assert main(["run", manifest, output, "--callback-url", "https://example.com"]) == 2
     assert "FLUX_KONTEXT_CALLBACK_SECRET" in capsys.readouterr().err
     assert sandbox.service.bill()["accepted"] == 0
 
 
-def test_the_command_line_ends_when_no_callback_ever_comes(rehearsal, monkeypatch):
+def test_run_ends_without_any_callback(rehearsal, monkeypatch):
     sandbox, manifest, output = rehearsal
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SWEEP", "0.3")
@@ -100,14 +100,14 @@ def test_the_command_line_ends_when_no_callback_ever_comes(rehearsal, monkeypatc
     assert all(url.startswith("http://127.0.0.1:1/") for url in urls)
 
 
-def test_the_receiver_does_not_start_without_a_secret_or_with_two_places(tmp_path, capsys):
+def test_receive_needs_a_secret_and_one_inbox(tmp_path, capsys):
     assert main(["receive", str(tmp_path)]) == 2
     assert "FLUX_KONTEXT_CALLBACK_SECRET" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["receive", str(tmp_path), "--inbox", str(tmp_path)])
 
 
-def test_the_receiver_does_not_start_where_it_cannot_write(tmp_path, capsys, monkeypatch):
+def test_receive_refuses_an_unwritable_inbox(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_SECRET", SECRET)
     (tmp_path / "file").write_text("")
     assert main(["receive", str(tmp_path / "file")]) == 2

@@ -37,34 +37,34 @@ def client(app):
     return httpx.AsyncClient(transport=transport, base_url="http://hooks.test", verify=False)
 
 
-async def told(inbox):
+async def stored_task_ids(inbox):
     names = await inbox.names(ATTEMPT.owner)
     return [line.task_id for name in names for line in await inbox.read(ATTEMPT.owner, name)]
 
 
-async def posted(app, path, body=ENVELOPE, method="POST"):
+async def post(app, path, body=ENVELOPE, method="POST"):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     async with client(app) as http:
         return await http.request(method, path, content=content)
 
 
-def ours(caplog):
-    """What the package has logged; httpx, which plays the service, tells every URL."""
-    of_us = [record for record in caplog.records if record.name.startswith("prefect_flux")]
-    return "\n".join(record.getMessage() for record in of_us)
+def package_log(caplog):
+    """Return the package's log without that of httpx, which logs every URL."""
+    records = [record for record in caplog.records if record.name.startswith("prefect_flux")]
+    return "\n".join(record.getMessage() for record in records)
 
 
 @pytest.mark.parametrize("prefix", ["", "/hooks", "/a/b/c"])
-async def test_a_callback_is_kept_whatever_path_leads_to_its_token(app, inbox, prefix):
-    reply = await posted(app, f"{prefix}/{TOKEN}")
+async def test_callback_is_stored_under_any_path_prefix(app, inbox, prefix):
+    reply = await post(app, f"{prefix}/{TOKEN}")
     assert (reply.status_code, reply.content) == (200, b"")
-    assert await told(inbox) == ["task_1"]
+    assert await stored_task_ids(inbox) == ["task_1"]
 
 
-async def test_it_can_be_mounted_in_an_application_of_ones_own(app, inbox):
+async def test_receiver_can_be_mounted_in_an_application(app, inbox):
     own = Starlette(routes=[Mount("/flux", app=app)])
-    assert (await posted(own, f"/flux/{TOKEN}")).status_code == 200
-    assert await told(inbox) == ["task_1"]
+    assert (await post(own, f"/flux/{TOKEN}")).status_code == 200
+    assert await stored_task_ids(inbox) == ["task_1"]
 
 
 @pytest.mark.parametrize(
@@ -82,25 +82,25 @@ async def test_it_can_be_mounted_in_an_application_of_ones_own(app, inbox):
         "/x" * 1_000,
     ],
 )
-async def test_a_wrong_token_changes_nothing_and_is_answered_as_a_right_one(app, inbox, path):
-    right = await posted(app, f"/{TOKEN}")
-    reply = await posted(app, path, {**ENVELOPE, "data": {"taskId": "forged"}})
+async def test_wrong_token_is_ignored_with_the_same_answer(app, inbox, path):
+    right = await post(app, f"/{TOKEN}")
+    reply = await post(app, path, {**ENVELOPE, "data": {"taskId": "forged"}})
     assert (reply.status_code, reply.content, reply.headers) == (200, b"", right.headers)
-    assert await told(inbox) == ["task_1"]
+    assert await stored_task_ids(inbox) == ["task_1"]
 
 
-async def test_wrong_tokens_are_told_now_and_then_and_never_repeated(app, caplog):
+async def test_wrong_tokens_are_logged_rarely_and_not_quoted(app, caplog):
     with caplog.at_level(logging.DEBUG):
         for number in range(20):
-            await posted(app, f"/{TOKEN[:-1]}{number}")
-    assert caplog.text.count("not made with our secret") == 1
-    assert TOKEN[:-1] not in ours(caplog)
+            await post(app, f"/{TOKEN[:-1]}{number}")
+    assert caplog.text.count("invalid callback token") == 1
+    assert TOKEN[:-1] not in package_log(caplog)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"])
-async def test_nothing_but_a_post_is_taken(app, inbox, method):
-    assert (await posted(app, f"/{TOKEN}", method=method)).status_code == 405
-    assert await told(inbox) == []
+async def test_other_methods_than_post_get_405(app, inbox, method):
+    assert (await post(app, f"/{TOKEN}", method=method)).status_code == 405
+    assert await stored_task_ids(inbox) == []
 
 
 @pytest.mark.parametrize(
@@ -118,19 +118,19 @@ async def test_nothing_but_a_post_is_taken(app, inbox, method):
         b"[" * 60_000,
     ],
 )
-async def test_a_right_token_counts_whatever_the_body_says(app, inbox, body):
-    assert (await posted(app, f"/{TOKEN}", body)).status_code == 200
-    assert await told(inbox) == [None]
+async def test_right_token_counts_with_any_body(app, inbox, body):
+    assert (await post(app, f"/{TOKEN}", body)).status_code == 200
+    assert await stored_task_ids(inbox) == [None]
 
 
-async def test_an_error_envelope_tells_its_task_too(app, inbox):
+async def test_task_id_is_read_from_an_error_envelope(app, inbox):
     data = {"taskId": 12345, "state": "failed", "failCode": "CONTENT_VIOLATION"}
-    await posted(app, f"/{TOKEN}", {"code": 501, "message": "failed", "data": data})
-    assert await told(inbox) == ["12345"]
+    await post(app, f"/{TOKEN}", {"code": 501, "message": "failed", "data": data})
+    assert await stored_task_ids(inbox) == ["12345"]
 
 
 @pytest.mark.parametrize("token", [TOKEN, "wrong"])
-async def test_a_body_of_more_than_64_kb_is_refused_unread(app, inbox, token):
+async def test_body_over_64_kb_is_refused_unread(app, inbox, token):
     read = 0
 
     async def endless():
@@ -142,12 +142,12 @@ async def test_a_body_of_more_than_64_kb_is_refused_unread(app, inbox, token):
     async with client(app) as http:
         reply = await http.post(f"/{token}", content=endless())
     assert (reply.status_code, reply.content) == (413, b"")
-    assert await told(inbox) == []
+    assert await stored_task_ids(inbox) == []
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("token", [TOKEN, "wrong"])
-async def test_a_body_that_drips_is_cut_off_after_ten_seconds(app, inbox, token):
+async def test_slow_body_is_cut_off_after_10_s(app, inbox, token):
     async def drip():
         while True:
             yield b" "
@@ -158,53 +158,51 @@ async def test_a_body_that_drips_is_cut_off_after_ten_seconds(app, inbox, token)
         reply = await http.post(f"/{token}", content=drip())
     assert reply.status_code == 408
     assert asyncio.get_running_loop().time() - began == pytest.approx(10, abs=1)
-    assert await told(inbox) == []
+    assert await stored_task_ids(inbox) == []
 
 
-async def test_a_replayed_callback_is_answered_and_kept_once(app, inbox):
+async def test_replayed_callback_is_stored_once(app, inbox):
     for _ in range(20):
-        assert (await posted(app, f"/{TOKEN}")).status_code == 200
-    assert await told(inbox) == ["task_1"]
+        assert (await post(app, f"/{TOKEN}")).status_code == 200
+    assert await stored_task_ids(inbox) == ["task_1"]
 
 
-async def test_of_one_url_no_more_than_four_different_bodies_are_kept(app, inbox):
+async def test_at_most_four_bodies_per_url_are_stored(app, inbox):
     for number in range(20):
         body = {"data": {"taskId": f"task_{number}"}}
-        assert (await posted(app, f"/{TOKEN}", body)).status_code == 200
-    assert len(await told(inbox)) == 4
+        assert (await post(app, f"/{TOKEN}", body)).status_code == 200
+    assert len(await stored_task_ids(inbox)) == 4
 
 
-async def test_what_is_remembered_of_answered_callbacks_is_bounded(app, inbox, monkeypatch):
-    monkeypatch.setattr(receiver_module, "_REMEMBERED", 10)
+async def test_memory_of_answered_callbacks_is_bounded(app, inbox, monkeypatch):
+    monkeypatch.setattr(receiver_module, "_REMEMBERED_ATTEMPTS", 10)
     for number in range(1, 40):
-        await posted(app, f"/{create_token(SECRET.encode(), ATTEMPT._replace(number=number))}")
-    assert len(await told(inbox)) == 39
+        await post(app, f"/{create_token(SECRET.encode(), ATTEMPT._replace(number=number))}")
+    assert len(await stored_task_ids(inbox)) == 39
 
 
 @pytest.mark.virtual_time
-async def test_what_cannot_be_made_durable_is_not_acknowledged(app, inbox, monkeypatch, caplog):
+async def test_callback_that_cannot_be_stored_gets_503(app, inbox, monkeypatch, caplog):
     async def full(_name, _data):
         raise LedgerError("the disk is full")
 
     monkeypatch.setattr(inbox._store, "create", full)
-    assert (await posted(app, f"/{TOKEN}")).status_code == 503
+    assert (await post(app, f"/{TOKEN}")).status_code == 503
     monkeypatch.undo()
-    assert (await posted(app, f"/{TOKEN}")).status_code == 200
-    assert await told(inbox) == ["task_1"]
+    assert (await post(app, f"/{TOKEN}")).status_code == 200
+    assert await stored_task_ids(inbox) == ["task_1"]
     assert "the disk is full" in caplog.text
-    assert TOKEN not in ours(caplog)
+    assert TOKEN not in package_log(caplog)
 
 
 @pytest.mark.virtual_time
-async def test_a_filesystem_that_hangs_is_answered_before_the_service_gives_up(
-    app, inbox, monkeypatch
-):
+async def test_hanging_filesystem_gets_503_within_30_s(app, inbox, monkeypatch):
     monkeypatch.setattr(inbox._store, "create", lambda *_: asyncio.Event().wait())
     began = asyncio.get_running_loop().time()
-    assert (await posted(app, f"/{TOKEN}")).status_code == 503
+    assert (await post(app, f"/{TOKEN}")).status_code == 503
     assert asyncio.get_running_loop().time() - began < 30
 
 
-def test_a_receiver_without_a_secret_is_refused(inbox):
+def test_receiver_without_secret_is_refused(inbox):
     with pytest.raises(ConfigurationError, match="FLUX_KONTEXT_CALLBACK_SECRET"):
         create_receiver(inbox, None)

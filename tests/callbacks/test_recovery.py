@@ -1,4 +1,4 @@
-"""A row whose submit's reply was lost is settled by its callback, and never paid twice."""
+"""Unknown rows are settled by their callbacks and never paid twice."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ def ledger_of(batch):
     return Ledger(open_ledger_store(OutputFolder(batch.url)), owner="test", prices={})
 
 
-async def test_rows_whose_reply_was_lost_are_settled_in_the_same_run(monkeypatch):
+async def test_unknown_rows_are_settled_in_the_same_run(monkeypatch):
     batch = CalledBatch(monkeypatch, lose=every_fourth)
     summary = await batch.run(ROWS)
     assert (summary.stored, summary.unknown) == (ROWS, 0)
@@ -37,7 +37,7 @@ async def test_rows_whose_reply_was_lost_are_settled_in_the_same_run(monkeypatch
     assert await batch.inbox() == []
 
 
-async def test_without_a_callback_they_are_reported_as_unknown_after_the_grace(monkeypatch):
+async def test_rows_without_callback_are_unknown_after_the_grace(monkeypatch):
     batch = CalledBatch(monkeypatch, lost, lose=every_fourth)
     summary = await batch.run(ROWS)
     assert (summary.stored, summary.unknown) == (ROWS - 5, 5)
@@ -48,12 +48,12 @@ async def test_without_a_callback_they_are_reported_as_unknown_after_the_grace(m
     assert batch.service.bill()["accepted"] == ROWS
 
 
-async def test_rows_that_wait_for_their_callback_hold_no_other_row_up(monkeypatch):
+async def test_rows_waiting_for_a_callback_delay_no_others(monkeypatch):
     async def silent_on_lost_replies(post, url, envelope):
         if envelope["data"]["taskId"] not in batch.lost_tasks:
             await post(url, envelope)
 
-    # One wave of four rows at a time, and each has a row of which nothing is ever heard.
+    # One wave of four rows at a time, and each has a row without a callback.
     monkeypatch.setattr("prefect_flux_kontext.batch.waves.WAVE_ROWS", 4)
     monkeypatch.setattr("prefect_flux_kontext.batch.waves.math.ceil", lambda _waves: -1)
     batch = CalledBatch(monkeypatch, silent_on_lost_replies, lose=every_fourth)
@@ -62,7 +62,7 @@ async def test_rows_that_wait_for_their_callback_hold_no_other_row_up(monkeypatc
     assert summary.seconds < 5 * 50 + 300
 
 
-async def test_a_callback_that_comes_after_the_run_settles_the_row_in_the_next(monkeypatch):
+async def test_callback_after_the_run_settles_in_the_next(monkeypatch):
     async def long_after(post, url, envelope):
         calls.append(asyncio.ensure_future(later(post, url, envelope, 1_000)))
 
@@ -80,7 +80,7 @@ async def test_a_callback_that_comes_after_the_run_settles_the_row_in_the_next(m
     assert status.states == {State.STORED: ROWS}
 
 
-async def test_a_callback_before_the_reply_to_the_submit_is_not_missed(monkeypatch, caplog):
+async def test_callback_before_the_submit_reply_counts(monkeypatch, caplog):
     batch = CalledBatch(monkeypatch)
     handle = batch.handle_async_request
 
@@ -99,7 +99,7 @@ async def test_a_callback_before_the_reply_to_the_submit_is_not_missed(monkeypat
     assert caplog.text == ""
 
 
-async def test_pay_again_waits_first_for_a_callback_that_may_still_come(monkeypatch):
+async def test_resubmit_waits_for_the_callback_first(monkeypatch):
     async def late(post, url, envelope):
         calls.append(asyncio.ensure_future(later(post, url, envelope, 400)))
 
@@ -107,24 +107,24 @@ async def test_pay_again_waits_first_for_a_callback_that_may_still_come(monkeypa
     batch = CalledBatch(monkeypatch, late, lose=lambda number: number == 1)
     first = await batch.run(1, grace=10)
     assert first.unknown == 1
-    # The intent's age is told by the wall clock, which stands still here: 600 s are left.
+    # The intent's age comes from the wall clock, which stands still here: 600 s are left.
     second = await batch.run(1, grace=600, resubmit=True)
     await asyncio.gather(*calls)
     assert (second.stored, batch.service.bill()["accepted"]) == (1, 1)
 
 
-async def test_pay_again_pays_again_when_no_callback_comes(monkeypatch):
+async def test_resubmit_pays_again_without_a_callback(monkeypatch):
     batch = CalledBatch(monkeypatch, lost, lose=lambda number: number == 1)
     await batch.run(1, grace=10)
     second = await batch.run(1, grace=10, resubmit=True)
     assert (second.stored, batch.service.bill()["accepted"]) == (1, 2)
 
 
-async def test_the_task_of_another_row_is_not_adopted(monkeypatch, caplog):
+async def test_task_of_another_row_is_not_taken(monkeypatch, caplog):
     async def as_another(post, url, envelope):
         data = envelope["data"]
-        told = [record["taskId"] for record in batch.service.records()]
-        other = next(name for name in told if name not in batch.lost_tasks)
+        task_ids = [record["taskId"] for record in batch.service.records()]
+        other = next(name for name in task_ids if name not in batch.lost_tasks)
         await post(url, {**envelope, "data": {**data, "taskId": other}})
 
     batch = CalledBatch(monkeypatch, as_another, lose=every_fourth)
@@ -136,16 +136,16 @@ async def test_the_task_of_another_row_is_not_adopted(monkeypatch, caplog):
     assert len(set(named)) == len(named) == ROWS - 5
 
 
-async def test_a_task_that_the_service_does_not_know_is_not_adopted(monkeypatch, caplog):
+async def test_task_unknown_to_the_service_is_not_taken(monkeypatch, caplog):
     async def made_up(post, url, envelope):
         await post(url, {**envelope, "data": {"taskId": "task_made_up", "state": "success"}})
 
     summary = await CalledBatch(monkeypatch, made_up, lose=every_fourth).run(ROWS)
     assert (summary.stored, summary.unknown) == (ROWS - 5, 5)
-    assert "was called back as task task_made_up" in caplog.text
+    assert "names task task_made_up, which cannot be confirmed" in caplog.text
 
 
-async def test_after_a_made_up_task_the_true_one_is_still_adopted(monkeypatch):
+async def test_true_task_is_taken_after_a_made_up_one(monkeypatch):
     async def first_made_up(post, url, envelope):
         await post(url, {**envelope, "data": {"taskId": "task_made_up", "state": "success"}})
         await later(post, url, envelope, 60)
@@ -154,7 +154,7 @@ async def test_after_a_made_up_task_the_true_one_is_still_adopted(monkeypatch):
     assert (summary.stored, summary.unknown) == (ROWS, 0)
 
 
-async def test_of_two_tasks_for_one_row_none_is_adopted_and_both_are_told(monkeypatch, caplog):
+async def test_two_tasks_for_one_row_leave_it_unknown(monkeypatch, caplog):
     async def two(post, url, envelope):
         spare = batch.spare
         await post(url, {**envelope, "data": {**envelope["data"], "taskId": spare}})
@@ -167,31 +167,31 @@ async def test_of_two_tasks_for_one_row_none_is_adopted_and_both_are_told(monkey
     batch.spare = submitted.task_id
     summary = await batch.run(1)
     assert summary.unknown == 1
-    assert "was called back for 2 tasks" in caplog.text
+    assert "name 2 tasks" in caplog.text
 
 
-async def test_a_status_request_that_fails_for_a_while_does_not_lose_the_adoption(monkeypatch):
+async def test_failing_status_requests_are_repeated(monkeypatch):
     batch = CalledBatch(monkeypatch, punctual, lose=lambda number: number == 1)
     handle = batch.handle_async_request
-    troubles = iter([503, 503, 503])
+    failures = iter([503, 503, 503])
 
-    async def troubled(request):
-        if "statusTask" in request.url.path and (status := next(troubles, None)):
+    async def unreliable(request):
+        if "statusTask" in request.url.path and (status := next(failures, None)):
             return httpx.Response(status)
         return await handle(request)
 
-    monkeypatch.setattr(batch, "handle_async_request", troubled)
+    monkeypatch.setattr(batch, "handle_async_request", unreliable)
     assert (await batch.run(1)).stored == 1
 
 
-async def test_the_secret_and_the_tokens_are_in_no_record(monkeypatch, caplog):
+async def test_secret_and_tokens_are_never_recorded(monkeypatch, caplog):
     with caplog.at_level(logging.DEBUG):
         batch = CalledBatch(monkeypatch, lost, lose=every_fourth)
         await batch.run(ROWS)
     store = open_ledger_store(OutputFolder(batch.url))
     files = store._fs.find(store._root)
-    told = b"".join(store._fs.cat_file(name) for name in files) + caplog.text.encode()
+    recorded = b"".join(store._fs.cat_file(name) for name in files) + caplog.text.encode()
     macs = [url.rpartition(".")[2].encode() for url in batch.urls]
     assert len(files) > ROWS
-    assert not [mac for mac in macs if mac in told]
-    assert b"a-secret-of-the-tests" not in told
+    assert not [mac for mac in macs if mac in recorded]
+    assert b"a-secret-of-the-tests" not in recorded

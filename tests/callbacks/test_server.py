@@ -1,4 +1,4 @@
-"""The receiver on real sockets: slow clients, a crowd, kill -9, and a batch's own receiver."""
+"""The receiver on real sockets: slow clients, load, kill -9, and a batch's own receiver."""
 
 import asyncio
 import json
@@ -43,10 +43,10 @@ def envelope(number):
     return {"code": 200, "data": {"taskId": f"task_{number}", "state": "success"}}
 
 
-async def kept_in(folder):
+async def stored_task_ids(folder):
     inbox = Inbox(RecordStore(str(folder)))
     names = await inbox.names(OWNER)
-    return {told.task_id for name in names for told in await inbox.read(OWNER, name)}
+    return {callback.task_id for name in names for callback in await inbox.read(OWNER, name)}
 
 
 async def read_to_the_end(reader):
@@ -61,8 +61,8 @@ async def read_to_the_end(reader):
     [b"", b"POST / HTTP/1.1\r\nHost: a\r\n", b"POST"],
     ids=["nothing", "half a head", "half a line"],
 )
-async def test_a_request_that_does_not_begin_in_time_is_hung_up_on(tmp_path, monkeypatch, begun):
-    monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
+async def test_request_that_begins_too_slowly_is_closed(tmp_path, monkeypatch, begun):
+    monkeypatch.setattr(server_module, "_HEAD_TIMEOUT_SECONDS", 0.2)
     async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -71,8 +71,8 @@ async def test_a_request_that_does_not_begin_in_time_is_hung_up_on(tmp_path, mon
         writer.close()
 
 
-async def test_a_head_that_drips_in_after_a_good_request_is_hung_up_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_module, "_SLOWEST_HEAD", 0.2)
+async def test_slow_head_after_a_good_request_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "_HEAD_TIMEOUT_SECONDS", 0.2)
     async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -83,7 +83,7 @@ async def test_a_head_that_drips_in_after_a_good_request_is_hung_up_on(tmp_path,
         writer.close()
 
 
-async def test_a_hundred_callbacks_at_once_are_all_kept(tmp_path):
+async def test_hundred_concurrent_callbacks_are_stored(tmp_path):
     async with (
         serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url,
         httpx.AsyncClient(trust_env=False) as http,
@@ -92,10 +92,10 @@ async def test_a_hundred_callbacks_at_once_are_all_kept(tmp_path):
             *(http.post(f"{url}/{token(n)}", json=envelope(n)) for n in range(100))
         )
     assert {reply.status_code for reply in replies} == {200}
-    assert await kept_in(tmp_path) == {f"task_{n}" for n in range(100)}
+    assert await stored_task_ids(tmp_path) == {f"task_{n}" for n in range(100)}
 
 
-async def test_a_port_that_is_taken_is_told_before_anything_is_paid(tmp_path):
+async def test_port_in_use_is_refused(tmp_path):
     receiver = create_receiver(str(tmp_path), SECRET)
     async with serve_in_background(receiver, "127.0.0.1", 0) as url:
         port = int(url.rpartition(":")[2])
@@ -104,8 +104,8 @@ async def test_a_port_that_is_taken_is_told_before_anything_is_paid(tmp_path):
                 pass
 
 
-async def test_a_batch_that_receives_its_own_callbacks_polls_nothing(tmp_path):
-    # A port that is free now; the batch has to know it before it listens.
+async def test_batch_with_own_receiver_polls_nothing(tmp_path):
+    # Find a free port: the batch needs its URL before it listens.
     async with serve_in_background(create_receiver(str(tmp_path), SECRET), "127.0.0.1", 0) as url:
         pass
     port = int(url.rpartition(":")[2])
@@ -127,8 +127,8 @@ async def test_a_batch_that_receives_its_own_callbacks_polls_nothing(tmp_path):
     assert not list((tmp_path / "out").rglob("_ledger/callbacks/*/*"))
 
 
-def started(folder):
-    """`flux-kontext receive` in a process of its own, and its URL."""
+def start_receiver(folder):
+    """Start `flux-kontext receive` in a process of its own; return it and its URL."""
     process = subprocess.Popen(
         [sys.executable, "-m", "prefect_flux_kontext", "receive", "--inbox", folder, "--port=0"],
         stdout=subprocess.PIPE,
@@ -138,7 +138,7 @@ def started(folder):
     return process, re.search(r"http://\S+", process.stdout.readline())[0]
 
 
-async def test_kill_9_under_load_loses_no_callback_that_was_answered_with_200(tmp_path):
+async def test_kill_under_load_loses_no_answered_callback(tmp_path):
     answered = set()
     numbers = iter(range(1_000_000))
 
@@ -155,7 +155,7 @@ async def test_kill_9_under_load_loses_no_callback_that_was_answered_with_200(tm
                 busy.set()
 
     for kill in range(5):
-        process, url = await asyncio.to_thread(started, tmp_path)
+        process, url = await asyncio.to_thread(start_receiver, tmp_path)
         try:
             async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
                 busy, enough = asyncio.Event(), len(answered) + 20 + 30 * kill
@@ -167,15 +167,15 @@ async def test_kill_9_under_load_loses_no_callback_that_was_answered_with_200(tm
             process.kill()
             process.communicate()
     assert len(answered) > 300
-    assert answered - await kept_in(tmp_path) == set()
+    assert answered - await stored_task_ids(tmp_path) == set()
 
 
-async def test_sigterm_ends_the_receiver_cleanly(tmp_path):
-    process, url = await asyncio.to_thread(started, tmp_path)
+async def test_sigterm_stops_the_receiver_cleanly(tmp_path):
+    process, url = await asyncio.to_thread(start_receiver, tmp_path)
     async with httpx.AsyncClient(trust_env=False) as http:
         assert (await http.post(f"{url}/{token(1)}", json=envelope(1))).status_code == 200
     process.send_signal(signal.SIGTERM)
     out, _ = await asyncio.to_thread(process.communicate)
     assert process.returncode == 0
     assert SECRET not in out
-    assert json.dumps(sorted(await kept_in(tmp_path))) == '["task_1"]'
+    assert json.dumps(sorted(await stored_task_ids(tmp_path))) == '["task_1"]'

@@ -20,12 +20,12 @@ attempts = st.builds(
 
 
 @given(attempts)
-def test_a_token_names_its_attempt(attempt):
+def test_token_names_its_attempt(attempt):
     assert parse_token(SECRET, create_token(SECRET, attempt)) == attempt
 
 
 @given(attempts, st.integers(0, 200), st.characters())
-def test_a_token_that_is_changed_anywhere_names_nothing(attempt, place, other):
+def test_changed_token_is_refused(attempt, place, other):
     token = create_token(SECRET, attempt)
     place %= len(token)
     changed = token[:place] + other + token[place + 1 :]
@@ -33,15 +33,15 @@ def test_a_token_that_is_changed_anywhere_names_nothing(attempt, place, other):
 
 
 @given(st.text())
-def test_any_text_is_no_token(text):
+def test_arbitrary_text_is_refused(text):
     assert parse_token(SECRET, text) is None
 
 
-def test_another_secret_makes_other_tokens():
+def test_token_of_another_secret_is_refused():
     assert parse_token(SECRET[::-1], create_token(SECRET, ATTEMPT)) is None
 
 
-def test_a_token_stands_in_a_url_as_it_is():
+def test_token_needs_no_url_escaping():
     token = create_token(SECRET, ATTEMPT)
     assert token.startswith("0123456789abcdef.0123456789abcdef0123456789abcdef.3.")
     assert len(token) < 120
@@ -49,6 +49,6 @@ def test_a_token_stands_in_a_url_as_it_is():
 
 
 @pytest.mark.parametrize("secret", [None, "", "short", " " * 40])
-def test_a_secret_that_can_be_guessed_is_refused_with_what_to_do(secret):
+def test_weak_secret_is_refused(secret):
     with pytest.raises(ConfigurationError, match="openssl rand -hex 32"):
         validate_secret(secret)

@@ -36,7 +36,7 @@ class Receiver:
 
     def start(self):
         self.process = self._batch.start("receive", self._batch.output, "--port", self._port)
-        self._batch.until(lambda: "are received" in self.process.said(), self.process, 300)
+        self._batch.until(lambda: "Receiving callbacks" in self.process.said(), self.process, 300)
 
     def kill(self):
         self.process.kill()

@@ -1,4 +1,4 @@
-"""A sandbox whose account is in the environment, as for a person at a terminal."""
+"""A sandbox whose account is in the environment, as at a terminal."""
 
 import pytest
 

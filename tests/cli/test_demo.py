@@ -1,4 +1,4 @@
-"""`flux-kontext demo`: the main job end to end, and nothing left behind, however it ends."""
+"""`flux-kontext demo`: the whole job end to end, and nothing left running, however it ends."""
 
 import os
 import re
@@ -19,22 +19,23 @@ from prefect_flux_kontext.images.decode import inspect_image
 COMMAND = Path(sys.executable).parent / "flux-kontext"
 
 
-def processes_of(folder):
-    """The processes whose environment or command names the folder."""
+def find_processes(folder):
+    """Return the ids of processes whose environment or command names the folder."""
     found = []
     for process in Path("/proc").iterdir():
         try:
-            told = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            text = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
         except OSError:
             continue
         if process.name.isdigit() and int(process.name) != os.getpid():
-            found += [process.name] if str(folder).encode() in told else []
+            found += [process.name] if str(folder).encode() in text else []
     return found
 
 
 @pytest.mark.timeout(180)
-def test_the_demo_restyles_thirty_pictures_and_leaves_only_them_and_the_record(tmp_path):
-    # A space in the path, files of the user's own, and settings meant for another account.
+def test_demo_restyles_thirty_pictures_and_cleans_up(tmp_path):
+    """The pictures and the Prefect record stay; no process does."""
+    # A space in the path, a file of the user's own, and settings for another account.
     folder = tmp_path / "my demo"
     (folder / "pictures").mkdir(parents=True)
     (folder / "pictures" / "holiday.jpg").write_text("not ours")
@@ -66,13 +67,13 @@ def test_the_demo_restyles_thirty_pictures_and_leaves_only_them_and_the_record(t
         assert sheet.size == (6 * 256, 6 * 216)
     gallery = folder / "pictures" / "gallery.html"
     assert f"Gallery      {gallery.as_uri()}" in ran.stdout
-    # Thirty images, and the six photographs that they were made of.
+    # Thirty images and the six photographs they were made from.
     assert gallery.read_text().count("data:image/webp") == 36
     assert (folder / "pictures" / "holiday.jpg").read_text() == "not ours"
-    assert processes_of(folder) == []
+    assert find_processes(folder) == []
 
     page = re.search(r"(http://127\.0\.0\.1:\d+)/runs/flow-run/([0-9a-f-]{36})", ran.stdout)
-    again = ran.stdout.partition("once its server is up again:")[2].split("\n")[1].strip()
+    again = ran.stdout.partition("(first start the server again:)")[2].split("\n")[1].strip()
     assert shlex.split(again)[0] == f"PREFECT_HOME={folder / 'prefect'}"
     server = subprocess.Popen(
         ["/bin/sh", "-c", f"exec env {again}"],
@@ -105,37 +106,37 @@ def test_the_demo_restyles_thirty_pictures_and_leaves_only_them_and_the_record(t
         (signal.SIGTERM, "stdout", "Starting a Prefect server", 143),
     ],
 )
-def test_a_demo_that_is_stopped_stops_all_it_has_started(number, stream, after, status, tmp_path):
+def test_stopped_demo_stops_its_processes(number, stream, after, status, tmp_path):
     with subprocess.Popen(
         [COMMAND, "demo", tmp_path],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # As a terminal does: Ctrl-C reaches the whole group.
+        # As on a terminal: Ctrl-C reaches the whole group.
         start_new_session=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     ) as demo:
         while after not in getattr(demo, stream).readline():
             assert demo.poll() is None
-        while not processes_of(tmp_path / "prefect"):
+        while not find_processes(tmp_path / "prefect"):
             time.sleep(0.05)
         os.killpg(demo.pid, number)
         out, err = demo.communicate()
     assert demo.returncode == status, err
     assert "Traceback" not in out + err
-    assert processes_of(tmp_path) == []
+    assert find_processes(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_used_is_status_2(tmp_path, capsys):
+def test_unusable_folder_exits_2(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("in the way")
     assert main(["demo", str(file)]) == 2
     assert f"The folder {file} cannot be used" in capsys.readouterr().err
 
 
-def test_a_demo_leaves_the_process_its_signals(tmp_path):
-    asked = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in asked]
+def test_demo_restores_signal_handlers(tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     (tmp_path / "file").touch()
     assert main(["demo", str(tmp_path / "file")]) == 2
-    assert [signal.getsignal(number) for number in asked] == before
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -1,4 +1,4 @@
-"""A person's word on a row whose submit's reply was lost."""
+"""`flux-kontext resolve` and `status`: unknown rows."""
 
 import asyncio
 
@@ -8,12 +8,13 @@ from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
 from prefect_flux_kontext.manifest.row import make_row
 
 
 @pytest.fixture
 def unknown(tmp_path):
-    """An output in which one row was claimed by a run that is gone; and the row's key."""
+    """An output with a row claimed by a run that is gone, the row's key, and the ledger."""
     row = make_row(2, {"id": "mug", "prompt": "in oil"})
     key = row.key
     ledger = Ledger(RecordStore(f"{tmp_path}/_ledger"), "gone", {"pro": 0.03})
@@ -21,7 +22,7 @@ def unknown(tmp_path):
     return str(tmp_path), key, ledger
 
 
-def test_a_row_is_settled_as_accepted_once(unknown, capsys):
+def test_accepted_settles_a_row_once(unknown, capsys):
     output, key, ledger = unknown
     assert main(["resolve", output, key, "--accepted", "task_1"]) == 0
     assert "flux-kontext collect" in capsys.readouterr().out
@@ -31,35 +32,54 @@ def test_a_row_is_settled_as_accepted_once(unknown, capsys):
     assert "nothing to settle" in capsys.readouterr().err
 
 
-def test_a_row_is_settled_as_rejected_and_may_be_claimed_again(unknown, capsys):
+def test_rejected_lets_the_next_run_submit_the_row(unknown, capsys):
     output, key, ledger = unknown
     assert main(["resolve", output, key, "--rejected"]) == 0
     assert "The next run submits it" in capsys.readouterr().out
     assert asyncio.run(ledger.read(key)).state == "rejected"
 
 
-def test_a_word_that_comes_too_late_is_not_said_to_count(unknown, capsys, monkeypatch):
+def test_resolve_reports_a_row_settled_meanwhile(unknown, capsys, monkeypatch):
     output, key, ledger = unknown
 
-    async def just_before(self, entry, task_id, *, by=None):
+    async def accept_first(self, entry, task_id, *, by=None):
         await ledger.accepted(entry, "task_of_the_callback", by="callback")
         return await real(self, entry, task_id, by=by)
 
     real = Ledger.accepted
-    monkeypatch.setattr(Ledger, "accepted", just_before)
+    monkeypatch.setattr(Ledger, "accepted", accept_first)
     ledger.accepted = real.__get__(ledger)
     assert main(["resolve", output, key, "--accepted", "task_1"]) == 1
-    assert "settled meanwhile: it is accepted" in capsys.readouterr().err
+    assert "settled meanwhile: it has the state accepted" in capsys.readouterr().err
 
 
-def test_a_row_that_nobody_knows_is_not_settled(tmp_path, capsys):
+def test_resolve_refuses_an_unrecorded_row(tmp_path, capsys):
     assert main(["resolve", str(tmp_path), "0" * 32, "--rejected"]) == 1
-    assert "is planned" in capsys.readouterr().err
+    assert "has the state planned, so there is nothing to settle" in capsys.readouterr().err
 
 
-def test_the_status_of_a_mistyped_output_says_that_nothing_is_there(tmp_path, capsys):
+def test_status_of_an_empty_output_says_so(tmp_path, capsys):
     assert main(["status", str(tmp_path / "typo")]) == 0
-    assert "No row is on record" in capsys.readouterr().out
+    assert "No rows on record" in capsys.readouterr().out
+
+
+def test_status_of_unknown_rows_is_grammatical(unknown, capsys):
+    output, key, ledger = unknown
+    asyncio.run(open_wave(ledger.store, OpenWave(name="gone-1", owner="gone", keys=[key])))
+    assert main(["status", output]) == 0
+    one = capsys.readouterr().out
+    assert "$0.03  more, if the unknown row was accepted" in one
+    assert "\nUnknown row (may or may not have been billed):\n" in one
+    assert "To settle it: flux-kontext resolve" in one
+    other = make_row(3, {"id": "cup", "prompt": "in oil, too"})
+    asyncio.run(ledger.claim(other, Entry(key=other.key)))
+    wave = OpenWave(name="gone-2", owner="gone", keys=[other.key])
+    asyncio.run(open_wave(ledger.store, wave))
+    assert main(["status", output]) == 0
+    two = capsys.readouterr().out
+    assert "$0.06  more, if the unknown rows were accepted" in two
+    assert "\nUnknown rows (may or may not have been billed):\n" in two
+    assert "To settle one: flux-kontext resolve" in two
 
 
 @pytest.mark.parametrize("task_id", ["", " ", "\t"])

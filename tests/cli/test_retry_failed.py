@@ -1,11 +1,10 @@
-"""`flux-kontext retry-failed`: what is paid for again, and what never was."""
+"""`flux-kontext retry-failed`: which rows are submitted again."""
 
 from prefect_flux_kontext.cli import main
 
 
-def test_a_line_that_could_not_be_read_is_not_paid_for_by_the_prompt_for_all_rows(
-    sandbox, tmp_path, capsys
-):
+def test_unreadable_line_does_not_take_the_common_prompt(sandbox, tmp_path, capsys):
+    """A row that could not be read is not paid for with the prompt for all rows."""
     manifest, output = tmp_path / "m.jsonl", tmp_path / "out"
     manifest.write_text(
         '{"id": "good", "prompt": "a lighthouse"}\n'
@@ -18,7 +17,7 @@ def test_a_line_that_could_not_be_read_is_not_paid_for_by_the_prompt_for_all_row
     assert len((output / "failed.csv").read_text().splitlines()) == 1 + 3
     capsys.readouterr()
     assert main(["retry-failed", str(output), "--prompt", "in oil"]) == 1
-    told = capsys.readouterr().out
-    assert told.count("the row has neither an image nor a prompt of its own") == 4
-    assert "0 of 3 rows stored" in told
+    out = capsys.readouterr().out
+    assert out.count("the row has neither an image nor a prompt of its own") == 4
+    assert "0 of 3 rows stored" in out
     assert sandbox.service.bill()["accepted"] == 2

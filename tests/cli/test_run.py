@@ -1,4 +1,4 @@
-"""`flux-kontext run`: exit status, what goes where, progress, and Ctrl-C."""
+"""`flux-kontext run`: exit status, output streams, progress, and Ctrl-C."""
 
 import asyncio
 import os
@@ -36,33 +36,34 @@ def output(tmp_path):
     return str(tmp_path / "out")
 
 
-def test_all_stored_is_status_0(sandbox, manifest, output, capsys, tmp_path):
+def test_all_stored_exits_0(sandbox, manifest, output, capsys, tmp_path):
     assert main(["run", manifest("a lighthouse", "a harbour"), output]) == 0
-    told = capsys.readouterr()
-    assert "2 of 2 rows stored" in told.out
-    assert str(tmp_path / "out") in told.out
-    assert told.out.endswith(f"{(tmp_path / 'out' / 'gallery.html').as_uri()}\n")
-    assert told.err == ""
+    printed = capsys.readouterr()
+    assert "2 of 2 rows stored" in printed.out
+    assert str(tmp_path / "out") in printed.out
+    assert printed.out.endswith(f"{(tmp_path / 'out' / 'gallery.html').as_uri()}\n")
+    assert printed.err == ""
     assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == {"row-0.jpg", "row-1.jpg"}
 
 
-def test_some_failed_is_status_1_and_each_is_told_with_its_line(sandbox, manifest, output, capsys):
+def test_failed_rows_exit_1_and_are_listed(sandbox, manifest, output, capsys):
+    """Each failed row is printed with its line."""
     assert main(["run", manifest("a lighthouse", "nsfw", ""), output, "--skip-invalid"]) == 1
-    told = capsys.readouterr().out
-    assert "1 of 3 rows stored; 2 failed" in told
-    assert "line 3, row-1: " in told
-    assert "CONTENT_VIOLATION" in told
-    assert "line 4, row-2: " in told
+    out = capsys.readouterr().out
+    assert "1 of 3 rows stored; 2 failed" in out
+    assert "line 3, row-1: " in out
+    assert "CONTENT_VIOLATION" in out
+    assert "line 4, row-2: " in out
 
 
-def test_the_prompt_for_all_rows_is_an_option(sandbox, tmp_path, output, capsys):
+def test_prompt_option_is_for_all_rows(sandbox, tmp_path, output, capsys):
     path = tmp_path / "m.csv"
     path.write_text(f"id,image\na,{sandbox.url}/references/rocket.jpg\n")
     assert main(["run", str(path), output, "--prompt", "as watercolour"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "message"),
     [
         (["{m}", "{o}"], {"FLUX_KONTEXT_API_KEY": ""}, "No API key: set FLUX_KONTEXT_API_KEY"),
         (["{m}", "{o}"], {"FLUX_KONTEXT_API_KEY": "wrong"}, "Check the API key"),
@@ -75,23 +76,24 @@ def test_the_prompt_for_all_rows_is_an_option(sandbox, tmp_path, output, capsys)
         (["{m}", "nope://x"], {}, "Protocol not known"),
     ],
 )
-def test_what_cannot_start_is_status_2_with_one_line_on_stderr_and_nothing_paid(
-    arguments, environment, told, sandbox, manifest, output, capsys, monkeypatch
+def test_run_that_cannot_start_exits_2(
+    arguments, environment, message, sandbox, manifest, output, capsys, monkeypatch
 ):
+    """It prints one line to stderr and pays nothing."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     path = manifest("a lighthouse")
     assert main(["run", *(text.format(m=path, o=output) for text in arguments)]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" or printed.out.endswith("or more\n"), "no more than the plan"
+    assert printed.out == "" or printed.out.endswith("or more\n"), "prints more than the plan"
     assert printed.err.startswith("flux-kontext: ")
-    assert told in printed.err
+    assert message in printed.err
     assert printed.err.count("\n") == 1
     assert sandbox.service.bill()["accepted"] == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["run"], ["run", "m.csv"]])
-def test_a_wrong_command_line_is_status_2_with_its_usage(arguments, capsys):
+def test_wrong_command_line_exits_2_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -100,7 +102,7 @@ def test_a_wrong_command_line_is_status_2_with_its_usage(arguments, capsys):
     assert "usage: flux-kontext" in printed.err
 
 
-def test_the_key_is_printed_nowhere(sandbox, manifest, output, capsys, monkeypatch):
+def test_key_is_never_printed(sandbox, manifest, output, capsys, monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
     assert main(["run", manifest("a lighthouse"), output]) == 2
     printed = capsys.readouterr()
@@ -108,7 +110,8 @@ def test_the_key_is_printed_nowhere(sandbox, manifest, output, capsys, monkeypat
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
-def test_help_loads_neither_prefect_nor_a_server_nor_pillow(arguments):
+def test_help_imports_nothing_heavy(arguments):
+    """No Prefect, server, Pillow, HTTP client, filesystem or progress bar."""
     program = (
         "import sys\n"
         "from prefect_flux_kontext.cli import main\n"
@@ -125,7 +128,7 @@ def test_help_loads_neither_prefect_nor_a_server_nor_pillow(arguments):
 
 
 class Progress:
-    """What the progress display looks at."""
+    """A runner, as far as the progress display reads it."""
 
     def __init__(self):
         self.progress = BatchSummary(output="out")
@@ -133,7 +136,7 @@ class Progress:
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_without_a_terminal_a_plain_line_comes_every_ten_seconds(capsys):
+async def test_progress_without_terminal_is_a_line_every_10_s(capsys):
     runner = Progress()
     async with show_progress(runner, 40):
         await asyncio.sleep(5)
@@ -158,20 +161,20 @@ def start(arguments, environment=None, **popen):
 
 
 def read_terminal(master, process):
-    """All that a process writes to its terminal."""
+    """Read everything that a process writes to its terminal."""
     screen = b""
     while True:
         ready, _, _ = select.select([master], [], [], 0.1)
         try:
             piece = os.read(master, 65_536) if ready else b""
-        except OSError:  # how Linux says that nobody has the other end any more
+        except OSError:  # on Linux: the process has closed the other end
             return screen
         screen += piece
         if not piece and process.poll() is not None:
             return screen
 
 
-def test_on_a_terminal_a_bar_moves(sandbox, manifest, output):
+def test_progress_on_a_terminal_is_a_bar(sandbox, manifest, output):
     master, terminal = pty.openpty()
     arguments = ["run", manifest("a lighthouse", "a harbour"), output]
     with start(arguments, {"TERM": "xterm", "COLUMNS": "120"}, stdout=terminal) as process:
@@ -186,8 +189,8 @@ def test_on_a_terminal_a_bar_moves(sandbox, manifest, output):
     assert b"2 of 2 rows stored" in screen
 
 
-def test_ctrl_c_leaves_130_and_no_traceback(sandbox, manifest, output, monkeypatch):
-    # The rows never end by themselves: their first look is an hour away.
+def test_ctrl_c_exits_130_without_traceback(sandbox, manifest, output, monkeypatch):
+    # No row ends: the first poll is an hour away.
     monkeypatch.setenv("FLUX_KONTEXT_POLL_INITIAL_DELAY", "3600")
     monkeypatch.setenv("FLUX_KONTEXT_POLL_TIMEOUT", "7200")
     with start(

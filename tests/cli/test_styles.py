@@ -1,4 +1,4 @@
-"""`flux-kontext styles`, and styles and names on the command line."""
+"""`flux-kontext styles`, and the options --style and --names."""
 
 import csv
 
@@ -13,7 +13,7 @@ PHOTO = next(iter(sorted(path.name for path in PHOTOS.iterdir() if path.suffix =
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Write a manifest of two photographs and tell where it is."""
+    """Write a manifest of two photographs and return its path."""
 
     def write(url="http://references.test", **more):
         path = tmp_path / "m.csv"
@@ -31,36 +31,36 @@ def pictures(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
 
 
-def test_the_built_in_styles_are_listed_with_their_prompts(capsys):
+def test_builtin_styles_are_listed_with_prompts(capsys):
     assert main(["styles"]) == 0
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     for name, style in builtin_styles().items():
-        assert f"{name}\n    {style.prompt[:60]}" in told
+        assert f"{name}\n    {style.prompt[:60]}" in out
 
 
-def test_the_styles_of_a_file_are_listed_with_their_parameters(tmp_path, capsys):
+def test_styles_of_a_file_are_listed_with_parameters(tmp_path, capsys):
     path = tmp_path / "own.yaml"
     path.write_text("ink: {prompt: 'Redraw {{ id }}', mode: max, aspect_ratio: '1:1'}\n")
     assert main(["styles", str(path)]) == 0
     assert capsys.readouterr().out == "ink  (mode max, aspect_ratio 1:1)\n    Redraw {{ id }}\n"
 
 
-def test_a_file_that_is_none_is_status_2(tmp_path, capsys):
+def test_missing_styles_file_exits_2(tmp_path, capsys):
     assert main(["styles", str(tmp_path / "none.yaml")]) == 2
     assert "There are no styles at" in capsys.readouterr().err
 
 
-def test_the_plan_counts_every_image_in_every_style(manifest, tmp_path, capsys):
+def test_plan_counts_every_image_in_every_style(manifest, tmp_path, capsys):
     path = tmp_path / "own.json"
     path.write_text('{"ink": {"prompt": "Redraw it in ink, {{ sku }}", "mode": "max"}}')
     styles = ["--style", "oil", "--style", str(path)]
     assert main(["plan", manifest(sku="A 1"), str(tmp_path / "out"), *styles]) == 0
-    told = capsys.readouterr().out
-    assert "        4  rows in" in told
-    assert "1 in max at $0.06" in told
+    out = capsys.readouterr().out
+    assert "        4  rows in" in out
+    assert "1 in max at $0.06" in out
 
 
-def test_a_run_stores_every_image_in_every_style(sandbox, manifest, tmp_path):
+def test_run_stores_every_image_in_every_style(sandbox, manifest, tmp_path):
     styles = ["--style", "oil", "--style", "noir"]
     out = tmp_path / "out"
     assert main(["run", manifest(sandbox.url), str(out), *styles]) == 0
@@ -68,14 +68,14 @@ def test_a_run_stores_every_image_in_every_style(sandbox, manifest, tmp_path):
     assert sandbox.service.bill()["accepted"] == 2
 
 
-def test_names_come_from_a_template_on_the_command_line(sandbox, manifest, tmp_path):
+def test_names_option_is_a_template(sandbox, manifest, tmp_path):
     out = tmp_path / "out"
     names = ["--style", "oil", "--names", "{style}/{sku}/{id}.{ext}"]
     assert main(["run", manifest(sandbox.url, sku="A-1"), str(out), *names]) == 0
     assert pictures(out) == ["oil/A-1/1.jpg", "oil/A-1/2.jpg"]
 
 
-def test_failed_rows_are_retried_in_the_styles_of_their_file(sandbox, tmp_path, capsys):
+def test_retry_failed_keeps_styles_of_a_file(sandbox, tmp_path, capsys):
     own, out, path = tmp_path / "own.yaml", tmp_path / "out", tmp_path / "rows.csv"
     own.write_text("ink: 'nsfw {{ prompt }}'\n")
     path.write_text("id,prompt\na,a cat\n")
@@ -88,13 +88,13 @@ def test_failed_rows_are_retried_in_the_styles_of_their_file(sandbox, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--style", "watercolor"], "did you mean 'watercolour'?"),
         (["--names", "{id}.jpg", "--prompt", "x"], "must end in `.{ext}`"),
         (["--prompt", "{{ a.b }}"], "The prompt for all rows: the template holds a look inside"),
     ],
 )
-def test_what_cannot_be_meant_for_all_rows_is_status_2(manifest, tmp_path, capsys, options, told):
+def test_invalid_options_for_all_rows_exit_2(manifest, tmp_path, capsys, options, message):
     assert main(["plan", manifest(), str(tmp_path / "out"), *options]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -86,7 +86,7 @@ class Terminal:
             if command.startswith(start) and "help" not in command:
                 with contextlib.ExitStack() as immediately:
                     stopping = immediately if start in _STOPPED_IMMEDIATELY else self._servers
-                    command = [*shlex.split(command, comments=True), *arguments]
+                    command = _override(shlex.split(command, comments=True), arguments)
                     return 0, self._serve(command, up, stopping)
         words = [] if _SHELL.search(command) else shlex.split(command, comments=True)
         match words:
@@ -174,6 +174,19 @@ def commands_of(text):
 def _environment():
     # `ls` sorts by locale.
     return os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
+
+
+def _override(command, options):
+    """Return the command with these `--name=value` options instead of its own values for them."""
+    names = {option.partition("=")[0] for option in options}
+    kept, words = [], iter(command)
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name not in names:
+            kept.append(word)
+        elif not has_value:
+            next(words)
+    return [*kept, *options]
 
 
 def _main(arguments):

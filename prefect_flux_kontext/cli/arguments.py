@@ -1,0 +1,194 @@
+"""Arguments that several commands share, and the objects that they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+_BLOCK_PREFIX = "block:"
+
+
+def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the manifest, the output, and the options of every command that reads a manifest."""
+    parser.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help="CSV, TSV, JSON Lines or Parquet file, or a folder, prefix or glob of images; a "
+        "path or an fsspec URL",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder or prefix for the images")
+    add_prompt_argument(parser)
+    parser.add_argument(
+        "--columns",
+        type=parse_column_names,
+        action=_AddColumns,
+        default={},
+        metavar="IMAGE=PHOTO_URL,…",
+        help="columns that have other names in the manifest, such as image=photo_url,prompt=text",
+    )
+    add_style_argument(parser)
+    parser.add_argument(
+        "--names",
+        metavar="TEMPLATE",
+        help="template for image names; may use any column (default: {id}/{style}.{ext}, or "
+        "{id}.{ext} for rows without a style)",
+    )
+    parser.add_argument(
+        "--resubmit-unknown",
+        action="store_true",
+        help="submit unknown rows again; they may already have been billed",
+    )
+    add_fit_argument(parser)
+    add_budget_argument(parser)
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the output of a batch that has run."""
+    parser.add_argument("output", metavar="OUTPUT", help="the batch's output folder or prefix")
+
+
+def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the prompt for rows that have none."""
+    parser.add_argument("--prompt", metavar="TEXT", help="prompt for rows that have none")
+
+
+def add_style_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the styles for rows that name none."""
+    parser.add_argument(
+        "--style",
+        action="append",
+        default=[],
+        dest="styles",
+        metavar="NAME|FILE",
+        help="style, or YAML or JSON file of styles, for rows that name none (see "
+        "`flux-kontext styles`); repeat it to make each row in several styles",
+    )
+
+
+def add_fit_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that shrinks reference images that are too large."""
+    parser.add_argument(
+        "--fit-references",
+        action="store_true",
+        help="shrink and stage local and private reference images that are over 10 MB",
+    )
+
+
+def add_budget_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the limit on what the output may cost."""
+    parser.add_argument(
+        "--budget",
+        type=parse_dollars,
+        metavar="USD",
+        help="limit on what OUTPUT costs in total, including earlier runs and unknown rows",
+    )
+
+
+class _AddColumns(argparse.Action):
+    """Adds up repeated `--columns`; refuses two names for one column."""
+
+    def __call__(
+        self,
+        _parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        _option_string: str | None = None,
+    ) -> None:
+        names = dict(getattr(namespace, self.dest))
+        for column, name in values.items():
+            if names.setdefault(column, name) != name:
+                raise argparse.ArgumentError(
+                    self, f"{column} is both {names[column]!r} and {name!r}"
+                )
+        setattr(namespace, self.dest, names)
+
+
+def parse_column_names(text: str) -> dict[str, str]:
+    """Parse `image=photo_url,prompt=text` into the manifest's names by our column names.
+
+    Raises:
+        ArgumentTypeError: The text does not have that form, or names a column twice.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must have the form image=photo_url,prompt=text"
+        )
+    columns = [ours.strip() for ours, _, _ in pairs]
+    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+        raise argparse.ArgumentTypeError(f"{', '.join(repeated)} is repeated in {text!r}")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def parse_dollars(text: str) -> float:
+    """Parse an amount such as `25.00` or `$25`.
+
+    Raises:
+        ArgumentTypeError: The text is not a finite amount of 0 or more.
+    """
+    try:
+        amount = float(text.removeprefix("$"))
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount in US dollars")
+    return amount
+
+
+def open_output_argument(text: str) -> OutputFolder:
+    """Open the folder, URL or saved Block (`block:…`) that a command was given.
+
+    The filesystem's options come from the environment or the Block.
+
+    Raises:
+        ConfigurationError: The Block does not exist, or the filesystem cannot be used.
+    """
+    if text.startswith(_BLOCK_PREFIX):
+        from prefect_flux_kontext.orchestration.parameters import open_output  # loads Prefect
+
+        return asyncio.run(open_output(text))
+    from prefect_flux_kontext.settings import FluxKontextSettings
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+    return OutputFolder(text, FluxKontextSettings().fsspec_options())
+
+
+def manifest_from_options(options: argparse.Namespace) -> Manifest:
+    """Return the manifest that the command line names."""
+    from prefect_flux_kontext.manifest.reader import Manifest
+
+    return Manifest(
+        options.manifest,
+        options.prompt,
+        options.columns,
+        styles=options.styles,
+        names=options.names,
+        output=str(options.output),
+    )
+
+
+def row_options_from_options(options: argparse.Namespace) -> RowOptions:
+    """Return how rows are handled, by the settings and those options that the command has."""
+    from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.references.resolver import create_references
+    from prefect_flux_kontext.settings import FluxKontextSettings
+
+    settings = FluxKontextSettings()
+    return RowOptions(
+        cadence=settings.cadence(),
+        resubmit_unknown=getattr(options, "resubmit_unknown", False),
+        retry_failed=getattr(options, "retry_failed", False),
+        result_days=settings.result_days,
+        budget_usd=getattr(options, "budget", None),
+        references=create_references(
+            settings,
+            timeout=settings.poll_timeout,
+            fit=getattr(options, "fit_references", False),
+        ),
+    )

@@ -1,0 +1,158 @@
+"""`flux-kontext status`, `resolve` and `gallery`: look at a batch's output and settle its rows."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.cli.arguments import add_output_argument
+
+if TYPE_CHECKING:
+    import argparse
+
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+# More would scroll the counts off a terminal.
+_UNKNOWN_ROWS_SHOWN = 20
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands to the command line."""
+    status = commands.add_parser(
+        "status",
+        help="Show the state of a batch's rows and what was spent",
+        description="Read from the ledger how many rows are in which state, what was spent, and "
+        "which results are outstanding or unknown. Sends no request to the service.",
+    )
+    add_output_argument(status)
+    status.set_defaults(func=lambda options: asyncio.run(_status(options.output)))
+
+    resolve = commands.add_parser(
+        "resolve",
+        help="Settle an unknown row",
+        description="Settle a row whose submit outcome is unknown: as accepted, if you know its "
+        "task (`collect` then stores the image), or as rejected, if you know that the service did "
+        "not accept it (the next run then submits it).",
+    )
+    add_output_argument(resolve)
+    resolve.add_argument("key", metavar="KEY", help="row key, as `status` shows it")
+    outcome = resolve.add_mutually_exclusive_group(required=True)
+    outcome.add_argument(
+        "--accepted",
+        type=str.strip,
+        metavar="TASK_ID",
+        help="the service accepted the row as this task",
+    )
+    outcome.add_argument(
+        "--rejected", action="store_true", help="the service did not accept the row"
+    )
+    resolve.set_defaults(func=lambda options: asyncio.run(_resolve(options)))
+
+    gallery = commands.add_parser(
+        "gallery",
+        help="Rebuild the gallery",
+        description="Update OUTPUT/results.jsonl with the results of ended runs and rebuild "
+        "OUTPUT/gallery.html from the stored images. Sends no request to the service.",
+    )
+    add_output_argument(gallery)
+    gallery.set_defaults(func=lambda options: asyncio.run(_gallery(options.output)))
+
+
+async def _status(output: OutputFolder) -> int:
+    from prefect_flux_kontext.batch.collection import read_ledger_status
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+
+    status = await read_ledger_status(open_ledger_store(output))
+    if not status.states:
+        print(f"No rows on record at {output}: no run has submitted anything there.")
+    for state, rows in sorted(status.states.items()):
+        print(f"{rows:>9,}  {state}")
+    print(f"{f'${status.spent:,.2f}':>9}  spent")
+    several = len(status.unknown) != 1
+    if status.doubtful:
+        unknown_rows = "unknown rows were" if several else "unknown row was"
+        print(f"{f'${status.doubtful:,.2f}':>9}  more, if the {unknown_rows} accepted")
+    if status.outstanding:
+        oldest = status.outstanding[0].task
+        print(
+            f"\nThe oldest outstanding result is task {oldest.task_id}, submitted at "
+            f"{oldest.submitted_at:%F %T %Z}. To collect: flux-kontext collect {output}"
+        )
+    if status.unknown:
+        print(f"\nUnknown {'rows' if several else 'row'} (may or may not have been billed):")
+    for entry in status.unknown[:_UNKNOWN_ROWS_SHOWN]:
+        if entry.intent is not None:
+            print(f"  {entry.key}  {entry.intent.row_id}  {entry.intent.at:%F %T %Z}")
+    if len(status.unknown) > _UNKNOWN_ROWS_SHOWN:
+        print(f"  … and {len(status.unknown) - _UNKNOWN_ROWS_SHOWN} more")
+    if status.unknown:
+        print(
+            f"To settle {'one' if several else 'it'}: flux-kontext resolve {output} KEY "
+            "--accepted TASK_ID | --rejected"
+        )
+    return 0
+
+
+async def _resolve(options: argparse.Namespace) -> int:
+    from prefect_flux_kontext.errors import FluxKontextError
+    from prefect_flux_kontext.ledger.heartbeat import is_alive
+    from prefect_flux_kontext.ledger.ledger import Ledger
+    from prefect_flux_kontext.ledger.records import State
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+
+    store = open_ledger_store(options.output)
+    ledger = Ledger(store, owner="person", prices={})
+    entry = await ledger.read(options.key)
+    if entry.state is not State.INTENT or entry.intent is None:
+        print(
+            f"Row {options.key} has the state {entry.state}, so there is nothing to settle.",
+            file=sys.stderr,
+        )
+        return 1
+    if await is_alive(store, entry.intent.owner):
+        print(f"Row {options.key} is being submitted right now.", file=sys.stderr)
+        return 1
+    if options.accepted is not None:
+        entry = await ledger.accepted(entry, options.accepted)
+        message = f"Accepted. To collect its image: flux-kontext collect {options.output}"
+    else:
+        by_hand = FluxKontextError("Rejected by `flux-kontext resolve`.", code="resolved")
+        entry = await ledger.rejected(entry, by_hand)
+        message = "Rejected. The next run submits it."
+    if entry.posted is None or entry.posted.by != ledger.owner:
+        print(
+            f"Row {options.key} was settled meanwhile: it has the state {entry.state}.",
+            file=sys.stderr,
+        )
+        return 1
+    print(message)
+    return 0
+
+
+async def _gallery(output: OutputFolder) -> int:
+    from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+    from prefect_flux_kontext.report.builder import bring_up_to_date
+    from prefect_flux_kontext.report.gallery.builder import GALLERY
+    from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
+    from prefect_flux_kontext.settings import FluxKontextSettings
+
+    store = open_ledger_store(output)
+    most = FluxKontextSettings().gallery_images
+    if not most:
+        raise ConfigurationError(
+            "FLUX_KONTEXT_GALLERY_IMAGES is 0, so no gallery is built. Set it to 1 or more."
+        )
+    async with keep_heartbeat(store) as run:
+        rows = await bring_up_to_date(
+            output, store, run, ThumbnailStore(output), most=most, missing=most
+        )
+    if not rows:
+        raise ConfigurationError(
+            f"No run has written results to {output}. Run its manifest again: rows that are "
+            "stored cost nothing."
+        )
+    print(f"{rows:,} {'row' if rows == 1 else 'rows'}\n{output.uri(GALLERY)}")
+    return 0
