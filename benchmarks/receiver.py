@@ -43,7 +43,7 @@ def main() -> None:
             text=True,
         )
         try:
-            url = receiver.stdout.readline().split()[4]
+            url = receiver.stdout.readline().split()[3]
             asyncio.run(load(url, inbox, options.rate, options.seconds))
         finally:
             receiver.terminate()

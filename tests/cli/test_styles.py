@@ -92,7 +92,7 @@ def test_retry_failed_keeps_styles_of_a_file(sandbox, tmp_path, capsys):
     [
         (["--style", "watercolor"], "did you mean 'watercolour'?"),
         (["--names", "{id}.jpg", "--prompt", "x"], "must end in `.{ext}`"),
-        (["--prompt", "{{ a.b }}"], "The prompt for all rows: the template holds a look inside"),
+        (["--prompt", "{{ a.b }}"], "The prompt for all rows: the template uses attribute access"),
     ],
 )
 def test_invalid_options_for_all_rows_exit_2(manifest, tmp_path, capsys, options, message):

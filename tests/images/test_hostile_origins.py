@@ -202,7 +202,7 @@ async def test_origin_gives_a_whole_image_or_one_clear_error(name, tmp_path):
 
 @pytest.mark.parametrize("name", SLOW)
 async def test_slow_origin_times_out(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "_LONGEST_ATTEMPT", 0.5)
+    monkeypatch.setattr(download, "_ATTEMPT_TIMEOUT_SECONDS", 0.5)
     with pytest.raises(DownloadError, match="TimeoutError"):
         await download_and_persist(SLOW[name], tmp_path)
     assert list(tmp_path.iterdir()) == []
