@@ -19,7 +19,7 @@ chaos: .venv/installed-dev ## 50,000 rows, every fault, hundreds of kills, 10,00
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write
 
 bench: .venv/installed-dev ## measure all that docs/performance.md tells (two hours; nothing else should run)
-	@$(BIN)/python -m benchmarks.governor
+	@$(BIN)/python -m benchmarks.limiter
 	@$(BIN)/python benchmarks/run.py --page docs/performance.md $(BENCH)
 
 check: .venv/installed-dev ## linters, layers and types

@@ -72,11 +72,11 @@ def run(mode: str, url: str, folder: Path, options: argparse.Namespace) -> None:
         environment["FLUX_KONTEXT_CALLBACK_LISTEN"] = address
     before = httpx.get(f"{url}/sandbox/bill").json()
     command = [*PROGRAM, "run", str(folder / "manifest.csv"), str(folder / "out")]
-    told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     after = httpx.get(f"{url}/sandbox/bill").json()
     looks = (after["status_requests"] - before["status_requests"]) / options.rows
     paid = after["accepted"] - before["accepted"]
-    last = told.stdout.splitlines()[-2]
+    last = ended.stdout.splitlines()[-2]
     print(f"{mode:20} {1 + looks:.2f} requests an image, {paid} paid; {last}", flush=True)
 
 

@@ -21,13 +21,13 @@ from playwright.sync_api import Page, sync_playwright
 
 from prefect_flux_kontext.report.gallery.builder import build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
-from prefect_flux_kontext.report.results import as_json
+from prefect_flux_kontext.report.results import encode_line
 from prefect_flux_kontext.report.thumbnails import (
-    AFTER,
-    BEFORE,
+    REFERENCE_EDGE_PIXELS,
+    RESULT_EDGE_PIXELS,
+    image_thumbnail_name,
     make_thumbnail,
-    name_of_image,
-    name_of_reference,
+    reference_thumbnail_name,
 )
 from prefect_flux_kontext.sandbox.settings import PHOTOS
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -43,7 +43,7 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|")
     after, before = (
         [make_thumbnail(photograph, edge) for photograph in photographs()]
-        for edge in (AFTER, BEFORE)
+        for edge in (RESULT_EDGE_PIXELS, REFERENCE_EDGE_PIXELS)
     )
     for rows in map(int, sys.argv[1:] or ["100", "1000", "10000"]):
         with tempfile.TemporaryDirectory() as folder:
@@ -67,12 +67,15 @@ def measure(rows: int, folder: Path, after: list[bytes], before: list[bytes]) ->
     """Print the figures of one size."""
     lines = [line(number) for number in range(rows)]
     results = folder / "results.jsonl"
-    results.write_text("".join(map(as_json, lines)))
+    results.write_text("".join(map(encode_line, lines)))
     pictures = {
-        name_of_image(row["key"]): after[number % len(after)] for number, row in enumerate(lines)
+        image_thumbnail_name(row["key"]): after[number % len(after)]
+        for number, row in enumerate(lines)
     }
     for number, row in enumerate(lines):
-        pictures[name_of_reference(row["reference_images"][0])] = before[number // 5 % len(before)]
+        pictures[reference_thumbnail_name(row["reference_images"][0])] = before[
+            number // 5 % len(before)
+        ]
     output = OutputFolder(str(folder))
     made = asyncio.run(make(output, results, pictures, rows))
     page = (folder / "gallery.html").stat().st_size
@@ -92,7 +95,7 @@ async def make(
     album = ThumbnailStore(output)
     await album.add("run-000001", pictures)
     began = time.perf_counter()
-    await build_gallery(output, results, album, most=rows, missing=0)
+    await build_gallery(output, results, album, max_rows=rows, max_new_thumbnails=0)
     return time.perf_counter() - began
 
 

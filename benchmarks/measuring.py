@@ -1,6 +1,6 @@
-"""Runs of a piece of work, each against a sandbox of its own, and what can be told of them.
+"""Runs of a piece of work, each against a sandbox of its own, and what was measured.
 
-python benchmarks/measuring.py bare 100    # one run of a piece of work, by itself
+python benchmarks/measuring.py bare 100    # a single run of a piece of work
 """
 
 from __future__ import annotations
@@ -90,19 +90,19 @@ def work(name: str, account: Account, images: int, *, kind: str = "jpeg") -> dic
             writer.writerows(rows)
         environment = {**os.environ, **account.environment, "FLUX_KONTEXT_BASE_URL": url}
         command = [sys.executable, str(WORK), name, str(folder)]
-        told: dict[str, float]
+        measured: dict[str, float]
         if name in WITH_PREFECT:
             with prefect_server(folder / "prefect") as server:
                 done = run(command, {**environment, **server.environment})
-                told = json.loads(done) | recorded(server.url)
+                measured = json.loads(done) | recorded(server.url)
         else:
-            told = json.loads(run(command, environment))
-        if told["stored"] != images:
-            raise SystemExit(f"{name}: {told['stored']} of {images} images were stored")
-        told["files"] = sum(path.is_file() for path in folder.glob("out/_ledger/**/*"))
+            measured = json.loads(run(command, environment))
+        if measured["stored"] != images:
+            raise SystemExit(f"{name}: {measured['stored']} of {images} images were stored")
+        measured["files"] = sum(path.is_file() for path in folder.glob("out/_ledger/**/*"))
         for image in folder.glob("out/*.*"):
             os.truncate(image, 0)
-        return told | seen_by_the_service(url, account, images)
+        return measured | seen_by_the_service(url, account, images)
 
 
 def run(command: Sequence[str], environment: dict[str, str]) -> str:
@@ -124,7 +124,9 @@ def seen_by_the_service(url: str, account: Account, images: int) -> dict[str, fl
     """What the sandbox's bill says, and what its slots did from when each was filled twice."""
     bill = httpx.get(f"{url}/sandbox/bill").json()
     lines = httpx.get(f"{url}/sandbox/tasks", timeout=60).text.splitlines()
-    tasks = [(told["accepted_at"], told["ended_at"]) for told in map(json.loads, lines)]
+    tasks = [
+        (measured["accepted_at"], measured["ended_at"]) for measured in map(json.loads, lines)
+    ]
     tasks = sorted((accepted / 1000, ended / 1000) for accepted, ended in tasks)
     first, last = tasks[min(2 * account.slots, images // 2)][0], tasks[-1][0]
     seconds = max(0.001, last - first)
@@ -156,8 +158,8 @@ class Runs:
         self._made: list[tuple[str, dict[str, float]]] = []
         if kept is not None and kept.exists():
             for line in kept.read_text().splitlines():
-                told = json.loads(line)
-                self._made.append((told.pop("of"), told))
+                measured = json.loads(line)
+                self._made.append((measured.pop("of"), measured))
 
     def medians(
         self,
@@ -179,15 +181,17 @@ class Runs:
         """
         of = " ".join(map(str, (name, *asdict(account).values(), images, kind)))
         wanted = min(self.repeats, most)
-        runs = [told for other, told in self._made if other == of][:wanted]
+        runs = [measured for other, measured in self._made if other == of][:wanted]
         while len(runs) < wanted:
             runs.append(work(name, account, images, kind=kind))
-            told = json.dumps({"of": of} | {key: round(was, 5) for key, was in runs[-1].items()})
-            print(told, file=sys.stderr)
+            measured = json.dumps(
+                {"of": of} | {key: round(was, 5) for key, was in runs[-1].items()}
+            )
+            print(measured, file=sys.stderr)
             if self._kept is not None:
                 with self._kept.open("a") as file:
-                    file.write(told + "\n")
-        medians = {key: statistics.median(told[key] for told in runs) for key in runs[0]}
+                    file.write(measured + "\n")
+        medians = {key: statistics.median(measured[key] for measured in runs) for key in runs[0]}
         return medians | {"runs": len(runs)}
 
 

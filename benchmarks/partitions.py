@@ -99,10 +99,10 @@ def measure(rows: int, partitions: int, folder: Path, *, kill: bool) -> None:
         before = counted(api)
         name = f"{api}/deployments/name/style-transfer-batch/nightly-prefix"
         deployment = httpx.get(name, timeout=PATIENCE).json()["id"]
-        told: dict[str, Any] = {"partitions": partitions, "budget_usd": None}
+        parameters: dict[str, Any] = {"partitions": partitions, "budget_usd": None}
         run = httpx.post(
             f"{api}/deployments/{deployment}/create_flow_run",
-            json={"parameters": told},
+            json={"parameters": parameters},
             timeout=PATIENCE,
         ).json()
         while run["state"]["type"] not in FINAL:

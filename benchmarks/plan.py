@@ -44,11 +44,11 @@ def main() -> None:
                 # Also the writing: a process starts with the peak of the one that started it.
                 work_on("write", path)
                 for work in WORK:
-                    told = work_on(work, path)
+                    figures = work_on(work, path)
                     print(
                         f"| {rows:,} | {kind} | {path.stat().st_size:,} | {work} "
-                        f"| {told['seconds']:.2f} | {told['cpu']:.2f} "
-                        f"| {told['peak']:.0f} | {told['start']:.0f} |",
+                        f"| {figures['seconds']:.2f} | {figures['cpu']:.2f} "
+                        f"| {figures['peak']:.0f} | {figures['start']:.0f} |",
                         flush=True,
                     )
 
@@ -57,8 +57,8 @@ def work_on(work: str, path: Path) -> dict[str, float]:
     """Do a piece of work in a process of its own, and tell what it measured."""
     command = [sys.executable, __file__, "--work", work, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told: dict[str, float] = json.loads(done.stdout)
-    return told
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
 
 
 def write(path: Path, rows: int) -> None:

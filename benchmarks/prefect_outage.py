@@ -3,7 +3,7 @@
     python benchmarks/prefect_outage.py 30
 
 A batch of 1,000 rows runs as a flow for about 80 s; after 20 s its server is stopped, and after
-so many seconds it is back on the same port with the same database. Then the batch is run again.
+the given seconds it is back on the same port with the same database. Then the batch is run again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def stored_by_second(output: Path, began: float) -> list[int]:
 
 
 def measure(outage: float, folder: Path) -> None:
-    """One outage; prints what came of the batch and of running it again."""
+    """One outage; print how the batch ended and what running it again did."""
     output, manifest = folder / "out", folder / "manifest.csv"
     with running_sandbox(SandboxSettings(mean=8, slots=SLOTS, long_edge=64)) as sandbox:
         with manifest.open("w", newline="") as file:
@@ -84,9 +84,11 @@ def measure(outage: float, folder: Path) -> None:
             )
             print(f"  {paid} rows paid, {images} images saved, longest pause {longest} s")
             again = flow(manifest, output, environment)
-            told = json.loads(again.communicate()[0])
+            figures = json.loads(again.communicate()[0])
             twice = sandbox.service.bill()["accepted"] - ROWS
-            print(f"  run again: {told['stored']} of {told['rows']} stored, {twice} paid twice")
+            print(
+                f"  run again: {figures['stored']} of {figures['rows']} stored, {twice} paid twice"
+            )
 
 
 def pauses(saved: list[int]) -> list[tuple[int, int]]:

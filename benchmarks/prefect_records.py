@@ -2,7 +2,7 @@
 
     python benchmarks/prefect_records.py 1000
 
-Runs a batch of so many rows as a flow against a server of its own, and counts what is there.
+Runs a batch of a number of rows as a flow against a server of its own, and counts what is there.
 """
 
 from __future__ import annotations

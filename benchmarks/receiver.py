@@ -57,8 +57,8 @@ def request(n: int) -> bytes:
     """A callback as the service sends it."""
     token = create_token(SECRET.encode(), Attempt(OWNER, f"{n:032x}", 1))
     data = {"state": "success", "resultJson": json.dumps({"resultUrls": ["https://a.example/1"]})}
-    told = {"code": 200, "message": "success", "data": {"taskId": f"task_{n}", **data}}
-    body = json.dumps(told).encode()
+    payload = {"code": 200, "message": "success", "data": {"taskId": f"task_{n}", **data}}
+    body = json.dumps(payload).encode()
     head = f"POST /hooks/{token} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
@@ -94,8 +94,8 @@ async def load(url: str, inbox: str, rate: float, seconds: float) -> None:
     while not free.empty():
         free.get_nowait()[1].close()
     kept = Inbox(RecordStore(inbox))
-    names = await kept.names(OWNER)
-    found = {told.key for name in names for told in await kept.read(OWNER, name)}
+    names = await kept.list_names(OWNER)
+    found = {callback.key for name in names for callback in await kept.read(OWNER, name)}
     waits.sort()
     print(f"callbacks a second  {number / took:.0f}, {number} in all")
     print(f"answered with 200   {answered}, kept {len(found)} in {len(names)} files")

@@ -1,6 +1,6 @@
 """What the package is measured against: a good script without it, and a first flow without it.
 
-They are told nothing of the package, and share no code with it.
+They use nothing of the package, and share no code with it.
 """
 
 from __future__ import annotations

@@ -49,11 +49,11 @@ class Bench:
             f"fixed, every {seconds:g} s": (f"fixed:{seconds * pace:g}", 1)
             for seconds in (0.5, 1, 5, 10)
         }
-        told = {
+        figures = {
             label: self.runs.medians(name, account, images, most=most)
             for label, (name, most) in works.items()
         }
-        values = [(label, limit * one["slots_used"]) for label, one in told.items()]
+        values = [(label, limit * one["slots_used"]) for label, one in figures.items()]
         plot = bars("Images a second at the account's limits", "/s", values, limit=limit)
         (self.plots / "limits.svg").write_text(plot)
         columns = [
@@ -74,7 +74,7 @@ class Bench:
                 f"{one['unnoticed_p95']:.1f} s",
                 f"{one['cpu'] / images * 1000:.1f}",
             ]
-            for label, one in told.items()
+            for label, one in figures.items()
         ]
         what = f"{images:,} images of {account.mean:g} s, {account.slots:,} slots"
         return f"{what}, {account.requests:,} requests a minute.\n\n{table(columns, rows)}"
@@ -93,10 +93,10 @@ class Bench:
                 "asyncio and httpx, one client": ("one-client", bare, few),
                 "Prefect, `.map` of three tasks": ("mapped", bare, 30 if self.quick else few),
             }
-            told = {
+            figures = {
                 name: (self.runs.medians(*how, kind=kind), how[2]) for name, how in works.items()
             }
-            speeds = [(name, n / one["seconds"]) for name, (one, n) in told.items()]
+            speeds = [(name, n / one["seconds"]) for name, (one, n) in figures.items()]
             plot = bars(f"The client's own ceiling, {label}: images a second", "/s", speeds)
             (self.plots / f"ceiling-{kind}.svg").write_text(plot)
             rows = [
@@ -109,7 +109,7 @@ class Bench:
                     f"{one['cpu'] / n * 1000:.1f}",
                     f"{one['peak_mb']:.0f}",
                 ]
-                for name, (one, n) in told.items()
+                for name, (one, n) in figures.items()
             ]
             columns = [label, "images", "runs", "images/s", "requests/image"]
             parts.append(table([*columns, "CPU s per 1,000", "peak MB"], rows))
@@ -119,13 +119,13 @@ class Bench:
         """What more rows cost, as a flow: time, memory, ledger, Prefect's records."""
         account = Account(mean=0.02, requests=UNLIMITED)
         sizes = {250: 1, 1_000: 1} if self.quick else {1_000: 1_000, 10_000: 1, 100_000: 1}
-        told = {
+        figures = {
             images: self.runs.medians("flow", account, images, most=most)
             for images, most in ({1: 1_000} | sizes).items()
         }
-        first = told[1]
+        first = figures[1]
         rows, peaks = [], []
-        for images, one in told.items():
+        for images, one in figures.items():
             more = {
                 name: f"{(one[name] - first[name]) / (images - 1) * 1000:.2f} ms"
                 for name in ("seconds", "cpu")

@@ -64,7 +64,7 @@ def main() -> None:
     stored = asyncio.run(works[name]())  # type: ignore[arg-type]
     usage = resource.getrusage(resource.RUSAGE_SELF)
     UNNOTICED.sort()
-    told = {
+    figures = {
         "stored": stored,
         "seconds": time.perf_counter() - began,
         "cpu": usage.ru_utime + usage.ru_stime,
@@ -73,8 +73,8 @@ def main() -> None:
     }
     if UNNOTICED:
         for share in (50, 95):
-            told[f"unnoticed_p{share}"] = UNNOTICED[(len(UNNOTICED) - 1) * share // 100]
-    print(json.dumps(told))
+            figures[f"unnoticed_p{share}"] = UNNOTICED[(len(UNNOTICED) - 1) * share // 100]
+    print(json.dumps(figures))
 
 
 async def batch(folder: Path, *, fixed: float | None = None) -> int:
@@ -103,7 +103,7 @@ async def batch(folder: Path, *, fixed: float | None = None) -> int:
     storing.wait_until_ended = wait  # type: ignore[assignment]
     settings = FluxKontextSettings()
     client = FluxKontextClient(
-        settings.required_api_key(),
+        settings.require_api_key(),
         base_url=settings.base_url,
         requests_per_minute=settings.requests_per_minute,
         concurrent_tasks=settings.concurrent_tasks,
@@ -136,7 +136,7 @@ async def flow(folder: Path) -> int:
     from prefect_flux_kontext.flows import style_transfer_batch  # noqa: PLC0415
     from prefect_flux_kontext.report import builder as report  # noqa: PLC0415
 
-    ours = report.bring_up_to_date
+    ours = report.update_report
 
     async def measured(*args: Any, **how: Any) -> int:
         before, began = peak_mb(), time.perf_counter()
@@ -146,7 +146,7 @@ async def flow(folder: Path) -> int:
             END_PHASE["end_seconds"] = time.perf_counter() - began
             END_PHASE["end_mb"] = peak_mb() - before
 
-    report.bring_up_to_date = measured
+    report.update_report = measured
     summary = await style_transfer_batch(str(folder / "manifest.csv"), str(folder / "out"))
     return summary.stored
 

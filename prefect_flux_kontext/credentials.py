@@ -105,4 +105,4 @@ async def resolve_credentials(
         # Prefect raises RuntimeError for a Block that was saved with fields now invalid.
         except (ValueError, RuntimeError) as error:
             raise ConfigurationError(f"No saved Block {_SLUG}/{name}: {error}") from None
-    return FluxKontextCredentials(api_key=FluxKontextSettings().required_api_key())
+    return FluxKontextCredentials(api_key=FluxKontextSettings().require_api_key())

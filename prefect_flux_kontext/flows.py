@@ -52,7 +52,7 @@ from prefect_flux_kontext.orchestration.suspension import (
     suspend,
     was_resumed,
 )
-from prefect_flux_kontext.references.location import locate, non_public_references
+from prefect_flux_kontext.references.location import non_public_references, normalize_reference
 from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.tasks import (
@@ -114,7 +114,7 @@ async def style_transfer(
         raise ConfigurationError(*problems)
     request = GenerationRequest(
         prompt=prompt,
-        image_urls=[locate(image, folder)] if image else [],
+        image_urls=[normalize_reference(image, folder)] if image else [],
         mode=mode,
         aspect_ratio=aspect_ratio,
         output_format=output_format,
@@ -240,11 +240,11 @@ async def style_transfer_batch(
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
-        return plan.summary(str(output))
+        return plan.to_summary(str(output))
     if approve_above_usd is not None:
         if plan.price > approve_above_usd:
             await ask_for_approval(plan, rows, output, account, options)
-        options = plan.capped(options, approve_above_usd)
+        options = plan.with_budget_cap(options, approve_above_usd)
     async with (
         run_partitions(
             partition_plan, plan, rows, output, account, options, alert_above_usd

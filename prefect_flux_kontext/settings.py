@@ -182,7 +182,7 @@ class FluxKontextSettings(BaseSettings):
             return {}
         return dict(json.loads(self.storage_options.get_secret_value()))
 
-    def required_api_key(self) -> SecretStr:
+    def require_api_key(self) -> SecretStr:
         """Return the API key.
 
         Raises:

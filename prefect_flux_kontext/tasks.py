@@ -21,7 +21,7 @@ from prefect_flux_kontext.models import (
 from prefect_flux_kontext.orchestration.parameters import Output, StorageOptions, open_output
 from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.settings import FluxKontextSettings
-from prefect_flux_kontext.storage.names import safe_name
+from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
@@ -85,7 +85,7 @@ async def submit_own_reference(
         StorageError: The image could not be staged; nothing was submitted.
         ApiError: As for `submit_generation`.
     """
-    sending = await references.prepared(request)
+    sending = await references.prepare(request)
 
     async with account.get_client() as client:
         attempts = client.submit_attempts()
@@ -176,6 +176,6 @@ async def persist_images(
             result,
             await open_output(output, storage_options),
             http,
-            name=safe_name(name or result.task_id),
+            name=make_safe_name(name or result.task_id),
             ai_mark=FluxKontextSettings().ai_mark,
         )

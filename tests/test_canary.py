@@ -16,7 +16,7 @@ import pytest
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.chaos.called import held_port
+from tests.chaos.callback_batches import held_port
 
 KEY = "canary-key-7f3a9c51e2"
 WRONG = "canary-wrong-7f3a9c51e2"
@@ -114,7 +114,7 @@ ENDINGS = {
 def test_no_secret_is_said_or_left_behind(ending, tmp_path):
     output, manifest = tmp_path / "out", tmp_path / "manifest"
     with running_sandbox(SandboxSettings(mean=0.2, long_edge=64, api_key=KEY)) as sandbox:
-        sandbox.weather.change(FaultPlan(faults=["submit:lost-reply@2", "status:html@3"]))
+        sandbox.active_faults.change(FaultPlan(faults=["submit:lost-reply@2", "status:html@3"]))
         signed = f"{sandbox.url}/references/cat.png?X-Amz-Signature={SIGNATURE}"
         with manifest.open("w", newline="") as file:
             csv.writer(file).writerows(

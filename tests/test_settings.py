@@ -115,13 +115,13 @@ def test_prices_are_by_mode(monkeypatch):
 
 def test_missing_key_names_its_variable():
     with pytest.raises(ConfigurationError, match="FLUX_KONTEXT_API_KEY"):
-        FluxKontextSettings().required_api_key()
+        FluxKontextSettings().require_api_key()
 
 
 def test_key_is_not_shown(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_API_KEY", "canary-key")
     settings = FluxKontextSettings()
-    assert settings.required_api_key().get_secret_value() == "canary-key"
+    assert settings.require_api_key().get_secret_value() == "canary-key"
     assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 

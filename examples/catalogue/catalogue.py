@@ -34,7 +34,7 @@ def main(output: str) -> int:
     with fsspec.open(f"{output}/results.jsonl", "rt") as results:
         for line in results:
             row = json.loads(line)
-            print(f"{row['id']:<10}{row['style']:<14}{row['uri'] or row['message']}")
+            print(f"{row['id']:<10}{row['style']:<14}{row.get('uri') or row['message']}")
     return 0 if summary.complete else 1
 
 

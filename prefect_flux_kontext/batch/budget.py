@@ -96,7 +96,7 @@ async def ensure_sole_run(store: RecordStore, owner: str) -> None:
         ConfigurationError: Another run is alive.
         LedgerError: The ledger cannot be read.
     """
-    for name in await store.names("owners"):
+    for name in await store.list_names("owners"):
         other = name.removesuffix(".json")
         if other != owner and await is_alive(store, other):
             raise ConfigurationError(

@@ -187,7 +187,7 @@ async def read_ledger_status(store: RecordStore) -> LedgerStatus:
     status = LedgerStatus()
     rows: dict[str, tuple[int, State, float]] = {}
     # Unfinished waves first: a wave that ends meanwhile is then read twice rather than not at all.
-    for entry in await unfinished_entries(store):
+    for entry in await read_unfinished_entries(store):
         state = entry.state
         if state is State.INTENT and entry.intent is not None:
             if not await is_alive(store, entry.intent.owner):
@@ -206,7 +206,7 @@ async def read_ledger_status(store: RecordStore) -> LedgerStatus:
     return status
 
 
-async def unfinished_entries(store: RecordStore) -> list[Entry]:
+async def read_unfinished_entries(store: RecordStore) -> list[Entry]:
     """Read the rows of all unfinished waves from their own records.
 
     Raises:

@@ -7,7 +7,7 @@ import threading
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefect_flux_kontext.batch.collection import unfinished_entries
+from prefect_flux_kontext.batch.collection import read_unfinished_entries
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.waves import FinishedRow, read_finished_rows
@@ -82,7 +82,7 @@ class LedgerIndex(TempDatabase):
             LedgerError: The ledger cannot be read or is damaged.
         """
         # Unfinished waves first: a wave that ends meanwhile is then read twice rather than never.
-        entries = await unfinished_entries(store)
+        entries = await read_unfinished_entries(store)
         block = [await _index_entry(store, entry, options) for entry in entries]
         async for row in read_finished_rows(store):
             failed = row.ended.state == "failed"

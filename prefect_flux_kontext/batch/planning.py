@@ -64,7 +64,7 @@ def with_row_keys(
             if isinstance(row, Row) and row.version
             for image in _list_own_references(row)
         }
-        infos = references.look_at(sorted(own), versions)
+        infos = references.identify(sorted(own), versions)
         for row in block:
             yield _set_row_key(row, infos)
 
@@ -90,7 +90,9 @@ def with_reference_checks(
         if not read:
             yield from block
             continue
-        flaws = references.flaws(sorted({image for own in read.values() for image in own}))
+        flaws = references.find_content_problems(
+            sorted({image for own in read.values() for image in own})
+        )
         for number, row in enumerate(block):
             problems = [flaws[image] for image in read.get(number, ()) if image in flaws]
             yield _refuse_if_invalid(row, problems)
@@ -127,11 +129,11 @@ class Plan:
     Attributes:
         url: The manifest.
         rows: All rows, including refused ones.
-        left_out: Files of a folder that are not images, judged by their names.
+        skipped_files: Files of a folder that are not images, judged by their names.
         refused: Invalid rows.
         problems: The first thousand refused rows.
-        equal: Rows that ask for the same as another row, and are paid only once.
-        standings: Number of the other rows by planned action.
+        duplicates: Rows that ask for the same as another row, and are paid only once.
+        actions: Number of the other rows by planned action.
         modes: Number of images to be paid, by mode.
         prices: Dollars an image, by mode.
         seconds: Estimated duration at the account's limits, if the service is as fast as
@@ -143,11 +145,11 @@ class Plan:
 
     url: str
     rows: int = 0
-    left_out: int = 0
+    skipped_files: int = 0
     refused: int = 0
     problems: list[RefusedRow] = field(default_factory=list)
-    equal: int = 0
-    standings: Counter[PlannedAction] = field(default_factory=Counter)
+    duplicates: int = 0
+    actions: Counter[PlannedAction] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     prices: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -158,7 +160,7 @@ class Plan:
     @property
     def to_pay(self) -> int:
         """Number of images to be paid."""
-        return self.standings[PlannedAction.PAY]
+        return self.actions[PlannedAction.PAY]
 
     @property
     def price(self) -> float:
@@ -180,13 +182,14 @@ class Plan:
         problems = "; ".join(f"line {row.line}: {row.reason}" for row in shown)
         if self.refused > _MAX_SHOWN_PROBLEMS:
             problems += f"; and {self.refused - _MAX_SHOWN_PROBLEMS:,} more"
+        verb = "is" if self.refused == 1 else "are"
         advice = "Fix them, or skip them with --skip-invalid (in a flow, skip_invalid)."
         raise ManifestError(
-            f"{self.refused:,} of {self.rows:,} rows of {self.url} are invalid, so nothing was "
+            f"{self.refused:,} of {self.rows:,} rows of {self.url} {verb} invalid, so nothing was "
             f"submitted: {problems}. {advice if self.refused < self.rows else 'Fix them.'}"
         )
 
-    def capped(self, options: RowOptions, unasked: float) -> RowOptions:
+    def with_budget_cap(self, options: RowOptions, unasked: float) -> RowOptions:
         """Return the options with a budget that limits the run to this plan's price.
 
         Args:
@@ -199,13 +202,13 @@ class Plan:
             budget_usd=cap if options.budget_usd is None else min(cap, options.budget_usd),
         )
 
-    def summary(self, output: str) -> BatchSummary:
+    def to_summary(self, output: str) -> BatchSummary:
         """Return the summary of a run that stops after planning."""
         counts = {
-            "stored": self.standings[PlannedAction.STORED],
-            "failed": self.refused + self.standings[PlannedAction.FAILED],
-            "unknown": self.standings[PlannedAction.UNKNOWN],
-            "outstanding": self.standings[PlannedAction.OUTSTANDING],
+            "stored": self.actions[PlannedAction.STORED],
+            "failed": self.refused + self.actions[PlannedAction.FAILED],
+            "unknown": self.actions[PlannedAction.UNKNOWN],
+            "outstanding": self.actions[PlannedAction.OUTSTANDING],
         }
         return BatchSummary(
             output=output,
@@ -218,12 +221,12 @@ class Plan:
     def __str__(self) -> str:
         counts = [
             (self.refused, "invalid"),
-            (self.equal, "equal to others, paid once"),
-            *((self.standings[action], str(action)) for action in PlannedAction),
+            (self.duplicates, "equal to others, paid once"),
+            *((self.actions[action], str(action)) for action in PlannedAction),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
-        if self.left_out:
-            lines.append(f"{self.left_out:>9,}  non-image files skipped")
+        if self.skipped_files:
+            lines.append(f"{self.skipped_files:>9,}  non-image files skipped")
         lines += [
             f"{number:>9,}  {label}"
             for number, label in counts
@@ -253,7 +256,7 @@ async def make_plan(
     prices: dict[str, float],
     requests_per_minute: int,
     concurrent_tasks: int,
-    tell: Callable[[RefusedRow], None] | None = None,
+    on_refused: Callable[[RefusedRow], None] | None = None,
 ) -> Plan:
     """Read the manifest and the ledger from end to end, without a request to the service.
 
@@ -264,7 +267,7 @@ async def make_plan(
         prices: Dollars an image, by mode.
         requests_per_minute: The account's limit.
         concurrent_tasks: The account's limit.
-        tell: Called in another thread with each refused row.
+        on_refused: Called in another thread with each refused row.
 
     Raises:
         ManifestError: The manifest cannot be read to its end, or has no rows.
@@ -278,7 +281,7 @@ async def make_plan(
             spent=index.sum_dollars(),
             budget=options.budget_usd,
         )
-        await asyncio.to_thread(_plan_rows, plan, manifest, index, options.references, tell)
+        await asyncio.to_thread(_plan_rows, plan, manifest, index, options.references, on_refused)
     plan.seconds = _estimate_seconds(
         plan.to_pay, options.cadence, requests_per_minute, concurrent_tasks
     )
@@ -302,7 +305,7 @@ def _plan_rows(
     manifest: Manifest,
     index: LedgerIndex,
     references: References,
-    tell: Callable[[RefusedRow], None] | None,
+    on_refused: Callable[[RefusedRow], None] | None,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
@@ -316,21 +319,21 @@ def _plan_rows(
                 plan.refused += 1
                 if len(plan.problems) < _MAX_PROBLEMS:
                     plan.problems.append(row)
-                if tell is not None:
-                    tell(row)
+                if on_refused is not None:
+                    on_refused(row)
                 continue
             key = row.key
-            if keys.first(key.encode(), plan.rows) != plan.rows:
-                plan.equal += 1
+            if keys.add(key.encode(), plan.rows) != plan.rows:
+                plan.duplicates += 1
                 continue
             action = _get_action(index, row)
-            plan.standings[action] += 1
+            plan.actions[action] += 1
             if action is PlannedAction.PAY:
                 plan.modes[row.request.mode] += 1
                 digest.update(key.encode())
     if not plan.rows:
         raise ManifestError(f"The manifest {manifest.url} has no rows.")
-    plan.left_out = manifest.left_out
+    plan.skipped_files = manifest.skipped_files
     plan.digest = digest.hexdigest()
 
 

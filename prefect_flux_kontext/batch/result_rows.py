@@ -10,8 +10,8 @@ from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.references.identity import url_identity
-from prefect_flux_kontext.report.results import COLUMNS, own_columns
-from prefect_flux_kontext.storage.names import safe_name
+from prefect_flux_kontext.report.results import COLUMNS, extract_custom_columns
+from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -50,7 +50,7 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
     if isinstance(row, Row):
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
         line["reference_images"] = [url_identity(url) for url in row.request.image_urls] or None
-    line = {name: line.get(name) for name in COLUMNS} | own_columns(row.cells)
+    line = {name: line.get(name) for name in COLUMNS} | extract_custom_columns(row.cells)
     return {name: _sanitize(value) for name, value in line.items() if value not in (None, "")}
 
 
@@ -63,7 +63,7 @@ def row_from_entry(entry: Entry) -> Row:
         line=intent.line,
         request=intent.request,
         key=entry.key,
-        name=intent.name or safe_name(intent.row_id),
+        name=intent.name or make_safe_name(intent.row_id),
         style=intent.style,
     )
 

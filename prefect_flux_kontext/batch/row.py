@@ -139,7 +139,7 @@ class RowRunner:
         row_ended()
         if isinstance(row, Row):
             while done.outcome.state == "unknown" and self.callbacks.may_be_called(row.key):
-                await self.callbacks.news(row.key)
+                await self.callbacks.wait_for_news(row.key)
                 done = await self._run_row(row, row.key, None)
         self.progress.count(done.outcome)
         self.progress.spent = self.submitter.spent
@@ -220,12 +220,12 @@ class RowRunner:
         try:
             images, times = await self._store(row, entry)
             files = [self._output.relative(image.uri) for image in images]
-            entry = await self._ledger.stored(entry, files, images, times)
+            entry = await self._ledger.record_stored(entry, files, images, times)
         except GenerationFailedError as error:
-            self.callbacks.ended(entry)
+            self.callbacks.mark_ended(entry)
             self._count(stored=False)
             self._mark_ended(entry)
-            entry = await self._ledger.failed(entry, error)
+            entry = await self._ledger.record_failed(entry, error)
             self.submitter.outstanding.discard(entry.key)
             return entry
         except FluxKontextError as error:
@@ -242,7 +242,7 @@ class RowRunner:
                 )
                 self.submitter.outstanding.discard(entry.key)
                 self._mark_ended(entry)
-                return await self._ledger.failed(entry, expired)
+                return await self._ledger.record_failed(entry, expired)
             return RowOutcome.of(row, entry.key, "outstanding", error, task_id=task.task_id)
         self.submitter.outstanding.discard(entry.key)
         self._mark_ended(entry)
@@ -347,14 +347,14 @@ class UnknownOutcomeResolver:
         entry, is_owner_dead = await self._ledger.wait_until_settled(entry)
         if entry.state is not State.INTENT or entry.intent is None:
             return entry
-        recovered = await self._callbacks.adopted(entry)
+        recovered = await self._callbacks.recover(entry)
         if recovered is not None:
             if entry.intent.owner == self._ledger.owner and recovered.state is State.ACCEPTED:
                 self._submitter.count(recovered)
             return recovered
         if self._resubmit and is_owner_dead and not self._callbacks.may_be_called(entry.key):
             given_up = FluxKontextError("Given up to be paid for again.", code=GIVEN_UP)
-            return await self._ledger.rejected(entry, given_up, by="person")
+            return await self._ledger.record_rejected(entry, given_up, by="person")
         problem = "is dead" if is_owner_dead else "recorded no outcome"
         lost = ReplyLostError(
             f"The run that submitted it at {entry.intent.at:%F %T %Z} {problem}."
@@ -399,11 +399,11 @@ def create_row_storer(
 
     async def store(row: Row, entry: Entry) -> tuple[list[StoredImage], Times]:
         task = entry.task
-        pictures.want_references(row.request.image_urls)
+        pictures.request_reference(row.request.image_urls)
         async with deferral.limit_wait(row):
             pauses = callbacks.pauses(entry, cadence)
             result = await wait_until_ended(client, task, cadence, pauses)
-        callbacks.ended(entry)
+        callbacks.mark_ended(entry)
         waited = max(0.0, (utc_now() - task.submitted_at).total_seconds())
         loop = asyncio.get_running_loop()
         async with memory_slots:
@@ -415,7 +415,7 @@ def create_row_storer(
                 name=row.name,
                 key=entry.key,
                 ai_mark=ai_mark,
-                show=pictures.showing(entry.key),
+                on_decoded=pictures.create_thumbnail_callback(entry.key),
             )
             downloaded = loop.time() - began
         return images, Times(result.completed_at, result.generation_seconds, waited, downloaded)

@@ -22,7 +22,7 @@ from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, open_ledger_store
 from prefect_flux_kontext.report.builder import Report, open_report
-from prefect_flux_kontext.storage.cleanup import sweep
+from prefect_flux_kontext.storage.cleanup import remove_temporary_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -65,7 +65,7 @@ async def open_session(
     settings: FluxKontextSettings,
     callbacks: CallbackOptions | None = None,
     *,
-    whole: bool = True,
+    is_whole: bool = True,
     flow_run_id: str | None = None,
 ) -> AsyncIterator[Session]:
     """Open the resources of a batch, and close them at the end of the block.
@@ -79,7 +79,7 @@ async def open_session(
         options: The user's options for the rows.
         settings: The settings from the environment.
         callbacks: How callbacks are received; None polls only.
-        whole: Whether the run has the whole batch, and so writes its reports at the end.
+        is_whole: Whether the run has the whole batch, and so writes its reports at the end.
         flow_run_id: The Prefect flow run that the result lines name; None outside of one.
 
     Raises:
@@ -90,14 +90,14 @@ async def open_session(
         UnauthorizedError: The service refused the key.
     """
     store = open_ledger_store(output)
-    await sweep(output)
-    await sweep(output.below(LEDGER_FOLDER), recursive=True)
+    await remove_temporary_files(output)
+    await remove_temporary_files(output.below(LEDGER_FOLDER), recursive=True)
     async with client, open_download_client(base_url=client.base_url) as http:
         await client.check()
         async with keep_heartbeat(store) as owner:
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, owner, options)
-            report = Report(output, store, owner, http, settings, whole=whole)
+            report = Report(output, store, owner, http, settings, is_whole=is_whole)
             with await asyncio.to_thread(StoredRows) as stored:
                 await stored.read(store)
                 async with (
@@ -116,7 +116,7 @@ async def open_session(
                         ),
                         budget,
                         options.references,
-                        callback_session.request,
+                        callback_session.prepare_request,
                     )
                     deferral = Deferral(on=options.deferred)
                     store_row = create_row_storer(
@@ -136,7 +136,7 @@ async def open_session(
                         yield Session(output, ledger, submitter, rows, stored, report, flow_run_id)
                     finally:
                         submitter.stop(BatchStoppedError("The batch is over."))
-                        await asyncio.shield(submitter.drained())
+                        await asyncio.shield(submitter.drain())
                         _warn_of_outstanding(submitter, output)
 
 

@@ -74,4 +74,4 @@ class StopGate:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._payments.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever was cancelled while waiting for it will not ask
+            task.exception()  # a cancelled waiter never reads it

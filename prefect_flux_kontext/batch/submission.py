@@ -81,7 +81,7 @@ class Submitter:
         """Submit nothing from now on; POSTs that have begun are still recorded."""
         self.gate.stop(reason)
 
-    async def drained(self) -> None:
+    async def drain(self) -> None:
         """Wait until every POST that has begun is on record."""
         await self.gate.wait()
 
@@ -100,7 +100,7 @@ class Submitter:
             ApiError: See `FluxKontextClient.submit`. If it is `not_accepted`, that is on record;
                 otherwise the row is unknown.
         """
-        prepared = self._references.prepared(row.request, doubted=entry.failures > 0)
+        prepared = self._references.prepare(row.request, verify_staged=entry.failures > 0)
         make_request = await self.gate.interruptible(prepared)
         attempts = self._client.submit_attempts()
         while not attempts.is_over:
@@ -164,7 +164,7 @@ class Submitter:
 
     async def _record_rejection(self, attempt: Entry, error: FluxKontextError) -> Entry:
         try:
-            return await self._ledger.rejected(attempt, error)
+            return await self._ledger.record_rejected(attempt, error)
         except LedgerError as trouble:
             raise ReplyLostError(
                 f"Not accepted ({error}), but this could not be recorded: {trouble} The ledger "
@@ -175,7 +175,7 @@ class Submitter:
     async def _record_acceptance(self, attempt: Entry, task_id: str) -> Entry:
         self.count(attempt)
         try:
-            recorded = await self._ledger.accepted(attempt, task_id)
+            recorded = await self._ledger.record_accepted(attempt, task_id)
         except LedgerError as error:
             logger.error(  # noqa: TRY400 - the task id is what counts
                 "Row %s is paid for as task %s, but that could not be recorded: %s If this run "

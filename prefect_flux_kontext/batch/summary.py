@@ -35,7 +35,7 @@ class RowOutcome(BaseModel):
     already: bool = Field(default=False, description="Whether it was stored before this run.")
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         """The row's id, with its style if it has one."""
         return f"{self.id} ({self.style})" if self.style else self.id
 

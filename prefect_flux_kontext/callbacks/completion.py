@@ -128,7 +128,7 @@ class CompletionMonitor:
     async def _read_attempts(self, owner: str) -> set[Attempt]:
         """Return the attempts of a run that the inbox has callbacks for; read each file once."""
         known = self._attempts_by_file.get(owner, {})
-        files = {name: known.get(name, set()) for name in await self._inbox.names(owner)}
+        files = {name: known.get(name, set()) for name in await self._inbox.list_names(owner)}
         new = [name for name in files if name not in known]
         for start in range(0, len(new), _READ_BATCH):
             block = new[start : start + _READ_BATCH]
@@ -139,7 +139,7 @@ class CompletionMonitor:
         return set().union(*files.values())
 
     async def _is_run_active(self) -> bool:
-        for name in await self._store.names("owners"):
+        for name in await self._store.list_names("owners"):
             if await is_alive(self._store, name.removesuffix(".json")):
                 return True
         return False

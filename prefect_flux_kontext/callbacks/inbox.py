@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_flux_kontext.callbacks.tokens import Attempt
 from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.ledger.records import RECORD_VERSION
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ class Callback(BaseModel):
         key: The row key.
         number: The attempt's number.
         task_id: The task that the callback names, if it names one.
+        version: Version of these fields.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    version: int = RECORD_VERSION
     owner: str
     key: str
     number: int
@@ -85,13 +88,13 @@ class Inbox:
             self._writers[callback.owner] = asyncio.create_task(self._write(callback.owner))
         await written
 
-    async def names(self, owner: str) -> list[str]:
+    async def list_names(self, owner: str) -> list[str]:
         """Return the names of a run's files.
 
         Raises:
             LedgerError: The files cannot be listed.
         """
-        return await self._store.names(owner)
+        return await self._store.list_names(owner)
 
     async def read(self, owner: str, name: str) -> list[Callback]:
         """Return the callbacks in a file; an empty list if the file is gone.

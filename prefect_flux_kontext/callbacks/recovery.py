@@ -66,7 +66,7 @@ async def recover_task(
         )
     if len(found) != 1:
         return None
-    recorded = await ledger.accepted(entry, found[0], by=SETTLED_BY)
+    recorded = await ledger.record_accepted(entry, found[0], by=SETTLED_BY)
     if recorded.posted is not None and recorded.posted.task_id != found[0]:
         logger.error(
             "A callback of row %s names task %s, but the row had been settled as %s (task %s) by "

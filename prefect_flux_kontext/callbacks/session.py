@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.callbacks.inbox import Callback
     from prefect_flux_kontext.callbacks.options import CallbackOptions
     from prefect_flux_kontext.client.client import FluxKontextClient
-    from prefect_flux_kontext.client.polling import Pauses, PollingCadence
+    from prefect_flux_kontext.client.polling import PollingCadence, PollPauses
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.models import GenerationRequest
@@ -220,14 +220,14 @@ class InboxWatcher:
         """Remove the callbacks of ended runs, whose rows are settled or belong to this run now."""
         for owner in owners:
             try:
-                for name in await self._inbox.names(owner):
+                for name in await self._inbox.list_names(owner):
                     await self._inbox.remove(owner, name)
             except LedgerError as error:
                 logger.warning("The callbacks of an ended run could not be removed: %s", error)
 
     async def _read_new_files(self, owner: str) -> None:
         try:
-            names = await self._inbox.names(owner)
+            names = await self._inbox.list_names(owner)
             new = [name for name in names if name not in self._files[owner]]
             for start in range(0, len(new), _READ_BATCH):
                 block = new[start : start + _READ_BATCH]
@@ -315,7 +315,7 @@ class CallbackSession:
         self._unknown: set[Attempt] = set()
         self._tasks: deque[str] = deque(maxlen=_REMEMBERED_TASKS)
 
-    def request(self, request: GenerationRequest, entry: Entry) -> GenerationRequest:
+    def prepare_request(self, request: GenerationRequest, entry: Entry) -> GenerationRequest:
         """Return the request of a claimed attempt with its callback URL.
 
         The URL is a secret: send it in the POST only, never log or store it.
@@ -327,7 +327,7 @@ class CallbackSession:
         url = f"{self._options.url}/{create_token(self._secret, attempt)}"
         return request.model_copy(update={"callback_url": url, "request_type": "callback"})
 
-    def pauses(self, entry: Entry, cadence: PollingCadence) -> Pauses | None:
+    def pauses(self, entry: Entry, cadence: PollingCadence) -> PollPauses | None:
         """Return the pauses between polls of an accepted task; None for the cadence's own."""
         attempt = _attempt(entry)
         self._tasks.append(entry.task.task_id)
@@ -335,7 +335,7 @@ class CallbackSession:
             return _CallbackPauses(self._notifications, attempt, cadence, self._options.sweep)
         return None
 
-    def ended(self, entry: Entry) -> None:
+    def mark_ended(self, entry: Entry) -> None:
         """Note that the row's task has ended, and report callbacks that name other tasks."""
         attempt = _attempt(entry)
         others = [
@@ -351,7 +351,7 @@ class CallbackSession:
             )
         self._notifications.record_end(attempt)
 
-    async def adopted(self, entry: Entry) -> Entry | None:
+    async def recover(self, entry: Entry) -> Entry | None:
         """Recover the task of an unknown row from its callback; return None if there is none yet.
 
         Args:
@@ -375,7 +375,7 @@ class CallbackSession:
         """Whether a callback may still settle the row."""
         return self._remaining_seconds(key) > 0
 
-    async def news(self, key: str) -> None:
+    async def wait_for_news(self, key: str) -> None:
         """Wait for the next callback of an unknown row, at most until its grace period ends."""
         expected = self._notifications.latest_attempt(key)
         if expected is not None:
@@ -408,14 +408,14 @@ class _CallbackPauses:
         self._sweep = sweep
         self._unconfirmed = 0
 
-    async def before_first_look(self, age: float) -> None:
+    async def before_first_poll(self, age: float) -> None:
         """Wait for a callback, at most until the first poll or sweep is due."""
         longest = self._sweep if self._notifications.is_reliable else self._cadence.initial_delay
         if self._notifications.has_callback(self._attempt):
             longest = 0.0
         await self._notifications.wait(self._attempt, longest - age)
 
-    async def before_next_look(self) -> None:
+    async def before_next_poll(self) -> None:
         """Wait for a callback; after one that was too early, poll soon, then less often."""
         longest = self._sweep if self._notifications.is_reliable else self._cadence.interval
         if self._notifications.has_callback(self._attempt):

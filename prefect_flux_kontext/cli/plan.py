@@ -58,7 +58,7 @@ async def show_plan(manifest: Manifest, output: OutputFolder, options: RowOption
         prices=settings.prices(),
         requests_per_minute=settings.requests_per_minute,
         concurrent_tasks=settings.concurrent_tasks,
-        tell=print_refused,
+        on_refused=print_refused,
     )
     print(plan, flush=True)
     return plan

@@ -98,7 +98,7 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
     except asyncio.CancelledError:
         return TERMINATED
     for row in summary.failures:
-        print(f"  line {row.line}, {row.told}: {row.message}")
+        print(f"  line {row.line}, {row.label}: {row.message}")
     unstored = summary.rows - summary.stored - summary.not_submitted
     if unstored > len(summary.failures):
         print(f"  … and {unstored - len(summary.failures)} more")
@@ -190,7 +190,7 @@ async def _open_session(
     settings = FluxKontextSettings()
     callbacks = resolve_callback_options(settings, url=callback_url, listens=listens)
     client = FluxKontextClient(
-        settings.required_api_key(),
+        settings.require_api_key(),
         base_url=settings.base_url,
         requests_per_minute=settings.requests_per_minute,
         concurrent_tasks=settings.concurrent_tasks,

@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
     """
     # Imported here because they are slow to import.
     from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, load_plan
-    from prefect_flux_kontext.sandbox.faults.registry import described
+    from prefect_flux_kontext.sandbox.faults.registry import describe_faults
     from prefect_flux_kontext.sandbox.server import serve
 
     if "help" in args.fault:
-        print(described())
+        print(describe_faults())
         return 0
     given = {name: getattr(args, name) for name in SandboxSettings.model_fields}
     try:

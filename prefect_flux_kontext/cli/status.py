@@ -114,11 +114,11 @@ async def _resolve(options: argparse.Namespace) -> int:
         print(f"Row {options.key} is being submitted right now.", file=sys.stderr)
         return 1
     if options.accepted is not None:
-        entry = await ledger.accepted(entry, options.accepted)
+        entry = await ledger.record_accepted(entry, options.accepted)
         message = f"Accepted. To collect its image: flux-kontext collect {options.output}"
     else:
         by_hand = FluxKontextError("Rejected by `flux-kontext resolve`.", code="resolved")
-        entry = await ledger.rejected(entry, by_hand)
+        entry = await ledger.record_rejected(entry, by_hand)
         message = "Rejected. The next run submits it."
     if entry.posted is None or entry.posted.by != ledger.owner:
         print(
@@ -134,7 +134,7 @@ async def _gallery(output: OutputFolder) -> int:
     from prefect_flux_kontext.errors import ConfigurationError
     from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
     from prefect_flux_kontext.ledger.store import open_ledger_store
-    from prefect_flux_kontext.report.builder import bring_up_to_date
+    from prefect_flux_kontext.report.builder import update_report
     from prefect_flux_kontext.report.gallery.builder import GALLERY
     from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
     from prefect_flux_kontext.settings import FluxKontextSettings
@@ -146,8 +146,8 @@ async def _gallery(output: OutputFolder) -> int:
             "FLUX_KONTEXT_GALLERY_IMAGES is 0, so no gallery is built. Set it to 1 or more."
         )
     async with keep_heartbeat(store) as run:
-        rows = await bring_up_to_date(
-            output, store, run, ThumbnailStore(output), most=most, missing=most
+        rows = await update_report(
+            output, store, run, ThumbnailStore(output), max_rows=most, max_new_thumbnails=most
         )
     if not rows:
         raise ConfigurationError(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
-__all__ = ["Pauses", "PollingCadence", "wait_until_ended"]
+__all__ = ["PollPauses", "PollingCadence", "wait_until_ended"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class PollingCadence(BaseModel):
         return self
 
 
-class Pauses(Protocol):
+class PollPauses(Protocol):
     """The pauses of one wait. A callback that announces the task's end may shorten them."""
 
-    async def before_first_look(self, age: float) -> None:
+    async def before_first_poll(self, age: float) -> None:
         """Wait before the first status request for a task submitted `age` seconds ago."""
 
-    async def before_next_look(self) -> None:
+    async def before_next_poll(self) -> None:
         """Wait after a status request that found the task still running."""
 
 
@@ -70,7 +70,7 @@ async def wait_until_ended(
     client: FluxKontextClient,
     task: GenerationTask,
     cadence: PollingCadence,
-    pauses: Pauses | None = None,
+    pauses: PollPauses | None = None,
 ) -> GenerationResult:
     """Wait for a task to end, without holding a thread.
 
@@ -136,7 +136,7 @@ async def _poll_until_ended(
     cadence: PollingCadence,
     scheduler: PollScheduler,
     errors: list[ApiError],
-    pauses: Pauses | None,
+    pauses: PollPauses | None,
 ) -> TaskStatus:
     """Return the first status that says that the task has ended.
 
@@ -146,7 +146,7 @@ async def _poll_until_ended(
         for _ in range(2):  # other tasks may have ended meanwhile, which changes the pause
             await asyncio.sleep(scheduler.pause())
     else:
-        await pauses.before_first_look(scheduler.age)
+        await pauses.before_first_poll(scheduler.age)
     while True:
         try:
             status = await client.status(task.task_id)
@@ -167,4 +167,4 @@ async def _poll_until_ended(
             if pauses is None:
                 await asyncio.sleep(scheduler.pause())
             else:
-                await pauses.before_next_look()
+                await pauses.before_next_poll()

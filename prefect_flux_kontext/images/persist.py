@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def image_names(name: str, number: int, extension: str, key: str | None) -> list[str]:
+def list_image_names(name: str, number: int, extension: str, key: str | None) -> list[str]:
     """Return the file names that a result's image may have, the preferred one first.
 
     The preferred name is `cat.jpg`. If another row's image has it, `cat~1a2b3c4d.jpg` is used,
@@ -54,7 +54,7 @@ async def persist_result(
     name: str,
     key: str | None = None,
     ai_mark: bool = True,
-    show: Callable[[Image.Image], None] | None = None,
+    on_decoded: Callable[[Image.Image], None] | None = None,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and store it.
 
@@ -70,7 +70,7 @@ async def persist_result(
         key: The row key, so that no other row's image is overwritten; None overwrites a file of
             that name.
         ai_mark: Whether to label the image as made by AI; see `ai_metadata`.
-        show: Called with the first decoded image, in a thread; it must not raise.
+        on_decoded: Called with the first decoded image, in a thread; it must not raise.
 
     Returns:
         One record for each image, in the order of the result's URLs.
@@ -88,7 +88,9 @@ async def persist_result(
         data, info, sha256 = await download_image(
             url,
             http,
-            functools.partial(_process, source=source, show=show if number == 1 else None),
+            functools.partial(
+                _process, source=source, on_decoded=on_decoded if number == 1 else None
+            ),
             task_id=result.task_id,
         )
         if requested not in (None, info.format):
@@ -98,7 +100,7 @@ async def persist_result(
                 str(requested).upper(),
                 info.format.upper(),
             )
-        names = image_names(name, number, f".{EXTENSIONS[info.format]}", key)
+        names = list_image_names(name, number, f".{EXTENSIONS[info.format]}", key)
         stored.append(
             StoredImage(
                 uri=await output.write_unique(names, data),
@@ -123,7 +125,7 @@ async def place_stored_images(
     """
     uris = []
     for number, file in enumerate(files, start=1):
-        names = image_names(name, number, splitext(file)[1], key)
+        names = list_image_names(name, number, splitext(file)[1], key)
         if file in names:
             uris.append(output.uri(file))
             continue
@@ -135,12 +137,12 @@ async def place_stored_images(
 
 
 def _process(
-    data: bytes, source: SourceType | None, show: Callable[[Image.Image], None] | None
+    data: bytes, source: SourceType | None, on_decoded: Callable[[Image.Image], None] | None
 ) -> tuple[bytes, ImageInfo, str]:
     """Check an image; return the bytes to store, their format and size, and their checksum."""
     info, image = decode_image(data)
-    if show is not None:
-        show(image)
+    if on_decoded is not None:
+        on_decoded(image)
     if source is not None:
         data = add_ai_metadata(data, source)
     return data, info, hashlib.sha256(data).hexdigest()

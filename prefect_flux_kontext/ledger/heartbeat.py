@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.ledger.records import RECORD_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -74,6 +75,7 @@ async def is_alive(store: RecordStore, owner: str) -> bool:
 def _make_heartbeat() -> bytes:
     pid = os.getpid()
     heartbeat = {
+        "version": RECORD_VERSION,
         "host": socket.gethostname(),
         "pid": pid,
         "started": _read_process_start(pid),

@@ -123,12 +123,12 @@ class Ledger:
             raise RowAlreadyClaimedError(entry.key)
         return claimed
 
-    async def accepted(self, entry: Entry, task_id: str, *, by: str | None = None) -> Entry:
+    async def record_accepted(self, entry: Entry, task_id: str, *, by: str | None = None) -> Entry:
         """Record that the attempt was accepted; an outcome already on record takes precedence."""
         posted = Posted(state="accepted", by=by or self.owner, task_id=task_id)
         return await self._record_post(entry, posted)
 
-    async def rejected(
+    async def record_rejected(
         self, entry: Entry, error: FluxKontextError, *, by: str | None = None
     ) -> Entry:
         """Record that the attempt is known not to have been accepted, or was given up."""
@@ -137,7 +137,7 @@ class Ledger:
         )
         return await self._record_post(entry, posted)
 
-    async def stored(
+    async def record_stored(
         self,
         entry: Entry,
         files: list[str],
@@ -157,7 +157,7 @@ class Ledger:
         )
         return await self._record_end(entry, ended)
 
-    async def failed(self, entry: Entry, error: FluxKontextError) -> Entry:
+    async def record_failed(self, entry: Entry, error: FluxKontextError) -> Entry:
         """Record that the accepted attempt failed."""
         _check_moves(entry, State.FAILED)
         task = entry.task

@@ -48,6 +48,9 @@ PAID_STATES = frozenset({State.ACCEPTED, State.SUCCEEDED, State.FAILED, State.ST
 OUTSTANDING_STATES = frozenset({State.INTENT, State.UNKNOWN, State.ACCEPTED, State.SUCCEEDED})
 """States in which a result that was, or may have been, paid for can still arrive."""
 
+RECORD_VERSION = 1
+"""Version of the fields of each kind of record; it grows when a field changes its meaning."""
+
 GIVEN_UP = "resubmitted"
 """The reason of an attempt whose outcome stayed unknown and that a user chose to pay again."""
 
@@ -55,6 +58,7 @@ GIVEN_UP = "resubmitted"
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    version: int = Field(default=RECORD_VERSION, description="Version of the record's fields.")
     at: datetime = Field(default_factory=utc_now, description="When it was written.")
 
 

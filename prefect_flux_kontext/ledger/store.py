@@ -113,7 +113,7 @@ class RecordStore:
             problem = describe_error(error, self._options)
             raise LedgerError(f"{self}/{name} may not be removed: {problem}") from None
 
-    async def names(self, folder: str) -> list[str]:
+    async def list_names(self, folder: str) -> list[str]:
         """Return the names of the records in a folder, sorted, without the folder's own.
 
         Raises:

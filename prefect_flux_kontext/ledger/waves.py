@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, Ended
+from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, RECORD_VERSION, Ended
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -29,6 +29,7 @@ class FinishedRow(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    version: int = RECORD_VERSION
     key: str
     row_id: str
     attempt: int
@@ -43,6 +44,7 @@ class OpenWave(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    version: int = RECORD_VERSION
     name: str
     owner: str
     keys: list[str]
@@ -104,7 +106,7 @@ async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
     Raises:
         LedgerError: A wave file cannot be read or is damaged.
     """
-    names = [name for name in await store.names("waves") if name.endswith(".jsonl")]
+    names = [name for name in await store.list_names("waves") if name.endswith(".jsonl")]
     async for name, data in _read_existing(store, names):
         try:
             for line in data.splitlines():
@@ -122,7 +124,7 @@ async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
     Raises:
         LedgerError: An open wave cannot be read or is damaged.
     """
-    names = [name for name in await store.names("waves") if name.endswith(".open.json")]
+    names = [name for name in await store.list_names("waves") if name.endswith(".open.json")]
     async for name, data in _read_existing(store, names):
         try:
             wave = OpenWave.model_validate_json(data)

@@ -43,7 +43,7 @@ class ImageFolder:
         pattern: Pattern that the paths below the folder must match; None for all.
         max_depth: Levels of subfolders to read.
         output: Real path of the output, if it is on the same filesystem.
-        left_out: Number of files that are not images, and of outputs of other batches, as of the
+        skipped_files: Number of files that are not images, and of outputs of other batches, as
             last read.
     """
 
@@ -53,7 +53,7 @@ class ImageFolder:
     pattern: re.Pattern[str] | None
     max_depth: int
     output: str | None
-    left_out: int = 0
+    skipped_files: int = 0
 
     def read_lines(self) -> Iterator[Line]:
         """Yield the images folder by folder, sorted by name and numbered from 1.
@@ -71,7 +71,7 @@ class ImageFolder:
                 f"The output contains the images of {self.url}, so the next run would pay for "
                 "its own results; choose another output, such as a subfolder."
             )
-        self.left_out = number = 0
+        self.skipped_files = number = 0
         for folder, names, versions in self._walk():
             for name, image_id in zip(names, _make_ids(names), strict=True):
                 number += 1
@@ -85,8 +85,12 @@ class ImageFolder:
                 }
                 yield Line(number, cells, find_cell_problem(cells), versions.get(name))
         if not number:
-            files = "1 other file" if self.left_out == 1 else f"{self.left_out:,} other files"
-            others = f" ({files})" if self.left_out else ""
+            files = (
+                "1 other file"
+                if self.skipped_files == 1
+                else f"{self.skipped_files:,} other files"
+            )
+            others = f" ({files})" if self.skipped_files else ""
             raise ManifestError(
                 f"There are no images at {self.url}{others}; images are files named .jpg, .jpeg, "
                 ".png or .webp."
@@ -101,7 +105,7 @@ class ImageFolder:
             entries = self._list_entries(folder)
             if folder and any(name == _LEDGER_FOLDER for name, _ in entries):
                 # The output of another batch: its images are results, and paid for already.
-                self.left_out += 1
+                self.skipped_files += 1
                 continue
             for name, entry in entries:
                 if name == _LEDGER_FOLDER:
@@ -140,7 +144,7 @@ class ImageFolder:
         is_file_link = entry.get("islink") and self.fs.isfile(f"{self.root}/{path}")
         if IMAGE_ENDING.search(path) and (entry["type"] == "file" or is_file_link):
             return True
-        self.left_out += 1
+        self.skipped_files += 1
         return False
 
 

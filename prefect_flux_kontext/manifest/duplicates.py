@@ -18,7 +18,7 @@ class DuplicateIndex(TempDatabase):
     def __init__(self) -> None:
         super().__init__("CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)")
 
-    def first(self, name: bytes, number: int) -> int:
+    def add(self, name: bytes, number: int) -> int:
         """Add a name and return the number it was first added with: `number` for a new name."""
         digest = hashlib.blake2b(name, digest_size=8).digest()
         name_hash = int.from_bytes(digest, signed=True)

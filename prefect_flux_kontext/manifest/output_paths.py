@@ -12,8 +12,8 @@ from prefect_flux_kontext.storage.names import (
     find_name_problem,
     find_text_problem,
     is_reserved,
-    safe_part,
-    safe_path,
+    make_safe_component,
+    make_safe_path,
 )
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ PathTemplate = tuple[tuple[str, str | None], ...]
 """A parsed template: literal texts, each with the column that follows it or None."""
 
 _SUFFIX = ".{ext}"
-# Leaves room for the tilde and hash that `safe_part` adds to a name.
+# Leaves room for the tilde and hash that `make_safe_component` adds to a name.
 _MAX_SEGMENT_CHARACTERS = 80
 _LITERAL = re.compile(r"[A-Za-z0-9._/-]*")
-# A segment that `safe_part` returned before, as in the manifest of failed rows.
+# A segment that `make_safe_component` returned before, as in the manifest of failed rows.
 _SAFE_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}~[0-9a-f]{12}")
 _FORMATS = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
 
@@ -96,7 +96,9 @@ def build_output_path(
     if output:
         path, subject = _clean_output(output, output_format), f"output {output!r:.80}"
     elif template is None:
-        path = safe_path(row_id) if style is None else f"{safe_path(row_id)}/{safe_part(style)}"
+        path = make_safe_path(row_id)
+        if style is not None:
+            path = f"{path}/{make_safe_component(style)}"
         subject = f"id {row_id!r:.80}"
     else:
         path = "".join(_render_field(field, row_id, style, cells) for field in template)
@@ -135,7 +137,8 @@ def _clean_output(output: str, output_format: str) -> str:
     if problem:
         raise ValueError(f"output {output!r:.80} {problem}")
     return "/".join(
-        segment if _SAFE_SEGMENT.fullmatch(segment) else safe_part(segment) for segment in segments
+        segment if _SAFE_SEGMENT.fullmatch(segment) else make_safe_component(segment)
+        for segment in segments
     )
 
 
@@ -147,11 +150,11 @@ def _render_field(
         case None:
             return literal
         case "id":
-            return literal + safe_path(row_id)
+            return literal + make_safe_path(row_id)
         case "style":
             if style is None:
                 raise ValueError("the output names use {style}, but the row has no style")
-            return literal + safe_part(style)
+            return literal + make_safe_component(style)
         case _ if column not in cells:
             raise ValueError(
                 f"the output names use a column {column!r} that the manifest does not have; its "
@@ -160,4 +163,4 @@ def _render_field(
         case _ if not cells[column].strip():
             raise ValueError(f"the output names use the column {column!r}, which is empty")
         case _:
-            return literal + safe_part(cells[column].strip())
+            return literal + make_safe_component(cells[column].strip())

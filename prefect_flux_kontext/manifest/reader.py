@@ -27,7 +27,7 @@ from prefect_flux_kontext.manifest.tables import (
     read_in_memory_rows,
     read_parquet,
 )
-from prefect_flux_kontext.references.location import manifest_folder
+from prefect_flux_kontext.references.location import find_manifest_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -81,9 +81,9 @@ class Manifest:
         return str(self.source)
 
     @property
-    def left_out(self) -> int:
+    def skipped_files(self) -> int:
         """Number of files in a folder that are not images by name, as of its last read."""
-        return self._folder.left_out if self._folder else 0
+        return self._folder.skipped_files if self._folder else 0
 
     def rows(self) -> Iterator[Row | RefusedRow]:
         """Yield all rows in order, valid or refused. Each call reads the manifest again.
@@ -97,7 +97,7 @@ class Manifest:
         count = 0
         with as_manifest_error(self.url), DuplicateIndex() as names:
             source = normalize_source(self.source)
-            defaults = defaults._replace(folder=self.folder or manifest_folder(source))
+            defaults = defaults._replace(folder=self.folder or find_manifest_folder(source))
             for line in self._read_lines(source):
                 for row in expand_line(line, defaults):
                     count += 1
@@ -160,7 +160,7 @@ def _check_name(row: Row, names: DuplicateIndex, number: int) -> Row | RefusedRo
     """Return the row, or refuse it if an earlier row has the same output name."""
     # One line can give several rows. The number tells them apart; messages name the line.
     position = row.line << 32 | number
-    first = names.first(row.name.casefold().encode(), position)
+    first = names.add(row.name.casefold().encode(), position)
     if first == position:
         return row
     first_line = first >> 32

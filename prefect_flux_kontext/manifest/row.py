@@ -15,9 +15,9 @@ from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
-from prefect_flux_kontext.references.location import find_location_problem, locate
+from prefect_flux_kontext.references.location import find_location_problem, normalize_reference
 from prefect_flux_kontext.storage.names import INVISIBLE_CHARACTERS, find_text_problem
-from prefect_flux_kontext.styles.styles import Styles, select_styles, unknown_style_error
+from prefect_flux_kontext.styles.styles import Styles, describe_unknown_style, select_styles
 from prefect_flux_kontext.styles.templates import is_template, parse_template
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
         yield _make_styled_row(line, defaults, defaults.styles.known[style_name])
     else:
         row = _make_styled_row(line, defaults, None)
-        reason = f"there {unknown_style_error(style_name, defaults.styles.known)}"
+        reason = f"there {describe_unknown_style(style_name, defaults.styles.known)}"
         yield RefusedRow(row.id, line.number, reason, line.cells)
 
 
@@ -154,7 +154,7 @@ def make_row(
     row_id = filled.get("id") or _make_id(images, values)
     problems += _find_id_problems(filled.get("id", ""))
     problems += [problem for image in images for problem in find_reference_problems(image, folder)]
-    located = [locate(image, folder) for image in images]
+    located = [normalize_reference(image, folder) for image in images]
     if located != images:
         # The manifest of failed rows is in another folder, where relative paths would break.
         row_cells = {**row_cells, **_format_references(filled, located)}
@@ -245,7 +245,7 @@ def _apply_style(
             prompt = _render_prompt(prompt, cells)
         if style is not None:
             where = f"style {style.name!r}"
-            prompt = style.text(prompt, cells)
+            prompt = style.render_prompt(prompt, cells)
     except ValueError as error:
         # A placeholder, so that validation does not report the prompt as missing too.
         values.setdefault("prompt", "invalid template")

@@ -167,7 +167,7 @@ async def _report_batch(
         outcome = "stored" if batch.complete else "incomplete"
     finally:
         # A submit that is under way may still be accepted and billed.
-        await asyncio.shield(session.submitter.drained())
+        await asyncio.shield(session.submitter.drain())
         batch.spent = spent()
         batch.seconds = asyncio.get_running_loop().time() - started_at + before.seconds
         event = events.BATCH_FINISHED
@@ -274,7 +274,7 @@ async def run_wave(wave: Wave) -> BatchSummary:
     for row in failures:
         logger.warning(
             "Row %s (line %d, task %s) %s: %s",
-            row.told,
+            row.label,
             row.line,
             row.task_id or "none",
             row.state if row.state == "failed" else f"is {row.state}",

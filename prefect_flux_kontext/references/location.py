@@ -67,7 +67,7 @@ def non_public_references(references: Iterable[str]) -> list[str]:
     ]
 
 
-def manifest_folder(manifest: Any) -> str | None:
+def find_manifest_folder(manifest: Any) -> str | None:
     """Return the base folder for relative paths, or None if local files are not allowed.
 
     A local manifest usually lies beside its images. A remote manifest must not read files of
@@ -82,7 +82,7 @@ def manifest_folder(manifest: Any) -> str | None:
     return str(Path(_local_path(manifest)).absolute().parent)
 
 
-def locate(reference: str, folder: str | None) -> str:
+def normalize_reference(reference: str, folder: str | None) -> str:
     """Normalize a reference for fsspec, with a local path made absolute."""
     if reference.startswith(_WEB_PREFIXES):
         return reference

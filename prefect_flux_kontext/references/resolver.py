@@ -72,7 +72,7 @@ class References:
         self._cache = ReferenceCache()
         self._locks = Locks()
 
-    def look_at(
+    def identify(
         self, references: Iterable[str], versions: Mapping[str, str] | None = None
     ) -> dict[str, ReferenceInfo]:
         """Identify the references, several at a time.
@@ -99,14 +99,14 @@ class References:
             infos[reference] = info
         return {reference: info for reference, info in infos.items() if info is not None}
 
-    def flaws(self, references: Iterable[str]) -> dict[str, str]:
+    def find_content_problems(self, references: Iterable[str]) -> dict[str, str]:
         """Check the content of identified references; return the problems by reference."""
         references = list(references)
         flaws = zip(references, self._threads.map(self._check_content, references), strict=True)
         return {reference: flaw for reference, flaw in flaws if flaw}
 
-    async def prepared(
-        self, request: GenerationRequest, *, doubted: bool = False
+    async def prepare(
+        self, request: GenerationRequest, *, verify_staged: bool = False
     ) -> RequestFactory:
         """Make the references of a request available to the service.
 
@@ -115,7 +115,7 @@ class References:
 
         Args:
             request: The request, with references as in the manifest.
-            doubted: The service could not fetch them before, so compare the staged files.
+            verify_staged: The service could not fetch them before, so compare the staged files.
 
         Raises:
             ReferenceImageError: A reference has changed since the plan, or is unusable.
@@ -124,7 +124,7 @@ class References:
         own = non_public_references(request.image_urls)
         loop = asyncio.get_running_loop()
         pending = [
-            loop.run_in_executor(self._threads, self._make_available, reference, doubted)
+            loop.run_in_executor(self._threads, self._make_available, reference, verify_staged)
             for reference in own
         ]
         url_factories = dict(zip(own, await asyncio.gather(*pending), strict=True))
@@ -183,7 +183,7 @@ class References:
             raise ReferenceImageError("changed while it was checked")
         return data
 
-    def _make_available(self, reference: str, doubted: bool) -> Callable[[], str]:
+    def _make_available(self, reference: str, verify_staged: bool) -> Callable[[], str]:
         """Stage a reference if needed; return a function that builds its URL."""
         # Rows with the same image stage it only once.
         with self._locks.get(reference):
@@ -200,10 +200,10 @@ class References:
                     fs, path = open_filesystem(reference)
                     return partial(sign_url, fs, path, self._seconds)
                 name = info.staged
-                if name is None or doubted:
+                if name is None or verify_staged:
                     data = data or self._read_content(reference, info)
                     data = shrink_to_fit(data, MAX_REFERENCE_BYTES) if info.large else data
-                    name = self._staging.put(data, read_format(data), doubted=doubted)
+                    name = self._staging.put(data, read_format(data), verify_staged=verify_staged)
                     self._cache.put(reference, info._replace(staged=name))
                 return partial(self._staging.build_url, name, self._seconds)
 

@@ -94,13 +94,13 @@ class Staging:
                 f"FLUX_KONTEXT_STAGING_URL {url!r} cannot be used: {error}"
             ) from None
 
-    def put(self, data: bytes, kind: ImageFormat, *, doubted: bool = False) -> str:
+    def put(self, data: bytes, kind: ImageFormat, *, verify_staged: bool = False) -> str:
         """Stage a file unless it is there, and return its name, which holds its checksum.
 
         Args:
             data: The whole file.
             kind: Format of the file, for the extension of the name.
-            doubted: The service could not fetch it, so compare the staged content.
+            verify_staged: The service could not fetch it, so compare the staged content.
 
         Raises:
             StorageError: The staging place refused the file.
@@ -110,7 +110,7 @@ class Staging:
         try:
             # Stage equal files only once.
             with self._locks.get(name):
-                if not self._is_staged(path, data, doubted=doubted):
+                if not self._is_staged(path, data, verify_staged=verify_staged):
                     self._write(path, data)
         except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
             raise StorageError(
@@ -133,9 +133,9 @@ class Staging:
             return f"{self._public_url}/{name}"
         return sign_url(self._fs, self._build_path(name), seconds)
 
-    def _is_staged(self, path: str, data: bytes, *, doubted: bool) -> bool:
+    def _is_staged(self, path: str, data: bytes, *, verify_staged: bool) -> bool:
         try:
-            if doubted:
+            if verify_staged:
                 return bool(self._fs.cat_file(path) == data)
             return bool(self._fs.info(path)["size"] == len(data))
         except FileNotFoundError:
@@ -146,7 +146,7 @@ class Staging:
             create_file(self._fs, path, data)
         except FileExistsError:
             # Another run staged it, or left an incomplete file.
-            if not self._is_staged(path, data, doubted=True):
+            if not self._is_staged(path, data, verify_staged=True):
                 replace_file(self._fs, path, data)
 
     def _build_path(self, name: str) -> str:

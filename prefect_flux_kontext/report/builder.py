@@ -57,8 +57,8 @@ class Report:
         run: The name of the run, which is a live owner in the ledger.
         http: Connections to fetch references.
         settings: The limits of the gallery.
-        whole: Whether the run has the whole batch. The run of a partition only makes thumbnails;
-            the run of the whole batch writes result manifest and gallery.
+        is_whole: Whether the run has the whole batch. The run of a partition only makes
+            thumbnails; the run of the whole batch writes result manifest and gallery.
 
     Attributes:
         pictures: Makes the gallery's thumbnails.
@@ -72,7 +72,7 @@ class Report:
         http: Connections,
         settings: FluxKontextSettings,
         *,
-        whole: bool = True,
+        is_whole: bool = True,
     ) -> None:
         self.pictures = ThumbnailCollector(
             http, settings.gallery_images, references=settings.gallery_references
@@ -82,7 +82,7 @@ class Report:
         self._run = run
         self._max_rows = settings.gallery_images
         self._thumbnails = ThumbnailStore(output)
-        self._is_whole = whole
+        self._is_whole = is_whole
         self._has_changes = False
 
     async def add(self, number: int, lines: Iterable[Line]) -> None:
@@ -103,13 +103,13 @@ class Report:
                 await self.pictures.wait(_REFERENCE_WAIT_SECONDS)
                 await self._save_thumbnails("last")
                 if self._is_whole:
-                    await bring_up_to_date(
+                    await update_report(
                         self._output,
                         self._ledger,
                         self._run,
                         self._thumbnails,
-                        most=self._max_rows,
-                        missing=_MAX_THUMBNAILS_AT_END,
+                        max_rows=self._max_rows,
+                        max_new_thumbnails=_MAX_THUMBNAILS_AT_END,
                     )
         except Exception as error:  # noqa: BLE001 - the images are worth more than the report
             logger.warning(
@@ -137,14 +137,14 @@ async def open_report(report: Report) -> AsyncIterator[None]:
         report.pictures.close()
 
 
-async def bring_up_to_date(
+async def update_report(
     output: OutputFolder,
     ledger: RecordStore,
     run: str,
     thumbnails: ThumbnailStore,
     *,
-    most: int,
-    missing: int,
+    max_rows: int,
+    max_new_thumbnails: int,
 ) -> int:
     """Merge the lines of ended runs into the result manifest, then rebuild the gallery.
 
@@ -153,8 +153,8 @@ async def bring_up_to_date(
         ledger: The records of its ledger.
         run: The name of this run, which is a live owner in the ledger.
         thumbnails: The gallery's thumbnails.
-        most: The most rows in the gallery; with 0 no gallery is written.
-        missing: The most thumbnails to make from images in the output.
+        max_rows: The most rows in the gallery; with 0 no gallery is written.
+        max_new_thumbnails: The most thumbnails to make from images in the output.
 
     Returns:
         The number of rows in the result manifest.
@@ -182,6 +182,12 @@ async def bring_up_to_date(
                     # The file of an earlier run would contradict results.jsonl.
                     await output.remove(RESULTS_PARQUET)
                 await remove_parts(store, parts)
-            if most and rows:
-                await build_gallery(output, merged, thumbnails, most=most, missing=missing)
+            if max_rows and rows:
+                await build_gallery(
+                    output,
+                    merged,
+                    thumbnails,
+                    max_rows=max_rows,
+                    max_new_thumbnails=max_new_thumbnails,
+                )
     return rows

@@ -89,7 +89,7 @@ _PARALLEL_FILES = 16
 _LOCK_POLL_SECONDS = 1.0
 
 
-def own_columns(cells: Mapping[str, str]) -> Line:
+def extract_custom_columns(cells: Mapping[str, str]) -> Line:
     """Return the custom columns of a manifest row under names that do not clash with `COLUMNS`.
 
     A column with the name of one of `COLUMNS`, in any case, gets the prefix `manifest_`.
@@ -156,7 +156,7 @@ class LineMerger(TempDatabase):
             if not added.rowcount and (known := self._find(name)):
                 self._database.execute(
                     "UPDATE lines SET line = ? WHERE name = ?",
-                    (as_json(merge_lines(known, line)), name),
+                    (encode_line(merge_lines(known, line)), name),
                 )
 
     def write(self, earlier: Path, merged: Path) -> int:
@@ -175,7 +175,7 @@ class LineMerger(TempDatabase):
                 new = self._find(_identity(line))
                 current = merge_lines(line, new) if new else line
                 self.custom_columns.update(_custom_names(current))
-                file.write(as_json(current))
+                file.write(encode_line(current))
                 lines += 1
                 self._database.execute("DELETE FROM lines WHERE name = ?", (_identity(line),))
             for (text,) in self._database.execute("SELECT line FROM lines ORDER BY number"):
@@ -237,7 +237,7 @@ def _is_further(line: Line, other: Line) -> bool:
     return bool(attempts > others)
 
 
-def as_json(line: Line) -> str:
+def encode_line(line: Line) -> str:
     """Encode a line of JSON Lines in ASCII, so that no text in it can end the line."""
     return json.dumps(line, allow_nan=False) + "\n"
 
@@ -288,7 +288,7 @@ async def write_part(store: RecordStore, run: str, number: int, lines: Iterable[
     Raises:
         LedgerError: The output cannot be written to.
     """
-    data = "".join(map(as_json, lines)).encode()
+    data = "".join(map(encode_line, lines)).encode()
     await store.replace(f"parts/{run}-{number:06}.jsonl", data)
 
 
@@ -298,7 +298,7 @@ async def list_mergeable_parts(store: RecordStore, ledger: RecordStore, run: str
     Raises:
         LedgerError: The output cannot be read.
     """
-    names = await store.names("parts")
+    names = await store.list_names("parts")
     runs = {name.partition("-")[0] for name in names} - {run}
     live = {other for other in runs if await is_alive(ledger, other)}
     return [name for name in names if name.partition("-")[0] not in live]
@@ -340,7 +340,7 @@ async def acquire_merge_lock(
         LedgerError: The output cannot be read or written.
     """
     while True:
-        names = await store.names("locks")
+        names = await store.list_names("locks")
         last = max((int(name.partition(".")[0]) for name in names), default=0)
         if last and f"{last:06}.released" not in names:
             holder = await store.read(f"locks/{last:06}.acquired") or b""

@@ -56,7 +56,7 @@ class Statistics:
             for number, line in enumerate(lines, start=1):
                 self._count_line(line)
                 key = str(line.get("key"))
-                if line.get("cost_usd") and paid.first(key.encode(), number) == number:
+                if line.get("cost_usd") and paid.add(key.encode(), number) == number:
                     self.cost_usd += line["cost_usd"]
                 yield line
 

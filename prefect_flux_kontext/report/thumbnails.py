@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-AFTER, BEFORE = 320, 640
+RESULT_EDGE_PIXELS, REFERENCE_EDGE_PIXELS = 320, 640
 """Pixels of the long edge of a result's and of a reference's thumbnail.
 
 The grid shows many results at a time; a reference is only shown alone, so its thumbnail is larger.
@@ -88,12 +88,12 @@ def shrink_image(image: Image.Image, edge: int) -> bytes:
     return file.getvalue()
 
 
-def name_of_image(key: str) -> str:
+def image_thumbnail_name(key: str) -> str:
     """Return the thumbnail name of a row's image, given the row key."""
     return key[:16]
 
 
-def name_of_reference(url: str) -> str:
+def reference_thumbnail_name(url: str) -> str:
     """Return the thumbnail name of a reference; the signature of its URL does not change it."""
     return "r" + hashlib.sha256(url_identity(url).encode(errors="replace")).hexdigest()[:16]
 
@@ -118,7 +118,7 @@ class ThumbnailCollector:
         self._fetching: set[asyncio.Task[None]] = set()
         self._semaphore = asyncio.Semaphore(_PARALLEL_FETCHES)
 
-    def showing(self, key: str) -> Callable[[Image.Image], None] | None:
+    def create_thumbnail_callback(self, key: str) -> Callable[[Image.Image], None] | None:
         """Return a function that makes the thumbnail of a row's decoded image; None at the limit.
 
         The thread that has decoded the image calls the function.
@@ -126,13 +126,15 @@ class ThumbnailCollector:
         if self._left <= 0:
             return None
         self._left -= 1
-        return partial(self._make, name_of_image(key), partial(shrink_image, edge=AFTER))
+        return partial(
+            self._make, image_thumbnail_name(key), partial(shrink_image, edge=RESULT_EDGE_PIXELS)
+        )
 
-    def want_references(self, urls: Sequence[str]) -> None:
+    def request_reference(self, urls: Sequence[str]) -> None:
         """Start to fetch a row's first reference while the row waits, within the limits."""
         if not (urls and self._fetches_references and self._left > 0):
             return
-        name = name_of_reference(urls[0])
+        name = reference_thumbnail_name(urls[0])
         if name in self._requested or len(self._fetching) >= _MAX_PENDING_FETCHES:
             return
         self._requested.add(name)
@@ -182,6 +184,6 @@ class ThumbnailCollector:
             # The message is left out: it holds the URL, which may be signed.
             logger.debug("No thumbnail of a reference for the gallery: %s", type(error).__name__)
             return
-        make = partial(make_thumbnail, edge=BEFORE)
+        make = partial(make_thumbnail, edge=REFERENCE_EDGE_PIXELS)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(_THREADS, self._make, name, make, bytes(data))

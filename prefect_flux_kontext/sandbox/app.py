@@ -52,14 +52,14 @@ class Sandbox:
 
     Attributes:
         settings: The settings.
-        weather: The active faults, applied in front of the service.
+        active_faults: The active faults, applied in front of the service.
         service: The state machine, for callers in the same process.
         app: The ASGI application. It also works without its lifespan.
     """
 
     def __init__(self, settings: SandboxSettings, plan: FaultPlan | None = None) -> None:
         self.settings = settings
-        self.weather = ActiveFaults(plan or FaultPlan())
+        self.active_faults = ActiveFaults(plan or FaultPlan())
         self.app = Starlette(
             # Most requests go to the first two: routes are matched in order.
             routes=[
@@ -72,9 +72,9 @@ class Sandbox:
                 Route("/sandbox/bill", self._bill),
                 Route("/sandbox/tasks", self._tasks),
                 Route("/sandbox/reset", self._reset, methods=["POST"]),
-                faults_endpoint(self.weather),
+                faults_endpoint(self.active_faults),
             ],
-            middleware=[Middleware(FaultMiddleware, self.weather)],
+            middleware=[Middleware(FaultMiddleware, self.active_faults)],
             exception_handlers={
                 Refusal: _answer_refusal,
                 HTTPException: _answer_http_error,
@@ -87,7 +87,7 @@ class Sandbox:
         self._references = References(own, settings.fetch_timeout)
         self._renderer = ResultRenderer(self._references, settings.long_edge)
         sender = CallbackSender(settings.callback_timeout, settings.callback_delay_scale)
-        self._lifecycle = Lifecycle(self.service, self._references, sender, self.weather)
+        self._lifecycle = Lifecycle(self.service, self._references, sender, self.active_faults)
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -99,7 +99,7 @@ class Sandbox:
         _check_model(request)
         body = await request.body()
         task = self.service.submit(key, _parse_json(body), _base_url(request))
-        self.weather.accepted(task.task_id)
+        self.active_faults.accepted(task.task_id)
         self._lifecycle.start(task)
         return JSONResponse(success({"taskId": task.task_id}))
 

@@ -34,7 +34,7 @@ class Lifecycle:
     ) -> None:
         self._service = service
         self._references = references
-        self._courier = sender
+        self._callback_sender = sender
         self._faults = faults
         self._jobs: set[asyncio.Task[None]] = set()
 
@@ -64,6 +64,6 @@ class Lifecycle:
                 return
             envelope = success(task.status(self._service.now(), self._service.epoch))
             delivered = await deliver(
-                self._faults, self._courier, submission.callback_url, envelope
+                self._faults, self._callback_sender, submission.callback_url, envelope
             )
             self._service.callback_ended(delivered=delivered)

@@ -25,7 +25,7 @@ class Style(NamedTuple):
     tint: int = 0
 
 
-def style_of(prompt: str) -> Style:
+def choose_style(prompt: str) -> Style:
     """Choose the style that the prompt names, else a tint by the prompt's hash."""
     for name, (words, _) in STYLES.items():
         if re.search(rf"\b(?:{words})\b", prompt, re.IGNORECASE):

@@ -6,7 +6,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.sandbox.painting import paint, style_of
+from prefect_flux_kontext.sandbox.painting import choose_style, paint
 from prefect_flux_kontext.sandbox.references import SharedCache
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ResultRenderer:
             BadReferenceError: The reference left the cache and can no longer be fetched.
         """
         prompt, ratio, kind = task.input.prompt, task.input.aspect_ratio, task.input.output_format
-        style, content, subject = style_of(prompt), None, prompt.encode()
+        style, content, subject = choose_style(prompt), None, prompt.encode()
         if task.input.image_urls:
             content, subject = await self._references.get(task.input.image_urls[0], task.base_url)
 

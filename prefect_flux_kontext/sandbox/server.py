@@ -44,13 +44,13 @@ class RunningSandbox:
         url: Its base URL, without a slash at the end.
         settings: The settings.
         service: The state machine; `service.bill()` returns what was paid.
-        weather: The active faults; they can be changed from any thread.
+        active_faults: The active faults; they can be changed from any thread.
     """
 
     url: str
     settings: SandboxSettings
     service: Service
-    weather: ActiveFaults
+    active_faults: ActiveFaults
 
 
 def serve(
@@ -102,7 +102,7 @@ def running_sandbox(
         thread.start()
         try:
             url = _url(listener)
-            yield RunningSandbox(url, sandbox.settings, sandbox.service, sandbox.weather)
+            yield RunningSandbox(url, sandbox.settings, sandbox.service, sandbox.active_faults)
         finally:
             server.should_exit = True
             thread.join()

@@ -24,7 +24,7 @@ _MIN_AGE_SECONDS = 86_400.0
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 
 
-async def sweep(folder: OutputFolder, *, recursive: bool = False) -> int:
+async def remove_temporary_files(folder: OutputFolder, *, recursive: bool = False) -> int:
     """Remove temporary files that are older than a day, and return their number.
 
     Only files on local disks with a name of `storage.atomic` are removed: object stores have no

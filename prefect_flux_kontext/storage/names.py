@@ -47,7 +47,7 @@ def find_text_problem(text: str) -> str | None:
     if _PLAIN.fullmatch(text):
         return None
     if sign := INVISIBLE_CHARACTERS.search(text):
-        return f"holds a character that cannot be seen ({sign.group()!a})"
+        return f"contains an invisible character ({sign.group()!a})"
     if text.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", text):
         return "is an absolute path"
     if ".." in re.split(r"[/\\]", text):
@@ -55,19 +55,19 @@ def find_text_problem(text: str) -> str | None:
     return "is reserved on Windows" if is_reserved(text) else None
 
 
-def safe_part(text: str) -> str:
+def make_safe_component(text: str) -> str:
     """Make a safe path component of any text; texts that look the same make the same one."""
-    return safe_name(text if text.isascii() else unicodedata.normalize("NFC", text))
+    return make_safe_name(text if text.isascii() else unicodedata.normalize("NFC", text))
 
 
-def safe_path(text: str) -> str:
+def make_safe_path(text: str) -> str:
     """Make a safe name of an id. The folders of a plain relative path are kept."""
     if _PLAIN.fullmatch(text):
         return text
     parts = text.split("/")
     if len(parts) == 1 or not all(parts) or "." in parts:
-        return safe_part(text)
-    return "/".join(map(safe_part, parts))
+        return make_safe_component(text)
+    return "/".join(map(make_safe_component, parts))
 
 
 def find_name_problem(name: str) -> str | None:
@@ -96,7 +96,7 @@ def is_reserved(name: str) -> bool:
     return _WINDOWS_DEVICE.fullmatch(name) is not None
 
 
-def safe_name(text: str) -> str:
+def make_safe_name(text: str) -> str:
     """Make a safe file name of any text: one path component of at most 93 characters.
 
     A plain name stays as it is. In any other text, dashes replace unsafe characters, and a tilde

@@ -103,7 +103,7 @@ class Style(BaseModel):
             exclude={"name", "prompt"}, exclude_none=True, exclude_defaults=True
         )
 
-    def text(self, prompt: str | None, cells: Mapping[str, str]) -> str:
+    def render_prompt(self, prompt: str | None, cells: Mapping[str, str]) -> str:
         """Render the prompt for a row.
 
         Args:
@@ -169,13 +169,13 @@ def select_styles(styles: str | Sequence[str] | None) -> Styles:
         elif text in known:
             chosen[text] = known[text]
         else:
-            unknown.append(unknown_style_error(text, known))
+            unknown.append(describe_unknown_style(text, known))
     if unknown:
         raise ConfigurationError(f"There {'; '.join(unknown)}.")
     return Styles(known, tuple(chosen.values()))
 
 
-def unknown_style_error(name: str, known: Mapping[str, Style]) -> str:
+def describe_unknown_style(name: str, known: Mapping[str, Style]) -> str:
     """Return the problem with an unknown name of a style, to follow the word "there"."""
     near = difflib.get_close_matches(name[:100], known, n=1)
     meant = f", did you mean {near[0]!r}?" if near else ""

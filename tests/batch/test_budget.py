@@ -67,8 +67,8 @@ async def test_budget_counts_unknown_rows(tmp_path):
         row = make_row(number, {"prompt": f"x {number}"})
         entries.append(await ledger.claim(row, await ledger.read(row.key)))
     given_up = FluxKontextError("as a person says", code=GIVEN_UP)
-    await ledger.rejected(entries[0], given_up, by="person")
-    await ledger.rejected(entries[1], FluxKontextError("no", code=400))
+    await ledger.record_rejected(entries[0], given_up, by="person")
+    await ledger.record_rejected(entries[1], FluxKontextError("no", code=400))
     keys = [entry.key for entry in entries]
     await open_wave(store, OpenWave(name="gone-1", owner="gone", keys=keys))
     budget = await open_budget(store, "me", RowOptions(cadence=QUICK, budget_usd=0.10))

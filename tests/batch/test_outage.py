@@ -21,7 +21,7 @@ UNKNOWN = SubmitOutcome(error=ReplyLostError("reset"))
 
 
 class Service:
-    """Answers probes as told."""
+    """Answer probes with the given outcomes."""
 
     def __init__(self, *, answers):
         self.answers = answers

@@ -34,7 +34,7 @@ def test_plan_counts_equal_rows_once_and_prices_by_mode():
             ]
         )
     )
-    assert (plan.rows, plan.refused, plan.equal, plan.to_pay) == (4, 1, 1, 2)
+    assert (plan.rows, plan.refused, plan.duplicates, plan.to_pay) == (4, 1, 1, 2)
     assert plan.price == pytest.approx(0.09)
     text = str(plan)
     for word in ("4  rows", "1  invalid", "1  equal", "2  to be paid", "$0.09  price"):
@@ -50,7 +50,7 @@ def test_plan_estimates_time_by_the_accounts_limits():
 
 def test_plan_reports_every_refused_row():
     reported = []
-    plan = build_plan(manifest("x", "", "y", ""), tell=reported.append)
+    plan = build_plan(manifest("x", "", "y", ""), on_refused=reported.append)
     assert [row.line for row in reported] == [row.line for row in plan.problems] == [2, 4]
     with pytest.raises(ManifestError, match=r"2 of 4 rows .*line 2: .*; line 4: "):
         plan.check(skip_invalid=False)
@@ -75,7 +75,7 @@ def test_plan_of_a_finished_batch_has_nothing_to_pay(tmp_path):
         asyncio.run(run(sandbox, rows, tmp_path))
     store = open_ledger_store(OutputFolder(str(tmp_path)))
     plan = build_plan(manifest("a", "b", "nsfw", "new"), store, budget_usd=0.10)
-    assert plan.standings == {
+    assert plan.actions == {
         PlannedAction.STORED: 2,
         PlannedAction.FAILED: 1,
         PlannedAction.PAY: 1,
@@ -84,7 +84,7 @@ def test_plan_of_a_finished_batch_has_nothing_to_pay(tmp_path):
     assert "$0.10  budget for all runs: not enough for all rows" in str(plan)
     # A content violation is not paid for again, even when a retry is asked for.
     assert build_plan(rows, store, retry_failed=True).to_pay == 0
-    summary = plan.summary("out")
+    summary = plan.to_summary("out")
     assert (summary.rows, summary.stored, summary.failed, summary.not_submitted) == (4, 2, 1, 1)
 
 
@@ -105,7 +105,7 @@ def test_plan_reads_rows_of_unfinished_waves(tmp_path):
                 entry = await ledgers[name].claim(row, entry)
                 keys.append(entry.key)
                 if name == "accepted":
-                    await ledgers[name].accepted(entry, "task_1")
+                    await ledgers[name].record_accepted(entry, "task_1")
                 if name == "rejected":
                     await ledgers[name].rejected(entry, FluxKontextError("no", code=400))
             await open_wave(store, OpenWave(name="w-1", owner="gone", keys=keys))
@@ -115,22 +115,22 @@ def test_plan_reads_rows_of_unfinished_waves(tmp_path):
             )
 
     plan, resubmitting = asyncio.run(records())
-    assert plan.standings == {
+    assert plan.actions == {
         PlannedAction.UNKNOWN: 1,
         PlannedAction.OUTSTANDING: 2,
         PlannedAction.PAY: 2,
     }
     assert plan.spent == pytest.approx(0.09)
-    assert resubmitting.standings == {PlannedAction.OUTSTANDING: 2, PlannedAction.PAY: 3}
+    assert resubmitting.actions == {PlannedAction.OUTSTANDING: 2, PlannedAction.PAY: 3}
 
 
 def test_capped_limits_the_budget_to_the_plan():
     plan = build_plan(manifest("a", "b"), budget_usd=5.0)
     options = plan_options(budget_usd=5.0)
-    assert plan.capped(options, 0.01).budget_usd == pytest.approx(0.06)
-    assert plan.capped(options, 1.0).budget_usd == pytest.approx(1.0)
-    assert plan.capped(options, 9.0).budget_usd == pytest.approx(5.0)
-    assert plan.capped(plan_options(budget_usd=0.0), 1.0).budget_usd == 0.0
+    assert plan.with_budget_cap(options, 0.01).budget_usd == pytest.approx(0.06)
+    assert plan.with_budget_cap(options, 1.0).budget_usd == pytest.approx(1.0)
+    assert plan.with_budget_cap(options, 9.0).budget_usd == pytest.approx(5.0)
+    assert plan.with_budget_cap(plan_options(budget_usd=0.0), 1.0).budget_usd == 0.0
 
 
 def plan_options(**how):

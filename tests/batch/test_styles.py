@@ -74,7 +74,7 @@ def test_failed_rows_of_a_matrix_can_be_run_again(tmp_path):
         summary = await in_process(env, None, list(manifest.rows()))
         assert (summary.stored, summary.failed) == (2, 2)
         # In the order in which they failed.
-        assert {failure.told for failure in summary.failures} == {
+        assert {failure.label for failure in summary.failures} == {
             "cat (banned)",
             "2024/dog (banned)",
         }

@@ -92,11 +92,11 @@ def test_user_settles_an_unknown_row(accepted):
             prompt = entry.intent.request.prompt
             records = env.sandbox.service.records()
             [task] = [r["taskId"] for r in records if r["prompt"] == prompt]
-            await ledger.accepted(entry, task)
+            await ledger.record_accepted(entry, task)
             summary = await in_process(env, None, [], only_collect=True)
             assert (summary.rows, summary.stored) == (1, 1)
         else:
-            await ledger.rejected(entry, FluxKontextError("no", code="resolved"))
+            await ledger.record_rejected(entry, FluxKontextError("no", code="resolved"))
             summary = await in_process(env, None, manifest(LINES))
             assert summary.stored == 10
         assert len(list(env.sandbox.service.records())) == 10

@@ -25,26 +25,26 @@ def benchmark(*arguments):
     return done.stdout
 
 
-def test_the_governor_is_simulated():
-    told = benchmark("-m", "benchmarks.governor", "--images", 40, "--only", "steady", "called")
-    assert "| steady |" in told
-    assert "| called back |" in told
+def test_limiter_is_simulated():
+    output = benchmark("-m", "benchmarks.limiter", "--images", 40, "--only", "steady", "called")
+    assert "| steady |" in output
+    assert "| called back |" in output
 
 
 @pytest.mark.parametrize("work", ["batch", "called", "fixed:0.05", "bare", "one-client"])
 def test_a_piece_of_work_is_measured_against_a_sandbox(work):
-    (told,) = benchmark("benchmarks/measuring.py", work, 6).splitlines()
-    assert '"stored": 6' in told
+    (output,) = benchmark("benchmarks/measuring.py", work, 6).splitlines()
+    assert '"stored": 6' in output
 
 
 def test_the_tables_of_the_page_are_made_and_put_between_its_markers(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text("before\n<!-- begin start -->\nold\n<!-- end start -->\nafter\n")
     benchmark("benchmarks/run.py", "--quick", "--only", "start", "--page", page)
-    told = page.read_text()
-    assert told.startswith("before\n<!-- begin start -->\n|")
-    assert "| `flux-kontext --help` | 1 |" in told
-    assert told.endswith("<!-- end start -->\nafter\n")
+    output = page.read_text()
+    assert output.startswith("before\n<!-- begin start -->\n|")
+    assert "| `flux-kontext --help` | 1 |" in output
+    assert output.endswith("<!-- end start -->\nafter\n")
 
 
 def test_a_plan_of_a_manifest_is_measured():
@@ -52,8 +52,8 @@ def test_a_plan_of_a_manifest_is_measured():
 
 
 def test_batches_polled_and_called_back_are_measured_side_by_side():
-    told = benchmark("benchmarks/callback_mode.py", "--rows", 4, "--mean", 0.3).splitlines()
-    assert ["4 paid" in line for line in told] == [True] * 3
+    output = benchmark("benchmarks/callback_mode.py", "--rows", 4, "--mean", 0.3).splitlines()
+    assert ["4 paid" in line for line in output] == [True] * 3
 
 
 def test_the_receiver_is_measured():

@@ -54,7 +54,7 @@ class CalledBatch:
     def __post_init__(self):
         self.url = f"memory://called-{next(_numbers)}"
         self.sandbox = Sandbox(SandboxSettings(long_edge=16))
-        self.sandbox._lifecycle._courier = self
+        self.sandbox._lifecycle._callback_sender = self
         self.service = self.sandbox.service
         self._app = httpx.ASGITransport(app=self.sandbox.app)
         self.receiver = create_receiver(f"{self.url}/_ledger/callbacks", SECRET)
@@ -119,8 +119,8 @@ class CalledBatch:
         from prefect_flux_kontext.ledger.store import RecordStore  # noqa: PLC0415
 
         store = RecordStore(f"{self.url}/_ledger/callbacks")
-        owners = await store.names("")
-        return [name for owner in owners for name in await store.names(owner)]
+        owners = await store.list_names("")
+        return [name for owner in owners for name in await store.list_names(owner)]
 
 
 def manifest(rows):

@@ -49,7 +49,7 @@ class Place:
             row = make_row(number, {"id": f"r{number}", "prompt": f"row {number}"})
             entry = await ledger.claim(row, Entry(key=row.key))
             if accepted:
-                await ledger.accepted(entry, f"task_{number}")
+                await ledger.record_accepted(entry, f"task_{number}")
             keys.append(row.key)
             self.attempts[number] = Attempt(owner, row.key, entry.attempt)
         wave = OpenWave(name=f"{owner}-{numbers[0]}", owner=owner, keys=keys)
@@ -58,7 +58,7 @@ class Place:
     async def end(self, number):
         ledger = Ledger(self.store, "3" * 16, FluxKontextSettings().prices())
         entry = await ledger.read(self.attempts[number].key)
-        await ledger.failed(entry, FluxKontextError("It failed.", code="FAILED"))
+        await ledger.record_failed(entry, FluxKontextError("It failed.", code="FAILED"))
 
     async def call(self, *numbers):
         for number in numbers:

@@ -18,7 +18,7 @@ def callback(number, owner=OWNER, task_id=None):
 
 
 async def read_all(inbox, owner=OWNER):
-    names = await inbox.names(owner)
+    names = await inbox.list_names(owner)
     return [callback for name in names for callback in await inbox.read(owner, name)]
 
 
@@ -30,7 +30,7 @@ async def test_stored_callback_is_read_by_another_process(tmp_path):
 async def test_concurrent_callbacks_share_a_file(tmp_path):
     inbox = Inbox(RecordStore(str(tmp_path)))
     await asyncio.gather(*(inbox.keep(callback(n)) for n in range(100)))
-    assert len(await inbox.names(OWNER)) <= 2
+    assert len(await inbox.list_names(OWNER)) <= 2
     assert sorted(stored.key for stored in await read_all(inbox)) == [
         callback(n).key for n in range(100)
     ]
@@ -41,9 +41,9 @@ async def test_inbox_works_on_s3():
         inbox = Inbox(RecordStore(f"{bucket}/inbox"))
         await asyncio.gather(*(inbox.keep(callback(n)) for n in range(10)))
         assert len(await read_all(inbox)) == 10
-        for name in await inbox.names(OWNER):
+        for name in await inbox.list_names(OWNER):
             await inbox.remove(OWNER, name)
-        assert await inbox.names(OWNER) == []
+        assert await inbox.list_names(OWNER) == []
 
 
 @pytest.mark.virtual_time

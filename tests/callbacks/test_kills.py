@@ -11,7 +11,7 @@ import pytest
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.chaos.called import Receiver, held_port
+from tests.chaos.callback_batches import Receiver, held_port
 from tests.chaos.processes import Batch
 
 ROWS = [(f"row-{n}", f"lighthouse number {n}") for n in range(150)]
@@ -23,7 +23,7 @@ def test_killed_batch_recovers_its_tasks_by_callbacks(seed, tmp_path):
     rng = random.Random(seed)
     settings = SandboxSettings(mean=0.5, long_edge=16, callback_delay_scale=0.02)
     with running_sandbox(settings) as service, held_port() as port:
-        service.weather.change(FaultPlan(seed=seed, faults=LOST))
+        service.active_faults.change(FaultPlan(seed=seed, faults=LOST))
         batch = Batch(
             service,
             tmp_path,
@@ -44,8 +44,8 @@ def test_killed_batch_recovers_its_tasks_by_callbacks(seed, tmp_path):
         found = batch.check()
         assert not found.problems, found
         assert batch.kills
-        befallen = service.weather.befallen
-        assert befallen["submit:lost-reply"] + befallen["submit:trouble-after"] > 3
+        applied = service.active_faults.applied
+        assert applied["submit:lost-reply"] + applied["submit:trouble-after"] > 3
         assert found.stored == batch.accepted, collected.said
 
 

@@ -38,7 +38,7 @@ def client(app):
 
 
 async def stored_task_ids(inbox):
-    names = await inbox.names(ATTEMPT.owner)
+    names = await inbox.list_names(ATTEMPT.owner)
     return [line.task_id for name in names for line in await inbox.read(ATTEMPT.owner, name)]
 
 

@@ -45,7 +45,7 @@ def envelope(number):
 
 async def stored_task_ids(folder):
     inbox = Inbox(RecordStore(str(folder)))
-    names = await inbox.names(OWNER)
+    names = await inbox.list_names(OWNER)
     return {callback.task_id for name in names for callback in await inbox.read(OWNER, name)}
 
 

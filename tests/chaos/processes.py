@@ -81,7 +81,7 @@ class Started:
 @contextlib.contextmanager
 def without_faults(service):
     """Switch faults off inside the block, in which no request is counted."""
-    faults = service.weather
+    faults = service.active_faults
     plan, numbers = faults.plan, faults.numbers.copy()
     faults.plan = FaultPlan()
     yield

@@ -4,7 +4,7 @@ import signal
 from functools import partial
 
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.chaos.called import all_callback_faults, each_callback_fault
+from tests.chaos.callback_batches import all_callback_faults, each_callback_fault
 from tests.chaos.clocks import wrong_clocks
 from tests.chaos.fault_sets import ALL, STOPPING, plan_fault_shares
 from tests.chaos.trials import finish, print_now
@@ -65,7 +65,7 @@ def each_fault(factory, line, rng, scale, *, kind, rows=500):
         factory.inject_faults(rng, planned)
         batch = factory.create_batch(round(rows * scale))
         batch.run_and_kill(rng.uniform(0.3, 6))
-        occurrences = factory.service.weather.befallen
+        occurrences = factory.service.active_faults.applied
         finish(line, batch, 1)
         print_now(f"    {fault} occurred {occurrences[fault]} times; so far {line}")
 

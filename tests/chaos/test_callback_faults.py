@@ -4,7 +4,7 @@ import random
 
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from tests.chaos.called import all_callback_faults
+from tests.chaos.callback_batches import all_callback_faults
 from tests.chaos.trials import BatchFactory, Totals
 
 

@@ -31,16 +31,16 @@ def run_until_done(batch, *, at_most):
 
 def test_batch_under_every_fault_is_finished_by_a_rerun(service, tmp_path):
     faults = plan_each_fault_once("submit", "status", "download", "task")
-    service.weather.change(FaultPlan(faults=faults, hang=0.3, slow=0.3))
+    service.active_faults.change(FaultPlan(faults=faults, hang=0.3, slow=0.3))
     batch = Batch(service, tmp_path, FLUX_KONTEXT_POLL_TIMEOUT="5")
     batch.write(lines(ROWS))
     every = {fault.partition("@")[0] for fault in faults}
     for _ in range(1 + len(STOPPING)):
         batch.run()
-        if set(service.weather.befallen) == every:
+        if set(service.active_faults.applied) == every:
             break
-    assert set(service.weather.befallen) == every
-    service.weather.change(FaultPlan())
+    assert set(service.active_faults.applied) == every
+    service.active_faults.change(FaultPlan())
     last = batch.run()
     found = assert_no_problems(batch)
     # A later run pays for a row that was refused or stopped, and never for an unknown one.
@@ -57,7 +57,7 @@ def test_batch_under_every_fault_is_finished_by_a_rerun(service, tmp_path):
 @pytest.mark.parametrize("kind", ["status", "download"])
 def test_faults_of_free_requests_cost_no_row(service, tmp_path, kind):
     """No row is unknown if no submit's reply is lost, so every row is stored."""
-    service.weather.change(FaultPlan(faults=plan_each_fault_once(kind), hang=0.3, slow=0.3))
+    service.active_faults.change(FaultPlan(faults=plan_each_fault_once(kind), hang=0.3, slow=0.3))
     batch = Batch(service, tmp_path)
     batch.write(lines(40))
     run_until_done(batch, at_most=4)
@@ -69,7 +69,7 @@ def test_faults_of_free_requests_cost_no_row(service, tmp_path, kind):
     ("fault", "rows"), [("status:foreign-result-url", 4), ("download:redirect-away@2", 1)]
 )
 def test_row_with_a_refused_result_url_is_outstanding(service, tmp_path, fault, rows):
-    service.weather.change(FaultPlan(faults=[fault]))
+    service.active_faults.change(FaultPlan(faults=[fault]))
     batch = Batch(service, tmp_path)
     batch.write(lines(4))
     first = batch.run()
@@ -78,7 +78,7 @@ def test_row_with_a_refused_result_url_is_outstanding(service, tmp_path, fault, 
     assert f"{rows} outstanding (paid for, not yet stored)" in first.said
     assert f"RefusedUrlError {rows}" in first.said
     assert "only http and https are allowed" in first.said
-    service.weather.change(FaultPlan())
+    service.active_faults.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 4
     assert assert_no_problems(batch).stored == 4

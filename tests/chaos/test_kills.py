@@ -46,12 +46,12 @@ def assert_no_problems(batch):
 
 def test_batch_killed_at_random_is_finished_by_a_rerun(service, tmp_path):
     rng = random.Random(1)
-    service.weather.change(TROUBLE)
+    service.active_faults.change(TROUBLE)
     batch = Batch(service, tmp_path)
     batch.write(lines(80))
     for _ in range(6):
         batch.run_and_kill(rng.uniform(0.1, 0.6))
-    service.weather.change(FaultPlan())
+    service.active_faults.change(FaultPlan())
     batch.run()
     assert batch.kills >= 3
     found = assert_no_problems(batch)

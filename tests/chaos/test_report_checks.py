@@ -24,7 +24,7 @@ from tests.chaos.trials import Totals, finish
 def reported_batch(tmp_path_factory):
     """A finished batch with a lost reply, its run, and the output of `status`."""
     with running_sandbox(SandboxSettings(mean=0.3, long_edge=16)) as service:
-        service.weather.change(FaultPlan(faults=["submit:lost-reply@4"]))
+        service.active_faults.change(FaultPlan(faults=["submit:lost-reply@4"]))
         batch = Batch(
             service, tmp_path_factory.mktemp("reported"), FLUX_KONTEXT_GALLERY_IMAGES="0"
         )
@@ -109,7 +109,7 @@ def test_a_wrong_result_manifest_is_found(reported_batch, change, seen):
 def test_clocks_a_day_off_do_not_change_reports(tmp_path):
     """The clock of one run is a day ahead; that of the last run is right, so a day behind."""
     with running_sandbox(SandboxSettings(mean=0.3, long_edge=16)) as service:
-        service.weather.change(
+        service.active_faults.change(
             FaultPlan(faults=["task:lost-result=0.3", "status:skewed-clock=0.5"])
         )
         batch = Batch(

@@ -27,7 +27,7 @@ def service():
     ("number", "status", "accepted"), [(signal.SIGTERM, 143, 20), (signal.SIGINT, 130, 1)]
 )
 def test_signal_bills_only_posts_in_flight(service, tmp_path, number, status, accepted):
-    service.weather.change(FaultPlan(faults=["submit:slow"], slow=0.05))
+    service.active_faults.change(FaultPlan(faults=["submit:slow"], slow=0.05))
     batch = Batch(service, tmp_path)
     batch.write(lines(50))
     running = batch.start_run()
@@ -71,15 +71,15 @@ def test_resumed_process_pays_nothing_after_another_run(service, tmp_path):
 
 @pytest.mark.parametrize("refusal", ["unauthorized", "no-balance"])
 def test_refused_account_stops_the_batch(service, tmp_path, refusal):
-    service.weather.change(FaultPlan(faults=[f"submit:{refusal}@20-"]))
+    service.active_faults.change(FaultPlan(faults=[f"submit:{refusal}@20-"]))
     batch = Batch(service, tmp_path)
     batch.write(lines(60))
     stopped = batch.run()
     assert stopped.status == 1
     assert stopped.said.count("flux-kontext: ") == 1
     assert batch.accepted == 19
-    assert service.weather.numbers["submit"] < 20 + 8
-    service.weather.change(FaultPlan())
+    assert service.active_faults.numbers["submit"] < 20 + 8
+    service.active_faults.change(FaultPlan())
     assert batch.run().status == 0
     assert batch.accepted == 60
     assert_no_problems(batch)

@@ -102,7 +102,7 @@ def find_problem(seeds=range(25)):
 
 
 def test_checker_finds_a_missing_intent(monkeypatch):
-    create, accepted = Ledger._create, Ledger.accepted
+    create, accepted = Ledger._create, Ledger.record_accepted
 
     async def but_the_intent(self, entry, step, record):
         return step == "intent" or await create(self, entry, step, record)
@@ -112,7 +112,7 @@ def test_checker_finds_a_missing_intent(monkeypatch):
         return await accepted(self, entry, task_id, by=by)
 
     monkeypatch.setattr(Ledger, "_create", but_the_intent)
-    monkeypatch.setattr(Ledger, "accepted", written_after)
+    monkeypatch.setattr(Ledger, "record_accepted", written_after)
     assert "paid" in (find_problem() or "")
 
 

@@ -72,7 +72,7 @@ class BatchFactory:
     def inject_faults(self, rng, faults, **how):
         """Activate faults of the service."""
         plan = FaultPlan(faults=faults, seed=rng.getrandbits(32), hang=0.5, slow=0.5, **how)
-        self.service.weather.change(plan)
+        self.service.active_faults.change(plan)
 
     def create_batch(self, rows, **environment):
         """Create a batch in which one of fifty rows equals another."""
@@ -98,7 +98,7 @@ def finish(line, batch, runs, **how):
         how: Options of the first run.
     """
     first, billed = _billed(batch, **how)
-    batch.service.weather.change(FaultPlan())
+    batch.service.active_faults.change(FaultPlan())
     for _ in range(5):
         ended, billed_then = _billed(batch)
         runs += 1

@@ -43,12 +43,12 @@ def test_resolve_reports_a_row_settled_meanwhile(unknown, capsys, monkeypatch):
     output, key, ledger = unknown
 
     async def accept_first(self, entry, task_id, *, by=None):
-        await ledger.accepted(entry, "task_of_the_callback", by="callback")
+        await ledger.record_accepted(entry, "task_of_the_callback", by="callback")
         return await real(self, entry, task_id, by=by)
 
-    real = Ledger.accepted
-    monkeypatch.setattr(Ledger, "accepted", accept_first)
-    ledger.accepted = real.__get__(ledger)
+    real = Ledger.record_accepted
+    monkeypatch.setattr(Ledger, "record_accepted", accept_first)
+    ledger.record_accepted = real.__get__(ledger)
     assert main(["resolve", output, key, "--accepted", "task_1"]) == 1
     assert "settled meanwhile: it has the state accepted" in capsys.readouterr().err
 

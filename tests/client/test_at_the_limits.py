@@ -7,7 +7,7 @@ import pytest
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.sandbox.tasks import LatencyModel
-from tests.support.simulated_account import CalledBack, SimulatedAccount, the_same_each_time
+from tests.support.simulated_account import CallbackPauses, SimulatedAccount, repeatable_simulation
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -17,7 +17,7 @@ USUAL = LatencyModel(30, 0.35)
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    with the_same_each_time():
+    with repeatable_simulation():
         yield
 
 
@@ -28,7 +28,7 @@ async def run(images, *, callbacks=False, **options):
 
     async def image(number):
         task = await client.submit(GenerationRequest(prompt=f"image {number}"))
-        pauses = CalledBack(account, task.task_id) if callbacks else None
+        pauses = CallbackPauses(account, task.task_id) if callbacks else None
         await wait_until_ended(client, task, PollingCadence(timeout=86_400), pauses)
 
     await asyncio.gather(*(image(number) for number in range(images)))

@@ -10,7 +10,7 @@ from prefect_flux_kontext.client import transport as transport_module
 from prefect_flux_kontext.client.transport import AiohttpTransport, create_tls_context
 from tests.support import scripted_server as play
 from tests.support.certificates import self_signed
-from tests.support.made_up_network import Network
+from tests.support.fake_network import Network
 from tests.support.scripted_server import ScriptedServer
 
 pytestmark = pytest.mark.anyio

@@ -12,7 +12,7 @@ from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import GenerationRequest, GenerationResult
 from prefect_flux_kontext.storage.filesystem import OutputFolder
-from prefect_flux_kontext.storage.names import safe_name
+from prefect_flux_kontext.storage.names import make_safe_name
 from tests.support.pictures import picture
 
 JPEG = picture("jpeg")
@@ -223,7 +223,7 @@ class TestOnVirtualTime:
     async def test_hostile_name_stays_inside_the_output(self, tmp_path):
         output = tmp_path / "out"
         (stored,) = await persist(
-            Host(a=[ok(JPEG)]), result("a"), output, name=safe_name("../../etc/cron.d/x\0")
+            Host(a=[ok(JPEG)]), result("a"), output, name=make_safe_name("../../etc/cron.d/x\0")
         )
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert stored.uri.startswith(f"file://{output}/")

@@ -15,7 +15,7 @@ from prefect_flux_kontext.errors import RefusedUrlError
 from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport, resolve
 from tests.support import scripted_server as play
 from tests.support.certificates import self_signed
-from tests.support.made_up_network import Names, Network, open_guarded_client, redirect
+from tests.support.fake_network import Names, Network, open_guarded_client, redirect
 from tests.support.scripted_server import ScriptedServer
 
 pytestmark = pytest.mark.anyio

@@ -45,13 +45,13 @@ class SimulatedRow:
                     entry = await ledger.claim(ROW, entry)
                     self.claims[entry.attempt] += 1
                 case "accepted":
-                    entry = await ledger.accepted(entry, f"task of {owner} {entry.attempt}")
+                    entry = await ledger.record_accepted(entry, f"task of {owner} {entry.attempt}")
                 case "rejected":
-                    entry = await ledger.rejected(entry, _REJECTED)
+                    entry = await ledger.record_rejected(entry, _REJECTED)
                 case "stored":
-                    entry = await ledger.stored(entry, [], [])
+                    entry = await ledger.record_stored(entry, [], [])
                 case "failed":
-                    entry = await ledger.failed(entry, _FAILED)
+                    entry = await ledger.record_failed(entry, _FAILED)
         self.seen[owner] = entry
 
     async def check(self):

@@ -32,7 +32,7 @@ async def test_run_is_alive_while_it_runs(store):
     async with keep_heartbeat(store) as owner:
         assert await is_alive(store, owner)
     assert not await is_alive(store, owner)
-    assert await store.names("owners") == []
+    assert await store.list_names("owners") == []
 
 
 async def test_owner_without_a_record_is_dead(store):
@@ -133,7 +133,7 @@ async def test_living_owner_is_waited_for(claimed):
     waiting = asyncio.create_task(ours.wait_until_settled(entry))
     await asyncio.sleep(30)
     assert not waiting.done()
-    await theirs.accepted(entry, "task_1")
+    await theirs.record_accepted(entry, "task_1")
     settled, _ = await waiting
     assert settled.state is State.ACCEPTED
 
@@ -150,7 +150,7 @@ async def test_last_record_of_a_dying_owner_is_read(claimed, store, monkeypatch)
     theirs, ours, _, entry = claimed
 
     async def ends(_store, _owner):
-        await theirs.accepted(entry, "task_1")
+        await theirs.record_accepted(entry, "task_1")
         await store.remove("owners/them.json")
         return False
 
@@ -165,9 +165,9 @@ async def test_dead_owner_does_not_affect_the_next_attempt(claimed, store):
     await store.remove("owners/them.json")
     async with keep_heartbeat(store) as quicker:
         ledger = Ledger(store, quicker, PRICES)
-        rejected = await ledger.rejected(entry, _given_up(), by="person")
+        rejected = await ledger.record_rejected(entry, _given_up(), by="person")
         again = await ledger.claim(row, rejected)
-        await ledger.accepted(again, "task_2")
+        await ledger.record_accepted(again, "task_2")
     settled, gone = await ours.wait_until_settled(entry)
     assert (settled.state, settled.attempt, gone) == (State.ACCEPTED, 2, False)
 

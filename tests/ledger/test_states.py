@@ -81,10 +81,10 @@ def takes(state, ledger, entry):
     """Return the call that moves a row into the state."""
     return {
         State.INTENT: lambda: ledger.claim(ROW, entry),
-        State.ACCEPTED: lambda: ledger.accepted(entry, "task_2"),
-        State.REJECTED: lambda: ledger.rejected(entry, FluxKontextError("no", code=429)),
-        State.STORED: lambda: ledger.stored(entry, [], []),
-        State.FAILED: lambda: ledger.failed(entry, FAILED),
+        State.ACCEPTED: lambda: ledger.record_accepted(entry, "task_2"),
+        State.REJECTED: lambda: ledger.record_rejected(entry, FluxKontextError("no", code=429)),
+        State.STORED: lambda: ledger.record_stored(entry, [], []),
+        State.FAILED: lambda: ledger.record_failed(entry, FAILED),
     }[state]
 
 

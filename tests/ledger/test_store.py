@@ -33,7 +33,7 @@ async def test_store_creates_a_record_once_and_reads_it(store):
     assert await store.create("rows/aa/1.json", b"one")
     assert not await store.create("rows/aa/1.json", b"two")
     assert await store.read("rows/aa/1.json") == b"one"
-    assert await store.names("rows/aa") == ["1.json"]
+    assert await store.list_names("rows/aa") == ["1.json"]
 
 
 async def test_store_replaces_and_removes_a_record(store):
@@ -43,11 +43,11 @@ async def test_store_replaces_and_removes_a_record(store):
     await store.remove("owners/1.json")
     await store.remove("owners/1.json")
     assert await store.read("owners/1.json") is None
-    assert await store.names("owners") == []
+    assert await store.list_names("owners") == []
 
 
 async def test_names_of_a_missing_folder_are_empty(store):
-    assert await store.names("waves") == []
+    assert await store.list_names("waves") == []
 
 
 def test_create_succeeds_in_one_of_16_threads(root):
@@ -149,7 +149,7 @@ async def test_outage_is_never_read_as_absence(store, faulty, error):
     with pytest.raises(LedgerError, match=r"1\.json could not be reached after 4 attempts"):
         await store.read("1.json")
     with pytest.raises(LedgerError, match="waves"):
-        await store.names("waves")
+        await store.list_names("waves")
 
 
 @pytest.mark.parametrize("error", [*OUTAGES, FileNotFoundError("no such bucket")])
@@ -216,6 +216,6 @@ async def test_first_outcome_of_a_post_takes_precedence(store):
     ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
     row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
     entry = await ledger.claim(row, await ledger.read("k" * 32))
-    assert (await ledger.accepted(entry, "task_1")).posted.task_id == "task_1"
-    assert (await ledger.accepted(entry, "task_2", by="person")).posted.task_id == "task_1"
+    assert (await ledger.record_accepted(entry, "task_1")).posted.task_id == "task_1"
+    assert (await ledger.record_accepted(entry, "task_2", by="person")).posted.task_id == "task_1"
     assert (await ledger.read(entry.key)).posted.task_id == "task_1"

@@ -36,11 +36,11 @@ async def entry(ledger, key, outcome):
     if outcome == "intent":
         return entry
     if outcome == "rejected":
-        return await ledger.rejected(entry, FAILED)
-    entry = await ledger.accepted(entry, f"task_{key}")
+        return await ledger.record_rejected(entry, FAILED)
+    entry = await ledger.record_accepted(entry, f"task_{key}")
     if outcome == "stored":
-        return await ledger.stored(entry, [f"{key}.jpg"], [])
-    return await ledger.failed(entry, FAILED) if outcome == "failed" else entry
+        return await ledger.record_stored(entry, [f"{key}.jpg"], [])
+    return await ledger.record_failed(entry, FAILED) if outcome == "failed" else entry
 
 
 async def read_states(store):
@@ -56,7 +56,7 @@ async def test_close_wave_leaves_one_file_if_all_rows_ended(store, ledger):
     assert await list_open_keys(store) == WAVE.keys
     await close_wave(store, WAVE, [await entry(ledger, key, "stored") for key in WAVE.keys])
     assert await list_open_keys(store) == []
-    assert await store.names("waves") == ["run-000001.jsonl"]
+    assert await store.list_names("waves") == ["run-000001.jsonl"]
     assert await read_states(store) == dict.fromkeys(WAVE.keys, "stored")
 
 
@@ -71,7 +71,7 @@ async def test_close_wave_keeps_outstanding_and_unknown_rows_open(store, ledger)
 async def test_close_wave_leaves_nothing_if_nothing_was_paid(store, ledger):
     await open_wave(store, WAVE)
     await close_wave(store, WAVE, [await entry(ledger, key, "planned") for key in WAVE.keys])
-    assert await store.names("waves") == []
+    assert await store.list_names("waves") == []
 
 
 async def test_wave_file_has_the_cost_of_all_attempts(store, ledger):
@@ -102,12 +102,12 @@ async def test_damaged_open_wave_is_named(store):
 
 async def test_wave_that_ends_while_it_is_listed_is_skipped(store, monkeypatch):
     await open_wave(store, WAVE)
-    names = store.names
+    names = store.list_names
 
     async def then_it_ends(folder):
         listed = await names(folder)
         await delete_wave(store, WAVE)
         return listed
 
-    monkeypatch.setattr(store, "names", then_it_ends)
+    monkeypatch.setattr(store, "list_names", then_it_ends)
     assert await list_open_keys(store) == []

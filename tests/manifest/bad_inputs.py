@@ -148,10 +148,10 @@ BAD_INPUTS = [
     row_id("an id that leads out of the output", "../../etc/passwd", "leads out of the output"),
     row_id("an absolute id", "/etc/passwd", "is an absolute path"),
     row_id("a NUL in an id", "a\0b", "contains a NUL character"),
-    row_id("a line end in an id", "a\nb", "cannot be seen"),
+    row_id("a line end in an id", "a\nb", "an invisible character"),
     row_id("an id of 5,000 characters", "x" * 5_000, "the limit is 200"),
     row_id("an id that Windows reserves", "CON", "is reserved on Windows"),
-    row_id("an id with a right-to-left override", "a\u202egpj", "cannot be seen"),
+    row_id("an id with a right-to-left override", "a\u202egpj", "an invisible character"),
     row_id("an id that is a spreadsheet formula", "=cmd|' /C calc'!A0", None),
     BadInput("a byte order mark", "m.csv", (HEADER + GOOD_ROW).encode("utf-8-sig"), None),
     BadInput(

@@ -194,7 +194,7 @@ def test_plan_counts_files_that_are_not_images(local):
     put(path, "a.jpg", content=picture())
     staging = Staging(f"{path}/.staged", "https://staged.example.com")
     plan = build_plan(Manifest(path, styles="oil"), references=References(staging))
-    assert (plan.rows, plan.left_out, plan.to_pay) == (1, 3, 1)
+    assert (plan.rows, plan.skipped_files, plan.to_pay) == (1, 3, 1)
     assert "        3  non-image files skipped" in str(plan)
     assert "skipped" not in str(build_plan(Manifest([{"prompt": "x"}])))
 
@@ -327,8 +327,8 @@ def test_manifest_under_another_spelling_leaves_the_output_out(tmp_path, monkeyp
 def test_output_around_the_images_through_a_link_is_refused(tmp_path):
     put(str(tmp_path / "out"), "in/a.jpg")
     (tmp_path / "photos").symlink_to(tmp_path / "out" / "in")
-    told = problem(str(tmp_path / "photos"), output=str(tmp_path / "out"), styles="oil")
-    assert "choose another output" in told
+    message = problem(str(tmp_path / "photos"), output=str(tmp_path / "out"), styles="oil")
+    assert "choose another output" in message
 
 
 def test_outputs_of_other_batches_are_left_out_and_counted(photos):
@@ -337,7 +337,7 @@ def test_outputs_of_other_batches_are_left_out_and_counted(photos):
     found = [line.cells["id"] for line in folder.read_lines()]
     assert "a" in found
     assert not [name for name in found if "out/" in name]
-    assert folder.left_out >= 2
+    assert folder.skipped_files >= 2
 
 
 def test_folder_that_is_an_earlier_output_may_be_a_manifest(photos):

@@ -149,7 +149,7 @@ def test_plan_prices_every_image_of_the_matrix(file):
     )
     plan = build_plan(made)
     # All ten rows request the same image in the same two styles.
-    assert (plan.rows, plan.equal, plan.to_pay) == (20, 18, 2)
+    assert (plan.rows, plan.duplicates, plan.to_pay) == (20, 18, 2)
     assert plan.price == pytest.approx(0.09)
 
 

@@ -327,5 +327,5 @@ async def test_partition_has_a_heartbeat_only_while_it_runs(workers, account, tm
     with pytest.raises(ConfigurationError, match="flux-kontext limits create"):
         await style_transfer_partition(partition, given, str(tmp_path), block, cadence=QUICK)
     store = open_ledger_store(OutputFolder(tmp_path))
-    assert await store.names("owners") == []
+    assert await store.list_names("owners") == []
     assert not await is_alive(store, "0" * 32)

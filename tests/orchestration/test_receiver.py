@@ -11,7 +11,7 @@ import pytest
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_flux_kontext.batch.collection import unfinished_entries
+from prefect_flux_kontext.batch.collection import read_unfinished_entries
 from prefect_flux_kontext.callbacks import completion
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Callback, Inbox
 from prefect_flux_kontext.cli import main
@@ -117,7 +117,7 @@ async def test_run_suspended_after_its_callbacks_is_resumed(account, tmp_path, m
     how = {"credentials": account, "cadence": QUICK, "wait": "collect"}
     await style_transfer_batch([{"id": "a", "prompt": "a lighthouse"}], str(tmp_path), **how)
     output = OutputFolder(str(tmp_path))
-    (entry,) = await unfinished_entries(open_ledger_store(output))
+    (entry,) = await read_unfinished_entries(open_ledger_store(output))
     inbox = Inbox(open_ledger_store(output).below(INBOX_FOLDER))
     callback = Callback(owner=entry.intent.owner, key=entry.key, number=entry.attempt)
     calls, found = [], asyncio.Event()

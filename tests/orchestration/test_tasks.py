@@ -24,7 +24,7 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.tasks import _is_transient
 from tests.orchestration.conftest import QUICK
-from tests.support.one_answer import server_that_answers
+from tests.support.fixed_reply import fixed_reply_server
 from tests.support.pictures import picture
 
 pytestmark = pytest.mark.anyio
@@ -134,7 +134,7 @@ def test_free_tasks_retry_transient_errors():
 
 
 async def test_submit_with_unknown_outcome_is_sent_once(account):
-    async with server_that_answers(502) as service:
+    async with fixed_reply_server(502) as service:
         there = account.model_copy(update={"base_url": service.url})
 
         @flow
@@ -148,7 +148,7 @@ async def test_submit_with_unknown_outcome_is_sent_once(account):
 
 async def persist_to(output):
     """Persist a valid result to an invalid output; return the number of fetches and the error."""
-    async with server_that_answers(200, picture("jpeg")) as host:
+    async with fixed_reply_server(200, picture("jpeg")) as host:
         result = GenerationResult(task_id="t", result_urls=[host.url], base_url=host.url)
 
         @flow
@@ -174,7 +174,7 @@ async def test_permanent_error_is_not_retried(account):
         wait = wait_for_generation.with_options(retries=2, retry_delay_seconds=0)
         return await wait(GenerationTask(task_id="task_x"), there, QUICK)
 
-    async with server_that_answers(401, b'{"code": 401, "message": "no"}') as service:
+    async with fixed_reply_server(401, b'{"code": 401, "message": "no"}') as service:
         with pytest.raises(UnauthorizedError):
             await waits(service.url)
         assert service.gets == 1

@@ -106,7 +106,7 @@ async def test_signed_url_gives_read_access():
     with s3_server() as (bucket, client):
         client.put_object(Bucket="pictures", Key="a cat.jpg", Body=picture())
         row = next(Manifest([{"image": f"{bucket}/a cat.jpg", "prompt": "oil"}]).rows())
-        create_request = await References().prepared(row.request)
+        create_request = await References().prepare(row.request)
         (url,) = (await create_request()).image_urls
         assert "Signature=" in url
         async with httpx.AsyncClient() as http:

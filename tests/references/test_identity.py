@@ -186,7 +186,7 @@ def test_missing_package_is_named(monkeypatch):
 
 async def send(references, reference, **how):
     row = next(manifest(reference).rows())
-    create_request = await references.prepared(row.request, **how)
+    create_request = await references.prepare(row.request, **how)
     (url,) = (await create_request()).image_urls
     return url
 
@@ -220,7 +220,9 @@ async def test_large_image_is_shrunk_and_staged_once(tmp_path, bucket):
     (tmp_path / "large.jpg").write_bytes(large)
     bucket.pipe_file("photos/large.jpg", large)
     references = References(Staging(str(tmp_path / "staged"), "https://p.test"), fit=True)
-    urls = {await send(references, str(tmp_path / "large.jpg"), doubted=n > 1) for n in range(3)}
+    urls = {
+        await send(references, str(tmp_path / "large.jpg"), verify_staged=n > 1) for n in range(3)
+    }
     urls |= {await send(references, "gs://photos/large.jpg")}
     (file,) = (tmp_path / "staged").iterdir()
     assert urls == {f"https://p.test/{file.name}"}

@@ -7,9 +7,9 @@ from prefect_flux_kontext.references.location import (
     LocationKind,
     classify_location,
     find_location_problem,
-    locate,
-    manifest_folder,
+    find_manifest_folder,
     non_public_references,
+    normalize_reference,
     open_filesystem,
 )
 
@@ -85,18 +85,30 @@ def test_password_in_bucket_url_is_refused_and_not_shown(reference):
 def test_manifest_folder_is_none_for_remote_manifests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here = str(tmp_path)
-    assert manifest_folder("m.csv") == here
-    assert manifest_folder("/data/m.csv") == manifest_folder("file:///data/m.csv") == "/data"
-    assert manifest_folder([{"image": "cat.jpg"}]) == manifest_folder("memory://m.csv") == here
+    assert find_manifest_folder("m.csv") == here
+    assert (
+        find_manifest_folder("/data/m.csv")
+        == find_manifest_folder("file:///data/m.csv")
+        == "/data"
+    )
+    assert (
+        find_manifest_folder([{"image": "cat.jpg"}])
+        == find_manifest_folder("memory://m.csv")
+        == here
+    )
     for url in ("https://a.test/m.csv", "s3://bucket/m.csv", "gist://1/m.csv"):
-        assert manifest_folder(url) is None
+        assert find_manifest_folder(url) is None
 
 
 def test_locate_normalizes_paths_and_protocols():
-    assert locate("cat.jpg", "/data") == locate("file://cat.jpg", "/data") == "/data/cat.jpg"
-    assert locate("FILE:///a%20b.jpg", "/data") == "/a%20b.jpg"
-    assert locate("S3://Bucket/Cat.jpg", "/data") == "s3://Bucket/Cat.jpg"
-    assert locate("HTTPS://a.test/x", "/data") == "HTTPS://a.test/x"
+    assert (
+        normalize_reference("cat.jpg", "/data")
+        == normalize_reference("file://cat.jpg", "/data")
+        == "/data/cat.jpg"
+    )
+    assert normalize_reference("FILE:///a%20b.jpg", "/data") == "/a%20b.jpg"
+    assert normalize_reference("S3://Bucket/Cat.jpg", "/data") == "s3://Bucket/Cat.jpg"
+    assert normalize_reference("HTTPS://a.test/x", "/data") == "HTTPS://a.test/x"
 
 
 def test_open_filesystem_does_not_decode_paths(tmp_path):

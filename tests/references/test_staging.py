@@ -55,18 +55,18 @@ def test_concurrent_puts_of_equal_content_write_once(tmp_path, writes):
     assert len(writes) == 1
 
 
-@pytest.mark.parametrize("doubted", [False, True])
-def test_incomplete_file_is_replaced(tmp_path, doubted):
+@pytest.mark.parametrize("verify_staged", [False, True])
+def test_incomplete_file_is_replaced(tmp_path, verify_staged):
     staging = Staging(str(tmp_path), PUBLIC)
     (tmp_path / staging.put(b"a cat", "png")).write_bytes(b"a c")
-    name = staging.put(b"a cat", "png", doubted=doubted)
+    name = staging.put(b"a cat", "png", verify_staged=verify_staged)
     assert (tmp_path / name).read_bytes() == b"a cat"
 
 
 def test_doubted_file_is_compared_by_content(tmp_path):
     staging = Staging(str(tmp_path), PUBLIC)
     (tmp_path / staging.put(b"a cat", "png")).write_bytes(b"a dog")
-    staging.put(b"a cat", "png", doubted=True)
+    staging.put(b"a cat", "png", verify_staged=True)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"a cat"]
 
 
@@ -81,7 +81,7 @@ def test_bucket_without_public_url_signs_urls():
     with s3_server() as (bucket, client):
         staging = Staging(f"{bucket}/staged")
         name = staging.put(b"a cat", "png")
-        assert staging.put(b"a cat", "png", doubted=True) == name
+        assert staging.put(b"a cat", "png", verify_staged=True) == name
         url = staging.build_url(name, 7_200)
         assert f"/pictures/staged/{name}?" in url
         assert "Expires=" in url

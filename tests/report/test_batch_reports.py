@@ -18,7 +18,7 @@ from prefect_flux_kontext.report.results import (
     open_results_store,
     write_part,
 )
-from prefect_flux_kontext.report.thumbnails import name_of_image
+from prefect_flux_kontext.report.thumbnails import image_thumbnail_name
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -124,7 +124,11 @@ async def test_second_run_updates_rows_without_duplicates(sandbox, output, tmp_p
         assert after["a"][name] == before["a"][name]
     assert after["c"] == before["c"]
     thumbnails = Counter(thumbnails_of(output))
-    assert [thumbnails[name_of_image(after[name]["key"])] for name in ("a", "c", "d")] == [1, 1, 1]
+    assert [thumbnails[image_thumbnail_name(after[name]["key"])] for name in ("a", "c", "d")] == [
+        1,
+        1,
+        1,
+    ]
 
 
 async def test_part_files_exist_while_the_batch_runs(sandbox, tmp_path):
@@ -156,10 +160,10 @@ async def test_parts_of_dead_runs_are_merged_and_of_live_runs_kept(sandbox, tmp_
         await write_part(store, other, 1, [line(8, run=other)])
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
         assert states(output) == {"row-7": "stored", "a": "stored"}
-        assert await store.names("parts") == [f"{other}-000001.jsonl"]
+        assert await store.list_names("parts") == [f"{other}-000001.jsonl"]
     await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
     assert set(states(output)) == {"row-7", "row-8", "a"}
-    assert await store.names("parts") == []
+    assert await store.list_names("parts") == []
 
 
 async def test_merge_is_idempotent_after_a_crash(sandbox, tmp_path, monkeypatch):
@@ -173,18 +177,18 @@ async def test_merge_is_idempotent_after_a_crash(sandbox, tmp_path, monkeypatch)
         patched.setattr("prefect_flux_kontext.report.builder.remove_parts", crash)
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
     first = results(output)
-    assert await open_results_store(OutputFolder(output)).names("parts")
+    assert await open_results_store(OutputFolder(output)).list_names("parts")
     await batches.run(sandbox, manifest(tmp_path, sandbox, [("b", "two")]), output)
     assert results(output)[0] == first[0]
     assert [row["id"] for row in results(output)] == ["a", "b"]
-    assert not await open_results_store(OutputFolder(output)).names("parts")
+    assert not await open_results_store(OutputFolder(output)).list_names("parts")
 
 
 async def test_failed_report_is_logged_and_fails_no_row(sandbox, tmp_path, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no report today")
 
-    for name in ("write_part", "bring_up_to_date"):
+    for name in ("write_part", "update_report"):
         monkeypatch.setattr(f"prefect_flux_kontext.report.builder.{name}", fail)
     with caplog.at_level(logging.WARNING):
         summary = await batches.run(
@@ -216,7 +220,7 @@ async def test_merge_lock_has_one_holder_and_survives_dead_runs():
 
     await asyncio.gather(*map(merge, range(5)))
     assert (most, sorted(order)) == (1, list(range(5)))
-    assert await store.names("locks") == ["000006.acquired", "000006.released"]
+    assert await store.list_names("locks") == ["000006.acquired", "000006.released"]
 
 
 def test_gallery_command_rebuilds_the_gallery(sandbox, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prefect_flux_kontext.report.gallery.page import Column, GalleryRows
-from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_reference
+from prefect_flux_kontext.report.thumbnails import image_thumbnail_name, reference_thumbnail_name
 from tests.support.galleries import failed, line
 
 
@@ -58,10 +58,10 @@ def test_thumbnails_need_a_stored_image_and_a_reference():
     rows = GalleryRows()
     for added in (line(0), failed(1), line(2, reference_images=None)):
         rows.add(added)
-    of = name_of_image(line(0)["key"]), None, name_of_image(line(2)["key"])
+    of = image_thumbnail_name(line(0)["key"]), None, image_thumbnail_name(line(2)["key"])
     assert tuple(rows.after) == of
     assert list(rows.before) == [
-        name_of_reference("https://example.com/0.jpg"),
-        name_of_reference("https://example.com/1.jpg"),
+        reference_thumbnail_name("https://example.com/0.jpg"),
+        reference_thumbnail_name("https://example.com/1.jpg"),
         None,
     ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefect_flux_kontext.report.results import original_column_name, own_columns
+from prefect_flux_kontext.report.results import extract_custom_columns, original_column_name
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from prefect_flux_kontext.report.results import original_column_name, own_column
     ],
 )
 def test_own_columns_prefixes_clashing_names(cells, custom):
-    assert own_columns(cells) == custom
+    assert extract_custom_columns(cells) == custom
 
 
 @pytest.mark.parametrize(

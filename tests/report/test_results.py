@@ -7,7 +7,7 @@ import pytest
 
 from prefect_flux_kontext.report.results import (
     LineMerger,
-    as_json,
+    encode_line,
     merge_lines,
     read_lines,
     write_parquet,
@@ -20,10 +20,10 @@ EARLY, LATE = "2026-01-02T03:05:06.000Z", "2026-01-03T00:00:00.000Z"
 def merge(folder, earlier, *parts):
     """Merge part files; returns the lines and the names of the custom columns."""
     before, after = folder / "before.jsonl", folder / "after.jsonl"
-    before.write_text("".join(map(as_json, earlier)))
+    before.write_text("".join(map(encode_line, earlier)))
     with LineMerger() as merger:
         for part in parts:
-            merger.add("".join(map(as_json, part)).encode())
+            merger.add("".join(map(encode_line, part)).encode())
         number = merger.write(before, after)
         lines = list(read_lines(after))
         assert number == len(lines)
@@ -87,7 +87,7 @@ def test_custom_columns_keep_their_order(tmp_path):
 def test_parquet_has_the_same_rows_and_fixed_types(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     rows = [line(0, sku="007", uris=["a", "b"]), failed(1)]
-    (tmp_path / "lines").write_text("".join(map(as_json, rows)))
+    (tmp_path / "lines").write_text("".join(map(encode_line, rows)))
     assert write_parquet(tmp_path / "lines", tmp_path / "some.parquet", {"sku": None})
     (tmp_path / "none").touch()
     assert write_parquet(tmp_path / "none", tmp_path / "none.parquet", {})
@@ -120,7 +120,7 @@ def test_parquet_sums_costs_exactly(tmp_path, cost, total):
     """Eleven rows at $0.03 cost $0.33, which a sum of floats misses."""
     pq = pytest.importorskip("pyarrow.parquet")
     rows = [line(number, cost_usd=cost) for number in range(11)]
-    (tmp_path / "lines").write_text("".join(map(as_json, rows)))
+    (tmp_path / "lines").write_text("".join(map(encode_line, rows)))
     assert write_parquet(tmp_path / "lines", tmp_path / "costs.parquet", {})
     costs = pq.read_table(tmp_path / "costs.parquet")["cost_usd"]
     assert sum(costs.to_pylist()) == Decimal(total)

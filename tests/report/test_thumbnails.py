@@ -12,9 +12,9 @@ from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.thumbnails import (
     ThumbnailCollector,
+    image_thumbnail_name,
     make_thumbnail,
-    name_of_image,
-    name_of_reference,
+    reference_thumbnail_name,
 )
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.support.pictures import picture, png_that_claims
@@ -58,10 +58,10 @@ async def test_thumbnails_are_limited_and_taken_once():
     async with connections(lambda _: httpx.Response(404)) as http:
         collector = ThumbnailCollector(http, 2, references=True)
         for key in ("a" * 32, "b" * 32):
-            collector.showing(key)(Image.new("RGB", (640, 480)))
-        assert collector.showing("c" * 32) is None
+            collector.create_thumbnail_callback(key)(Image.new("RGB", (640, 480)))
+        assert collector.create_thumbnail_callback("c" * 32) is None
         made = collector.take()
-        assert list(made) == [name_of_image("a" * 32), name_of_image("b" * 32)]
+        assert list(made) == [image_thumbnail_name("a" * 32), image_thumbnail_name("b" * 32)]
         assert {size_of(data) for data in made.values()} == {(320, 240)}
         assert collector.take() == {}
 
@@ -70,7 +70,7 @@ async def test_thumbnails_are_limited_and_taken_once():
 async def test_thumbnail_errors_are_ignored():
     async with connections(lambda _: httpx.Response(404)) as http:
         collector = ThumbnailCollector(http, 2, references=True)
-        collector.showing("a" * 32)(Image.new("F", (0, 0)))
+        collector.create_thumbnail_callback("a" * 32)(Image.new("F", (0, 0)))
         assert collector.take() == {}
 
 
@@ -97,12 +97,12 @@ async def test_reference_is_fetched_once_and_errors_are_ignored(status, content,
 
     async with connections(answer) as http:
         collector = ThumbnailCollector(http, 10, references=True)
-        collector.want_references([URL, "http://pictures.test/second.jpg"])
-        collector.want_references([URL])
+        collector.request_reference([URL, "http://pictures.test/second.jpg"])
+        collector.request_reference([URL])
         await collector.wait(10)
         taken = collector.take()
     assert asked == [URL]
-    assert list(taken) == ([name_of_reference(URL)] if made else [])
+    assert list(taken) == ([reference_thumbnail_name(URL)] if made else [])
     assert [size_of(data) for data in taken.values()] == ([(640, 320)] if made else [])
 
 
@@ -111,8 +111,8 @@ async def test_reference_is_fetched_once_and_errors_are_ignored(status, content,
 async def test_no_reference_is_fetched_when_turned_off(most, references):
     async with connections(lambda _: pytest.fail("asked")) as http:
         collector = ThumbnailCollector(http, most, references=references)
-        collector.want_references([URL])
-        collector.want_references([])
+        collector.request_reference([URL])
+        collector.request_reference([])
         await collector.wait(0)
         assert collector.take() == {}
 
@@ -125,7 +125,7 @@ async def test_wait_ends_although_a_reference_is_pending():
 
     async with connections(never) as http:
         collector = ThumbnailCollector(http, 10, references=True)
-        collector.want_references([URL])
+        collector.request_reference([URL])
         began = asyncio.get_running_loop().time()
         await collector.wait(5)
         assert asyncio.get_running_loop().time() - began == pytest.approx(5)
@@ -137,14 +137,14 @@ async def test_signature_of_a_reference_is_not_logged(caplog):
     async with connections(lambda _: httpx.Response(403)) as http:
         collector = ThumbnailCollector(http, 10, references=True)
         with caplog.at_level(logging.DEBUG):
-            collector.want_references([f"{URL}?X-Amz-Signature=canary"])
+            collector.request_reference([f"{URL}?X-Amz-Signature=canary"])
             await collector.wait(10)
     assert "No thumbnail of a reference" in caplog.text
     assert "canary" not in caplog.text
 
 
 def test_reference_name_ignores_the_url_signature():
-    assert name_of_reference(f"{URL}?X-Amz-Signature=a") == name_of_reference(URL)
+    assert reference_thumbnail_name(f"{URL}?X-Amz-Signature=a") == reference_thumbnail_name(URL)
 
 
 @pytest.mark.anyio

@@ -44,7 +44,7 @@ def callback(url):
 
 async def through(receiver, sandbox, prompt="a cat"):
     """A task in callback mode, whose callbacks reach the receiver in process."""
-    sandbox.sandbox._lifecycle._courier = receiver.sender()
+    sandbox.sandbox._lifecycle._callback_sender = receiver.sender()
     return await sandbox.accepted(prompt, top=callback("http://receiver.test/secret"))
 
 

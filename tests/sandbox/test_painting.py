@@ -3,7 +3,7 @@ import io
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from prefect_flux_kontext.sandbox.painting import STYLES, paint, style_of
+from prefect_flux_kontext.sandbox.painting import STYLES, choose_style, paint
 from prefect_flux_kontext.sandbox.settings import PHOTOS
 
 PHOTO = (PHOTOS / "motorcycle.webp").read_bytes()
@@ -13,7 +13,7 @@ def painted(prompt, reference=PHOTO, ratio="4:3", edge=160):
     content = paint(
         reference,
         prompt,
-        style_of(prompt),
+        choose_style(prompt),
         aspect_ratio=ratio,
         output_format="png",
         long_edge=edge,
@@ -48,11 +48,11 @@ def difference(one, other):
     ],
 )
 def test_prompt_words_choose_the_style(prompt, name):
-    assert style_of(prompt).name == name
+    assert choose_style(prompt).name == name
 
 
 def test_prompts_without_a_style_differ_by_tint():
-    assert len({style_of(f"make it number {number}") for number in range(100)}) > 12
+    assert len({choose_style(f"make it number {number}") for number in range(100)}) > 12
 
 
 def test_styles_differ_from_the_photo_and_each_other():

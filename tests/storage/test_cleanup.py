@@ -9,7 +9,7 @@ import pytest
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.storage.cleanup import sweep
+from prefect_flux_kontext.storage.cleanup import remove_temporary_files
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.storage.test_filesystem import writer
 from tests.support.batches import KEY, run
@@ -41,10 +41,10 @@ async def test_sweep_removes_only_temporary_files_over_a_day_old(tmp_path):
             f"another folder/{OLD}": 99,
         }.items()
     ]
-    assert await sweep(OutputFolder(tmp_path)) == len(gone)
+    assert await remove_temporary_files(OutputFolder(tmp_path)) == len(gone)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
-    assert await sweep(OutputFolder(tmp_path), recursive=True) == 1
+    assert await remove_temporary_files(OutputFolder(tmp_path), recursive=True) == 1
 
 
 async def test_sweep_removes_files_of_a_killed_writer(tmp_path):
@@ -60,7 +60,7 @@ async def test_sweep_removes_files_of_a_killed_writer(tmp_path):
     for path in left:
         if path.exists():
             os.utime(path, (0, 0))
-    await sweep(OutputFolder(tmp_path))
+    await remove_temporary_files(OutputFolder(tmp_path))
     assert not any(path.exists() for path in left)
 
 
@@ -76,10 +76,10 @@ async def test_run_sweeps_its_output_and_ledger(tmp_path):
 
 @pytest.mark.parametrize("url", ["{tmp_path}/missing", "memory://nothing"])
 async def test_sweep_accepts_a_missing_folder(url, tmp_path):
-    assert await sweep(OutputFolder(url.format(tmp_path=tmp_path))) == 0
+    assert await remove_temporary_files(OutputFolder(url.format(tmp_path=tmp_path))) == 0
 
 
 async def test_sweep_does_not_follow_symlink_loops(tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path)
     put(tmp_path / OLD, hours=25)
-    assert await sweep(OutputFolder(tmp_path), recursive=True) == 1
+    assert await remove_temporary_files(OutputFolder(tmp_path), recursive=True) == 1

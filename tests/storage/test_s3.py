@@ -81,7 +81,7 @@ async def test_slow_down_errors_lose_no_image(sandbox, proxy, output):
     proxy.rates = dict.fromkeys(("put", "get", "delete"), busy)
     summary = await run(sandbox, rows(25), output)
     assert (summary.stored, summary.failures) == (25, [])
-    assert proxy.befallen["slow_down"] + proxy.befallen["too_many"] > 10
+    assert proxy.applied["slow_down"] + proxy.applied["too_many"] > 10
     assert sandbox.service.bill()["accepted"] == 25
 
 
@@ -175,8 +175,8 @@ def test_manifest_without_read_access_is_an_error(proxy, server, tmp_path, monke
     manifest = f"s3://pictures/{tmp_path.name}/m.csv"
     proxy.rates = {"get": {"denied": 1.0}, "head": {"denied": 1.0}}
     assert main(["plan", manifest, str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err
-    assert f"No permission to read the manifest {manifest}" in told
-    assert SECRET not in told
+    output = capsys.readouterr().err
+    assert f"No permission to read the manifest {manifest}" in output
+    assert SECRET not in output
     proxy.rates = {}
     assert main(["plan", manifest, str(tmp_path / "out")]) == 0

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.storage.names import safe_name
+from prefect_flux_kontext.storage.names import make_safe_name
 
 PLAIN = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,60}[A-Za-z0-9_]", fullmatch=True)
 
@@ -67,20 +67,20 @@ def hostile(test):
 @hostile
 @given(st.text())
 def test_safe_name_is_one_short_path_component(text):
-    name = safe_name(text)
+    name = make_safe_name(text)
     assert 0 < len(name) <= 93
     assert set(name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-~")
     assert name[0] not in "-.~"
     assert not isreserved(name)
     folder = PurePosixPath("/out")
     assert (folder / f"{name}.jpg").parent == folder
-    assert safe_name(text) == name
+    assert make_safe_name(text) == name
 
 
 @given(PLAIN.filter(lambda text: not isreserved(text)))
 def test_safe_name_keeps_plain_names(text):
-    assert safe_name(text) == text
-    assert safe_name(safe_name(text)) == text
+    assert make_safe_name(text) == text
+    assert make_safe_name(make_safe_name(text)) == text
 
 
 @given(st.text(), st.text())
@@ -90,12 +90,12 @@ def test_safe_name_keeps_plain_names(text):
 @example("", "unnamed")
 @example("a" * 81, "a" * 80)
 def test_safe_names_of_different_texts_differ(one, other):
-    assert (safe_name(one) == safe_name(other)) == (one == other)
+    assert (make_safe_name(one) == make_safe_name(other)) == (one == other)
 
 
 def test_safe_names_of_hostile_texts_differ():
-    names = {text: safe_name(text) for text in HOSTILE}
+    names = {text: make_safe_name(text) for text in HOSTILE}
     assert len(set(names.values())) == len(HOSTILE)
     for name in names.values():
         # A name that was made of one text, given as a text itself.
-        assert safe_name(name) == name or safe_name(name) not in names.values()
+        assert make_safe_name(name) == name or make_safe_name(name) not in names.values()

@@ -6,8 +6,8 @@ import fsspec
 import pytest
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.sandbox.painting import STYLES, style_of
-from prefect_flux_kontext.storage.names import safe_name
+from prefect_flux_kontext.sandbox.painting import STYLES, choose_style
+from prefect_flux_kontext.storage.names import make_safe_name
 from prefect_flux_kontext.styles.styles import builtin_styles, read_styles, select_styles
 
 
@@ -34,9 +34,9 @@ def test_built_in_styles_match_their_names_and_say_what_to_keep():
     styles = builtin_styles()
     assert len(styles) == 11
     for name, style in styles.items():
-        assert safe_name(name) == name
+        assert make_safe_name(name) == name
         assert "Keep" in style.prompt
-        assert style_of(style.prompt).name == name.replace("-", " ")
+        assert choose_style(style.prompt).name == name.replace("-", " ")
     assert set(STYLES) == {name.replace("-", " ") for name in styles}
 
 
@@ -109,7 +109,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
         ("a/b: y\n", "name: the name holds a slash"),
         ("CON: y\n", "name: the name is reserved on Windows"),
         ("x.yaml: y\n", "name: the name has the extension of a styles file"),
-        ('"a\\nb": y\n', "name: the name holds a character that cannot be seen"),
+        ('"a\\nb": y\n', "name: the name contains an invisible character"),
         ("' x ': y\n", "name: the name begins or ends with a space"),
         (f"{'x' * 61}: y\n", "String should have at most 60 characters"),
         (BOMB, "aliases (`*`) are not allowed"),

@@ -29,7 +29,7 @@ class FaultProxy:
         rates: Share of the requests of a method (in lower case) that each fault applies to.
         url: URL of the proxy.
         numbers: Number of requests of each method.
-        befallen: Number of requests that each fault applied to.
+        applied: Number of requests that each fault applied to.
         connections: Open client connections.
         most_connections: Largest number of open client connections.
     """
@@ -38,7 +38,7 @@ class FaultProxy:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     url: str = ""
     numbers: Counter = field(default_factory=Counter)
-    befallen: Counter = field(default_factory=Counter)
+    applied: Counter = field(default_factory=Counter)
     connections: int = 0
     most_connections: int = 0
 
@@ -71,7 +71,7 @@ class FaultProxy:
         method = head.split(b" ")[0].decode().lower()
         self.numbers[method] += 1
         if fault := self._choose_fault(method):
-            self.befallen[fault] += 1
+            self.applied[fault] += 1
             status, body = REPLIES[fault]
             answer = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\n\r\n".encode()
             writer.write(answer + body * (method != "head"))

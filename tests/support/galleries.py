@@ -13,8 +13,8 @@ from PIL import Image
 
 from prefect_flux_kontext.report.gallery.builder import GALLERY, build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
-from prefect_flux_kontext.report.results import as_json
-from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_reference
+from prefect_flux_kontext.report.results import encode_line
+from prefect_flux_kontext.report.thumbnails import image_thumbnail_name, reference_thumbnail_name
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -92,28 +92,32 @@ def failed(number, reason="CONTENT_VIOLATION", message="The prompt breaks the ru
     return line(number, state="failed", reason=reason, message=message, **nothing, **how)
 
 
-def gallery_of(folder, lines, *, most=10_000, before=True):
+def gallery_of(folder, lines, *, max_rows=10_000, before=True):
     """Write the gallery of lines into a folder and return the page's URL."""
     output = OutputFolder(os.fspath(folder))
     folder.mkdir(exist_ok=True)
     results = folder / "results.jsonl"
-    results.write_text("".join(map(as_json, lines)))
+    results.write_text("".join(map(encode_line, lines)))
     # Playwright occupies this thread's event loop.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(lambda: asyncio.run(_make(output, results, lines, most, before))).result()
+        thread.submit(
+            lambda: asyncio.run(_make(output, results, lines, max_rows, before))
+        ).result()
     return (folder / GALLERY).as_uri()
 
 
-async def _make(output, results, lines, most, before):
+async def _make(output, results, lines, max_rows, before):
     thumbnails = ThumbnailStore(output)
     after, red = square("rebeccapurple"), square("red")
-    images = {name_of_image(row["key"]): after for row in lines if row["state"] == "stored"}
+    images = {image_thumbnail_name(row["key"]): after for row in lines if row["state"] == "stored"}
     if before:
         images |= {
-            name_of_reference(url): red for row in lines for url in row.get("reference_images", [])
+            reference_thumbnail_name(url): red
+            for row in lines
+            for url in row.get("reference_images", [])
         }
     await thumbnails.add("run-000001", images)
-    await build_gallery(output, results, thumbnails, most=most, missing=0)
+    await build_gallery(output, results, thumbnails, max_rows=max_rows, max_new_thumbnails=0)
 
 
 def page_errors(page, requests):

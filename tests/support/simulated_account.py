@@ -23,7 +23,7 @@ KEY = "simulated"
 
 
 @contextmanager
-def the_same_each_time():
+def repeatable_simulation():
     """Make simulations repeatable: seed the backoff and stop the calendar.
 
     Each task is waited for from its submit on, so its age is 0 by the calendar.
@@ -113,19 +113,19 @@ class SimulatedAccount:
         return _Reply(200, {}, success(data))
 
 
-class CalledBack:
+class CallbackPauses:
     """The pauses of a wait for a task whose callback arrives after the time for one way."""
 
     def __init__(self, account, task_id):
         self._account = account
         self._ends = account.service._tasks[task_id].ready_at
 
-    async def before_first_look(self, _age):
+    async def before_first_poll(self, _age):
         left = self._ends - asyncio.get_running_loop().time()
         await asyncio.sleep(max(0.0, left) + self._account.rng.uniform(*self._account.line))
 
-    async def before_next_look(self):
-        await self.before_first_look(0.0)
+    async def before_next_poll(self):
+        await self.before_first_poll(0.0)
 
 
 class _Reply:

@@ -133,8 +133,8 @@ async def run_partitions(
     )
     if (
         new_plan.to_pay
-        or new_plan.standings[PlannedAction.OUTSTANDING]
-        or new_plan.standings[PlannedAction.UNKNOWN]
+        or new_plan.actions[PlannedAction.OUTSTANDING]
+        or new_plan.actions[PlannedAction.UNKNOWN]
     ):
         get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
         async with lease_slots(account, partition_plan.share.slots) as lease:

@@ -21,7 +21,7 @@ from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
-from prefect_flux_kontext.storage.names import safe_name
+from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -72,7 +72,7 @@ class Share(NamedTuple):
 
 def get_limit_name(account: FluxKontextCredentials) -> str:
     """Return the name of an account's limit in Prefect, which contains the account's label."""
-    return f"flux-kontext-{safe_name(account.account)}-slots"
+    return f"flux-kontext-{make_safe_name(account.account)}-slots"
 
 
 async def create_limit(account: FluxKontextCredentials) -> str:

@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.report.gallery.contact_sheet import contact_sheet
+from prefect_flux_kontext.report.gallery.contact_sheet import draw_contact_sheet
 from prefect_flux_kontext.report.gallery.page import GalleryRows, render_page
 from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
 from prefect_flux_kontext.report.results import read_lines
 from prefect_flux_kontext.report.statistics import Statistics
-from prefect_flux_kontext.report.thumbnails import AFTER, make_thumbnail
+from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thumbnail
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,7 +41,12 @@ _PARALLEL_IMAGES = 8
 
 
 async def build_gallery(
-    output: OutputFolder, results: Path, thumbnails: ThumbnailStore, *, most: int, missing: int
+    output: OutputFolder,
+    results: Path,
+    thumbnails: ThumbnailStore,
+    *,
+    max_rows: int,
+    max_new_thumbnails: int,
 ) -> None:
     """Write gallery and contact sheet.
 
@@ -49,17 +54,17 @@ async def build_gallery(
         output: The batch's output.
         results: The result manifest of the output, on this machine.
         thumbnails: The gallery's thumbnails.
-        most: The most rows on the page.
-        missing: The most thumbnails to make from images in the output.
+        max_rows: The most rows on the page.
+        max_new_thumbnails: The most thumbnails to make from images in the output.
 
     Raises:
         LedgerError: The thumbnails cannot be read or written.
         StorageError: The output cannot be written to.
     """
     statistics = Statistics()
-    rows = await asyncio.to_thread(_read_rows, results, statistics, most)
+    rows = await asyncio.to_thread(_read_rows, results, statistics, max_rows)
     await thumbnails.load_index()
-    await _make_missing(output, rows, thumbnails, missing)
+    await _make_missing(output, rows, thumbnails, max_new_thumbnails)
     results_shown = [name for name in rows.after if name in thumbnails.files]
     all_shown = [name for name in (*rows.after, *rows.before) if name in thumbnails.files]
     is_embedded = len(rows) <= _MAX_EMBEDDED_ROWS
@@ -81,11 +86,11 @@ async def build_gallery(
         await output.write(CONTACT_SHEET, sheet)
 
 
-def _read_rows(results: Path, statistics: Statistics, most: int) -> GalleryRows:
+def _read_rows(results: Path, statistics: Statistics, max_rows: int) -> GalleryRows:
     """Read the first rows, and count the statistics of all rows."""
     rows = GalleryRows()
     for line in statistics.count(read_lines(results)):
-        if len(rows) < most:
+        if len(rows) < max_rows:
             rows.add(line)
     return rows
 
@@ -109,7 +114,7 @@ async def _make_missing(
     async def make(name: str, file: str) -> None:
         try:
             if (image := await output.read(file)) is not None:
-                made[name] = await asyncio.to_thread(make_thumbnail, image, AFTER)
+                made[name] = await asyncio.to_thread(make_thumbnail, image, RESULT_EDGE_PIXELS)
         except Exception as error:  # noqa: BLE001 - decoders raise many types of errors
             logger.warning("No thumbnail of %s for the gallery: %s", file, error)
 
@@ -137,7 +142,7 @@ def _draw_contact_sheet(rows: GalleryRows, urls: dict[str, str]) -> bytes:
     ][:_SHEET_IMAGES]
     columns = min(_SHEET_COLUMNS, len(cells))
     file = io.BytesIO()
-    contact_sheet(
+    draw_contact_sheet(
         [cells[start : start + columns] for start in range(0, len(cells), columns)]
     ).save(file, "PNG", compress_level=4)
     return file.getvalue()

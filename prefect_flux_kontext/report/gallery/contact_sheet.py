@@ -19,7 +19,7 @@ _BACKGROUND = (250, 249, 246)
 _TEXT_COLOR = (40, 40, 48)
 
 
-def contact_sheet(rows: Sequence[Sequence[tuple[str, Path | IO[bytes]]]]) -> Image.Image:
+def draw_contact_sheet(rows: Sequence[Sequence[tuple[str, Path | IO[bytes]]]]) -> Image.Image:
     """Draw a contact sheet.
 
     Args:

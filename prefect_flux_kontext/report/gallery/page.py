@@ -12,7 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.report.results import COLUMNS, original_column_name
-from prefect_flux_kontext.report.thumbnails import name_of_image, name_of_reference
+from prefect_flux_kontext.report.thumbnails import image_thumbnail_name, reference_thumbnail_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -91,9 +91,9 @@ class GalleryRows:
                 self.custom[name] = Column(self._rows)
         for name, column in self.custom.items():
             column.add(custom.get(name))
-        self.after.add(name_of_image(line["key"]) if line["state"] == "stored" else None)
+        self.after.add(image_thumbnail_name(line["key"]) if line["state"] == "stored" else None)
         references = line.get("reference_images")
-        self.before.add(name_of_reference(references[0]) if references else None)
+        self.before.add(reference_thumbnail_name(references[0]) if references else None)
         self._rows += 1
 
 

@@ -67,7 +67,7 @@ class ThumbnailStore:
         index: dict[str, list[str]] = json.loads(await self._store.read(_INDEX) or b"{}")
         before = len(index)
         index.update(self._written)
-        files = [name[:-3] for name in await self._store.names("") if name.endswith(".js")]
+        files = [name[:-3] for name in await self._store.list_names("") if name.endswith(".js")]
         for file in files:
             if file not in index:
                 index[file] = list(await self._read_file(file))

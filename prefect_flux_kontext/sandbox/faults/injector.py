@@ -37,7 +37,7 @@ class ActiveFaults:
     Attributes:
         plan: The plan of faults. Assigning another plan keeps the counters.
         numbers: How many of each kind were counted.
-        befallen: How often each fault, as `kind:fault`, was applied.
+        applied: How often each fault, as `kind:fault`, was applied.
     """
 
     def __init__(self, plan: FaultPlan) -> None:
@@ -47,7 +47,7 @@ class ActiveFaults:
         """Set a plan and reset the counters."""
         self.plan = plan
         self.numbers: Counter[str] = Counter()
-        self.befallen: Counter[str] = Counter()
+        self.applied: Counter[str] = Counter()
         self._task_faults: dict[str, str] = {}
 
     def applies(self, kind: str) -> tuple[str | None, int]:
@@ -55,7 +55,7 @@ class ActiveFaults:
         self.numbers[kind] += 1
         fault = self.plan.fault(kind, self.numbers[kind])
         if fault is not None:
-            self.befallen[f"{kind}:{fault}"] += 1
+            self.applied[f"{kind}:{fault}"] += 1
         return fault, self.numbers[kind]
 
     def accepted(self, task_id: str) -> None:
@@ -73,7 +73,7 @@ class ActiveFaults:
         return {
             "plan": self.plan.model_dump(mode="json"),
             "seen": dict(self.numbers),
-            "befallen": dict(self.befallen),
+            "applied": dict(self.applied),
         }
 
 

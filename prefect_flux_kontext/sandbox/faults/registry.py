@@ -32,7 +32,7 @@ def applies(*kinds: str) -> Callable[[_Handler], _Handler]:
     return register
 
 
-def described() -> str:
+def describe_faults() -> str:
     """Return the help text on all faults, one line for each."""
     widest = max(len(name) for faults in FAULTS.values() for name in faults)
     lines = []

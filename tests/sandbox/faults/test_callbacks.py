@@ -16,7 +16,7 @@ async def deliver(fault, *answers, late=600):
     """Return the task id, the calls (seconds after the end, token, data) and the bill."""
     receiver = Receiver(*answers)
     async with sandbox_client(mean=30, spread=0) as sandbox:
-        sandbox.sandbox.weather.change(FaultPlan(faults=[fault], late=late))
+        sandbox.sandbox.active_faults.change(FaultPlan(faults=[fault], late=late))
         task_id = await through(receiver, sandbox)
         ended = asyncio.get_running_loop().time() + 30
         await sandbox.background()

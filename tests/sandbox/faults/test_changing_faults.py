@@ -13,14 +13,14 @@ def test_faults_are_shown_changed_and_removed_at_run_time(http):
     assert fine == {
         "plan": {"faults": [], "seed": 0, "hang": 60.0, "slow": 5.0, "late": 600.0},
         "seen": {},
-        "befallen": {},
+        "applied": {},
     }
     plan(http, "submit:limited@2", seed=7)
     assert [submit(http).status_code for _ in range(3)] == [200, 429, 200]
     shown = http.get("/sandbox/faults").json()
     assert shown["plan"]["faults"] == ["submit:limited@2"]
     assert shown["seen"] == {"submit": 3, "task": 2}
-    assert shown["befallen"] == {"submit:limited": 1}
+    assert shown["applied"] == {"submit:limited": 1}
     assert http.delete("/sandbox/faults").json() == fine
     assert [submit(http).status_code for _ in range(3)] == [200] * 3
 
@@ -47,7 +47,7 @@ def test_sandbox_starts_with_faults():
     with running_sandbox(plan=FaultPlan(faults=["submit:limited"])) as running:
         reply = httpx.post(running.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
         assert reply.status_code == 429
-        assert running.weather.befallen == {"submit:limited": 1}
-        running.weather.change(FaultPlan())
+        assert running.active_faults.applied == {"submit:limited": 1}
+        running.active_faults.change(FaultPlan())
         reply = httpx.post(running.url + SUBMIT, json=BODY, headers=KEY, trust_env=False)
         assert reply.status_code == 200

@@ -14,7 +14,7 @@ from prefect_flux_kontext.sandbox.faults.plan import (
     read_fault,
     read_plan,
 )
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS, described
+from prefect_flux_kontext.sandbox.faults.registry import FAULTS, describe_faults
 
 ALL = [(kind, name) for kind, faults in FAULTS.items() for name in faults]
 
@@ -138,7 +138,7 @@ def test_empty_plan_file_has_no_faults(tmp_path):
 
 
 def test_every_fault_is_described_in_a_line():
-    lines = described().splitlines()
+    lines = describe_faults().splitlines()
     for _, name in ALL:
         assert any(line.startswith(f"  {name} ") and len(line) > 30 for line in lines), name
     assert max(map(len, lines)) < 110

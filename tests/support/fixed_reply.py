@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class OneAnswer:
+class FixedReplyService:
     """The URL of the service and the requests that it received."""
 
     url: str
@@ -16,7 +16,7 @@ class OneAnswer:
 
 
 @asynccontextmanager
-async def server_that_answers(status, body=b""):
+async def fixed_reply_server(status, body=b""):
     """Serve the reply on a free port while the context is open."""
 
     async def answer(reader, writer):
@@ -35,5 +35,5 @@ async def server_that_answers(status, body=b""):
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
-        service = OneAnswer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        service = FixedReplyService(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         yield service

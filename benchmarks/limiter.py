@@ -1,7 +1,7 @@
 """The account limiter and the cadence against the account's limits, simulated in virtual time.
 
-    python -m benchmarks.governor
-    python -m benchmarks.governor --images 1000 --only steady drift
+    python -m benchmarks.limiter
+    python -m benchmarks.limiter --images 1000 --only steady drift
 
 The client's own code talks to the sandbox's service in memory, over a line that takes 0.05 to
 0.25 s each way, on an event loop whose clock jumps: seconds of CPU, the same figures each time.
@@ -24,7 +24,7 @@ from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.sandbox.tasks import LatencyModel
-from tests.support.simulated_account import CalledBack, SimulatedAccount, the_same_each_time
+from tests.support.simulated_account import CallbackPauses, SimulatedAccount, repeatable_simulation
 from tests.support.virtual_time import VirtualTimeLoop
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
 
     def wait(client: FluxKontextClient, task: GenerationTask) -> Awaitable[object]:
         if scenario.interval is None:
-            pauses = CalledBack(account, task.task_id) if scenario.called else None
+            pauses = CallbackPauses(account, task.task_id) if scenario.called else None
             return wait_until_ended(client, task, PollingCadence(timeout=86_400), pauses)
         return fixed(client, task, scenario.interval)
 
@@ -209,7 +209,7 @@ async def fixed(client: FluxKontextClient, task: GenerationTask, interval: float
 
 
 async def other_client(account: SimulatedAccount, slots: int) -> None:
-    """Keeps so many slots busy, and asks for each of its tasks every ten seconds."""
+    """Keep a number of slots busy, and poll for each of its tasks every ten seconds."""
     client = account.client(tasks=max(1, slots))
 
     async def images(number: int) -> None:
@@ -248,13 +248,13 @@ def main() -> None:
         if not name.startswith(tuple(options.only)):
             continue
         began = time.process_time()
-        with the_same_each_time(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            told = runner.run(run(scenario, scenario.images or options.images, options.seed))
-        told["CPU"] = time.process_time() - began
+        with repeatable_simulation(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            measured = runner.run(run(scenario, scenario.images or options.images, options.seed))
+        measured["CPU"] = time.process_time() - began
         if options.json:
-            print(json.dumps({"scenario": name, **told}), flush=True)
+            print(json.dumps({"scenario": name, **measured}), flush=True)
         else:
-            cells = (form.format(told[column]) for column, form in columns.items())
+            cells = (form.format(measured[column]) for column, form in columns.items())
             print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 

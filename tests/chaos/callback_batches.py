@@ -62,7 +62,7 @@ def each_callback_fault(factory, line, rng, scale, *, rows=500):
         with called_batch(factory, round(rows * scale)) as (batch, _):
             factory.inject_faults(rng, [f"{fault}=0.5", *_LOST_REPLIES], late=_LATE)
             batch.run_and_kill(rng.uniform(0.3, 6))
-            occurrences = factory.service.weather.befallen
+            occurrences = factory.service.active_faults.applied
             finish(line, batch, 1)
         print_now(f"    {fault} occurred {occurrences[fault]} times; so far {line}")
 
