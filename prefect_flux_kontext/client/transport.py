@@ -11,7 +11,7 @@ import functools
 import urllib.request
 import zlib
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import aiohttp
 import httpx
@@ -54,6 +54,9 @@ _MAX_HEADERS = 1_000
 _MAX_REPLY_BYTES = 4 * 2**20
 _CLIENT_ERRORS = range(400, 500)
 
+# A server that sends data before any request is no HTTP server. Nothing was sent to it.
+_MAX_STALE_CONNECTIONS = 10
+
 # The event loop reads what a connection has received within two iterations.
 _LOOP_ITERATIONS_UNTIL_READ = 2
 
@@ -91,12 +94,17 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             httpx.InvalidURL: The URL is invalid. Nothing was sent.
         """
         with _translate_errors(request):
-            while True:
+            for _ in range(_MAX_STALE_CONNECTIONS):
                 try:
                     response = await self._send(request)
                     break
                 except _StaleResponseError:
                     continue
+            else:
+                raise httpx.ConnectError(
+                    f"{_MAX_STALE_CONNECTIONS} connections in a row sent data before the request",
+                    request=request,
+                )
         return httpx.Response(
             response.status,
             headers=response.raw_headers,
@@ -180,6 +188,7 @@ class Connections:
         self.timeout = timeout
         self._transport = transport
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._headers = {"User-Agent": "prefect-flux-kontext", **headers}
 
     async def __aenter__(self) -> Self:
@@ -189,9 +198,19 @@ class Connections:
         await self.aclose()
 
     def check_open(self) -> None:
-        """Raise RuntimeError if the connections are closed: nothing would close a new one."""
+        """Raise RuntimeError if the connections are closed, or belong to another event loop.
+
+        On another loop a request could be sent, but its reply could not be read.
+        """
         if self._closed:
             raise RuntimeError("The client is closed.")
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            raise RuntimeError(
+                "The client belongs to another event loop. Nothing was sent. Create a new client "
+                "in each asyncio.run()."
+            )
 
     async def aclose(self) -> None:
         """Close all connections. Later requests fail."""
@@ -249,10 +268,11 @@ def find_proxy(url: httpx.URL) -> str | None:
 def create_proxy_transport(proxy: str) -> httpx.AsyncHTTPTransport:
     """Create a transport that sends all requests through a proxy.
 
-    It is httpx's own, which supports every kind of proxy.
+    It is httpx's own, which supports every kind of proxy, but raises `httpx.ConnectError` for
+    every failure before the tunnel is open: the proxy has not passed on anything then.
     """
     limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, keepalive_expiry=_KEEPALIVE_SECONDS)
-    return httpx.AsyncHTTPTransport(proxy=proxy, verify=create_tls_context(), limits=limits)
+    return _ProxyTransport(proxy=proxy, verify=create_tls_context(), limits=limits)
 
 
 def stream_response(response: httpx.Response) -> httpx.AsyncByteStream:
@@ -287,6 +307,24 @@ async def send_request(
             if response.status_code not in _CLIENT_ERRORS:
                 raise
     return response.status_code, response.headers, _decompress(bytes(body), response.headers)
+
+
+class _ProxyTransport(httpx.AsyncHTTPTransport):
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        was_sent = False
+
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            nonlocal was_sent
+            if event.endswith("send_request_headers.started"):
+                was_sent |= info["request"].method != b"CONNECT"
+
+        request.extensions = {**request.extensions, "trace": trace}
+        try:
+            return await super().handle_async_request(request)
+        except httpx.TransportError as error:
+            if was_sent:
+                raise
+            raise httpx.ConnectError(str(error), request=request) from None
 
 
 class _StaleResponseError(Exception):
