@@ -13,6 +13,7 @@ from prefect_flux_kontext.batch.collection import Deferral
 from prefect_flux_kontext.batch.index import StoredRows
 from prefect_flux_kontext.batch.outage import PostGate
 from prefect_flux_kontext.batch.row import RowRunner, create_row_storer
+from prefect_flux_kontext.batch.stopping import StopGate, stop_on_signals
 from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.session import open_callback_session
@@ -94,9 +95,10 @@ async def open_session(
     await remove_temporary_files(output.below(LEDGER_FOLDER), recursive=True)
     async with client, open_download_client(base_url=client.base_url) as http:
         await client.check()
-        async with keep_heartbeat(store) as owner:
+        async with keep_heartbeat(store, beat_seconds=settings.heartbeat) as heartbeat:
+            owner = heartbeat.owner
             ledger = Ledger(store, owner, settings.prices())
-            budget = await open_budget(store, owner, options)
+            budget = await open_budget(store, heartbeat, options)
             report = Report(output, store, owner, http, settings, is_whole=is_whole)
             with await asyncio.to_thread(StoredRows) as stored:
                 await stored.read(store)
@@ -117,6 +119,7 @@ async def open_session(
                         budget,
                         options.references,
                         callback_session.prepare_request,
+                        StopGate(settings.stop_timeout),
                     )
                     deferral = Deferral(on=options.deferred)
                     store_row = create_row_storer(
@@ -132,12 +135,15 @@ async def open_session(
                     rows = RowRunner(
                         store_row, output, ledger, submitter, callback_session, deferral, options
                     )
-                    try:
-                        yield Session(output, ledger, submitter, rows, stored, report, flow_run_id)
-                    finally:
-                        submitter.stop(BatchStoppedError("The batch is over."))
-                        await asyncio.shield(submitter.drain())
-                        _warn_of_outstanding(submitter, output)
+                    with stop_on_signals(submitter.gate):
+                        try:
+                            yield Session(
+                                output, ledger, submitter, rows, stored, report, flow_run_id
+                            )
+                        finally:
+                            submitter.stop(BatchStoppedError("The batch is over."))
+                            await submitter.drain()
+                            _warn_of_outstanding(submitter, output)
 
 
 def _warn_of_outstanding(submitter: Submitter, output: OutputFolder) -> None:

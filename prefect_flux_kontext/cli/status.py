@@ -145,9 +145,14 @@ async def _gallery(output: OutputFolder) -> int:
         raise ConfigurationError(
             "FLUX_KONTEXT_GALLERY_IMAGES is 0, so no gallery is built. Set it to 1 or more."
         )
-    async with keep_heartbeat(store) as run:
+    async with keep_heartbeat(store) as heartbeat:
         rows = await update_report(
-            output, store, run, ThumbnailStore(output), max_rows=most, max_new_thumbnails=most
+            output,
+            store,
+            heartbeat.owner,
+            ThumbnailStore(output),
+            max_rows=most,
+            max_new_thumbnails=most,
         )
     if not rows:
         raise ConfigurationError(

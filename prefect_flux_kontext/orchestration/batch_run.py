@@ -167,7 +167,7 @@ async def _report_batch(
         outcome = "stored" if batch.complete else "incomplete"
     finally:
         # A submit that is under way may still be accepted and billed.
-        await asyncio.shield(session.submitter.drain())
+        await session.submitter.drain()
         batch.spent = spent()
         batch.seconds = asyncio.get_running_loop().time() - started_at + before.seconds
         event = events.BATCH_FINISHED

@@ -7,7 +7,7 @@ import pytest
 from prefect_flux_kontext.batch.budget import Budget, open_budget
 from prefect_flux_kontext.batch.policy import RowOptions
 from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError, FluxKontextError
-from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
+from prefect_flux_kontext.ledger.heartbeat import Heartbeat, keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import GIVEN_UP
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -71,7 +71,7 @@ async def test_budget_counts_unknown_rows(tmp_path):
     await ledger.record_rejected(entries[1], FluxKontextError("no", code=400))
     keys = [entry.key for entry in entries]
     await open_wave(store, OpenWave(name="gone-1", owner="gone", keys=keys))
-    budget = await open_budget(store, "me", RowOptions(cadence=QUICK, budget_usd=0.10))
+    budget = await open_budget(store, Heartbeat("me"), RowOptions(cadence=QUICK, budget_usd=0.10))
     await budget.reserve(0.03)
     with pytest.raises(BudgetReachedError, match=r"\$0\.01 is left"):
         await asyncio.gather(budget.settle(0.03, refunded=False), budget.reserve(0.03))
