@@ -166,7 +166,7 @@ class LedgerStatus:
     Attributes:
         states: Number of rows in each state.
         spent: Dollars for all accepted attempts.
-        doubtful: Dollars that unknown rows may have cost in addition.
+        doubtful: Dollars that unknown submits, also those given up, may have cost in addition.
         outstanding: Rows paid for and not stored, the oldest first.
         unknown: Rows that may or may not have been billed, and whose run is dead.
     """
@@ -185,7 +185,7 @@ async def read_ledger_status(store: RecordStore) -> LedgerStatus:
         LedgerError: The ledger cannot be read or is damaged.
     """
     status = LedgerStatus()
-    rows: dict[str, tuple[int, State, float]] = {}
+    rows: dict[str, tuple[int, State, float, float]] = {}
     # Unfinished waves first: a wave that ends meanwhile is then read twice rather than not at all.
     for entry in await read_unfinished_entries(store):
         state = entry.state
@@ -193,16 +193,16 @@ async def read_ledger_status(store: RecordStore) -> LedgerStatus:
             if not await is_alive(store, entry.intent.owner):
                 state = State.UNKNOWN
                 status.unknown.append(entry)
-                status.doubtful += entry.intent.price
         elif state is State.ACCEPTED:
             status.outstanding.append(entry)
-        rows[entry.key] = (entry.attempt, state, entry.spent)
+        rows[entry.key] = (entry.attempt, state, entry.spent, entry.doubtful)
     async for row in read_finished_rows(store):
         if row.attempt >= rows.get(row.key, (0,))[0]:
-            rows[row.key] = (row.attempt, State(row.ended.state), row.spent)
+            rows[row.key] = (row.attempt, State(row.ended.state), row.spent, row.doubtful)
     status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
-    status.states.update(state for _, state, _ in rows.values())
-    status.spent = sum(spent for _, _, spent in rows.values())
+    status.states.update(state for _, state, _, _ in rows.values())
+    status.spent = sum(spent for _, _, spent, _ in rows.values())
+    status.doubtful = sum(doubtful for _, _, _, doubtful in rows.values())
     return status
 
 

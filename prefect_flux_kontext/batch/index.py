@@ -155,7 +155,6 @@ async def _index_entry(store: RecordStore, entry: Entry, options: RowOptions) ->
     dollars = entry.spent + entry.doubtful
     match entry.state:
         case State.INTENT if entry.intent is not None:
-            dollars += entry.intent.price
             if await is_alive(store, entry.intent.owner):
                 action = PlannedAction.OUTSTANDING
             else:

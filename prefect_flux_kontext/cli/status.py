@@ -71,8 +71,7 @@ async def _status(output: OutputFolder) -> int:
     print(f"{f'${status.spent:,.2f}':>9}  spent")
     several = len(status.unknown) != 1
     if status.doubtful:
-        unknown_rows = "unknown rows were" if several else "unknown row was"
-        print(f"{f'${status.doubtful:,.2f}':>9}  more, if the {unknown_rows} accepted")
+        print(f"{f'${status.doubtful:,.2f}':>9}  more may have been billed for unknown submits")
     if status.outstanding:
         oldest = status.outstanding[0].task
         print(
