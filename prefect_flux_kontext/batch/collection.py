@@ -14,6 +14,7 @@ from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_ent
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import FluxKontextError, LedgerError
+from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
@@ -184,6 +185,7 @@ async def read_ledger_status(store: RecordStore) -> LedgerStatus:
     Raises:
         LedgerError: The ledger cannot be read or is damaged.
     """
+    await check_format(store)
     status = LedgerStatus()
     rows: dict[str, tuple[int, State, float, float]] = {}
     # Unfinished waves first: a wave that ends meanwhile is then read twice rather than not at all.

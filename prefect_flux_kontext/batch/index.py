@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.collection import read_unfinished_entries
+from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.waves import FinishedRow, read_finished_rows
@@ -81,6 +82,7 @@ class LedgerIndex(TempDatabase):
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
         """
+        await check_format(store)
         # Unfinished waves first: a wave that ends meanwhile is then read twice rather than never.
         entries = await read_unfinished_entries(store)
         block = [await _index_entry(store, entry, options) for entry in entries]

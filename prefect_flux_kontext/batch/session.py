@@ -19,6 +19,7 @@ from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.session import open_callback_session
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.images.download import open_download_client
+from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, open_ledger_store
@@ -66,6 +67,7 @@ async def open_session(
     settings: FluxKontextSettings,
     callbacks: CallbackOptions | None = None,
     *,
+    account: str | None = None,
     is_whole: bool = True,
     flow_run_id: str | None = None,
 ) -> AsyncIterator[Session]:
@@ -80,12 +82,13 @@ async def open_session(
         options: The user's options for the rows.
         settings: The settings from the environment.
         callbacks: How callbacks are received; None polls only.
+        account: Label of the account; None for the one in the settings.
         is_whole: Whether the run has the whole batch, and so writes its reports at the end.
         flow_run_id: The Prefect flow run that the result lines name; None outside of one.
 
     Raises:
-        ConfigurationError: There is a budget, and another run is paying into the output; or
-            callbacks cannot be received.
+        ConfigurationError: There is a budget, and another run is paying into the output; the
+            output's ledger belongs to another service or account; or callbacks cannot be received.
         LedgerError: The ledger cannot be read or written; nothing was paid.
         NotConnectedError: No service answers at the base URL.
         UnauthorizedError: The service refused the key.
@@ -95,6 +98,7 @@ async def open_session(
     await remove_temporary_files(output.below(LEDGER_FOLDER), recursive=True)
     async with client, open_download_client(base_url=client.base_url) as http:
         await client.check()
+        await bind(store, client.base_url, account or settings.account)
         async with keep_heartbeat(store, beat_seconds=settings.heartbeat) as heartbeat:
             owner = heartbeat.owner
             ledger = Ledger(store, owner, settings.prices())

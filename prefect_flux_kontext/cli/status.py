@@ -49,6 +49,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     resolve.set_defaults(func=lambda options: asyncio.run(_resolve(options)))
 
+    rebind = commands.add_parser(
+        "rebind",
+        help="Bind an output to the account of the environment",
+        description="Bind the output's ledger to the service FLUX_KONTEXT_BASE_URL and the account "
+        "FLUX_KONTEXT_ACCOUNT. Use it if the account got another name, or the service another "
+        "address: with a different account, rows paid before could not be collected.",
+    )
+    add_output_argument(rebind)
+    rebind.set_defaults(func=lambda options: asyncio.run(_rebind(options.output)))
+
+    repair = commands.add_parser(
+        "repair",
+        help="Rebuild a ledger's wave files from the records of its rows",
+        description="Read the records of all rows, write wave files from them, and remove the old "
+        "ones. Use it if a wave file is damaged or was removed. No run may use the output "
+        "meanwhile.",
+    )
+    add_output_argument(repair)
+    repair.set_defaults(func=lambda options: asyncio.run(_repair(options.output)))
+
     gallery = commands.add_parser(
         "gallery",
         help="Rebuild the gallery",
@@ -95,12 +115,14 @@ async def _status(output: OutputFolder) -> int:
 
 async def _resolve(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.errors import FluxKontextError
+    from prefect_flux_kontext.ledger.head import check_format
     from prefect_flux_kontext.ledger.heartbeat import is_alive
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import State
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
     store = open_ledger_store(options.output)
+    await check_format(store)
     ledger = Ledger(store, owner="person", prices={})
     entry = await ledger.read(options.key)
     if entry.state is not State.INTENT or entry.intent is None:
@@ -126,6 +148,29 @@ async def _resolve(options: argparse.Namespace) -> int:
         )
         return 1
     print(message)
+    return 0
+
+
+async def _rebind(output: OutputFolder) -> int:
+    from prefect_flux_kontext.ledger.head import rebind
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+    from prefect_flux_kontext.settings import FluxKontextSettings
+
+    settings = FluxKontextSettings()
+    head = await rebind(open_ledger_store(output), settings.base_url, settings.account)
+    print(f"{output} belongs to {head} now.")
+    return 0
+
+
+async def _repair(output: OutputFolder) -> int:
+    from prefect_flux_kontext.batch.repair import rebuild_waves
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+
+    repair = await rebuild_waves(open_ledger_store(output))
+    print(
+        f"Read the records of {repair.rows:,} rows: {repair.finished:,} are stored or failed, "
+        f"{repair.unfinished:,} are not. Replaced {repair.removed:,} wave files."
+    )
     return 0
 
 

@@ -113,8 +113,8 @@ async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
                 yield FinishedRow.model_validate_json(line)
         except ValidationError:
             raise LedgerError(
-                f"The ledger's wave file {store}/waves/{name} is damaged. Remove it: its rows are "
-                "then read from their own records."
+                f"The ledger's wave file {store}/waves/{name} is damaged. "
+                "Rebuild it: flux-kontext repair OUTPUT"
             ) from None
 
 
@@ -129,7 +129,10 @@ async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
         try:
             wave = OpenWave.model_validate_json(data)
         except ValidationError:
-            raise LedgerError(f"The ledger record {store}/waves/{name} is damaged.") from None
+            raise LedgerError(
+                f"The ledger's open wave {store}/waves/{name} is damaged. "
+                "Rebuild it: flux-kontext repair OUTPUT"
+            ) from None
         if wave.keys:
             yield wave
 

@@ -125,7 +125,13 @@ async def open_batch(
     with forward_core_logs():
         async with (
             open_session(
-                client, output, options, settings, callbacks, flow_run_id=_get_flow_run_id()
+                client,
+                output,
+                options,
+                settings,
+                callbacks,
+                account=account.account,
+                flow_run_id=_get_flow_run_id(),
             ) as session,
             _report_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
