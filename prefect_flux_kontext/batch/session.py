@@ -134,6 +134,7 @@ async def open_session(
                         callback_session,
                         deferral,
                         options.cadence,
+                        result_days=options.result_days,
                         ai_mark=settings.ai_mark,
                     )
                     rows = RowRunner(

@@ -52,9 +52,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     rebind = commands.add_parser(
         "rebind",
         help="Bind an output to the account of the environment",
-        description="Bind the output's ledger to the service FLUX_KONTEXT_BASE_URL and the account "
-        "FLUX_KONTEXT_ACCOUNT. Use it if the account got another name, or the service another "
-        "address: with a different account, rows paid before could not be collected.",
+        description="Bind the output's ledger to the service FLUX_KONTEXT_BASE_URL and the "
+        "account FLUX_KONTEXT_ACCOUNT. Use it if the account got another name, or the service "
+        "another address: with a different account, rows paid before could not be collected.",
     )
     add_output_argument(rebind)
     rebind.set_defaults(func=lambda options: asyncio.run(_rebind(options.output)))

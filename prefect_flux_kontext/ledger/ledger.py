@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from typing import TYPE_CHECKING, TypeVar
 
@@ -72,6 +73,21 @@ class Ledger:
             )
             if State.INTENT not in MOVES[entry.state]:
                 return entry
+
+    async def read_task_ids(self, key: str) -> list[str]:
+        """Return the tasks of all attempts of a row.
+
+        Raises:
+            LedgerError: A record cannot be read or is damaged.
+        """
+        task_ids = []
+        for number in itertools.count(1):
+            posted = await self._read(Posted, _record_name(key, number, "posted"))
+            if posted is None:
+                break
+            if posted.task_id is not None:
+                task_ids.append(posted.task_id)
+        return task_ids
 
     async def wait_until_settled(self, entry: Entry) -> tuple[Entry, bool]:
         """Wait while another run is paying for the row.

@@ -126,3 +126,15 @@ def test_service_whose_submits_all_fail_leaves_few_rows_unknown():
     error, _ = simulate(main, 1)
     assert isinstance(error, BatchStoppedError)
     assert "in a row" in error.message
+
+
+def test_batch_stops_paying_when_nothing_can_be_stored():
+    async def main(env):
+        env.hook = lambda kind, *_: "download_trouble" if kind == "download" else None
+        error = await in_process(env, None, manifest([(f"r{n}", str(n)) for n in range(600)]))
+        return error, env.posts
+
+    error, posts = simulate(main, 1)
+    assert isinstance(error, BatchStoppedError)
+    assert "nine of ten" in error.message
+    assert posts < 200
