@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import MissingContextError
 
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
@@ -38,14 +40,31 @@ async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool
     return False
 
 
-@task(name="submit-generation", retries=0, cache_policy=NO_CACHE)
+async def _was_not_accepted(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+    """Whether a submit may be repeated: only if it is known that it was not accepted."""
+    try:
+        await state.aresult()
+    except FluxKontextError as error:
+        return error.not_accepted and error.retryable
+    except Exception:  # noqa: BLE001 - whether it was sent is unknown
+        return False
+    return False
+
+
+@task(
+    name="submit-generation",
+    retries=0,
+    retry_condition_fn=_was_not_accepted,
+    cache_policy=NO_CACHE,
+)
 async def submit_generation(
     request: GenerationRequest, credentials: FluxKontextCredentials | str | None = None
 ) -> GenerationTask:
     """Submit one generation, which is billed from then on.
 
-    Prefect neither retries nor caches this task, because a repeated POST may bill twice. The task
-    itself repeats a submit that the service cannot have accepted (no connection, 429). Keep the
+    Prefect does not cache this task, and retries it only after a submit that the service cannot
+    have accepted, because a repeated POST may bill twice. The task itself repeats such a submit
+    (no connection, 429). Keep the
     task that it returns, or its id: with it, any flow can wait for the result later.
 
     Args:
@@ -63,10 +82,22 @@ async def submit_generation(
     """
     account = await resolve_credentials(credentials)
     async with account.get_client() as client:
-        return await client.submit(request)
+        return _log_task(await client.submit(request))
 
 
-@task(name="submit-own-reference", retries=0, cache_policy=NO_CACHE)
+def _log_task(task: GenerationTask) -> GenerationTask:
+    # With the id, a paid image can be fetched even if this run ends before it is stored.
+    with suppress(MissingContextError):  # the task's function was called outside of a run
+        get_run_logger().info("Accepted as task %s.", task.task_id)
+    return task
+
+
+@task(
+    name="submit-own-reference",
+    retries=0,
+    retry_condition_fn=_was_not_accepted,
+    cache_policy=NO_CACHE,
+)
 async def submit_own_reference(
     request: GenerationRequest, references: References, account: FluxKontextCredentials
 ) -> GenerationTask:
@@ -92,7 +123,7 @@ async def submit_own_reference(
         while not attempts.is_over:
             async with await attempts.next_slot() as slot:
                 outcome = await slot.post(await sending())
-    return outcome.to_task(request)
+    return _log_task(outcome.to_task(request))
 
 
 @task(

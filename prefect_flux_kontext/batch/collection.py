@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ class LedgerStatus:
         doubtful: Dollars that unknown submits, also those given up, may have cost in addition.
         outstanding: Rows paid for and not stored, the oldest first.
         unknown: Rows that may or may not have been billed, and whose run is dead.
+        missing: Stored rows whose images were removed from the output; None if not looked for.
     """
 
     states: Counter[State] = field(default_factory=Counter)
@@ -177,10 +179,17 @@ class LedgerStatus:
     doubtful: float = 0.0
     outstanding: list[Entry] = field(default_factory=list)
     unknown: list[Entry] = field(default_factory=list)
+    missing: int | None = None
 
 
-async def read_ledger_status(store: RecordStore) -> LedgerStatus:
+async def read_ledger_status(
+    store: RecordStore, output: OutputFolder | None = None
+) -> LedgerStatus:
     """Read the states and costs of all rows.
+
+    Args:
+        store: The ledger's records.
+        output: The output, to look for images that were removed; only on a local disk.
 
     Raises:
         LedgerError: The ledger cannot be read or is damaged.
@@ -198,9 +207,14 @@ async def read_ledger_status(store: RecordStore) -> LedgerStatus:
         elif state is State.ACCEPTED:
             status.outstanding.append(entry)
         rows[entry.key] = (entry.attempt, state, entry.spent, entry.doubtful)
+    missing = 0
     async for row in read_finished_rows(store):
+        if output is not None and row.ended.state == "stored":
+            missing += bool(output.find_missing(row.ended.files))
         if row.attempt >= rows.get(row.key, (0,))[0]:
             rows[row.key] = (row.attempt, State(row.ended.state), row.spent, row.doubtful)
+    if output is not None and output.is_local:
+        status.missing = missing
     status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
     status.states.update(state for _, state, _, _ in rows.values())
     status.spent = sum(spent for _, _, spent, _ in rows.values())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _INSERT_BLOCK_ROWS = 1_000
 """Rows inserted at a time: few enough to hold little in memory."""
@@ -134,14 +135,17 @@ class StoredRows(TempDatabase):
                 block = []
         await asyncio.to_thread(self._add, block)
 
-    async def find(self, keys: Collection[str]) -> dict[str, FinishedRow]:
-        """Return those of the rows that are stored, by row key."""
-        return await asyncio.to_thread(self._find, keys)
+    async def find(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
+        """Return those of the rows that are stored, by row key.
+
+        Rows whose images were removed from the output are left out, to be fetched again.
+        """
+        return await asyncio.to_thread(self._find, keys, output)
 
     def _add(self, block: list[tuple[bytes, str]]) -> None:
         self._database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?)", block)
 
-    def _find(self, keys: Collection[str]) -> dict[str, FinishedRow]:
+    def _find(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
         found = {}
         with self._lock:
             for key in keys:
@@ -149,7 +153,9 @@ class StoredRows(TempDatabase):
                     "SELECT record FROM rows WHERE key = ?", (bytes.fromhex(key),)
                 ).fetchone() or [None]
                 if record is not None:
-                    found[key] = FinishedRow.model_validate_json(record)
+                    row = FinishedRow.model_validate_json(record)
+                    if not output.find_missing(row.ended.files):
+                        found[key] = row
         return found
 
 

@@ -191,6 +191,8 @@ class RowRunner:
                 return await self._handle_failure(row, entry)
             case State.STORED if entry.ended is not None:
                 in_run = self.has_ended_in_run(entry)
+                if not in_run and await self._is_missing(entry.ended.files):
+                    return await self._fetch_again(row, entry)
                 return await self._deliver(row, entry.key, entry.ended, in_run=in_run)
             case _:
                 return await self._submit(row, entry)
@@ -247,6 +249,27 @@ class RowRunner:
         self._mark_ended(entry)
         self._count(stored=True)
         return entry
+
+    async def _is_missing(self, files: list[str]) -> bool:
+        return bool(await asyncio.to_thread(self._output.find_missing, files))
+
+    async def _fetch_again(self, row: Row, entry: Entry) -> RowOutcome:
+        """Store images that were removed from the output once more; this costs nothing."""
+        assert entry.ended is not None  # noqa: S101 - a stored row has ended
+        try:
+            images, _ = await self._store(row, entry)
+        except FluxKontextError as error:
+            lost = FluxKontextError(
+                f"The image was stored at {entry.ended.at:%F %T %Z} and has been removed from the "
+                f"output. It cannot be fetched again: {error.message}",
+                task_id=entry.ended.task_id,
+                code=error.code,
+            )
+            return RowOutcome.of(row, entry.key, "failed", lost)
+        stored = entry.ended.model_copy(
+            update={"files": [self._output.relative(image.uri) for image in images]}
+        )
+        return await self._deliver(row, entry.key, stored)
 
     async def _handle_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         ended = entry.ended

@@ -11,6 +11,7 @@ from prefect_flux_kontext.cli.arguments import add_output_argument
 if TYPE_CHECKING:
     import argparse
 
+    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 # More would scroll the counts off a terminal.
@@ -83,15 +84,19 @@ async def _status(output: OutputFolder) -> int:
     from prefect_flux_kontext.batch.collection import read_ledger_status
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
-    status = await read_ledger_status(open_ledger_store(output))
+    status = await read_ledger_status(open_ledger_store(output), output)
     if not status.states:
         print(f"No rows on record at {output}: no run has submitted anything there.")
     for state, rows in sorted(status.states.items()):
         print(f"{rows:>9,}  {state}")
     print(f"{f'${status.spent:,.2f}':>9}  spent")
-    several = len(status.unknown) != 1
     if status.doubtful:
         print(f"{f'${status.doubtful:,.2f}':>9}  more may have been billed for unknown submits")
+    if status.missing:
+        print(
+            f"{status.missing:>9,}  stored {'row has' if status.missing == 1 else 'rows have'} no "
+            "image in the output any more. Run the manifest again to fetch what the service keeps."
+        )
     if status.outstanding:
         oldest = status.outstanding[0].task
         print(
@@ -99,18 +104,22 @@ async def _status(output: OutputFolder) -> int:
             f"{oldest.submitted_at:%F %T %Z}. To collect: flux-kontext collect {output}"
         )
     if status.unknown:
-        print(f"\nUnknown {'rows' if several else 'row'} (may or may not have been billed):")
-    for entry in status.unknown[:_UNKNOWN_ROWS_SHOWN]:
+        _print_unknown(status.unknown, output)
+    return 0
+
+
+def _print_unknown(entries: list[Entry], output: OutputFolder) -> None:
+    several = len(entries) > 1
+    print(f"\nUnknown {'rows' if several else 'row'} (may or may not have been billed):")
+    for entry in entries[:_UNKNOWN_ROWS_SHOWN]:
         if entry.intent is not None:
             print(f"  {entry.key}  {entry.intent.row_id}  {entry.intent.at:%F %T %Z}")
-    if len(status.unknown) > _UNKNOWN_ROWS_SHOWN:
-        print(f"  … and {len(status.unknown) - _UNKNOWN_ROWS_SHOWN} more")
-    if status.unknown:
-        print(
-            f"To settle {'one' if several else 'it'}: flux-kontext resolve {output} KEY "
-            "--accepted TASK_ID | --rejected"
-        )
-    return 0
+    if len(entries) > _UNKNOWN_ROWS_SHOWN:
+        print(f"  … and {len(entries) - _UNKNOWN_ROWS_SHOWN} more")
+    print(
+        f"To settle {'one' if several else 'it'}: flux-kontext resolve {output} KEY "
+        "--accepted TASK_ID | --rejected"
+    )
 
 
 async def _resolve(options: argparse.Namespace) -> int:

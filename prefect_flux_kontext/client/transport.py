@@ -40,6 +40,10 @@ __all__ = [
 API_TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=60)
 _REQUEST_TIMEOUT_SECONDS = 120.0
 
+# A timer that fires later than this belongs to a process that was frozen. Replies may be waiting
+# in its sockets, and this long is enough to read them.
+_LATE_SECONDS = 1.0
+
 # At full speed, 33 submits and about 130 polls a second are in flight for 0.1 to 0.5 s each.
 _MAX_CONNECTIONS = 128
 
@@ -294,7 +298,7 @@ async def send_request(
     """
     body = bytearray()
     async with (
-        asyncio.timeout(_REQUEST_TIMEOUT_SECONDS),
+        _limit_request(),
         connections.stream(method, url, json=json) as response,
     ):
         try:
@@ -325,6 +329,28 @@ class _ProxyTransport(httpx.AsyncHTTPTransport):
             if was_sent:
                 raise
             raise httpx.ConnectError(str(error), request=request) from None
+
+
+@asynccontextmanager
+async def _limit_request() -> AsyncIterator[None]:
+    """Limit a request to 120 s, and read once more what arrived while the process was frozen.
+
+    Raises:
+        TimeoutError: The request took longer.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _REQUEST_TIMEOUT_SECONDS
+    async with asyncio.timeout(None) as timeout:
+
+        def expire() -> None:
+            is_late = loop.time() > deadline + _LATE_SECONDS
+            timeout.reschedule(loop.time() + (_LATE_SECONDS if is_late else 0.0))
+
+        timer = loop.call_at(deadline, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _StaleResponseError(Exception):

@@ -33,8 +33,8 @@ class Service:
 
 
 async def post(gate, outcome):
-    async with gate.place() as place:
-        place.outcome = outcome
+    await gate.acquire()
+    await gate.release(outcome)
 
 
 async def test_unknown_outcomes_keep_their_places_while_the_service_is_down():
@@ -88,11 +88,11 @@ async def test_service_that_answers_probes_only_stops_the_batch():
 
 async def test_cancelled_waiter_leaves_its_place_to_the_next():
     gate = PostGate(1, Service(answers=True).probe, patience_seconds=600)
-    async with gate.place() as place:
-        waiting = [asyncio.create_task(post(gate, ACCEPTED)) for _ in range(3)]
-        await asyncio.sleep(0)
-        waiting[0].cancel()
-        place.outcome = ACCEPTED
+    await gate.acquire()
+    waiting = [asyncio.create_task(post(gate, ACCEPTED)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await gate.release(ACCEPTED)
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert results[1:] == [None, None]
