@@ -86,6 +86,11 @@ class FluxKontextSettings(BaseSettings):
         description="Seconds between two heartbeats of a run. A run on another machine counts as "
         "dead after four missed ones.",
     )
+    ledger: str | None = Field(
+        default=None,
+        description="Folder with the ledger of the tasks `submit_generation`, "
+        "`wait_for_generation` and `persist_images`. Unset: they keep none.",
+    )
     staging_url: str | None = Field(
         default=None,
         description="Folder or bucket to which local reference images are copied, so that the "

@@ -22,6 +22,7 @@ NAMES = {
     "FLUX_KONTEXT_OUTAGE_TIMEOUT": ("outage_timeout", 30.0, 600.0),
     "FLUX_KONTEXT_STOP_TIMEOUT": ("stop_timeout", 5.0, 60.0),
     "FLUX_KONTEXT_HEARTBEAT": ("heartbeat", 1.0, 15.0),
+    "FLUX_KONTEXT_LEDGER": ("ledger", "s3://pictures/ledger", None),
     "FLUX_KONTEXT_STAGING_URL": ("staging_url", "s3://pictures/staged", None),
     "FLUX_KONTEXT_STAGING_PUBLIC_URL": ("staging_public_url", "https://a.test", None),
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),

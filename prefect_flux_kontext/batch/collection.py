@@ -16,7 +16,7 @@ from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
-from prefect_flux_kontext.ledger.ledger import Ledger
+from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
 from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
@@ -201,7 +201,7 @@ async def read_ledger_status(
     for entry in await read_unfinished_entries(store):
         state = entry.state
         if state is State.INTENT and entry.intent is not None:
-            if not await is_alive(store, entry.intent.owner):
+            if not await is_submitting(store, entry.intent):
                 state = State.UNKNOWN
                 status.unknown.append(entry)
         elif state is State.ACCEPTED:

@@ -99,7 +99,10 @@ async def open_session(
     async with client, open_download_client(base_url=client.base_url) as http:
         await client.check()
         await bind(store, client.base_url, account or settings.account)
-        async with keep_heartbeat(store, beat_seconds=settings.heartbeat) as heartbeat:
+        has_budget = options.budget_usd is not None or options.share_usd is not None
+        async with keep_heartbeat(
+            store, beat_seconds=settings.heartbeat, has_budget=has_budget
+        ) as heartbeat:
             owner = heartbeat.owner
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, heartbeat, options)

@@ -125,8 +125,7 @@ def _print_unknown(entries: list[Entry], output: OutputFolder) -> None:
 async def _resolve(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.head import check_format
-    from prefect_flux_kontext.ledger.heartbeat import is_alive
-    from prefect_flux_kontext.ledger.ledger import Ledger
+    from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
     from prefect_flux_kontext.ledger.records import State
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
@@ -140,8 +139,11 @@ async def _resolve(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    if await is_alive(store, entry.intent.owner):
-        print(f"Row {options.key} is being submitted right now.", file=sys.stderr)
+    if await is_submitting(store, entry.intent):
+        print(
+            f"Row {options.key} is being submitted right now. Try again in three minutes.",
+            file=sys.stderr,
+        )
         return 1
     if options.accepted is not None:
         entry = await ledger.record_accepted(entry, options.accepted)

@@ -126,6 +126,9 @@ async def place_stored_images(
     uris = []
     for number, file in enumerate(files, start=1):
         names = list_image_names(name, number, splitext(file)[1], key)
+        if "://" in file:  # stored outside of the output
+            uris.append(file)
+            continue
         if file in names:
             uris.append(output.uri(file))
             continue

@@ -43,13 +43,21 @@ class Heartbeat:
     Args:
         owner: The name of this run.
         beat_seconds: Seconds between two beats.
+        has_budget: Whether this run keeps a budget, so that nothing else may pay meanwhile.
 
     Attributes:
         owner: The name of this run.
     """
 
-    def __init__(self, owner: str, beat_seconds: float = DEFAULT_BEAT_SECONDS) -> None:
+    def __init__(
+        self,
+        owner: str,
+        beat_seconds: float = DEFAULT_BEAT_SECONDS,
+        *,
+        has_budget: bool = False,
+    ) -> None:
         self.owner = owner
+        self._has_budget = has_budget
         self._beat_seconds = beat_seconds
         self._last_beat = time.time()
 
@@ -73,6 +81,7 @@ class Heartbeat:
             "started": _read_process_start(pid),
             "beat": now,
             "beat_seconds": self._beat_seconds,
+            "has_budget": self._has_budget,
         }
         await store.replace(_get_record_name(self.owner), json.dumps(record).encode())
         self._last_beat = now
@@ -87,7 +96,11 @@ class Heartbeat:
 
 @contextlib.asynccontextmanager
 async def keep_heartbeat(
-    store: RecordStore, name: str | None = None, *, beat_seconds: float = DEFAULT_BEAT_SECONDS
+    store: RecordStore,
+    name: str | None = None,
+    *,
+    beat_seconds: float = DEFAULT_BEAT_SECONDS,
+    has_budget: bool = False,
 ) -> AsyncIterator[Heartbeat]:
     """Register as an owner while the block runs.
 
@@ -95,11 +108,12 @@ async def keep_heartbeat(
         store: The ledger's records.
         name: The owner's name; None makes a new one.
         beat_seconds: Seconds between two beats.
+        has_budget: Whether this run keeps a budget.
 
     Raises:
         LedgerError: The ledger cannot be written to.
     """
-    heartbeat = Heartbeat(name or secrets.token_hex(8), beat_seconds)
+    heartbeat = Heartbeat(name or secrets.token_hex(8), beat_seconds, has_budget=has_budget)
     await heartbeat.beat(store)
     beating = asyncio.create_task(heartbeat.keep_beating(store))
     try:
@@ -120,6 +134,20 @@ async def is_alive(store: RecordStore, owner: str) -> bool:
     """
     record = await _read_record(store, owner)
     return record is not None and _is_fresh(record)
+
+
+async def find_budget_run(store: RecordStore) -> str | None:
+    """Return the name of a living run that keeps a budget, if there is one.
+
+    Raises:
+        LedgerError: The ledger cannot be read, or the record of an owner is damaged.
+    """
+    for name in await store.list_names("owners"):
+        owner = name.removesuffix(".json")
+        record = await _read_record(store, owner)
+        if record is not None and record.get("has_budget") and _is_fresh(record):
+            return owner
+    return None
 
 
 async def wait_for_dead(store: RecordStore, owner: str) -> bool:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import MOVES, Ended, Entry, Intent, Posted, State, Times
+from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ _OUTCOME_WAIT_SECONDS = 180.0
 """How long to wait for a living owner to record an outcome. A POST takes less than 120 s, and
 recording its outcome a little longer. Without a limit, two runs that each lost a reply would
 wait for each other forever."""
+
+
+async def is_submitting(store: RecordStore, intent: Intent) -> bool:
+    """Whether a living run may still record the outcome of an attempt.
+
+    Raises:
+        LedgerError: The ledger cannot be read.
+    """
+    age = (utc_now() - intent.at).total_seconds()
+    return age < _OUTCOME_WAIT_SECONDS and await is_alive(store, intent.owner)
 
 
 class RowAlreadyClaimedError(Exception):
