@@ -49,7 +49,7 @@ from prefect_flux_kontext.orchestration.suspension import (
     check_can_suspend,
     log_outstanding,
     resume_suspended,
-    suspend,
+    suspend_batch,
     was_resumed,
 )
 from prefect_flux_kontext.references.location import non_public_references, normalize_reference
@@ -273,7 +273,7 @@ async def style_transfer_batch(
         summary.seconds += remaining.partition_totals.seconds
     get_run_logger().info("%s.", summary)
     if suspends and summary.outstanding:
-        await suspend()
+        await suspend_batch(output)
     return summary
 
 

@@ -161,7 +161,7 @@ async def _poll_until_ended(
             await asyncio.sleep(max(cadence.interval, jittered_backoff(len(errors))))
         else:
             scheduler.record_poll(status)
-            if status.state in ("success", "failed"):
+            if status.has_ended:
                 return status
             errors.clear()
             if pauses is None:
