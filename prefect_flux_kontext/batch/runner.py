@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,14 @@ from prefect_flux_kontext.errors import (
     ManifestError,
     StorageError,
 )
+from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import list_references
+from prefect_flux_kontext.references.location import non_public_references
+from prefect_flux_kontext.references.rights import find_retry_rights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
@@ -30,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 FAILED_ROWS = "failed.csv"
 """The manifest of failed rows, below the output."""
+
+_FAILED_REFERENCES = "failed.json"
+"""The references that the failed rows may name, in the ledger: a list of paths and bucket URLs."""
 
 _FAILURE_COLUMNS = ("failed_reason", "failed_message")
 
@@ -101,10 +110,21 @@ async def run_partition_rows(
     return summary
 
 
-async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
-    """Read the failed rows of the last run, as rows of a manifest.
+async def read_failed_manifest(
+    output: OutputFolder, prompt: str | None, styles: str | Sequence[str] | None
+) -> Manifest:
+    """Read the failed rows of the last run as a manifest.
+
+    They may name the references that the ledger records for them. Apart from these they have the
+    rights of a remote manifest, because others may be able to write to the output.
+
+    Args:
+        output: The output of the batch.
+        prompt: The prompt for rows without one.
+        styles: The styles of the batch.
 
     Raises:
+        LedgerError: The ledger cannot be read.
         ManifestError: There are no failed rows.
         StorageError: The file cannot be read.
     """
@@ -112,7 +132,10 @@ async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
     if not data:
         raise ManifestError(f"There are no failed rows in {output.uri(FAILED_ROWS)}.")
     text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
-    return list(csv.DictReader(text, strict=True))
+    rows = list(csv.DictReader(text, strict=True))
+    recorded = await open_ledger_store(output).read(_FAILED_REFERENCES)
+    rights = find_retry_rights(str(output), json.loads(recorded or b"[]"))
+    return Manifest(rows, prompt, styles=styles, rights=rights)
 
 
 async def _delete_failed_rows(output: OutputFolder) -> None:
@@ -137,6 +160,9 @@ async def _write_failed_rows(session: Session) -> None:
     for cells, outcome in failed:
         row = [cells.get(name, "") for name in columns]
         writer.writerow([*row, outcome.reason or "", outcome.message or ""])
+    references = {image for cells, _ in failed for image in list_references(cells)}
+    allowed = json.dumps(non_public_references(sorted(references))).encode()
+    await session.ledger.store.replace(_FAILED_REFERENCES, allowed)
     await session.output.write(FAILED_ROWS, text.getvalue().encode(errors="surrogateescape"))
     logger.info(
         "%d failed %s in %s. To run them again: flux-kontext retry-failed %s",

@@ -14,6 +14,7 @@ from prefect_flux_kontext.client.retry import jittered_backoff, parse_retry_afte
 from prefect_flux_kontext.client.transport import Connections, stream_response
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport
+from prefect_flux_kontext.redaction import redact_url
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -106,7 +107,7 @@ async def download_image(
         await asyncio.sleep(jittered_backoff(attempt))
     tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
     raise type(failure)(
-        f"Task {task_id} is paid for, but its result {_strip_secrets(url)} cannot be stored "
+        f"Task {task_id} is paid for, but its result {_show_address(url)} cannot be stored "
         f"after {tried}: {failure.message}",
         task_id=task_id,
         code=failure.code,
@@ -190,6 +191,6 @@ def _find_problem(response: httpx.Response, partial: _Partial) -> str | None:
     return f"HTTP {response.status_code}"
 
 
-def _strip_secrets(url: str) -> str:
-    """Remove what may authorize access from a URL: query, fragment and password."""
-    return re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])[:200]
+def _show_address(url: str) -> str:
+    """Return the beginning of a redacted URL without its query."""
+    return re.split(r"[?#]", redact_url(url))[0][:200]

@@ -10,6 +10,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import fsspec
 
+from prefect_flux_kontext.redaction import redact_url
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -93,14 +95,9 @@ def normalize_reference(reference: str, folder: str | None) -> str:
     return reference if folder is None else str(Path(folder, _local_path(reference)))
 
 
-def find_location_problem(reference: str, folder: str | None) -> str | None:
-    """Return why the service cannot use a reference that is not on the web, or None.
-
-    Args:
-        reference: As written in the manifest.
-        folder: Result of `manifest_folder` for its manifest.
-    """
-    shown = f"image {reference[:_MAX_SHOWN_CHARACTERS]!r}"
+def find_location_problem(reference: str) -> str | None:
+    """Return why the service cannot use a reference that is not on the web, or None."""
+    shown = f"image {redact_url(reference)[:_MAX_SHOWN_CHARACTERS]!r}"
     kind = classify_location(reference)
     unknown = kind is None or kind is LocationKind.WEB or not reference.strip()
     if unknown or "::" in reference or reference.startswith("//"):
@@ -109,11 +106,6 @@ def find_location_problem(reference: str, folder: str | None) -> str | None:
             "local file, so the service cannot fetch it"
         )
     if kind is LocationKind.LOCAL:
-        if folder is None:
-            return (
-                f"{shown} is a local file, and the manifest is not: only a manifest on this "
-                "machine, or rows given directly, may name local files"
-            )
         return None
     parts = _split_url(reference)
     if not parts.netloc or not parts.path.strip("/"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image, ImageOps
 
 from prefect_flux_kontext.images.decode import MAX_PIXELS
+from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ def image_thumbnail_name(key: str) -> str:
 
 def reference_thumbnail_name(url: str) -> str:
     """Return the thumbnail name of a reference; the signature of its URL does not change it."""
-    return "r" + hashlib.sha256(url_identity(url).encode(errors="replace")).hexdigest()[:16]
+    return (
+        "r"
+        + hashlib.sha256(url_identity(redact_url(url)).encode(errors="replace")).hexdigest()[:16]
+    )
 
 
 class ThumbnailCollector:

@@ -14,6 +14,7 @@ import fsspec.config
 
 from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
+from prefect_flux_kontext.redaction import has_password
 from prefect_flux_kontext.storage.atomic import copy_into_place, create_file, replace_file
 from prefect_flux_kontext.storage.errors import describe_error, is_transient
 
@@ -81,6 +82,11 @@ class OutputFolder:
         location = os.fspath(url)
         if "::" in location or not location.strip():
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
+        if has_password(location):
+            raise ConfigurationError(
+                f"The output {location!r} has a user name or password in its URL. Set them in "
+                "FLUX_KONTEXT_STORAGE_OPTIONS, in a Block or in storage_options."
+            )
         self.options = dict(storage_options or {})
         # Other runs write here too, so listings must not be cached.
         options = {

@@ -161,7 +161,7 @@ def test_line_of_bad_text_is_right_in_a_long_file(manifest):
 )
 def test_unreadable_manifest_is_a_manifest_error(url, tmp_path):
     url = url.format(tmp=tmp_path)
-    assert url in problem(Manifest(url))
+    assert url.replace("\0", r"\x00") in problem(Manifest(url))
 
 
 def test_plan_lists_all_thirty_refused_rows(manifest):
