@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect_flux_kontext.errors import ManifestError
@@ -31,6 +32,12 @@ COLUMNS = frozenset(
 MAX_CELL_CHARACTERS = 131_072
 """The default field limit of the `csv` module, applied to every format. It is thirteen times the
 longest prompt."""
+
+
+MAX_COLUMNS = 2_000
+
+MAX_BLANK_ROWS = 1_000_000
+"""As many as a manifest may have rows. Compressed, blank rows cost an attacker nothing."""
 
 
 class Line(NamedTuple):
@@ -64,8 +71,12 @@ class Columns:
     """
 
     def __init__(self, url: str, names: Sequence[str], renames: Mapping[str, str]) -> None:
+        if len(names) > MAX_COLUMNS:
+            raise ManifestError(
+                f"The manifest {url} has {len(names):,} columns; the limit is {MAX_COLUMNS:,}."
+            )
         self.names = self._apply_renames(url, [name.strip() for name in names], renames)
-        repeated = {name for name in self.names if name and self.names.count(name) > 1}
+        repeated = {name for name, count in Counter(self.names).items() if name and count > 1}
         if repeated:
             raise ManifestError(
                 f"The manifest {url} has duplicate columns: {', '.join(sorted(repeated))}. "
