@@ -163,7 +163,9 @@ async def _write_failed_rows(session: Session) -> None:
     references = {image for cells, _ in failed for image in list_references(cells)}
     allowed = json.dumps(non_public_references(sorted(references))).encode()
     await session.ledger.store.replace(_FAILED_REFERENCES, allowed)
-    await session.output.write(FAILED_ROWS, text.getvalue().encode(errors="surrogateescape"))
+    await session.output.write(
+        FAILED_ROWS, text.getvalue().encode(errors="surrogateescape"), is_private=True
+    )
     logger.info(
         "%d failed %s in %s. To run them again: flux-kontext retry-failed %s",
         len(failed),

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # A single letter and a colon are a Windows drive, which is not a supported kind either.
-_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+# Before `://`, fsspec takes anything as a protocol, such as `arrow_hdfs`.
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?=:)|([^/\\:]+)(?=://)")
 _WEB_PREFIXES = ("https://", "http://")
 _MAX_SHOWN_CHARACTERS = 100
 
@@ -51,7 +52,7 @@ _KIND_BY_PROTOCOL = {
 def parse_protocol(reference: str) -> str:
     """Return the protocol in lower case, or an empty string for a plain path."""
     found = _PROTOCOL.match(reference)
-    return found.group(1).lower() if found else ""
+    return found[0].lower() if found else ""
 
 
 def classify_location(reference: str) -> LocationKind | None:

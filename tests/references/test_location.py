@@ -53,6 +53,8 @@ def test_classify_location_knows_every_supported_kind(reference, kind):
         "//a.test/cat.jpg",
         "C:\\cat.jpg",
         "nobody-knows://cat.jpg",
+        "arrow_hdfs://host/cat.jpg",
+        "7zip://cat.jpg",
         "",
         " ",
     ],

@@ -44,6 +44,7 @@ def is_allowed(source, reference, **options):
         ("s3://own/in/m.csv", "memory://cat.jpg", False),
         ("az://c@acc/m.csv", "abfs://c@acc/cat.jpg", True),
         ("gist://1/m.csv", "s3://any/cat.jpg", False),
+        ("arrow_hdfs://host/m.csv", "/etc/cat.jpg", False),
     ],
 )
 def test_default_rights_follow_the_manifest(source, reference, expected):
@@ -152,6 +153,7 @@ def test_refused_local_file_gains_no_rights_by_retrying(place, tmp_path, capsys)
         main(command)
         assert place.service.bill()["accepted"] == 1
     assert list((tmp_path / "staged").iterdir()) == []
+    assert (output / "failed.csv").stat().st_mode & 0o077 == 0
 
 
 def test_planted_failed_rows_have_a_remote_manifests_rights(place, tmp_path, capsys):
