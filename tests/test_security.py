@@ -1,0 +1,118 @@
+"""The lines of `docs/security.md` that no other test holds."""
+
+import asyncio
+import csv
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic_core import to_jsonable_python
+
+from prefect_flux_kontext.batch.summary import RowOutcome
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.errors import ConfigurationError, LedgerError, StorageError
+from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.manifest.row import RefusedRow
+from prefect_flux_kontext.references.staging import Staging
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def sandbox(monkeypatch):
+    with running_sandbox(SandboxSettings(mean=0.1, long_edge=64, api_key="key")) as running:
+        for name, value in {
+            "API_KEY": "key",
+            "BASE_URL": running.url,
+            "POLL_INITIAL_DELAY": "0",
+            "POLL_INTERVAL": "0.05",
+        }.items():
+            monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value)
+        yield running
+
+
+def write_manifest(path, *rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "prompt"), *rows])
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "..", "rows/../../../x"])
+def test_name_from_a_file_does_not_leave_the_output(name, tmp_path):
+    (tmp_path / "x").write_bytes(b"secret")
+    output, records = OutputFolder(str(tmp_path / "out")), RecordStore(str(tmp_path / "out"))
+    for action in (output.read(name), output.write(name, b""), output.remove(name)):
+        with pytest.raises(StorageError, match="leads out of"):
+            asyncio.run(action)
+    for action in (records.read(name), records.replace(name, b""), records.list_names(name)):
+        with pytest.raises(LedgerError, match="leads out of"):
+            asyncio.run(action)
+    assert (tmp_path / "x").read_bytes() == b"secret"
+
+
+def test_planted_ledger_record_copies_no_file(sandbox, tmp_path, capsys):
+    """A wave file says that the image of a row is a file outside of the output."""
+    output = tmp_path / "out"
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    main(["run", write_manifest(tmp_path / "m.csv", ("a", "oil")), str(output)])
+    (wave,) = (output / "_ledger" / "waves").glob("*.jsonl")
+    wave.write_text(wave.read_text().replace('"a.jpg"', '"../secret.jpg"'))
+    assert main(["run", write_manifest(tmp_path / "m.csv", ("b", "oil")), str(output)]) == 1
+    assert "leads out of" in capsys.readouterr().out
+    assert b"secret" not in [path.read_bytes() for path in output.iterdir() if path.is_file()]
+
+
+def test_control_characters_of_a_manifest_reach_no_terminal(sandbox, tmp_path, capsys, caplog):
+    caplog.set_level(logging.DEBUG)
+    manifest = tmp_path / "m.csv"
+    with manifest.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [
+                ("id", "prompt", "style", "mode", "\x1b[2Jown"),
+                ("a\x1b]0;owned\x07", "oil", "", "", ""),
+                ("b", "oil", "\x1b[31mred", "", ""),
+                ("c", "oil", "", "\x9b2J", ""),
+                ("d", "oil", "", "", ""),
+            ]
+        )
+    main(["plan", str(manifest), str(tmp_path / "out")])
+    main(["run", str(manifest), str(tmp_path / "out")])
+    assert main(["run", str(manifest), str(tmp_path / "out"), "--skip-invalid"]) == 1
+    printed = capsys.readouterr()
+    text = printed.out + printed.err + caplog.text
+    assert "invisible character" in text
+    assert not {"\x1b", "\x07", "\x9b"} & set(text)
+
+
+def test_label_of_a_refused_row_is_showable():
+    row = RefusedRow("\x1b[2J", 1, "bad \x1b", {"style": "\x9b"})
+    assert row.reason == r"bad \x1b"
+    assert RowOutcome.refused(row).label == r"\x1b[2J (\x9b)"
+
+
+def test_output_that_is_serialized_shows_no_options(tmp_path):
+    output = OutputFolder(str(tmp_path), {"auto_mkdir": True, "secret": "canary"})
+    assert not hasattr(output, "__dict__")
+    text = json.dumps(to_jsonable_python(output, fallback=str))
+    assert "canary" not in text + repr(output) + str(output)
+
+
+@pytest.mark.parametrize("url", ["s3://key:canary@b/x", "ftp://u:canary@h/x", "gs://canary@b/x"])
+def test_password_in_the_url_of_a_place_is_refused(url):
+    for create in (OutputFolder, Staging):
+        with pytest.raises(ConfigurationError, match="user name or password in its URL") as raised:
+            create(url)
+        assert "canary" not in str(raised.value)
+
+
+def test_deployments_that_pay_have_a_budget():
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    budgets = {each["name"]: each.get("parameters", {}).get("budget_usd") for each in deployments}
+    # These pay for nothing, and what the batch that starts them allows.
+    assert [budgets.pop(name) for name in ("collect-hourly", "partition-of-batch")] == [None, None]
+    assert all(budgets.values()), budgets
