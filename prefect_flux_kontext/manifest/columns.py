@@ -97,7 +97,7 @@ class Columns:
                 )
             raise ManifestError(
                 f"The manifest {url} has no column `image` or `prompt`; its columns are: "
-                f"{', '.join(names)[:200]}.{_suggest_fix(names)}"
+                f"{_show_names(url, names)}.{_suggest_fix(names)}"
             )
 
     def _apply_renames(self, url: str, names: list[str], renames: Mapping[str, str]) -> list[str]:
@@ -105,7 +105,7 @@ class Columns:
             if name not in names:
                 raise ManifestError(
                     f"The manifest {url} has no column {name!r} to use as {standard!r}; its "
-                    f"columns are {', '.join(names)[:200]}."
+                    f"columns are {_show_names(url, names)}."
                 )
         standard_names = {name: standard for standard, name in renames.items()}
         return [standard_names.get(name, name) for name in names]
@@ -164,6 +164,13 @@ def to_text(value: Any) -> str:
             raise ValueError("the cell holds bytes, not text")
         case _:
             return str(value)
+
+
+def _show_names(url: str, names: Sequence[str]) -> str:
+    """Return the column names. Of a page on the web, only those that look like names."""
+    is_web = url.lower().startswith(("http:", "https:"))
+    shown = [name if not is_web or re.fullmatch(r"[\w .-]{1,40}", name) else "…" for name in names]
+    return ", ".join(shown)[:200]
 
 
 def _suggest_fix(names: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import fsspec
 import fsspec.compression
 
 from prefect_flux_kontext.errors import ManifestError
@@ -22,6 +21,7 @@ from prefect_flux_kontext.manifest.columns import (
     find_cell_problem,
     to_cells,
 )
+from prefect_flux_kontext.references.remote import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -221,7 +221,7 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
         Exception: What the filesystem or the decoder raises.
     """
     _, compression = detect_format(url)
-    with fsspec.open(url, "rb") as stored:
+    with open_file(url) as stored:
         size = _measure_size(stored)
         with (
             _decompress(stored, compression, url) as data,

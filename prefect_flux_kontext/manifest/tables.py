@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import fsspec
 from pydantic import BeforeValidator, WithJsonSchema
 
 from prefect_flux_kontext.errors import ManifestError
@@ -17,6 +16,7 @@ from prefect_flux_kontext.manifest.formats import (
     count_blank_row,
     resolve_columns,
 )
+from prefect_flux_kontext.references.remote import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -149,7 +149,7 @@ def read_parquet(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
     pa = _import_pyarrow(url)
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         columns = [parquet.schema.column(at) for at in range(parquet.metadata.num_columns)]
         _check_row_groups(parquet.metadata, columns, url)
