@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import io
 import json
 import logging
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from pydantic_core import to_jsonable_python
 
+from prefect_flux_kontext.batch.runner import format_failed_rows
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError, StorageError
@@ -108,6 +110,34 @@ def test_password_in_the_url_of_a_place_is_refused(url):
         with pytest.raises(ConfigurationError, match="user name or password in its URL") as raised:
             create(url)
         assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize("start", "=+-@\t\r")
+def test_formula_of_the_service_is_text_in_failed_rows(start):
+    """A spreadsheet runs a cell that begins with `=`; the manifest's own cells stay."""
+    outcome = RowOutcome(id="a", line=2, state="failed", reason=f"{start}1", message=f"{start}2")
+    text = format_failed_rows([({"id": "=1", "prompt": "-x"}, outcome)]).decode()
+    (row,) = csv.DictReader(io.StringIO(text, newline=""))
+    assert (row["id"], row["prompt"]) == ("=1", "-x")
+    assert (row["failed_reason"], row["failed_message"]) == (f"'{start}1", f"'{start}2")
+
+
+def test_release_is_built_from_main_by_known_packages():
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    build = yaml.safe_load(workflow)["jobs"]["build"]["steps"]
+    commands = [step.get("run", "") for step in build]
+    assert 'git merge-base --is-ancestor "$GITHUB_SHA" origin/main' in commands
+    (install,) = [command for command in commands if "pip install" in command]
+    assert "--require-hashes --no-deps --only-binary :all:" in install
+    assert "python -m build --no-isolation" in commands
+    lines = (ROOT / ".github" / "release.txt").read_text().splitlines()[1:]
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    for line in lines:
+        name, _, digest = line.partition(" --hash=sha256:")
+        assert name in pinned
+        assert len(digest) == 64
+    tests = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert "pip_audit --requirement constraints.txt --no-deps --disable-pip --strict" in tests
 
 
 def test_deployments_that_pay_have_a_budget():

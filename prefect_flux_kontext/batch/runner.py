@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
@@ -24,10 +25,10 @@ from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.batch.summary import BatchSummary
+    from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
     from prefect_flux_kontext.batch.waves import RunWave
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -39,6 +40,8 @@ FAILED_ROWS = "failed.csv"
 
 _FAILED_REFERENCES = "failed.json"
 """The references that the failed rows may name, in the ledger: a list of paths and bucket URLs."""
+
+_FORMULA = re.compile(r"^[=+\-@\t\r]")
 
 _FAILURE_COLUMNS = ("failed_reason", "failed_message")
 
@@ -146,12 +149,8 @@ async def _delete_failed_rows(output: OutputFolder) -> None:
             await output.write(FAILED_ROWS, b"")
 
 
-async def _write_failed_rows(session: Session) -> None:
-    """Write the failed rows as a manifest that can be run again unchanged."""
-    failed = session.rows.failed
-    if not failed:
-        await _delete_failed_rows(session.output)
-        return
+def format_failed_rows(failed: Sequence[tuple[Mapping[str, str], RowOutcome]]) -> bytes:
+    """Format failed rows as a CSV file: their cells as they are, the reason and the message."""
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
     columns = [name for name in columns if name not in _FAILURE_COLUMNS]
     text = io.StringIO()
@@ -159,13 +158,22 @@ async def _write_failed_rows(session: Session) -> None:
     writer.writerow([*columns, *_FAILURE_COLUMNS])
     for cells, outcome in failed:
         row = [cells.get(name, "") for name in columns]
-        writer.writerow([*row, outcome.reason or "", outcome.message or ""])
+        texts = (outcome.reason or "", outcome.message or "")
+        # The service may have written them, and spreadsheets run formulas.
+        writer.writerow([*row, *(_FORMULA.sub(r"'\g<0>", text) for text in texts)])
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+async def _write_failed_rows(session: Session) -> None:
+    """Write the failed rows as a manifest that can be run again unchanged."""
+    failed = session.rows.failed
+    if not failed:
+        await _delete_failed_rows(session.output)
+        return
     references = {image for cells, _ in failed for image in list_references(cells)}
     allowed = json.dumps(non_public_references(sorted(references))).encode()
     await session.ledger.store.replace(_FAILED_REFERENCES, allowed)
-    await session.output.write(
-        FAILED_ROWS, text.getvalue().encode(errors="surrogateescape"), is_private=True
-    )
+    await session.output.write(FAILED_ROWS, format_failed_rows(failed), is_private=True)
     logger.info(
         "%d failed %s in %s. To run them again: flux-kontext retry-failed %s",
         len(failed),

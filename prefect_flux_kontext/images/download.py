@@ -31,6 +31,10 @@ _MAX_IMAGE_BYTES = 50 * 2**20
 _STALL_TIMEOUT_SECONDS = 30.0
 _ATTEMPT_TIMEOUT_SECONDS = 300.0
 
+# No attempt begins after this long: a host that sends few bytes at a time would hold one of the
+# places for images for half an hour. The row stays outstanding and is collected later.
+_TOTAL_TIMEOUT_SECONDS = 600.0
+
 _MAX_REDIRECTS = 3
 
 _TIMEOUTS = httpx.Timeout(connect=10, read=_STALL_TIMEOUT_SECONDS, write=30, pool=None)
@@ -72,8 +76,8 @@ async def download_image(
     """Download a result until it is a whole image, in at most six attempts.
 
     The image may have at most 50 MB. An attempt ends after 30 s without a byte, and after 300 s in
-    all. The next attempt resumes the download if the server gave the file a strong ETag and it is
-    still the same file; otherwise it starts again.
+    all; none begins after 600 s. The next attempt resumes the download if the server gave the file
+    a strong ETag and it is still the same file; otherwise it starts again.
 
     Args:
         url: The URL of the result.
@@ -92,6 +96,8 @@ async def download_image(
     """
     partial = _Partial()
     attempt = 0
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _TOTAL_TIMEOUT_SECONDS
     while True:
         attempt += 1
         failure: DownloadError | InvalidImageError
@@ -102,7 +108,7 @@ async def download_image(
             return await asyncio.to_thread(process, data)
         except (DownloadError, InvalidImageError) as error:
             failure = error
-        if attempt == _MAX_ATTEMPTS or not failure.retryable:
+        if attempt == _MAX_ATTEMPTS or not failure.retryable or loop.time() > deadline:
             break
         await asyncio.sleep(jittered_backoff(attempt))
     tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"

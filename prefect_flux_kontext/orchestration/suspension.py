@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -77,7 +78,7 @@ async def resume_suspended(output: OutputFolder) -> list[UUID]:
     """
     resumed = []
     for run in await _read_suspended():
-        if await _read_output(run) == str(output):
+        if await _has_output(run, str(output)):
             with contextlib.suppress(NotPausedError):  # another process has resumed it
                 await aresume_flow_run(run.id)
                 resumed.append(run.id)
@@ -114,12 +115,25 @@ async def _read_suspended() -> list[FlowRun]:
                 return runs
 
 
-async def _read_output(run: FlowRun) -> str | None:
-    parameters = run.parameters
+async def _has_output(run: FlowRun, output: str) -> bool:
+    """Whether a flow run has this output.
+
+    URLs are compared, not opened: anything may be in a suspended flow run, and some filesystems
+    connect when they are opened.
+    """
+    value = run.parameters.get("output")
     try:
-        return str(await open_output(parameters["output"], parameters.get("storage_options")))
-    except (KeyError, TypeError, ConfigurationError):
-        return None  # not one of our flows
+        if isinstance(value, dict) or str(value).startswith("block:"):
+            value = await open_output(value)
+        return _parse_location(str(value)) == _parse_location(output)
+    except (TypeError, ValueError, ImportError, ConfigurationError):
+        return False  # not one of our flows
+
+
+def _parse_location(url: str) -> tuple[type, str]:
+    """Return the class of a URL's filesystem, and the path on it."""
+    kind = fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0] or "file")
+    return kind, str(kind._strip_protocol(url))  # noqa: SLF001 - fsspec has no public name for it
 
 
 def _get_current_run() -> FlowRun | None:

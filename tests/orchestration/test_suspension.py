@@ -4,6 +4,8 @@ import asyncio
 import uuid
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from prefect import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Running, Suspended
@@ -11,6 +13,7 @@ from prefect.states import Running, Suspended
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.flows import collect_batch, style_transfer_batch
 from prefect_flux_kontext.orchestration.suspension import resume_suspended
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.orchestration.conftest import QUICK
 
 pytestmark = pytest.mark.anyio
@@ -41,6 +44,21 @@ async def test_only_runs_of_the_output_are_resumed(tmp_path):
     assert await read_state(mine) == "Resuming"
     assert {await read_state(other), await read_state(foreign)} == {"Suspended"}
     assert await resume_suspended(str(tmp_path)) == []
+
+
+async def test_other_runs_outputs_are_not_opened(tmp_path, monkeypatch):
+    """A suspended run may name any filesystem; some connect when they are opened."""
+
+    class Connecting(MemoryFileSystem):
+        protocol = "connecting"
+
+        def __init__(self, *_args, **_options):
+            pytest.fail("the filesystem was opened")
+
+    monkeypatch.setitem(_registry, "connecting", Connecting)
+    await create_suspended("connecting://host/x")
+    mine = await create_suspended(tmp_path)
+    assert await resume_suspended(OutputFolder(str(tmp_path))) == [mine]
 
 
 async def test_complete_collection_resumes_runs(account, tmp_path):
