@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,18 @@ def test_formula_of_the_service_is_text_in_failed_rows(start):
     (row,) = csv.DictReader(io.StringIO(text, newline=""))
     assert (row["id"], row["prompt"]) == ("=1", "-x")
     assert (row["failed_reason"], row["failed_message"]) == (f"'{start}1", f"'{start}2")
+
+
+def test_every_line_of_the_page_names_a_test():
+    page = (ROOT / "docs" / "security.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    lines = [line for line in lines if line[:5] not in ("|---|", "| gua")]
+    assert len(lines) > 25
+    for line in lines:
+        tests = re.findall(r"`([\w/]+\.py)::(test_\w+)`", line.split(" | ")[1])
+        assert tests, line
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
 
 
 def test_release_is_built_from_main_by_known_packages():
