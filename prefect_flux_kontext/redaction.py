@@ -33,6 +33,7 @@ _USER_INFO = re.compile(r"//[^/?#]*@")
 # The token at the end of a callback URL, see `callbacks.tokens`.
 _CALLBACK_TOKEN = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{32}\.\d{1,6}\.[A-Za-z0-9_-]{43}")
 _PUNCTUATION = "\"'()[]{}<>,.;:!"
+_PARAMETER = re.compile(r"([?&;]|\\+u0026)([^=&?#;\\]{1,100})=[^&\\]*")
 _PATH_PARAMETER = re.compile(r"(?<=[/;~])([^/;~=]+)=[^/;]*")
 
 
@@ -62,7 +63,8 @@ def redact_url(url: str) -> str:
     query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
     kept = [(name, value) for name, value in query if not _is_secret(name, value)]
     path = _PATH_PARAMETER.sub(
-        lambda found: f"{found[1]}=…" if _is_secret(found[1]) else found[0], parts.path
+        lambda found: f"{found[1]}=…" if _is_secret(found[1]) else found[0],
+        _USER_INFO.sub("//", parts.path),
     )
     if len(kept) < len(query):
         kept = [
@@ -90,7 +92,10 @@ def make_showable(text: str) -> str:
 def _redact_word(word: str) -> str:
     starts = [found.start() for found in _URL_START.finditer(word)]
     if not starts:
-        return word
+        # The rest of a URL that has a space.
+        return _PARAMETER.sub(
+            lambda found: f"{found[1]}{found[2]}=…" if _is_secret(found[2]) else found[0], word
+        )
     ends = [*starts[1:], len(word)]
     urls = (word[start:end] for start, end in zip(starts, ends, strict=True))
     return word[: starts[0]] + "".join(map(_redact_found, urls))

@@ -36,6 +36,7 @@ URLS = [
     f"https://a.test/?url={quote(f'https://u:{SECRET}@b.test/', safe='')}",
     f"https://[bad?sig={SECRET}",
     f"https://a.test/x,https://u:{SECRET}@b.test/y",
+    f"https://a.test/a b?w=1&sig={SECRET}",
 ]
 
 
@@ -72,6 +73,12 @@ def test_secret_is_removed_from_a_url_in_any_text(url):
 def test_url_without_secrets_stays_as_it_is(url):
     assert redact_url(url) == url
     assert redact_text(f'see "{url}".') == f'see "{url}".'
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_secret_is_removed_from_a_url_alone(url):
+    assert SECRET not in redact_url(url)
+    assert redact_url(redact_url(url)) == redact_url(url)
 
 
 def test_text_around_a_url_is_kept():

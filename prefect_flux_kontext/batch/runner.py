@@ -20,7 +20,7 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.manifest.row import list_references
+from prefect_flux_kontext.manifest.row import find_reference_problems, list_references
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
 
@@ -170,7 +170,12 @@ async def _write_failed_rows(session: Session) -> None:
     if not failed:
         await _delete_failed_rows(session.output)
         return
-    references = {image for cells, _ in failed for image in list_references(cells)}
+    references = {
+        image
+        for cells, _ in failed
+        for image in list_references(cells)
+        if not find_reference_problems(image)
+    }
     allowed = json.dumps(non_public_references(sorted(references))).encode()
     await session.ledger.store.replace(_FAILED_REFERENCES, allowed)
     await session.output.write(FAILED_ROWS, format_failed_rows(failed), is_private=True)

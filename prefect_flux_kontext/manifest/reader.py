@@ -68,7 +68,7 @@ class Manifest:
         rights: Which references the rows may name. None means those of the source.
     """
 
-    source: Any
+    source: Any = field(repr=False)
     prompt: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     styles: str | Sequence[str] | None = None
