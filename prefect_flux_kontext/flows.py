@@ -76,6 +76,7 @@ async def style_transfer(
     output_format: OutputFormat = "jpeg",
     provider: Provider = "auto",
     name: str | None = None,
+    key: str | None = None,
     cadence: PollingCadence | None = None,
     fit_references: bool = False,
     storage_options: StorageOptions = None,
@@ -97,6 +98,8 @@ async def style_transfer(
         output_format: File format of the result.
         provider: How the service routes the task.
         name: File name without extension. Default: the task id.
+        key: Makes equal requests different ones. Without it, a request that this output has
+            already is not paid for again.
         cadence: When to poll for the result. Default: the environment.
         fit_references: Shrink a local or private image of more than 10 MB.
         storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
@@ -123,17 +126,18 @@ async def style_transfer(
         provider=provider,
     )
     account = await resolve_credentials(credentials)
-    output = await open_output(output, storage_options)
-    await output.check_writable()
+    await (await open_output(output, storage_options)).check_writable()
     if non_public_references(request.image_urls):
         settings = FluxKontextSettings()
         timeout = (cadence or settings.cadence()).timeout
         references = create_references(settings, timeout=timeout, fit=fit_references)
-        submitted = await submit_own_reference(request, references, account)
+        submitted = await submit_own_reference(
+            request, references, account, output, key, storage_options
+        )
     else:
-        submitted = await submit_generation(request, account)
-    result = await wait_for_generation(submitted, account, cadence)
-    return await persist_images(result, output, name)
+        submitted = await submit_generation(request, account, output, key, storage_options)
+    result = await wait_for_generation(submitted, account, cadence, storage_options)
+    return await persist_images(result, output, name, storage_options)
 
 
 @flow(name="style-transfer-batch", on_cancellation=[log_outstanding])

@@ -160,6 +160,12 @@ class GenerationTask(BaseModel):
         default_factory=utc_now,
         description="When the task was accepted. Polling delays count from it.",
     )
+    ledger: str | None = Field(
+        default=None,
+        description="The folder with the ledger that records the task: a URL, or `block:` and the "
+        "reference of a saved Block.",
+    )
+    key: str | None = Field(default=None, description="The request's key in the ledger.")
 
     @field_validator("submitted_at")
     @classmethod
@@ -201,6 +207,13 @@ class GenerationResult(_RedactedRepr):
         default=None,
         description="Base URL of the service that reported the result. Downloads from its "
         "private network are allowed.",
+    )
+    ledger: str | None = Field(
+        default=None, description="The folder with the ledger that records the task."
+    )
+    key: str | None = Field(default=None, description="The request's key in the ledger.")
+    stored: list[StoredImage] = Field(
+        default_factory=list, description="The images, if the ledger has them as stored already."
     )
 
 

@@ -44,6 +44,7 @@ class Submitter:
         budget: What may be spent; None for no cap.
         references: Makes the rows' reference images available to the service.
         prepare: Returns the request to send for a claimed attempt, with its callback URL.
+        gate: Stops submitting.
 
     Attributes:
         gate: Stops submitting.
@@ -60,8 +61,9 @@ class Submitter:
         budget: Budget | None = None,
         references: References | None = None,
         prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
+        gate: StopGate | None = None,
     ) -> None:
-        self.gate = StopGate()
+        self.gate = gate or StopGate()
         self.accepted = 0
         self.spent = 0.0
         self.outstanding: set[str] = set()
@@ -142,6 +144,7 @@ class Submitter:
                     attempt = await self._ledger.claim(row, entry)
                     try:
                         self.gate.check()  # recording the claim took a while
+                        self._budget.check_current()
                         request = self._prepare(request, attempt)
                     except FluxKontextError as error:
                         await self._record_rejection(attempt, error)

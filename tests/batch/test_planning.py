@@ -93,9 +93,9 @@ def test_plan_reads_rows_of_unfinished_waves(tmp_path):
     prompts = ("dead", "living", "accepted", "rejected", "new")
 
     async def records():
-        async with keep_heartbeat(store) as owner:
+        async with keep_heartbeat(store) as heartbeat:
             ledgers = {
-                name: Ledger(store, owner if name == "living" else "gone", PRICES)
+                name: Ledger(store, heartbeat.owner if name == "living" else "gone", PRICES)
                 for name in prompts
             }
             keys = []
@@ -107,7 +107,7 @@ def test_plan_reads_rows_of_unfinished_waves(tmp_path):
                 if name == "accepted":
                     await ledgers[name].record_accepted(entry, "task_1")
                 if name == "rejected":
-                    await ledgers[name].rejected(entry, FluxKontextError("no", code=400))
+                    await ledgers[name].record_rejected(entry, FluxKontextError("no", code=400))
             await open_wave(store, OpenWave(name="w-1", owner="gone", keys=keys))
             return await asyncio.gather(
                 asyncio.to_thread(build_plan, manifest(*prompts), store),

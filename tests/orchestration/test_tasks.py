@@ -18,10 +18,12 @@ from prefect_flux_kontext import (
 from prefect_flux_kontext.errors import (
     GenerationFailedError,
     GenerationTimeoutError,
+    ReplyLostError,
     ServiceTroubleError,
     StorageError,
     UnauthorizedError,
 )
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.tasks import _is_transient
 from tests.orchestration.conftest import QUICK
 from tests.support.fixed_reply import fixed_reply_server
@@ -240,3 +242,25 @@ def test_submits_of_a_sync_flow_share_the_limiter(account, sandbox):
     assert bill["accepted"] == 12
     assert bill["peak_running"] <= 3
     assert bill["submits_refused"] == {"requests": 0, "slots": 0}
+
+
+async def test_retries_from_outside_never_repeat_a_doubtful_submit(account, sandbox):
+    sandbox.active_faults.change(FaultPlan(faults=["submit:lost-reply"]))
+
+    @flow
+    async def insist():
+        submit = submit_generation.with_options(retries=3, retry_delay_seconds=0)
+        return await submit(GenerationRequest(prompt="a lighthouse"), account)
+
+    with pytest.raises(ReplyLostError):
+        await insist()
+    assert sandbox.service.bill()["accepted"] == 1
+
+
+async def test_accepted_task_is_logged(account, sandbox, caplog):
+    @flow
+    async def submit():
+        return await submit_generation(GenerationRequest(prompt="a lighthouse"), account)
+
+    task = await submit()
+    assert f"Accepted as task {task.task_id}." in caplog.text
