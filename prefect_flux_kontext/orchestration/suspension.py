@@ -140,16 +140,15 @@ async def resume_suspended(output: Output, storage_options: StorageOptions = Non
     resumed = []
     async with get_client() as client:
         for name in await store.list_names(_WAITING_FOLDER):
-            flow_run_id = UUID(name.removesuffix(".json"))
             try:
-                state = (await client.read_flow_run(flow_run_id)).state
-                if state is not None and state.is_paused():
-                    await aresume_flow_run(flow_run_id)
-                    resumed.append(flow_run_id)
-                elif state is not None and not state.is_final():
+                run = await client.read_flow_run(UUID(name.removesuffix(".json")))
+                if run.state is not None and run.state.is_paused() and _was_suspended_here(run):
+                    await aresume_flow_run(run.id)
+                    resumed.append(run.id)
+                elif run.state is not None and not run.state.is_final():
                     continue  # about to be suspended, or running again
-            except (NotPausedError, ObjectNotFound):
-                pass  # another process has resumed it, or it was deleted
+            except (NotPausedError, ObjectNotFound, ValueError):
+                pass  # another process has resumed it, or there is no such flow run
             await store.remove(f"{_WAITING_FOLDER}/{name}")
     return resumed
 
@@ -177,6 +176,12 @@ async def log_outstanding(flow: Any, flow_run: FlowRun, state: State[Any]) -> No
         len(status.unknown),
         output,
     )
+
+
+def _was_suspended_here(run: FlowRun) -> bool:
+    # Anyone who can write to the output can name any flow run in it.
+    keys = run.empirical_policy.pause_keys or ()
+    return any(key.startswith((_BATCH_KEY, _TASKS_KEY)) for key in keys)
 
 
 def _read_pause_keys() -> set[str]:

@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 from prefect import get_client
+from prefect.client.schemas.objects import FlowRunPolicy
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -35,7 +36,7 @@ from tests.orchestration.deployed import read_state_names, wait_for_state
 pytestmark = pytest.mark.anyio
 
 
-async def create_suspended(output):
+async def create_suspended(output, key="submitted-0"):
     """Create a suspended run of a deployment, as Prefect's engine leaves it; return its id."""
     async with get_client() as client:
         flow_id = await client.create_flow(style_transfer_batch)
@@ -45,6 +46,8 @@ async def create_suspended(output):
         )
         for state in (Running(), Suspended()):
             await client.set_flow_run_state(run.id, state, force=True)
+        policy = FlowRunPolicy(pause_keys={key})
+        await client.update_flow_run(run.id, empirical_policy=policy)
     store = open_ledger_store(OutputFolder(str(output)))
     await store.replace(f"waiting/{run.id}.json", b"{}")
     return run.id
@@ -61,6 +64,15 @@ async def test_only_runs_of_the_output_are_resumed(tmp_path):
     assert await read_state(mine) == "Resuming"
     assert await read_state(other) == "Suspended"
     assert await resume_suspended(str(tmp_path)) == []
+
+
+async def test_planted_records_resume_nothing(tmp_path):
+    foreign = await create_suspended(tmp_path, key="approval")
+    store = open_ledger_store(OutputFolder(str(tmp_path)))
+    for name in ("x.json", f"{uuid.uuid4()}.json", "..json"):
+        await store.replace(f"waiting/{name}", b"{}")
+    assert await resume_suspended(str(tmp_path)) == []
+    assert await read_state(foreign) == "Suspended"
 
 
 async def test_complete_collection_resumes_runs(account, tmp_path):
