@@ -81,6 +81,11 @@ class FluxKontextSettings(BaseSettings):
         default=None,
         description="Public URL of the staging folder. Unset: staged images get signed URLs.",
     )
+    match_references: bool = Field(
+        default=True,
+        description="Read the headers of reference images on the web, to send the aspect ratio "
+        "nearest to theirs where it is `match`. Off: 16:9 is sent.",
+    )
     price_pro: float = Field(
         default=0.03, ge=0, description="Price of an image in mode `pro`, in US dollars."
     )

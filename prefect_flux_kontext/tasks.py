@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
@@ -19,12 +20,15 @@ from prefect_flux_kontext.models import (
     StoredImage,
 )
 from prefect_flux_kontext.orchestration.parameters import Output, StorageOptions, open_output
+from prefect_flux_kontext.references.ratio import RatioMatcher
 from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
+
+logger = logging.getLogger(__name__)
 
 
 async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
@@ -63,7 +67,7 @@ async def submit_generation(
     """
     account = await resolve_credentials(credentials)
     async with account.get_client() as client:
-        return await client.submit(request)
+        return await client.submit(await _match_ratio(request, client.base_url))
 
 
 @task(name="submit-own-reference", retries=0, cache_policy=NO_CACHE)
@@ -85,6 +89,7 @@ async def submit_own_reference(
         StorageError: The image could not be staged; nothing was submitted.
         ApiError: As for `submit_generation`.
     """
+    request = await _match_ratio(request, None)
     sending = await references.prepare(request)
 
     async with account.get_client() as client:
@@ -93,6 +98,16 @@ async def submit_own_reference(
             async with await attempts.next_slot() as slot:
                 outcome = await slot.post(await sending())
     return outcome.to_task(request)
+
+
+async def _match_ratio(request: GenerationRequest, base_url: str | None) -> GenerationRequest:
+    if not FluxKontextSettings().match_references:
+        return await RatioMatcher(None).match(request)
+    async with open_download_client(base_url=base_url) as http:
+        request = await RatioMatcher(http).match(request)
+    if request.match_note:
+        logger.warning("%s", request.match_note)
+    return request
 
 
 @task(

@@ -22,6 +22,7 @@ NAMES = {
     "FLUX_KONTEXT_OUTAGE_TIMEOUT": ("outage_timeout", 30.0, 600.0),
     "FLUX_KONTEXT_STAGING_URL": ("staging_url", "s3://pictures/staged", None),
     "FLUX_KONTEXT_STAGING_PUBLIC_URL": ("staging_public_url", "https://a.test", None),
+    "FLUX_KONTEXT_MATCH_REFERENCES": ("match_references", False, True),
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
     "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
     "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),

@@ -21,6 +21,7 @@ from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, open_ledger_store
+from prefect_flux_kontext.references.ratio import RatioMatcher
 from prefect_flux_kontext.report.builder import Report, open_report
 from prefect_flux_kontext.storage.cleanup import remove_temporary_files
 
@@ -116,6 +117,7 @@ async def open_session(
                         ),
                         budget,
                         options.references,
+                        RatioMatcher(http if settings.match_references else None),
                         callback_session.prepare_request,
                     )
                     deferral = Deferral(on=options.deferred)

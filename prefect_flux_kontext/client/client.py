@@ -146,9 +146,11 @@ class FluxKontextClient:
         429 (without limit).
 
         Args:
-            request: The generation to submit.
+            request: The generation to submit. The client reads no references: the ratio `match`
+                without a `matched_ratio` is sent as 16:9.
 
         Raises:
+            ConfigurationError: The request has several reference images; the service takes one.
             RefusedError: The service refused the request (4xx). It was not accepted and not
                 billed.
             NotConnectedError: No connection could be made. The request was not accepted.
@@ -158,6 +160,11 @@ class FluxKontextClient:
             UnreadableReplyError: The reply does not follow the contract. The request may be
                 accepted and billed.
         """
+        if len(request.image_urls) > 1:
+            raise ConfigurationError(
+                f"The request has {len(request.image_urls)} reference images, and the service "
+                "takes one. Nothing was sent."
+            )
         attempts = self.submit_attempts()
         while not attempts.is_over:
             async with await attempts.next_slot() as slot:

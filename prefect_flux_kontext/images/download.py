@@ -122,7 +122,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, is_last: boo
         async with (
             asyncio.timeout(_ATTEMPT_TIMEOUT_SECONDS),
             asyncio.timeout(_STALL_TIMEOUT_SECONDS) as stall,
-            _follow_redirects(http, url, _build_range_headers(partial)) as response,
+            follow_redirects(http, url, _build_range_headers(partial)) as response,
         ):
             problem = _find_problem(response, partial)
             if problem is None:
@@ -147,7 +147,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, is_last: boo
 
 
 @asynccontextmanager
-async def _follow_redirects(
+async def follow_redirects(
     http: Connections, url: str, headers: dict[str, str]
 ) -> AsyncIterator[httpx.Response]:
     """Send the request and follow redirects; the transport checks each URL."""

@@ -53,6 +53,8 @@ COLUMNS: dict[str, str] = {
     "reference_images": "strings",
     "mode": "string",
     "aspect_ratio": "string",
+    "matched_ratio": "string",
+    "match_note": "string",
     "output_format": "string",
     "provider": "string",
     "key": "string",
