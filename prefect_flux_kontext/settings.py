@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def find_price(prices: Mapping[str, float], mode: str, provider: str) -> float:
+    """Return the price of an image in US dollars: that of the dearest route it may take.
+
+    Args:
+        prices: Prices by mode, and by mode and route where that is known (`pro official`).
+        mode: The mode of the image.
+        provider: Its route; `auto` may take any.
+    """
+    price = prices[mode]
+    official = prices.get(f"{mode} official", price)
+    return {"value": price, "official": official, "auto": max(price, official)}[provider]
 
 
 class FluxKontextSettings(BaseSettings):
@@ -89,8 +105,18 @@ class FluxKontextSettings(BaseSettings):
     price_pro: float = Field(
         default=0.03, ge=0, description="Price of an image in mode `pro`, in US dollars."
     )
+    price_pro_official: float | None = Field(
+        default=None,
+        ge=0,
+        description="Likewise on the official route, which provider `auto` may take.",
+    )
     price_max: float = Field(
         default=0.06, ge=0, description="Price of an image in mode `max`, in US dollars."
+    )
+    price_max_official: float | None = Field(
+        default=None,
+        ge=0,
+        description="Likewise on the official route, which provider `auto` may take.",
     )
     result_days: float = Field(
         default=15.0,
@@ -178,8 +204,14 @@ class FluxKontextSettings(BaseSettings):
         return options
 
     def prices(self) -> dict[str, float]:
-        """Return the price of an image by mode, in US dollars."""
-        return {"pro": self.price_pro, "max": self.price_max}
+        """Return the price of an image by mode, in US dollars; see `find_price`."""
+        prices = {
+            "pro": self.price_pro,
+            "max": self.price_max,
+            "pro official": self.price_pro_official,
+            "max official": self.price_max_official,
+        }
+        return {name: price for name, price in prices.items() if price is not None}
 
     def fsspec_options(self) -> dict[str, Any]:
         """Return the options of the output's filesystem. They may hold secrets."""
