@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefect_flux_kontext.client.polling import PollingCadence
@@ -13,6 +14,8 @@ from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_QUOTED = re.compile(r"^(['\"])(.*)\1$", re.DOTALL)
 
 
 def find_price(prices: Mapping[str, float], mode: str, provider: str) -> float:
@@ -46,7 +49,8 @@ class FluxKontextSettings(BaseSettings):
     api_key: SecretStr | None = Field(default=None, description="API key of the account.")
     base_url: str = Field(
         default="https://api.apixo.ai",
-        description="Base URL of the service, in the form `https://host[:port]`.",
+        description="Base URL of the service, in the form `https://host[:port]`. The path "
+        "`/api/v1` may follow.",
     )
     account: str = Field(
         default="default", description="Label of the account. It may appear in logs."
@@ -190,6 +194,16 @@ class FluxKontextSettings(BaseSettings):
             )
             # `from None`: the ValidationError holds the values, and so possibly secrets.
             raise ConfigurationError(f"Invalid environment variables: {problems}.") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strip(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Remove white space and quotes, which files of variables leave around values."""
+        stripped = {
+            name: _QUOTED.sub(r"\2", value.strip()) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+        return {name: value for name, value in stripped.items() if value != ""}
 
     @field_validator("storage_options")
     @classmethod

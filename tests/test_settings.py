@@ -157,6 +157,23 @@ def test_storage_options_are_not_shown(monkeypatch):
     assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
 
 
+@pytest.mark.parametrize("value", [" {} ", "{}\n", '"{}"', "'{}'", ' "{}" '])
+@pytest.mark.parametrize("name", ["API_KEY", "BASE_URL", "STAGING_URL", "PRICE_PRO", "AI_MARK"])
+def test_white_space_and_quotes_around_a_value_are_removed(name, value, monkeypatch):
+    plain = {"PRICE_PRO": "0.5", "AI_MARK": "false"}.get(name, "https://a.test")
+    monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value.format(plain))
+    expected = {"PRICE_PRO": 0.5, "AI_MARK": False}.get(name, plain)
+    assert value_of(FluxKontextSettings(), name.lower()) == expected
+
+
+@pytest.mark.parametrize("value", [" ", "\n", '""', "''"])
+def test_empty_value_counts_as_unset(value, monkeypatch):
+    for name in ("API_KEY", "PRICE_PRO", "STAGING_URL"):
+        monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value)
+    settings = FluxKontextSettings()
+    assert (settings.api_key, settings.price_pro, settings.staging_url) == (None, 0.03, None)
+
+
 def test_unrelated_variables_are_ignored(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_SOMETHING_ELSE", "1")
     monkeypatch.setenv("ACCOUNT", "another")

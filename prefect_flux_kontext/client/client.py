@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlencode
@@ -63,6 +64,7 @@ _Result = TypeVar("_Result")
 _SUBMIT_PATH = "/api/v1/generateTask/flux-kontext"
 _STATUS_PATH = "/api/v1/statusTask/flux-kontext"
 _BALANCE_PATH = "/api/v1/apikeys/current-balance"
+_OWN_PATHS = ("", "/api/v1", _SUBMIT_PATH, _STATUS_PATH, _BALANCE_PATH)
 
 # Errors after which the service cannot have received the request. A ProxyError means that the
 # proxy refused to open the tunnel.
@@ -437,13 +439,13 @@ class SubmitAttempts:
 
 
 def normalize_api_key(api_key: str | SecretStr) -> str:
-    """Return the key without the white space that files and shells leave around it.
+    """Return the key without white space around it and without `Bearer` before it.
 
     Raises:
         ConfigurationError: The key is empty or cannot be sent in a header.
     """
     key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
-    key = key.strip()
+    key = re.sub(r"^\s*Bearer\s+", "", key, flags=re.IGNORECASE).strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ConfigurationError(
             "The API key is empty or has invalid characters. Set FLUX_KONTEXT_API_KEY or the "
@@ -453,25 +455,28 @@ def normalize_api_key(api_key: str | SecretStr) -> str:
 
 
 def normalize_base_url(base_url: str) -> str:
-    """Return the base URL without a slash at its end.
+    """Return the base URL without the service's own path, which its pages show with it.
 
     Raises:
-        ConfigurationError: The URL is not of the form https://host[:port].
+        ConfigurationError: The URL is not of the form https://host[:port], or has another path.
     """
+    base_url = base_url.strip()
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
         url = httpx.URL("")
+    path = url.path.rstrip("/")
     if (
         url.scheme not in ("http", "https")
         or not url.host
         or url.userinfo
         or url.query
         or url.fragment
+        or path not in _OWN_PATHS
     ):
         without_password = base_url.rpartition("@")[2]
         raise ConfigurationError(
             f"The base URL {without_password!r} is not of the form https://host[:port]. Set "
             "FLUX_KONTEXT_BASE_URL or the Block's base_url."
         )
-    return base_url.rstrip("/")
+    return base_url.rstrip("/").removesuffix(path)
