@@ -115,19 +115,12 @@ async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
     return list(csv.DictReader(text, strict=True))
 
 
-async def _delete_failed_rows(output: OutputFolder) -> None:
-    if await output.read(FAILED_ROWS):
-        try:
-            await output.remove(FAILED_ROWS)
-        except StorageError:  # the output may refuse to remove files
-            await output.write(FAILED_ROWS, b"")
-
-
 async def _write_failed_rows(session: Session) -> None:
     """Write the failed rows as a manifest that can be run again unchanged."""
     failed = session.rows.failed
     if not failed:
-        await _delete_failed_rows(session.output)
+        if await session.output.read(FAILED_ROWS):
+            await session.output.discard(FAILED_ROWS)
         return
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
     columns = [name for name in columns if name not in _FAILURE_COLUMNS]

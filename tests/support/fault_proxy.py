@@ -16,6 +16,14 @@ from urllib.parse import urlsplit
 REPLIES = {
     "slow_down": (503, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"),
     "too_many": (429, b"<Error><Code>TooManyRequests</Code><Message>later</Message></Error>"),
+    "conflict": (
+        409,
+        b"<Error><Code>ConditionalRequestConflict</Code><Message>retry</Message></Error>",
+    ),
+    "not_implemented": (
+        501,
+        b"<Error><Code>NotImplemented</Code><Message>If-None-Match</Message></Error>",
+    ),
     "denied": (403, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"),
 }
 
@@ -30,6 +38,8 @@ class FaultProxy:
         url: URL of the proxy.
         numbers: Number of requests of each method.
         applied: Number of requests that each fault applied to.
+        drops: Names of headers that are not forwarded, in lower case.
+        replaces: Replacements in the replies of the S3 server.
         connections: Open client connections.
         most_connections: Largest number of open client connections.
     """
@@ -37,6 +47,8 @@ class FaultProxy:
     upstream: str
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     url: str = ""
+    drops: tuple[bytes, ...] = ()
+    replaces: tuple[tuple[bytes, bytes], ...] = ()
     numbers: Counter = field(default_factory=Counter)
     applied: Counter = field(default_factory=Counter)
     connections: int = 0
@@ -85,13 +97,15 @@ class FaultProxy:
         lines = [
             line
             for line in head.rstrip(b"\r\n").split(b"\r\n")
-            if not line.lower().startswith((b"connection:", b"expect:"))
+            if not line.lower().startswith((b"connection:", b"expect:", *self.drops))
         ]
         try:
             writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body)
             reply = await reader.read(-1)
         finally:
             await _close(writer)
+        for old, new in self.replaces:
+            reply = reply.replace(old, new)
         return reply.replace(b"connection: close\r\n", b"", 1)
 
 
