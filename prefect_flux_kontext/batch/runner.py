@@ -14,7 +14,6 @@ from prefect_flux_kontext.errors import (
     BatchStoppedError,
     BudgetReachedError,
     ManifestError,
-    StorageError,
 )
 
 if TYPE_CHECKING:

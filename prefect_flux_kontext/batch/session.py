@@ -85,8 +85,8 @@ async def open_session(
         flow_run_id: The Prefect flow run that the result lines name; None outside of one.
 
     Raises:
-        ConfigurationError: The store cannot hold a ledger; or there is a budget, and another run is paying into the output; or
-            callbacks cannot be received.
+        ConfigurationError: The store cannot hold a ledger; or there is a budget, and another run
+            is paying into the output; or callbacks cannot be received.
         LedgerError: The ledger cannot be read or written; nothing was paid.
         NotConnectedError: No service answers at the base URL.
         UnauthorizedError: The service refused the key.

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from prefect_flux_kontext.ledger.store import RecordStore
 
 # The stores that passed, by filesystem: a store is tested once in a process.
@@ -29,32 +31,39 @@ async def probe_store(store: RecordStore) -> None:
     if str(store) in passed:
         return
     name = secrets.token_hex(8)
-    record, missing = f"probe/{name}.json", f"probe/{name}-missing.json"
-    need = "create a record that does not exist yet (on S3: PutObject with If-None-Match)"
-    try:
-        is_fine = await store.create(record, b"1")
-        if is_fine:
-            need = "refuse to create a record that exists (on S3: If-None-Match)"
-            is_fine = not await store.create(record, b"2")
-        if is_fine:
-            need = "read a record back (on S3: s3:GetObject)"
-            is_fine = await store.read(record) == b"1"
-        if is_fine:
-            need = "tell that a record does not exist (on S3: s3:ListBucket)"
-            is_fine = await store.read(missing) is None
-        if is_fine:
-            need = "list records (on S3: s3:ListBucket)"
-            is_fine = f"{name}.json" in await store.list_names("probe")
-    except LedgerError as error:
-        raise _unfit(store, need, error.message) from None
-    if not is_fine:
-        raise _unfit(store, need, "It was tried with a record in its folder `probe`.")
+    record = f"probe/{name}.json"
+
+    async def is_listed() -> bool:
+        return f"{name}.json" in await store.list_names("probe")
+
+    async def is_missing_told() -> bool:
+        return await store.read(f"probe/{name}-missing.json") is None
+
+    async def is_read_back() -> bool:
+        return await store.read(record) == b"1"
+
+    async def is_exclusive() -> bool:
+        return not await store.create(record, b"2")
+
+    await _require(
+        store, "create a record", "PutObject with If-None-Match", store.create(record, b"1")
+    )
+    await _require(store, "read a record back", "s3:GetObject", is_read_back())
+    await _require(store, "refuse to create a record twice", "If-None-Match", is_exclusive())
+    await _require(store, "tell that a record is missing", "s3:ListBucket", is_missing_told())
+    await _require(store, "list records", "s3:ListBucket", is_listed())
     with contextlib.suppress(LedgerError):
         await store.remove(record)
     passed.add(str(store))
 
 
-def _unfit(store: RecordStore, need: str, detail: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{store} cannot hold a ledger, so nothing was paid: the store does not {need}. {detail}"
-    )
+async def _require(store: RecordStore, ability: str, on_s3: str, test: Awaitable[bool]) -> None:
+    try:
+        detail = "" if await test else " It does not."
+    except LedgerError as error:
+        detail = f" {error.message}"
+    if detail:
+        raise ConfigurationError(
+            f"{store} cannot hold a ledger, so nothing was paid: the store has to {ability} (on "
+            f"S3: {on_s3}).{detail}"
+        )

@@ -39,7 +39,8 @@ class FaultProxy:
         numbers: Number of requests of each method.
         applied: Number of requests that each fault applied to.
         drops: Names of headers that are not forwarded, in lower case.
-        replaces: Replacements in the replies of the S3 server.
+        hides_missing: Whether to answer 403 for what does not exist, as S3 does without the
+            permission to list.
         connections: Open client connections.
         most_connections: Largest number of open client connections.
     """
@@ -48,7 +49,7 @@ class FaultProxy:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     url: str = ""
     drops: tuple[bytes, ...] = ()
-    replaces: tuple[tuple[bytes, bytes], ...] = ()
+    hides_missing: bool = False
     numbers: Counter = field(default_factory=Counter)
     applied: Counter = field(default_factory=Counter)
     connections: int = 0
@@ -84,11 +85,12 @@ class FaultProxy:
         self.numbers[method] += 1
         if fault := self._choose_fault(method):
             self.applied[fault] += 1
-            status, body = REPLIES[fault]
-            answer = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            writer.write(answer + body * (method != "head"))
+            reply = _make_reply(fault, method)
         else:
-            writer.write(await self._forward(head, body))
+            reply = await self._forward(head, body)
+            if self.hides_missing and reply.startswith(b"HTTP/1.1 404"):
+                reply = _make_reply("denied", method)
+        writer.write(reply)
         await writer.drain()
 
     async def _forward(self, head, body):
@@ -104,9 +106,13 @@ class FaultProxy:
             reply = await reader.read(-1)
         finally:
             await _close(writer)
-        for old, new in self.replaces:
-            reply = reply.replace(old, new)
         return reply.replace(b"connection: close\r\n", b"", 1)
+
+
+def _make_reply(fault, method):
+    status, body = REPLIES[fault]
+    head = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    return head + body * (method != "head")
 
 
 async def _close(writer):
