@@ -72,10 +72,11 @@ async def style_transfer(
     image: str | None = None,
     credentials: Account = None,
     mode: Mode = "pro",
-    aspect_ratio: RequestedRatio | None = None,
+    aspect_ratio: RequestedRatio = "match",
     output_format: OutputFormat = "jpeg",
     provider: Provider = "auto",
     name: str | None = None,
+    key: str | None = None,
     cadence: PollingCadence | None = None,
     fit_references: bool = False,
     storage_options: StorageOptions = None,
@@ -93,11 +94,13 @@ async def style_transfer(
             staging location. Without one, the prompt alone makes the image.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
         mode: `pro` for higher quality, `max` for balanced quality and speed.
-        aspect_ratio: Width to height of the result. Default: `match`, the ratio nearest to that
-            of the reference image; 16:9 without one.
+        aspect_ratio: Width to height of the result. `match`: the ratio nearest to that of the
+            reference image, or 16:9 without one.
         output_format: File format of the result.
         provider: How the service routes the task.
         name: File name without extension. Default: the task id.
+        key: Makes equal requests different ones. Without it, a request that this output has
+            already is not paid for again.
         cadence: When to poll for the result. Default: the environment.
         fit_references: Shrink a local or private image of more than 10 MB.
         storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
@@ -117,22 +120,23 @@ async def style_transfer(
         prompt=prompt,
         image_urls=[normalize_reference(image, folder)] if image else [],
         mode=mode,
-        aspect_ratio=aspect_ratio,
+        aspect_ratio="16:9" if image is None and aspect_ratio == "match" else aspect_ratio,
         output_format=output_format,
         provider=provider,
     )
     account = await resolve_credentials(credentials)
-    output = await open_output(output, storage_options)
-    await output.check_writable()
+    await (await open_output(output, storage_options)).check_writable()
     if non_public_references(request.image_urls):
         settings = FluxKontextSettings()
         timeout = (cadence or settings.cadence()).timeout
         references = create_references(settings, timeout=timeout, fit=fit_references)
-        submitted = await submit_own_reference(request, references, account)
+        submitted = await submit_own_reference(
+            request, references, account, output, key, storage_options
+        )
     else:
-        submitted = await submit_generation(request, account)
-    result = await wait_for_generation(submitted, account, cadence)
-    return await persist_images(result, output, name)
+        submitted = await submit_generation(request, account, output, key, storage_options)
+    result = await wait_for_generation(submitted, account, cadence, storage_options)
+    return await persist_images(result, output, name, storage_options)
 
 
 @flow(name="style-transfer-batch", on_cancellation=[log_outstanding])

@@ -10,7 +10,14 @@ import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -141,7 +148,12 @@ class GenerationRequest(_RedactedRepr):
         return self
 
     @model_validator(mode="after")
-    def _validate_match(self) -> Self:
+    def _validate_references(self, info: ValidationInfo) -> Self:
+        # JSON is a record of a ledger, which may be older than the limit.
+        if len(self.image_urls) > 1 and info.mode == "python":
+            raise ValueError(
+                f"image_urls has {len(self.image_urls)} reference images and the service takes one"
+            )
         if self.aspect_ratio == "match" and not self.image_urls:
             raise ValueError("aspect_ratio 'match' needs a reference image")
         return self
@@ -192,6 +204,12 @@ class GenerationTask(BaseModel):
         default_factory=utc_now,
         description="When the task was accepted. Polling delays count from it.",
     )
+    ledger: str | None = Field(
+        default=None,
+        description="The folder with the ledger that records the task: a URL, or `block:` and the "
+        "reference of a saved Block.",
+    )
+    key: str | None = Field(default=None, description="The request's key in the ledger.")
 
     @field_validator("submitted_at")
     @classmethod
@@ -233,6 +251,13 @@ class GenerationResult(_RedactedRepr):
         default=None,
         description="Base URL of the service that reported the result. Downloads from its "
         "private network are allowed.",
+    )
+    ledger: str | None = Field(
+        default=None, description="The folder with the ledger that records the task."
+    )
+    key: str | None = Field(default=None, description="The request's key in the ledger.")
+    stored: list[StoredImage] = Field(
+        default_factory=list, description="The images, if the ledger has them as stored already."
     )
 
 

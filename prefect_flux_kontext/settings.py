@@ -92,6 +92,25 @@ class FluxKontextSettings(BaseSettings):
         description="Seconds for which submitting pauses while the service gives no usable "
         "replies. After that the batch stops.",
     )
+    stop_timeout: float = Field(
+        default=60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds for which a run that is stopped waits for replies to submits under "
+        "way. Rows without a reply stay unknown.",
+    )
+    heartbeat: float = Field(
+        default=15.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds between two heartbeats of a run. A run on another machine counts as "
+        "dead after four missed ones.",
+    )
+    ledger: str | None = Field(
+        default=None,
+        description="Folder with the ledger of the tasks `submit_generation`, "
+        "`wait_for_generation` and `persist_images`. Unset: they keep none.",
+    )
     staging_url: str | None = Field(
         default=None,
         description="Folder or bucket to which local reference images are copied, so that the "

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import MissingContextError
 
+from prefect_flux_kontext.batch.single import (
+    read_entry,
+    record_failure,
+    record_images,
+    submit_once,
+)
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
-from prefect_flux_kontext.errors import FluxKontextError
+from prefect_flux_kontext.errors import FluxKontextError, GenerationFailedError
 from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.models import (
@@ -19,16 +26,20 @@ from prefect_flux_kontext.models import (
     GenerationTask,
     StoredImage,
 )
-from prefect_flux_kontext.orchestration.parameters import Output, StorageOptions, open_output
-from prefect_flux_kontext.references.ratio import RatioMatcher
-from prefect_flux_kontext.references.resolver import References
+from prefect_flux_kontext.orchestration.dispatch import dispatched_task
+from prefect_flux_kontext.orchestration.parameters import (
+    Output,
+    StorageOptions,
+    open_output,
+    refer_to_output,
+)
+from prefect_flux_kontext.references.ratio import open_ratio_matcher
+from prefect_flux_kontext.references.resolver import References, create_references
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
-
-logger = logging.getLogger(__name__)
 
 
 async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
@@ -42,37 +53,88 @@ async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool
     return False
 
 
-@task(name="submit-generation", retries=0, cache_policy=NO_CACHE)
+async def _was_not_accepted(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+    """Whether a submit may be repeated: only if it is known that it was not accepted."""
+    try:
+        await state.aresult()
+    except FluxKontextError as error:
+        return error.not_accepted and error.retryable
+    except Exception:  # noqa: BLE001 - whether it was sent is unknown
+        return False
+    return False
+
+
+@dispatched_task(
+    name="submit-generation",
+    retries=0,
+    retry_condition_fn=_was_not_accepted,
+    cache_policy=NO_CACHE,
+)
 async def submit_generation(
-    request: GenerationRequest, credentials: FluxKontextCredentials | str | None = None
+    request: GenerationRequest,
+    credentials: FluxKontextCredentials | str | None = None,
+    ledger: Output | None = None,
+    key: str | None = None,
+    storage_options: StorageOptions = None,
 ) -> GenerationTask:
     """Submit one generation, which is billed from then on.
 
-    Prefect neither retries nor caches this task, because a repeated POST may bill twice. The task
-    itself repeats a submit that the service cannot have accepted (no connection, 429). Keep the
-    task that it returns, or its id: with it, any flow can wait for the result later.
+    With a ledger, a request is paid for once, however often the flow is retried, killed, or run
+    again or beside itself: a later call returns the task that was paid for, also if it has failed.
+    Without one, keep the task that is returned, or its id, which is logged: a flow that runs again
+    pays again.
+
+    Prefect does not cache this task, and retries it only after a submit that the service cannot
+    have accepted, because a repeated POST may bill twice. The task itself repeats such a submit
+    (no connection, 429).
 
     Args:
-        request: What to create.
+        request: What to create. The image may be local or private if there is a ledger.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
+        ledger: The folder with the ledger: a path, an fsspec URL or a saved storage Block, such as
+            the output of the images. Default: FLUX_KONTEXT_LEDGER, else none.
+        key: Makes equal requests different ones, so that each is paid for.
+        storage_options: Options of the ledger's filesystem. Default: the environment.
 
     Returns:
-        The accepted task.
+        The accepted task. It carries the ledger, so the other two tasks record there too.
 
     Raises:
         RefusedError: The service refused the request (4xx), which costs nothing.
         ReplyLostError: The reply was lost; the request may have been accepted and billed. The
-            same holds for ServiceTroubleError and UnreadableReplyError.
-        ConfigurationError: The credentials are missing or wrong.
+            same holds for ServiceTroubleError and UnreadableReplyError. With a ledger, the message
+            says how to settle it.
+        ConfigurationError: The credentials or the ledger are missing or wrong.
+        LedgerError: The ledger cannot be read or written. Nothing was submitted.
     """
     account = await resolve_credentials(credentials)
-    async with account.get_client() as client:
-        return await client.submit(await _match_ratio(request, client.base_url))
+    settings = FluxKontextSettings()
+    ledger = settings.ledger if ledger is None else ledger
+    if ledger is None:
+        async with (
+            account.get_client() as client,
+            open_ratio_matcher(client.base_url, reads_web=settings.match_references) as ratios,
+        ):
+            return _log_task(await client.submit(await ratios.match(request)))
+    references = create_references(settings, timeout=settings.poll_timeout)
+    return await _submit_once(
+        request, references, account, ledger, key=key, storage_options=storage_options
+    )
 
 
-@task(name="submit-own-reference", retries=0, cache_policy=NO_CACHE)
+@task(
+    name="submit-own-reference",
+    retries=0,
+    retry_condition_fn=_was_not_accepted,
+    cache_policy=NO_CACHE,
+)
 async def submit_own_reference(
-    request: GenerationRequest, references: References, account: FluxKontextCredentials
+    request: GenerationRequest,
+    references: References,
+    account: FluxKontextCredentials,
+    ledger: Any,
+    key: str | None = None,
+    storage_options: Any = None,
 ) -> GenerationTask:
     """Submit one generation whose reference image is local or private.
 
@@ -83,34 +145,50 @@ async def submit_own_reference(
         request: What to create.
         references: Stages or signs the image.
         account: The account.
+        ledger: As for `submit_generation`.
+        key: As for `submit_generation`.
+        storage_options: As for `submit_generation`.
 
     Raises:
         ReferenceImageError: The image cannot be used; nothing was submitted.
         StorageError: The image could not be staged; nothing was submitted.
         ApiError: As for `submit_generation`.
     """
-    request = await _match_ratio(request, None)
-    sending = await references.prepare(request)
+    return await _submit_once(
+        request, references, account, ledger, key=key, storage_options=storage_options
+    )
 
+
+async def _submit_once(
+    request: GenerationRequest,
+    references: References,
+    account: FluxKontextCredentials,
+    ledger: Any,
+    *,
+    key: str | None,
+    storage_options: Any,
+) -> GenerationTask:
+    output = await open_output(ledger, storage_options)
+    settings = FluxKontextSettings()
     async with account.get_client() as client:
-        attempts = client.submit_attempts()
-        while not attempts.is_over:
-            async with await attempts.next_slot() as slot:
-                outcome = await slot.post(await sending())
-    return outcome.to_task(request)
+        entry = await submit_once(
+            client, request, output, key, references, settings, account.account
+        )
+    reference = {"ledger": refer_to_output(ledger, output), "key": entry.key}
+    return _log_task(entry.task.model_copy(update=reference))
 
 
-async def _match_ratio(request: GenerationRequest, base_url: str | None) -> GenerationRequest:
-    if not FluxKontextSettings().match_references:
-        return await RatioMatcher(None).match(request)
-    async with open_download_client(base_url=base_url) as http:
-        request = await RatioMatcher(http).match(request)
-    if request.match_note:
-        logger.warning("%s", request.match_note)
-    return request
+def _log_task(task: GenerationTask) -> GenerationTask:
+    # With the id, a paid image can be fetched even if this run ends before it is stored.
+    with suppress(MissingContextError):  # the task's function was called outside of a run
+        logger = get_run_logger()
+        logger.info("Accepted as task %s.", task.task_id)
+        if task.request is not None and task.request.match_note:
+            logger.warning("Task %s: %s.", task.task_id, task.request.match_note)
+    return task
 
 
-@task(
+@dispatched_task(
     name="wait-for-generation",
     retries=2,
     retry_delay_seconds=10,
@@ -122,6 +200,7 @@ async def wait_for_generation(
     task: GenerationTask,
     credentials: FluxKontextCredentials | str | None = None,
     cadence: PollingCadence | None = None,
+    storage_options: StorageOptions = None,
 ) -> GenerationResult:
     """Wait for a submitted generation to end, without holding a thread.
 
@@ -133,9 +212,11 @@ async def wait_for_generation(
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
         cadence: When to poll, and for how long. Default: the environment
             (FLUX_KONTEXT_POLL_INITIAL_DELAY, _POLL_INTERVAL, _POLL_TIMEOUT).
+        storage_options: Options of the filesystem of the task's ledger. Default: the environment.
 
     Returns:
-        The result, with at least one URL, which is valid for some days.
+        The result, with at least one URL, which is valid for some days. If the ledger has the
+        images as stored, they are in the result, and nothing is waited for.
 
     Raises:
         GenerationFailedError: The generation failed; `code` is the fail code of the service.
@@ -144,11 +225,37 @@ async def wait_for_generation(
         RefusedError: The service refused the status request (4xx).
     """
     account = await resolve_credentials(credentials)
+    cadence = cadence or FluxKontextSettings().cadence()
+    if task.ledger is None or task.key is None:
+        async with account.get_client() as client:
+            return await wait_until_ended(client, task, cadence)
+    reference = {"ledger": task.ledger, "key": task.key}
+    output = await open_output(task.ledger, storage_options)
+    ended = (await read_entry(output, task.key)).ended
+    if ended is not None and ended.task_id == task.task_id:
+        if ended.state == "failed":
+            raise GenerationFailedError(
+                ended.message or "The service gave no reason.",
+                task_id=task.task_id,
+                code=ended.reason,
+            )
+        return GenerationResult(
+            task_id=task.task_id,
+            result_urls=[image.uri for image in ended.images],
+            request=task.request,
+            stored=ended.images,
+            **reference,
+        )
     async with account.get_client() as client:
-        return await wait_until_ended(client, task, cadence or FluxKontextSettings().cadence())
+        try:
+            result = await wait_until_ended(client, task, cadence)
+        except GenerationFailedError as error:
+            await record_failure(output, task.key, error)
+            raise
+    return result.model_copy(update=reference)
 
 
-@task(
+@dispatched_task(
     name="persist-images",
     retries=3,
     retry_delay_seconds=[5, 20, 60],
@@ -167,7 +274,8 @@ async def persist_images(
     Each image is decoded completely before it is stored, and no reader sees half a file.
 
     Args:
-        result: The result that `wait_for_generation` returned.
+        result: The result that `wait_for_generation` returned. If its ledger has the images as
+            stored, they are returned as they are.
         output: Folder or prefix on any fsspec filesystem, such as `out/` or
             `s3://bucket/prefix`; or a storage Block, or `block:` and the reference of one.
         name: File name without extension. Default: the task id. The second image of a result
@@ -185,12 +293,26 @@ async def persist_images(
         ConfigurationError: The output is not a usable folder.
         StorageError: The output did not accept the file.
     """
+    if result.stored:
+        return result.stored
+    folder = await open_output(output, storage_options)
+    ledger = None
+    if result.ledger is not None and result.key is not None:
+        # The options are those of the output, which usually has the ledger.
+        ledger = await open_output(result.ledger, storage_options)
+        ended = (await read_entry(ledger, result.key)).ended
+        if ended is not None and ended.images:
+            return ended.images
     base_url = result.base_url or FluxKontextSettings().base_url
     async with open_download_client(base_url=base_url) as http:
-        return await persist_result(
+        images = await persist_result(
             result,
-            await open_output(output, storage_options),
+            folder,
             http,
             name=make_safe_name(name or result.task_id),
+            key=result.key,
             ai_mark=FluxKontextSettings().ai_mark,
         )
+    if ledger is not None and result.key is not None:
+        await record_images(ledger, result.key, images)
+    return images

@@ -14,8 +14,9 @@ from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_ent
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import FluxKontextError, LedgerError
+from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
-from prefect_flux_kontext.ledger.ledger import Ledger
+from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
 from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +168,10 @@ class LedgerStatus:
     Attributes:
         states: Number of rows in each state.
         spent: Dollars for all accepted attempts.
-        doubtful: Dollars that unknown rows may have cost in addition.
+        doubtful: Dollars that unknown submits, also those given up, may have cost in addition.
         outstanding: Rows paid for and not stored, the oldest first.
         unknown: Rows that may or may not have been billed, and whose run is dead.
+        missing: Stored rows whose images were removed from the output; None if not looked for.
     """
 
     states: Counter[State] = field(default_factory=Counter)
@@ -176,33 +179,46 @@ class LedgerStatus:
     doubtful: float = 0.0
     outstanding: list[Entry] = field(default_factory=list)
     unknown: list[Entry] = field(default_factory=list)
+    missing: int | None = None
 
 
-async def read_ledger_status(store: RecordStore) -> LedgerStatus:
+async def read_ledger_status(
+    store: RecordStore, output: OutputFolder | None = None
+) -> LedgerStatus:
     """Read the states and costs of all rows.
+
+    Args:
+        store: The ledger's records.
+        output: The output, to look for images that were removed; only on a local disk.
 
     Raises:
         LedgerError: The ledger cannot be read or is damaged.
     """
+    await check_format(store)
     status = LedgerStatus()
-    rows: dict[str, tuple[int, State, float]] = {}
+    rows: dict[str, tuple[int, State, float, float]] = {}
     # Unfinished waves first: a wave that ends meanwhile is then read twice rather than not at all.
     for entry in await read_unfinished_entries(store):
         state = entry.state
         if state is State.INTENT and entry.intent is not None:
-            if not await is_alive(store, entry.intent.owner):
+            if not await is_submitting(store, entry.intent):
                 state = State.UNKNOWN
                 status.unknown.append(entry)
-                status.doubtful += entry.intent.price
         elif state is State.ACCEPTED:
             status.outstanding.append(entry)
-        rows[entry.key] = (entry.attempt, state, entry.spent)
+        rows[entry.key] = (entry.attempt, state, entry.spent, entry.doubtful)
+    missing = 0
     async for row in read_finished_rows(store):
+        if output is not None and row.ended.state == "stored":
+            missing += bool(output.find_missing(row.ended.files))
         if row.attempt >= rows.get(row.key, (0,))[0]:
-            rows[row.key] = (row.attempt, State(row.ended.state), row.spent)
+            rows[row.key] = (row.attempt, State(row.ended.state), row.spent, row.doubtful)
+    if output is not None and output.is_local:
+        status.missing = missing
     status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
-    status.states.update(state for _, state, _ in rows.values())
-    status.spent = sum(spent for _, _, spent in rows.values())
+    status.states.update(state for _, state, _, _ in rows.values())
+    status.spent = sum(spent for _, _, spent, _ in rows.values())
+    status.doubtful = sum(doubtful for _, _, _, doubtful in rows.values())
     return status
 
 

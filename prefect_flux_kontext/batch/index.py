@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.collection import read_unfinished_entries
+from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.waves import FinishedRow, read_finished_rows
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _INSERT_BLOCK_ROWS = 1_000
 """Rows inserted at a time: few enough to hold little in memory."""
@@ -81,6 +83,7 @@ class LedgerIndex(TempDatabase):
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
         """
+        await check_format(store)
         # Unfinished waves first: a wave that ends meanwhile is then read twice rather than never.
         entries = await read_unfinished_entries(store)
         block = [await _index_entry(store, entry, options) for entry in entries]
@@ -132,14 +135,17 @@ class StoredRows(TempDatabase):
                 block = []
         await asyncio.to_thread(self._add, block)
 
-    async def find(self, keys: Collection[str]) -> dict[str, FinishedRow]:
-        """Return those of the rows that are stored, by row key."""
-        return await asyncio.to_thread(self._find, keys)
+    async def find(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
+        """Return those of the rows that are stored, by row key.
+
+        Rows whose images were removed from the output are left out, to be fetched again.
+        """
+        return await asyncio.to_thread(self._find, keys, output)
 
     def _add(self, block: list[tuple[bytes, str]]) -> None:
         self._database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?)", block)
 
-    def _find(self, keys: Collection[str]) -> dict[str, FinishedRow]:
+    def _find(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
         found = {}
         with self._lock:
             for key in keys:
@@ -147,7 +153,9 @@ class StoredRows(TempDatabase):
                     "SELECT record FROM rows WHERE key = ?", (bytes.fromhex(key),)
                 ).fetchone() or [None]
                 if record is not None:
-                    found[key] = FinishedRow.model_validate_json(record)
+                    row = FinishedRow.model_validate_json(record)
+                    if not output.find_missing(row.ended.files):
+                        found[key] = row
         return found
 
 
@@ -155,7 +163,6 @@ async def _index_entry(store: RecordStore, entry: Entry, options: RowOptions) ->
     dollars = entry.spent + entry.doubtful
     match entry.state:
         case State.INTENT if entry.intent is not None:
-            dollars += entry.intent.price
             if await is_alive(store, entry.intent.owner):
                 action = PlannedAction.OUTSTANDING
             else:

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import BatchStoppedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from prefect_flux_kontext.client.client import SubmitOutcome
 
-__all__ = ["PostGate", "PostPlace"]
+__all__ = ["PostGate"]
 
 logger = logging.getLogger(__name__)
 
 # After all places were lost, this many single POSTs are tried, each after a probe that the
 # service answered. Three in a row are no coincidence: it does not accept submits.
 _MAX_TRIALS = 3
-
-
-@dataclass
-class PostPlace:
-    """A place for one POST.
-
-    Attributes:
-        outcome: What the POST came to; None if nothing was sent.
-    """
-
-    outcome: SubmitOutcome | None = None
 
 
 class PostGate:
@@ -64,20 +51,6 @@ class PostGate:
         self._unknown_in_a_row = 0
         self._changed = asyncio.Condition()
         self._probing = asyncio.Lock()
-
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[PostPlace]:
-        """Take a place for one POST; say in it what the POST came to.
-
-        Raises:
-            BatchStoppedError: The service gives no usable replies.
-        """
-        await self.acquire()
-        place = PostPlace()
-        try:
-            yield place
-        finally:
-            await self.release(place.outcome)
 
     async def acquire(self) -> None:
         """Wait for a place.

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from prefect_flux_kontext.batch.collection import PENDING_COLLECTION
 from prefect_flux_kontext.batch.policy import Breaker
 from prefect_flux_kontext.batch.summary import BatchSummary, DoneRow, RowOutcome
 from prefect_flux_kontext.client.polling import wait_until_ended
@@ -51,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 _UNKNOWN_OUTCOME_ERRORS = (ReplyLostError, ServiceTroubleError, UnreadableReplyError)
 """Errors of a submit after which the service may have accepted it."""
+
+_EXPIRED = "expired"
+"""The code of a result that the service no longer keeps."""
 
 _MAX_IMAGES_IN_MEMORY = 64
 """Images that are downloaded, checked or stored at a time; more would only use more memory."""
@@ -187,6 +191,8 @@ class RowRunner:
                 return await self._handle_failure(row, entry)
             case State.STORED if entry.ended is not None:
                 in_run = self.has_ended_in_run(entry)
+                if not in_run and await self._is_missing(entry.ended.files):
+                    return await self._fetch_again(row, entry)
                 return await self._deliver(row, entry.key, entry.ended, in_run=in_run)
             case _:
                 return await self._submit(row, entry)
@@ -215,7 +221,6 @@ class RowRunner:
             return RowOutcome.of(row, entry.key, "failed", error)
 
     async def _collect(self, row: Row, entry: Entry) -> Entry | RowOutcome:
-        task = entry.task
         self.submitter.outstanding.add(entry.key)
         try:
             images, times = await self._store(row, entry)
@@ -231,23 +236,40 @@ class RowRunner:
         except FluxKontextError as error:
             if error.fatal:
                 self._stop(error)
-            is_unavailable = isinstance(error, DownloadError | RefusedError)
-            expires_at = task.submitted_at + timedelta(days=self.options.result_days)
-            if is_unavailable and expires_at < utc_now():
-                expired = FluxKontextError(
-                    f"The result has expired: it was paid for on {task.submitted_at:%F}, and the "
-                    f"service keeps results for {self.options.result_days:g} days. {error}",
-                    task_id=task.task_id,
-                    code="expired",
-                )
-                self.submitter.outstanding.discard(entry.key)
-                self._mark_ended(entry)
-                return await self._ledger.record_failed(entry, expired)
-            return RowOutcome.of(row, entry.key, "outstanding", error, task_id=task.task_id)
+            if error.code == _EXPIRED:
+                # Recorded only to pay again: the result may still be there if a clock is wrong.
+                if self.submits and self.options.retry_failed:
+                    self.submitter.outstanding.discard(entry.key)
+                    return await self._ledger.record_failed(entry, error)
+                return RowOutcome.of(row, entry.key, "failed", error)
+            if error.code != PENDING_COLLECTION and self.submits:
+                self._count(stored=False)  # paying goes on in vain if nothing can be stored
+            return RowOutcome.of(row, entry.key, "outstanding", error, task_id=entry.task.task_id)
         self.submitter.outstanding.discard(entry.key)
         self._mark_ended(entry)
         self._count(stored=True)
         return entry
+
+    async def _is_missing(self, files: list[str]) -> bool:
+        return bool(await asyncio.to_thread(self._output.find_missing, files))
+
+    async def _fetch_again(self, row: Row, entry: Entry) -> RowOutcome:
+        """Store images that were removed from the output once more; this costs nothing."""
+        assert entry.ended is not None  # noqa: S101 - a stored row has ended
+        try:
+            images, _ = await self._store(row, entry)
+        except FluxKontextError as error:
+            lost = FluxKontextError(
+                f"The image was stored at {entry.ended.at:%F %T %Z} and has been removed from the "
+                f"output. It cannot be fetched again: {error.message}",
+                task_id=entry.ended.task_id,
+                code=error.code,
+            )
+            return RowOutcome.of(row, entry.key, "failed", lost)
+        stored = entry.ended.model_copy(
+            update={"files": [self._output.relative(image.uri) for image in images]}
+        )
+        return await self._deliver(row, entry.key, stored)
 
     async def _handle_failure(self, row: Row, entry: Entry) -> Entry | RowOutcome:
         ended = entry.ended
@@ -381,6 +403,7 @@ def create_row_storer(
     deferral: Deferral,
     cadence: PollingCadence,
     *,
+    result_days: float,
     ai_mark: bool,
 ) -> Callable[[Row, Entry], Awaitable[tuple[list[StoredImage], Times]]]:
     """Create the function that waits for a row's accepted task and stores its images.
@@ -393,31 +416,45 @@ def create_row_storer(
         callbacks: Receives callbacks, which end a pause between polls.
         deferral: Limits how long rows wait for their results.
         cadence: When to poll for a task.
+        result_days: Days for which the service keeps a result.
         ai_mark: Whether images are marked as made by AI.
     """
     memory_slots = asyncio.Semaphore(_MAX_IMAGES_IN_MEMORY)
 
     async def store(row: Row, entry: Entry) -> tuple[list[StoredImage], Times]:
         task = entry.task
+        ended_at = task.submitted_at
         pictures.request_reference(row.request.image_urls)
-        async with deferral.limit_wait(row):
-            pauses = callbacks.pauses(entry, cadence)
-            result = await wait_until_ended(client, task, cadence, pauses)
-        callbacks.mark_ended(entry)
-        waited = max(0.0, (utc_now() - task.submitted_at).total_seconds())
         loop = asyncio.get_running_loop()
-        async with memory_slots:
-            began = loop.time()
-            images = await persist_result(
-                result,
-                output,
-                http,
-                name=row.name,
-                key=entry.key,
-                ai_mark=ai_mark,
-                on_decoded=pictures.create_thumbnail_callback(entry.key),
-            )
-            downloaded = loop.time() - began
+        try:
+            async with deferral.limit_wait(row):
+                pauses = callbacks.pauses(entry, cadence)
+                result = await wait_until_ended(client, task, cadence, pauses)
+            callbacks.mark_ended(entry)
+            # The service's time counts: this machine's clock may have been wrong at the submit.
+            ended_at = result.completed_at or ended_at
+            waited = max(0.0, (utc_now() - task.submitted_at).total_seconds())
+            async with memory_slots:
+                began = loop.time()
+                images = await persist_result(
+                    result,
+                    output,
+                    http,
+                    name=row.name,
+                    key=entry.key,
+                    ai_mark=ai_mark,
+                    on_decoded=pictures.create_thumbnail_callback(entry.key),
+                )
+                downloaded = loop.time() - began
+        except (DownloadError, RefusedError) as error:
+            if ended_at + timedelta(days=result_days) > utc_now():
+                raise
+            raise FluxKontextError(
+                f"The result has expired: it was paid for on {task.submitted_at:%F}, and the "
+                f"service keeps results for {result_days:g} days. {error}",
+                task_id=task.task_id,
+                code=_EXPIRED,
+            ) from None
         return images, Times(result.completed_at, result.generation_seconds, waited, downloaded)
 
     return store

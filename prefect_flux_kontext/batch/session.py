@@ -13,11 +13,13 @@ from prefect_flux_kontext.batch.collection import Deferral
 from prefect_flux_kontext.batch.index import StoredRows
 from prefect_flux_kontext.batch.outage import PostGate
 from prefect_flux_kontext.batch.row import RowRunner, create_row_storer
+from prefect_flux_kontext.batch.stopping import StopGate, stop_on_signals
 from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.session import open_callback_session
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.images.download import open_download_client
+from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.probe import probe_store
@@ -67,6 +69,7 @@ async def open_session(
     settings: FluxKontextSettings,
     callbacks: CallbackOptions | None = None,
     *,
+    account: str | None = None,
     is_whole: bool = True,
     flow_run_id: str | None = None,
 ) -> AsyncIterator[Session]:
@@ -81,12 +84,14 @@ async def open_session(
         options: The user's options for the rows.
         settings: The settings from the environment.
         callbacks: How callbacks are received; None polls only.
+        account: Label of the account; None for the one in the settings.
         is_whole: Whether the run has the whole batch, and so writes its reports at the end.
         flow_run_id: The Prefect flow run that the result lines name; None outside of one.
 
     Raises:
-        ConfigurationError: The store cannot hold a ledger; or there is a budget, and another run
-            is paying into the output; or callbacks cannot be received.
+        ConfigurationError: The store cannot hold a ledger; there is a budget, and another run is
+            paying into the output; the output's ledger belongs to another service or account; or
+            callbacks cannot be received.
         LedgerError: The ledger cannot be read or written; nothing was paid.
         NotConnectedError: No service answers at the base URL.
         UnauthorizedError: The service refused the key.
@@ -97,9 +102,14 @@ async def open_session(
     await remove_temporary_files(output.below(LEDGER_FOLDER), recursive=True)
     async with client, open_download_client(base_url=client.base_url) as http:
         await client.check()
-        async with keep_heartbeat(store) as owner:
+        await bind(store, client.base_url, account or settings.account)
+        has_budget = options.budget_usd is not None or options.share_usd is not None
+        async with keep_heartbeat(
+            store, beat_seconds=settings.heartbeat, has_budget=has_budget
+        ) as heartbeat:
+            owner = heartbeat.owner
             ledger = Ledger(store, owner, settings.prices())
-            budget = await open_budget(store, owner, options)
+            budget = await open_budget(store, heartbeat, options)
             report = Report(output, store, owner, http, settings, is_whole=is_whole)
             with await asyncio.to_thread(StoredRows) as stored:
                 await stored.read(store)
@@ -121,6 +131,7 @@ async def open_session(
                         options.references,
                         RatioMatcher(http if settings.match_references else None),
                         callback_session.prepare_request,
+                        StopGate(settings.stop_timeout),
                     )
                     deferral = Deferral(on=options.deferred)
                     store_row = create_row_storer(
@@ -131,17 +142,21 @@ async def open_session(
                         callback_session,
                         deferral,
                         options.cadence,
+                        result_days=options.result_days,
                         ai_mark=settings.ai_mark,
                     )
                     rows = RowRunner(
                         store_row, output, ledger, submitter, callback_session, deferral, options
                     )
-                    try:
-                        yield Session(output, ledger, submitter, rows, stored, report, flow_run_id)
-                    finally:
-                        submitter.stop(BatchStoppedError("The batch is over."))
-                        await asyncio.shield(submitter.drain())
-                        _warn_of_outstanding(submitter, output)
+                    with stop_on_signals(submitter.gate):
+                        try:
+                            yield Session(
+                                output, ledger, submitter, rows, stored, report, flow_run_id
+                            )
+                        finally:
+                            submitter.stop(BatchStoppedError("The batch is over."))
+                            await submitter.drain()
+                            _warn_of_outstanding(submitter, output)
 
 
 def _warn_of_outstanding(submitter: Submitter, output: OutputFolder) -> None:

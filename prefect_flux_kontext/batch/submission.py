@@ -47,6 +47,7 @@ class Submitter:
         references: Makes the rows' reference images available to the service.
         ratios: Chooses the ratio of requests with `match`.
         prepare: Returns the request to send for a claimed attempt, with its callback URL.
+        gate: Stops submitting.
 
     Attributes:
         gate: Stops submitting.
@@ -64,8 +65,9 @@ class Submitter:
         references: References | None = None,
         ratios: RatioMatcher | None = None,
         prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
+        gate: StopGate | None = None,
     ) -> None:
-        self.gate = StopGate()
+        self.gate = gate or StopGate()
         self.accepted = 0
         self.spent = 0.0
         self.outstanding: set[str] = set()
@@ -149,6 +151,7 @@ class Submitter:
                     attempt = await self._ledger.claim(row, entry)
                     try:
                         self.gate.check()  # recording the claim took a while
+                        self._budget.check_current()
                         request = self._prepare(request, attempt)
                     except FluxKontextError as error:
                         await self._record_rejection(attempt, error)

@@ -76,7 +76,7 @@ class Wave:
         """
         ledger, runner = self._session.ledger, self._session.rows
         keys = {row.key for row in self._rows if isinstance(row, Row)}
-        stored = await self._session.stored.find(keys)
+        stored = await self._session.stored.find(keys, self._session.output)
         keys.difference_update(stored)
         if not keys:
             return await self._report(await runner.run(self._rows, stored, self._release_row))

@@ -2,7 +2,7 @@
 
 The token proves that the caller got the URL from the submit, but the body is not signed. So a row
 takes a task only if the service confirms the task under our key, the task is not older than the
-intent, no other row has it, and it is the only such task.
+intent, no attempt on record has it, and it is the only such task.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import ApiError, NotFoundError
+from prefect_flux_kontext.ledger.waves import read_finished_rows, read_open_waves
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -55,7 +56,12 @@ async def recover_task(
     Raises:
         LedgerError: The task cannot be recorded.
     """
-    found = [task_id for task_id in named if await _is_task_of_row(client, entry, task_id, taken)]
+    recorded_ids = await _find_recorded(ledger, entry, set(named))
+    found = [
+        task_id
+        for task_id in named
+        if await _is_task_of_row(client, entry, task_id, recorded_ids, taken)
+    ]
     if len(found) > 1:
         logger.error(
             "Callbacks of row %s name %d tasks (%s), so the row stays unknown. Check in the "
@@ -82,10 +88,29 @@ async def recover_task(
     return recorded
 
 
+async def _find_recorded(ledger: Ledger, entry: Entry, named: set[str]) -> set[str]:
+    """Return those of the named tasks that some attempt on record has."""
+    if not named:
+        return set()
+    recorded = {
+        row.ended.task_id
+        async for row in read_finished_rows(ledger.store)
+        if row.ended.task_id in named
+    }
+    keys = {key async for wave in read_open_waves(ledger.store) for key in wave.keys}
+    for key in {entry.key, *keys}:
+        recorded |= named.intersection(await ledger.read_task_ids(key))
+    return recorded
+
+
 async def _is_task_of_row(
-    client: FluxKontextClient, entry: Entry, task_id: str, taken: Container[str]
+    client: FluxKontextClient,
+    entry: Entry,
+    task_id: str,
+    recorded: Container[str],
+    taken: Container[str],
 ) -> bool:
-    if task_id in taken or entry.intent is None:
+    if task_id in recorded or task_id in taken or entry.intent is None:
         logger.warning("A callback of row %s names task %s of another row.", entry.key, task_id)
         return False
     created_at = None

@@ -196,9 +196,5 @@ async def _open_session(
         concurrent_tasks=settings.concurrent_tasks,
     )
     await output.check_writable()
-    # asyncio already cancels on Ctrl-C; do the same on SIGTERM, which ends containers.
-    running = asyncio.current_task()
-    if running is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
     async with open_session(client, output, options, settings, callbacks) as session:
         yield session, settings.concurrent_tasks

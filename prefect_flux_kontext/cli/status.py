@@ -11,6 +11,7 @@ from prefect_flux_kontext.cli.arguments import add_output_argument
 if TYPE_CHECKING:
     import argparse
 
+    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 # More would scroll the counts off a terminal.
@@ -49,6 +50,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     resolve.set_defaults(func=lambda options: asyncio.run(_resolve(options)))
 
+    rebind = commands.add_parser(
+        "rebind",
+        help="Bind an output to the account of the environment",
+        description="Bind the output's ledger to the service FLUX_KONTEXT_BASE_URL and the "
+        "account FLUX_KONTEXT_ACCOUNT. Use it if the account got another name, or the service "
+        "another address: with a different account, rows paid before could not be collected.",
+    )
+    add_output_argument(rebind)
+    rebind.set_defaults(func=lambda options: asyncio.run(_rebind(options.output)))
+
+    repair = commands.add_parser(
+        "repair",
+        help="Rebuild a ledger's wave files from the records of its rows",
+        description="Read the records of all rows, write wave files from them, and remove the old "
+        "ones. Use it if a wave file is damaged or was removed. No run may use the output "
+        "meanwhile.",
+    )
+    add_output_argument(repair)
+    repair.set_defaults(func=lambda options: asyncio.run(_repair(options.output)))
+
     gallery = commands.add_parser(
         "gallery",
         help="Rebuild the gallery",
@@ -63,16 +84,19 @@ async def _status(output: OutputFolder) -> int:
     from prefect_flux_kontext.batch.collection import read_ledger_status
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
-    status = await read_ledger_status(open_ledger_store(output))
+    status = await read_ledger_status(open_ledger_store(output), output)
     if not status.states:
         print(f"No rows on record at {output}: no run has submitted anything there.")
     for state, rows in sorted(status.states.items()):
         print(f"{rows:>9,}  {state}")
     print(f"{f'${status.spent:,.2f}':>9}  spent")
-    several = len(status.unknown) != 1
     if status.doubtful:
-        unknown_rows = "unknown rows were" if several else "unknown row was"
-        print(f"{f'${status.doubtful:,.2f}':>9}  more, if the {unknown_rows} accepted")
+        print(f"{f'${status.doubtful:,.2f}':>9}  more may have been billed for unknown submits")
+    if status.missing:
+        print(
+            f"{status.missing:>9,}  stored {'row has' if status.missing == 1 else 'rows have'} no "
+            "image in the output any more. Run the manifest again to fetch what the service keeps."
+        )
     if status.outstanding:
         oldest = status.outstanding[0].task
         print(
@@ -80,28 +104,33 @@ async def _status(output: OutputFolder) -> int:
             f"{oldest.submitted_at:%F %T %Z}. To collect: flux-kontext collect {output}"
         )
     if status.unknown:
-        print(f"\nUnknown {'rows' if several else 'row'} (may or may not have been billed):")
-    for entry in status.unknown[:_UNKNOWN_ROWS_SHOWN]:
+        _print_unknown(status.unknown, output)
+    return 0
+
+
+def _print_unknown(entries: list[Entry], output: OutputFolder) -> None:
+    several = len(entries) > 1
+    print(f"\nUnknown {'rows' if several else 'row'} (may or may not have been billed):")
+    for entry in entries[:_UNKNOWN_ROWS_SHOWN]:
         if entry.intent is not None:
             print(f"  {entry.key}  {entry.intent.row_id}  {entry.intent.at:%F %T %Z}")
-    if len(status.unknown) > _UNKNOWN_ROWS_SHOWN:
-        print(f"  … and {len(status.unknown) - _UNKNOWN_ROWS_SHOWN} more")
-    if status.unknown:
-        print(
-            f"To settle {'one' if several else 'it'}: flux-kontext resolve {output} KEY "
-            "--accepted TASK_ID | --rejected"
-        )
-    return 0
+    if len(entries) > _UNKNOWN_ROWS_SHOWN:
+        print(f"  … and {len(entries) - _UNKNOWN_ROWS_SHOWN} more")
+    print(
+        f"To settle {'one' if several else 'it'}: flux-kontext resolve {output} KEY "
+        "--accepted TASK_ID | --rejected"
+    )
 
 
 async def _resolve(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.errors import FluxKontextError
-    from prefect_flux_kontext.ledger.heartbeat import is_alive
-    from prefect_flux_kontext.ledger.ledger import Ledger
+    from prefect_flux_kontext.ledger.head import check_format
+    from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
     from prefect_flux_kontext.ledger.records import State
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
     store = open_ledger_store(options.output)
+    await check_format(store)
     ledger = Ledger(store, owner="person", prices={})
     entry = await ledger.read(options.key)
     if entry.state is not State.INTENT or entry.intent is None:
@@ -110,8 +139,11 @@ async def _resolve(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    if await is_alive(store, entry.intent.owner):
-        print(f"Row {options.key} is being submitted right now.", file=sys.stderr)
+    if await is_submitting(store, entry.intent):
+        print(
+            f"Row {options.key} is being submitted right now. Try again in three minutes.",
+            file=sys.stderr,
+        )
         return 1
     if options.accepted is not None:
         entry = await ledger.record_accepted(entry, options.accepted)
@@ -130,6 +162,29 @@ async def _resolve(options: argparse.Namespace) -> int:
     return 0
 
 
+async def _rebind(output: OutputFolder) -> int:
+    from prefect_flux_kontext.ledger.head import rebind
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+    from prefect_flux_kontext.settings import FluxKontextSettings
+
+    settings = FluxKontextSettings()
+    head = await rebind(open_ledger_store(output), settings.base_url, settings.account)
+    print(f"{output} belongs to {head} now.")
+    return 0
+
+
+async def _repair(output: OutputFolder) -> int:
+    from prefect_flux_kontext.batch.repair import rebuild_waves
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+
+    repair = await rebuild_waves(open_ledger_store(output))
+    print(
+        f"Read the records of {repair.rows:,} rows: {repair.finished:,} are stored or failed, "
+        f"{repair.unfinished:,} are not. Replaced {repair.removed:,} wave files."
+    )
+    return 0
+
+
 async def _gallery(output: OutputFolder) -> int:
     from prefect_flux_kontext.errors import ConfigurationError
     from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
@@ -145,9 +200,14 @@ async def _gallery(output: OutputFolder) -> int:
         raise ConfigurationError(
             "FLUX_KONTEXT_GALLERY_IMAGES is 0, so no gallery is built. Set it to 1 or more."
         )
-    async with keep_heartbeat(store) as run:
+    async with keep_heartbeat(store) as heartbeat:
         rows = await update_report(
-            output, store, run, ThumbnailStore(output), max_rows=most, max_new_thumbnails=most
+            output,
+            store,
+            heartbeat.owner,
+            ThumbnailStore(output),
+            max_rows=most,
+            max_new_thumbnails=most,
         )
     if not rows:
         raise ConfigurationError(

@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import httpx
@@ -69,6 +69,9 @@ _OWN_PATHS = ("", "/api/v1", _SUBMIT_PATH, _STATUS_PATH, _BALANCE_PATH)
 # Errors after which the service cannot have received the request. A ProxyError means that the
 # proxy refused to open the tunnel.
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+
+# How long the start waits for a service that gives no usable reply.
+_START_PATIENCE_SECONDS = 60.0
 
 # With the backoff between them, eight attempts take about a minute.
 _CONNECT_ATTEMPTS = 8
@@ -152,7 +155,6 @@ class FluxKontextClient:
                 without a `matched_ratio` is sent as 16:9.
 
         Raises:
-            ConfigurationError: The request has several reference images; the service takes one.
             RefusedError: The service refused the request (4xx). It was not accepted and not
                 billed.
             NotConnectedError: No connection could be made. The request was not accepted.
@@ -162,11 +164,6 @@ class FluxKontextClient:
             UnreadableReplyError: The reply does not follow the contract. The request may be
                 accepted and billed.
         """
-        if len(request.image_urls) > 1:
-            raise ConfigurationError(
-                f"The request has {len(request.image_urls)} reference images, and the service "
-                "takes one. Nothing was sent."
-            )
         attempts = self.submit_attempts()
         while not attempts.is_over:
             async with await attempts.next_slot() as slot:
@@ -198,7 +195,9 @@ class FluxKontextClient:
         return await self._request_until_allowed(read_balance, _BALANCE_PATH)
 
     async def check(self) -> float | None:
-        """Check that the service is reachable and accepts the key, before anything is paid.
+        """Check that the service answers and accepts the key, before anything is paid.
+
+        A service that gives no usable reply (5xx, a redirect, HTML) is asked again for a minute.
 
         Returns:
             The balance in US dollars, or None if the service does not report it.
@@ -206,11 +205,35 @@ class FluxKontextClient:
         Raises:
             NotConnectedError: The service at the base URL cannot be reached.
             UnauthorizedError: The key is missing or invalid.
+            ServiceTroubleError: The service answered 5xx for a minute.
+            UnreadableReplyError: The replies of a minute were not in the service's format.
+            ReplyLostError: No complete reply arrived for a minute.
         """
+        trouble: ApiError | None = None
         try:
-            return await self.balance()
-        except (NotConnectedError, UnauthorizedError):
-            raise
+            async with asyncio.timeout(_START_PATIENCE_SECONDS):
+                for attempt in itertools.count(1):
+                    try:
+                        data = await self._ask_balance()
+                        break
+                    except (NotConnectedError, UnauthorizedError):
+                        raise
+                    except RefusedError as error:
+                        logger.debug("Balance unavailable: %s", error)
+                        return None
+                    except ApiError as error:
+                        trouble = error
+                    await asyncio.sleep(jittered_backoff(attempt))
+        except TimeoutError:
+            if trouble is None:  # it answered 429, or is slow: no reason not to start
+                return None
+            raise type(trouble)(
+                f"{self.base_url} gave no usable reply for {_START_PATIENCE_SECONDS:g} seconds, "
+                f"so nothing was submitted. {trouble.message} Check FLUX_KONTEXT_BASE_URL.",
+                code=trouble.code,
+            ) from None
+        try:
+            return read_balance(data, secret=self._key)
         except ApiError as error:
             logger.debug("Balance unavailable: %s", error)
             return None
@@ -218,12 +241,16 @@ class FluxKontextClient:
     async def is_answering(self) -> bool:
         """Return whether the service gives usable replies. Costs nothing."""
         try:
-            await self._request_until_allowed(lambda data, **_: data, _BALANCE_PATH)
+            await self._ask_balance()
         except RefusedError:
             return True  # it answers, for example that it tells no balance
         except ApiError:
             return False
         return True
+
+    async def _ask_balance(self) -> Any:
+        """Return the data of a balance reply, whatever it is."""
+        return await self._request_until_allowed(lambda data, **_: data, _BALANCE_PATH)
 
     async def _request_until_allowed(
         self, read: Callable[..., _Result], path: str, *, task_id: str | None = None

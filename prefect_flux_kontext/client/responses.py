@@ -216,6 +216,8 @@ def read_balance(data: Any, *, secret: str = "") -> float:
     names = ("balance", "currentBalance", "current_balance", "amount")
     values = [data.get(name) for name in names] if isinstance(data, dict) else [data]
     for value in values:
+        if isinstance(value, bool):
+            continue
         try:
             dollars = float(value)  # type: ignore[arg-type] # float() rejects other types
         except (TypeError, ValueError, OverflowError):

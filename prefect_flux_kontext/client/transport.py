@@ -11,7 +11,7 @@ import functools
 import urllib.request
 import zlib
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import aiohttp
 import httpx
@@ -40,6 +40,10 @@ __all__ = [
 API_TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=60)
 _REQUEST_TIMEOUT_SECONDS = 120.0
 
+# A timer that fires later than this belongs to a process that was frozen. Replies may be waiting
+# in its sockets, and this long is enough to read them.
+_LATE_SECONDS = 1.0
+
 # At full speed, 33 submits and about 130 polls a second are in flight for 0.1 to 0.5 s each.
 _MAX_CONNECTIONS = 128
 
@@ -53,6 +57,9 @@ _MAX_HEADERS = 1_000
 
 _MAX_REPLY_BYTES = 4 * 2**20
 _CLIENT_ERRORS = range(400, 500)
+
+# A server that sends data before any request is no HTTP server. Nothing was sent to it.
+_MAX_STALE_CONNECTIONS = 10
 
 # The event loop reads what a connection has received within two iterations.
 _LOOP_ITERATIONS_UNTIL_READ = 2
@@ -91,12 +98,17 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             httpx.InvalidURL: The URL is invalid. Nothing was sent.
         """
         with _translate_errors(request):
-            while True:
+            for _ in range(_MAX_STALE_CONNECTIONS):
                 try:
                     response = await self._send(request)
                     break
                 except _StaleResponseError:
                     continue
+            else:
+                raise httpx.ConnectError(
+                    f"{_MAX_STALE_CONNECTIONS} connections in a row sent data before the request",
+                    request=request,
+                )
         return httpx.Response(
             response.status,
             headers=response.raw_headers,
@@ -180,6 +192,7 @@ class Connections:
         self.timeout = timeout
         self._transport = transport
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._headers = {"User-Agent": "prefect-flux-kontext", **headers}
 
     async def __aenter__(self) -> Self:
@@ -189,9 +202,19 @@ class Connections:
         await self.aclose()
 
     def check_open(self) -> None:
-        """Raise RuntimeError if the connections are closed: nothing would close a new one."""
+        """Raise RuntimeError if the connections are closed, or belong to another event loop.
+
+        On another loop a request could be sent, but its reply could not be read.
+        """
         if self._closed:
             raise RuntimeError("The client is closed.")
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            raise RuntimeError(
+                "The client belongs to another event loop. Nothing was sent. Create a new client "
+                "in each asyncio.run()."
+            )
 
     async def aclose(self) -> None:
         """Close all connections. Later requests fail."""
@@ -249,10 +272,11 @@ def find_proxy(url: httpx.URL) -> str | None:
 def create_proxy_transport(proxy: str) -> httpx.AsyncHTTPTransport:
     """Create a transport that sends all requests through a proxy.
 
-    It is httpx's own, which supports every kind of proxy.
+    It is httpx's own, which supports every kind of proxy, but raises `httpx.ConnectError` for
+    every failure before the tunnel is open: the proxy has not passed on anything then.
     """
     limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, keepalive_expiry=_KEEPALIVE_SECONDS)
-    return httpx.AsyncHTTPTransport(proxy=proxy, verify=create_tls_context(), limits=limits)
+    return _ProxyTransport(proxy=proxy, verify=create_tls_context(), limits=limits)
 
 
 def stream_response(response: httpx.Response) -> httpx.AsyncByteStream:
@@ -274,7 +298,7 @@ async def send_request(
     """
     body = bytearray()
     async with (
-        asyncio.timeout(_REQUEST_TIMEOUT_SECONDS),
+        _limit_request(),
         connections.stream(method, url, json=json) as response,
     ):
         try:
@@ -287,6 +311,46 @@ async def send_request(
             if response.status_code not in _CLIENT_ERRORS:
                 raise
     return response.status_code, response.headers, _decompress(bytes(body), response.headers)
+
+
+class _ProxyTransport(httpx.AsyncHTTPTransport):
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        was_sent = False
+
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            nonlocal was_sent
+            if event.endswith("send_request_headers.started"):
+                was_sent |= info["request"].method != b"CONNECT"
+
+        request.extensions = {**request.extensions, "trace": trace}
+        try:
+            return await super().handle_async_request(request)
+        except httpx.TransportError as error:
+            if was_sent:
+                raise
+            raise httpx.ConnectError(str(error), request=request) from None
+
+
+@asynccontextmanager
+async def _limit_request() -> AsyncIterator[None]:
+    """Limit a request to 120 s, and read once more what arrived while the process was frozen.
+
+    Raises:
+        TimeoutError: The request took longer.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _REQUEST_TIMEOUT_SECONDS
+    async with asyncio.timeout(None) as timeout:
+
+        def expire() -> None:
+            is_late = loop.time() > deadline + _LATE_SECONDS
+            timeout.reschedule(loop.time() + (_LATE_SECONDS if is_late else 0.0))
+
+        timer = loop.call_at(deadline, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _StaleResponseError(Exception):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def list_image_names(name: str, number: int, extension: str, key: str | None) -> list[str]:
+def list_image_names(name: str, number: int, extension: str, key: str) -> list[str]:
     """Return the file names that a result's image may have, the preferred one first.
 
     The preferred name is `cat.jpg`. If another row's image has it, `cat~1a2b3c4d.jpg` is used,
@@ -39,11 +39,10 @@ def list_image_names(name: str, number: int, extension: str, key: str | None) ->
         name: The row's name below the output, already safe.
         number: The number of the image in its result, from 1.
         extension: The extension with its dot.
-        key: The row key; None to allow the preferred name only.
+        key: The row key.
     """
     suffix = "" if number == 1 else f"~{number}"
-    fallback = [] if key is None else [f"{name}~{key[:8]}{suffix}{extension}"]
-    return [f"{name}{suffix}{extension}", *fallback]
+    return [f"{name}{suffix}{extension}", f"{name}~{key[:8]}{suffix}{extension}"]
 
 
 async def persist_result(
@@ -67,8 +66,8 @@ async def persist_result(
         http: Connections from `open_download_client`.
         name: The name below the output, already safe, without extension; the second image gets the
             suffix `~2`, and so on.
-        key: The row key, so that no other row's image is overwritten; None overwrites a file of
-            that name.
+        key: The row key, which goes into the name if another image has it already. None: a hash of
+            the task id.
         ai_mark: Whether to label the image as made by AI; see `ai_metadata`.
         on_decoded: Called with the first decoded image, in a thread; it must not raise.
 
@@ -81,6 +80,7 @@ async def persist_result(
         InvalidImageError: A URL does not serve a whole image.
         StorageError: The file cannot be written.
     """
+    key = key or hashlib.sha256(result.task_id.encode()).hexdigest()
     requested = result.request.output_format if result.request else None
     source = _source_type(result) if ai_mark else None
     stored = []
@@ -126,6 +126,9 @@ async def place_stored_images(
     uris = []
     for number, file in enumerate(files, start=1):
         names = list_image_names(name, number, splitext(file)[1], key)
+        if "://" in file:  # stored outside of the output
+            uris.append(file)
+            continue
         if file in names:
             uris.append(output.uri(file))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import MOVES, Ended, Entry, Intent, Posted, State, Times
+from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.references.identity import url_identity
 from prefect_flux_kontext.settings import find_price
 
@@ -28,6 +30,16 @@ _OUTCOME_WAIT_SECONDS = 180.0
 """How long to wait for a living owner to record an outcome. A POST takes less than 120 s, and
 recording its outcome a little longer. Without a limit, two runs that each lost a reply would
 wait for each other forever."""
+
+
+async def is_submitting(store: RecordStore, intent: Intent) -> bool:
+    """Whether a living run may still record the outcome of an attempt.
+
+    Raises:
+        LedgerError: The ledger cannot be read.
+    """
+    age = (utc_now() - intent.at).total_seconds()
+    return age < _OUTCOME_WAIT_SECONDS and await is_alive(store, intent.owner)
 
 
 class RowAlreadyClaimedError(Exception):
@@ -73,6 +85,21 @@ class Ledger:
             )
             if State.INTENT not in MOVES[entry.state]:
                 return entry
+
+    async def read_task_ids(self, key: str) -> list[str]:
+        """Return the tasks of all attempts of a row.
+
+        Raises:
+            LedgerError: A record cannot be read or is damaged.
+        """
+        task_ids = []
+        for number in itertools.count(1):
+            posted = await self._read(Posted, _record_name(key, number, "posted"))
+            if posted is None:
+                break
+            if posted.task_id is not None:
+                task_ids.append(posted.task_id)
+        return task_ids
 
     async def wait_until_settled(self, entry: Entry) -> tuple[Entry, bool]:
         """Wait while another run is paying for the row.

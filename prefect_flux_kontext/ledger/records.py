@@ -162,9 +162,10 @@ class Entry(BaseModel):
 
     @property
     def doubtful(self) -> float:
-        """Dollars for all attempts that were given up although they may have been accepted."""
+        """Dollars for all attempts that may have been accepted: unknown, or given up as such."""
         given_up = self.posted is not None and self.posted.reason == GIVEN_UP
-        return self.doubtful_before + (self.intent.price if given_up and self.intent else 0.0)
+        in_doubt = given_up or self.state is State.INTENT
+        return self.doubtful_before + (self.intent.price if in_doubt and self.intent else 0.0)
 
     @property
     def failures(self) -> int:

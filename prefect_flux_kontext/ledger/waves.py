@@ -2,7 +2,8 @@
 
 While a wave runs, `waves/<run>-<number>.open.json` names its rows. When it ends, the wave file
 `waves/<run>-<number>.jsonl` gets one line for each row that is stored or failed. The open wave is
-then removed, or keeps naming the rows that are still outstanding or unknown.
+then removed, or keeps naming the rows that are still outstanding or unknown, or that were rejected
+after an attempt that cost something.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ async def open_wave(store: RecordStore, wave: OpenWave) -> None:
 
 
 async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry]) -> None:
-    """Write the wave file, and keep the wave open for rows that are outstanding or unknown.
+    """Write the wave file, and keep the wave open for rows that do not belong in it.
 
     Call this only once for a wave: a second wave file of that name would replace the first.
 
@@ -77,9 +78,8 @@ async def close_wave(store: RecordStore, wave: OpenWave, entries: Iterable[Entry
     """
     known = {entry.key: entry for entry in entries}
     finished = [row for entry in known.values() if (row := _to_finished_row(entry)) is not None]
-    unfinished = [
-        key for key in wave.keys if key not in known or known[key].state in OUTSTANDING_STATES
-    ]
+    unfinished = [key for key in wave.keys if key not in known or _stays_open(known[key])]
+    unfinished += [key for key in known if key not in wave.keys and _stays_open(known[key])]
     if finished:
         lines = "".join(f"{row.model_dump_json(exclude_none=True)}\n" for row in finished)
         await store.replace(f"waves/{wave.name}.jsonl", lines.encode())
@@ -116,8 +116,8 @@ async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
                 yield FinishedRow.model_validate_json(line)
         except ValidationError:
             raise LedgerError(
-                f"The ledger's wave file {store}/waves/{name} is damaged. Remove it: its rows are "
-                "then read from their own records."
+                f"The ledger's wave file {store}/waves/{name} is damaged. "
+                "Rebuild it: flux-kontext repair OUTPUT"
             ) from None
 
 
@@ -132,9 +132,20 @@ async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
         try:
             wave = OpenWave.model_validate_json(data)
         except ValidationError:
-            raise LedgerError(f"The ledger record {store}/waves/{name} is damaged.") from None
+            raise LedgerError(
+                f"The ledger's open wave {store}/waves/{name} is damaged. "
+                "Rebuild it: flux-kontext repair OUTPUT"
+            ) from None
         if wave.keys:
             yield wave
+
+
+def _stays_open(entry: Entry) -> bool:
+    # A rejected row has no line in a wave file. If earlier attempts cost something, an open wave
+    # has to name it, so that this is counted.
+    return entry.state in OUTSTANDING_STATES or (
+        entry.ended is None and bool(entry.spent or entry.doubtful)
+    )
 
 
 def _to_finished_row(entry: Entry) -> FinishedRow | None:

@@ -166,7 +166,7 @@ def make_row(
     if style is not None or is_template(values.get("prompt", "")):
         problems += _apply_style(values, style, cells)
     if images:
-        values["image_urls"] = located
+        values["image_urls"] = located[:1]  # that there are several is a problem already
     name, style_name = "", None if style is None else style.name
     try:
         request = GenerationRequest(**values)

@@ -125,7 +125,13 @@ async def open_batch(
     with forward_core_logs():
         async with (
             open_session(
-                client, output, options, settings, callbacks, flow_run_id=_get_flow_run_id()
+                client,
+                output,
+                options,
+                settings,
+                callbacks,
+                account=account.account,
+                flow_run_id=_get_flow_run_id(),
             ) as session,
             _report_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
@@ -167,7 +173,7 @@ async def _report_batch(
         outcome = "stored" if batch.complete else "incomplete"
     finally:
         # A submit that is under way may still be accepted and billed.
-        await asyncio.shield(session.submitter.drain())
+        await session.submitter.drain()
         batch.spent = spent()
         batch.seconds = asyncio.get_running_loop().time() - started_at + before.seconds
         event = events.BATCH_FINISHED

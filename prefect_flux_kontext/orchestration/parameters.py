@@ -100,6 +100,29 @@ async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:
     return OutputFolder(output, options)
 
 
+def refer_to_output(value: Any, output: OutputFolder) -> str:
+    """Return text by which another task can open the same folder; it contains no options.
+
+    Args:
+        value: The parameter that names the folder.
+        output: The folder.
+
+    Raises:
+        ConfigurationError: It is a Block that is not saved.
+    """
+    if isinstance(value, str) and value.startswith(_BLOCK_PREFIX):
+        return value
+    if isinstance(value, Block):
+        name = value._block_document_name  # noqa: SLF001 - Prefect has no public name for it
+        if name is None:
+            raise ConfigurationError(
+                f"The Block {type(value).__name__} is not saved, so other tasks could not open "
+                "it. Save it first."
+            )
+        return f"{_BLOCK_PREFIX}{value.get_block_type_slug()}/{name}"
+    return str(output)
+
+
 def _may_be_reference(text: str) -> bool:
     return text.partition("/")[0] in _OUTPUT_BLOCK_TYPES and not Path(text).exists()
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from prefect_flux_kontext.client.transport import stream_response
-from prefect_flux_kontext.images.download import follow_redirects
+from prefect_flux_kontext.images.download import follow_redirects, open_download_client
 from prefect_flux_kontext.images.headers import read_displayed_size
 from prefect_flux_kontext.references.location import non_public_references, open_filesystem
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from prefect_flux_kontext.client.transport import Connections
     from prefect_flux_kontext.models import AspectRatio, GenerationRequest
 
@@ -111,6 +114,18 @@ class RatioMatcher:
                 match = _unknown(type(error).__name__)
             host.record(is_success=match.note is None)
             return match
+
+
+@asynccontextmanager
+async def open_ratio_matcher(base_url: str, *, reads_web: bool) -> AsyncIterator[RatioMatcher]:
+    """Open a matcher with connections of its own.
+
+    Args:
+        base_url: The configured service; see `open_download_client`.
+        reads_web: Whether to read references on the web.
+    """
+    async with open_download_client(base_url=base_url) as http:
+        yield RatioMatcher(http if reads_web else None)
 
 
 class _Host:

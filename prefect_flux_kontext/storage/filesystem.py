@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import fsspec
 import fsspec.config
+from fsspec.implementations.local import LocalFileSystem
 
 from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
@@ -18,7 +19,7 @@ from prefect_flux_kontext.storage.atomic import copy_into_place, create_file, re
 from prefect_flux_kontext.storage.errors import describe_error, is_transient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
 T = TypeVar("T")
@@ -100,6 +101,11 @@ class OutputFolder:
     def __str__(self) -> str:
         return str(self.fs.unstrip_protocol(self.root))
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder is on a disk of this machine."""
+        return isinstance(self.fs, LocalFileSystem)
+
     def below(self, name: str) -> Self:
         """Return a subfolder, on the same filesystem."""
         folder = copy.copy(self)
@@ -155,6 +161,17 @@ class OutputFolder:
             )
         except FileNotFoundError:
             return None
+
+    def find_missing(self, names: Iterable[str]) -> list[str]:
+        """Return those of the files that do not exist. Looks on local disks only; blocking.
+
+        Files outside of the folder, named by their URIs, are not looked for.
+        """
+        if not self.is_local:
+            return []
+        return [
+            name for name in names if "://" not in name and not os.path.lexists(self._path(name))
+        ]
 
     async def put(self, name: str, source: Path) -> str:
         """Copy a local file here, replace an older one of that name, and return its URI.

@@ -5,13 +5,20 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.batch.budget import Budget, open_budget
+from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.index import LedgerIndex
 from prefect_flux_kontext.batch.policy import RowOptions
-from prefect_flux_kontext.errors import BudgetReachedError, ConfigurationError, FluxKontextError
-from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
+from prefect_flux_kontext.errors import (
+    BatchStoppedError,
+    BudgetReachedError,
+    ConfigurationError,
+    FluxKontextError,
+)
+from prefect_flux_kontext.ledger.heartbeat import Heartbeat, keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import GIVEN_UP
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
+from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import make_row
 from prefect_flux_kontext.sandbox.server import running_sandbox
@@ -78,7 +85,7 @@ async def test_budget_counts_unknown_rows(tmp_path):
     await ledger.record_rejected(entries[1], FluxKontextError("no", code=400))
     keys = [entry.key for entry in entries]
     await open_wave(store, OpenWave(name="gone-1", owner="gone", keys=keys))
-    budget = await open_budget(store, "me", RowOptions(cadence=QUICK, budget_usd=0.10))
+    budget = await open_budget(store, Heartbeat("me"), RowOptions(cadence=QUICK, budget_usd=0.10))
     await budget.reserve(0.03)
     with pytest.raises(BudgetReachedError, match=r"\$0\.01 is left"):
         await asyncio.gather(budget.settle(0.03, refunded=False), budget.reserve(0.03))
@@ -126,3 +133,68 @@ async def test_no_budget_means_no_cap():
     budget = Budget(None)
     await budget.reserve(1e9)
     await budget.settle(1e9, refunded=False)
+
+
+PAID_FAILURE = ["accepted", "failed"]
+GIVEN_UP_SUBMIT = ["given up"]
+
+
+@pytest.mark.parametrize(
+    ("history", "spent", "doubtful"),
+    [
+        ([["accepted"]], 0.03, 0.0),
+        ([["unknown"]], 0.0, 0.03),
+        ([["rejected"]], 0.0, 0.0),
+        ([PAID_FAILURE, ["rejected"]], 0.03, 0.0),
+        ([PAID_FAILURE, ["unknown"]], 0.03, 0.03),
+        ([PAID_FAILURE, PAID_FAILURE, ["rejected"], ["rejected"]], 0.06, 0.0),
+        ([GIVEN_UP_SUBMIT, ["rejected"]], 0.0, 0.03),
+        ([GIVEN_UP_SUBMIT, ["accepted", "stored"]], 0.03, 0.03),
+        ([GIVEN_UP_SUBMIT, PAID_FAILURE, ["rejected"]], 0.03, 0.03),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("closed_after", ["each attempt", "the last attempt", "never"])
+async def test_money_of_every_attempt_is_counted(tmp_path, history, spent, doubtful, closed_after):
+    """Status, plan and budget agree, wherever the row's records end up."""
+    store = RecordStore(str(tmp_path))
+    ledger = Ledger(store, "gone", PRICES)
+    row = make_row(1, {"prompt": "x"})
+    for number, steps in enumerate(history, start=1):
+        wave = OpenWave(name=f"gone-{number}", owner="gone", keys=[row.key])
+        await open_wave(store, wave)
+        entry = await ledger.claim(row, await ledger.read(row.key))
+        for step in steps:
+            entry = await take_step(ledger, entry, step)
+        if closed_after == "each attempt" or (
+            closed_after == "the last attempt" and number == len(history)
+        ):
+            await close_wave(store, wave, [entry])
+    status = await read_ledger_status(store)
+    assert (status.spent, status.doubtful) == pytest.approx((spent, doubtful))
+    with LedgerIndex() as index:
+        await index.read(store, RowOptions(cadence=QUICK))
+        assert index.sum_dollars() == pytest.approx(spent + doubtful)
+
+
+async def take_step(ledger, entry, step):
+    match step:
+        case "accepted":
+            return await ledger.record_accepted(entry, f"task_{entry.attempt}")
+        case "rejected":
+            return await ledger.record_rejected(entry, FluxKontextError("no", code=403))
+        case "given up":
+            return await ledger.record_rejected(entry, FluxKontextError("no", code=GIVEN_UP))
+        case "failed":
+            return await ledger.record_failed(entry, FluxKontextError("no", code="FAILED"))
+        case "stored":
+            return await ledger.record_stored(entry, ["x.jpg"], [])
+    return entry
+
+
+async def test_frozen_run_may_not_spend_from_its_budget():
+    heartbeat = Heartbeat("me", beat_seconds=0.0)
+    with pytest.raises(BatchStoppedError, match="frozen"):
+        Budget(1.0, heartbeat=heartbeat).check_current()
+    Budget(1.0, heartbeat=Heartbeat("me")).check_current()
+    Budget(None, heartbeat=heartbeat).check_current()

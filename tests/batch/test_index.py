@@ -7,6 +7,7 @@ from prefect_flux_kontext.ledger.records import Ended
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import FinishedRow
 from prefect_flux_kontext.models import StoredImage
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 pytestmark = pytest.mark.anyio
 
@@ -32,10 +33,11 @@ async def test_stored_rows_finds_only_stored_records():
     lines = "".join(f"{row.model_dump_json()}\n" for row in rows)
     await store.replace("waves/one.jsonl", lines.encode())
     with StoredRows() as stored:
-        assert await stored.find([rows[0].key]) == {}
+        output = OutputFolder("memory://stored-rows")
+        assert await stored.find([rows[0].key], output) == {}
         await stored.read(store)
         wanted = [row.key for row in rows[:20]] + [rows[-1].key, "f" * 32]
-        found = await stored.find(wanted)
+        found = await stored.find(wanted, output)
     assert found == {row.key: row for row in [*rows[:20], rows[-1]] if row.ended.state == "stored"}
 
 

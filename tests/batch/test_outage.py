@@ -33,8 +33,8 @@ class Service:
 
 
 async def post(gate, outcome):
-    async with gate.place() as place:
-        place.outcome = outcome
+    await gate.acquire()
+    await gate.release(outcome)
 
 
 async def test_unknown_outcomes_keep_their_places_while_the_service_is_down():
@@ -88,11 +88,11 @@ async def test_service_that_answers_probes_only_stops_the_batch():
 
 async def test_cancelled_waiter_leaves_its_place_to_the_next():
     gate = PostGate(1, Service(answers=True).probe, patience_seconds=600)
-    async with gate.place() as place:
-        waiting = [asyncio.create_task(post(gate, ACCEPTED)) for _ in range(3)]
-        await asyncio.sleep(0)
-        waiting[0].cancel()
-        place.outcome = ACCEPTED
+    await gate.acquire()
+    waiting = [asyncio.create_task(post(gate, ACCEPTED)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await gate.release(ACCEPTED)
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert results[1:] == [None, None]
@@ -126,3 +126,15 @@ def test_service_whose_submits_all_fail_leaves_few_rows_unknown():
     error, _ = simulate(main, 1)
     assert isinstance(error, BatchStoppedError)
     assert "in a row" in error.message
+
+
+def test_batch_stops_paying_when_nothing_can_be_stored():
+    async def main(env):
+        env.hook = lambda kind, *_: "download_trouble" if kind == "download" else None
+        error = await in_process(env, None, manifest([(f"r{n}", str(n)) for n in range(600)]))
+        return error, env.posts
+
+    error, posts = simulate(main, 1)
+    assert isinstance(error, BatchStoppedError)
+    assert "nine of ten" in error.message
+    assert posts < 200

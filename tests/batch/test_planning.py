@@ -118,9 +118,9 @@ def test_plan_reads_rows_of_unfinished_waves(tmp_path):
     prompts = ("dead", "living", "accepted", "rejected", "new")
 
     async def records():
-        async with keep_heartbeat(store) as owner:
+        async with keep_heartbeat(store) as heartbeat:
             ledgers = {
-                name: Ledger(store, owner if name == "living" else "gone", PRICES)
+                name: Ledger(store, heartbeat.owner if name == "living" else "gone", PRICES)
                 for name in prompts
             }
             keys = []

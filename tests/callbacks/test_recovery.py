@@ -136,6 +136,21 @@ async def test_task_of_another_row_is_not_taken(monkeypatch, caplog):
     assert len(set(named)) == len(named) == ROWS - 5
 
 
+async def test_task_of_an_earlier_run_is_not_taken(monkeypatch, caplog):
+    """The record of a stored row, not this run's memory, says that the task is taken."""
+    batch = CalledBatch(monkeypatch)
+    await batch.run(1)
+    [stored] = [record["taskId"] for record in batch.service.records()]
+
+    async def as_stored(post, url, envelope):
+        await post(url, {**envelope, "data": {**envelope["data"], "taskId": stored}})
+
+    batch.deliver_callback, batch.lose = as_stored, lambda _number: True
+    summary = await batch.run(2)
+    assert (summary.stored, summary.unknown) == (1, 1)
+    assert f"task {stored} of another row" in caplog.text
+
+
 async def test_task_unknown_to_the_service_is_not_taken(monkeypatch, caplog):
     async def made_up(post, url, envelope):
         await post(url, {**envelope, "data": {"taskId": "task_made_up", "state": "success"}})

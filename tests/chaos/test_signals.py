@@ -55,6 +55,37 @@ def test_signal_bills_only_posts_in_flight(service, tmp_path, number, status, ac
     assert assert_no_problems(batch).stored == 50
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_repeated_signal_does_not_discard_replies(service, tmp_path, number):
+    service.active_faults.change(FaultPlan(faults=["submit:slow"], slow=1.0))
+    batch = Batch(service, tmp_path)
+    batch.write(lines(50))
+    running = batch.start_run()
+    batch.until(lambda: service.active_faults.numbers["submit"] >= 8, running)
+    for _ in range(3):
+        running.send(number)
+        running.lives_for(0.1)
+    ended = running.end()
+    assert ended.status == 128 + number, ended
+    assert batch.accepted >= 8
+    found = batch.check(killed=False, complete=False)
+    assert not found.problems, found
+    assert found.unknown == 0
+
+
+def test_stopped_run_waits_for_a_limited_time(service, tmp_path):
+    service.active_faults.change(FaultPlan(faults=["submit:slow"], slow=20.0))
+    batch = Batch(service, tmp_path, FLUX_KONTEXT_STOP_TIMEOUT="0.2")
+    batch.write(lines(50))
+    running = batch.start_run()
+    batch.until(lambda: service.active_faults.numbers["submit"] >= 8, running)
+    running.send(signal.SIGTERM)
+    assert not running.lives_for(15)
+    ended = running.end()
+    assert ended.status == 143, ended
+    assert "8 submits had no reply within 0.2 seconds" in ended.said
+
+
 def test_resumed_process_pays_nothing_after_another_run(service, tmp_path):
     batch = Batch(service, tmp_path)
     batch.write(lines(20))

@@ -68,7 +68,7 @@ def test_status_of_unknown_rows_is_grammatical(unknown, capsys):
     asyncio.run(open_wave(ledger.store, OpenWave(name="gone-1", owner="gone", keys=[key])))
     assert main(["status", output]) == 0
     one = capsys.readouterr().out
-    assert "$0.03  more, if the unknown row was accepted" in one
+    assert "$0.03  more may have been billed for unknown submits" in one
     assert "\nUnknown row (may or may not have been billed):\n" in one
     assert "To settle it: flux-kontext resolve" in one
     other = make_row(3, {"id": "cup", "prompt": "in oil, too"})
@@ -77,7 +77,7 @@ def test_status_of_unknown_rows_is_grammatical(unknown, capsys):
     asyncio.run(open_wave(ledger.store, wave))
     assert main(["status", output]) == 0
     two = capsys.readouterr().out
-    assert "$0.06  more, if the unknown rows were accepted" in two
+    assert "$0.06  more may have been billed for unknown submits" in two
     assert "\nUnknown rows (may or may not have been billed):\n" in two
     assert "To settle one: flux-kontext resolve" in two
 

@@ -1,23 +1,15 @@
 """The requests that are sent: submit, balance and the check of an account."""
 
-import socket
+import asyncio
 
 import pytest
 
-from prefect_flux_kontext.errors import (
-    ConfigurationError,
-    NotConnectedError,
-    RefusedError,
-)
 from prefect_flux_kontext.models import GenerationRequest
 from tests.support.clients import KEY, REQUEST, make_client
 from tests.support.scripted_server import (
     ScriptedServer,
     accepted,
     envelope,
-    html,
-    reply,
-    reset,
 )
 
 pytestmark = pytest.mark.anyio
@@ -73,14 +65,6 @@ async def test_base_url_may_have_the_path_of_the_service():
     assert server.seen[0].target == "/api/v1/generateTask/flux-kontext"
 
 
-async def test_request_with_several_references_is_not_sent():
-    request = GenerationRequest(prompt="oil", image_urls=["https://a.test/1", "https://a.test/2"])
-    async with ScriptedServer(accepted()) as server, make_client(server.url) as client:
-        with pytest.raises(ConfigurationError, match="2 reference images"):
-            await client.submit(request)
-    assert server.seen == []
-
-
 async def test_balance_and_check_request_only_the_balance():
     async with (
         ScriptedServer(envelope(data={"balance": "12.5"})) as server,
@@ -93,19 +77,18 @@ async def test_balance_and_check_request_only_the_balance():
     }
 
 
-@pytest.mark.parametrize("play", [envelope(404, status=404), html(502), reset, reply(200, b"?")])
-async def test_check_passes_without_a_balance(play):
-    async with ScriptedServer(play) as server, make_client(server.url) as client:
-        assert await client.check() is None
+def test_client_of_another_event_loop_sends_nothing():
+    async def serve_two_loops():
+        async with ScriptedServer(accepted()) as server:
+            client = make_client(server.url)
+            await client.submit(REQUEST)
 
+            def submit_again():
+                asyncio.run(client.submit(REQUEST))
 
-async def test_check_raises_for_a_wrong_key_or_no_connection():
-    play = envelope(401, status=401)
-    async with ScriptedServer(play) as server, make_client(server.url) as client:
-        with pytest.raises(RefusedError):
-            await client.check()
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        async with make_client(f"http://127.0.0.1:{bound.getsockname()[1]}") as client:
-            with pytest.raises(NotConnectedError):
-                await client.check()
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await asyncio.to_thread(submit_again)
+            await client.aclose()
+            return len(server.seen)
+
+    assert asyncio.run(serve_two_loops()) == 1

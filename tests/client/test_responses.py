@@ -307,7 +307,7 @@ def test_any_bytes_raise_api_error(body, status):
 @pytest.mark.parametrize(
     ("data", "dollars"),
     [
-        (12.5, 12.5),
+        (74.87, 74.87),
         ("12.5", 12.5),
         (0, 0.0),
         ({"balance": 3}, 3.0),
@@ -321,7 +321,7 @@ def test_balance_is_read_in_its_likely_shapes(data, dollars):
 
 
 @pytest.mark.parametrize(
-    "data", [None, {}, [], "n/a", {"balance": {}}, {"balance": 10**400}, float("nan"), "inf"]
+    "data", [None, True, {}, [], "n/a", {"balance": {}}, {"balance": 10**400}, float("nan"), "inf"]
 )
 def test_balance_without_a_number_is_rejected(data):
     with pytest.raises(UnreadableReplyError, match="no number"):

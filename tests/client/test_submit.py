@@ -2,12 +2,14 @@
 
 import asyncio
 import socket
+import time
 from contextlib import nullcontext
 
 import httpx
 import pytest
 
 from prefect_flux_kontext.client import client as client_module
+from prefect_flux_kontext.client import transport
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     InvalidRequestError,
@@ -18,7 +20,10 @@ from prefect_flux_kontext.errors import (
     ServiceTroubleError,
     UnreadableReplyError,
 )
-from tests.support.clients import ACCEPTED, REQUEST, ScriptedTransport, make_client
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
+from tests.support.clients import ACCEPTED, KEY, REQUEST, ScriptedTransport, make_client
 from tests.support.scripted_server import (
     ScriptedServer,
     accepted,
@@ -238,3 +243,16 @@ async def test_invalid_request_is_posted_once():
         with pytest.raises(InvalidRequestError, match="400: bad: prompt"):
             await client.submit(REQUEST)
     assert len(server.seen) == 1
+
+
+async def test_reply_that_arrived_during_a_freeze_is_read(monkeypatch):
+    """A suspended process resumes after all its time limits; the reply waits in the socket."""
+    monkeypatch.setattr(transport, "_REQUEST_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(transport, "_LATE_SECONDS", 0.1)
+    settings = SandboxSettings(long_edge=16, api_key=KEY)
+    plan = FaultPlan(faults=["submit:slow"], slow=0.05)
+    with running_sandbox(settings, plan=plan) as sandbox:
+        async with make_client(sandbox.url) as client:
+            asyncio.get_running_loop().call_later(0.02, time.sleep, 0.4)
+            tasks = await asyncio.gather(*(client.submit(REQUEST) for _ in range(8)))
+        assert len({task.task_id for task in tasks}) == sandbox.service.bill()["accepted"] == 8

@@ -7,7 +7,11 @@ import httpx
 import pytest
 
 from prefect_flux_kontext.client import transport as transport_module
-from prefect_flux_kontext.client.transport import AiohttpTransport, create_tls_context
+from prefect_flux_kontext.client.transport import (
+    AiohttpTransport,
+    create_proxy_transport,
+    create_tls_context,
+)
 from tests.support import scripted_server as play
 from tests.support.certificates import self_signed
 from tests.support.fake_network import Network
@@ -185,3 +189,44 @@ async def test_unused_transport_can_be_closed():
     transport = AiohttpTransport(create_tls_context())
     await transport.aclose()
     assert transport._session is None
+
+
+async def test_connections_that_speak_first_are_given_up_unsent():
+    connections = []
+
+    async def greet(reader, writer):
+        connections.append(writer)
+        writer.write(b"220 ready\r\n")
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server, client() as http:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        with pytest.raises(httpx.ConnectError, match="before the request"):
+            await http.post(url, content=b"{}")
+    assert len(connections) <= 20
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [play.hang_up, play.reset, play.html(502), play.html(407), play.reply(200, b"no tunnel")],
+    ids=["closed", "reset", "502", "407", "tunnel to nothing"],
+)
+async def test_proxy_that_opens_no_tunnel_is_a_connect_error(answer):
+    async with ScriptedServer(answer) as proxy:
+        transport = create_proxy_transport(proxy.url)
+        async with httpx.AsyncClient(transport=transport) as http:
+            with pytest.raises((httpx.ConnectError, httpx.ProxyError)):
+                await http.post("https://service.invalid/", content=b"{}")
+    assert {seen.method for seen in proxy.seen} == {"CONNECT"}
+
+
+async def test_reply_lost_inside_a_tunnel_is_not_a_connect_error():
+    async with ScriptedServer(play.hang_up) as proxy:
+        # Requests for http go through the proxy without a tunnel, so it receives the POST itself.
+        transport = create_proxy_transport(proxy.url)
+        async with httpx.AsyncClient(transport=transport) as http:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await http.post("http://service.invalid/", content=b"{}")
+    assert [seen.method for seen in proxy.seen] == ["POST"]

@@ -266,3 +266,20 @@ class TestOnVirtualTime:
         async with open_download_client(base_url="http://127.0.0.1") as http:
             with pytest.raises(DownloadError, match="task_1"):
                 await persist_result(what, OutputFolder(tmp_path), http, name="cat")
+
+
+@pytest.mark.anyio
+async def test_image_of_another_task_is_not_overwritten(tmp_path):
+    first, second = picture("jpeg"), picture("jpeg", size=(9, 9))
+    host = Host(a=[ok(first)], b=[ok(second)])
+    one, two = result("a"), result("b").model_copy(update={"task_id": "task_2"})
+    (stored,) = await persist(host, one, tmp_path)
+    (other,) = await persist(host, two, tmp_path)
+    assert stored.uri.endswith("/cat.jpg")
+    assert (tmp_path / "cat.jpg").read_bytes() == first
+    assert other.uri != stored.uri
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == sorted([first, second])
+    # Each task finds its own image again.
+    assert await persist(host, one, tmp_path) == [stored]
+    assert await persist(host, two, tmp_path) == [other]
+    assert len(list(tmp_path.iterdir())) == 2

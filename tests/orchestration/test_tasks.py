@@ -18,10 +18,12 @@ from prefect_flux_kontext import (
 from prefect_flux_kontext.errors import (
     GenerationFailedError,
     GenerationTimeoutError,
+    ReplyLostError,
     ServiceTroubleError,
     StorageError,
     UnauthorizedError,
 )
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.tasks import _is_transient
 from tests.orchestration.conftest import QUICK
 from tests.support.fixed_reply import fixed_reply_server
@@ -43,6 +45,23 @@ async def test_async_flow_awaits_the_tasks(account, sandbox, tmp_path):
     (stored,) = await restyle()
     assert (tmp_path / "lighthouse.jpg").stat().st_size == stored.size
     assert sandbox.service.bill()["accepted"] == 1
+
+
+@pytest.mark.parametrize("has_ledger", [False, True])
+async def test_submitted_task_has_the_ratio_of_its_reference(
+    has_ledger, account, sandbox, tmp_path, monkeypatch
+):
+    image = f"{sandbox.url}/references/cat.png"
+    request = GenerationRequest(prompt="oil", image_urls=[image])
+    ledger = str(tmp_path) if has_ledger else None
+    for reads in ("true", "false"):
+        monkeypatch.setenv("FLUX_KONTEXT_MATCH_REFERENCES", reads)
+        task = await submit_generation(request, account, ledger, key=reads)
+        assert task.request.aspect_ratio == "match"
+        assert task.request.matched_ratio == ("4:3" if reads == "true" else "16:9")
+        assert bool(task.request.match_note) == (reads == "false")
+    sent = [record["aspect_ratio"] for record in sandbox.service.records()]
+    assert sent == ["4:3", "16:9"]
 
 
 def test_sync_flow_submits_the_tasks(account, sandbox, tmp_path):
@@ -240,3 +259,25 @@ def test_submits_of_a_sync_flow_share_the_limiter(account, sandbox):
     assert bill["accepted"] == 12
     assert bill["peak_running"] <= 3
     assert bill["submits_refused"] == {"requests": 0, "slots": 0}
+
+
+async def test_retries_from_outside_never_repeat_a_doubtful_submit(account, sandbox):
+    sandbox.active_faults.change(FaultPlan(faults=["submit:lost-reply"]))
+
+    @flow
+    async def insist():
+        submit = submit_generation.with_options(retries=3, retry_delay_seconds=0)
+        return await submit(GenerationRequest(prompt="a lighthouse"), account)
+
+    with pytest.raises(ReplyLostError):
+        await insist()
+    assert sandbox.service.bill()["accepted"] == 1
+
+
+async def test_accepted_task_is_logged(account, sandbox, caplog):
+    @flow
+    async def submit():
+        return await submit_generation(GenerationRequest(prompt="a lighthouse"), account)
+
+    task = await submit()
+    assert f"Accepted as task {task.task_id}." in caplog.text

@@ -156,7 +156,8 @@ async def test_parts_of_dead_runs_are_merged_and_of_live_runs_kept(sandbox, tmp_
         open_ledger_store(OutputFolder(output)),
     )
     await write_part(store, "dead", 1, [line(7, run="dead", file=None)])
-    async with keep_heartbeat(ledger) as other:
+    async with keep_heartbeat(ledger) as heartbeat:
+        other = heartbeat.owner
         await write_part(store, other, 1, [line(8, run=other)])
         await batches.run(sandbox, manifest(tmp_path, sandbox, [("a", "one")]), output)
         assert states(output) == {"row-7": "stored", "a": "stored"}
@@ -211,7 +212,7 @@ async def test_merge_lock_has_one_holder_and_survives_dead_runs():
 
     async def merge(number):
         nonlocal inside, most
-        async with keep_heartbeat(ledger) as run, acquire_merge_lock(store, ledger, run):
+        async with keep_heartbeat(ledger) as beat, acquire_merge_lock(store, ledger, beat.owner):
             inside += 1
             most = max(most, inside)
             await asyncio.sleep(3)

@@ -20,7 +20,6 @@ def output(tmp_path):
 def test_image_names_start_with_the_preferred_name():
     assert list_image_names("cat", 1, ".jpg", KEY) == ["cat.jpg", "cat~1a2b3c4d.jpg"]
     assert list_image_names("cat", 2, ".jpg", KEY) == ["cat~2.jpg", "cat~1a2b3c4d~2.jpg"]
-    assert list_image_names("cat", 1, ".jpg", None) == ["cat.jpg"]
 
 
 def test_second_image_never_has_another_rows_name():

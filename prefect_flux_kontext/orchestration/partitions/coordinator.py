@@ -181,9 +181,9 @@ async def _run_all(
     store = open_ledger_store(output)
     context = FlowRunContext.get()
     name = context.flow_run.name if context is not None and context.flow_run else "batch"
-    async with keep_heartbeat(store) as owner, get_client() as client:
+    async with keep_heartbeat(store) as heartbeat, get_client() as client:
         if options.budget_usd is not None:
-            await ensure_sole_run(store, owner)
+            await ensure_sole_run(store, heartbeat.owner)
         running = [
             PartitionRuns(client, store, partition, partition_plan, name)
             for partition in partitions

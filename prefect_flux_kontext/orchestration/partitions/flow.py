@@ -132,7 +132,13 @@ async def style_transfer_partition(
             keep_heartbeat(store, name),
             lease_slots(account, share.slots) as lease,
             open_session(
-                account.get_client(), output, options, settings, callbacks, is_whole=False
+                account.get_client(),
+                output,
+                options,
+                settings,
+                callbacks,
+                account=account.account,
+                is_whole=False,
             ) as session,
             report_progress(store, name, session.rows.progress),
         ):

@@ -1,0 +1,72 @@
+"""Tasks that sync and async flows call in the same way, by context.
+
+Prefect runs an async task in a sync flow only through `.submit` and `.map`: a plain call returns a
+coroutine. These tasks run it there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from prefect import Task
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.utilities.asyncutils import run_coro_as_sync
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["dispatched_task"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _DispatchedTask(Task[P, R]):
+    """An async task that returns its result to sync callers, and a coroutine to async ones."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task.
+
+        Raises:
+            TypeError: An argument is a coroutine that was not awaited.
+        """
+        for value in (*args, *kwargs.values()):
+            if inspect.iscoroutine(value):
+                value.close()
+                raise TypeError(
+                    f"An argument of {self.name} is a coroutine. Write `await` before the call "
+                    "that made it."
+                )
+        running = super().__call__(*args, **kwargs)
+        return running if _is_called_asynchronously() else run_coro_as_sync(running)
+
+    def with_options(self, **options: Any) -> Task[P, R]:
+        """Return a copy with other options, as Prefect's own method does."""
+        changed = super().with_options(**options)
+        changed.__class__ = type(self)
+        return changed
+
+
+def dispatched_task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Decorate an async function as `prefect.task` does, for sync and async callers."""
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        return _DispatchedTask(fn=function, **options)
+
+    return decorate
+
+
+def _is_called_asynchronously() -> bool:
+    """Whether the nearest task or flow is async; outside of both, whether a loop is running."""
+    if task_run := TaskRunContext.get():
+        return bool(task_run.task.isasync)
+    flow_run = FlowRunContext.get()
+    if flow_run is not None and flow_run.flow is not None:
+        return bool(flow_run.flow.isasync)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

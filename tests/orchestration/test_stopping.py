@@ -1,0 +1,80 @@
+"""A flow that is stopped still records every submit that is under way."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
+from prefect_flux_kontext.storage.filesystem import OutputFolder
+from tests.orchestration.conftest import KEY, QUICK
+
+ROWS = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(60)]
+
+SCRIPT = """
+import asyncio
+from prefect_flux_kontext.flows import style_transfer_batch
+
+rows = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(60)]
+asyncio.run(style_transfer_batch(rows, OUTPUT))
+"""
+
+
+def read_status(output):
+    return asyncio.run(read_ledger_status(open_ledger_store(OutputFolder(str(output)))))
+
+
+def wait_for_submits(sandbox, number):
+    end = time.monotonic() + 60
+    while sandbox.active_faults.numbers["submit"] < number:
+        assert time.monotonic() < end
+        threading.Event().wait(0.01)
+
+
+def assert_all_recorded(sandbox, output):
+    """Assert that every accepted task is on record, and nothing else."""
+    status = read_status(output)
+    assert status.unknown == []
+    accepted = sandbox.service.bill()["accepted"]
+    assert accepted >= 8
+    assert status.spent == pytest.approx(0.03 * accepted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_a_flow_script_discards_no_reply(sandbox, tmp_path, prefect_api, number):
+    sandbox.active_faults.change(FaultPlan(faults=["submit:slow"], slow=1.5))
+    environment = {
+        **os.environ,
+        **prefect_api.environment,
+        "FLUX_KONTEXT_API_KEY": KEY,
+        "FLUX_KONTEXT_BASE_URL": sandbox.url,
+    }
+    script = SCRIPT.replace("OUTPUT", repr(str(tmp_path)))
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
+        wait_for_submits(sandbox, 8)
+        process.send_signal(number)
+        process.wait(60)
+    assert process.returncode != 0
+    assert_all_recorded(sandbox, tmp_path)
+
+
+def test_time_limit_of_a_flow_discards_no_reply(sandbox, account, tmp_path):
+    sandbox.active_faults.change(FaultPlan(faults=["submit:slow"], slow=2.0))
+    limited = style_transfer_batch.with_options(timeout_seconds=3)
+
+    async def run():
+        return await limited(
+            ROWS, str(tmp_path), credentials=account, cadence=QUICK, return_state=True
+        )
+
+    state = asyncio.run(run())
+    assert state.name == "TimedOut"
+    assert_all_recorded(sandbox, tmp_path)
