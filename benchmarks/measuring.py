@@ -84,9 +84,9 @@ def work(name: str, account: Account, images: int, *, kind: str = "jpeg") -> dic
         folder = Path(tempfile.mkdtemp(dir=_PLACES.name))
         with (folder / "manifest.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["id", "image", "prompt", "output_format"])
+            writer.writerow(["id", "image", "prompt", "aspect_ratio", "output_format"])
             image = f"{url}/references/cat.png"  # one reference and style: painted once
-            rows = ([f"row-{n:06}", image, f"oil, take {n}", kind] for n in range(images))
+            rows = ([f"row-{n:06}", image, f"oil, take {n}", "16:9", kind] for n in range(images))
             writer.writerows(rows)
         environment = {**os.environ, **account.environment, "FLUX_KONTEXT_BASE_URL": url}
         command = [sys.executable, str(WORK), name, str(folder)]

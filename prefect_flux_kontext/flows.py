@@ -20,11 +20,11 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems
 from prefect_flux_kontext.manifest.tables import ManifestSource
 from prefect_flux_kontext.models import (
-    AspectRatio,
     GenerationRequest,
     Mode,
     OutputFormat,
     Provider,
+    RequestedRatio,
     StoredImage,
 )
 from prefect_flux_kontext.orchestration.approval import ask_for_approval, plan_and_log
@@ -72,7 +72,7 @@ async def style_transfer(
     image: str | None = None,
     credentials: Account = None,
     mode: Mode = "pro",
-    aspect_ratio: AspectRatio = "16:9",
+    aspect_ratio: RequestedRatio = "match",
     output_format: OutputFormat = "jpeg",
     provider: Provider = "auto",
     name: str | None = None,
@@ -94,7 +94,8 @@ async def style_transfer(
             staging location. Without one, the prompt alone makes the image.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
         mode: `pro` for higher quality, `max` for balanced quality and speed.
-        aspect_ratio: Width to height of the result.
+        aspect_ratio: Width to height of the result. `match`: the ratio nearest to that of the
+            reference image, or 16:9 without one.
         output_format: File format of the result.
         provider: How the service routes the task.
         name: File name without extension. Default: the task id.
@@ -121,7 +122,7 @@ async def style_transfer(
         prompt=prompt,
         image_urls=[normalize_reference(image, rights.folder)] if image else [],
         mode=mode,
-        aspect_ratio=aspect_ratio,
+        aspect_ratio="16:9" if image is None and aspect_ratio == "match" else aspect_ratio,
         output_format=output_format,
         provider=provider,
     )

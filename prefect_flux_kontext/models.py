@@ -10,7 +10,14 @@ import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +30,7 @@ __all__ = [
     "Mode",
     "OutputFormat",
     "Provider",
+    "RequestedRatio",
     "StoredImage",
     "TaskStatus",
     "utc_now",
@@ -30,6 +38,7 @@ __all__ = [
 
 Mode = Literal["pro", "max"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "1:1", "3:4", "9:16"]
+RequestedRatio = Literal["match", "21:9", "16:9", "4:3", "1:1", "3:4", "9:16"]
 OutputFormat = Literal["jpeg", "png"]
 Provider = Literal["auto", "value", "official"]
 
@@ -54,7 +63,7 @@ class _RedactedRepr(BaseModel):
 
 
 class GenerationRequest(_RedactedRepr):
-    """The request for one image: a prompt, and reference images for style transfer.
+    """The request for one image: a prompt, and a reference image for style transfer.
 
     Limits and defaults are those of the service's API reference.
     """
@@ -66,12 +75,24 @@ class GenerationRequest(_RedactedRepr):
     )
     image_urls: list[str] = Field(
         default_factory=list,
-        description="URLs of reference images that the service can fetch. Empty: text to image.",
+        description="URL of the reference image, which the service can fetch: the service takes "
+        "one. Empty: text to image.",
     )
     mode: Mode = Field(
         default="pro", description="`pro`: higher quality, slower. `max`: balanced."
     )
-    aspect_ratio: AspectRatio = Field(default="16:9", description="Ratio of width to height.")
+    aspect_ratio: RequestedRatio = Field(
+        default="16:9",
+        description="Ratio of width to height. `match`, the default with a reference image: the "
+        "one nearest to the reference's own.",
+    )
+    matched_ratio: AspectRatio | None = Field(
+        default=None,
+        description="What `match` came to. Set before the submit; `match` without it sends 16:9.",
+    )
+    match_note: str | None = Field(
+        default=None, description="Why `match` came to 16:9 without knowing the reference's ratio."
+    )
     output_format: OutputFormat = Field(default="jpeg", description="Image format of the result.")
     provider: Provider = Field(default="auto", description="Route of the task at the service.")
     callback_url: str | None = Field(
@@ -107,9 +128,14 @@ class GenerationRequest(_RedactedRepr):
 
     @model_validator(mode="before")
     @classmethod
-    def _set_request_type(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("callback_url"):
-            return {"request_type": "callback", **values}
+    def _set_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("aspect_ratio") is None:
+            ratio = "match" if values.get("image_urls") else "16:9"
+            values = {**values, "aspect_ratio": ratio}
+        if values.get("callback_url"):
+            values = {"request_type": "callback", **values}
         return values
 
     @model_validator(mode="after")
@@ -120,6 +146,24 @@ class GenerationRequest(_RedactedRepr):
                 "request_type 'callback'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _validate_references(self, info: ValidationInfo) -> Self:
+        # JSON is a record of a ledger, which may be older than the limit.
+        if len(self.image_urls) > 1 and info.mode == "python":
+            raise ValueError(
+                f"image_urls has {len(self.image_urls)} reference images and the service takes one"
+            )
+        if self.aspect_ratio == "match" and not self.image_urls:
+            raise ValueError("aspect_ratio 'match' needs a reference image")
+        return self
+
+    @property
+    def sent_aspect_ratio(self) -> AspectRatio:
+        """The ratio that the service is asked for."""
+        return (
+            (self.matched_ratio or "16:9") if self.aspect_ratio == "match" else self.aspect_ratio
+        )
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body of the submit request."""
@@ -136,7 +180,7 @@ class GenerationRequest(_RedactedRepr):
             "input": {
                 "mode": self.mode,
                 "prompt": self.prompt,
-                "aspect_ratio": self.aspect_ratio,
+                "aspect_ratio": self.sent_aspect_ratio,
                 "output_format": self.output_format,
                 **{name: value for name, value in optional.items() if value is not None},
                 **self.extra,

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_QUOTED = re.compile(r"^(['\"])(.*)\1$", re.DOTALL)
+
+
+def find_price(prices: Mapping[str, float], mode: str, provider: str) -> float:
+    """Return the price of an image in US dollars: that of the dearest route it may take.
+
+    Args:
+        prices: Prices by mode, and by mode and route where that is known (`pro official`).
+        mode: The mode of the image.
+        provider: Its route; `auto` may take any.
+    """
+    price = prices[mode]
+    official = prices.get(f"{mode} official", price)
+    return {"value": price, "official": official, "auto": max(price, official)}[provider]
 
 
 class FluxKontextSettings(BaseSettings):
@@ -30,7 +49,8 @@ class FluxKontextSettings(BaseSettings):
     api_key: SecretStr | None = Field(default=None, description="API key of the account.")
     base_url: str = Field(
         default="https://api.apixo.ai",
-        description="Base URL of the service, in the form `https://host[:port]`.",
+        description="Base URL of the service, in the form `https://host[:port]`. The path "
+        "`/api/v1` may follow.",
     )
     account: str = Field(
         default="default", description="Label of the account. It may appear in logs."
@@ -106,11 +126,26 @@ class FluxKontextSettings(BaseSettings):
         "list. References on the web are not affected. Unset: a local manifest may name all, a "
         "folder of images what is in it, a remote manifest its own bucket.",
     )
+    match_references: bool = Field(
+        default=True,
+        description="Read the headers of reference images on the web, to send the aspect ratio "
+        "nearest to theirs where it is `match`. Off: 16:9 is sent.",
+    )
     price_pro: float = Field(
         default=0.03, ge=0, description="Price of an image in mode `pro`, in US dollars."
     )
+    price_pro_official: float | None = Field(
+        default=None,
+        ge=0,
+        description="Likewise on the official route, which provider `auto` may take.",
+    )
     price_max: float = Field(
         default=0.06, ge=0, description="Price of an image in mode `max`, in US dollars."
+    )
+    price_max_official: float | None = Field(
+        default=None,
+        ge=0,
+        description="Likewise on the official route, which provider `auto` may take.",
     )
     result_days: float = Field(
         default=15.0,
@@ -191,6 +226,16 @@ class FluxKontextSettings(BaseSettings):
             # `from None`: the ValidationError holds the values, and so possibly secrets.
             raise ConfigurationError(f"Invalid environment variables: {problems}.") from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _strip(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Remove white space and quotes, which files of variables leave around values."""
+        stripped = {
+            name: _QUOTED.sub(r"\2", value.strip()) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+        return {name: value for name, value in stripped.items() if value != ""}
+
     @field_validator("storage_options")
     @classmethod
     def _validate_storage_options(cls, options: SecretStr | None) -> SecretStr | None:
@@ -204,8 +249,14 @@ class FluxKontextSettings(BaseSettings):
         return options
 
     def prices(self) -> dict[str, float]:
-        """Return the price of an image by mode, in US dollars."""
-        return {"pro": self.price_pro, "max": self.price_max}
+        """Return the price of an image by mode, in US dollars; see `find_price`."""
+        prices = {
+            "pro": self.price_pro,
+            "max": self.price_max,
+            "pro official": self.price_pro_official,
+            "max official": self.price_max_official,
+        }
+        return {name: price for name, price in prices.items() if price is not None}
 
     def fsspec_options(self) -> dict[str, Any]:
         """Return the options of the output's filesystem. They may hold secrets."""

@@ -34,6 +34,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     refer_to_output,
 )
 from prefect_flux_kontext.orchestration.suspension import check_can_suspend
+from prefect_flux_kontext.references.ratio import open_ratio_matcher
 from prefect_flux_kontext.references.resolver import References, create_references
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.names import make_safe_name
@@ -116,8 +117,11 @@ async def submit_generation(
     settings = FluxKontextSettings()
     ledger = settings.ledger if ledger is None else ledger
     if ledger is None:
-        async with account.get_client() as client:
-            return _log_task(await client.submit(request))
+        async with (
+            account.get_client() as client,
+            open_ratio_matcher(client.base_url, reads_web=settings.match_references) as ratios,
+        ):
+            return _log_task(await client.submit(await ratios.match(request)))
     references = create_references(settings, timeout=settings.poll_timeout)
     return await _submit_once(
         request, references, account, ledger, key=key, storage_options=storage_options
@@ -183,7 +187,10 @@ async def _submit_once(
 def _log_task(task: GenerationTask) -> GenerationTask:
     # With the id, a paid image can be fetched even if this run ends before it is stored.
     with suppress(MissingContextError):  # the task's function was called outside of a run
-        get_run_logger().info("Accepted as task %s.", task.task_id)
+        logger = get_run_logger()
+        logger.info("Accepted as task %s.", task.task_id)
+        if task.request is not None and task.request.match_note:
+            logger.warning("Task %s: %s.", task.task_id, task.request.match_note)
     return task
 
 

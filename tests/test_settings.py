@@ -7,7 +7,7 @@ from pydantic import SecretStr, ValidationError
 
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.settings import FluxKontextSettings, find_price
 
 NAMES = {
     "FLUX_KONTEXT_API_KEY": ("api_key", "canary-key", None),
@@ -27,8 +27,11 @@ NAMES = {
     "FLUX_KONTEXT_STAGING_PUBLIC_URL": ("staging_public_url", "https://a.test", None),
     "FLUX_KONTEXT_REFERENCE_ROOTS": ("reference_roots", ["/data", "s3://bucket"], None),
     "FLUX_KONTEXT_SECRET_PARAMETERS": ("secret_parameters", "ticket,grant", ""),
+    "FLUX_KONTEXT_MATCH_REFERENCES": ("match_references", False, True),
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
+    "FLUX_KONTEXT_PRICE_PRO_OFFICIAL": ("price_pro_official", 0.05, None),
     "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
+    "FLUX_KONTEXT_PRICE_MAX_OFFICIAL": ("price_max_official", 0.1, None),
     "FLUX_KONTEXT_RESULT_DAYS": ("result_days", 1.0, 15.0),
     "FLUX_KONTEXT_STORAGE_OPTIONS": ("storage_options", '{"key": "canary"}', None),
     "FLUX_KONTEXT_AI_MARK": ("ai_mark", False, True),
@@ -118,6 +121,18 @@ def test_cadence_out_of_range_is_rejected(wrong):
 def test_prices_are_by_mode(monkeypatch):
     monkeypatch.setenv("FLUX_KONTEXT_PRICE_MAX", "0.1")
     assert FluxKontextSettings().prices() == {"pro": 0.03, "max": 0.1}
+    monkeypatch.setenv("FLUX_KONTEXT_PRICE_PRO_OFFICIAL", "0.04")
+    assert FluxKontextSettings().prices() == {"pro": 0.03, "max": 0.1, "pro official": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("official", "value", "auto"), [(None, 0.03, 0.03), (0.05, 0.03, 0.05), (0.01, 0.03, 0.03)]
+)
+def test_dearest_route_counts(official, value, auto):
+    prices = FluxKontextSettings(price_pro_official=official).prices()
+    assert find_price(prices, "pro", "value") == value
+    assert find_price(prices, "pro", "auto") == auto
+    assert find_price(prices, "pro", "official") == (official or value)
 
 
 def test_missing_key_names_its_variable():
@@ -147,6 +162,23 @@ def test_storage_options_are_not_shown(monkeypatch):
     settings = FluxKontextSettings()
     assert settings.fsspec_options() == {"secret": "canary"}
     assert "canary" not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+@pytest.mark.parametrize("value", [" {} ", "{}\n", '"{}"', "'{}'", ' "{}" '])
+@pytest.mark.parametrize("name", ["API_KEY", "BASE_URL", "STAGING_URL", "PRICE_PRO", "AI_MARK"])
+def test_white_space_and_quotes_around_a_value_are_removed(name, value, monkeypatch):
+    plain = {"PRICE_PRO": "0.5", "AI_MARK": "false"}.get(name, "https://a.test")
+    monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value.format(plain))
+    expected = {"PRICE_PRO": 0.5, "AI_MARK": False}.get(name, plain)
+    assert value_of(FluxKontextSettings(), name.lower()) == expected
+
+
+@pytest.mark.parametrize("value", [" ", "\n", '""', "''"])
+def test_empty_value_counts_as_unset(value, monkeypatch):
+    for name in ("API_KEY", "PRICE_PRO", "STAGING_URL"):
+        monkeypatch.setenv(f"FLUX_KONTEXT_{name}", value)
+    settings = FluxKontextSettings()
+    assert (settings.api_key, settings.price_pro, settings.staging_url) == (None, 0.03, None)
 
 
 def test_unrelated_variables_are_ignored(monkeypatch):

@@ -17,6 +17,7 @@ from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.references.location import non_public_references
+from prefect_flux_kontext.settings import find_price
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -134,8 +135,8 @@ class Plan:
         problems: The first thousand refused rows.
         duplicates: Rows that ask for the same as another row, and are paid only once.
         actions: Number of the other rows by planned action.
-        modes: Number of images to be paid, by mode.
-        prices: Dollars an image, by mode.
+        routes: Number of images to be paid, by mode and provider.
+        prices: Dollars an image, by mode; see `find_price`.
         seconds: Estimated duration at the account's limits, if the service is as fast as
             documented.
         spent: Dollars that the output has cost so far, or may have cost.
@@ -150,7 +151,7 @@ class Plan:
     problems: list[RefusedRow] = field(default_factory=list)
     duplicates: int = 0
     actions: Counter[PlannedAction] = field(default_factory=Counter)
-    modes: Counter[str] = field(default_factory=Counter)
+    routes: Counter[tuple[str, str]] = field(default_factory=Counter)
     prices: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     spent: float = 0.0
@@ -165,7 +166,9 @@ class Plan:
     @property
     def price(self) -> float:
         """Dollars for all images to be paid, if each succeeds at the first attempt."""
-        return sum(self.prices[mode] * images for mode, images in self.modes.items())
+        return sum(
+            find_price(self.prices, *route) * images for route, images in self.routes.items()
+        )
 
     def check(self, *, skip_invalid: bool) -> None:
         """Check that no row is invalid.
@@ -232,11 +235,21 @@ class Plan:
             for number, label in counts
             if number or label == PlannedAction.PAY
         ]
-        modes = [
-            f"{images:,} in {mode} at ${self.prices[mode]:g}"
-            for mode, images in sorted(self.modes.items())
+        routes = [
+            f"{images:,} in {mode}{'' if provider == 'auto' else f' ({provider})'} at "
+            f"${find_price(self.prices, mode, provider):g}"
+            for (mode, provider), images in sorted(self.routes.items())
         ]
-        lines.append(f"{f'${self.price:,.2f}':>9}  price{': ' if modes else ''}{', '.join(modes)}")
+        prices = f"price: {', '.join(routes)}" if routes else "price"
+        lines.append(f"{f'${self.price:,.2f}':>9}  {prices}")
+        unknown = {
+            f"FLUX_KONTEXT_PRICE_{mode.upper()}_OFFICIAL"
+            for mode, provider in self.routes
+            if provider != "value" and f"{mode} official" not in self.prices
+        }
+        if unknown:
+            names = " and ".join(sorted(unknown))
+            lines.append(f"{'':>9}  more if `auto` takes the official route; its price: {names}")
         if self.to_pay:
             lines.append(f"{_format_duration(self.seconds):>9}  at the account's limits, or more")
         if self.spent:
@@ -264,7 +277,7 @@ async def make_plan(
         manifest: The rows to plan.
         store: The ledger of the output.
         options: The user's options for the rows.
-        prices: Dollars an image, by mode.
+        prices: Dollars an image, by mode; see `find_price`.
         requests_per_minute: The account's limit.
         concurrent_tasks: The account's limit.
         on_refused: Called in another thread with each refused row.
@@ -329,7 +342,7 @@ def _plan_rows(
             action = _get_action(index, row)
             plan.actions[action] += 1
             if action is PlannedAction.PAY:
-                plan.modes[row.request.mode] += 1
+                plan.routes[row.request.mode, row.request.provider] += 1
                 digest.update(key.encode())
     if not plan.rows:
         raise ManifestError(f"The manifest {manifest.url} has no rows.")

@@ -47,12 +47,14 @@ class FailurePolicy(BaseModel):
     never: list[str] = Field(
         default=[
             "CONTENT_VIOLATION",
-            "NSFW_DETECTED",
-            "SENSITIVE_CONTENT_DETECTED",
+            "NSFW",
+            "SENSITIVE_CONTENT",
+            "PROHIBITED_CONTENT",
             "INVALID_PROMPT",
             "PROMPT_TOO_LONG",
+            "PROMPT_LENGTH_EXCEEDED",
         ],
-        description="Fail codes that are never paid for again, even when failed rows are "
+        description="Parts of fail codes that are never paid for again, even when failed rows are "
         "retried: change the row instead.",
     )
 
@@ -79,7 +81,7 @@ class FailurePolicy(BaseModel):
         wanted = _normalize(code or "")
         if wanted in map(_normalize, self.stop):
             return "retry" if asked_to_retry else "stop"
-        if wanted in map(_normalize, self.never):
+        if any(part in wanted for part in map(_normalize, self.never)):
             return "leave"
         codes = {**self.serve_again, **self.retry} if served else self.retry
         allowed = next((n for name, n in codes.items() if _normalize(name) == wanted), 0)

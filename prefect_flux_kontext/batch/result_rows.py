@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
 from prefect_flux_kontext.ledger.records import Entry
+from prefect_flux_kontext.ledger.waves import FinishedRow
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.redaction import redact_text, redact_url
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from prefect_flux_kontext.batch.session import Session
+    from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.report.results import Line
 
 _PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
@@ -93,10 +95,17 @@ def _ledger_columns(done: DoneRow) -> Line:
     submitted = ended.submitted_at if ended else None
     if outcome.state == "outstanding" and isinstance(record, Entry):
         submitted = record.task.submitted_at
+    sent: FinishedRow | GenerationRequest | None = None
+    if isinstance(record, FinishedRow):
+        sent = record
+    elif record.intent is not None:
+        sent = record.intent.request
     line: Line = {
         "attempts": record.attempt,
         "cost_usd": round(record.spent, 6),
         "submitted_at": _format_timestamp(submitted),
+        "matched_ratio": sent and sent.matched_ratio,
+        "match_note": sent and sent.match_note,
     }
     if ended is None or outcome.state != ended.state:
         return line

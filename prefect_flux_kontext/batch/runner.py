@@ -16,7 +16,6 @@ from prefect_flux_kontext.errors import (
     BatchStoppedError,
     BudgetReachedError,
     ManifestError,
-    StorageError,
 )
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
@@ -141,14 +140,6 @@ async def read_failed_manifest(
     return Manifest(rows, prompt, styles=styles, rights=rights)
 
 
-async def _delete_failed_rows(output: OutputFolder) -> None:
-    if await output.read(FAILED_ROWS):
-        try:
-            await output.remove(FAILED_ROWS)
-        except StorageError:  # the output may refuse to remove files
-            await output.write(FAILED_ROWS, b"")
-
-
 def format_failed_rows(failed: Sequence[tuple[Mapping[str, str], RowOutcome]]) -> bytes:
     """Format failed rows as a CSV file: their cells as they are, the reason and the message."""
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
@@ -168,7 +159,8 @@ async def _write_failed_rows(session: Session) -> None:
     """Write the failed rows as a manifest that can be run again unchanged."""
     failed = session.rows.failed
     if not failed:
-        await _delete_failed_rows(session.output)
+        if await session.output.read(FAILED_ROWS):
+            await session.output.discard(FAILED_ROWS)
         return
     references = {
         image

@@ -22,7 +22,9 @@ from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
+from prefect_flux_kontext.ledger.probe import probe_store
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, open_ledger_store
+from prefect_flux_kontext.references.ratio import RatioMatcher
 from prefect_flux_kontext.report.builder import Report, open_report
 from prefect_flux_kontext.storage.cleanup import remove_temporary_files
 
@@ -87,13 +89,15 @@ async def open_session(
         flow_run_id: The Prefect flow run that the result lines name; None outside of one.
 
     Raises:
-        ConfigurationError: There is a budget, and another run is paying into the output; the
-            output's ledger belongs to another service or account; or callbacks cannot be received.
+        ConfigurationError: The store cannot hold a ledger; there is a budget, and another run is
+            paying into the output; the output's ledger belongs to another service or account; or
+            callbacks cannot be received.
         LedgerError: The ledger cannot be read or written; nothing was paid.
         NotConnectedError: No service answers at the base URL.
         UnauthorizedError: The service refused the key.
     """
     store = open_ledger_store(output)
+    await probe_store(store)
     await remove_temporary_files(output)
     await remove_temporary_files(output.below(LEDGER_FOLDER), recursive=True)
     async with client, open_download_client(base_url=client.base_url) as http:
@@ -125,6 +129,7 @@ async def open_session(
                         ),
                         budget,
                         options.references,
+                        RatioMatcher(http if settings.match_references else None),
                         callback_session.prepare_request,
                         StopGate(settings.stop_timeout),
                     )

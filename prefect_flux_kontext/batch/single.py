@@ -26,12 +26,14 @@ from prefect_flux_kontext.errors import (
 from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.heartbeat import find_budget_run
 from prefect_flux_kontext.ledger.ledger import Ledger, RowAlreadyClaimedError
+from prefect_flux_kontext.ledger.probe import probe_store
 from prefect_flux_kontext.ledger.process import register_process
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.manifest.row_key import compute_row_key
+from prefect_flux_kontext.references.ratio import open_ratio_matcher
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
@@ -74,8 +76,8 @@ async def submit_once(
         The request as recorded: accepted, failed or stored.
 
     Raises:
-        ConfigurationError: The ledger belongs to another service or account, or a run with a
-            budget is using it.
+        ConfigurationError: The store cannot hold a ledger, the ledger belongs to another service
+            or account, or a run with a budget is using it.
         ReplyLostError: Whether the request was accepted is unknown; so for ServiceTroubleError
             and UnreadableReplyError. The message says how to settle it.
         LedgerError: The ledger cannot be read or written. Nothing was submitted.
@@ -83,6 +85,7 @@ async def submit_once(
         RefusedError: The service refused the request (4xx), which costs nothing.
     """
     store = open_ledger_store(output)
+    await probe_store(store)
     await bind(store, client.base_url, account)
     ledger = Ledger(store, await register_process(store, settings.heartbeat), settings.prices())
     if await find_budget_run(store):
@@ -102,11 +105,15 @@ async def submit_once(
                 await open_wave(store, OpenWave(name=name, owner=ledger.owner, keys=[row.key]))
                 gate = StopGate(settings.stop_timeout)
                 posts = PostGate(1, client.is_answering, patience_seconds=settings.outage_timeout)
-                submitter = Submitter(client, ledger, posts, references=references, gate=gate)
-                try:
-                    return await submitter.submit(row, entry)
-                finally:
-                    await submitter.drain()
+                reads_web = settings.match_references
+                async with open_ratio_matcher(client.base_url, reads_web=reads_web) as ratios:
+                    submitter = Submitter(
+                        client, ledger, posts, references=references, ratios=ratios, gate=gate
+                    )
+                    try:
+                        return await submitter.submit(row, entry)
+                    finally:
+                        await submitter.drain()
         except RowAlreadyClaimedError:
             entry = await ledger.read(row.key)
         except (ReplyLostError, ServiceTroubleError, UnreadableReplyError) as error:

@@ -6,12 +6,14 @@ This is the only path on which a batch spends money.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.budget import Budget
 from prefect_flux_kontext.batch.stopping import StopGate
 from prefect_flux_kontext.errors import FluxKontextError, LedgerError, ReplyLostError
 from prefect_flux_kontext.ledger.records import Posted
+from prefect_flux_kontext.references.ratio import RatioMatcher
 from prefect_flux_kontext.references.resolver import References
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Submitter:
         posts: Limits POSTs under way, and pauses submitting during an outage.
         budget: What may be spent; None for no cap.
         references: Makes the rows' reference images available to the service.
+        ratios: Chooses the ratio of requests with `match`.
         prepare: Returns the request to send for a claimed attempt, with its callback URL.
         gate: Stops submitting.
 
@@ -60,6 +63,7 @@ class Submitter:
         posts: PostGate,
         budget: Budget | None = None,
         references: References | None = None,
+        ratios: RatioMatcher | None = None,
         prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
         gate: StopGate | None = None,
     ) -> None:
@@ -71,6 +75,7 @@ class Submitter:
         self._ledger = ledger
         self._budget = budget or Budget(None)
         self._references = references or References()
+        self._ratios = ratios or RatioMatcher(None)
         self._prepare = prepare or (lambda request, _entry: request)
         self._posts = posts
 
@@ -102,6 +107,8 @@ class Submitter:
             ApiError: See `FluxKontextClient.submit`. If it is `not_accepted`, that is on record;
                 otherwise the row is unknown.
         """
+        request = await self.gate.interruptible(self._ratios.match(row.request))
+        row = replace(row, request=request)
         prepared = self._references.prepare(row.request, verify_staged=entry.failures > 0)
         make_request = await self.gate.interruptible(prepared)
         attempts = self._client.submit_attempts()

@@ -117,7 +117,7 @@ class Inbox:
         Raises:
             LedgerError: The file cannot be removed.
         """
-        await self._store.remove(f"{owner}/{name}")
+        await self._store.discard(f"{owner}/{name}")
 
     async def _write(self, owner: str) -> None:
         try:

@@ -168,8 +168,8 @@ def _account_environment(base_url: str) -> dict[str, str]:
 def _write_manifest(manifest: Path, references: str, photos: Sequence[Path]) -> None:
     with manifest.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "image", "aspect_ratio"])
-        writer.writerows([photo.stem, f"{references}/{photo.name}", "4:3"] for photo in photos)
+        writer.writerow(["id", "image"])
+        writer.writerows([photo.stem, f"{references}/{photo.name}"] for photo in photos)
 
 
 def _paths_by_caption(photo: Path, pictures: Path) -> dict[str, Path]:

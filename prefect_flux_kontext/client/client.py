@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import logging
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -64,6 +65,7 @@ _Result = TypeVar("_Result")
 _SUBMIT_PATH = "/api/v1/generateTask/flux-kontext"
 _STATUS_PATH = "/api/v1/statusTask/flux-kontext"
 _BALANCE_PATH = "/api/v1/apikeys/current-balance"
+_OWN_PATHS = ("", "/api/v1", _SUBMIT_PATH, _STATUS_PATH, _BALANCE_PATH)
 
 _PRIVATE_DOMAINS = frozenset({"internal", "lan", "local", "localhost", "test"})
 
@@ -152,7 +154,8 @@ class FluxKontextClient:
         429 (without limit).
 
         Args:
-            request: The generation to submit.
+            request: The generation to submit. The client reads no references: the ratio `match`
+                without a `matched_ratio` is sent as 16:9.
 
         Raises:
             RefusedError: The service refused the request (4xx). It was not accepted and not
@@ -466,13 +469,13 @@ class SubmitAttempts:
 
 
 def normalize_api_key(api_key: str | SecretStr) -> str:
-    """Return the key without the white space that files and shells leave around it.
+    """Return the key without white space around it and without `Bearer` before it.
 
     Raises:
         ConfigurationError: The key is empty or cannot be sent in a header.
     """
     key = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
-    key = key.strip()
+    key = re.sub(r"^\s*Bearer\s+", "", key, flags=re.IGNORECASE).strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ConfigurationError(
             "The API key is empty or has invalid characters. Set FLUX_KONTEXT_API_KEY or the "
@@ -492,21 +495,24 @@ def _is_private_host(host: str) -> bool:
 
 
 def normalize_base_url(base_url: str) -> str:
-    """Return the base URL without a slash at its end.
+    """Return the base URL without the service's own path, which its pages show with it.
 
     Raises:
-        ConfigurationError: The URL is not of the form https://host[:port].
+        ConfigurationError: The URL is not of the form https://host[:port], or has another path.
     """
+    base_url = base_url.strip()
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
         url = httpx.URL("")
+    path = url.path.rstrip("/")
     if (
         url.scheme not in ("http", "https")
         or not url.host
         or url.userinfo
         or url.query
         or url.fragment
+        or path not in _OWN_PATHS
     ):
         without_password = base_url.rpartition("@")[2]
         raise ConfigurationError(
@@ -518,4 +524,4 @@ def normalize_base_url(base_url: str) -> str:
             f"The base URL {base_url!r} would send the API key unencrypted over public networks. "
             "Use https; http is for this machine and private networks."
         )
-    return base_url.rstrip("/")
+    return base_url.rstrip("/").removesuffix(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,7 +15,9 @@ from prefect_flux_kontext.errors import (
     ApiError,
     GenerationFailedError,
     GenerationTimeoutError,
+    InsufficientBalanceError,
     NotFoundError,
+    UnauthorizedError,
 )
 from prefect_flux_kontext.models import GenerationResult
 
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 # For this long, the service may answer 404 for a task that it has just accepted.
 _UNKNOWN_TASK_GRACE_SECONDS = 60.0
+
+# A 404 lasts after this many in a row.
+_MAX_NOT_FOUND = 3
 
 
 class PollingCadence(BaseModel):
@@ -76,8 +82,8 @@ async def wait_until_ended(
 
     The first status request is sent `cadence.initial_delay` seconds after the submit, later
     ones every `cadence.interval` seconds, until enough is known about the duration of the mode's
-    tasks to choose better times. A status request that fails with a retryable error (5xx, a lost
-    or unreadable reply) is repeated with growing pauses.
+    tasks to choose better times. The task is paid for, so a status request that fails is repeated
+    with growing pauses. Only 401, 402 and a lasting 404 end the wait.
 
     Args:
         client: Client of the account.
@@ -92,13 +98,16 @@ async def wait_until_ended(
         GenerationFailedError: The service reports that the task failed.
         GenerationTimeoutError: The task did not end within `cadence.timeout` seconds. It is
             paid for; wait for the same task id again later.
-        RefusedError: The service refuses the status request (4xx).
+        UnauthorizedError: The service refuses the key (401).
+        InsufficientBalanceError: The service answers 402.
+        NotFoundError: The service does not know the task (404), more than a minute after its
+            submit and three times in a row.
     """
-    errors: list[ApiError] = []
+    seen = _LastReplies()
     scheduler = PollScheduler(client.limiter, task, cadence, has_callback=pauses is not None)
     try:
         async with asyncio.timeout(cadence.timeout):
-            status = await _poll_until_ended(client, task, cadence, scheduler, errors, pauses)
+            status = await _poll_until_ended(client, task, cadence, scheduler, seen, pauses)
     except TimeoutError:
         is_timed_out = True
     else:
@@ -107,9 +116,8 @@ async def wait_until_ended(
         scheduler.close()
     if is_timed_out:  # raised outside of the handler, without the TimeoutError as its context
         raise GenerationTimeoutError(
-            f"Task {task.task_id} did not end within {cadence.timeout:g} s"
-            f"{f' (last error: {errors[-1]})' if errors else ''}. It is paid for and may still "
-            "end. Waiting for the same task id again costs nothing.",
+            f"Task {task.task_id} did not end within {cadence.timeout:g} s{seen}. It is paid for "
+            "and may still end. Waiting for the same task id again costs nothing.",
             task_id=task.task_id,
         )
     if status.state == "failed":
@@ -130,18 +138,36 @@ async def wait_until_ended(
     )
 
 
+@dataclass
+class _LastReplies:
+    """The last state of a task, and the errors since."""
+
+    state: str | None = None
+    errors: list[ApiError] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        known = [f"last state: {self.state}"] if self.state else []
+        known += [f"last error: {self.errors[-1]}"] if self.errors else []
+        return f" ({'; '.join(known)})" if known else ""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the last errors leave no hope for another request."""
+        last = self.errors[-_MAX_NOT_FOUND:]
+        return isinstance(last[-1], UnauthorizedError | InsufficientBalanceError) or (
+            len(last) == _MAX_NOT_FOUND and all(isinstance(each, NotFoundError) for each in last)
+        )
+
+
 async def _poll_until_ended(
     client: FluxKontextClient,
     task: GenerationTask,
     cadence: PollingCadence,
     scheduler: PollScheduler,
-    errors: list[ApiError],
+    seen: _LastReplies,
     pauses: PollPauses | None,
 ) -> TaskStatus:
-    """Return the first status that says that the task has ended.
-
-    `errors` collects the errors since the last readable status.
-    """
+    """Return the first status that says that the task has ended."""
     if pauses is None:
         for _ in range(2):  # other tasks may have ended meanwhile, which changes the pause
             await asyncio.sleep(scheduler.pause())
@@ -151,19 +177,20 @@ async def _poll_until_ended(
         try:
             status = await client.status(task.task_id)
         except ApiError as error:
+            seen.errors.append(error)
             may_be_new = (
                 isinstance(error, NotFoundError) and scheduler.age < _UNKNOWN_TASK_GRACE_SECONDS
             )
-            if not (error.retryable or may_be_new):
+            if seen.is_final and not may_be_new:
                 raise
-            errors.append(error)
             logger.debug("Task %s: retrying the status request: %s", task.task_id, error)
-            await asyncio.sleep(max(cadence.interval, jittered_backoff(len(errors))))
+            await asyncio.sleep(max(cadence.interval, jittered_backoff(len(seen.errors))))
         else:
             scheduler.record_poll(status)
             if status.has_ended:
                 return status
-            errors.clear()
+            seen.state = status.state
+            seen.errors.clear()
             if pauses is None:
                 await asyncio.sleep(scheduler.pause())
             else:

@@ -57,6 +57,34 @@ _REFUSALS: dict[int, tuple[type[RefusedError], str]] = {
     404: (NotFoundError, "No such task or model. Check FLUX_KONTEXT_BASE_URL and the task id."),
 }
 
+# Advice that is also right for a status request, whose task is paid for.
+_STATUS_ADVICE = (401, 402, 404)
+
+# A refusal may name its reason as a failed task does: `SensitiveContentDetected`, `NSFW_DETECTED`.
+_FAIL_CODE = re.compile(r"NSFW|(?=\w*(?:_|[a-z][A-Z]))[A-Z][A-Za-z_]{3,60}")
+_BALANCE_CODES = {"insufficientcredits", "insufficientbalance"}
+
+# The contract's words are `success` and `failed`; the others are those of like services. A success
+# counts only with a result URL, and the words in the last set only with a fail code.
+_SUCCESS_STATES = {"success", "succeeded", "successful", "completed", "complete", "done", "ready"}
+_FAILED_STATES = {"failed", "fail", "failure"}
+_MAYBE_FAILED_STATES = {"error", "cancelled", "canceled", "rejected", "timeout"}
+
+# Where a status may have its results, and where these may have their URLs.
+_RESULT_NAMES = (
+    "resultJson",
+    "resultUrls",
+    "resultUrl",
+    "response",
+    "result",
+    "results",
+    "output",
+)
+_URL_NAMES = (*_RESULT_NAMES, "result_urls", "urls", "url", "images", "image", "outputs")
+_MAX_RESULT_DEPTH = 6
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S")
+_BETWEEN_URLS = re.compile(r"[\s,;]+(?=https?://)")
+
 
 def read_envelope(
     status: int,
@@ -76,6 +104,8 @@ def read_envelope(
         secret: Text that error messages must not contain, such as the API key.
 
     Raises:
+        UnreadableReplyError: The reply does not follow the contract. For a status request, that
+            is also a 4xx without an envelope: a page of a gateway says nothing about the task.
         ApiError: The subclass for the error code, which is the HTTP status, or if that is 2xx,
             the envelope's code.
     """
@@ -84,6 +114,14 @@ def read_envelope(
     code = _as_int(envelope.get("code"), default=status) if status in _SUCCESS else status
     if code in _SUCCESS and envelope:
         return data
+    is_page = task_id is not None and not envelope and code != _RATE_LIMITED
+    if is_page and 400 <= code < 500:  # noqa: PLR2004 - a refusal
+        raise UnreadableReplyError(
+            f"The status request was answered with HTTP {status}, but not by the service: "
+            f"{_excerpt(body, secret)}",
+            task_id=task_id,
+            code=code,
+        )
     if task_id is None and (named := _find_task_id(data)):
         raise UnreadableReplyError(
             f"The reply has error code {code} but names task {named}, so the task may have been "
@@ -97,7 +135,8 @@ def read_envelope(
             task_id=task_id,
             code=None if code in _SUCCESS else code,
         )
-    raise _create_error(code, _read_message(envelope, body, secret), retry_after, task_id)
+    message = _read_message(envelope, body, secret)
+    raise _create_error(code, message, retry_after, task_id, _find_fail_code(envelope))
 
 
 def read_task_id(data: Any, *, secret: str = "") -> str:
@@ -133,7 +172,10 @@ def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
     state = data.get("state")
     if not isinstance(state, str) or not _clean(state):
         raise UnreadableReplyError("The status reply has no state.", task_id=task_id)
-    result_urls = _find_result_urls(data.get("resultJson")) if state == "success" else []
+    fail_code = _printable(data.get("failCode"), secret) or None
+    state = _read_state(state, has_fail_code=fail_code is not None)
+    results = {name: data.get(name) for name in _RESULT_NAMES}
+    result_urls = _find_result_urls(results) if state == "success" else []
     if state == "success" and not result_urls:
         raise UnreadableReplyError(
             "The task succeeded, but its resultJson contains no result URL.", task_id=task_id
@@ -146,9 +188,9 @@ def read_status(data: Any, *, task_id: str, secret: str = "") -> TaskStatus:
         )
     return TaskStatus(
         task_id=task_id,
-        state=_clean(state),
+        state=state,
         result_urls=result_urls,
-        fail_code=_printable(data.get("failCode"), secret) or None,
+        fail_code=fail_code,
         fail_message=_printable(data.get("failMsg"), secret) or None,
         created_at=_as_moment(data.get("createTime")),
         completed_at=_as_moment(data.get("completeTime")),
@@ -174,6 +216,8 @@ def read_balance(data: Any, *, secret: str = "") -> float:
     names = ("balance", "currentBalance", "current_balance", "amount")
     values = [data.get(name) for name in names] if isinstance(data, dict) else [data]
     for value in values:
+        if isinstance(value, bool):
+            continue
         try:
             dollars = float(value)  # type: ignore[arg-type] # float() rejects other types
         except (TypeError, ValueError, OverflowError):
@@ -183,19 +227,49 @@ def read_balance(data: Any, *, secret: str = "") -> float:
     raise UnreadableReplyError(f"The balance reply contains no number: {_printable(data, secret)}")
 
 
-def _find_result_urls(value: Any) -> list[str]:
-    if isinstance(value, str):
-        value = _parse_json(value)
-    urls = value.get("resultUrls") if isinstance(value, dict) else value
-    if not isinstance(urls, list):
+def _read_state(text: str, *, has_fail_code: bool) -> str:
+    """Return `success` or `failed` for the words that mean it; any other state as it is."""
+    word = _clean(text).lower()
+    if word in _SUCCESS_STATES:
+        return "success"
+    if word in _FAILED_STATES or (word in _MAYBE_FAILED_STATES and has_fail_code):
+        return "failed"
+    return word if word in ("pending", "processing") else _clean(text)
+
+
+def _find_result_urls(value: Any, depth: int = 0) -> list[str]:
+    """Return the URLs in text, JSON text (even encoded twice), lists and objects."""
+    if depth > _MAX_RESULT_DEPTH:
         return []
-    # A URL with unprintable characters (controls, lone surrogates) cannot be fetched.
-    return [url for url in urls if isinstance(url, str) and url and url.isprintable()]
+    if isinstance(value, str):
+        parsed = _parse_json(value)
+        if parsed is not None:
+            return _find_result_urls(parsed, depth + 1)
+        urls = _BETWEEN_URLS.split(value.strip())
+        # A URL with unprintable characters (controls, lone surrogates) cannot be fetched.
+        return [url for url in urls if _URL.match(url) and url.isprintable()]
+    if isinstance(value, list):
+        return [url for each in value for url in _find_result_urls(each, depth + 1)]
+    if isinstance(value, dict):
+        for name in _URL_NAMES:
+            if urls := _find_result_urls(value.get(name), depth + 1):
+                return urls
+    return []
+
+
+def _find_fail_code(envelope: dict[str, Any]) -> str | None:
+    """Return the fail code that a refusal names, if any."""
+    data = _as_dict(envelope.get("data"))
+    names = ("failCode", "errorCode", "code", "error")
+    values = [*map(data.get, names), envelope.get("message"), envelope.get("msg")]
+    codes = (value for value in values if isinstance(value, str) and _FAIL_CODE.fullmatch(value))
+    return next(codes, None)
 
 
 def _find_task_id(data: Any) -> str:
     """Return the `taskId` in a submit's `data`, or an empty string if none is usable."""
-    value = _as_dict(data).get("taskId")
+    data = _as_dict(data)
+    value = data.get("taskId", data.get("task_id"))
     task_id = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     task_id = task_id.strip()
     is_usable = task_id.isprintable() and 0 < len(task_id) <= _MAX_TASK_ID_CHARACTERS
@@ -235,7 +309,11 @@ def _as_moment(milliseconds: Any) -> datetime | None:
 
 
 def _create_error(
-    code: int, message: str, retry_after: float | None, task_id: str | None
+    code: int,
+    message: str,
+    retry_after: float | None,
+    task_id: str | None,
+    fail_code: str | None,
 ) -> ApiError:
     if code == _RATE_LIMITED:
         return RateLimitedError(
@@ -245,8 +323,12 @@ def _create_error(
         )
     if code >= 500:  # noqa: PLR2004
         return ServiceTroubleError(f"{code}: {message}.", task_id=task_id, code=code)
+    if fail_code is not None and fail_code.replace("_", "").lower() in _BALANCE_CODES:
+        code, fail_code = 402, None
     kind, advice = _REFUSALS.get(code, (RefusedError, "The service refused the request."))
-    return kind(f"{code}: {message}. {advice}", task_id=task_id, code=code)
+    if task_id is not None and code not in _STATUS_ADVICE:
+        advice = f"The service refused to tell the status of task {task_id}."
+    return kind(f"{code}: {message}. {advice}", task_id=task_id, code=fail_code or code)
 
 
 def _read_message(envelope: dict[str, Any], body: bytes, secret: str) -> str:

@@ -5,9 +5,12 @@ A decompression bomb can be rejected before a decoder sees it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 from typing import TYPE_CHECKING
+
+from PIL import ExifTags, Image
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.images.decode import ImageFormat
@@ -23,6 +26,11 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _MAX_JPEG_SCANS = 100
 _MAX_PARTS = 20_000
 _JPEG_STANDALONE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
+
+_MAX_SEGMENT_BYTES = 65_535
+
+# A quarter turn to the left or right, mirrored or not.
+_SIDEWAYS_ORIENTATIONS = range(5, 9)
 
 
 def read_size(data: bytes) -> tuple[int, int] | None:
@@ -78,6 +86,22 @@ def _count_png_chunks(data: bytes) -> int:
         chunks += 1
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     return chunks
+
+
+def read_displayed_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height as viewers show an image, or None if the header has no size.
+
+    A photograph of a phone may lie on its side, and a viewer turns it as its EXIF data says. Only
+    the EXIF data of a JPEG is in its header.
+    """
+    size = read_size(data)
+    if size and data.startswith(b"\xff\xd8") and (at := data.find(b"Exif\0\0")) > 0:
+        exif = Image.Exif()
+        with contextlib.suppress(Exception):  # damaged EXIF data raises errors of many types
+            exif.load(data[at : at + _MAX_SEGMENT_BYTES])
+            if exif.get(ExifTags.Base.Orientation) in _SIDEWAYS_ORIENTATIONS:
+                return size[1], size[0]
+    return size
 
 
 def read_format(data: bytes) -> ImageFormat:

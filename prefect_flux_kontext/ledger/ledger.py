@@ -14,6 +14,7 @@ from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import MOVES, Ended, Entry, Intent, Posted, State, Times
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.redaction import redact_text, redact_url
+from prefect_flux_kontext.settings import find_price
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
@@ -51,7 +52,7 @@ class Ledger:
     Args:
         store: The ledger's records.
         owner: The name of this run.
-        prices: Dollars an image, by mode.
+        prices: Dollars an image, by mode; see `find_price`.
     """
 
     def __init__(self, store: RecordStore, owner: str, prices: dict[str, float]) -> None:
@@ -61,7 +62,7 @@ class Ledger:
 
     def price_of(self, request: GenerationRequest) -> float:
         """Return the price of one image of the request, in dollars."""
-        return self._prices[request.mode]
+        return find_price(self._prices, request.mode, request.provider)
 
     async def read(self, key: str) -> Entry:
         """Read a row's records.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.storage.atomic import create_file, replace_file
-from prefect_flux_kontext.storage.errors import describe_error, is_transient
+from prefect_flux_kontext.storage.errors import describe_error, is_transient, is_unsupported
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class RecordStore:
     def __init__(self, root: OutputFolder | str) -> None:
         self._folder = folder = OutputFolder(root)
         self._fs, self._root, self._options = folder.fs, folder.root.rstrip("/"), folder.options
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec filesystem."""
+        return self._fs
 
     def __str__(self) -> str:
         return str(self._fs.unstrip_protocol(self._root))
@@ -113,6 +118,17 @@ class RecordStore:
             problem = describe_error(error, self._options)
             raise LedgerError(f"{self}/{name} may not be removed: {problem}") from None
 
+    async def discard(self, name: str) -> None:
+        """Remove a record, or empty it where the store does not allow to remove it.
+
+        Raises:
+            LedgerError: The store could not be written to.
+        """
+        try:
+            await self.remove(name)
+        except LedgerError:
+            await self.replace(name, b"")
+
     async def list_names(self, folder: str) -> list[str]:
         """Return the names of the records in a folder, sorted, without the folder's own.
 
@@ -150,14 +166,15 @@ class RecordStore:
             except passes:
                 raise
             except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
-                again = attempt < _MAX_ATTEMPTS or is_transient(
-                    error, attempt, loop.time() - began
+                again = is_transient(error, attempt, loop.time() - began) or (
+                    attempt < _MAX_ATTEMPTS and not is_unsupported(error)
                 )
                 problem = describe_error(error, self._options)
             if not again:
+                attempts = "1 attempt" if attempt == 1 else f"{attempt} attempts"
                 raise LedgerError(
-                    f"The ledger record {self}/{name} could not be reached after {attempt} "
-                    f"attempts: {problem}"
+                    f"The ledger record {self}/{name} could not be reached after {attempts}: "
+                    f"{problem}"
                 )
             await asyncio.sleep(jittered_backoff(attempt, base=_BACKOFF_SECONDS))
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, RECORD_VERSION, Ended
+from prefect_flux_kontext.models import AspectRatio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -37,6 +38,8 @@ class FinishedRow(BaseModel):
     spent: float
     failures: int
     doubtful: float = 0.0
+    matched_ratio: AspectRatio | None = None
+    match_note: str | None = None
     ended: Ended
 
 
@@ -155,6 +158,8 @@ def _to_finished_row(entry: Entry) -> FinishedRow | None:
         spent=entry.spent,
         failures=entry.failures,
         doubtful=entry.doubtful,
+        matched_ratio=entry.intent.request.matched_ratio,
+        match_note=entry.intent.request.match_note,
         ended=entry.ended,
     )
 

@@ -133,6 +133,10 @@ class ImageFolder:
         for entry in self.fs.ls(f"{self.root}/{folder}".rstrip("/") or "/", detail=True):
             path = str(entry["name"]).rstrip("/")
             name = path.removeprefix(f"{self.root}/{folder}")
+            if str(entry["name"]) == f"{self.root}/{folder}" and entry["type"] == "directory":
+                # A key such as `photos//cat.jpg`, whose empty folder fsspec cannot list.
+                self.skipped_files += 1
+                continue
             if not name or "/" in name or name.startswith("."):
                 continue
             if entry["type"] == "directory" and _resolve_links(self.fs, path) == self.output:

@@ -177,7 +177,7 @@ def make_row(
     if style is not None or is_template(values.get("prompt", "")):
         problems += _apply_style(values, style, cells)
     if images:
-        values["image_urls"] = located
+        values["image_urls"] = located[:1]  # that there are several is a problem already
     name, style_name = "", None if style is None else style.name
     try:
         request = GenerationRequest(**values)
@@ -293,13 +293,17 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
     if images:
         return images, ["the row has both `image` and `images`; remove one of them"]
     if not text.startswith("["):
-        return text.split(), []
-    try:
-        images = json.loads(text)
-    except (ValueError, RecursionError):
-        return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
-    if not all(isinstance(image, str) for image in images):
-        return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
+        images = text.split()
+    else:
+        try:
+            images = json.loads(text)
+        except (ValueError, RecursionError):
+            return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
+        if not all(isinstance(image, str) for image in images):
+            return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
+    if len(images) > 1:
+        problem = f"the row has {len(images)} reference images and the service takes one"
+        return images, [f"{problem}; give each image a row of its own"]
     return images, []
 
 
@@ -331,6 +335,8 @@ def _split_url(url: str) -> SplitResult:
 
 def _format_error(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
+    if not where:
+        return str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{where} is missing; give the row one, or set a prompt for all rows"
     return f"{where} {problem['input']!r:.60}: {problem['msg']}"

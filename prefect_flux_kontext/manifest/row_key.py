@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Part of the hash. A new version changes every key, so existing outputs would be paid for again.
 _KEY_VERSION = 1
 
+# `image_urls` counts by its identities, and `match` by its word: what it comes to may vary.
+_NOT_IN_KEY = {"image_urls", "callback_url", "request_type", "matched_ratio", "match_note"}
+
 
 def compute_row_key(
     request: GenerationRequest, identities: Mapping[str, str] | None = None
@@ -32,9 +35,7 @@ def compute_row_key(
             files and objects.
     """
     known = identities or {}
-    paid_for = request.model_dump(
-        mode="json", exclude={"image_urls", "callback_url", "request_type"}, exclude_none=True
-    )
+    paid_for = request.model_dump(mode="json", exclude=_NOT_IN_KEY, exclude_none=True)
     paid_for["references"] = [known.get(url) or url_identity(url) for url in request.image_urls]
     paid_for["version"] = _KEY_VERSION
     text = json.dumps(paid_for, sort_keys=True, ensure_ascii=True, separators=(",", ":"))

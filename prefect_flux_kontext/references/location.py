@@ -6,7 +6,6 @@ import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, urlsplit
 
 import fsspec
 
@@ -108,12 +107,14 @@ def find_location_problem(reference: str) -> str | None:
         )
     if kind is LocationKind.LOCAL:
         return None
-    parts = _split_url(reference)
-    if not parts.netloc or not parts.path.strip("/"):
+    # A key may hold any character, such as `#` and `?`, so this is not split as a URL.
+    protocol, rest = parse_protocol(reference), reference.partition("://")[2]
+    bucket, _, key = rest.partition("/")
+    if not bucket or not key.strip("/"):
         return f"{shown} does not name an object in a bucket"
     # In `abfs://container@account/path`, the part before `@` is not a user name.
-    if ":" in parts.netloc or ("@" in parts.netloc and parse_protocol(reference)[0] != "a"):
-        return f"image in {parts.scheme}: has a user name or password in its URL; leave it out"
+    if ":" in bucket or ("@" in bucket and protocol[0] != "a"):
+        return f"image in {protocol}: has a user name or password in its URL; leave it out"
     return None
 
 
@@ -137,10 +138,3 @@ def open_filesystem(reference: str) -> tuple[Any, str]:
 def _local_path(reference: str) -> str:
     """Strip `file://` from a local path. As in fsspec, nothing is percent-decoded."""
     return re.sub(r"^(?:file|local):(?://)?", "", reference, flags=re.IGNORECASE)
-
-
-def _split_url(url: str) -> SplitResult:
-    try:
-        return urlsplit(url)
-    except ValueError:
-        return urlsplit("")

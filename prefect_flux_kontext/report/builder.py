@@ -180,7 +180,7 @@ async def update_report(
                     await output.put(RESULTS_PARQUET, parquet)
                 else:
                     # The file of an earlier run would contradict results.jsonl.
-                    await output.remove(RESULTS_PARQUET)
+                    await output.discard(RESULTS_PARQUET)
                 await remove_parts(store, parts)
             if max_rows and rows:
                 await build_gallery(

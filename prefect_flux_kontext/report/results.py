@@ -7,11 +7,13 @@ a run the part files of all ended runs are merged into `results.jsonl` and `resu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.storage.temp_db import TempDatabase
@@ -53,6 +55,8 @@ COLUMNS: dict[str, str] = {
     "reference_images": "strings",
     "mode": "string",
     "aspect_ratio": "string",
+    "matched_ratio": "string",
+    "match_note": "string",
     "output_format": "string",
     "provider": "string",
     "key": "string",
@@ -330,7 +334,7 @@ async def remove_parts(store: RecordStore, names: list[str]) -> None:
     """
     for start in range(0, len(names), _PARALLEL_FILES):
         block = names[start : start + _PARALLEL_FILES]
-        await asyncio.gather(*(store.remove(f"parts/{name}") for name in block))
+        await asyncio.gather(*(store.discard(f"parts/{name}") for name in block))
 
 
 @asynccontextmanager
@@ -360,5 +364,6 @@ async def acquire_merge_lock(
         yield
     finally:
         await store.replace(f"{lock}.released", b"")
-        for name in names:
-            await store.remove(f"locks/{name}")
+        with contextlib.suppress(LedgerError):  # a store need not allow it
+            for name in names:
+                await store.remove(f"locks/{name}")

@@ -111,7 +111,7 @@ class Sandbox:
 
     async def _balance(self, request: Request) -> Response:
         micro_dollars = self.service.balance(self._api_key(request))
-        return JSONResponse(success({"balance": micro_dollars / 1_000_000, "currency": "USD"}))
+        return JSONResponse(success(micro_dollars / 1_000_000))
 
     async def _result(self, request: Request) -> Response:
         task = self.service.result(request.path_params["task_id"], request.url.path)

@@ -55,7 +55,7 @@ class GenerationInput(_Wire):
 
     mode: Literal["pro", "max"]
     prompt: Annotated[str, Field(min_length=1, max_length=10_000)]
-    image_urls: list[str] = []
+    image_urls: Annotated[list[str], Field(max_length=1)] = []
     aspect_ratio: Literal["21:9", "16:9", "4:3", "1:1", "3:4", "9:16"] = "16:9"
     output_format: Literal["jpeg", "png"] = "jpeg"
     prompt_upsampling: bool = Field(default=False, alias="promptUpsampling")
@@ -103,7 +103,7 @@ def read_submission(payload: object) -> Submission:
         raise Refusal(400, "invalid parameters", error) from None
 
 
-def success(data: JsonObject) -> JsonObject:
+def success(data: JsonObject | float) -> JsonObject:
     """Make the envelope of a successful request."""
     return {"code": 200, "message": "success", "data": data}
 

@@ -117,6 +117,13 @@ class Service:
             "pro": _micro_dollars(settings.price_pro),
             "max": _micro_dollars(settings.price_max),
         }
+        self._official_prices = {
+            mode: self._prices[mode] if price is None else _micro_dollars(price)
+            for mode, price in (
+                ("pro", settings.price_pro_official),
+                ("max", settings.price_max_official),
+            )
+        }
         self._loop: asyncio.AbstractEventLoop | None = None
         self.epoch = 0.0
         self.reset()
@@ -157,7 +164,8 @@ class Service:
             raise Refusal(429, "too many tasks", f"{self._settings.slots} tasks are running")
         account.window.count(now)
         submission = read_submission(payload)
-        price = self._prices[submission.input.mode]
+        is_official = submission.provider == "official"
+        price = (self._official_prices if is_official else self._prices)[submission.input.mode]
         if account.balance < price:
             raise Refusal(402, "insufficient balance", f"{dollars(account.balance)} dollars left")
         account.balance -= price

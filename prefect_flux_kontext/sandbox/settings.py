@@ -40,8 +40,20 @@ class SandboxSettings(BaseModel):
     price_pro: Decimal = Field(
         Decimal("0.03"), ge=0, decimal_places=6, description="dollars for a task in mode pro"
     )
+    price_pro_official: Decimal | None = Field(
+        None,
+        ge=0,
+        decimal_places=6,
+        description="likewise for provider official (without it: the same)",
+    )
     price_max: Decimal = Field(
         Decimal("0.06"), ge=0, decimal_places=6, description="dollars for a task in mode max"
+    )
+    price_max_official: Decimal | None = Field(
+        None,
+        ge=0,
+        decimal_places=6,
+        description="likewise for provider official (without it: the same)",
     )
     balance: Decimal = Field(
         Decimal(10_000), ge=0, decimal_places=6, description="dollars each API key starts with"

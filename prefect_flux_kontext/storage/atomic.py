@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from prefect_flux_kontext.storage.errors import is_precondition_failure
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,7 +39,13 @@ def create_file(fs: Any, path: str, data: bytes) -> None:
         with _MEMORY_LOCK:
             fs.pipe_file(path, data, mode="create")
     else:
-        fs.pipe_file(path, data, mode="create")
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except Exception as error:
+            # Some stores do not say which condition failed, so s3fs does not know what it means.
+            if is_precondition_failure(error):
+                raise FileExistsError(path) from error
+            raise
 
 
 def replace_file(fs: Any, path: str, data: bytes, *, is_private: bool = False) -> None:

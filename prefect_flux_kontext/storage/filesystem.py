@@ -241,6 +241,18 @@ class OutputFolder:
                 FileNotFoundError,
             )
 
+    async def discard(self, name: str) -> None:
+        """Remove a file, or empty it where files may not be removed.
+
+        Raises:
+            StorageError: The file can neither be removed nor be written.
+        """
+        try:
+            await self.remove(name)
+        except StorageError:
+            if await self.exists(name):
+                await self.write(name, b"")
+
     async def check_writable(self) -> None:
         """Check with an empty test file that the folder can be written to.
 

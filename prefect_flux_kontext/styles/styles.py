@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.models import (
-    AspectRatio,
     GenerationRequest,
     Mode,
     OutputFormat,
     Provider,
+    RequestedRatio,
 )
 from prefect_flux_kontext.references.remote import open_file
 from prefect_flux_kontext.storage.names import find_text_problem
@@ -54,7 +54,9 @@ class Style(BaseModel):
         "prompt; without it, the row's prompt is appended.",
     )
     mode: Mode | None = Field(default=None, description="`pro` or `max`.")
-    aspect_ratio: AspectRatio | None = Field(default=None, description="Ratio of width to height.")
+    aspect_ratio: RequestedRatio | None = Field(
+        default=None, description="Ratio of width to height."
+    )
     output_format: OutputFormat | None = Field(default=None, description="Format of the result.")
     provider: Provider | None = Field(default=None, description="Route that the service uses.")
     extra: dict[str, Any] = Field(

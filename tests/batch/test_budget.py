@@ -59,6 +59,13 @@ async def test_budget_that_is_just_enough_is_enough(sandbox, tmp_path):
     assert (await run(sandbox, rows(11), tmp_path, budget_usd=0.33)).stored == 11
 
 
+async def test_budget_reserves_the_dearest_route(sandbox, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_PRICE_PRO_OFFICIAL", "0.05")
+    with pytest.raises(BudgetReachedError, match=r"the next image costs \$0\.05"):
+        await run(sandbox, rows(9), tmp_path, budget_usd=0.31)
+    assert sandbox.service.bill()["accepted"] == 6
+
+
 async def test_budget_counts_failed_generations(sandbox, tmp_path):
     with pytest.raises(BudgetReachedError):
         await run(sandbox, rows(9, prompt="nsfw"), tmp_path, budget_usd=0.15)

@@ -18,6 +18,33 @@ from tests.chaos.checker import ids_in, read_all
 from tests.chaos.simulation import in_process, manifest
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "CONTENT_VIOLATION",
+        "NSFW",
+        "NSFW_DETECTED",
+        "SensitiveContent",
+        "SensitiveContentDetected",
+        "InputImageSensitiveContentDetected",
+        "InputOutputSensitiveContentDetected",
+        "ProhibitedContentDetected",
+        "PromptLengthExceeded",
+        "PROMPT_TOO_LONG",
+        "INVALID_PROMPT",
+    ],
+)
+def test_refused_content_is_never_paid_for_again(code):
+    assert FailurePolicy().decide(code, 1) == "leave"
+    assert FailurePolicy().decide(code, 1, asked_to_retry=True) == "leave"
+
+
+@pytest.mark.parametrize("code", ["INVALID_IMAGE_URL", "SomethingNew", "501", None])
+def test_other_failures_are_paid_for_again_only_if_asked(code):
+    assert FailurePolicy().decide(code, 1) == "leave"
+    assert FailurePolicy().decide(code, 1, asked_to_retry=True) == "retry"
+
+
 def test_stop_does_not_wait_for_a_rate_limit():
     async def main(env):
         loop = asyncio.get_running_loop()

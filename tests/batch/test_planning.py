@@ -62,6 +62,31 @@ def test_check_shortens_a_long_list_of_refused_rows():
         build_plan(manifest(*[""] * 30)).check(skip_invalid=True)
 
 
+@pytest.mark.parametrize(
+    ("prices", "price", "line"),
+    [
+        ({}, "0.09", "1 in max (official) at $0.06, 1 in pro (value) at $0.03"),
+        ({"max official": 0.1}, "0.13", "1 in max (official) at $0.1, 1 in pro (value) at $0.03"),
+    ],
+)
+def test_plan_prices_by_mode_and_provider(prices, price, line):
+    rows = [
+        {"prompt": "a", "provider": "value"},
+        {"prompt": "b", "provider": "official", "mode": "max"},
+    ]
+    text = str(build_plan(Manifest(rows), prices={**PRICES, **prices}))
+    assert f"${price}  price: {line}" in text
+    unset = "more if `auto` takes the official route; its price: FLUX_KONTEXT_PRICE_MAX_OFFICIAL"
+    assert (unset in text) == (not prices)
+
+
+def test_plan_of_auto_counts_the_dearest_route():
+    plan = build_plan(manifest("a", "b"), prices={**PRICES, "pro official": 0.05})
+    assert "$0.10  price: 2 in pro at $0.05\n" in str(plan)
+    assert "official" not in str(plan)
+    assert "FLUX_KONTEXT_PRICE_PRO_OFFICIAL" in str(build_plan(manifest("a")))
+
+
 def test_digest_depends_on_rows_and_prices():
     digest = build_plan(manifest("a", "b")).digest
     assert build_plan(manifest("a", "b")).digest == digest

@@ -16,6 +16,7 @@ _REFUSED = {
     "submit:too-many-tasks",
     "submit:too-many-tasks-in-200",
     "submit:refused",
+    "submit:refused-content",
     "submit:slow",
     *STOPPING,
 }

@@ -157,9 +157,10 @@ def test_invalid_key_is_rejected_without_showing_it(key):
     assert not key.strip() or key not in str(caught.value)
 
 
-async def test_key_may_be_a_secret_with_white_space_around_it():
+@pytest.mark.parametrize("key", [f" {KEY}\n", BEARER, f"bearer  {KEY} "])
+async def test_key_may_have_white_space_around_it_and_bearer_before_it(key):
     async with ScriptedServer(accepted()) as server:
-        async with FluxKontextClient(SecretStr(f" {KEY}\n"), base_url=server.url) as client:
+        async with FluxKontextClient(SecretStr(key), base_url=server.url) as client:
             await client.submit(REQUEST)
         assert server.seen[0].headers["authorization"] == BEARER
     assert KEY not in repr(client)
@@ -178,11 +179,29 @@ async def test_key_may_be_a_secret_with_white_space_around_it():
         "http://a.test/#x",
         "http://a.test:port",
         "http://a\n.b",
+        "http://a.test/api",
+        "http://a.test/v1",
+        "http://a.test/api/v2",
+        "http://a.test/api/v1/other",
     ],
 )
 def test_invalid_base_url_is_rejected(base_url):
     with pytest.raises(ConfigurationError, match="base URL"):
         FluxKontextClient(KEY, base_url=base_url)
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "http://a.test",
+        " http://a.test/\n",
+        "http://a.test/api/v1",
+        "http://a.test/api/v1/ ",
+        "http://a.test/api/v1/generateTask/flux-kontext",
+    ],
+)
+def test_path_of_the_service_is_removed_from_the_base_url(base_url):
+    assert FluxKontextClient(KEY, base_url=base_url).base_url == "http://a.test"
 
 
 async def test_closed_client_can_be_closed_again_and_sends_nothing():

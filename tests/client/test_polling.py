@@ -120,6 +120,16 @@ async def test_deadline_is_kept_whatever_the_service_does(stuck):
         ok(None),
         rate_limited(),
         rate_limited("5"),
+        refusal(400),
+        refusal(403),
+        refusal(409),
+        refusal(422),
+        (200, {"code": 422, "message": "task not found"}),
+        httpx.Response(400, text=""),
+        httpx.Response(401, text="<html>Sign in"),
+        httpx.Response(402, text="<html>"),
+        httpx.Response(403, text="<html>Checking your browser"),
+        httpx.Response(404, text="<html>"),
     ],
 )
 async def test_transient_error_is_retried(fault):
@@ -148,17 +158,23 @@ async def test_404_of_a_new_task_is_retried():
     assert (await wait(transport)).result_urls
 
 
-@pytest.mark.parametrize(("age", "most"), [(0, 91), (50, 41), (70, 1)])
-async def test_404_after_a_minute_is_raised(age, most):
+@pytest.mark.parametrize(("age", "most"), [(0, 91), (50, 41), (70, 15)])
+async def test_lasting_404_is_raised_after_a_minute(age, most):
     transport = ScriptedTransport(refusal(404))
     with pytest.raises(NotFoundError) as caught:
         await wait(transport, age=age)
     assert transport.waited < most
+    assert len(transport.requests) >= 3
     assert caught.value.task_id == "task_1"
 
 
-@pytest.mark.parametrize("code", [400, 401, 402, 403, 410])
-async def test_refusal_is_raised_immediately(code):
+async def test_single_404_of_an_old_task_is_retried():
+    transport = ScriptedTransport(refusal(404), refusal(404), PROCESSING, refusal(404), SUCCESS)
+    assert (await wait(transport, age=70)).result_urls
+
+
+@pytest.mark.parametrize("code", [401, 402])
+async def test_refusal_of_the_account_is_raised_immediately(code):
     transport = ScriptedTransport(refusal(code))
     with pytest.raises(RefusedError) as caught:
         await wait(transport)
@@ -198,10 +214,17 @@ async def test_failed_task_error_has_code_and_message(fields, code, message, rea
 
 async def test_unknown_state_counts_as_running():
     transport = ScriptedTransport(
-        *(ok({"state": state}) for state in ("queued", "SUCCESS", "done?")), SUCCESS
+        *(ok({"state": state}) for state in ("queued", "SUCCESS", "done?", "error")), SUCCESS
     )
     await wait(transport)
-    assert len(transport.requests) == 4
+    assert len(transport.requests) == 5
+
+
+@pytest.mark.parametrize("script", [[PROCESSING], [PROCESSING, httpx.ReadError("")]])
+async def test_timeout_error_names_the_last_state(script):
+    with pytest.raises(GenerationTimeoutError, match="last state: processing") as caught:
+        await wait(ScriptedTransport(*script), timeout=60)
+    assert ("last error: " in str(caught.value)) == (len(script) > 1)
 
 
 async def test_state_may_go_back_to_pending():

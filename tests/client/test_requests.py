@@ -56,10 +56,13 @@ async def test_submit_sends_the_complete_request():
     }
 
 
-async def test_base_url_may_have_a_path():
-    async with ScriptedServer(accepted()) as server, make_client(server.url + "/v/") as client:
+async def test_base_url_may_have_the_path_of_the_service():
+    async with (
+        ScriptedServer(accepted()) as server,
+        make_client(server.url + "/api/v1/") as client,
+    ):
         await client.submit(REQUEST)
-    assert server.seen[0].target == "/v/api/v1/generateTask/flux-kontext"
+    assert server.seen[0].target == "/api/v1/generateTask/flux-kontext"
 
 
 async def test_balance_and_check_request_only_the_balance():

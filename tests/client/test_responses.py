@@ -13,7 +13,13 @@ from prefect_flux_kontext.client.responses import (
     read_status,
     read_task_id,
 )
-from prefect_flux_kontext.errors import ApiError, RefusedError, UnreadableReplyError
+from prefect_flux_kontext.errors import (
+    ApiError,
+    InsufficientBalanceError,
+    InvalidRequestError,
+    RefusedError,
+    UnreadableReplyError,
+)
 
 URL = "https://results.test/1.jpg"
 
@@ -73,11 +79,34 @@ def test_success_has_urls_and_times():
         {"resultUrls": [URL], "more": 1},
         [URL],
         json.dumps([URL]),
-        {"resultUrls": [None, 3, "", "bad\ud800", "bad\x00", URL, {"url": "x"}]},
+        {"resultUrls": [None, 3, "", "bad\ud800", "http://a/\x00", URL, {"url": "x"}]},
+        {"resultUrls": URL},
+        {"resultUrls": [{"url": URL}]},
+        {"resultUrls": [{"url": URL, "width": 1_024}]},
+        {"resultUrls": {"url": URL}},
+        {"resultUrls": json.dumps([URL])},
+        json.dumps(json.dumps({"resultUrls": [URL]})),
+        {"images": [{"url": URL, "content_type": "image/jpeg"}]},
+        {"urls": [URL]},
+        URL,
+        f" {URL}\n",
     ],
 )
 def test_urls_are_found_in_a_string_an_object_or_a_list(result_json):
     assert success(result_json).result_urls == [URL]
+
+
+@pytest.mark.parametrize("name", ["resultUrls", "resultUrl", "response", "result", "output"])
+@pytest.mark.parametrize("value", [URL, [URL], json.dumps({"resultUrls": [URL]})])
+def test_urls_are_found_beside_an_empty_result_json(name, value):
+    data = {"state": "success", "resultJson": None, "image_urls": ["https://a.test/in.jpg"]}
+    assert read_status({**data, name: value}, task_id="task_1").result_urls == [URL]
+
+
+@pytest.mark.parametrize("between", [",", ", ", "\n", " ", ";"])
+def test_several_urls_in_one_text_are_separated(between):
+    urls = ["https://results.test/1.png?a=1,2", "https://results.test/2.png"]
+    assert success({"resultUrls": between.join(urls)}).result_urls == urls
 
 
 def test_urls_keep_their_order():
@@ -97,10 +126,11 @@ def test_urls_keep_their_order():
         {},
         [],
         {"resultUrls": []},
-        {"resultUrls": URL},
         {"resultUrls": None},
         {"resultUrls": [""]},
-        {"urls": [URL]},
+        {"resultUrls": ["/results/1.png"]},
+        {"resultUrls": [[[[[[[[URL]]]]]]]]},
+        {"image_urls": [URL]},
         "null",
         '"text"',
     ],
@@ -123,9 +153,31 @@ def test_status_may_omit_the_task_id_or_send_a_number(fields):
     assert read_status({**fields, "state": "pending"}, task_id="7").state == "pending"
 
 
-@pytest.mark.parametrize("state", ["queued", "SUCCESS", "cancelled", "処理中"])
+@pytest.mark.parametrize("state", ["queued", "Generating", "cancelled", "error", "処理中"])
 def test_unknown_state_is_kept(state):
     assert read_status({"state": state}, task_id="task_1").state == state
+
+
+@pytest.mark.parametrize("state", ["SUCCESS", "Succeeded", "completed", " success ", "DONE"])
+def test_success_may_be_written_in_other_ways(state):
+    status = read_status({"state": state, "resultJson": [URL]}, task_id="task_1")
+    assert (status.state, status.result_urls) == ("success", [URL])
+    with pytest.raises(UnreadableReplyError, match="no result URL"):
+        read_status({"state": state}, task_id="task_1")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"state": "FAILED"},
+        {"state": "fail"},
+        {"state": "Failure"},
+        {"state": "error", "failCode": "GENERATION_FAILED"},
+        {"state": "CANCELLED", "failCode": 501},
+    ],
+)
+def test_failure_may_be_written_in_other_ways(fields):
+    assert read_status(fields, task_id="task_1").state == "failed"
 
 
 @pytest.mark.parametrize("state", [None, 1, [], {}, "", " ", "\x00"])
@@ -198,6 +250,54 @@ def test_any_envelope_is_read_or_raises_api_error(value, status):
         error.message.encode()
 
 
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 422])
+@pytest.mark.parametrize("body", [b"<html>Forbidden</html>", b"", b"no", b"[]", b'"no"'])
+def test_refused_status_request_without_envelope_is_retryable(status, body):
+    with pytest.raises(UnreadableReplyError, match=f"HTTP {status}") as caught:
+        read_envelope(status, body, task_id="task_1")
+    assert caught.value.retryable
+    with pytest.raises(RefusedError):  # a submit: it was not accepted
+        read_envelope(status, body)
+
+
+@pytest.mark.parametrize("code", [400, 403, 409, 422])
+def test_refused_status_request_never_says_that_nothing_was_billed(code):
+    body = json.dumps({"code": code, "message": "no"}).encode()
+    for status in (200, code):
+        with pytest.raises(RefusedError) as caught:
+            read_envelope(status, body, task_id="task_1")
+        assert caught.value.message == (
+            f"{code}: no. The service refused to tell the status of task task_1."
+        )
+
+
+@pytest.mark.parametrize(
+    ("envelope", "reason"),
+    [
+        ({"message": "SensitiveContentDetected"}, "SensitiveContentDetected"),
+        (
+            {"message": "no", "data": {"error": "InputImageSensitiveContentDetected"}},
+            "InputImageSensitiveContentDetected",
+        ),
+        ({"message": "no", "data": {"failCode": "NSFW"}}, "NSFW"),
+        ({"message": "no", "data": {"code": "PROMPT_TOO_LONG"}}, "PROMPT_TOO_LONG"),
+        ({"message": "Bad request", "data": {"error": "prompt: too long"}}, "400"),
+        ({"message": "invalid"}, "400"),
+    ],
+)
+def test_refusal_may_name_a_fail_code(envelope, reason):
+    with pytest.raises(InvalidRequestError) as caught:
+        read_envelope(400, json.dumps({"code": 400, **envelope}).encode())
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("code", ["INSUFFICIENT_CREDITS", "InsufficientBalance"])
+def test_low_balance_in_any_refusal_stops_the_batch(code):
+    with pytest.raises(InsufficientBalanceError) as caught:
+        read_envelope(400, json.dumps({"code": 400, "data": {"error": code}}).encode())
+    assert caught.value.fatal
+
+
 @given(st.binary(max_size=200), st.integers(100, 999))
 def test_any_bytes_raise_api_error(body, status):
     with pytest.raises(ApiError):
@@ -207,7 +307,7 @@ def test_any_bytes_raise_api_error(body, status):
 @pytest.mark.parametrize(
     ("data", "dollars"),
     [
-        (12.5, 12.5),
+        (74.87, 74.87),
         ("12.5", 12.5),
         (0, 0.0),
         ({"balance": 3}, 3.0),
@@ -221,7 +321,7 @@ def test_balance_is_read_in_its_likely_shapes(data, dollars):
 
 
 @pytest.mark.parametrize(
-    "data", [None, {}, [], "n/a", {"balance": {}}, {"balance": 10**400}, float("nan"), "inf"]
+    "data", [None, True, {}, [], "n/a", {"balance": {}}, {"balance": 10**400}, float("nan"), "inf"]
 )
 def test_balance_without_a_number_is_rejected(data):
     with pytest.raises(UnreadableReplyError, match="no number"):

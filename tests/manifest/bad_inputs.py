@@ -262,7 +262,7 @@ BAD_INPUTS = [
     ),
     style_file("styles that are a list", "- ink\n", "are not a mapping"),
     style_file("a style with an unknown field", "ink: {prompt: x, size: 9}", "no field `size`"),
-    style_file("a style with an unknown ratio", "a: {prompt: x, aspect_ratio: '2:1'}", "'21:9'"),
+    style_file("a style with an unknown ratio", "a: {prompt: x, aspect_ratio: '2:1'}", "'match'"),
     style_file("a duplicate style", "ink: x\nink: y\n", "it names 'ink' twice"),
     style_file("a style outside the output", "../ink: x\n", "the name leads out"),
     style_file("a YAML bomb", "a: &a [x]\nb: &b [*a, *a]\nc: [*b]\n", "aliases (`*`) are not"),
@@ -290,7 +290,19 @@ BAD_INPUTS = [
         "a prompt of 10,001 characters", f"x,{URL},{'x' * 10_001}", "at most 10000 characters"
     ),
     BadInput("an unknown mode", "m.csv", "prompt,mode\nx,turbo\n", "should be 'pro' or 'max'"),
-    BadInput("an unknown ratio", "m.csv", "prompt,aspect_ratio\nx,2:1\n", "should be '21:9'"),
+    BadInput(
+        "several references in a row",
+        "m.jsonl",
+        f'{{"prompt": "x", "images": ["{URL}", "{URL}?2"]}}',
+        "the service takes one",
+    ),
+    BadInput(
+        "a match without a reference",
+        "m.csv",
+        "prompt,aspect_ratio\nx,match\n",
+        "needs a reference image",
+    ),
+    BadInput("an unknown ratio", "m.csv", "prompt,aspect_ratio\nx,2:1\n", "should be 'match'"),
     BadInput("an unknown format", "m.csv", "prompt,output_format\nx,gif\n", "'jpeg' or 'png'"),
     BadInput("an unknown provider", "m.csv", "prompt,provider\nx,best\n", "should be 'auto'"),
 ]

@@ -343,3 +343,13 @@ def test_outputs_of_other_batches_are_left_out_and_counted(photos):
 def test_folder_that_is_an_earlier_output_may_be_a_manifest(photos):
     put(photos, "_ledger/rows/1.json", "a.jpg")
     assert "a" in ids(photos, f"{photos}/next")
+
+
+def test_key_with_an_empty_folder_is_counted(s3, tmp_path):
+    """fsspec cannot list such a folder."""
+    bucket, client = s3
+    for key in ("a.jpg", "#b.jpg", "sea//c.jpg", "/d.jpg"):
+        client.put_object(Bucket="pictures", Key=f"{tmp_path.name}/{key}", Body=b"x")
+    manifest = Manifest(f"{bucket}/{tmp_path.name}/", prompt="oil")
+    assert [row.id for row in manifest.rows()] == ["#b", "a"]
+    assert manifest.skipped_files == 2

@@ -146,10 +146,11 @@ def test_number_and_its_text_are_the_same_id():
     assert "duplicate id '1', first used on line 1" in refused(Manifest(given))[0][1]
 
 
-def test_list_column_gives_several_references(tmp_path):
-    table = pa.table({"prompt": ["x"], "images": [[URL, "http://a.test/b.jpg"]]})
-    (row,) = Manifest(table).rows()
-    assert row.request.image_urls == [URL, "http://a.test/b.jpg"]
+def test_list_column_gives_the_reference():
+    table = pa.table({"prompt": ["x", "x"], "images": [[URL], [URL, "http://a.test/b.jpg"]]})
+    one, several = Manifest(table).rows()
+    assert one.request.image_urls == [URL]
+    assert "the row has 2 reference images" in several.reason
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,14 @@ def test_empty_reference_is_not_paid_as_text_to_image():
 
 def test_empty_cells_take_the_defaults():
     row = make_row(2, {"image": URL, "prompt": "x", "mode": "", "aspect_ratio": " "})
-    assert (row.request.mode, row.request.aspect_ratio) == ("pro", "16:9")
+    assert (row.request.mode, row.request.aspect_ratio) == ("pro", "match")
+    row = make_row(2, {"prompt": "x", "aspect_ratio": " "})
+    assert row.request.aspect_ratio == "16:9"
+
+
+def test_match_of_a_row_without_a_reference_is_refused():
+    row = make_row(2, {"prompt": "x", "aspect_ratio": "match"})
+    assert row.reason == "aspect_ratio 'match' needs a reference image"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,10 @@ def test_empty_cells_take_the_defaults():
         ({}, "prompt is missing; give the row one, or set a prompt for all rows"),
         ({"prompt": "x" * 10_001}, "prompt 'xxx"),
         ({"prompt": "x", "mode": "turbo"}, "mode 'turbo': Input should be 'pro' or 'max'"),
-        ({"prompt": "x", "aspect_ratio": "2:1"}, "aspect_ratio '2:1': Input should be '21:9'"),
+        (
+            {"prompt": "x", "aspect_ratio": "2:1"},
+            "aspect_ratio '2:1': Input should be 'match', '21:9'",
+        ),
         ({"prompt": "x", "output_format": "gif"}, "output_format 'gif'"),
         ({"prompt": "x", "provider": "best"}, "provider 'best'"),
     ],
@@ -141,9 +151,17 @@ def test_id_that_cannot_name_a_file_is_refused(given, expected):
     assert expected in reason(id=given, prompt="x")
 
 
-def test_references_are_json_or_separated_by_spaces():
-    for text in (f'["{URL}", "http://a.test/b c.png"]', f"{URL}  http://a.test/b"):
-        assert len(make_row(2, {"images": text, "prompt": "x"}).request.image_urls) == 2
+@pytest.mark.parametrize("text", [f'["{URL}"]', URL])
+def test_column_images_may_hold_one_reference(text):
+    assert make_row(2, {"images": text, "prompt": "x"}).request.image_urls == [URL]
+
+
+@pytest.mark.parametrize("text", [f'["{URL}", "http://a.test/b c.png"]', f"{URL}  {URL}"])
+def test_row_with_several_references_is_refused(text):
+    assert reason(images=text, prompt="x") == (
+        "the row has 2 reference images and the service takes one; give each image a row of its "
+        "own"
+    )
 
 
 @pytest.mark.parametrize("text", ["[", '["a"', "[1]", "[" * 100_000])

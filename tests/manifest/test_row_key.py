@@ -31,7 +31,7 @@ URLS = st.builds(
 REQUESTS = st.builds(
     GenerationRequest,
     prompt=TEXT,
-    image_urls=st.lists(URLS, max_size=2),
+    image_urls=st.lists(URLS, max_size=1),
     mode=st.sampled_from(["pro", "max"]),
     aspect_ratio=st.sampled_from(["21:9", "16:9", "1:1"]),
     output_format=st.sampled_from(["jpeg", "png"]),

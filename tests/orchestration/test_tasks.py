@@ -47,6 +47,23 @@ async def test_async_flow_awaits_the_tasks(account, sandbox, tmp_path):
     assert sandbox.service.bill()["accepted"] == 1
 
 
+@pytest.mark.parametrize("has_ledger", [False, True])
+async def test_submitted_task_has_the_ratio_of_its_reference(
+    has_ledger, account, sandbox, tmp_path, monkeypatch
+):
+    image = f"{sandbox.url}/references/cat.png"
+    request = GenerationRequest(prompt="oil", image_urls=[image])
+    ledger = str(tmp_path) if has_ledger else None
+    for reads in ("true", "false"):
+        monkeypatch.setenv("FLUX_KONTEXT_MATCH_REFERENCES", reads)
+        task = await submit_generation(request, account, ledger, key=reads)
+        assert task.request.aspect_ratio == "match"
+        assert task.request.matched_ratio == ("4:3" if reads == "true" else "16:9")
+        assert bool(task.request.match_note) == (reads == "false")
+    sent = [record["aspect_ratio"] for record in sandbox.service.records()]
+    assert sent == ["4:3", "16:9"]
+
+
 def test_sync_flow_submits_the_tasks(account, sandbox, tmp_path):
     @flow
     def restyle():

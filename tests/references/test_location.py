@@ -68,8 +68,21 @@ def test_unsupported_location_is_refused_by_its_text(reference, monkeypatch):
     assert "so the service cannot fetch it" in find_location_problem(reference)
 
 
+@pytest.mark.parametrize("key", ["#root.jpg", "?v=1.jpg", "a/#b/c.jpg", "[a.jpg", "a//b.jpg", "%"])
+def test_key_of_an_object_may_hold_any_character(key):
+    assert find_location_problem(f"s3://bucket/{key}", None) is None
+
+
 @pytest.mark.parametrize(
-    "reference", ["s3://bucket", "s3://bucket/", "s3:bucket/cat.jpg", "gs:///x"]
+    "reference",
+    [
+        "s3://bucket",
+        "s3://bucket/",
+        "s3:///#root.jpg",
+        "s3://bucket//",
+        "s3:bucket/cat.jpg",
+        "gs:///x",
+    ],
 )
 def test_bucket_without_object_is_refused(reference):
     assert "does not name an object" in find_location_problem(reference)

@@ -20,6 +20,14 @@ async def test_the_bill_counts_every_accepted_task_to_the_cent():
         assert bill["by_mode"] == {"pro": 3, "max": 1}
 
 
+async def test_the_official_route_may_cost_more():
+    async with sandbox_client(price_pro_official=Decimal("0.05")) as sandbox:
+        for provider in ("value", "official", "auto"):
+            await sandbox.accepted(top={"provider": provider})
+        await sandbox.accepted(mode="max", top={"provider": "official"})
+        assert (await sandbox.bill())["dollars"] == "0.170000"
+
+
 async def test_the_bill_counts_status_requests_answered_and_refused():
     async with sandbox_client(requests_per_minute=3) as sandbox:
         task_id = await sandbox.accepted()
@@ -33,7 +41,7 @@ async def test_the_balance_goes_down_with_each_accepted_task():
     async with sandbox_client(balance=1) as sandbox:
         await sandbox.accepted(mode="max")
         reply = await sandbox.http.get(BALANCE)
-        assert reply.json()["data"] == {"balance": 0.94, "currency": "USD"}
+        assert reply.json()["data"] == 0.94
 
 
 async def test_low_balance_refuses_the_submit_free_of_charge():
@@ -42,7 +50,7 @@ async def test_low_balance_refuses_the_submit_free_of_charge():
         refused = await sandbox.submit(mode="pro")
         assert (refused.status_code, refused.json()["code"]) == (402, 402)
         assert (await sandbox.bill())["accepted"] == 1
-        assert (await sandbox.http.get(BALANCE)).json()["data"]["balance"] == 0.02
+        assert (await sandbox.http.get(BALANCE)).json()["data"] == 0.02
 
 
 async def test_task_list_has_request_and_price():
@@ -86,4 +94,4 @@ async def test_a_reset_forgets_everything():
         assert (await sandbox.bill())["accepted"] == 0
         assert await sandbox.tasks() == []
         assert (await sandbox.status(task_id)).status_code == 404
-        assert (await sandbox.http.get(BALANCE)).json()["data"]["balance"] == 1
+        assert (await sandbox.http.get(BALANCE)).json()["data"] == 1

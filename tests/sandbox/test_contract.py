@@ -19,6 +19,8 @@ GOOD = {"mode": "pro", "prompt": "a cat"}
         ({"input": {**GOOD, "prompt": "a" * 10_001}}, "input.prompt"),
         ({"input": {**GOOD, "prompt": 7}}, "input.prompt"),
         ({"input": {**GOOD, "image_urls": "http://127.0.0.1/a.jpg"}}, "input.image_urls"),
+        ({"input": {**GOOD, "image_urls": ["http://a", "http://b"]}}, "input.image_urls"),
+        ({"input": {**GOOD, "aspect_ratio": "match"}}, "input.aspect_ratio"),
         ({"input": {**GOOD, "image_urls": [1]}}, "input.image_urls.0"),
         ({"input": {**GOOD, "aspect_ratio": "2:1"}}, "input.aspect_ratio"),
         ({"input": {**GOOD, "output_format": "jpg"}}, "input.output_format"),

@@ -7,9 +7,10 @@ import aiohttp
 import botocore.exceptions
 import pytest
 
-from prefect_flux_kontext.errors import StorageError
+from prefect_flux_kontext.errors import LedgerError, StorageError
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.storage.errors import describe_error, is_transient
+from prefect_flux_kontext.storage.atomic import create_file
+from prefect_flux_kontext.storage.errors import describe_error, is_transient, is_unsupported
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.ledger.conftest import Faulty
 
@@ -43,6 +44,10 @@ BUSY = [
     with_cause(OSError("what s3fs makes of an unknown code"), s3_error("429", 429)),
     with_cause(OSError(errno.EREMOTEIO, "We encountered an internal error"), s3_error("500", 500)),
     RuntimeError("SlowDown"),
+    s3_error("OperationAborted", 409),
+    with_cause(
+        OSError(errno.EIO, "what s3fs makes of it"), s3_error("ConditionalRequestConflict", 409)
+    ),
     GcsError(),
     AzureError(),
 ]
@@ -62,6 +67,8 @@ PERMANENT = [
     IsADirectoryError("it is a folder"),
     ValueError("no such region"),
     s3_error("AccessDenied", 403),
+    s3_error("NotImplemented", 501),
+    s3_error("PreconditionFailed", 412),
     RuntimeError("anything"),
 ]
 
@@ -86,6 +93,39 @@ def test_connection_errors_allow_four_attempts(error):
 @pytest.mark.parametrize("error", PERMANENT, ids=repr)
 def test_other_errors_are_not_transient(error):
     assert not is_transient(error, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSYS, "A header you provided is not implemented"),
+        with_cause(OSError(errno.EIO, "?"), s3_error("XNotImplemented", 501)),
+        NotImplementedError("no mode create"),
+    ],
+    ids=repr,
+)
+def test_unsupported_operation_is_recognized(error):
+    assert is_unsupported(error)
+    assert not is_transient(error, 1, 0)
+
+
+def test_other_errors_are_not_unsupported():
+    assert not any(map(is_unsupported, [*BUSY, *CONNECTION_ERRORS, PERMANENT[0], PERMANENT[2]]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        with_cause(OSError(errno.EINVAL, "failed"), s3_error("PreconditionFailed", 412)),
+        s3_error("412", 412),
+    ],
+    ids=repr,
+)
+def test_refused_condition_means_that_the_file_exists(error, tmp_path):
+    """As a store says it that does not name the condition."""
+    fs = Faulty(OutputFolder(f"memory://{tmp_path.name}").fs, {"pipe_file"}, error)
+    with pytest.raises(FileExistsError):
+        create_file(fs, "/a.json", b"1")
 
 
 def test_is_transient_accepts_circular_causes():
@@ -116,6 +156,14 @@ class TestCalls:
     @pytest.fixture
     def output(self, tmp_path):
         return OutputFolder(f"memory://{tmp_path.name}", SECRETS)
+
+    async def test_unsupported_operation_is_tried_once(self, output):
+        store = RecordStore(output.below("_ledger"))
+        error = OSError(errno.ENOSYS, "If-None-Match")
+        store._fs = Faulty(store._fs, {"pipe_file"}, error, times=9)
+        with pytest.raises(LedgerError, match="after 1 attempt: "):
+            await store.create("1.json", b"one")
+        assert store._fs.times == 8
 
     @pytest.mark.parametrize("error", [BUSY[0], BUSY[1]], ids=repr)
     async def test_busy_store_is_retried(self, output, error):

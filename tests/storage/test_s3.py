@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 
 import fsspec
 import fsspec.config
@@ -10,6 +11,7 @@ import pytest
 from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
+from prefect_flux_kontext.ledger.probe import probe_store
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
@@ -85,6 +87,45 @@ async def test_slow_down_errors_lose_no_image(sandbox, proxy, output):
     assert sandbox.service.bill()["accepted"] == 25
 
 
+async def test_conflicts_lose_no_image(sandbox, proxy, output):
+    proxy.rates = {"put": {"conflict": 0.3}}
+    summary = await run(sandbox, rows(10), output)
+    assert (summary.stored, summary.failures) == (10, [])
+    assert proxy.applied["conflict"] > 5
+    assert sandbox.service.bill()["accepted"] == 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "missing"),
+    [
+        ({"rates": {"put": {"not_implemented": 1.0}}}, "create a record (on S3: PutObject with"),
+        ({"rates": {"put": {"denied": 1.0}}}, "create a record (on S3: PutObject with"),
+        ({"rates": {"get": {"denied": 1.0}}}, "read a record back (on S3: s3:GetObject)"),
+        ({"drops": (b"if-none-match:",)}, "refuse to create a record twice (on S3: If-None-"),
+        ({"hides_missing": True}, "tell that a record is missing (on S3: s3:ListBucket)"),
+    ],
+)
+async def test_store_that_cannot_hold_a_ledger_is_refused_unpaid(
+    sandbox, proxy, output, fault, missing
+):
+    for name, value in fault.items():
+        setattr(proxy, name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        await run(sandbox, rows(3), output)
+    assert f"so nothing was paid: the store has to {missing}" in str(caught.value)
+    assert SECRET not in repr(caught.value)
+    assert sandbox.service.bill()["accepted"] == 0
+
+
+async def test_store_is_probed_once_a_process(proxy, output):
+    store = open_ledger_store(output)
+    await probe_store(store)
+    requests = proxy.numbers.total()
+    await probe_store(open_ledger_store(output))
+    assert proxy.numbers.total() == requests
+    assert await store.list_names("probe") == []
+
+
 async def test_access_denied_is_not_retried(proxy, output):
     proxy.rates = {"put": {"denied": 1.0}}
     with pytest.raises(
@@ -97,7 +138,10 @@ async def test_access_denied_is_not_retried(proxy, output):
         await output.check_writable()
 
 
-async def test_batch_runs_without_delete_permission(sandbox, proxy, server, output, tmp_path):
+async def test_batch_runs_without_delete_permission(
+    sandbox, proxy, server, output, tmp_path, caplog
+):
+    caplog.set_level(logging.WARNING, "prefect_flux_kontext")
     proxy.rates = {"delete": {"denied": 1.0}}
     await output.check_writable()
     await output.check_writable()
@@ -106,6 +150,10 @@ async def test_batch_runs_without_delete_permission(sandbox, proxy, server, outp
     assert (await run(sandbox, manifest, output)).stored == 1
     again = await run(sandbox, Manifest([{"id": "a", "prompt": "oil"}]), output)
     assert (again.already_stored, again.complete) == (1, True)
+    # The report is complete: a missing permission to remove files is no warning either.
+    assert caplog.messages == []
+    assert names(server, tmp_path.name) >= {"results.jsonl", "results.parquet", "gallery.html"}
+    assert (await output.read("failed.csv")) == b""
     assert sandbox.service.bill()["accepted"] == 2
     assert (await read_ledger_status(open_ledger_store(output))).states == {
         State.STORED: 1,

@@ -93,7 +93,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
         ("ink: {mode: pro}\n", "'ink': prompt is missing"),
         ("ink: ''\n", "'ink': prompt '': String should have at least 1 character"),
         ("ink: {prompt: x, ratio: '1:1'}\n", "there is no field `ratio`; there are prompt, mode"),
-        ("ink: {prompt: x, aspect_ratio: '2:1'}\n", "aspect_ratio '2:1': Input should be '21:9'"),
+        ("ink: {prompt: x, aspect_ratio: '2:1'}\n", "aspect_ratio '2:1': Input should be 'match'"),
         ("ink: {prompt: x, aspect_ratio: 1:1}\n", "aspect_ratio"),
         ("ink: {prompt: x, mode: turbo}\n", "mode 'turbo': Input should be 'pro' or 'max'"),
         ("ink: {prompt: x, name: y}\n", "'ink' must not set `name`; its key is its name"),

@@ -16,6 +16,14 @@ from urllib.parse import urlsplit
 REPLIES = {
     "slow_down": (503, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"),
     "too_many": (429, b"<Error><Code>TooManyRequests</Code><Message>later</Message></Error>"),
+    "conflict": (
+        409,
+        b"<Error><Code>ConditionalRequestConflict</Code><Message>retry</Message></Error>",
+    ),
+    "not_implemented": (
+        501,
+        b"<Error><Code>NotImplemented</Code><Message>If-None-Match</Message></Error>",
+    ),
     "denied": (403, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"),
 }
 
@@ -30,6 +38,9 @@ class FaultProxy:
         url: URL of the proxy.
         numbers: Number of requests of each method.
         applied: Number of requests that each fault applied to.
+        drops: Names of headers that are not forwarded, in lower case.
+        hides_missing: Whether to answer 403 for what does not exist, as S3 does without the
+            permission to list.
         connections: Open client connections.
         most_connections: Largest number of open client connections.
     """
@@ -37,6 +48,8 @@ class FaultProxy:
     upstream: str
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     url: str = ""
+    drops: tuple[bytes, ...] = ()
+    hides_missing: bool = False
     numbers: Counter = field(default_factory=Counter)
     applied: Counter = field(default_factory=Counter)
     connections: int = 0
@@ -72,11 +85,12 @@ class FaultProxy:
         self.numbers[method] += 1
         if fault := self._choose_fault(method):
             self.applied[fault] += 1
-            status, body = REPLIES[fault]
-            answer = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            writer.write(answer + body * (method != "head"))
+            reply = _make_reply(fault, method)
         else:
-            writer.write(await self._forward(head, body))
+            reply = await self._forward(head, body)
+            if self.hides_missing and reply.startswith(b"HTTP/1.1 404"):
+                reply = _make_reply("denied", method)
+        writer.write(reply)
         await writer.drain()
 
     async def _forward(self, head, body):
@@ -85,7 +99,7 @@ class FaultProxy:
         lines = [
             line
             for line in head.rstrip(b"\r\n").split(b"\r\n")
-            if not line.lower().startswith((b"connection:", b"expect:"))
+            if not line.lower().startswith((b"connection:", b"expect:", *self.drops))
         ]
         try:
             writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]) + body)
@@ -93,6 +107,12 @@ class FaultProxy:
         finally:
             await _close(writer)
         return reply.replace(b"connection: close\r\n", b"", 1)
+
+
+def _make_reply(fault, method):
+    status, body = REPLIES[fault]
+    head = f"HTTP/1.1 {status} Fault\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    return head + body * (method != "head")
 
 
 async def _close(writer):

@@ -70,6 +70,20 @@ async def refused(exchange: Exchange) -> None:
     await exchange.answer_error(400, "invalid parameters")
 
 
+@applies("submit")
+async def refused_content(exchange: Exchange) -> None:
+    """400 with a fail code of the content rules."""
+    await exchange.discard_request()
+    await exchange.answer_error(400, "InputImageSensitiveContentDetected")
+
+
+@applies("status")
+async def forbidden_page(exchange: Exchange) -> None:
+    """403 with an HTML page of a gateway; the service does not see the request."""
+    await exchange.discard_request()
+    await exchange.answer(403, _PAGE, HTML)
+
+
 @applies(*_API)
 async def unauthorized(exchange: Exchange) -> None:
     """401, the key is no longer known."""

@@ -50,6 +50,26 @@ async def not_found(exchange: Exchange) -> None:
 
 
 @applies("status")
+async def not_found_in_200(exchange: Exchange) -> None:
+    """HTTP 200 with code 422, the task is not known (yet), in the envelope."""
+    await exchange.call_service()
+    await exchange.answer_error(422, "task not found", status=200)
+
+
+@applies("status")
+async def other_spelling(exchange: Exchange) -> None:
+    """The state is in capitals, and the result URLs are objects, as JSON encoded twice."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["state"] = data["state"].upper()
+        if "resultJson" in data:
+            urls = [{"url": url} for url in json.loads(data["resultJson"])["resultUrls"]]
+            data["resultJson"] = json.dumps(json.dumps({"resultUrls": urls}))
+
+    await _answer_with_changes(exchange, change)
+
+
+@applies("status")
 async def no_data(exchange: Exchange) -> None:
     """A success whose data is null."""
     await exchange.call_service()

@@ -16,6 +16,8 @@ ANSWERS = {
     "too-many-tasks": (429, 429),
     "too-many-tasks-in-200": (200, 429),
     "refused": (400, 400),
+    "refused-content": (400, 400),
+    "not-found-in-200": (200, 422),
     "unauthorized": (401, 401),
     "no-balance": (402, 402),
     "unavailable-in-200": (200, 500),
@@ -41,14 +43,19 @@ def test_a_refusal_comes_as_a_status_or_in_an_envelope(http, kind, name):
     assert ask(http, kind).status_code == 200
 
 
-@pytest.mark.parametrize(("kind", "name"), kinds_of("unavailable", "trouble-after", "html"))
+@pytest.mark.parametrize(
+    ("kind", "name"), kinds_of("unavailable", "trouble-after", "html", "forbidden-page")
+)
 def test_a_page_of_html_comes_instead_of_json(http, kind, name):
     http.task = ended(http)
     plan(http, f"{kind}:{name}")
     reply = ask(http, kind)
     assert reply.headers["content-type"] == "text/html"
     assert reply.text.startswith("<html>")
-    assert reply.status_code == {"unavailable": 503, "trouble-after": 502, "html": 200}[name]
+    assert (
+        reply.status_code
+        == {"unavailable": 503, "trouble-after": 502, "html": 200, "forbidden-page": 403}[name]
+    )
     assert accepted(http) == 1 + (kind == "submit" and name != "unavailable")
 
 
@@ -136,7 +143,8 @@ def test_an_accepted_task_may_go_unnamed_or_be_named_wrongly(http):
 
 def test_every_fault_of_a_request_has_been_tried_here():
     tried = {
-        *ANSWERS, *DATA, *AFTER, "unavailable", "html", "reset", "lost-reply", "closed", "hang",
+        *ANSWERS, *DATA, *AFTER, "unavailable", "html", "forbidden-page", "reset", "lost-reply",
+        "closed", "hang",
         "half", "slow", "garbage", "endless", "huge-headers", "no-task-id", "many-result-urls",
         "deep-json", "skewed-clock", "never-ends", "lost-result", "truncated", "empty",
         "wrong-kind", "gzip-bomb", "pixel-bomb", "redirect-away", "redirect-round",

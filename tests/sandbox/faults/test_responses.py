@@ -12,6 +12,7 @@ DATA = {
     "unknown-state": {"state": "contemplating"},
     "pending-again": {"state": "pending", "resultJson": None, "completeTime": None},
     "wrong-task-id": {"taskId": "task_0000000000000000"},
+    "other-spelling": {"state": "SUCCESS"},
     "no-result-urls": {"state": "success", "resultJson": '{"resultUrls": []}'},
     "foreign-result-url": {"resultJson": '{"resultUrls": ["file:///etc/hostname"]}'},
 }
@@ -30,6 +31,13 @@ def test_a_status_says_what_is_not_so(http, name):
         assert {key: data.get(key) for key in DATA[name]} == DATA[name]
     http.delete("/sandbox/faults")
     assert status(http, task_id).json()["data"] == truth
+
+
+def test_a_task_is_not_known_yet(http):
+    task_id, _ = ended(http)
+    plan(http, "status:not-found-in-200")
+    reply = status(http, task_id)
+    assert (reply.status_code, reply.json()["code"]) == (200, 422)
 
 
 def test_a_lie_about_the_result_leaves_a_refusal_as_it_is(http):
