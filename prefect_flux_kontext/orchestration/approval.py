@@ -45,8 +45,7 @@ async def plan_and_log(
     plan = await build_plan(rows, output, account, options)
     logger = get_run_logger()
     if plan.problems:
-        lines = (f"line {row.line}, {row.id!r:.80}: {row.reason}" for row in plan.problems)
-        logger.warning("Invalid rows:\n%s", "\n".join(lines))
+        logger.warning("Invalid rows:\n%s", "\n".join(plan.describe_problems()))
     logger.info("Plan:\n%s", plan)
     return plan
 

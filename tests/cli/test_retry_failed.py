@@ -18,6 +18,6 @@ def test_unreadable_line_does_not_take_the_common_prompt(sandbox, tmp_path, caps
     capsys.readouterr()
     assert main(["retry-failed", str(output), "--prompt", "in oil"]) == 1
     out = capsys.readouterr().out
-    assert out.count("the row has neither an image nor a prompt of its own") == 4
+    assert out.count("the row has neither an image nor a prompt of its own") == 2
     assert "0 of 3 rows stored" in out
     assert sandbox.service.bill()["accepted"] == 2
