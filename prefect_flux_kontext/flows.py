@@ -4,6 +4,7 @@ Annotations are real objects here, not strings: `serve` pickles a flow together 
 that its code uses, and names inside string annotations are not among them.
 """
 
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -126,11 +127,15 @@ async def style_transfer(
     if non_public_references(request.image_urls):
         settings = FluxKontextSettings()
         timeout = (cadence or settings.cadence()).timeout
-        references = create_references(settings, timeout=timeout, fit=fit_references)
-        submitted = await submit_own_reference(request, references, account)
+        references = create_references(
+            settings, account.base_url, timeout=timeout, fit=fit_references
+        )
+        with closing(references):
+            submitted = await submit_own_reference(request, references, account)
+            result = await wait_for_generation(submitted, account, cadence)
     else:
         submitted = await submit_generation(request, account)
-    result = await wait_for_generation(submitted, account, cadence)
+        result = await wait_for_generation(submitted, account, cadence)
     return await persist_images(result, output, name)
 
 
@@ -221,15 +226,16 @@ async def style_transfer_batch(
     if wait == "suspend":
         check_can_suspend()
     suspends = wait == "suspend" and not was_resumed()
+    account = await resolve_credentials(credentials)
     options = build_row_options(
         cadence,
         failure_policy,
+        account,
         resubmit_unknown=resubmit_unknown,
         budget_usd=budget_usd,
         fit_references=fit_references,
         deferred=suspends or wait == "collect",
     )
-    account = await resolve_credentials(credentials)
     partition_plan = (
         await plan_partitions(partitions, partition_deployment, account, wait)
         if partitions > 1
@@ -311,14 +317,15 @@ async def retry_failed(
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
+    account = await resolve_credentials(credentials)
     options = build_row_options(
         cadence,
         failure_policy,
+        account,
         retry_failed=True,
         budget_usd=budget_usd,
         fit_references=fit_references,
     )
-    account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
     rows = Manifest(await read_failed_rows(output), prompt, styles=styles)
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
@@ -356,8 +363,8 @@ async def collect_batch(
         ConfigurationError: Credentials or output are wrong.
         LedgerError: The ledger cannot be read.
     """
-    options = build_row_options(cadence, None)
     account = await resolve_credentials(credentials)
+    options = build_row_options(cadence, None, account)
     output = await open_output(output, storage_options)
     async with open_batch(output, account, options, listens=False) as (session, slots):
         summary = await collect_outstanding(session, run_wave, concurrent_tasks=slots)

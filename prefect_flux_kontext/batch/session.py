@@ -137,6 +137,7 @@ async def open_session(
                     finally:
                         submitter.stop(BatchStoppedError("The batch is over."))
                         await asyncio.shield(submitter.drain())
+                        options.references.close()
                         _warn_of_outstanding(submitter, output)
 
 

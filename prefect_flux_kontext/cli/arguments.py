@@ -244,6 +244,7 @@ def row_options_from_options(options: argparse.Namespace) -> RowOptions:
         budget_usd=getattr(options, "budget", None),
         references=create_references(
             settings,
+            settings.base_url,
             timeout=settings.poll_timeout,
             fit=getattr(options, "fit_references", False),
         ),

@@ -59,8 +59,10 @@ class PartitionTotals(NamedTuple):
 def build_row_options(
     cadence: PollingCadence | None,
     policy: FailurePolicy | None,
+    account: FluxKontextCredentials,
     *,
     fit_references: bool = False,
+    deferred: bool = False,
     **decided: Any,
 ) -> RowOptions:
     """Build the row options of a batch from the parameters of its flow and the environment.
@@ -68,7 +70,9 @@ def build_row_options(
     Args:
         cadence: When to poll; None for the environment's cadence.
         policy: What to do after a failure; None for the default policy.
+        account: The account that pays.
         fit_references: Whether to shrink reference images that are too large.
+        deferred: Whether results are left for a later collection.
         **decided: Further fields of `RowOptions`.
     """
     settings = FluxKontextSettings()
@@ -77,7 +81,13 @@ def build_row_options(
         cadence=cadence,
         policy=policy or FailurePolicy(),
         result_days=settings.result_days,
-        references=create_references(settings, timeout=cadence.timeout, fit=fit_references),
+        references=create_references(
+            settings,
+            None if deferred else account.base_url,
+            timeout=cadence.timeout,
+            fit=fit_references,
+        ),
+        deferred=deferred,
         **decided,
     )
 

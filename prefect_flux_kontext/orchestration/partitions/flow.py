@@ -111,15 +111,16 @@ async def style_transfer_partition(
             "a later run of it, finishes its rows."
         )
     settings = FluxKontextSettings()
+    share = Share(partition.slots, partition.requests_per_minute)
+    account = share.apply_to(await resolve_credentials(credentials))
     options = build_row_options(
         cadence,
         failure_policy,
+        account,
         fit_references=fit_references,
         resubmit_unknown=resubmit_unknown,
         share_usd=partition.budget_usd,
     )
-    share = Share(partition.slots, partition.requests_per_minute)
-    account = share.apply_to(await resolve_credentials(credentials))
     output = await open_output(output, storage_options)
     await output.check_writable()
     store, name = open_ledger_store(output), run.id.hex
