@@ -46,6 +46,7 @@ from prefect_flux_kontext.orchestration.parameters import (
 )
 from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
 from prefect_flux_kontext.orchestration.partitions.planner import plan_partitions
+from prefect_flux_kontext.orchestration.run_page import complete, decline, name_run
 from prefect_flux_kontext.orchestration.suspension import (
     check_can_suspend,
     log_outstanding,
@@ -66,7 +67,7 @@ from prefect_flux_kontext.tasks import (
 __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
-@flow(name="style-transfer")
+@flow(name="style-transfer", flow_run_name=name_run)
 async def style_transfer(
     prompt: str,
     output: Output,
@@ -139,7 +140,7 @@ async def style_transfer(
     return await persist_images(result, output, name)
 
 
-@flow(name="style-transfer-batch", on_cancellation=[log_outstanding])
+@flow(name="style-transfer-batch", flow_run_name=name_run, on_cancellation=[log_outstanding])
 async def style_transfer_batch(
     manifest: ManifestSource,
     output: Output,
@@ -147,6 +148,10 @@ async def style_transfer_batch(
     prompt: Prompt = None,
     columns: dict[str, str] | None = None,
     styles: StyleNames = None,
+    mode: Mode | None = None,
+    aspect_ratio: AspectRatio | None = None,
+    output_format: OutputFormat | None = None,
+    provider: Provider | None = None,
     output_names: str | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
@@ -182,6 +187,10 @@ async def style_transfer_batch(
         columns: Maps column names to those of the manifest, such as `{"image": "photo_url"}`.
         styles: Names of styles and paths of style files. Each row without a style of its own is
             made once in each of them.
+        mode: Mode of rows that name none; overrides that of a style.
+        aspect_ratio: Likewise, width to height of the result.
+        output_format: Likewise, file format of the result.
+        provider: Likewise, how the service routes the task.
         output_names: Template of the image names, such as `{style}/{id}.{ext}`, with any column.
             Default: `{id}/{style}.{ext}`, or `{id}.{ext}` for rows without a style.
         cadence: When to poll for results. Default: the environment.
@@ -193,8 +202,9 @@ async def style_transfer_batch(
         fit_references: Shrink local and private reference images of more than 10 MB.
         budget_usd: Most dollars that the output may cost in total, including earlier runs and
             rows that may have been billed. The run stops before the row that would exceed it.
-        approve_above_usd: Pause for approval on the page of the flow run if the plan costs more
-            dollars than this. The run then costs at most the approved sum.
+        approve_above_usd: Pause for approval if the plan costs more dollars than this. Resume
+            the flow run to approve, cancel it to decline. The run then costs at most the approved
+            sum.
         callback_url: URL that the service calls when an image is ready, in place of polling.
             Default: FLUX_KONTEXT_CALLBACK_URL.
         dry_run: Stop after the plan. Rows that would be paid for count as not submitted.
@@ -220,7 +230,8 @@ async def style_transfer_batch(
         ConfigurationError: Credentials or output are wrong, or another run is paying into an
             output with a budget; nothing was submitted.
         BatchStoppedError: The service refuses the account, nearly all rows fail, the budget is
-            reached or the plan was not approved; the remaining rows were not submitted.
+            reached or the plan has changed since its approval; the remaining rows were not
+            submitted.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
     if wait == "suspend":
@@ -242,14 +253,22 @@ async def style_transfer_batch(
         else None
     )
     output = await open_output(output, storage_options)
-    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
+    parameters = {
+        "mode": mode,
+        "aspect_ratio": aspect_ratio,
+        "output_format": output_format,
+        "provider": provider,
+    }
+    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output), parameters)
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
-        return plan.to_summary(str(output))
+        return complete(plan.to_summary(str(output)))
     if approve_above_usd is not None:
-        if plan.price > approve_above_usd:
-            await ask_for_approval(plan, rows, output, account, options)
+        if plan.price > approve_above_usd and not await ask_for_approval(
+            plan, rows, output, account, options
+        ):
+            return decline()
         options = plan.with_budget_cap(options, approve_above_usd)
     async with (
         run_partitions(
@@ -276,10 +295,10 @@ async def style_transfer_batch(
     get_run_logger().info("%s.", summary)
     if suspends and summary.outstanding:
         await suspend()
-    return summary
+    return complete(summary)
 
 
-@flow(name="retry-failed", on_cancellation=[log_outstanding])
+@flow(name="retry-failed", flow_run_name=name_run, on_cancellation=[log_outstanding])
 async def retry_failed(
     output: Output,
     credentials: Account = None,
@@ -334,10 +353,10 @@ async def retry_failed(
     async with open_batch(output, account, options, plan) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
-    return summary
+    return complete(summary)
 
 
-@flow(name="collect-batch")
+@flow(name="collect-batch", flow_run_name=name_run)
 async def collect_batch(
     output: Output,
     credentials: Account = None,
@@ -373,4 +392,4 @@ async def collect_batch(
         await emit_expiring_results(output)
     elif resumed := await resume_suspended(output):
         get_run_logger().info("Resumed suspended flow runs: %s.", ", ".join(map(str, resumed)))
-    return summary
+    return complete(summary)

@@ -20,6 +20,7 @@ from prefect_flux_kontext.batch.collection import (
     read_ledger_status,
 )
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
+from prefect_flux_kontext.batch.progress import ProgressLine
 from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
@@ -171,7 +172,12 @@ async def _report_batch(
         async with (
             # Closed before the summary is written, which links to the files of the report.
             open_report(session.report),
-            progress_artifact(batch, rows, create_spend_alarm(batch, spent, alert_above_usd)),
+            progress_artifact(
+                batch,
+                rows,
+                ProgressLine(session, rows),
+                create_spend_alarm(batch, spent, alert_above_usd),
+            ),
         ):
             yield
         outcome = "stored" if batch.complete else "incomplete"
