@@ -11,9 +11,8 @@ from typing import Literal
 from prefect import flow, get_run_logger
 from pydantic import NonNegativeFloat, PositiveInt
 
-from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.policy import FailurePolicy
-from prefect_flux_kontext.batch.runner import read_failed_rows, run_batch
+from prefect_flux_kontext.batch.runner import read_failed_rows, run_batch, run_collection
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
@@ -332,7 +331,7 @@ async def retry_failed(
         The counts of the rows that were run again.
 
     Raises:
-        ManifestError: There are no failed rows.
+        ManifestError: No batch has run into the output, or its file of failed rows is damaged.
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
@@ -346,7 +345,10 @@ async def retry_failed(
         fit_references=fit_references,
     )
     output = await open_output(output, storage_options)
-    rows = Manifest(await read_failed_rows(output), prompt, styles=styles)
+    failed_rows = await read_failed_rows(output)
+    if not failed_rows:
+        return complete(BatchSummary(output=str(output)))
+    rows = Manifest(failed_rows, prompt, styles=styles)
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=True)
@@ -386,7 +388,7 @@ async def collect_batch(
     options = build_row_options(cadence, None, account)
     output = await open_output(output, storage_options)
     async with open_batch(output, account, options, listens=False) as (session, slots):
-        summary = await collect_outstanding(session, run_wave, concurrent_tasks=slots)
+        summary = await run_collection(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     if summary.outstanding:
         await emit_expiring_results(output)

@@ -151,11 +151,13 @@ async def _dry_run(options: argparse.Namespace) -> int:
 
 async def _retry(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.batch.runner import read_failed_rows
+    from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.manifest.reader import Manifest
 
-    manifest = Manifest(
-        await read_failed_rows(options.output), options.prompt, styles=options.styles
-    )
+    rows = await read_failed_rows(options.output)
+    if not rows:
+        return BatchSummary(output=str(options.output))
+    manifest = Manifest(rows, options.prompt, styles=options.styles)
     # failed.csv also lists rows that were skipped as invalid; they must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _run_manifest(manifest, options.output, options)
@@ -185,7 +187,7 @@ async def _run_manifest(
 
 
 async def _collect(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.collection import collect_outstanding
+    from prefect_flux_kontext.batch.runner import run_collection
 
     row_options = row_options_from_options(options)
     if options.resume:
@@ -194,9 +196,7 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
         require_api_url()
     async with _open_session(options.output, row_options, listens=False) as (session, slots):
-        summary = await collect_outstanding(
-            session, lambda wave: wave.run(), concurrent_tasks=slots
-        )
+        summary = await run_collection(session, lambda wave: wave.run(), concurrent_tasks=slots)
     if options.resume and not summary.outstanding:
         for flow_run_id in await resume_suspended(options.output):
             print(f"Resumed flow run {flow_run_id}")

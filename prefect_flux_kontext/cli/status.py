@@ -66,10 +66,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 async def _status(output: OutputFolder, *, as_json: bool) -> int:
     from prefect_flux_kontext.batch.collection import read_ledger_status
+    from prefect_flux_kontext.batch.runner import FAILED_ROWS, read_failed_rows
     from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.ledger.records import State
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
     status = await read_ledger_status(open_ledger_store(output))
+    # As in failed.csv: it also has rows that were never submitted, and not those stored since.
+    del status.states[State.FAILED]
+    if await output.read(FAILED_ROWS):
+        status.states[State.FAILED] = len(await read_failed_rows(output))
     if not status.states:
         raise ConfigurationError(
             f"No rows on record at {output}: no run has submitted anything there."
