@@ -4,14 +4,14 @@ Annotations are real objects here, not strings: `serve` pickles a flow together 
 that its code uses, and names inside string annotations are not among them.
 """
 
+from contextlib import closing
 from typing import Literal
 
 from prefect import flow, get_run_logger
 from pydantic import NonNegativeFloat, PositiveInt
 
-from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.policy import FailurePolicy
-from prefect_flux_kontext.batch.runner import read_failed_manifest, run_batch
+from prefect_flux_kontext.batch.runner import read_failed_manifest, run_batch, run_collection
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
@@ -44,6 +44,7 @@ from prefect_flux_kontext.orchestration.parameters import (
 )
 from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
 from prefect_flux_kontext.orchestration.partitions.planner import plan_partitions
+from prefect_flux_kontext.orchestration.run_page import complete, decline, name_run
 from prefect_flux_kontext.orchestration.suspension import (
     check_can_suspend,
     log_outstanding,
@@ -65,7 +66,7 @@ from prefect_flux_kontext.tasks import (
 __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
-@flow(name="style-transfer")
+@flow(name="style-transfer", flow_run_name=name_run)
 async def style_transfer(
     prompt: str,
     output: Output,
@@ -131,17 +132,21 @@ async def style_transfer(
     if non_public_references(request.image_urls):
         settings = FluxKontextSettings()
         timeout = (cadence or settings.cadence()).timeout
-        references = create_references(settings, timeout=timeout, fit=fit_references)
-        submitted = await submit_own_reference(
-            request, references, account, output, key, storage_options
+        references = create_references(
+            settings, account.base_url, timeout=timeout, fit=fit_references
         )
+        with closing(references):
+            submitted = await submit_own_reference(
+                request, references, account, output, key, storage_options
+            )
+            result = await wait_for_generation(submitted, account, cadence, storage_options)
     else:
         submitted = await submit_generation(request, account, output, key, storage_options)
-    result = await wait_for_generation(submitted, account, cadence, storage_options)
+        result = await wait_for_generation(submitted, account, cadence, storage_options)
     return await persist_images(result, output, name, storage_options)
 
 
-@flow(name="style-transfer-batch", on_cancellation=[log_outstanding])
+@flow(name="style-transfer-batch", flow_run_name=name_run, on_cancellation=[log_outstanding])
 async def style_transfer_batch(
     manifest: ManifestSource,
     output: Output,
@@ -149,6 +154,10 @@ async def style_transfer_batch(
     prompt: Prompt = None,
     columns: dict[str, str] | None = None,
     styles: StyleNames = None,
+    mode: Mode | None = None,
+    aspect_ratio: RequestedRatio | None = None,
+    output_format: OutputFormat | None = None,
+    provider: Provider | None = None,
     output_names: str | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
@@ -184,6 +193,10 @@ async def style_transfer_batch(
         columns: Maps column names to those of the manifest, such as `{"image": "photo_url"}`.
         styles: Names of styles and paths of style files. Each row without a style of its own is
             made once in each of them.
+        mode: Mode of rows that name none; overrides that of a style.
+        aspect_ratio: Likewise, width to height of the result.
+        output_format: Likewise, file format of the result.
+        provider: Likewise, how the service routes the task.
         output_names: Template of the image names, such as `{style}/{id}.{ext}`, with any column.
             Default: `{id}/{style}.{ext}`, or `{id}.{ext}` for rows without a style.
         cadence: When to poll for results. Default: the environment.
@@ -195,8 +208,9 @@ async def style_transfer_batch(
         fit_references: Shrink local and private reference images of more than 10 MB.
         budget_usd: Most dollars that the output may cost in total, including earlier runs and
             rows that may have been billed. The run stops before the row that would exceed it.
-        approve_above_usd: Pause for approval on the page of the flow run if the plan costs more
-            dollars than this. The run then costs at most the approved sum.
+        approve_above_usd: Pause for approval if the plan costs more dollars than this. Resume
+            the flow run to approve, cancel it to decline. The run then costs at most the approved
+            sum.
         callback_url: URL that the service calls when an image is ready, in place of polling.
             Default: FLUX_KONTEXT_CALLBACK_URL.
         dry_run: Stop after the plan. Rows that would be paid for count as not submitted.
@@ -222,35 +236,45 @@ async def style_transfer_batch(
         ConfigurationError: Credentials or output are wrong, or another run is paying into an
             output with a budget; nothing was submitted.
         BatchStoppedError: The service refuses the account, nearly all rows fail, the budget is
-            reached or the plan was not approved; the remaining rows were not submitted.
+            reached or the plan has changed since its approval; the remaining rows were not
+            submitted.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
     if wait == "suspend":
         check_can_suspend()
     suspends = wait == "suspend" and not was_resumed()
+    account = await resolve_credentials(credentials)
     options = build_row_options(
         cadence,
         failure_policy,
+        account,
         resubmit_unknown=resubmit_unknown,
         budget_usd=budget_usd,
         fit_references=fit_references,
         deferred=suspends or wait == "collect",
     )
-    account = await resolve_credentials(credentials)
     partition_plan = (
         await plan_partitions(partitions, partition_deployment, account, wait)
         if partitions > 1
         else None
     )
     output = await open_output(output, storage_options)
-    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
+    parameters = {
+        "mode": mode,
+        "aspect_ratio": aspect_ratio,
+        "output_format": output_format,
+        "provider": provider,
+    }
+    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output), parameters)
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
-        return plan.to_summary(str(output))
+        return complete(plan.to_summary(str(output)))
     if approve_above_usd is not None:
-        if plan.price > approve_above_usd:
-            await ask_for_approval(plan, rows, output, account, options)
+        if plan.price > approve_above_usd and not await ask_for_approval(
+            plan, rows, output, account, options
+        ):
+            return decline()
         options = plan.with_budget_cap(options, approve_above_usd)
     async with (
         run_partitions(
@@ -277,10 +301,10 @@ async def style_transfer_batch(
     get_run_logger().info("%s.", summary)
     if suspends and summary.outstanding:
         await suspend_batch(output)
-    return summary
+    return complete(summary)
 
 
-@flow(name="retry-failed", on_cancellation=[log_outstanding])
+@flow(name="retry-failed", flow_run_name=name_run, on_cancellation=[log_outstanding])
 async def retry_failed(
     output: Output,
     credentials: Account = None,
@@ -314,30 +338,33 @@ async def retry_failed(
         The counts of the rows that were run again.
 
     Raises:
-        ManifestError: There are no failed rows.
+        ManifestError: No batch has run into the output, or its file of failed rows is damaged.
         BatchStoppedError: The service refuses the account, or nearly all rows fail again.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
+    account = await resolve_credentials(credentials)
     options = build_row_options(
         cadence,
         failure_policy,
+        account,
         retry_failed=True,
         budget_usd=budget_usd,
         fit_references=fit_references,
     )
-    account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
     rows = await read_failed_manifest(output, prompt, styles)
+    if rows is None:
+        return complete(BatchSummary(output=str(output)))
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=True)
     async with open_batch(output, account, options, plan) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
-    return summary
+    return complete(summary)
 
 
-@flow(name="collect-batch")
+@flow(name="collect-batch", flow_run_name=name_run)
 async def collect_batch(
     output: Output,
     credentials: Account = None,
@@ -363,14 +390,14 @@ async def collect_batch(
         ConfigurationError: Credentials or output are wrong.
         LedgerError: The ledger cannot be read.
     """
-    options = build_row_options(cadence, None)
     account = await resolve_credentials(credentials)
+    options = build_row_options(cadence, None, account)
     output = await open_output(output, storage_options)
     async with open_batch(output, account, options, listens=False) as (session, slots):
-        summary = await collect_outstanding(session, run_wave, concurrent_tasks=slots)
+        summary = await run_collection(session, run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     if summary.outstanding:
         await emit_expiring_results(output)
     elif resumed := await resume_suspended(output):
         get_run_logger().info("Resumed suspended flow runs: %s.", ", ".join(map(str, resumed)))
-    return summary
+    return complete(summary)

@@ -6,8 +6,12 @@ for later, by another flow or on another machine.
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import (
@@ -35,6 +39,8 @@ __all__ = [
     "TaskStatus",
     "utc_now",
 ]
+
+_THUMBNAIL_PIXELS = 320
 
 Mode = Literal["pro", "max"]
 AspectRatio = Literal["21:9", "16:9", "4:3", "1:1", "3:4", "9:16"]
@@ -265,6 +271,21 @@ class GenerationResult(_RedactedRepr):
         default_factory=list, description="The images, if the ledger has them as stored already."
     )
 
+    def _repr_html_(self) -> str:
+        """Show the reference and the result in a notebook, unless their URLs may be signed."""
+        references = self.request.image_urls if self.request else []
+        pictures = [("before", url) for url in references] + [
+            ("after", u) for u in self.result_urls
+        ]
+        return _format_figures(
+            f"Task {self.task_id}",
+            [
+                (caption, url)
+                for caption, url in pictures
+                if url.startswith(("https://", "http://")) and "?" not in url
+            ],
+        )
+
 
 class StoredImage(BaseModel):
     """An image that was validated and stored completely."""
@@ -280,3 +301,33 @@ class StoredImage(BaseModel):
     sha256: str = Field(description="SHA-256 of the bytes, in hexadecimal.")
     width: int = Field(description="Width in pixels.")
     height: int = Field(description="Height in pixels.")
+
+    def _repr_html_(self) -> str:
+        """Show a thumbnail in a notebook, if the image is on this machine."""
+        text = f"{self.uri} ({self.width} x {self.height}, {self.size:,} bytes)"
+        picture = read_as_data_url(self.uri)
+        return _format_figures(text, [("", picture)] if picture else [])
+
+
+def read_as_data_url(uri: str, pixels: int = _THUMBNAIL_PIXELS) -> str | None:
+    """Return a thumbnail of a local image as a `data:` URL, or None without a readable image."""
+    from PIL import Image  # noqa: PLC0415 - slow to import
+
+    thumbnail = io.BytesIO()
+    try:
+        with Image.open(Path(uri.removeprefix("file://"))) as image:
+            image.thumbnail((pixels, pixels))
+            image.save(thumbnail, "WEBP")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    return f"data:image/webp;base64,{base64.b64encode(thumbnail.getvalue()).decode()}"
+
+
+def _format_figures(title: str, pictures: Iterable[tuple[str, str]]) -> str:
+    figures = "".join(
+        f'<figure style="display: inline-block; margin: 4px"><img src="{html.escape(url)}" '
+        f'style="max-height: {_THUMBNAIL_PIXELS}px"><figcaption>{html.escape(caption)}'
+        "</figcaption></figure>"
+        for caption, url in pictures
+    )
+    return f"<div>{html.escape(title)}<br>{figures}</div>"

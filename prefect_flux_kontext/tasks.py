@@ -122,7 +122,7 @@ async def submit_generation(
             open_ratio_matcher(client.base_url, reads_web=settings.match_references) as ratios,
         ):
             return _log_task(await client.submit(await ratios.match(request)))
-    references = create_references(settings, timeout=settings.poll_timeout)
+    references = create_references(settings, None, timeout=settings.poll_timeout)
     return await _submit_once(
         request, references, account, ledger, key=key, storage_options=storage_options
     )

@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 import itertools
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
+from prefect_flux_kontext.batch.progress import format_duration
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
@@ -20,7 +22,7 @@ from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.settings import find_price
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.client.polling import PollingCadence
@@ -36,7 +38,10 @@ _MAX_PROBLEMS = 1_000
 """Refused rows that a plan keeps, so that its size does not grow with the manifest."""
 
 _MAX_SHOWN_PROBLEMS = 20
-"""Refused rows that an error message names."""
+"""Different problems that an error message names."""
+
+_MAX_SHOWN_LINES = 8
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 _GENERATION_SECONDS = 30.0
 """How long the service takes for an image, by its own reference page."""
@@ -134,6 +139,7 @@ class Plan:
         refused: Invalid rows.
         problems: The first thousand refused rows.
         duplicates: Rows that ask for the same as another row, and are paid only once.
+        run_rows: Rows of the run: all, or those up to the last one within the limit.
         actions: Number of the other rows by planned action.
         routes: Number of images to be paid, by mode and provider.
         prices: Dollars an image, by mode; see `find_price`.
@@ -150,6 +156,7 @@ class Plan:
     refused: int = 0
     problems: list[RefusedRow] = field(default_factory=list)
     duplicates: int = 0
+    run_rows: int = 0
     actions: Counter[PlannedAction] = field(default_factory=Counter)
     routes: Counter[tuple[str, str]] = field(default_factory=Counter)
     prices: dict[str, float] = field(default_factory=dict)
@@ -181,16 +188,32 @@ class Plan:
         """
         if not self.refused or (skip_invalid and self.refused < self.rows):
             return
-        shown = self.problems[:_MAX_SHOWN_PROBLEMS]
-        problems = "; ".join(f"line {row.line}: {row.reason}" for row in shown)
-        if self.refused > _MAX_SHOWN_PROBLEMS:
-            problems += f"; and {self.refused - _MAX_SHOWN_PROBLEMS:,} more"
+        groups = self.describe_problems()
+        shown = "\n".join(groups[:_MAX_SHOWN_PROBLEMS])
+        if len(groups) > _MAX_SHOWN_PROBLEMS:
+            shown += f"\n  … and {len(groups) - _MAX_SHOWN_PROBLEMS:,} more problems"
         verb = "is" if self.refused == 1 else "are"
         advice = "Fix them, or skip them with --skip-invalid (in a flow, skip_invalid)."
         raise ManifestError(
             f"{self.refused:,} of {self.rows:,} rows of {self.url} {verb} invalid, so nothing was "
-            f"submitted: {problems}. {advice if self.refused < self.rows else 'Fix them.'}"
+            f"submitted:\n{shown}\n{advice if self.refused < self.rows else 'Fix them.'}"
         )
+
+    def describe_problems(self) -> list[str]:
+        """Return one line for each kind of problem, with the rows that have it."""
+        kinds: dict[str, list[RefusedRow]] = {}
+        for row in self.problems:
+            kinds.setdefault(_QUOTED.sub("'…'", row.reason), []).append(row)
+        lines = [
+            f"  line {rows[0].line}, {rows[0].id!r:.80}: {rows[0].reason}"
+            if len(rows) == 1
+            else f"  {len(rows):,} rows ({_format_lines(rows)})"
+            f"{', such as' if len({row.reason for row in rows}) > 1 else ''}: {rows[0].reason}"
+            for rows in kinds.values()
+        ]
+        if self.refused > len(self.problems):
+            lines.append(f"  … and {self.refused - len(self.problems):,} more rows")
+        return lines
 
     def with_budget_cap(self, options: RowOptions, unasked: float) -> RowOptions:
         """Return the options with a budget that limits the run to this plan's price.
@@ -226,6 +249,7 @@ class Plan:
             (self.refused, "invalid"),
             (self.duplicates, "equal to others, paid once"),
             *((self.actions[action], str(action)) for action in PlannedAction),
+            (self.rows - self.run_rows, "after the last row within the limit, not run"),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
         if self.skipped_files:
@@ -251,7 +275,8 @@ class Plan:
             names = " and ".join(sorted(unknown))
             lines.append(f"{'':>9}  more if `auto` takes the official route; its price: {names}")
         if self.to_pay:
-            lines.append(f"{_format_duration(self.seconds):>9}  at the account's limits, or more")
+            basis = f"at the account's limits, if an image takes {_GENERATION_SECONDS:g} s"
+            lines.append(f"{format_duration(self.seconds):>9}  {basis}")
         if self.spent:
             lines.append(f"{f'${self.spent:,.2f}':>9}  spent or possibly spent by earlier runs")
         if self.budget is not None:
@@ -269,7 +294,7 @@ async def make_plan(
     prices: dict[str, float],
     requests_per_minute: int,
     concurrent_tasks: int,
-    on_refused: Callable[[RefusedRow], None] | None = None,
+    limit: int | None = None,
 ) -> Plan:
     """Read the manifest and the ledger from end to end, without a request to the service.
 
@@ -280,7 +305,7 @@ async def make_plan(
         prices: Dollars an image, by mode; see `find_price`.
         requests_per_minute: The account's limit.
         concurrent_tasks: The account's limit.
-        on_refused: Called in another thread with each refused row.
+        limit: Rows to pay for at most, the first ones; None for all.
 
     Raises:
         ManifestError: The manifest cannot be read to its end, or has no rows.
@@ -294,7 +319,7 @@ async def make_plan(
             spent=index.sum_dollars(),
             budget=options.budget_usd,
         )
-        await asyncio.to_thread(_plan_rows, plan, manifest, index, options.references, on_refused)
+        await asyncio.to_thread(_plan_rows, plan, manifest, index, options.references, limit)
     plan.seconds = _estimate_seconds(
         plan.to_pay, options.cadence, requests_per_minute, concurrent_tasks
     )
@@ -318,12 +343,12 @@ def _plan_rows(
     manifest: Manifest,
     index: LedgerIndex,
     references: References,
-    on_refused: Callable[[RefusedRow], None] | None,
+    limit: int | None,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
     def is_to_be_paid(row: Row) -> bool:
-        return _get_action(index, row) is PlannedAction.PAY
+        return not plan.run_rows and _get_action(index, row) is PlannedAction.PAY
 
     with DuplicateIndex() as keys:
         for row in with_reference_checks(manifest.rows(), references, is_to_be_paid):
@@ -332,9 +357,9 @@ def _plan_rows(
                 plan.refused += 1
                 if len(plan.problems) < _MAX_PROBLEMS:
                     plan.problems.append(row)
-                if on_refused is not None:
-                    on_refused(row)
                 continue
+            if plan.run_rows:
+                continue  # after the limit, rows are only checked
             key = row.key
             if keys.add(key.encode(), plan.rows) != plan.rows:
                 plan.duplicates += 1
@@ -344,6 +369,9 @@ def _plan_rows(
             if action is PlannedAction.PAY:
                 plan.routes[row.request.mode, row.request.provider] += 1
                 digest.update(key.encode())
+                if plan.to_pay == limit:
+                    plan.run_rows = plan.rows
+    plan.run_rows = plan.run_rows or plan.rows
     if not plan.rows:
         raise ManifestError(f"The manifest {manifest.url} has no rows.")
     plan.skipped_files = manifest.skipped_files
@@ -354,8 +382,16 @@ def _get_action(index: LedgerIndex, row: Row) -> PlannedAction:
     return index.get_action(row.key, row.request.image_urls)
 
 
-def _format_duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    if minutes < 2:  # noqa: PLR2004 - below two minutes, seconds are worth showing
-        return f"{math.ceil(seconds)} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"  # noqa: PLR2004
+def _format_lines(rows: Sequence[RefusedRow]) -> str:
+    """Return the line numbers of rows, such as `lines 2-9, 12, …`."""
+    ranges: list[list[int]] = []
+    for row in rows:
+        if ranges and row.line <= ranges[-1][-1] + 1:
+            ranges[-1][1:] = [row.line]
+        else:
+            ranges.append([row.line])
+    shown = ", ".join(
+        "-".join(map(str, dict.fromkeys(ends))) for ends in ranges[:_MAX_SHOWN_LINES]
+    )
+    more = ", …" if len(ranges) > _MAX_SHOWN_LINES else ""
+    return f"line{'s' if '-' in shown or ',' in shown else ''} {shown}{more}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import logging
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.planning import with_row_keys
+from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     BudgetReachedError,
+    LedgerError,
     ManifestError,
 )
 from prefect_flux_kontext.ledger.store import open_ledger_store
@@ -22,13 +25,15 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems, list_references
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
+from prefect_flux_kontext.report.builder import RESULTS_JSONL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
+    from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.batch.waves import RunWave
+    from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
@@ -43,6 +48,13 @@ _FAILED_REFERENCES = "failed.json"
 _FORMULA = re.compile(r"^[=+\-@\t\r]")
 
 _FAILURE_COLUMNS = ("failed_reason", "failed_message")
+_REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
+
+_RowName: TypeAlias = tuple[str, str | None]
+"""The id and the style of a row."""
+
+_Failure: TypeAlias = "tuple[Mapping[str, str], RowOutcome]"
+"""The cells of a row and its outcome."""
 
 
 async def run_batch(
@@ -67,13 +79,18 @@ async def run_batch(
         LedgerError: The ledger cannot be reached.
         ManifestError: The rows cannot be read to their end.
     """
-    rows = with_row_keys(rows, session.rows.options.references)
-    summary = await run_waves(session, rows, run_wave, concurrent_tasks=concurrent_tasks)
-    if session.submitter.stopped is None:
-        # A stopped run keeps the old file, because its rows may be the ones that were to be run.
-        await _write_failed_rows(session)
+    earlier = await _read_failures(session.output)
+    run_again: set[_RowName] = set()
+    keyed_rows = _find_rows(
+        with_row_keys(rows, session.rows.options.references), set(map(_name, earlier)), run_again
+    )
+    summary = await run_waves(session, keyed_rows, run_wave, concurrent_tasks=concurrent_tasks)
+    if session.submitter.stopped is not None:
+        # A stopped run keeps all old failures, because they may be the rows that were to be run.
+        run_again.clear()
+    await _write_failed_rows(session, [row for row in earlier if _name(row) not in run_again])
     if session.submitter.stopped is None and not session.rows.options.deferred:
-        left = await collect_outstanding(session, run_wave, concurrent_tasks=concurrent_tasks)
+        left = await run_collection(session, run_wave, concurrent_tasks=concurrent_tasks)
         if left.rows:
             logger.info("Collected rows of earlier runs: %s.", left)
     if session.submitter.stopped is not None:
@@ -81,6 +98,20 @@ async def run_batch(
         if isinstance(session.submitter.stopped, BudgetReachedError):
             kind = BudgetReachedError
         raise kind(f"{session.submitter.stopped} Until then: {summary}.")
+    return summary
+
+
+async def run_collection(
+    session: Session, run_wave: RunWave, *, concurrent_tasks: int
+) -> BatchSummary:
+    """Collect the outstanding rows of earlier runs, and add those that failed to the failed rows.
+
+    Raises:
+        LedgerError: The ledger cannot be reached.
+    """
+    summary = await collect_outstanding(session, run_wave, concurrent_tasks=concurrent_tasks)
+    if summary.failed:
+        await _write_failed_rows(session, await _read_failures(session.output))
     return summary
 
 
@@ -112,10 +143,32 @@ async def run_partition_rows(
     return summary
 
 
+async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
+    """Read the failed rows of an output, over all its runs, as rows of a manifest.
+
+    Raises:
+        ManifestError: The file is not a CSV file, or no batch has run into the output.
+        StorageError: The file cannot be read.
+    """
+    data = await output.read(FAILED_ROWS)
+    if not data:
+        if await output.exists(RESULTS_JSONL):
+            return []
+        raise ManifestError(
+            f"There are no failed rows in {output.uri(FAILED_ROWS)}, and no results either: is "
+            "the output right?"
+        )
+    text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
+    try:
+        return list(csv.DictReader(text, restkey="", restval="", strict=True))
+    except csv.Error as error:
+        raise ManifestError(f"{output.uri(FAILED_ROWS)} is not a CSV file: {error}.") from None
+
+
 async def read_failed_manifest(
     output: OutputFolder, prompt: str | None, styles: str | Sequence[str] | None
-) -> Manifest:
-    """Read the failed rows of the last run as a manifest.
+) -> Manifest | None:
+    """Read the failed rows of an output, over all its runs, as a manifest; None without any.
 
     They may name the references that the ledger records for them. Apart from these they have the
     rights of a remote manifest, because others may be able to write to the output.
@@ -127,20 +180,23 @@ async def read_failed_manifest(
 
     Raises:
         LedgerError: The ledger cannot be read.
-        ManifestError: There are no failed rows.
+        ManifestError: The file is not a CSV file, or no batch has run into the output.
         StorageError: The file cannot be read.
     """
-    data = await output.read(FAILED_ROWS)
-    if not data:
-        raise ManifestError(f"There are no failed rows in {output.uri(FAILED_ROWS)}.")
-    text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
-    rows = list(csv.DictReader(text, strict=True))
-    recorded = await open_ledger_store(output).read(_FAILED_REFERENCES)
-    rights = find_retry_rights(str(output), json.loads(recorded or b"[]"))
+    rows = await read_failed_rows(output)
+    if not rows:
+        return None
+    rights = find_retry_rights(str(output), await _read_allowed(open_ledger_store(output)))
     return Manifest(rows, prompt, styles=styles, rights=rights)
 
 
-def format_failed_rows(failed: Sequence[tuple[Mapping[str, str], RowOutcome]]) -> bytes:
+async def _read_allowed(store: RecordStore) -> list[str]:
+    """Return the references that rows in the file of failed rows may name."""
+    allowed: list[str] = json.loads(await store.read(_FAILED_REFERENCES) or b"[]")
+    return allowed
+
+
+def format_failed_rows(failed: Sequence[_Failure]) -> bytes:
     """Format failed rows as a CSV file: their cells as they are, the reason and the message."""
     columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
     columns = [name for name in columns if name not in _FAILURE_COLUMNS]
@@ -155,21 +211,77 @@ def format_failed_rows(failed: Sequence[tuple[Mapping[str, str], RowOutcome]]) -
     return text.getvalue().encode(errors="surrogateescape")
 
 
-async def _write_failed_rows(session: Session) -> None:
-    """Write the failed rows as a manifest that can be run again unchanged."""
-    failed = session.rows.failed
-    if not failed:
+async def _read_failures(output: OutputFolder) -> list[_Failure]:
+    """Return the failed rows of earlier runs."""
+    if not await output.read(FAILED_ROWS):
+        return []
+    failures: list[_Failure] = []
+    for cells in await read_failed_rows(output):
+        cells.pop("", None)
+        reason, message = (cells.pop(name, None) or None for name in _FAILURE_COLUMNS)
+        outcome = RowOutcome(
+            id=cells.get("id", ""),
+            line=0,
+            style=cells.get("style") or None,
+            state="failed",
+            reason=reason,
+            message=message,
+        )
+        failures.append((cells, outcome))
+    return failures
+
+
+def _name(failure: _Failure) -> _RowName:
+    return failure[1].id, failure[1].style
+
+
+def _find_rows(
+    rows: Iterable[Row | RefusedRow], wanted: set[_RowName], found: set[_RowName]
+) -> Iterator[Row | RefusedRow]:
+    """Yield the rows, and add the names of the wanted ones among them to `found`."""
+    for row in rows:
+        if (name := (row.id, row.cells.get("style") or None)) in wanted:
+            found.add(name)
+        yield row
+
+
+async def _read_cells(session: Session, outcome: RowOutcome) -> dict[str, str]:
+    """Return the cells of a collected row, which the ledger does not have, from its request."""
+    cells = {"id": outcome.id}
+    with contextlib.suppress(LedgerError):
+        intent = (await session.ledger.read(outcome.key)).intent if outcome.key else None
+        if intent is not None:
+            request = intent.request
+            cells |= {name: getattr(request, name) for name in _REQUEST_COLUMNS}
+            if request.image_urls:
+                cells["images"] = json.dumps(request.image_urls)
+            if intent.name:
+                cells["output"] = intent.name
+    return cells
+
+
+async def _write_failed_rows(session: Session, earlier: Iterable[_Failure]) -> None:
+    """Write the failed rows as a manifest that can be run again unchanged.
+
+    Args:
+        session: The batch, with the rows that failed in this run.
+        earlier: Further rows, which failed in earlier runs.
+    """
+    own: list[_Failure] = [
+        ({"id": outcome.id, **(cells or await _read_cells(session, outcome))}, outcome)
+        for cells, outcome in session.rows.failed
+    ]
+    names = set(map(_name, own))
+    kept = [row for row in earlier if _name(row) not in names]
+    if not own and not kept:
         if await session.output.read(FAILED_ROWS):
             await session.output.discard(FAILED_ROWS)
         return
-    references = {
-        image
-        for cells, _ in failed
-        for image in list_references(cells)
-        if not find_reference_problems(image)
-    }
-    allowed = json.dumps(non_public_references(sorted(references))).encode()
-    await session.ledger.store.replace(_FAILED_REFERENCES, allowed)
+    # Earlier rows are read from the output, where others may have changed them.
+    allowed = set(await _read_allowed(session.ledger.store)) & _find_references(kept)
+    allowed |= _find_references(own)
+    await session.ledger.store.replace(_FAILED_REFERENCES, json.dumps(sorted(allowed)).encode())
+    failed = [*kept, *own]
     await session.output.write(FAILED_ROWS, format_failed_rows(failed), is_private=True)
     logger.info(
         "%d failed %s in %s. To run them again: flux-kontext retry-failed %s",
@@ -178,3 +290,9 @@ async def _write_failed_rows(session: Session) -> None:
         session.output.uri(FAILED_ROWS),
         session.output,
     )
+
+
+def _find_references(failed: Iterable[_Failure]) -> set[str]:
+    """Return the references of failed rows that are local or private."""
+    images = (image for cells, _ in failed for image in list_references(cells))
+    return set(non_public_references([i for i in images if not find_reference_problems(i)]))

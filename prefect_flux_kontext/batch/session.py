@@ -156,6 +156,7 @@ async def open_session(
                         finally:
                             submitter.stop(BatchStoppedError("The batch is over."))
                             await submitter.drain()
+                            options.references.close()
                             _warn_of_outstanding(submitter, output)
 
 

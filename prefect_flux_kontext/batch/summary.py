@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+import html
+import importlib
+import json
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, Field
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.waves import FinishedRow
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
+
+_MAX_FAILURES_SHOWN = 20
 
 _MAX_FAILURES = 100
 """Rows that a summary lists, so that its size does not grow with the batch."""
@@ -144,6 +149,62 @@ class BatchSummary(BaseModel):
             self.reasons[reason] = self.reasons.get(reason, 0) + number
         self.failures += other.failures[: _MAX_FAILURES - len(self.failures)]
         return self
+
+    def to_pandas(self) -> Any:
+        """Return the results of the output as a pandas DataFrame, one row for each row ever run.
+
+        Raises:
+            ImportError: pandas is not installed.
+            StorageError: The results cannot be read.
+        """
+        return importlib.import_module("pandas").DataFrame(self._read_results())
+
+    def to_polars(self) -> Any:
+        """Return the results of the output as a polars DataFrame, one row for each row ever run.
+
+        Raises:
+            ImportError: polars is not installed.
+            StorageError: The results cannot be read.
+        """
+        polars = importlib.import_module("polars")
+        return polars.DataFrame(self._read_results(), infer_schema_length=None)
+
+    def _read_results(self) -> list[dict[str, Any]]:
+        import fsspec  # noqa: PLC0415 - slow to import
+
+        from prefect_flux_kontext.errors import StorageError  # noqa: PLC0415
+        from prefect_flux_kontext.report.builder import RESULTS_JSONL  # noqa: PLC0415
+        from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
+
+        url = f"{self.output.rstrip('/')}/{RESULTS_JSONL}"
+        try:
+            fs, path = fsspec.core.url_to_fs(url, **FluxKontextSettings().fsspec_options())
+            return [json.loads(line) for line in fs.cat_file(path).splitlines()]
+        except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
+            raise StorageError(
+                f"The results {url} cannot be read ({type(error).__name__}). Check the output and "
+                "FLUX_KONTEXT_STORAGE_OPTIONS."
+            ) from None
+
+    def _repr_html_(self) -> str:
+        """Show the summary in a notebook: the contact sheet if it is local, and the failures."""
+        from prefect_flux_kontext.models import read_as_data_url  # noqa: PLC0415
+        from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET  # noqa: PLC0415
+
+        parts = [f"<p><b>{html.escape(str(self))}</b><br>{html.escape(self.output)}</p>"]
+        if sheet := read_as_data_url(f"{self.output}/{CONTACT_SHEET}", 1_280):
+            parts.append(f'<img src="{sheet}" alt="contact sheet">')
+        if self.failures:
+            lines = [
+                "".join(
+                    f"<td>{html.escape(str(cell or ''))}</td>"
+                    for cell in (row.label, row.line, row.state, row.message)
+                )
+                for row in self.failures[:_MAX_FAILURES_SHOWN]
+            ]
+            names = "<th>row</th><th>line</th><th>state</th><th>what happened</th>"
+            parts.append(f"<table><tr>{names}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>")
+        return "\n".join(parts)
 
     def __str__(self) -> str:
         parts = [f"{self.stored} of {self.rows} rows stored"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from prefect_flux_kontext.callbacks.tokens import validate_secret
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.references.loopback import is_loopback_host
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -77,7 +77,7 @@ def resolve_callback_options(
 def _validate_url(url: str) -> str:
     try:
         parts = urlsplit(url)
-        is_local = parts.scheme == "http" and _is_loopback(parts.hostname)
+        is_local = parts.scheme == "http" and is_loopback_host(parts.hostname)
         secure = parts.scheme == "https" or is_local
         plain = parts.hostname and not (parts.query or parts.fragment or "@" in parts.netloc)
     except ValueError:
@@ -88,13 +88,6 @@ def _validate_url(url: str) -> str:
             "Set FLUX_KONTEXT_CALLBACK_URL to the public URL of the receiver."
         )
     return url.rstrip("/")
-
-
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _parse_address(address: str) -> tuple[str, int]:

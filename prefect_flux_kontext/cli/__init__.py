@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext import __version__
 from prefect_flux_kontext.cli import (
+    balance,
+    completion,
     demo,
     plan,
     prefect_commands,
@@ -20,6 +22,7 @@ from prefect_flux_kontext.cli import (
     styles,
 )
 from prefect_flux_kontext.cli.arguments import open_output_argument
+from prefect_flux_kontext.cli.display import log_details, print_json
 from prefect_flux_kontext.cli.parser import CommandParser
 
 if TYPE_CHECKING:
@@ -30,7 +33,18 @@ COULD_NOT_START = 2
 INTERRUPTED = 130
 
 # In the order in which `--help` lists their commands.
-_MODULES = (plan, run, status, styles, receive, prefect_commands, sandbox, demo)
+_MODULES = (
+    plan,
+    run,
+    status,
+    styles,
+    balance,
+    receive,
+    prefect_commands,
+    sandbox,
+    demo,
+    completion,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,11 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from prefect_flux_kontext.errors import BatchStoppedError, FluxKontextError
 
     options = _parser().parse_args(arguments)
+    if getattr(options, "verbose", False):
+        log_details()
     try:
         if getattr(options, "output", None) is not None:
+            options.output_text = options.output  # as given, for messages
             options.output = open_output_argument(options.output)
         return int(options.func(options))
     except FluxKontextError as error:
+        if getattr(options, "json", False):
+            print_json({"error": {"type": type(error).__name__, "message": str(error)}})
         print(f"flux-kontext: {error}", file=sys.stderr)
         return run.SOME_ROWS_FAILED if isinstance(error, BatchStoppedError) else COULD_NOT_START
     except KeyboardInterrupt:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 _BLOCK_PREFIX = "block:"
 
 
+ROW_PARAMETERS = ("mode", "aspect_ratio", "output_format", "provider")
+"""Columns of a manifest that are also options, for rows that leave them empty."""
+
+
 def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the manifest, the output, and the options of every command that reads a manifest."""
     parser.add_argument(
@@ -23,8 +27,21 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         "path or an fsspec URL",
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder or prefix for the images")
-    add_prompt_argument(parser)
-    parser.add_argument(
+    rows = parser.add_argument_group("what to make")
+    add_prompt_argument(rows)
+    add_style_argument(rows)
+    rows.add_argument("--mode", metavar="MODE", help="pro or max, for rows that name none")
+    rows.add_argument(
+        "--aspect-ratio", metavar="W:H", help="such as 1:1 or 16:9, for rows that name none"
+    )
+    rows.add_argument(
+        "--output-format", metavar="FORMAT", help="jpeg or png, for rows that name none"
+    )
+    rows.add_argument(
+        "--provider", metavar="ROUTE", help="auto, value or official, for rows that name none"
+    )
+    table = parser.add_argument_group("how to read the manifest")
+    table.add_argument(
         "--columns",
         type=parse_column_names,
         action=_AddColumns,
@@ -32,20 +49,46 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE=PHOTO_URL,…",
         help="columns that have other names in the manifest, such as image=photo_url,prompt=text",
     )
-    add_style_argument(parser)
-    parser.add_argument(
+    table.add_argument(
         "--names",
         metavar="TEMPLATE",
         help="template for image names; may use any column (default: {id}/{style}.{ext}, or "
         "{id}.{ext} for rows without a style)",
     )
-    parser.add_argument(
+    add_fit_argument(table)
+    money = parser.add_argument_group("what to pay for")
+    add_budget_argument(money)
+    money.add_argument(
+        "-l",
+        "--limit",
+        type=parse_count,
+        metavar="ROWS",
+        help="run the manifest only up to the last of the first ROWS rows to be paid for",
+    )
+    money.add_argument(
         "--resubmit-unknown",
         action="store_true",
         help="submit unknown rows again; they may already have been billed",
     )
-    add_fit_argument(parser)
-    add_budget_argument(parser)
+
+
+def add_display_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a command prints."""
+    display = parser.add_argument_group("what to print")
+    add_json_argument(display)
+    display.add_argument(
+        "-q", "--quiet", action="store_true", help="print only rows with problems, and errors"
+    )
+    display.add_argument(
+        "-v", "--verbose", action="store_true", help="log details to standard error"
+    )
+
+
+def add_json_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the option for output that programs read."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
@@ -53,14 +96,15 @@ def add_output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="the batch's output folder or prefix")
 
 
-def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
+def add_prompt_argument(parser: argparse._ActionsContainer) -> None:
     """Add the prompt for rows that have none."""
-    parser.add_argument("--prompt", metavar="TEXT", help="prompt for rows that have none")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="prompt for rows that have none")
 
 
-def add_style_argument(parser: argparse.ArgumentParser) -> None:
+def add_style_argument(parser: argparse._ActionsContainer) -> None:
     """Add the styles for rows that name none."""
     parser.add_argument(
+        "-s",
         "--style",
         action="append",
         default=[],
@@ -71,7 +115,7 @@ def add_style_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_fit_argument(parser: argparse.ArgumentParser) -> None:
+def add_fit_argument(parser: argparse._ActionsContainer) -> None:
     """Add the option that shrinks reference images that are too large."""
     parser.add_argument(
         "--fit-references",
@@ -80,7 +124,7 @@ def add_fit_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_budget_argument(parser: argparse.ArgumentParser) -> None:
+def add_budget_argument(parser: argparse._ActionsContainer) -> None:
     """Add the limit on what the output may cost."""
     parser.add_argument(
         "--budget",
@@ -141,6 +185,17 @@ def parse_dollars(text: str) -> float:
     return amount
 
 
+def parse_count(text: str) -> int:
+    """Parse a number of 1 or more.
+
+    Raises:
+        ArgumentTypeError: The text is no such number.
+    """
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
 def open_output_argument(text: str) -> OutputFolder:
     """Open the folder, URL or saved Block (`block:…`) that a command was given.
 
@@ -170,6 +225,7 @@ def manifest_from_options(options: argparse.Namespace) -> Manifest:
         styles=options.styles,
         names=options.names,
         output=str(options.output),
+        parameters={name: getattr(options, name) for name in ROW_PARAMETERS},
     )
 
 
@@ -188,6 +244,7 @@ def row_options_from_options(options: argparse.Namespace) -> RowOptions:
         budget_usd=getattr(options, "budget", None),
         references=create_references(
             settings,
+            settings.base_url,
             timeout=settings.poll_timeout,
             fit=getattr(options, "fit_references", False),
         ),

@@ -82,7 +82,7 @@ def prefect_server(
         try:
             if not _wait_until_up(server, url):
                 raise ConfigurationError(f"The Prefect server did not start; its log is {log}.")
-            yield PrefectServer(url, environment, _start_command(home, start))
+            yield PrefectServer(url, environment, _start_command(home, url, start))
         finally:
             server.terminate()
             try:
@@ -97,9 +97,10 @@ def _environment_without_prefect() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
 
 
-def _start_command(home: Path, start: list[str]) -> str:
+def _start_command(home: Path, url: str, start: list[str]) -> str:
     python = shlex.join([sys.executable, "-m", *start])
-    return f"PREFECT_HOME={shlex.quote(str(home))} {python}"
+    # The pages ask the API at this URL, and by default at another port.
+    return f"PREFECT_HOME={shlex.quote(str(home))} PREFECT_UI_API_URL={url}/api {python}"
 
 
 def _free_port() -> int:

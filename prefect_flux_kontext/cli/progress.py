@@ -7,19 +7,14 @@ import sys
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from prefect_flux_kontext.batch.progress import ProgressLine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from prefect_flux_kontext.batch.row import RowRunner
+    from prefect_flux_kontext.batch.session import Session
 
 # A log needs a sign of life, a terminal a bar that moves smoothly.
 _LINE_INTERVAL_SECONDS = 10.0
@@ -27,18 +22,19 @@ _BAR_INTERVAL_SECONDS = 0.2
 
 
 @asynccontextmanager
-async def show_progress(runner: RowRunner, rows: int) -> AsyncIterator[None]:
-    """Show the runner's progress on standard output while the block runs.
+async def show_progress(session: Session, rows: int) -> AsyncIterator[None]:
+    """Show a batch's progress on standard output while the block runs.
 
     Args:
-        runner: Counts the rows.
+        session: The batch.
         rows: Rows in total.
     """
+    line = ProgressLine(session, rows)
     if sys.stdout.isatty():
         open_display, seconds = _open_bar, _BAR_INTERVAL_SECONDS
     else:
         open_display, seconds = _open_lines, _LINE_INTERVAL_SECONDS
-    with open_display(runner, rows) as update:
+    with open_display(line) as update:
         updating = asyncio.create_task(_repeat(update, seconds))
         try:
             yield
@@ -53,34 +49,26 @@ async def _repeat(update: Callable[[], None], seconds: float) -> None:
 
 
 @contextmanager
-def _open_bar(runner: RowRunner, rows: int) -> Iterator[Callable[[], None]]:
+def _open_bar(line: ProgressLine) -> Iterator[Callable[[], None]]:
     columns = (
-        TextColumn("restyling"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[counts]}"),
+        TextColumn("{task.description}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task("", total=rows, counts="")
+        task = bar.add_task("", total=line.rows)
 
         def update() -> None:
-            bar.update(task, completed=runner.progress.rows, counts=_format_counts(runner))
+            bar.update(task, completed=line.batch.rows, description=str(line))
 
         yield update
         update()
 
 
 @contextmanager
-def _open_lines(runner: RowRunner, rows: int) -> Iterator[Callable[[], None]]:
+def _open_lines(line: ProgressLine) -> Iterator[Callable[[], None]]:
     def update() -> None:
-        done = runner.progress.rows
-        print(f"{done} of {rows} rows done: {_format_counts(runner)}", flush=True)
+        print(f"{line.batch.rows:,} of {line.rows:,} rows done: {line}", flush=True)
 
     yield update
-
-
-def _format_counts(runner: RowRunner) -> str:
-    progress = runner.progress
-    return f"{progress.stored} stored, {progress.failed} failed, ${progress.spent:.2f} spent"

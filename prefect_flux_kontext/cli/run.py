@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import shlex
 import signal
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.cli.arguments import (
     add_budget_argument,
+    add_display_arguments,
     add_fit_argument,
     add_manifest_arguments,
     add_output_argument,
@@ -17,7 +20,8 @@ from prefect_flux_kontext.cli.arguments import (
     manifest_from_options,
     row_options_from_options,
 )
-from prefect_flux_kontext.cli.plan import show_plan
+from prefect_flux_kontext.cli.display import print_json, print_text
+from prefect_flux_kontext.cli.plan import build_plan, plan_as_json
 
 if TYPE_CHECKING:
     import argparse
@@ -40,22 +44,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the commands to the command line."""
     run = commands.add_parser(
         "run",
+        usage="%(prog)s [OPTION …] MANIFEST OUTPUT",
         help="Generate and store the image of every row of a manifest",
         description="Show the plan, then generate and store the image of every row. Stops after "
         "the plan when a row is invalid. Run it again to continue: it pays only for new rows and "
         f"collects outstanding results. {_EXIT_STATUS}",
     )
     add_manifest_arguments(run)
-    run.add_argument(
+    how = run.add_argument_group("how to run")
+    how.add_argument(
         "--skip-invalid", action="store_true", help="skip invalid rows and run the others"
     )
-    run.add_argument(
+    how.add_argument(
         "--callback-url",
         metavar="URL",
         help="public URL of a receiver: wait for callbacks instead of polling; see the settings "
         "FLUX_KONTEXT_CALLBACK_…",
     )
-    run.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    how.add_argument("-n", "--dry-run", action="store_true", help="stop after the plan")
+    add_display_arguments(run)
     run.set_defaults(func=_run)
 
     retry = commands.add_parser(
@@ -70,7 +77,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_style_argument(retry)
     add_fit_argument(retry)
     add_budget_argument(retry)
-    retry.set_defaults(func=lambda options: _report(_retry(options)))
+    add_display_arguments(retry)
+    retry.set_defaults(func=lambda options: _report(_retry(options), options))
 
     collect = commands.add_parser(
         "collect",
@@ -85,10 +93,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="once everything is stored, resume the suspended flow runs of OUTPUT in the Prefect "
         "at PREFECT_API_URL",
     )
-    collect.set_defaults(func=lambda options: _report(_collect(options)))
+    add_display_arguments(collect)
+    collect.set_defaults(func=lambda options: _report(_collect(options), options))
 
 
-def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
+def _report(batch: Coroutine[Any, Any, BatchSummary], options: argparse.Namespace) -> int:
     """Run the batch, print its summary and return the exit status."""
     from prefect_flux_kontext.report.gallery.builder import GALLERY
     from prefect_flux_kontext.settings import FluxKontextSettings
@@ -97,41 +106,63 @@ def _report(batch: Coroutine[Any, Any, BatchSummary]) -> int:
         summary = asyncio.run(batch)
     except asyncio.CancelledError:
         return TERMINATED
+    status = 0 if summary.complete else SOME_ROWS_FAILED
+    if options.json:
+        print_json({**summary.model_dump(mode="json"), "spent": round(summary.spent, 6)})
+        return status
     for row in summary.failures:
-        print(f"  line {row.line}, {row.label}: {row.message}")
+        print_text(f"  line {row.line}, {row.label}: {row.message}")
     unstored = summary.rows - summary.stored - summary.not_submitted
     if unstored > len(summary.failures):
-        print(f"  … and {unstored - len(summary.failures)} more")
-    print(f"{summary if summary.rows else 'There is nothing to collect.'}\n{summary.output}")
+        print_text(f"  … and {unstored - len(summary.failures)} more")
+    if options.quiet:
+        return status
+    print_text(f"{summary if summary.rows else 'Nothing to do.'}")
+    for number, command, purpose in (
+        (summary.failed, "retry-failed", "To run the failed rows again"),
+        (summary.outstanding, "collect", "To store the outstanding results"),
+        (summary.unknown, "status", "To settle the unknown rows"),
+    ):
+        if number:
+            print_text(f"{purpose}: flux-kontext {command} {shlex.quote(options.output_text)}")
+    print_text(str(options.output))
     if summary.rows and FluxKontextSettings().gallery_images:
-        print(f"{summary.output}/{GALLERY}")
-    return 0 if summary.complete else SOME_ROWS_FAILED
+        print_text(f"{summary.output}/{GALLERY}")
+    return status
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return asyncio.run(_dry_run(options))
-    return _report(_run_manifest(manifest_from_options(options), options.output, options))
+    batch = _run_manifest(manifest_from_options(options), options.output, options, options.limit)
+    return _report(batch, options)
 
 
 async def _dry_run(options: argparse.Namespace) -> int:
-    row_options = row_options_from_options(options)
-    plan = await show_plan(manifest_from_options(options), options.output, row_options)
+    manifest, row_options = manifest_from_options(options), row_options_from_options(options)
+    plan = await build_plan(manifest, options.output, row_options, options.limit)
+    if options.json:
+        print_json(plan_as_json(plan, options.output))
+    elif not options.quiet:
+        print_text(str(plan))
     plan.check(skip_invalid=options.skip_invalid)
     return 0
 
 
 async def _retry(options: argparse.Namespace) -> BatchSummary:
     from prefect_flux_kontext.batch.runner import read_failed_manifest
+    from prefect_flux_kontext.batch.summary import BatchSummary
 
     manifest = await read_failed_manifest(options.output, options.prompt, options.styles)
+    if manifest is None:
+        return BatchSummary(output=str(options.output))
     # failed.csv also lists rows that were skipped as invalid; they must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _run_manifest(manifest, options.output, options)
 
 
 async def _run_manifest(
-    manifest: Manifest, output: OutputFolder, options: argparse.Namespace
+    manifest: Manifest, output: OutputFolder, options: argparse.Namespace, limit: int | None = None
 ) -> BatchSummary:
     from prefect_flux_kontext.batch.runner import run_batch
     from prefect_flux_kontext.cli.progress import show_progress
@@ -139,20 +170,22 @@ async def _run_manifest(
     row_options = row_options_from_options(options)
     # Checked first: otherwise a wrong output shows as a ledger that cannot be read.
     await output.check_writable()
-    plan = await show_plan(manifest, output, row_options)
+    plan = await build_plan(manifest, output, row_options, limit)
+    is_shown = not (options.json or options.quiet)
+    if is_shown:
+        print_text(str(plan))
     plan.check(skip_invalid=options.skip_invalid)
+    rows = itertools.islice(manifest.rows(), plan.run_rows)
     url = getattr(options, "callback_url", None)
     async with (
         _open_session(output, row_options, callback_url=url) as (session, slots),
-        show_progress(session.rows, plan.rows),
+        show_progress(session, plan.run_rows) if is_shown else nullcontext(),
     ):
-        return await run_batch(
-            session, manifest.rows(), lambda wave: wave.run(), concurrent_tasks=slots
-        )
+        return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
 
 
 async def _collect(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.collection import collect_outstanding
+    from prefect_flux_kontext.batch.runner import run_collection
 
     row_options = row_options_from_options(options)
     if options.resume:
@@ -161,9 +194,7 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
         require_api_url()
     async with _open_session(options.output, row_options, listens=False) as (session, slots):
-        summary = await collect_outstanding(
-            session, lambda wave: wave.run(), concurrent_tasks=slots
-        )
+        summary = await run_collection(session, lambda wave: wave.run(), concurrent_tasks=slots)
     if options.resume and not summary.outstanding:
         for flow_run_id in await resume_suspended(options.output):
             print(f"Resumed flow run {flow_run_id}")

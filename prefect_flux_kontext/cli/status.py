@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.cli.arguments import add_output_argument
+from prefect_flux_kontext.cli.arguments import add_json_argument, add_output_argument
+from prefect_flux_kontext.cli.display import print_json
 
 if TYPE_CHECKING:
     import argparse
 
+    from prefect_flux_kontext.batch.collection import LedgerStatus
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
@@ -27,7 +29,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "which results are outstanding or unknown. Sends no request to the service.",
     )
     add_output_argument(status)
-    status.set_defaults(func=lambda options: asyncio.run(_status(options.output)))
+    add_json_argument(status)
+    status.set_defaults(
+        func=lambda options: asyncio.run(_status(options.output, as_json=options.json))
+    )
 
     resolve = commands.add_parser(
         "resolve",
@@ -80,13 +85,30 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gallery.set_defaults(func=lambda options: asyncio.run(_gallery(options.output)))
 
 
-async def _status(output: OutputFolder) -> int:
+async def _status(output: OutputFolder, *, as_json: bool) -> int:
     from prefect_flux_kontext.batch.collection import read_ledger_status
+    from prefect_flux_kontext.batch.runner import FAILED_ROWS, read_failed_rows
+    from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.ledger.records import State
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
     status = await read_ledger_status(open_ledger_store(output), output)
+    # As in failed.csv: it also has rows that were never submitted, and not those stored since.
+    del status.states[State.FAILED]
+    if await output.read(FAILED_ROWS):
+        status.states[State.FAILED] = len(await read_failed_rows(output))
     if not status.states:
-        print(f"No rows on record at {output}: no run has submitted anything there.")
+        raise ConfigurationError(
+            f"No rows on record at {output}: no run has submitted anything there."
+        )
+    if as_json:
+        print_json(_status_as_json(status, output))
+    else:
+        _print_status(status, output)
+    return 0
+
+
+def _print_status(status: LedgerStatus, output: OutputFolder) -> None:
     for state, rows in sorted(status.states.items()):
         print(f"{rows:>9,}  {state}")
     print(f"{f'${status.spent:,.2f}':>9}  spent")
@@ -105,7 +127,6 @@ async def _status(output: OutputFolder) -> int:
         )
     if status.unknown:
         _print_unknown(status.unknown, output)
-    return 0
 
 
 def _print_unknown(entries: list[Entry], output: OutputFolder) -> None:
@@ -120,6 +141,35 @@ def _print_unknown(entries: list[Entry], output: OutputFolder) -> None:
         f"To settle {'one' if several else 'it'}: flux-kontext resolve {output} KEY "
         "--accepted TASK_ID | --rejected"
     )
+
+
+def _status_as_json(status: LedgerStatus, output: OutputFolder) -> dict[str, Any]:
+    """Return the status in the form that docs/json.md describes."""
+    return {
+        "output": str(output),
+        "states": dict(status.states),
+        "spent_usd": round(status.spent, 6),
+        "may_be_spent_usd": round(status.doubtful, 6),
+        "missing_images": status.missing,
+        "outstanding": [
+            {
+                "key": entry.key,
+                "id": entry.intent.row_id if entry.intent else None,
+                "task_id": entry.task.task_id,
+                "submitted_at": entry.task.submitted_at.isoformat(),
+            }
+            for entry in status.outstanding
+        ],
+        "unknown": [
+            {
+                "key": entry.key,
+                "id": entry.intent.row_id,
+                "submitted_at": entry.intent.at.isoformat(),
+            }
+            for entry in status.unknown
+            if entry.intent
+        ],
+    }
 
 
 async def _resolve(options: argparse.Namespace) -> int:

@@ -62,6 +62,7 @@ class Manifest:
         styles: Names of styles and paths of style files. A row that names no style is made once
             in each of them.
         names: The template of output names, such as `{style}/{id}.{ext}`.
+        parameters: Mode, aspect ratio, output format and provider of rows that do not set them.
         output: Folder of the output, which is skipped when a folder of images is read.
         folder: Base folder of relative reference paths. None means the manifest's own folder;
             a manifest that is not local can then not name local files.
@@ -74,6 +75,7 @@ class Manifest:
     styles: str | Sequence[str] | None = None
     names: str | None = None
     output: str | None = None
+    parameters: Mapping[str, str | None] = field(default_factory=dict)
     folder: str | None = None
     rights: Rights | None = None
 
@@ -119,7 +121,7 @@ class Manifest:
 
     @cached_property
     def _defaults(self) -> RowDefaults:
-        return resolve_row_defaults(self.prompt, self.styles, self.names)
+        return resolve_row_defaults(self.prompt, self.styles, self.names, self.parameters)
 
     @cached_property
     def _folder(self) -> ImageFolder | None:

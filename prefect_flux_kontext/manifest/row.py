@@ -84,37 +84,51 @@ class RowDefaults(NamedTuple):
         prompt: The prompt for rows without one.
         styles: The known styles, and those for rows that name none.
         names: The template of output names.
+        parameters: Parameters for rows that do not set them, which override those of a style.
         rights: Which references that are not on the web the rows may name.
     """
 
     prompt: str | None
     styles: Styles
     names: PathTemplate | None
+    parameters: Mapping[str, str]
     rights: Rights = _DEFAULT_RIGHTS
 
 
 def resolve_row_defaults(
-    prompt: str | None, styles: str | Sequence[str] | None, names: str | None
+    prompt: str | None,
+    styles: str | Sequence[str] | None,
+    names: str | None,
+    parameters: Mapping[str, str | None],
 ) -> RowDefaults:
     """Check and parse the values that apply to all rows.
 
     Raises:
         ConfigurationError: The prompt is an invalid template, a style does not exist or is
-            invalid, or the template of output names is invalid.
+            invalid, the template of output names is invalid, or a parameter has an invalid value.
     """
+    given: dict[str, Any] = {name: text for name, text in parameters.items() if text is not None}
+    try:
+        GenerationRequest(prompt="any", **given)
+    except ValidationError as error:
+        problems = "; ".join(_format_error(problem) for problem in error.errors())
+        raise ConfigurationError(f"For all rows: {problems}.") from None
     if prompt is not None and is_template(prompt):
         try:
             parse_template(prompt)
         except ValueError as error:
             raise ConfigurationError(f"The prompt for all rows: {error}.") from None
-    return RowDefaults(
-        prompt, select_styles(styles), None if names is None else parse_path_template(names)
-    )
+    template = None if names is None else parse_path_template(names)
+    return RowDefaults(prompt, select_styles(styles), template, given)
 
 
 def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]:
     """Yield the rows of a line: one for each style, in the order of the styles."""
     style_name = line.cells.get("style", "").strip()
+    if defaults.parameters and not line.problem:
+        # Kept as cells, so that a retry from the manifest of failed rows is the same row.
+        own = {name: text for name, text in line.cells.items() if text and text.strip()}
+        line = line._replace(cells={**line.cells, **defaults.parameters, **own})
     if line.problem:
         row = _make_styled_row(line, defaults, None)
         # Keep only the id: a retry must not pay for the readable rest of an invalid line.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
-from prefect import get_run_logger
+from prefect import get_client, get_run_logger
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.context import FlowRunContext
 from prefect.flow_runs import apause_flow_run
-from prefect.input import RunInput
-from pydantic import Field
 
 from prefect_flux_kontext.batch.planning import make_plan
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.manifest.row import Row
+from prefect_flux_kontext.orchestration.run_page import build_artifact_key
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
@@ -26,8 +31,7 @@ APPROVAL_TIMEOUT_SECONDS = 24 * 3600
 APPROVAL_POLL_SECONDS = 5
 """Between two requests to Prefect's API for the answer."""
 
-_DIGEST_LENGTH = 16
-"""Characters of a plan's digest that the form shows."""
+_MAX_REFERENCES_SHOWN = 6
 
 
 async def plan_and_log(
@@ -45,8 +49,7 @@ async def plan_and_log(
     plan = await build_plan(rows, output, account, options)
     logger = get_run_logger()
     if plan.problems:
-        lines = (f"line {row.line}, {row.id!r:.80}: {row.reason}" for row in plan.problems)
-        logger.warning("Invalid rows:\n%s", "\n".join(lines))
+        logger.warning("Invalid rows:\n%s", "\n".join(plan.describe_problems()))
     logger.info("Plan:\n%s", plan)
     return plan
 
@@ -70,45 +73,76 @@ async def build_plan(
     )
 
 
-class Approval(RunInput):
-    """The answer to a request for approval."""
-
-    approve: bool = Field(default=False, description="Pay for this plan.")
-    plan: str = Field(description="The digest of the plan. Do not change it.")
-
-
 async def ask_for_approval(
     plan: Plan,
     rows: Manifest,
     output: OutputFolder,
     account: FluxKontextCredentials,
     options: RowOptions,
-) -> None:
-    """Pause the flow run until a person approves exactly this plan, for a day at most.
+) -> bool:
+    """Pause the flow run until a person resumes it to approve this plan, for a day at most.
 
     The plan is made again after the approval, because the manifest or the ledger may have changed
     in the meantime.
 
+    Returns:
+        True if the flow run was resumed, False if it was cancelled.
+
     Raises:
-        BatchStoppedError: The plan was not approved or has changed; nothing was submitted.
+        BatchStoppedError: The plan has changed; nothing was submitted.
         FlowPauseTimeout: Nobody answered.
     """
-    name = plan.digest[:_DIGEST_LENGTH]
-    form = Approval.with_initial_data(
-        description=f"Approve ${plan.price:,.2f} for {plan.to_pay:,} images?\n\n```\n{plan}\n```",
-        approve=False,
-        plan=name,
+    title = f"Resume to pay ${plan.price:,.2f} for {plan.to_pay:,} images; cancel to decline"
+    await acreate_markdown_artifact(
+        f"# {title}\n\n```\n{plan}\n```\n\n{await asyncio.to_thread(_show_references, rows)}",
+        build_artifact_key(str(output), "plan"),
+        title,
     )
-    answer = await apause_flow_run(
-        wait_for_input=form,
-        timeout=APPROVAL_TIMEOUT_SECONDS,
-        poll_interval=APPROVAL_POLL_SECONDS,
-        key=name,
+    get_run_logger().warning("%s.", title)
+    resuming = asyncio.create_task(
+        apause_flow_run(
+            timeout=APPROVAL_TIMEOUT_SECONDS,
+            poll_interval=APPROVAL_POLL_SECONDS,
+            key=plan.digest,
+        )
     )
-    if not answer.approve or answer.plan != name:
-        raise BatchStoppedError("The plan was not approved, so nothing was submitted.")
+    # Prefect's own wait does not end when the flow run is cancelled.
+    cancelled = asyncio.create_task(_wait_until_cancelled())
+    try:
+        await asyncio.wait({resuming, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        if cancelled.done():
+            return False
+        await resuming
+    finally:
+        resuming.cancel()
+        cancelled.cancel()
     if (await plan_and_log(rows, output, account, options)).digest != plan.digest:
         raise BatchStoppedError(
             "The plan has changed since it was approved, so nothing was submitted. Run the batch "
             "again to approve the new plan."
         )
+    return True
+
+
+async def _wait_until_cancelled() -> None:
+    context = FlowRunContext.get()
+    assert context is not None  # noqa: S101 - apause_flow_run needs it too
+    assert context.flow_run is not None  # noqa: S101
+    async with get_client() as client:
+        while True:
+            await asyncio.sleep(APPROVAL_POLL_SECONDS)
+            run = await client.read_flow_run(context.flow_run.id)
+            if run.state and (run.state.is_cancelling() or run.state.is_cancelled()):
+                return
+
+
+def _show_references(rows: Manifest) -> str:
+    """Return the first references as Markdown images, where a browser finds them."""
+    first = itertools.islice(rows.rows(), _MAX_REFERENCES_SHOWN)
+    urls = [url for row in first if isinstance(row, Row) for url in row.request.image_urls]
+    # A URL with a query may be signed, and Prefect would keep it.
+    return " ".join(
+        f"![]({quote(url, safe=':/%')})"
+        for url in urls
+        if url.startswith(("https://", "http://")) and "?" not in url
+    )

@@ -7,6 +7,7 @@ batch, and delays its end by seconds at most.
 from __future__ import annotations
 
 import asyncio
+import base64
 import html
 import logging
 import re
@@ -22,7 +23,9 @@ from prefect.artifacts import (
 )
 
 from prefect_flux_kontext.errors import StorageError
+from prefect_flux_kontext.orchestration.run_page import build_artifact_key
 from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY
+from prefect_flux_kontext.report.thumbnails import make_thumbnail
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -34,10 +37,6 @@ _T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_KEY = "flux-kontext-progress"
-SUMMARY_KEY = "flux-kontext-summary"
-CONTACT_SHEET_KEY = "flux-kontext-sheet"
-
 UPDATE_INTERVAL_SECONDS = 5.0
 """Between two updates of the progress, each of which is a request to Prefect's API."""
 
@@ -47,6 +46,7 @@ _ROWS_PER_UPDATE = 250
 
 _REQUEST_TIMEOUT_SECONDS = 5.0
 _MAX_ROWS_SHOWN = 20
+_SHEET_PIXELS = 960
 _MAX_CELL_LENGTH = 200
 _LISTED_FILES = (GALLERY, CONTACT_SHEET, "results.parquet", "results.jsonl", "failed.csv")
 _MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]|])")
@@ -54,16 +54,17 @@ _MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]|])")
 
 @asynccontextmanager
 async def progress_artifact(
-    batch: BatchSummary, rows: int, on_update: Callable[[], None]
+    batch: BatchSummary, rows: int, line: object, on_update: Callable[[], None]
 ) -> AsyncIterator[None]:
     """Keep a progress artifact up to date while the block runs.
 
     Args:
         batch: The counts of the rows so far, which the batch updates.
         rows: The number of rows in total.
+        line: Its text describes the progress.
         on_update: Called before each update, and at the end.
     """
-    updating = asyncio.create_task(_update_periodically(batch, rows, on_update))
+    updating = asyncio.create_task(_update_periodically(batch, rows, line, on_update))
     try:
         yield
     finally:
@@ -73,10 +74,11 @@ async def progress_artifact(
 
 
 async def _update_periodically(
-    batch: BatchSummary, rows: int, on_update: Callable[[], None]
+    batch: BatchSummary, rows: int, line: object, on_update: Callable[[], None]
 ) -> None:
     title = f"{rows:,} rows to {batch.output}"
-    creating = asyncio.create_task(_try_request(acreate_progress_artifact(0, PROGRESS_KEY, title)))
+    key = build_artifact_key(batch.output, "progress")
+    creating = asyncio.create_task(_try_request(acreate_progress_artifact(0, key, title)))
     shown_rows = 0
     step = min(rows / _MAX_UPDATES, _ROWS_PER_UPDATE)
 
@@ -86,7 +88,7 @@ async def _update_periodically(
         if artifact is not None and abs(batch.rows - shown_rows) > at_least:
             shown_rows = batch.rows
             percent = 100 * min(1, batch.rows / max(rows, 1))
-            text = f"{batch.rows:,} of {rows:,} rows: {batch}"
+            text = f"{batch.rows:,} of {rows:,} rows done: {line}"
             await _try_request(aupdate_progress_artifact(artifact, percent, text))
 
     try:
@@ -112,11 +114,25 @@ async def publish_summary(
     stored = [name for name in _LISTED_FILES if await _is_stored(folder, name)]
     urls = {name: find_browser_url(folder.uri(name), public_urls) for name in stored}
     files = {name: urls[name] or folder.uri(name) for name in stored}
-    text = format_summary(batch, outcome, files)
-    await _try_request(acreate_markdown_artifact(text, SUMMARY_KEY, f"{outcome}: {batch.output}"))
+    thumbnail = await _read_contact_sheet(folder) if CONTACT_SHEET in stored else None
+    text = format_summary(batch, outcome, files, thumbnail)
+    key, title = build_artifact_key(batch.output, "summary"), f"{outcome}: {batch.output}"
+    await _try_request(acreate_markdown_artifact(text, key, title))
     if sheet := urls.get(CONTACT_SHEET):
-        title = f"The images of {batch.output}"
-        await _try_request(acreate_image_artifact(sheet, CONTACT_SHEET_KEY, title))
+        key, title = build_artifact_key(batch.output, "sheet"), f"The images of {batch.output}"
+        await _try_request(acreate_image_artifact(sheet, key, title))
+
+
+async def _read_contact_sheet(folder: OutputFolder) -> str | None:
+    """Return a thumbnail of the contact sheet as a `data:` URL, or None."""
+    try:
+        async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
+            sheet = await folder.read(CONTACT_SHEET) or b""
+            small = await asyncio.to_thread(make_thumbnail, sheet, _SHEET_PIXELS)
+    except Exception as error:  # noqa: BLE001 - decoders and filesystems raise many types
+        logger.debug("The summary has no contact sheet: %s", error)
+        return None
+    return f"data:image/webp;base64,{base64.b64encode(small).decode()}"
 
 
 async def _is_stored(folder: OutputFolder, name: str) -> bool:
@@ -138,8 +154,10 @@ def find_browser_url(uri: str, public_urls: Mapping[str, str]) -> str | None:
     return None
 
 
-def format_summary(batch: BatchSummary, outcome: str, files: Mapping[str, str]) -> str:
-    """Format a summary as Markdown: counts, dollars, reasons, files, first rows not stored."""
+def format_summary(
+    batch: BatchSummary, outcome: str, files: Mapping[str, str], sheet: str | None = None
+) -> str:
+    """Format a summary as Markdown: counts, pictures, reasons, files, first rows not stored."""
     numbers = [
         ("Stored", f"{batch.stored:,} of {batch.rows:,}"),
         ("Stored before this run", f"{batch.already_stored:,}"),
@@ -156,6 +174,8 @@ def format_summary(batch: BatchSummary, outcome: str, files: Mapping[str, str]) 
         f"# {_escape(outcome).capitalize()}: {_escape(batch.output)}",
         _format_table(["", ""], shown),
     ]
+    if sheet:
+        sections.append(f"![contact sheet]({sheet})")
     if batch.reasons:
         reasons = sorted(batch.reasons.items(), key=lambda item: -item[1])
         rows = [(_escape(reason), f"{number:,}") for reason, number in reasons[:_MAX_ROWS_SHOWN]]

@@ -20,6 +20,7 @@ from prefect_flux_kontext.batch.collection import (
     read_ledger_status,
 )
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
+from prefect_flux_kontext.batch.progress import ProgressLine
 from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
@@ -59,8 +60,10 @@ class PartitionTotals(NamedTuple):
 def build_row_options(
     cadence: PollingCadence | None,
     policy: FailurePolicy | None,
+    account: FluxKontextCredentials,
     *,
     fit_references: bool = False,
+    deferred: bool = False,
     **decided: Any,
 ) -> RowOptions:
     """Build the row options of a batch from the parameters of its flow and the environment.
@@ -68,7 +71,9 @@ def build_row_options(
     Args:
         cadence: When to poll; None for the environment's cadence.
         policy: What to do after a failure; None for the default policy.
+        account: The account that pays.
         fit_references: Whether to shrink reference images that are too large.
+        deferred: Whether results are left for a later collection.
         **decided: Further fields of `RowOptions`.
     """
     settings = FluxKontextSettings()
@@ -77,7 +82,13 @@ def build_row_options(
         cadence=cadence,
         policy=policy or FailurePolicy(),
         result_days=settings.result_days,
-        references=create_references(settings, timeout=cadence.timeout, fit=fit_references),
+        references=create_references(
+            settings,
+            None if deferred else account.base_url,
+            timeout=cadence.timeout,
+            fit=fit_references,
+        ),
+        deferred=deferred,
         **decided,
     )
 
@@ -167,7 +178,12 @@ async def _report_batch(
         async with (
             # Closed before the summary is written, which links to the files of the report.
             open_report(session.report),
-            progress_artifact(batch, rows, create_spend_alarm(batch, spent, alert_above_usd)),
+            progress_artifact(
+                batch,
+                rows,
+                ProgressLine(session, rows),
+                create_spend_alarm(batch, spent, alert_above_usd),
+            ),
         ):
             yield
         outcome = "stored" if batch.complete else "incomplete"

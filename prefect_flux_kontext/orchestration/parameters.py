@@ -13,13 +13,36 @@ from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
+from prefect_flux_kontext.styles.styles import builtin_styles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Account = Annotated[FluxKontextCredentials | str | None, Field(examples=["my-account"])]
 Prompt = Annotated[str | None, Field(examples=["Turn it into a loose watercolour"])]
-StyleNames = Annotated[str | list[str] | None, Field(examples=[["watercolour", "my-styles.yaml"]])]
+StyleNames = Annotated[
+    str | list[str] | None,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "array",
+                    "title": "built-in styles",
+                    "items": {"type": "string", "enum": sorted(builtin_styles())},
+                },
+                {
+                    "type": "array",
+                    "title": "styles and files of styles",
+                    "items": {"type": "string"},
+                    "examples": [["watercolour", "my-styles.yaml"]],
+                },
+                {"type": "string", "title": "one style"},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+"""The parameter of a flow for styles: a choice in the form, or names and files as text."""
 
 _BLOCK_PREFIX = "block:"
 _OUTPUT_BLOCK_TYPES = ("local-file-system", "remote-file-system", "s3-bucket")

@@ -24,6 +24,7 @@ from prefect_flux_kontext.references.location import (
     non_public_references,
     open_filesystem,
 )
+from prefect_flux_kontext.references.loopback import LoopbackStaging, is_loopback_url
 from prefect_flux_kontext.references.metadata import remove_metadata
 from prefect_flux_kontext.references.resizing import shrink_to_fit
 from prefect_flux_kontext.references.staging import (
@@ -65,13 +66,22 @@ class References:
     """
 
     def __init__(
-        self, staging: Staging | None = None, *, fit: bool = False, timeout: float = 0.0
+        self,
+        staging: Staging | LoopbackStaging | None = None,
+        *,
+        fit: bool = False,
+        timeout: float = 0.0,
     ) -> None:
         self._staging = staging
         self._fit = fit
         self._seconds = choose_signature_lifetime(timeout)
         self._cache = ReferenceCache()
         self._locks = Locks()
+
+    def close(self) -> None:
+        """Stop serving files on loopback; the tasks that use them have ended."""
+        if isinstance(self._staging, LoopbackStaging):
+            self._staging.close()
 
     def identify(
         self, references: Iterable[str], versions: Mapping[str, str] | None = None
@@ -220,19 +230,25 @@ class References:
 
 
 def create_references(
-    settings: FluxKontextSettings, *, timeout: float, fit: bool = False
+    settings: FluxKontextSettings, base_url: str | None, *, timeout: float, fit: bool = False
 ) -> References:
     """Create the access to references that the settings describe.
 
     Args:
         settings: Hold the URLs of the staging place.
+        base_url: The service, if this process runs until the tasks have ended. Without a staging
+            place, a service on loopback then fetches local files from this process.
         timeout: Seconds after which the wait for a task ends.
         fit: Shrink images that are too large.
 
     Raises:
         ConfigurationError: The staging settings are incomplete or invalid.
     """
-    staging = create_staging(settings.staging_url, settings.staging_public_url)
+    staging: Staging | LoopbackStaging | None = create_staging(
+        settings.staging_url, settings.staging_public_url
+    )
+    if staging is None and base_url is not None and is_loopback_url(base_url):
+        staging = LoopbackStaging()
     return References(staging, fit=fit, timeout=timeout)
 
 

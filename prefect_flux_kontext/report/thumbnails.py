@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from prefect_flux_kontext.images.decode import MAX_PIXELS
 from prefect_flux_kontext.images.headers import find_slow_structure
 from prefect_flux_kontext.redaction import redact_url
-from prefect_flux_kontext.references.identity import url_identity
+from prefect_flux_kontext.references.identity import read_content, url_identity
+from prefect_flux_kontext.references.location import non_public_references
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -174,23 +175,28 @@ class ThumbnailCollector:
             logger.debug("No thumbnail of %s for the gallery: %s", name, error)
 
     async def _fetch(self, name: str, url: str) -> None:
-        data = bytearray()
+        loop = asyncio.get_running_loop()
         try:
-            async with (
-                self._semaphore,
-                asyncio.timeout(_FETCH_TIMEOUT_SECONDS),
-                # Redirects are not followed: they could lead to a private address.
-                self._http.stream("GET", url) as response,
-            ):
-                response.raise_for_status()
-                async for chunk in response.aiter_raw():
-                    data += chunk
-                    if len(data) > _MAX_REFERENCE_BYTES:
-                        return
+            async with self._semaphore, asyncio.timeout(_FETCH_TIMEOUT_SECONDS):
+                if non_public_references([url]):
+                    read = partial(read_content, url, fit=False)
+                    data: bytes | bytearray = await loop.run_in_executor(_THREADS, read)
+                else:
+                    data = await self._download(url)
         except Exception as error:  # noqa: BLE001 - invalid URLs raise more than httpx errors
             # The message is left out: it holds the URL, which may be signed.
             logger.debug("No thumbnail of a reference for the gallery: %s", type(error).__name__)
             return
         make = partial(make_thumbnail, edge=REFERENCE_EDGE_PIXELS)
-        loop = asyncio.get_running_loop()
         await loop.run_in_executor(_THREADS, self._make, name, make, bytes(data))
+
+    async def _download(self, url: str) -> bytearray:
+        data = bytearray()
+        # Redirects are not followed: they could lead to a private address.
+        async with self._http.stream("GET", url) as response:
+            response.raise_for_status()
+            async for chunk in response.aiter_raw():
+                data += chunk
+                if len(data) > _MAX_REFERENCE_BYTES:
+                    raise ValueError("the reference is too large")
+        return data

@@ -109,6 +109,8 @@ def test_refused_row_costs_nothing_and_is_reported():
         assert (summary.stored, summary.failed, env.posts) == (2, 1, 2)
         assert ids_in(read_all(env.url)[FAILED_ROWS]) == ["bad"]
         await in_process(env, None, manifest(LINES[:2]))
+        assert ids_in(read_all(env.url)[FAILED_ROWS]) == ["bad"]
+        await in_process(env, None, manifest([*LINES[:2], ("bad", "a prompt")]))
         assert FAILED_ROWS not in read_all(env.url)
 
     run_simulation(main)

@@ -5,13 +5,14 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.batch.index import PlannedAction
+from prefect_flux_kontext.batch.planning import Plan
 from prefect_flux_kontext.errors import FluxKontextError, ManifestError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.ledger.waves import OpenWave, open_wave
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.manifest.row import make_row
+from prefect_flux_kontext.manifest.row import RefusedRow, make_row
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -49,17 +50,18 @@ def test_plan_estimates_time_by_the_accounts_limits():
 
 
 def test_plan_reports_every_refused_row():
-    reported = []
-    plan = build_plan(manifest("x", "", "y", ""), on_refused=reported.append)
-    assert [row.line for row in reported] == [row.line for row in plan.problems] == [2, 4]
-    with pytest.raises(ManifestError, match=r"2 of 4 rows .*line 2: .*; line 4: "):
+    plan = build_plan(manifest("x", "", "y", ""))
+    assert [row.line for row in plan.problems] == [2, 4]
+    with pytest.raises(ManifestError, match=r"2 of 4 rows .*\n  2 rows \(lines 2, 4\): prompt is"):
         plan.check(skip_invalid=False)
     plan.check(skip_invalid=True)
 
 
 def test_check_shortens_a_long_list_of_refused_rows():
-    with pytest.raises(ManifestError, match=r"and 10 more\. Fix them\.$"):
-        build_plan(manifest(*[""] * 30)).check(skip_invalid=True)
+    refused = [RefusedRow(str(n), n, f"reason {n}") for n in range(30)]
+    plan = Plan(url="m.csv", rows=30, refused=30, problems=refused)
+    with pytest.raises(ManifestError, match=r"… and 10 more problems\nFix them\.$"):
+        plan.check(skip_invalid=True)
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_resolve_refuses_an_unrecorded_row(tmp_path, capsys):
 
 
 def test_status_of_an_empty_output_says_so(tmp_path, capsys):
-    assert main(["status", str(tmp_path / "typo")]) == 0
-    assert "No rows on record" in capsys.readouterr().out
+    assert main(["status", str(tmp_path / "typo")]) == 2
+    assert "No rows on record" in capsys.readouterr().err
 
 
 def test_status_of_unknown_rows_is_grammatical(unknown, capsys):

@@ -1,5 +1,10 @@
 """`flux-kontext retry-failed`: which rows are submitted again."""
 
+import csv
+import json
+
+import pytest
+
 from prefect_flux_kontext.cli import main
 
 
@@ -18,6 +23,89 @@ def test_unreadable_line_does_not_take_the_common_prompt(sandbox, tmp_path, caps
     capsys.readouterr()
     assert main(["retry-failed", str(output), "--prompt", "in oil"]) == 1
     out = capsys.readouterr().out
-    assert out.count("the row has neither an image nor a prompt of its own") == 4
+    assert out.count("the row has neither an image nor a prompt of its own") == 2
     assert "0 of 3 rows stored" in out
     assert sandbox.service.bill()["accepted"] == 2
+
+
+@pytest.fixture
+def run(sandbox, tmp_path, capsys):
+    """Run CSV lines into one output; return the exit status and what is printed."""
+    path, output = tmp_path / "m.csv", tmp_path / "out"
+
+    def call(command, lines=None, *options):
+        if lines is not None:
+            path.write_text("id,prompt,style\n" + "\n".join(lines) + "\n")
+        words = [command, *([str(path)] if lines is not None else []), str(output), *options]
+        return main(words), capsys.readouterr().out
+
+    call.output = output
+    return call
+
+
+def failed_ids(run):
+    """Return the ids in failed.csv, which must be as many as `status` counts."""
+    path = run.output / "failed.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    states = json.loads(run("status", None, "--json")[1])["states"]
+    assert states.get("failed", 0) == len(rows)
+    return sorted(row["id"] for row in rows)
+
+
+def test_failures_of_earlier_runs_stay(run):
+    """They belong to the output: runs of other rows neither rewrite nor delete them."""
+    run("run", ["a,nsfw,", "b,oil,"])
+    run("run", ["c,oil,"])
+    assert failed_ids(run) == ["a"]
+    run("run", ["d,nsfw 2,", "e,,"], "--skip-invalid")
+    assert failed_ids(run) == ["a", "d", "e"]
+    status, out = run("retry-failed")
+    assert (status, out.count("CONTENT_VIOLATION:")) == (1, 2)
+    assert failed_ids(run) == ["a", "d", "e"]
+
+
+def test_failure_leaves_once_its_row_is_stored(run):
+    """Another prompt under the same id and style counts; another style does not."""
+    run("run", ["a,nsfw,", "b,nsfw,oil"])
+    assert failed_ids(run) == ["a", "b"]
+    run("run", ["a,oil,", "b,in ink,noir"])
+    assert failed_ids(run) == ["b"]
+    run("run", ["b,in ink,oil"])
+    assert failed_ids(run) == []
+    assert not (run.output / "failed.csv").exists()
+
+
+def test_nothing_to_retry_exits_0(run):
+    run("run", ["a,oil,"])
+    status, out = run("retry-failed")
+    assert status == 0
+    assert "Nothing to do." in out
+
+
+def test_retry_of_a_mistyped_output_exits_2(sandbox, tmp_path, capsys):
+    assert main(["retry-failed", str(tmp_path / "typo")]) == 2
+    assert "no results either" in capsys.readouterr().err
+
+
+def test_failed_rows_with_equal_ids_are_all_kept(run):
+    run("run", ["a,,", "a,,", "a,oil,"], "--skip-invalid")
+    assert failed_ids(run) == ["a", "a"]
+
+
+def test_edited_file_of_failed_rows_is_kept_by_other_runs(run):
+    run("run", ["a,nsfw,"])
+    path = run.output / "failed.csv"
+    path.write_text(path.read_text().replace("a,nsfw", "a,a better prompt"))
+    run("run", ["b,oil,"])
+    status, out = run("retry-failed")
+    assert (status, "1 of 1 rows stored" in out) == (0, True)
+    assert failed_ids(run) == []
+
+
+def test_damaged_file_of_failed_rows_pays_nothing(run, sandbox, capsys):
+    run("run", ["a,nsfw,"])
+    path = run.output / "failed.csv"
+    path.write_text(path.read_text() + '"x"y,\n')
+    paid = sandbox.service.bill()["accepted"]
+    assert run("run", ["b,oil,"])[0] == 2
+    assert sandbox.service.bill()["accepted"] == paid

@@ -357,7 +357,7 @@ def render_page():
             shown = "accepted" if message is None else message.replace(f"{folder}/", "")
             shown = re.sub(r"http://127\.0\.0\.1:\d+/", "https://example.com/", shown)
         # Every message about rows ends with the same advice.
-        shown = shown.partition(" Fix them")[0].strip().replace("\n", " ").replace("|", "\\|")
+        shown = " ".join(shown.partition("\nFix them")[0].split()).replace("|", "\\|")
         rows.append(f"| {bad.title} | {shown if len(shown) < 400 else shown[:400] + '…'} |")
     return INTRODUCTION + "\n".join(rows) + "\n"
 

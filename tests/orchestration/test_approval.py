@@ -4,12 +4,19 @@ import asyncio
 
 import pytest
 from prefect import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    FlowRunFilter,
+    FlowRunFilterName,
+)
 from prefect.flow_runs import aresume_flow_run
+from prefect.states import Cancelled, Cancelling
 
 from prefect_flux_kontext.errors import BatchStoppedError, BudgetReachedError
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.orchestration import approval
+from prefect_flux_kontext.orchestration.run_page import build_artifact_key
 from tests.orchestration.conftest import QUICK
 
 pytestmark = pytest.mark.anyio
@@ -66,6 +73,7 @@ class TestApproval:
         raise AssertionError("the flow run was not paused")
 
     async def run_and_answer(self, account, manifest, output, name, answer, *, meanwhile=None):
+        """Run a batch, and resume it or, with another answer, set this state."""
         flow = style_transfer_batch.with_options(flow_run_name=name)
         running = asyncio.create_task(
             flow(
@@ -80,32 +88,34 @@ class TestApproval:
         run_id = await self.wait_for_pause(name)
         if meanwhile is not None:
             meanwhile()
-        await aresume_flow_run(run_id, answer)
+        if answer is None:
+            await aresume_flow_run(run_id)
+        else:
+            async with get_client() as client:
+                await client.set_flow_run_state(run_id, answer)
         return await running
 
-    async def test_approved_plan_is_run(self, account, sandbox, tmp_path):
-        plan = await self.run_and_answer(
-            account,
-            rows(2),
-            str(tmp_path),
-            "approved",
-            {"approve": True, "plan": await compute_digest(2)},
-        )
-        assert (await plan.aresult()).stored == 2
+    async def test_resuming_approves(self, account, sandbox, tmp_path):
+        """The plan is an artifact on the page, and the end says what was stored."""
+        state = await self.run_and_answer(account, rows(2), str(tmp_path), "approved", None)
+        assert (await state.aresult()).stored == 2
+        assert state.message == "2 of 2 stored, $0.06"
         assert sandbox.service.bill()["accepted"] == 2
+        async with get_client() as client:
+            key = build_artifact_key(f"file://{tmp_path}", "plan")
+            found = await client.read_artifacts(
+                artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+            )
+        assert "# Resume to pay $0.06 for 2 images; cancel to decline" in found[0].data
+        assert "2  to be paid" in found[0].data
 
-    @pytest.mark.parametrize(
-        ("name", "answer"),
-        [("denied", {"approve": False}), ("of another plan", {"approve": True, "plan": "other"})],
-    )
-    async def test_plan_that_is_not_approved_is_not_paid(
-        self, name, answer, account, sandbox, tmp_path
-    ):
-        answer = {"plan": await compute_digest(2), **answer}
+    @pytest.mark.parametrize("answer", [Cancelling(), Cancelled()])
+    async def test_cancelling_declines(self, answer, account, sandbox, tmp_path, caplog):
+        name = f"declined-{answer.name}"
         state = await self.run_and_answer(account, rows(2), str(tmp_path), name, answer)
-        with pytest.raises(BatchStoppedError, match="was not approved"):
-            await state.aresult()
+        assert state.is_cancelled()
         assert sandbox.service.bill()["accepted"] == 0
+        assert "Traceback" not in caplog.text
 
     async def test_changed_manifest_needs_a_new_approval(self, account, sandbox, tmp_path):
         path = tmp_path / "m.csv"
@@ -114,18 +124,9 @@ class TestApproval:
         def grow():
             path.write_text(path.read_text() + "2,a third\n")
 
-        answer = {"approve": True, "plan": await compute_digest(2)}
         state = await self.run_and_answer(
-            account, str(path), str(tmp_path / "out"), "changed", answer, meanwhile=grow
+            account, str(path), str(tmp_path / "out"), "changed", None, meanwhile=grow
         )
         with pytest.raises(BatchStoppedError, match="has changed since it was approved"):
             await state.aresult()
         assert sandbox.service.bill()["accepted"] == 0
-
-
-async def compute_digest(number):
-    from prefect_flux_kontext.manifest.reader import Manifest  # noqa: PLC0415
-    from tests.support.plans import build_plan  # noqa: PLC0415
-
-    plan = await asyncio.to_thread(build_plan, Manifest(rows(number)))
-    return plan.digest[:16]

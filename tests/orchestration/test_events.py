@@ -220,7 +220,7 @@ class TestWithoutPrefectApi:
 
     async def test_unwritable_progress_still_calls_on_update(self):
         updates = []
-        async with progress_artifact(BatchSummary(rows=1), 1, lambda: updates.append(1)):
+        async with progress_artifact(BatchSummary(rows=1), 1, "", lambda: updates.append(1)):
             pass
         assert updates == [1]
 
@@ -238,7 +238,7 @@ class TestWithoutPrefectApi:
         monkeypatch.setattr(artifacts, "acreate_progress_artifact", created)
         monkeypatch.setattr(artifacts, "aupdate_progress_artifact", updated)
         batch = BatchSummary()
-        async with progress_artifact(batch, number, lambda: None):
+        async with progress_artifact(batch, number, "", lambda: None):
             for _ in range(number):
                 batch.rows += 1
                 await asyncio.sleep(2 * artifacts.UPDATE_INTERVAL_SECONDS)

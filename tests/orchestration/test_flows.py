@@ -147,7 +147,9 @@ class TestBatch:
 
     async def test_invalid_row_stops_the_batch_unpaid(self, account, sandbox, tmp_path):
         rows = [("a", "a.jpg", "oil"), ("b", "", ""), ("c", "", "a lighthouse")]
-        with pytest.raises(ManifestError, match=r"2 of 3 rows .* line 2: .*; line 3: ") as caught:
+        with pytest.raises(
+            ManifestError, match=r"2 of 3 rows .*\n  line 2, .*\n  line 3, "
+        ) as caught:
             await style_transfer_batch(
                 write_manifest(tmp_path / "m.csv", rows),
                 str(tmp_path / "out"),

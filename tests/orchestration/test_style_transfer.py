@@ -7,8 +7,9 @@ from prefect_flux_kontext.errors import (
     ConfigurationError,
     FluxKontextError,
     GenerationFailedError,
+    ManifestError,
 )
-from prefect_flux_kontext.flows import style_transfer
+from prefect_flux_kontext.flows import style_transfer, style_transfer_batch
 from prefect_flux_kontext.images.decode import inspect_image
 from prefect_flux_kontext.sandbox.settings import PHOTOS
 from tests.orchestration.conftest import QUICK
@@ -57,7 +58,6 @@ class TestStyleTransfer:
             ("", "not an http or https URL"),
             ("gist://1/cat.jpg", "not an http or https URL"),
             ("cat.jpg", "does not exist"),
-            (str(PHOTOS / "cat.png"), "set FLUX_KONTEXT_STAGING_URL"),
         ],
     )
     async def test_reference_that_cannot_be_fetched_is_refused_unpaid(
@@ -65,6 +65,25 @@ class TestStyleTransfer:
     ):
         with pytest.raises(FluxKontextError, match=message):
             await style_transfer("oil", str(tmp_path), image=image, credentials=account)
+        assert sandbox.service.bill()["accepted"] == 0
+
+    async def test_service_on_this_machine_fetches_a_local_file(self, account, sandbox, tmp_path):
+        (stored,) = await style_transfer(
+            "oil",
+            str(tmp_path),
+            image=str(PHOTOS / "cat.png"),
+            credentials=account,
+            cadence=QUICK,
+        )
+        assert stored.size > 0
+        assert sandbox.service.bill()["accepted"] == 1
+
+    async def test_results_left_for_later_need_a_staging_place(self, account, sandbox, tmp_path):
+        """This process would end before the service has fetched the files."""
+        with pytest.raises(ManifestError, match="set FLUX_KONTEXT_STAGING_URL"):
+            await style_transfer_batch(
+                str(PHOTOS), str(tmp_path), account, styles=["oil"], wait="collect"
+            )
         assert sandbox.service.bill()["accepted"] == 0
 
     async def test_local_reference_is_staged(self, account, sandbox, tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ def test_planted_failed_rows_have_a_remote_manifests_rights(place, tmp_path, cap
     output.mkdir()
     write_rows(output / "failed.csv", ("a", str(private), "oil", ""))
     main(["retry-failed", str(output)])
-    assert "is a local file, and the manifest is not" in capsys.readouterr().out
+    assert "is a local file, and the manifest is not" in capsys.readouterr().err
     assert place.service.bill()["accepted"] == 0
 
 

@@ -283,3 +283,39 @@ def test_large_gallery_keeps_few_cards_and_loads_on_demand(opened):
     page.locator("#search").fill("row-4321")
     until(page, f"{loaded} === 1")
     assert shown_ids(page) == ["row-4321"]
+
+
+def test_all_references_in_all_styles_are_a_matrix(opened):
+    """A line for each reference, which comes first, and a column for each style."""
+    lines = [
+        line(
+            number,
+            id=f"photo-{number // 3}",
+            reference_images=[f"https://x.test/{number // 3}.jpg"],
+        )
+        for number in (5, 3, 4, 0, 2, 1)
+    ]
+    page = opened(lines)
+    cards = page.locator(".card").evaluate_all(
+        """cards => cards
+            .map(card => [card.getBoundingClientRect(), card.querySelector(".caption").innerText])
+            .sort(([a], [b]) => a.top - b.top || a.left - b.left)
+            .map(([, caption]) => caption.split("\\n"))"""
+    )
+    styles = ["oil", "pencil", "poster"]
+    assert cards == [
+        ["before"], *(["photo-1", style] for style in styles),
+        ["before"], *(["photo-0", style] for style in styles),
+    ]  # fmt: skip
+    page.locator(".open").nth(0).focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.locator("#viewed").inner_text() == "photo-0"
+    page.keyboard.press("Escape")
+    page.set_viewport_size({"width": 375, "height": 800})
+    until(page, "document.querySelectorAll('.card.reference').length === 0")
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.locator("#style").select_option("=oil")
+    assert page.locator(".card.reference").count() == 0
+    assert shown_ids(page) == ["photo-1", "photo-0"]

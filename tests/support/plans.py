@@ -12,7 +12,7 @@ PRICES = {"pro": 0.03, "max": 0.06}
 _numbers = itertools.count()
 
 
-def build_plan(manifest, store=None, *, on_refused=None, prices=PRICES, **options):
+def build_plan(manifest, store=None, *, limit=None, prices=PRICES, **options):
     """Make the plan with the limits of a full account."""
     return asyncio.run(
         make_plan(
@@ -22,6 +22,6 @@ def build_plan(manifest, store=None, *, on_refused=None, prices=PRICES, **option
             prices=prices,
             requests_per_minute=10_000,
             concurrent_tasks=1_000,
-            on_refused=on_refused,
+            limit=limit,
         )
     )

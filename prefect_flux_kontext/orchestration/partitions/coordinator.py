@@ -191,7 +191,7 @@ async def _run_all(
         try:
             for partition in running:
                 await partition.start()
-            async with progress_artifact(total, plan.rows, alarm):
+            async with progress_artifact(total, plan.rows, total, alarm):
                 await _watch(running, total)
         finally:
             await asyncio.shield(_end_all(running))

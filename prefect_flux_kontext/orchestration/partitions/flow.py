@@ -22,6 +22,7 @@ from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.tables import ManifestSource
+from prefect_flux_kontext.models import AspectRatio, Mode, OutputFormat, Provider
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     forward_core_logs,
@@ -62,6 +63,10 @@ async def style_transfer_partition(
     prompt: Prompt = None,
     columns: dict[str, str] | None = None,
     styles: StyleNames = None,
+    mode: Mode | None = None,
+    aspect_ratio: AspectRatio | None = None,
+    output_format: OutputFormat | None = None,
+    provider: Provider | None = None,
     output_names: str | None = None,
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
@@ -83,6 +88,10 @@ async def style_transfer_partition(
         prompt: The prompt for rows without one.
         columns: Maps column names to those of the manifest.
         styles: Styles for rows without a style of their own.
+        mode: Mode of rows that name none.
+        aspect_ratio: Width to height of the results of rows that name none.
+        output_format: File format of the results of rows that name none.
+        provider: Route of rows that name none.
         output_names: Template of the image names.
         cadence: When to poll for results.
         failure_policy: What to do for each fail code.
@@ -111,22 +120,29 @@ async def style_transfer_partition(
             "a later run of it, finishes its rows."
         )
     settings = FluxKontextSettings()
+    share = Share(partition.slots, partition.requests_per_minute)
+    account = share.apply_to(await resolve_credentials(credentials))
     options = build_row_options(
         cadence,
         failure_policy,
+        account,
         fit_references=fit_references,
         resubmit_unknown=resubmit_unknown,
         share_usd=partition.budget_usd,
     )
-    share = Share(partition.slots, partition.requests_per_minute)
-    account = share.apply_to(await resolve_credentials(credentials))
     output = await open_output(output, storage_options)
     await output.check_writable()
     store, name = open_ledger_store(output), run.id.hex
     callbacks = resolve_callback_options(
         settings, url=callback_url, secret=account.callback_secret, listens=False
     )
-    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
+    parameters = {
+        "mode": mode,
+        "aspect_ratio": aspect_ratio,
+        "output_format": output_format,
+        "provider": provider,
+    }
+    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output), parameters)
     with forward_core_logs():
         async with (
             keep_heartbeat(store, name),

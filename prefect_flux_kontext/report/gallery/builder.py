@@ -136,8 +136,13 @@ async def _make_missing(
 def _draw_contact_sheet(rows: GalleryRows, urls: dict[str, str]) -> bytes:
     """Draw the first thumbnails of results, given as data URLs; returns a PNG."""
     cells = [
-        (row_id, io.BytesIO(base64.b64decode(urls[name].partition(",")[2])))
-        for row_id, name in zip(rows.columns["id"], rows.after, strict=True)
+        (
+            f"{row_id} · {style}" if style else row_id,
+            io.BytesIO(base64.b64decode(urls[name].partition(",")[2])),
+        )
+        for row_id, style, name in zip(
+            rows.columns["id"], rows.columns["style"], rows.after, strict=True
+        )
         if name in urls
     ][:_SHEET_IMAGES]
     columns = min(_SHEET_COLUMNS, len(cells))

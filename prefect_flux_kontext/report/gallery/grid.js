@@ -1,4 +1,7 @@
 // The grid. Only the cards on the screen exist, so that many rows cost no more than few.
+//
+// If the rows are all references in all of several styles, the grid is a matrix: a line for each
+// reference, which comes first, and a column for each style.
 
 const grid = (() => {
   // Pixels, as in style.css.
@@ -7,9 +10,14 @@ const grid = (() => {
   // Lines above and below the screen that exist too, so that scrolling shows no gaps.
   const SPARE_LINES = 2;
   const box = byId("grid");
+  const MIN_MATRIX_CARD_WIDTH = 110;
   const cards = new Map();
+  const references = new Map(); // by line, in a matrix
   let shown = [];
+  let stylesOfMatrix = 0; // 0: no matrix
+  let isMatrix = false;
   let cardsPerLine = 1;
+  let rowsPerLine = 1;
   let cardWidth = 0;
   let current = 0;
   let isDrawRequested = false;
@@ -17,39 +25,77 @@ const grid = (() => {
   function measure() {
     const width = box.clientWidth;
     const minimum = width < 560 ? 150 : 224;
-    cardsPerLine = Math.max(1, Math.floor((width + GAP) / (minimum + GAP)));
+    const fits = (stylesOfMatrix + 1) * (MIN_MATRIX_CARD_WIDTH + GAP) <= width + GAP;
+    isMatrix = stylesOfMatrix > 1 && fits;
+    rowsPerLine = Math.max(1, Math.floor((width + GAP) / (minimum + GAP)));
+    if (isMatrix) rowsPerLine = stylesOfMatrix;
+    cardsPerLine = rowsPerLine + (isMatrix ? 1 : 0);
     cardWidth = (width - GAP * (cardsPerLine - 1)) / cardsPerLine;
   }
 
   const cardHeight = () => cardWidth * 0.75 + CAPTION_HEIGHT;
   const lineHeight = () => cardHeight() + GAP;
 
-  function visibleRange() {
+  // Returns the rows in the order of a matrix and its number of styles, or null if they are none.
+  function arrange(rows) {
+    const names = [...new Set(rows.map((row) => thumbnailOf.before[row]))];
+    const styles = [...new Set(rows.map((row) => cell("style", row)))].sort();
+    if (styles.length < 2 || names.includes(null) || names.length * styles.length !== rows.length) return null;
+    const line = new Map(names.map((name, at) => [name, at]));
+    const column = new Map(styles.map((style, at) => [style, at]));
+    const sorted = new Array(rows.length);
+    for (const row of rows) {
+      const place = line.get(thumbnailOf.before[row]) * styles.length + column.get(cell("style", row));
+      if (sorted[place] !== undefined) return null; // twice the same style of one reference
+      sorted[place] = row;
+    }
+    return { rows: sorted, styles: styles.length };
+  }
+
+  function visibleLines() {
     const top = -box.getBoundingClientRect().top;
     const first = Math.floor(top / lineHeight()) - SPARE_LINES;
     const last = Math.ceil((top + window.innerHeight) / lineHeight()) + SPARE_LINES;
-    return [Math.max(0, first * cardsPerLine), Math.min(shown.length, last * cardsPerLine)];
+    return [Math.max(0, first), Math.min(Math.ceil(shown.length / rowsPerLine), last)];
+  }
+
+  function move(card, line, column) {
+    card.style.width = `${cardWidth}px`;
+    card.style.height = `${cardHeight()}px`;
+    card.style.transform = `translate(${column * (cardWidth + GAP)}px, ${line * lineHeight()}px)`;
   }
 
   function place(card, at) {
-    card.style.width = `${cardWidth}px`;
-    card.style.height = `${cardHeight()}px`;
-    const left = (at % cardsPerLine) * (cardWidth + GAP);
-    card.style.transform = `translate(${left}px, ${Math.floor(at / cardsPerLine) * lineHeight()}px)`;
+    move(card, Math.floor(at / rowsPerLine), (at % rowsPerLine) + (isMatrix ? 1 : 0));
     card.setAttribute("aria-posinset", at + 1);
     card.setAttribute("aria-setsize", shown.length);
   }
 
+  function makeImage(name, alt) {
+    const image = element("img", { alt, decoding: "async", draggable: "false" });
+    thumbnails.show(name, (url) => {
+      if (url) image.src = url;
+      else image.replaceWith(element("span", { class: "blank" }, "no thumbnail"));
+    });
+    return image;
+  }
+
+  function makeReference(line) {
+    const row = shown[line * rowsPerLine];
+    const id = cell("id", row);
+    const card = element(
+      "div",
+      { class: "card reference", role: "presentation" },
+      element("div", { class: "open" }, makeImage(thumbnailOf.before[row], `${id}, before`)),
+      element("div", { class: "caption" }, element("span", {}, "before")),
+    );
+    move(card, line, 0);
+    return card;
+  }
+
   function cardContent(row) {
     const state = cell("state", row);
-    if (state === "stored") {
-      const image = element("img", { alt: "", decoding: "async", draggable: "false" });
-      thumbnails.show(thumbnailOf.after[row], (url) => {
-        if (url) image.src = url;
-        else image.replaceWith(element("span", { class: "blank" }, "no thumbnail"));
-      });
-      return image;
-    }
+    if (state === "stored") return makeImage(thumbnailOf.after[row], "");
     return element(
       "span",
       { class: "why" },
@@ -106,7 +152,8 @@ const grid = (() => {
 
   function draw() {
     isDrawRequested = false;
-    const [first, last] = visibleRange();
+    const [firstLine, lastLine] = visibleLines();
+    const [first, last] = [firstLine * rowsPerLine, Math.min(lastLine * rowsPerLine, shown.length)];
     const focused = document.activeElement;
     for (const [at, card] of cards) {
       if ((at < first || at >= last) && !card.contains(focused)) {
@@ -120,6 +167,18 @@ const grid = (() => {
         box.append(cards.get(at));
       }
     }
+    for (const [line, card] of references) {
+      if (!isMatrix || line < firstLine || line >= lastLine) {
+        card.remove();
+        references.delete(line);
+      }
+    }
+    for (let line = firstLine; isMatrix && line < lastLine; line += 1) {
+      if (!references.has(line)) {
+        references.set(line, makeReference(line));
+        box.append(references.get(line));
+      }
+    }
   }
 
   function requestDraw() {
@@ -131,8 +190,9 @@ const grid = (() => {
 
   function layOut() {
     measure();
-    box.style.height = `${Math.max(0, Math.ceil(shown.length / cardsPerLine) * lineHeight() - GAP)}px`;
+    box.style.height = `${Math.max(0, Math.ceil(shown.length / rowsPerLine) * lineHeight() - GAP)}px`;
     for (const [at, card] of cards) place(card, at);
+    for (const [line, card] of references) move(card, line, 0);
     draw();
   }
 
@@ -140,7 +200,7 @@ const grid = (() => {
     if (!shown.length) return;
     cards.get(current)?.querySelector(".open").setAttribute("tabindex", "-1");
     current = Math.min(Math.max(at, 0), shown.length - 1);
-    const line = Math.floor(current / cardsPerLine) * lineHeight();
+    const line = Math.floor(current / rowsPerLine) * lineHeight();
     const top = box.getBoundingClientRect().top + line;
     const tools = byId("tools").offsetHeight + GAP;
     const bottom = window.innerHeight - byId("redo").offsetHeight - GAP;
@@ -155,10 +215,10 @@ const grid = (() => {
   const MOVES = {
     ArrowLeft: () => -1,
     ArrowRight: () => 1,
-    ArrowUp: () => -cardsPerLine,
-    ArrowDown: () => cardsPerLine,
-    PageUp: () => -cardsPerLine * 4,
-    PageDown: () => cardsPerLine * 4,
+    ArrowUp: () => -rowsPerLine,
+    ArrowDown: () => rowsPerLine,
+    PageUp: () => -rowsPerLine * 4,
+    PageDown: () => rowsPerLine * 4,
     Home: () => -current,
     End: () => shown.length - 1 - current,
   };
@@ -181,10 +241,13 @@ const grid = (() => {
 
   return {
     show(rows) {
-      shown = rows;
+      const matrix = arrange(rows);
+      shown = matrix?.rows ?? rows;
+      stylesOfMatrix = matrix?.styles ?? 0;
       current = 0;
-      for (const card of cards.values()) card.remove();
+      for (const card of [...cards.values(), ...references.values()]) card.remove();
       cards.clear();
+      references.clear();
       layOut();
     },
     row: (at) => shown[at],
