@@ -42,34 +42,34 @@ POSTS_AT_ONCE = 16
 USUAL = LatencyModel(MEAN, SPREAD)
 
 
-def drifting(since: float, dice: random.Random) -> float:
+def drifting(since: float, rng: random.Random) -> float:
     """Tasks take three times as long from the 90th second to the 270th."""
-    return USUAL.draw(dice) * (3 if int(since) in range(90, 270) else 1)
+    return USUAL.draw(rng) * (3 if int(since) in range(90, 270) else 1)
 
 
-def sloping(since: float, dice: random.Random) -> float:
+def sloping(since: float, rng: random.Random) -> float:
     """The mean climbs from 30 s to 90 s within three minutes, and back within three more."""
-    return USUAL.draw(dice) * (1 + 2 * max(0.0, 1 - abs(since - 240) / 180))
+    return USUAL.draw(rng) * (1 + 2 * max(0.0, 1 - abs(since - 240) / 180))
 
 
-def with_stragglers(_since: float, dice: random.Random) -> float:
+def with_stragglers(_since: float, rng: random.Random) -> float:
     """One task in twenty takes five times as long."""
-    return USUAL.draw(dice) * dice.choices((1, 5), (95, 5))[0]
+    return USUAL.draw(rng) * rng.choices((1, 5), (95, 5))[0]
 
 
-def two_humps(_since: float, dice: random.Random) -> float:
+def two_humps(_since: float, rng: random.Random) -> float:
     """Half of the tasks take about 12 s, half about 48 s."""
-    return LatencyModel(dice.choice((12, 48)), 0.1).draw(dice)
+    return LatencyModel(rng.choice((12, 48)), 0.1).draw(rng)
 
 
-def fast(_since: float, dice: random.Random) -> float:
+def fast(_since: float, rng: random.Random) -> float:
     """About 8 s, long before the configured first look."""
-    return LatencyModel(8, SPREAD).draw(dice)
+    return LatencyModel(8, SPREAD).draw(rng)
 
 
-def stalled(since: float, dice: random.Random) -> float:
+def stalled(since: float, rng: random.Random) -> float:
     """Nothing ends from the 120th second to the 180th."""
-    seconds = USUAL.draw(dice)
+    seconds = USUAL.draw(rng)
     begins, lasts = 120, 60
     return seconds + lasts if since < begins <= since + seconds else seconds
 
@@ -224,7 +224,7 @@ def main() -> None:
     """Run the scenarios and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=4_000)
-    parser.add_argument("--seed", type=int, default=0, help="other dice")
+    parser.add_argument("--seed", type=int, default=0, help="other rng")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names")
     parser.add_argument("--json", action="store_true", help="all figures, one line a scenario")
     options = parser.parse_args()

@@ -11,7 +11,7 @@ from prefect import get_run_logger, task
 from prefect.assets import Asset
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
-from prefect.exceptions import MissingContextError
+from prefect.exceptions import MissingContextError, TerminationSignal
 from pydantic import ValidationError
 
 from prefect_flux_kontext.batch.collection import (
@@ -128,6 +128,7 @@ async def open_batch(
         LedgerError: The ledger cannot be read or written; nothing was paid.
     """
     await output.check_writable()
+    logging.getLogger("asyncio").addFilter(is_no_termination)
     settings = FluxKontextSettings()
     callbacks = resolve_callback_options(
         settings, url=callback_url, secret=account.callback_secret, listens=listens
@@ -207,6 +208,15 @@ async def _report_batch(
         if batch.stored > batch.already_stored and (key := _find_asset_key(output)):
             events.emit_asset(key, counts)
         await publish_summary(batch, folder, outcome, settings.public_urls)
+
+
+def is_no_termination(record: logging.LogRecord) -> bool:
+    """Whether a record of asyncio is about anything but a cancelled flow run.
+
+    Prefect ends the process of a cancelled flow run with an exception, whose traceback asyncio
+    would log.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], TerminationSignal))
 
 
 def emit_started(output: str, plan: Plan | None) -> None:

@@ -49,6 +49,10 @@ def failed_ids(run):
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     states = json.loads(run("status", None, "--json")[1])["states"]
     assert states.get("failed", 0) == len(rows)
+    results = map(json.loads, (run.output / "results.jsonl").read_text().splitlines())
+    names = {(row["id"], row.get("style") or None) for row in rows}
+    failed = {(line["id"], line.get("style")) for line in results if line["state"] == "failed"}
+    assert failed <= names, "the results count failures that failed.csv does not have"
     return sorted(row["id"] for row in rows)
 
 

@@ -14,10 +14,10 @@ from tests.support.virtual_time import run_in_virtual_time
 class Crowd:
     """Rows that use a limiter as the client does, and a count of those that run."""
 
-    def __init__(self, slots, fates):
+    def __init__(self, slots, results):
         self.limiter = ConcurrencyLimiter(slots)
         self.slots = slots
-        self.fates = iter(fates)
+        self.results = iter(results)
         self.entered = 0
         self.most = 0
 
@@ -26,15 +26,15 @@ class Crowd:
         while True:
             await limiter.acquire()
             self.most = max(self.most, limiter.running)
-            fate, seconds = next(self.fates, ("watched", 1.0))
+            first, seconds = next(self.results, ("watched", 1.0))
             task_id, is_recorded = f"task_{number}", False
             try:
                 await asyncio.sleep(seconds / 10)
-                if fate == "refused":
+                if first == "refused":
                     limiter.record_rejection()
                     is_recorded = True
                     continue
-                if fate == "lost":
+                if first == "lost":
                     return
                 limiter.record_acceptance(task_id)
                 is_recorded = True
@@ -42,7 +42,7 @@ class Crowd:
                 if not is_recorded:
                     limiter.release()
             self.entered += 1
-            if fate == "watched":
+            if first == "watched":
                 limiter.watch(task_id)
                 try:
                     await asyncio.sleep(seconds)
@@ -61,11 +61,11 @@ FATES = st.lists(
 
 @settings(max_examples=100)
 @given(st.integers(1, 12), st.integers(1, 60), FATES, st.sets(st.integers(0, 59)), st.data())
-def test_limit_is_kept_and_every_waiter_gets_through(slots, rows, fates, doomed, data):
+def test_limit_is_kept_and_every_waiter_gets_through(slots, rows, results, doomed, data):
     pauses = data.draw(st.lists(st.floats(0, 40), min_size=len(doomed), max_size=len(doomed)))
 
     async def main():
-        crowd = Crowd(slots, fates)
+        crowd = Crowd(slots, results)
         tasks = [asyncio.create_task(crowd.row(number)) for number in range(rows)]
         for number, pause in zip(doomed, pauses, strict=True):
             await asyncio.sleep(pause)

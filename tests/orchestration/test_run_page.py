@@ -2,14 +2,17 @@
 
 import base64
 import io
+import logging
 import re
 from datetime import UTC, datetime
 
 import pytest
 from PIL import Image
 from prefect import get_client
+from prefect.exceptions import TerminationSignal
 
 from prefect_flux_kontext.flows import style_transfer_batch
+from prefect_flux_kontext.orchestration.batch_run import is_no_termination
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key, name_output
 from tests.orchestration.conftest import QUICK
 from tests.orchestration.records import read_artifacts
@@ -56,6 +59,18 @@ async def test_parameters_reach_rows_that_name_none(account, sandbox, tmp_path):
     await run(manifest, tmp_path, account, mode="max", output_format="png")
     assert sandbox.service.bill()["by_mode"] == {"pro": 1, "max": 1}
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(("error", "logged"), [(TerminationSignal(15), False), (KeyError(), True)])
+def test_cancelled_run_logs_no_traceback(error, logged, caplog):
+    """Prefect's signal handler raises in the event loop, and asyncio would log that."""
+    logger = logging.getLogger("asyncio")
+    logger.addFilter(is_no_termination)
+    try:
+        logger.error("unhandled exception during asyncio.run() shutdown", exc_info=error)
+    finally:
+        logger.removeFilter(is_no_termination)
+    assert bool(caplog.records) is logged
 
 
 @pytest.mark.parametrize(
