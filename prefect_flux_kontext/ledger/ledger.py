@@ -76,6 +76,12 @@ class Ledger:
             intent = await self._read(Intent, _record_name(key, number, "intent"))
             if intent is None:
                 return entry
+            if (intent.key, intent.attempt) != (key, number):
+                raise LedgerError(
+                    f"The ledger record {self.store}/{_record_name(key, number, 'intent')} is "
+                    "damaged (it is about another row or attempt), so its row is not paid for. "
+                    "Fix or remove it."
+                )
             posted, ended = await asyncio.gather(
                 self._read(Posted, _record_name(key, number, "posted")),
                 self._read(Ended, _record_name(key, number, "ended")),

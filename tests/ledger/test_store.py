@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.errors import FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger import store as store_module
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -185,6 +185,20 @@ async def test_damaged_record_stops_its_row_and_is_named(store, step, damage):
     with pytest.raises(LedgerError, match="is damaged") as refused:
         await ledger.read(entry.key)
     assert f"{store}/{name}" in str(refused.value)
+
+
+@pytest.mark.parametrize("change", [{"attempt": 0}, {"attempt": 2}, {"key": "l" * 32}])
+async def test_record_of_another_attempt_stops_its_row(tmp_path, change):
+    """Attempt 0 that was rejected would be read again and again."""
+    store = RecordStore(str(tmp_path))
+    ledger = Ledger(store, "o", {"pro": 0.03, "max": 0.06})
+    row = make_row(2, {"id": "a", "prompt": "a lighthouse"})
+    entry = await ledger.claim(row, await ledger.read("k" * 32))
+    await ledger.record_rejected(entry, FluxKontextError("no"))
+    file = tmp_path / f"rows/kk/{entry.key}.1.intent.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(LedgerError, match="about another row or attempt"):
+        await ledger.read(entry.key)
 
 
 async def test_record_cut_at_any_byte_stops_its_row(tmp_path):
