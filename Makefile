@@ -7,13 +7,16 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test chaos bench check docs format clean
+.PHONY: demo test fuzz chaos bench check docs format clean
 
 demo: .venv/installed ## restyle six photographs in five styles, look at demo/contact-sheet.png
 	@$(BIN)/flux-kontext demo demo
 
 test: .venv/installed-dev ## run all tests, with branch coverage
 	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report=term
+
+fuzz: .venv/installed-dev ## try other inputs for everything that others can write, for some minutes
+	@$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0 --numprocesses $(WORKERS)
 
 chaos: .venv/installed-dev ## 50,000 rows, every fault, hundreds of kills, 10,000 seeds, and write docs/reliability.md (an hour)
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         StoredImage,
     )
     from prefect_flux_kontext.orchestration.events import announce_manifest, emit_manifest_arrived
-    from prefect_flux_kontext.orchestration.suspension import resume_suspended
+    from prefect_flux_kontext.orchestration.suspension import resume_suspended, suspend_until_done
     from prefect_flux_kontext.tasks import (
         persist_images,
         submit_generation,
@@ -57,6 +57,7 @@ __all__ = [
     "style_transfer",
     "style_transfer_batch",
     "submit_generation",
+    "suspend_until_done",
     "wait_for_generation",
 ]
 
@@ -71,7 +72,7 @@ _MODULES = {
     "flows": ("collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"),
     "models": ("GenerationRequest", "GenerationResult", "GenerationTask", "StoredImage"),
     "orchestration.events": ("announce_manifest", "emit_manifest_arrived"),
-    "orchestration.suspension": ("resume_suspended",),
+    "orchestration.suspension": ("resume_suspended", "suspend_until_done"),
     "tasks": ("persist_images", "submit_generation", "wait_for_generation"),
 }
 

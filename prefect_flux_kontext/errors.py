@@ -38,12 +38,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from prefect_flux_kontext.redaction import make_showable
+
 
 class FluxKontextError(Exception):
     """Base class of all exceptions that this package raises.
 
     Args:
-        message: What happened and what to do.
+        message: What happened and what to do. Secrets in its URLs are removed, and control
+            characters escaped.
         task_id: The task at the service, if there is one. It is needed to fetch a paid image.
         code: The service's code, unchanged: a number as in HTTP, or a fail code.
 
@@ -61,8 +64,8 @@ class FluxKontextError(Exception):
     def __init__(
         self, message: str, *, task_id: str | None = None, code: int | str | None = None
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = make_showable(message)
+        super().__init__(self.message)
         self.task_id = task_id
         self.code = code
 

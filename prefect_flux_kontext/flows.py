@@ -4,7 +4,6 @@ Annotations are real objects here, not strings: `serve` pickles a flow together 
 that its code uses, and names inside string annotations are not among them.
 """
 
-from pathlib import Path
 from typing import Literal
 
 from prefect import flow, get_run_logger
@@ -12,7 +11,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.policy import FailurePolicy
-from prefect_flux_kontext.batch.runner import read_failed_rows, run_batch
+from prefect_flux_kontext.batch.runner import read_failed_manifest, run_batch
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
@@ -49,11 +48,12 @@ from prefect_flux_kontext.orchestration.suspension import (
     check_can_suspend,
     log_outstanding,
     resume_suspended,
-    suspend,
+    suspend_batch,
     was_resumed,
 )
 from prefect_flux_kontext.references.location import non_public_references, normalize_reference
 from prefect_flux_kontext.references.resolver import create_references
+from prefect_flux_kontext.references.rights import find_rights, find_rights_problem
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.tasks import (
     persist_images,
@@ -112,13 +112,15 @@ async def style_transfer(
     Raises:
         FluxKontextError: A step failed; the three tasks list the errors.
     """
-    folder = str(Path.cwd())
-    if image is not None and (problems := find_reference_problems(image, folder)):
+    rights = find_rights([])
+    if image is not None:
         # The service would accept, bill and then fail it.
-        raise ConfigurationError(*problems)
+        problem = find_rights_problem(image, rights)
+        if problems := [*find_reference_problems(image), *([problem] if problem else [])]:
+            raise ConfigurationError("; ".join(problems))
     request = GenerationRequest(
         prompt=prompt,
-        image_urls=[normalize_reference(image, folder)] if image else [],
+        image_urls=[normalize_reference(image, rights.folder)] if image else [],
         mode=mode,
         aspect_ratio="16:9" if image is None and aspect_ratio == "match" else aspect_ratio,
         output_format=output_format,
@@ -274,7 +276,7 @@ async def style_transfer_batch(
         summary.seconds += remaining.partition_totals.seconds
     get_run_logger().info("%s.", summary)
     if suspends and summary.outstanding:
-        await suspend()
+        await suspend_batch(output)
     return summary
 
 
@@ -325,7 +327,7 @@ async def retry_failed(
     )
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
-    rows = Manifest(await read_failed_rows(output), prompt, styles=styles)
+    rows = await read_failed_manifest(output, prompt, styles)
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=True)

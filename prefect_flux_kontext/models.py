@@ -233,6 +233,11 @@ class TaskStatus(_RedactedRepr):
     completed_at: datetime | None = None
     generation_seconds: float | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the task has succeeded or failed."""
+        return self.state in ("success", "failed")
+
 
 class GenerationResult(_RedactedRepr):
     """The result of a successful task. Its URLs expire after days, so persist the images."""

@@ -125,6 +125,12 @@ class FluxKontextSettings(BaseSettings):
         description="Read the headers of reference images on the web, to send the aspect ratio "
         "nearest to theirs where it is `match`. Off: 16:9 is sent.",
     )
+    reference_roots: list[str] | None = Field(
+        default=None,
+        description="Folders and bucket prefixes below which reference images must be, as a JSON "
+        "list. References on the web are not affected. Unset: a local manifest may name all, a "
+        "folder of images what is in it, a remote manifest its own bucket.",
+    )
     price_pro: float = Field(
         default=0.03, ge=0, description="Price of an image in mode `pro`, in US dollars."
     )
@@ -195,6 +201,12 @@ class FluxKontextSettings(BaseSettings):
         ge=0,
         description="Seconds to wait for a callback after the reply to a submit was lost, before "
         "the row is reported as unknown.",
+    )
+
+    secret_parameters: str = Field(
+        default="",
+        description="Further query parameters that sign URLs, separated by commas. Like those of "
+        "the known stores, they are removed from every URL that is shown or stored.",
     )
 
     public_urls: dict[str, str] = Field(

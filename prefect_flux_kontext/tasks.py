@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -33,6 +33,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     open_output,
     refer_to_output,
 )
+from prefect_flux_kontext.orchestration.suspension import check_can_suspend
 from prefect_flux_kontext.references.ratio import open_ratio_matcher
 from prefect_flux_kontext.references.resolver import References, create_references
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -76,6 +77,7 @@ async def submit_generation(
     ledger: Output | None = None,
     key: str | None = None,
     storage_options: StorageOptions = None,
+    defer: Literal["suspend"] | None = None,
 ) -> GenerationTask:
     """Submit one generation, which is billed from then on.
 
@@ -95,6 +97,8 @@ async def submit_generation(
             the output of the images. Default: FLUX_KONTEXT_LEDGER, else none.
         key: Makes equal requests different ones, so that each is paid for.
         storage_options: Options of the ledger's filesystem. Default: the environment.
+        defer: "suspend" if the flow will call `suspend_until_done`: checks before the submit that
+            this flow run can be suspended.
 
     Returns:
         The accepted task. It carries the ledger, so the other two tasks record there too.
@@ -107,6 +111,8 @@ async def submit_generation(
         ConfigurationError: The credentials or the ledger are missing or wrong.
         LedgerError: The ledger cannot be read or written. Nothing was submitted.
     """
+    if defer == "suspend":
+        check_can_suspend('defer="suspend"')
     account = await resolve_credentials(credentials)
     settings = FluxKontextSettings()
     ledger = settings.ledger if ledger is None else ledger

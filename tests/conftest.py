@@ -30,6 +30,7 @@ os.environ |= {
 # `--hypothesis-profile=others`.
 settings.register_profile("others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", settings.get_profile("others"), derandomize=True, database=None)
+settings.register_profile("fuzz", settings.get_profile("others"), max_examples=5_000)
 settings.load_profile("same")
 
 

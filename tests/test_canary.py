@@ -17,12 +17,16 @@ from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.callback_batches import held_port
+from tests.support.served_folder import served_folder
+from tests.test_redaction import SECRET, URLS
 
 KEY = "canary-key-7f3a9c51e2"
 WRONG = "canary-wrong-7f3a9c51e2"
 CALLBACK = "canary-callback-secret-7f3a9c51e2"
 STORE = "canary-store-7f3a9c51e2"
 SIGNATURE = "canary-signature-7f3a9c51e2"
+# Signatures of every kind, and passwords in URLs of every scheme.
+SIGNED = [url.replace(SECRET, SIGNATURE) for url in URLS]
 SECRETS = (KEY, WRONG, CALLBACK, STORE, SIGNATURE)
 
 # Everything is logged, as somebody does who looks for a fault, and tracebacks show variables.
@@ -75,6 +79,24 @@ if ending == "well":
         main(["run", manifest, output + "2", "--skip-invalid"])
     for command in (["run", manifest, output + "2"], run, ["status", output], ["gallery", output]):
         main(command)
+    signed = os.environ["SIGNED_MANIFEST"]
+    for command in (
+        ["run", signed, output + "4", "--nonsense"],
+        ["run", signed, output + "4"],
+        ["plan", signed.replace("m.csv", "none.csv"), output + "4"],
+        ["run", signed, output + "4", "--skip-invalid"],
+        ["retry-failed", output + "4"],
+        ["run", manifest, os.environ["SIGNED_OUTPUT"]],
+        ["status", os.environ["SIGNED_OUTPUT"]],
+    ):
+        try:
+            main(command)
+        except SystemExit:
+            pass
+    for name in ("FLUX_KONTEXT_STAGING_URL", "FLUX_KONTEXT_CALLBACK_INBOX"):
+        os.environ[name] = os.environ["SIGNED_OUTPUT"]
+        main(["run", manifest, output + "5", "--skip-invalid"])
+        del os.environ[name]
     os.environ["FLUX_KONTEXT_API_KEY"] = os.environ["WRONG"]
     main(["run", manifest, output + "3", "--skip-invalid"])
 else:
@@ -116,6 +138,8 @@ def test_no_secret_is_said_or_left_behind(ending, tmp_path):
     with running_sandbox(SandboxSettings(mean=0.2, long_edge=64, api_key=KEY)) as sandbox:
         sandbox.active_faults.change(FaultPlan(faults=["submit:lost-reply@2", "status:html@3"]))
         signed = f"{sandbox.url}/references/cat.png?X-Amz-Signature={SIGNATURE}"
+        (tmp_path / "served").mkdir()
+        write_signed(tmp_path / "served" / "m.csv", sandbox.url.removeprefix("http://"))
         with manifest.open("w", newline="") as file:
             csv.writer(file).writerows(
                 [
@@ -126,12 +150,14 @@ def test_no_secret_is_said_or_left_behind(ending, tmp_path):
                     ("d", "x", "oil", ""),
                 ]
             )
-        program = run_program(sandbox, ending, manifest, output)
+        with served_folder(tmp_path / "served") as served:
+            program = run_program(sandbox, ending, manifest, output, served)
     (tmp_path / "said").write_text(program.stdout + program.stderr)
     for there in ENDINGS[ending]:
         assert there in program.stderr, program.stderr[-3_000:]
     # The manifest, and what is made of it to be run again, hold what they have to.
     manifest.unlink()
+    (tmp_path / "served" / "m.csv").unlink()
     for path in tmp_path.rglob("failed.csv"):
         path.unlink()
     assert leaks(tmp_path) == []
@@ -139,7 +165,33 @@ def test_no_secret_is_said_or_left_behind(ending, tmp_path):
         there_is_what_was_searched(program, tmp_path)
 
 
-def run_program(sandbox, ending, manifest, output):
+def write_signed(path, host):
+    """Write a manifest with each URL as a reference, and in other columns in every notation."""
+    own = [url.replace("a.test", host) for url in SIGNED]
+    as_list = json.dumps(own)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("id", "images", "prompt", "plain", "list", "escaped", "nested"))
+        for number, url in enumerate(own):
+            notations = (url, json.dumps([url]), escaped(json.dumps([url])))
+            rows.writerow(
+                (
+                    f"signed-{number}",
+                    notations[number % 3],
+                    "oil",
+                    f"see <{url}>, '{url}'",
+                    as_list,
+                    escaped(as_list),
+                    json.dumps({"inside": as_list}),
+                )
+            )
+
+
+def escaped(text):
+    return text.replace("/", "\\/").replace("&", "\\u0026")
+
+
+def run_program(sandbox, ending, manifest, output, served):
     with held_port() as port:
         environment = os.environ | {
             "FLUX_KONTEXT_API_KEY": KEY,
@@ -154,6 +206,8 @@ def run_program(sandbox, ending, manifest, output):
             "FLUX_KONTEXT_POLL_TIMEOUT": "20",
             "FLUX_KONTEXT_STORAGE_OPTIONS": json.dumps({"secret": STORE}),
             "WRONG": WRONG,
+            "SIGNED_MANIFEST": f"{served}/m.csv?X-Amz-Signature={SIGNATURE}&token={SIGNATURE}",
+            "SIGNED_OUTPUT": f"s3://key:{SIGNATURE}@bucket/out",
         }
         arguments = [ending, str(manifest), str(output)]
         return subprocess.run(
@@ -170,6 +224,8 @@ def there_is_what_was_searched(program, folder):
     """The search is no use unless it looks where things are."""
     for logger in (":prefect_flux_kontext", "DEBUG:asyncio"):
         assert logger in program.stderr, logger
+    for there in ("4/results.jsonl", "user name or password in its URL", "no manifest at"):
+        assert there in program.stdout + program.stderr or (folder / f"out{there}").exists(), there
     for name in ("results.jsonl", "gallery.html", "*.intent.json"):
         files = list((folder / "out2").rglob(name))
         assert any("/references/cat.png" in path.read_text() for path in files), name

@@ -47,6 +47,7 @@ def test_documented_names_are_exported():
         "emit_manifest_arrived",
         "persist_images",
         "resume_suspended",
+        "suspend_until_done",
         "retry_failed",
         "style_transfer",
         "style_transfer_batch",

@@ -26,6 +26,8 @@ NAMES = {
     "FLUX_KONTEXT_STAGING_URL": ("staging_url", "s3://pictures/staged", None),
     "FLUX_KONTEXT_STAGING_PUBLIC_URL": ("staging_public_url", "https://a.test", None),
     "FLUX_KONTEXT_MATCH_REFERENCES": ("match_references", False, True),
+    "FLUX_KONTEXT_REFERENCE_ROOTS": ("reference_roots", ["/data", "s3://bucket"], None),
+    "FLUX_KONTEXT_SECRET_PARAMETERS": ("secret_parameters", "ticket,grant", ""),
     "FLUX_KONTEXT_PRICE_PRO": ("price_pro", 0.04, 0.03),
     "FLUX_KONTEXT_PRICE_PRO_OFFICIAL": ("price_pro_official", 0.05, None),
     "FLUX_KONTEXT_PRICE_MAX": ("price_max", 0.08, 0.06),
@@ -61,9 +63,11 @@ def test_argument_wins_over_environment_over_default(name, monkeypatch):
     assert value_of(FluxKontextSettings(), field) == default
     monkeypatch.setenv(name, "")
     assert value_of(FluxKontextSettings(), field) == default
-    monkeypatch.setenv(name, json.dumps(value) if isinstance(value, dict) else str(value))
+    monkeypatch.setenv(name, json.dumps(value) if isinstance(value, dict | list) else str(value))
     assert value_of(FluxKontextSettings(), field) == value
-    other = {str: "other", bool: not value, dict: {"s3://b": "other"}}.get(type(value), 7)
+    other = {str: "other", bool: not value, dict: {"s3://b": "other"}, list: ["/b"]}.get(
+        type(value), 7
+    )
     if isinstance(value, str) and value.startswith("{"):
         other = "{}"
     assert value_of(FluxKontextSettings(**{field: other}), field) == other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
@@ -10,7 +9,7 @@ from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.waves import FinishedRow
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.references.identity import url_identity
+from prefect_flux_kontext.redaction import redact_text, redact_url
 from prefect_flux_kontext.report.results import COLUMNS, extract_custom_columns
 from prefect_flux_kontext.storage.names import make_safe_name
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.report.results import Line
 
 _PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
-_URL = re.compile(r"https?://[^\s\"'<>\\]+", re.IGNORECASE)
 
 
 def line_from_outcome(session: Session, done: DoneRow) -> Line:
@@ -51,7 +49,7 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
     }
     if isinstance(row, Row):
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
-        line["reference_images"] = [url_identity(url) for url in row.request.image_urls] or None
+        line["reference_images"] = [redact_url(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | extract_custom_columns(row.cells)
     return {name: _sanitize(value) for name, value in line.items() if value not in (None, "")}
 
@@ -128,15 +126,7 @@ def _sanitize(value: Any) -> Any:
     """Make text valid UTF-8 and strip signatures from its URLs; other values stay as they are."""
     if not isinstance(value, str):
         return value
-    return _URL.sub(_strip_signature, value.encode(errors="replace").decode())
-
-
-def _strip_signature(found: re.Match[str]) -> str:
-    url = found[0]
-    try:
-        return url_identity(url) if set("?@") & set(url) else url
-    except ValueError:
-        return "(a URL that cannot be read)"
+    return redact_text(value.encode(errors="replace").decode())
 
 
 def _format_timestamp(at: datetime | None) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
+import re
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
@@ -15,12 +17,17 @@ from prefect_flux_kontext.errors import (
     BudgetReachedError,
     ManifestError,
 )
+from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.manifest.reader import Manifest
+from prefect_flux_kontext.manifest.row import find_reference_problems, list_references
+from prefect_flux_kontext.references.location import non_public_references
+from prefect_flux_kontext.references.rights import find_retry_rights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.batch.summary import BatchSummary
+    from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
     from prefect_flux_kontext.batch.waves import RunWave
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -29,6 +36,11 @@ logger = logging.getLogger(__name__)
 
 FAILED_ROWS = "failed.csv"
 """The manifest of failed rows, below the output."""
+
+_FAILED_REFERENCES = "failed.json"
+"""The references that the failed rows may name, in the ledger: a list of paths and bucket URLs."""
+
+_FORMULA = re.compile(r"^[=+\-@\t\r]")
 
 _FAILURE_COLUMNS = ("failed_reason", "failed_message")
 
@@ -100,10 +112,21 @@ async def run_partition_rows(
     return summary
 
 
-async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
-    """Read the failed rows of the last run, as rows of a manifest.
+async def read_failed_manifest(
+    output: OutputFolder, prompt: str | None, styles: str | Sequence[str] | None
+) -> Manifest:
+    """Read the failed rows of the last run as a manifest.
+
+    They may name the references that the ledger records for them. Apart from these they have the
+    rights of a remote manifest, because others may be able to write to the output.
+
+    Args:
+        output: The output of the batch.
+        prompt: The prompt for rows without one.
+        styles: The styles of the batch.
 
     Raises:
+        LedgerError: The ledger cannot be read.
         ManifestError: There are no failed rows.
         StorageError: The file cannot be read.
     """
@@ -111,7 +134,25 @@ async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
     if not data:
         raise ManifestError(f"There are no failed rows in {output.uri(FAILED_ROWS)}.")
     text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
-    return list(csv.DictReader(text, strict=True))
+    rows = list(csv.DictReader(text, strict=True))
+    recorded = await open_ledger_store(output).read(_FAILED_REFERENCES)
+    rights = find_retry_rights(str(output), json.loads(recorded or b"[]"))
+    return Manifest(rows, prompt, styles=styles, rights=rights)
+
+
+def format_failed_rows(failed: Sequence[tuple[Mapping[str, str], RowOutcome]]) -> bytes:
+    """Format failed rows as a CSV file: their cells as they are, the reason and the message."""
+    columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
+    columns = [name for name in columns if name not in _FAILURE_COLUMNS]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*columns, *_FAILURE_COLUMNS])
+    for cells, outcome in failed:
+        row = [cells.get(name, "") for name in columns]
+        texts = (outcome.reason or "", outcome.message or "")
+        # The service may have written them, and spreadsheets run formulas.
+        writer.writerow([*row, *(_FORMULA.sub(r"'\g<0>", text) for text in texts)])
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 async def _write_failed_rows(session: Session) -> None:
@@ -121,15 +162,15 @@ async def _write_failed_rows(session: Session) -> None:
         if await session.output.read(FAILED_ROWS):
             await session.output.discard(FAILED_ROWS)
         return
-    columns = list(dict.fromkeys(name for cells, _ in failed for name in cells))
-    columns = [name for name in columns if name not in _FAILURE_COLUMNS]
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow([*columns, *_FAILURE_COLUMNS])
-    for cells, outcome in failed:
-        row = [cells.get(name, "") for name in columns]
-        writer.writerow([*row, outcome.reason or "", outcome.message or ""])
-    await session.output.write(FAILED_ROWS, text.getvalue().encode(errors="surrogateescape"))
+    references = {
+        image
+        for cells, _ in failed
+        for image in list_references(cells)
+        if not find_reference_problems(image)
+    }
+    allowed = json.dumps(non_public_references(sorted(references))).encode()
+    await session.ledger.store.replace(_FAILED_REFERENCES, allowed)
+    await session.output.write(FAILED_ROWS, format_failed_rows(failed), is_private=True)
     logger.info(
         "%d failed %s in %s. To run them again: flux-kontext retry-failed %s",
         len(failed),

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, Field
 
+from prefect_flux_kontext.redaction import make_showable
+
 if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.records import Entry
@@ -37,7 +39,7 @@ class RowOutcome(BaseModel):
     @property
     def label(self) -> str:
         """The row's id, with its style if it has one."""
-        return f"{self.id} ({self.style})" if self.style else self.id
+        return make_showable(f"{self.id} ({self.style})" if self.style else self.id)
 
     @classmethod
     def refused(cls, row: RefusedRow) -> Self:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _MIN_SECRET_CHARACTERS = 24
 """Too long to guess, also for a secret of lower-case letters only."""
 
+_MIN_DIFFERENT_CHARACTERS = 8
+"""Far fewer than a random secret has, also in hexadecimal digits."""
+
 _TOKEN = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{32})\.([1-9]\d{0,5})\.([A-Za-z0-9_-]{43})")
 
 
@@ -40,14 +43,15 @@ def validate_secret(secret: SecretStr | str | None) -> bytes:
     """Return the secret as bytes, without surrounding white space.
 
     Raises:
-        ConfigurationError: The secret is missing or has fewer than 24 characters.
+        ConfigurationError: The secret is missing, too short or too uniform.
     """
     value = secret if isinstance(secret, str | None) else secret.get_secret_value()
     plain = (value or "").strip().encode()
-    if len(plain) < _MIN_SECRET_CHARACTERS:
+    if len(plain) < _MIN_SECRET_CHARACTERS or len(set(plain)) < _MIN_DIFFERENT_CHARACTERS:
         raise ConfigurationError(
-            f"Callbacks need a secret of at least {_MIN_SECRET_CHARACTERS} characters, the same "
-            "for the batch and its receiver. Create one with `openssl rand -hex 32` and set it as "
+            f"Callbacks need a secret of at least {_MIN_SECRET_CHARACTERS} characters, "
+            f"{_MIN_DIFFERENT_CHARACTERS} of them different, the same for the batch and its "
+            "receiver. Create one with `openssl rand -hex 32` and set it as "
             "FLUX_KONTEXT_CALLBACK_SECRET or in the Block."
         )
     return plain

@@ -122,12 +122,9 @@ async def _dry_run(options: argparse.Namespace) -> int:
 
 
 async def _retry(options: argparse.Namespace) -> BatchSummary:
-    from prefect_flux_kontext.batch.runner import read_failed_rows
-    from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.batch.runner import read_failed_manifest
 
-    manifest = Manifest(
-        await read_failed_rows(options.output), options.prompt, styles=options.styles
-    )
+    manifest = await read_failed_manifest(options.output, options.prompt, options.styles)
     # failed.csv also lists rows that were skipped as invalid; they must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _run_manifest(manifest, options.output, options)

@@ -187,7 +187,7 @@ async def _poll_until_ended(
             await asyncio.sleep(max(cadence.interval, jittered_backoff(len(seen.errors))))
         else:
             scheduler.record_poll(status)
-            if status.state in ("success", "failed"):
+            if status.has_ended:
                 return status
             seen.state = status.state
             seen.errors.clear()

@@ -76,18 +76,23 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         tls: TLS context for https.
         resolver: Resolver of host names. None: the system's.
         socket_factory: Creates the socket for an address, for tests.
+        max_header_bytes: Limit of each header of a reply.
+        max_headers: Limit of their number.
     """
 
     def __init__(
         self,
         tls: ssl.SSLContext,
         *,
+        max_header_bytes: int = _MAX_HEADER_BYTES,
+        max_headers: int = _MAX_HEADERS,
         resolver: AbstractResolver | None = None,
         socket_factory: aiohttp.SocketFactoryType | None = None,
     ) -> None:
         self._tls = tls
         self._resolver = resolver
         self._socket_factory = socket_factory
+        self._header_limits = max_header_bytes, max_headers
         self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -150,6 +155,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     def _get_session(self) -> aiohttp.ClientSession:
         """Return the session, which the first request creates on its event loop."""
         if self._session is None:
+            max_header_bytes, max_headers = self._header_limits
             connector = aiohttp.TCPConnector(
                 limit=_MAX_CONNECTIONS,
                 keepalive_timeout=_KEEPALIVE_SECONDS,
@@ -163,9 +169,9 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 request_class=_Request,
-                max_line_size=_MAX_HEADER_BYTES,
-                max_field_size=_MAX_HEADER_BYTES,
-                max_headers=_MAX_HEADERS,
+                max_line_size=max_header_bytes,
+                max_field_size=max_header_bytes,
+                max_headers=max_headers,
                 skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             )
         return self._session

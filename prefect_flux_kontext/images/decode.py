@@ -9,6 +9,7 @@ from typing import Literal, cast
 from PIL import Image, UnidentifiedImageError
 
 from prefect_flux_kontext.errors import InvalidImageError
+from prefect_flux_kontext.images.headers import find_slow_structure
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
@@ -46,8 +47,12 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
 
     Raises:
         InvalidImageError: The bytes are not a whole JPEG, PNG or WebP, or the image has more than
-            64 million pixels.
+            64 million pixels, or so many scans or chunks that decoding takes long.
     """
+    if slow := find_slow_structure(data):
+        raise InvalidImageError(
+            f"The {len(data):,} bytes would take long to decode: {slow}; encode the image again."
+        )
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             # An MPO is a JPEG followed by a second image, such as a gain map.

@@ -14,6 +14,7 @@ from prefect_flux_kontext.client.retry import jittered_backoff, parse_retry_afte
 from prefect_flux_kontext.client.transport import Connections, stream_response
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport
+from prefect_flux_kontext.redaction import redact_url
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,10 @@ _MAX_IMAGE_BYTES = 50 * 2**20
 # An attempt ends after this long without a byte, and after this long in all.
 _STALL_TIMEOUT_SECONDS = 30.0
 _ATTEMPT_TIMEOUT_SECONDS = 300.0
+
+# No attempt begins after this long: a host that sends few bytes at a time would hold one of the
+# places for images for half an hour. The row stays outstanding and is collected later.
+_TOTAL_TIMEOUT_SECONDS = 600.0
 
 _MAX_REDIRECTS = 3
 
@@ -71,8 +76,8 @@ async def download_image(
     """Download a result until it is a whole image, in at most six attempts.
 
     The image may have at most 50 MB. An attempt ends after 30 s without a byte, and after 300 s in
-    all. The next attempt resumes the download if the server gave the file a strong ETag and it is
-    still the same file; otherwise it starts again.
+    all; none begins after 600 s. The next attempt resumes the download if the server gave the file
+    a strong ETag and it is still the same file; otherwise it starts again.
 
     Args:
         url: The URL of the result.
@@ -91,6 +96,8 @@ async def download_image(
     """
     partial = _Partial()
     attempt = 0
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _TOTAL_TIMEOUT_SECONDS
     while True:
         attempt += 1
         failure: DownloadError | InvalidImageError
@@ -101,12 +108,12 @@ async def download_image(
             return await asyncio.to_thread(process, data)
         except (DownloadError, InvalidImageError) as error:
             failure = error
-        if attempt == _MAX_ATTEMPTS or not failure.retryable:
+        if attempt == _MAX_ATTEMPTS or not failure.retryable or loop.time() > deadline:
             break
         await asyncio.sleep(jittered_backoff(attempt))
     tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
     raise type(failure)(
-        f"Task {task_id} is paid for, but its result {_strip_secrets(url)} cannot be stored "
+        f"Task {task_id} is paid for, but its result {_show_address(url)} cannot be stored "
         f"after {tried}: {failure.message}",
         task_id=task_id,
         code=failure.code,
@@ -190,6 +197,6 @@ def _find_problem(response: httpx.Response, partial: _Partial) -> str | None:
     return f"HTTP {response.status_code}"
 
 
-def _strip_secrets(url: str) -> str:
-    """Remove what may authorize access from a URL: query, fragment and password."""
-    return re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])[:200]
+def _show_address(url: str) -> str:
+    """Return the beginning of a redacted URL without its query."""
+    return re.split(r"[?#]", redact_url(url))[0][:200]

@@ -6,6 +6,7 @@ A decompression bomb can be rejected before a decoder sees it.
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ _WEBP_CHUNK = slice(12, 16)
 
 # JPEG markers that hold a size, and those without content.
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# A marker that begins a segment; in the data of a scan, 0xFF is followed by 0 or a restart marker.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+# Encoders write at most some twenty scans, and chunks of 4 kB or more.
+_MAX_JPEG_SCANS = 100
+_MAX_PARTS = 20_000
 _JPEG_STANDALONE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
 
 _MAX_SEGMENT_BYTES = 65_535
@@ -56,6 +62,46 @@ def read_displayed_size(data: bytes) -> tuple[int, int] | None:
             if exif.get(ExifTags.Base.Orientation) in _SIDEWAYS_ORIENTATIONS:
                 return size[1], size[0]
     return size
+
+
+def find_slow_structure(data: bytes) -> str | None:
+    """Return why an image would take long to decode although it is small, or None.
+
+    Each scan of a progressive JPEG touches the whole image, and each segment or chunk takes time,
+    however few bytes it has.
+    """
+    if data.startswith(b"\xff\xd8"):
+        scans, segments = _count_jpeg_parts(data)
+        if scans > _MAX_JPEG_SCANS:
+            return f"it has more than {_MAX_JPEG_SCANS} scans"
+        return f"it has more than {_MAX_PARTS:,} segments" if segments > _MAX_PARTS else None
+    if data.startswith(b"\x89PNG") and _count_png_chunks(data) > _MAX_PARTS:
+        return f"it has more than {_MAX_PARTS:,} chunks"
+    return None
+
+
+def _count_jpeg_parts(data: bytes) -> tuple[int, int]:
+    """Count scans and segments up to just above their limits."""
+    scans = segments = 0
+    at = 2
+    while scans <= _MAX_JPEG_SCANS and segments <= _MAX_PARTS:
+        found = _JPEG_MARKER.search(data, at)
+        if found is None or found[1] == b"\xd9":
+            break
+        segments += 1
+        scans += found[1] == b"\xda"
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        at = found.end() + max(length, 2)
+    return scans, segments
+
+
+def _count_png_chunks(data: bytes) -> int:
+    """Count chunks up to just above their limit."""
+    at, chunks = 8, 0
+    while at < len(data) and chunks <= _MAX_PARTS:
+        chunks += 1
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return chunks
 
 
 def read_format(data: bytes) -> ImageFormat:

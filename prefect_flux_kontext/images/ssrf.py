@@ -31,6 +31,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """Returns the addresses of a host name; raises OSError if there are none."""
 
+# Anybody may have made the reply, and many are read at a time. The service's own replies may have
+# larger headers, see `client.transport`.
+_MAX_HEADER_BYTES = 16_384
+_MAX_HEADERS = 100
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _RANGES = {
@@ -199,7 +204,11 @@ class GuardedTransport(AiohttpTransport):
         self, guard: AddressGuard, *, socket_factory: aiohttp.SocketFactoryType | None = None
     ) -> None:
         super().__init__(
-            create_tls_context(), resolver=_GuardedResolver(guard), socket_factory=socket_factory
+            create_tls_context(),
+            resolver=_GuardedResolver(guard),
+            socket_factory=socket_factory,
+            max_header_bytes=_MAX_HEADER_BYTES,
+            max_headers=_MAX_HEADERS,
         )
         self._guard = guard
         self._proxy_transports: dict[str, httpx.AsyncHTTPTransport] = {}

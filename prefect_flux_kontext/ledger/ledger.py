@@ -13,7 +13,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import MOVES, Ended, Entry, Intent, Posted, State, Times
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.references.identity import url_identity
+from prefect_flux_kontext.redaction import redact_text, redact_url
 from prefect_flux_kontext.settings import find_price
 
 if TYPE_CHECKING:
@@ -233,7 +233,8 @@ def _record_name(key: str, attempt: int, step: str) -> str:
 def _without_secrets(request: GenerationRequest) -> GenerationRequest:
     return request.model_copy(
         update={
-            "image_urls": [url_identity(url) for url in request.image_urls],
+            "prompt": redact_text(request.prompt),
+            "image_urls": [redact_url(url) for url in request.image_urls],
             "callback_url": None,
             "request_type": "async",
         }

@@ -146,6 +146,8 @@ class RecordStore:
         return sorted(name for name in names if not name.startswith("."))
 
     def _path(self, name: str) -> str:
+        if ".." in name.split("/"):
+            raise LedgerError(f"The record name {name!r} leads out of {self}.")
         return f"{self._root}/{name}"
 
     async def _run(

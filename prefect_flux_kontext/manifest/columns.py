@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect_flux_kontext.errors import ManifestError
@@ -31,6 +32,12 @@ COLUMNS = frozenset(
 MAX_CELL_CHARACTERS = 131_072
 """The default field limit of the `csv` module, applied to every format. It is thirteen times the
 longest prompt."""
+
+
+MAX_COLUMNS = 2_000
+
+MAX_BLANK_ROWS = 1_000_000
+"""As many as a manifest may have rows. Compressed, blank rows cost an attacker nothing."""
 
 
 class Line(NamedTuple):
@@ -64,8 +71,12 @@ class Columns:
     """
 
     def __init__(self, url: str, names: Sequence[str], renames: Mapping[str, str]) -> None:
+        if len(names) > MAX_COLUMNS:
+            raise ManifestError(
+                f"The manifest {url} has {len(names):,} columns; the limit is {MAX_COLUMNS:,}."
+            )
         self.names = self._apply_renames(url, [name.strip() for name in names], renames)
-        repeated = {name for name in self.names if name and self.names.count(name) > 1}
+        repeated = {name for name, count in Counter(self.names).items() if name and count > 1}
         if repeated:
             raise ManifestError(
                 f"The manifest {url} has duplicate columns: {', '.join(sorted(repeated))}. "
@@ -86,7 +97,7 @@ class Columns:
                 )
             raise ManifestError(
                 f"The manifest {url} has no column `image` or `prompt`; its columns are: "
-                f"{', '.join(names)[:200]}.{_suggest_fix(names)}"
+                f"{_show_names(url, names)}.{_suggest_fix(names)}"
             )
 
     def _apply_renames(self, url: str, names: list[str], renames: Mapping[str, str]) -> list[str]:
@@ -94,7 +105,7 @@ class Columns:
             if name not in names:
                 raise ManifestError(
                     f"The manifest {url} has no column {name!r} to use as {standard!r}; its "
-                    f"columns are {', '.join(names)[:200]}."
+                    f"columns are {_show_names(url, names)}."
                 )
         standard_names = {name: standard for standard, name in renames.items()}
         return [standard_names.get(name, name) for name in names]
@@ -153,6 +164,13 @@ def to_text(value: Any) -> str:
             raise ValueError("the cell holds bytes, not text")
         case _:
             return str(value)
+
+
+def _show_names(url: str, names: Sequence[str]) -> str:
+    """Return the column names. Of a page on the web, only those that look like names."""
+    is_web = url.lower().startswith(("http:", "https:"))
+    shown = [name if not is_web or re.fullmatch(r"[\w .-]{1,40}", name) else "…" for name in names]
+    return ", ".join(shown)[:200]
 
 
 def _suggest_fix(names: Sequence[str]) -> str:

@@ -55,6 +55,11 @@ class ImageFolder:
     output: str | None
     skipped_files: int = 0
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the images are files of this machine."""
+        return isinstance(self.fs, LocalFileSystem)
+
     def read_lines(self) -> Iterator[Line]:
         """Yield the images folder by folder, sorted by name and numbered from 1.
 
@@ -76,10 +81,9 @@ class ImageFolder:
             for name, image_id in zip(names, _make_ids(names), strict=True):
                 number += 1
                 path = f"{self.root}/{folder}{name}"
-                is_local = isinstance(self.fs, LocalFileSystem)
                 cells = {
                     "id": f"{folder}{image_id}",
-                    "image": path if is_local else str(self.fs.unstrip_protocol(path)),
+                    "image": path if self.is_local else str(self.fs.unstrip_protocol(path)),
                     "file": name,
                     "folder": folder.rstrip("/"),
                 }

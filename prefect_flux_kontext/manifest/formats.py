@@ -9,29 +9,32 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import fsspec
 import fsspec.compression
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import (
+    MAX_BLANK_ROWS,
     MAX_CELL_CHARACTERS,
+    MAX_COLUMNS,
     Columns,
     Line,
     find_cell_problem,
     to_cells,
 )
+from prefect_flux_kontext.references.remote import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _MAX_LINE_CHARACTERS = 1_000_000
 _ZSTD_BUFFER_BYTES = 65_536
-_ZSTD_READ_BYTES = 4_096
+# Four bytes can make a block of 128 kB, so this bounds what one read decompresses to 16 MB.
+_ZSTD_READ_BYTES = 512
 # A larger window is refused, because zstd would hold it in memory.
 _ZSTD_MAX_WINDOW_BYTES = 2**27
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 # A file that exceeds both limits is a decompression bomb: no real table compresses that well.
-_BOMB_MIN_CHARACTERS = 2**30
+_BOMB_MIN_CHARACTERS = 2**26
 _BOMB_RATIO = 200
 # Column lists of JSON objects that are kept, so that each shape is checked once.
 _MAX_CACHED_SHAPES = 1_000
@@ -80,8 +83,21 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
         Exception: What the filesystem or the decoder raises.
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    lines = _read_text_lines(url, line_ends_at_cr=True)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    blank_rows = row_characters = 0
+
+    def limit_row() -> Iterator[str]:
+        nonlocal row_characters
+        for line in _read_text_lines(url, line_ends_at_cr=True):
+            row_characters += len(line)
+            if row_characters > _MAX_LINE_CHARACTERS:
+                raise ManifestError(
+                    f"The row that starts on line {first_line} of {url} has more than "
+                    f"{_MAX_LINE_CHARACTERS:,} characters; it may have a quote that is never "
+                    "closed."
+                )
+            yield line
+
+    reader = csv.reader(limit_row(), delimiter=delimiter, strict=True)
     first_line = 1
     try:
         header = next(reader, [])
@@ -97,11 +113,14 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
         for values in reader:
             number = reader.line_num
             _check_encoding(values, number, url)
+            row_characters = 0
             # Spreadsheets end a table with empty rows and columns.
             if any(text.strip() for text in values):
                 cells = dict(zip(columns, values, strict=False))
                 problem = _find_width_problem(columns, width, values)
                 yield Line(number, cells, problem or find_cell_problem(cells))
+            else:
+                blank_rows = count_blank_row(blank_rows, url)
             first_line = number + 1
     except csv.Error as error:
         has_open_quote = first_line < reader.line_num or "end of data" in str(error)
@@ -123,9 +142,11 @@ def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
     """
     columns: dict[tuple[str, ...], list[str]] = {}
     unseen = set(renames.values())
+    blank_rows = 0
     for number, line in enumerate(_read_text_lines(url, line_ends_at_cr=False), start=1):
         text = line.strip()
         if not text:
+            blank_rows = count_blank_row(blank_rows, url)
             continue
         if number == 1 and text in ("[", "{", "[{"):
             raise ManifestError(
@@ -153,6 +174,19 @@ def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
         cells, problem = to_cells(dict(zip(columns[shape], values.values(), strict=True)))
         yield Line(number, cells, problem)
     check_renames_used(url, unseen)
+
+
+def count_blank_row(earlier: int, url: str) -> int:
+    """Return the number of blank rows with one more.
+
+    Raises:
+        ManifestError: There are too many.
+    """
+    if earlier == MAX_BLANK_ROWS:
+        raise ManifestError(
+            f"The manifest {url} has more than {MAX_BLANK_ROWS:,} blank rows; remove them."
+        )
+    return earlier + 1
 
 
 def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
@@ -187,7 +221,7 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
         Exception: What the filesystem or the decoder raises.
     """
     _, compression = detect_format(url)
-    with fsspec.open(url, "rb") as stored:
+    with open_file(url) as stored:
         size = _measure_size(stored)
         with (
             _decompress(stored, compression, url) as data,
@@ -210,7 +244,8 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
                 if compression and read > _BOMB_MIN_CHARACTERS and read > _BOMB_RATIO * size:
                     raise ManifestError(
                         f"The manifest {url} has {size:,} bytes and decompresses to more than "
-                        f"1 GB and {_BOMB_RATIO} times its size; decompress it first."
+                        f"{_BOMB_MIN_CHARACTERS:,} characters and {_BOMB_RATIO} times its size; "
+                        "decompress it first."
                     )
                 yield line
 
@@ -250,7 +285,7 @@ class _ZstandardReader(io.RawIOBase):
         decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
         self._new_frame = decompressor.decompressobj
         self._frame = self._new_frame()
-        self._ready = b""
+        self._ready = memoryview(b"")
         self._is_inside_frame = False
 
     def readable(self) -> bool:
@@ -267,7 +302,7 @@ class _ZstandardReader(io.RawIOBase):
                     raise EOFError("the compressed file is truncated")
                 return 0
             self._is_inside_frame = True
-            self._ready = self._frame.decompress(packed)
+            self._ready = memoryview(self._frame.decompress(packed))
         chunk, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
         buffer[: len(chunk)] = chunk
         return len(chunk)
@@ -307,6 +342,8 @@ def _parse_object(text: str) -> dict[str, Any]:
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_COLUMNS:
+        raise ValueError(f"an object has {len(pairs):,} names; the limit is {MAX_COLUMNS:,}")
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]

@@ -27,13 +27,15 @@ from prefect_flux_kontext.manifest.tables import (
     read_in_memory_rows,
     read_parquet,
 )
-from prefect_flux_kontext.references.location import find_manifest_folder
+from prefect_flux_kontext.redaction import redact_url
+from prefect_flux_kontext.references.rights import find_rights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from prefect_flux_kontext.manifest.columns import Line
     from prefect_flux_kontext.manifest.row import Row
+    from prefect_flux_kontext.references.rights import Rights
 
 MAX_ROWS = 1_000_000
 """Bounds the time that a small hostile file can take. At $0.03 a row, a million rows cost
@@ -63,22 +65,24 @@ class Manifest:
         output: Folder of the output, which is skipped when a folder of images is read.
         folder: Base folder of relative reference paths. None means the manifest's own folder;
             a manifest that is not local can then not name local files.
+        rights: Which references the rows may name. None means those of the source.
     """
 
-    source: Any
+    source: Any = field(repr=False)
     prompt: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     styles: str | Sequence[str] | None = None
     names: str | None = None
     output: str | None = None
     folder: str | None = None
+    rights: Rights | None = None
 
     @property
     def url(self) -> str:
         """The manifest's path or URL, for messages."""
         if isinstance(self.source, list | tuple):
             return "<rows>"
-        return str(self.source)
+        return redact_url(str(self.source))
 
     @property
     def skipped_files(self) -> int:
@@ -97,7 +101,13 @@ class Manifest:
         count = 0
         with as_manifest_error(self.url), DuplicateIndex() as names:
             source = normalize_source(self.source)
-            defaults = defaults._replace(folder=self.folder or find_manifest_folder(source))
+            folder = self._folder
+            rights = self.rights or find_rights(
+                source, folder.root if folder is not None and folder.is_local else None
+            )
+            if self.folder is not None:
+                rights = rights._replace(folder=self.folder)
+            defaults = defaults._replace(rights=rights)
             for line in self._read_lines(source):
                 for row in expand_line(line, defaults):
                     count += 1

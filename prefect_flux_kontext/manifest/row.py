@@ -15,7 +15,9 @@ from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
+from prefect_flux_kontext.redaction import make_showable, redact_text, redact_url
 from prefect_flux_kontext.references.location import find_location_problem, normalize_reference
+from prefect_flux_kontext.references.rights import Rights, find_rights_problem
 from prefect_flux_kontext.storage.names import INVISIBLE_CHARACTERS, find_text_problem
 from prefect_flux_kontext.styles.styles import Styles, describe_unknown_style, select_styles
 from prefect_flux_kontext.styles.templates import is_template, parse_template
@@ -32,6 +34,9 @@ _MAX_ID_CHARACTERS = 200
 
 # Columns that the request takes unchanged.
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
+
+
+_DEFAULT_RIGHTS = Rights()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,9 @@ class RefusedRow:
     reason: str
     cells: Mapping[str, str] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", make_showable(self.reason))
+
 
 class RowDefaults(NamedTuple):
     """Values that apply to all rows of a manifest.
@@ -76,13 +84,13 @@ class RowDefaults(NamedTuple):
         prompt: The prompt for rows without one.
         styles: The known styles, and those for rows that name none.
         names: The template of output names.
-        folder: Base folder of relative reference paths; None if local files are not allowed.
+        rights: Which references that are not on the web the rows may name.
     """
 
     prompt: str | None
     styles: Styles
     names: PathTemplate | None
-    folder: str | None = None
+    rights: Rights = _DEFAULT_RIGHTS
 
 
 def resolve_row_defaults(
@@ -119,7 +127,8 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
     else:
         row = _make_styled_row(line, defaults, None)
         reason = f"there {describe_unknown_style(style_name, defaults.styles.known)}"
-        yield RefusedRow(row.id, line.number, reason, line.cells)
+        cells = row.cells if isinstance(row, RefusedRow) else line.cells
+        yield RefusedRow(row.id, line.number, reason, cells)
 
 
 def make_row(
@@ -130,7 +139,7 @@ def make_row(
     style: Style | None = None,
     names: PathTemplate | None = None,
     version: str | None = None,
-    folder: str | None = None,
+    rights: Rights = _DEFAULT_RIGHTS,
 ) -> Row | RefusedRow:
     """Make a row from the cells of one line.
 
@@ -141,7 +150,7 @@ def make_row(
         style: The style to apply. The row's own cells override the style's parameters.
         names: The template of output names.
         version: Version of the image's content, if the folder listing has one.
-        folder: Base folder of relative reference paths; None if local files are not allowed.
+        rights: Which references that are not on the web the row may name.
     """
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: filled[name] for name in _REQUEST_COLUMNS if name in filled}
@@ -153,8 +162,10 @@ def make_row(
     images, problems = _parse_references(filled)
     row_id = filled.get("id") or _make_id(images, values)
     problems += _find_id_problems(filled.get("id", ""))
-    problems += [problem for image in images for problem in find_reference_problems(image, folder)]
-    located = [normalize_reference(image, folder) for image in images]
+    problems += [problem for image in images for problem in find_reference_problems(image)]
+    denied = _find_rights_problems(images, rights)
+    problems += denied
+    located = [normalize_reference(image, rights.folder) for image in images]
     if located != images:
         # The manifest of failed rows is in another folder, where relative paths would break.
         row_cells = {**row_cells, **_format_references(filled, located)}
@@ -178,7 +189,9 @@ def make_row(
     if problems:
         # Without an image, a filled-in prompt would turn the row into valid text to image.
         row_cells = row_cells if images else cells
-        return RefusedRow(id=row_id, line=line, reason="; ".join(problems), cells=row_cells)
+        # The manifest of failed rows may be local, and must not give a row more rights.
+        kept_cells = {"id": row_id} if denied else row_cells
+        return RefusedRow(row_id, line, "; ".join(problems), kept_cells)
     if names is not None and "output" not in filled:
         row_cells = {**row_cells, "output": name}
     return Row(
@@ -193,16 +206,15 @@ def make_row(
     )
 
 
-def find_reference_problems(image: str, folder: str | None = None) -> list[str]:
+def find_reference_problems(image: str) -> list[str]:
     """Return the reasons why the text of a reference image makes it unusable for the service.
 
     Args:
         image: The reference as the manifest has it.
-        folder: Base folder of relative paths; None if local files are not allowed.
     """
     if INVISIBLE_CHARACTERS.search(image):
         # A URL parser would drop them silently.
-        return [f"image {image[:100]!r} contains an invisible character"]
+        return [f"image {redact_url(image)[:100]!r} contains an invisible character"]
     parts = _split_url(image)
     host = parts.hostname
     if parts.scheme in ("http", "https") and host:
@@ -211,12 +223,21 @@ def find_reference_problems(image: str, folder: str | None = None) -> list[str]:
                 f"image at {host} has a user name or password in its URL; use a signed URL instead"
             ]
         if host.startswith(("169.254.", "fe80:")):
-            return [
-                f"image {image[:100]!r} is at a link-local address, which the service cannot reach"
-            ]
+            shown = redact_url(image)[:100]
+            return [f"image {shown!r} is at a link-local address, which the service cannot reach"]
         return []
-    problem = find_location_problem(image, folder)
+    problem = find_location_problem(image)
     return [problem] if problem else []
+
+
+def _find_rights_problems(images: Sequence[str], rights: Rights) -> list[str]:
+    return [problem for image in images if (problem := find_rights_problem(image, rights))]
+
+
+def list_references(cells: Mapping[str, str]) -> list[str]:
+    """Return the references in the cells of a row; none if they are invalid."""
+    filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
+    return _parse_references(filled)[0]
 
 
 def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> Row | RefusedRow:
@@ -227,7 +248,7 @@ def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> 
         style=style,
         names=defaults.names,
         version=line.version,
-        folder=defaults.folder,
+        rights=defaults.rights,
     )
 
 
@@ -277,9 +298,9 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
         try:
             images = json.loads(text)
         except (ValueError, RecursionError):
-            return [], [f"images {text[:60]!r} is not a valid JSON list"]
+            return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
         if not all(isinstance(image, str) for image in images):
-            return [], [f"images {text[:60]!r} must be a JSON list of strings"]
+            return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
     if len(images) > 1:
         problem = f"the row has {len(images)} reference images and the service takes one"
         return images, [f"{problem}; give each image a row of its own"]

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import fsspec
 from pydantic import BeforeValidator, WithJsonSchema
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import MAX_CELL_CHARACTERS, Columns, Line, to_cells
-from prefect_flux_kontext.manifest.formats import check_renames_used, resolve_columns
+from prefect_flux_kontext.manifest.formats import (
+    check_renames_used,
+    count_blank_row,
+    resolve_columns,
+)
+from prefect_flux_kontext.references.remote import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +24,15 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 1_000
 # Encoded size. A table of a million rows, the most that a manifest may have, has a tenth of it.
 _MAX_ROW_GROUP_BYTES = 2**30
+# A row group that exceeds both is a decompression bomb: no real table compresses that well.
+_BOMB_MIN_BYTES = 2**26
+_BOMB_RATIO = 200
+_MAX_FIXED_BYTES = 1_024
+# A single row may hold all nested values of a row group, and is read at once.
+_MAX_NESTED_VALUES = 5_000_000
+# Nested values become Python objects, some 60 bytes each, and then text.
+_MAX_BATCH_VALUES = 1_000_000
+_MAX_BATCH_BYTES = 2**25
 
 
 class Table:
@@ -136,30 +149,50 @@ def read_parquet(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
     pa = _import_pyarrow(url)
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
-    with fsspec.open(url, "rb") as file:
-        schema = pq.read_schema(file)
-        texts = [
-            field.name
-            for field in schema
-            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-        ]
+    with open_file(url) as file:
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        columns = [parquet.schema.column(at) for at in range(parquet.metadata.num_columns)]
+        _check_row_groups(parquet.metadata, columns, url)
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        names = parquet.schema_arrow.names
         file.seek(0)
-        table = pq.ParquetFile(file, read_dictionary=texts, pre_buffer=False)
-        for number in range(table.num_row_groups):
-            size = table.metadata.row_group(number).total_byte_size
-            if size > _MAX_ROW_GROUP_BYTES:
-                raise ManifestError(
-                    f"Row group {number + 1} of {url} has {size:,} bytes; write the file with "
-                    f"row groups of at most {_MAX_ROW_GROUP_BYTES:,} bytes."
-                )
-        yield from _read_batches(pa, schema.names, table.iter_batches(_BATCH_ROWS), url, renames)
+        parquet = pq.ParquetFile(file, read_dictionary=texts, pre_buffer=False)
+        yield from _read_batches(pa, names, parquet.iter_batches(_BATCH_ROWS), url, renames)
+
+
+def _check_row_groups(metadata: Any, columns: Sequence[Any], url: str) -> None:
+    """Refuse a file by its footer if reading it would take too much memory or time."""
+    for column in columns:
+        if column.physical_type == "FIXED_LEN_BYTE_ARRAY" and column.length > _MAX_FIXED_BYTES:
+            raise ManifestError(
+                f"Values of column {column.path} of {url} have {column.length:,} bytes each; "
+                f"the limit is {_MAX_FIXED_BYTES:,}."
+            )
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(at) for at in range(len(columns))]
+        size = group.total_byte_size
+        packed = sum(chunk.total_compressed_size for chunk in chunks)
+        is_bomb = size > _BOMB_MIN_BYTES and size > _BOMB_RATIO * packed
+        if size > _MAX_ROW_GROUP_BYTES or is_bomb:
+            limit = _BOMB_MIN_BYTES if is_bomb else _MAX_ROW_GROUP_BYTES
+            raise ManifestError(
+                f"Row group {number + 1} of {url} has {size:,} bytes; write the file with "
+                f"row groups of at most {limit:,} bytes."
+            )
+        nested = [chunk.num_values for chunk in chunks if "." in chunk.path_in_schema]
+        if max(nested, default=0) > _MAX_NESTED_VALUES:
+            raise ManifestError(
+                f"Row group {number + 1} of {url} has {max(nested):,} values in nested columns; "
+                f"the limit is {_MAX_NESTED_VALUES:,}."
+            )
 
 
 def _read_batches(
     pa: Any, names: list[str], batches: Iterable[Any], url: str, renames: Mapping[str, str]
 ) -> Iterator[Line]:
     columns = Columns(url, names, renames).names
-    number = 0
+    number = blank_rows = 0
     for batch in batches:
         rows = f"between rows {number + 1} and {number + _BATCH_ROWS}"
         column_values = [
@@ -171,6 +204,8 @@ def _read_batches(
             cells, problem = to_cells(dict(zip(columns, values, strict=True)))
             if any(cells.values()) or problem:
                 yield Line(number, cells, problem)
+            else:
+                blank_rows = count_blank_row(blank_rows, url)
 
 
 def _read_values(pa: Any, column: Any, where: str, url: str) -> list[Any]:
@@ -187,17 +222,52 @@ def _read_values(pa: Any, column: Any, where: str, url: str) -> list[Any]:
 
 
 def _check_length(pa: Any, column: Any, where: str, url: str) -> None:
-    """Refuse cells of megabytes before they are copied to Python objects."""
-    import pyarrow.compute as pc  # noqa: PLC0415 - an extra
-
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-    if len(column) and any(is_text(column.type) for is_text in texts):
-        longest = pc.max(pc.binary_length(column)).as_py() or 0
+    """Refuse long or many values before they are copied to Python objects."""
+    values = total = 0
+    for leaf in _find_leaves(pa, column):
+        longest, size = _measure_text(pa, leaf)
         if longest > 4 * MAX_CELL_CHARACTERS:
             raise ManifestError(
                 f"The manifest {url} has a cell of {longest:,} bytes in column {where}; the limit "
                 f"is {MAX_CELL_CHARACTERS:,} characters."
             )
+        values, total = values + len(leaf), total + size
+    if pa.types.is_nested(column.type) and (
+        values > _MAX_BATCH_VALUES or total > _MAX_BATCH_BYTES
+    ):
+        raise ManifestError(
+            f"The manifest {url} has {values:,} nested values of {total:,} bytes in column "
+            f"{where}; the limits are {_MAX_BATCH_VALUES:,} and {_MAX_BATCH_BYTES:,}."
+        )
+
+
+def _find_leaves(pa: Any, column: Any) -> Iterator[Any]:
+    """Yield the columns without nesting that a column consists of."""
+    if pa.types.is_struct(column.type):
+        parts = column.flatten()
+    elif pa.types.is_map(column.type):
+        parts = [column.keys, column.items]
+    elif pa.types.is_nested(column.type):
+        parts = [column.flatten()]
+    else:
+        yield column
+        return
+    for part in parts:
+        yield from _find_leaves(pa, part)
+
+
+def _measure_text(pa: Any, column: Any) -> tuple[int, int]:
+    """Return the length of the longest text of a column, and of all texts, in bytes."""
+    import pyarrow.compute as pc  # noqa: PLC0415 - an extra
+
+    texts = column.dictionary if pa.types.is_dictionary(column.type) else column
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    if not any(is_text(texts.type) for is_text in (*kinds, pa.types.is_large_binary)):
+        return 0, 0
+    lengths = pc.binary_length(texts).cast(pa.int64())
+    if texts is not column:
+        lengths = lengths.take(column.indices)
+    return pc.max(lengths).as_py() or 0, pc.sum(lengths).as_py() or 0
 
 
 def _import_pyarrow(url: str) -> Any:

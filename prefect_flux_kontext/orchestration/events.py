@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
 
 from prefect.events import emit_event, get_events_client
 from prefect.events.schemas.events import Event, Resource
 from prefect.settings import PREFECT_API_URL
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.references.identity import url_identity
+from prefect_flux_kontext.redaction import redact_url
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
@@ -155,7 +154,7 @@ async def _send(event: Event, what: str) -> None:
 def _build_arrival(manifest: str, output: str | None, payload: dict[str, Any]) -> Event:
     locations = {"manifest": manifest, "output": output}
     for what, location in locations.items():
-        if location and "://" in location and _has_secret(location):
+        if location and "://" in location and redact_url(location) != location:
             raise ConfigurationError(
                 f"The URL of the {what} contains a signature or a password, and Prefect stores "
                 "events. Give the URL without it, and give the worker the right to read it."
@@ -174,10 +173,3 @@ def _build_arrival(manifest: str, output: str | None, payload: dict[str, Any]) -
     return Event(
         event=MANIFEST_ARRIVED, resource=Resource(resource), payload={**payload, **absolute}
     )
-
-
-def _has_secret(url: str) -> bool:
-    """Whether a URL has a user or password, or query parameters that `url_identity` removes."""
-    parts, bare = urlsplit(url), urlsplit(url_identity(url))
-    given, kept = (parse_qsl(each.query, keep_blank_values=True) for each in (parts, bare))
-    return "@" in parts.netloc or len(kept) < len(given)

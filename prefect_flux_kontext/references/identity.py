@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from prefect_flux_kontext.errors import FluxKontextError, ReferenceImageError
+from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.location import (
     LocationKind,
     classify_location,
@@ -102,7 +103,7 @@ def wrap_reference_errors(reference: str) -> Iterator[None]:
     Raises:
         ReferenceImageError: In place of any error that is not a `FluxKontextError`.
     """
-    name = f"image {reference[:_MAX_SHOWN_CHARACTERS]!r}"
+    name = f"image {redact_url(reference)[:_MAX_SHOWN_CHARACTERS]!r}"
     try:
         yield
     except ReferenceImageError as error:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
+from prefect_flux_kontext.redaction import redact_url
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # A single letter and a colon are a Windows drive, which is not a supported kind either.
-_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+# Before `://`, fsspec takes anything as a protocol, such as `arrow_hdfs`.
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?=:)|([^/\\:]+)(?=://)")
 _WEB_PREFIXES = ("https://", "http://")
 _MAX_SHOWN_CHARACTERS = 100
 
@@ -48,7 +51,7 @@ _KIND_BY_PROTOCOL = {
 def parse_protocol(reference: str) -> str:
     """Return the protocol in lower case, or an empty string for a plain path."""
     found = _PROTOCOL.match(reference)
-    return found.group(1).lower() if found else ""
+    return found[0].lower() if found else ""
 
 
 def classify_location(reference: str) -> LocationKind | None:
@@ -92,14 +95,9 @@ def normalize_reference(reference: str, folder: str | None) -> str:
     return reference if folder is None else str(Path(folder, _local_path(reference)))
 
 
-def find_location_problem(reference: str, folder: str | None) -> str | None:
-    """Return why the service cannot use a reference that is not on the web, or None.
-
-    Args:
-        reference: As written in the manifest.
-        folder: Result of `manifest_folder` for its manifest.
-    """
-    shown = f"image {reference[:_MAX_SHOWN_CHARACTERS]!r}"
+def find_location_problem(reference: str) -> str | None:
+    """Return why the service cannot use a reference that is not on the web, or None."""
+    shown = f"image {redact_url(reference)[:_MAX_SHOWN_CHARACTERS]!r}"
     kind = classify_location(reference)
     unknown = kind is None or kind is LocationKind.WEB or not reference.strip()
     if unknown or "::" in reference or reference.startswith("//"):
@@ -108,11 +106,6 @@ def find_location_problem(reference: str, folder: str | None) -> str | None:
             "local file, so the service cannot fetch it"
         )
     if kind is LocationKind.LOCAL:
-        if folder is None:
-            return (
-                f"{shown} is a local file, and the manifest is not: only a manifest on this "
-                "machine, or rows given directly, may name local files"
-            )
         return None
     # A key may hold any character, such as `#` and `?`, so this is not split as a URL.
     protocol, rest = parse_protocol(reference), reference.partition("://")[2]

@@ -11,6 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.decode import MAX_PIXELS
+from prefect_flux_kontext.images.headers import find_slow_structure
 
 # A JPEG can be decoded at an eighth of its size; the largest cameras make 150 million pixels.
 _MAX_JPEG_PIXELS = 160_000_000
@@ -75,6 +76,8 @@ def _decode(data: bytes, problem: str) -> Image.Image:
 
 def _decode_upright(data: bytes, problem: str) -> Image.Image:
     image: Any
+    if slow := find_slow_structure(data):
+        raise ReferenceImageError(f"{problem} and would take long to decode: {slow}")
     if data.startswith(b"\xff\xd8"):
         # `Image.open` rejects large images as decompression bombs.
         image = JpegImageFile(io.BytesIO(data))

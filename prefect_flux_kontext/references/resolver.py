@@ -24,6 +24,7 @@ from prefect_flux_kontext.references.location import (
     non_public_references,
     open_filesystem,
 )
+from prefect_flux_kontext.references.metadata import remove_metadata
 from prefect_flux_kontext.references.resizing import shrink_to_fit
 from prefect_flux_kontext.references.staging import (
     STAGING_HINT,
@@ -203,6 +204,7 @@ class References:
                 if name is None or verify_staged:
                     data = data or self._read_content(reference, info)
                     data = shrink_to_fit(data, MAX_REFERENCE_BYTES) if info.large else data
+                    data = remove_metadata(data)
                     name = self._staging.put(data, read_format(data), verify_staged=verify_staged)
                     self._cache.put(reference, info._replace(staged=name))
                 return partial(self._staging.build_url, name, self._seconds)

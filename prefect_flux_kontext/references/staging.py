@@ -14,6 +14,7 @@ import fsspec
 
 from prefect_flux_kontext.errors import ConfigurationError, ReferenceImageError, StorageError
 from prefect_flux_kontext.images.decode import EXTENSIONS, ImageFormat
+from prefect_flux_kontext.redaction import has_password
 from prefect_flux_kontext.references.cache import Locks
 from prefect_flux_kontext.references.location import LocationKind, classify_location
 from prefect_flux_kontext.storage.atomic import create_file, replace_file
@@ -74,6 +75,11 @@ class Staging:
         if "::" in url:
             raise ConfigurationError(
                 f"FLUX_KONTEXT_STAGING_URL {url!r} chains several filesystems; use a single URL."
+            )
+        if has_password(url):
+            raise ConfigurationError(
+                f"FLUX_KONTEXT_STAGING_URL {url!r} has a user name or password in its URL; leave "
+                "them out and use the store's own credentials."
             )
         if public_url is not None and not _is_public_url(public_url):
             raise ConfigurationError(

@@ -8,7 +8,7 @@ import threading
 
 from prefect_flux_kontext.errors import InvalidImageError, ReferenceImageError
 from prefect_flux_kontext.images.decode import MAX_PIXELS, inspect_image
-from prefect_flux_kontext.images.headers import read_size
+from prefect_flux_kontext.images.headers import find_slow_structure, read_size
 from prefect_flux_kontext.references.resizing import check_can_shrink
 
 MAX_REFERENCE_BYTES = 10_000_000
@@ -74,6 +74,8 @@ def check_image(data: bytes, *, fit: bool) -> None:
                 raise ReferenceImageError(f"{problem}; shrink it")
             check_can_shrink(data, problem)
             return
+        if slow := find_slow_structure(data):
+            raise ReferenceImageError(f"would take long to decode: {slow}; encode it again")
         try:
             inspect_image(data)
         except InvalidImageError as error:

@@ -96,23 +96,29 @@ _LOCK_POLL_SECONDS = 1.0
 def extract_custom_columns(cells: Mapping[str, str]) -> Line:
     """Return the custom columns of a manifest row under names that do not clash with `COLUMNS`.
 
-    A column with the name of one of `COLUMNS`, in any case, gets the prefix `manifest_`.
+    A column with the name of one of `COLUMNS`, in any case, gets the prefix `manifest_`, and so
+    does one that has such a name after the prefix.
     """
     custom: Line = {}
     for name, text in cells.items():
         if name in _REQUEST_COLUMNS or not name:
             continue
-        unique = name
-        while unique.casefold() in COLUMNS or unique in custom:
-            unique = f"{_CUSTOM_PREFIX}{unique}"
-        custom[unique] = text
+        custom[f"{_CUSTOM_PREFIX}{name}" if _is_known_name(name) else name] = text
     return custom
 
 
 def original_column_name(name: str) -> str:
     """Return the name that a custom column has in the manifest."""
     original = name.removeprefix(_CUSTOM_PREFIX)
-    return original if original.casefold() in COLUMNS else name
+    return original if _is_known_name(original) else name
+
+
+def _is_known_name(name: str) -> bool:
+    """Whether a name is one of `COLUMNS` in any case, after any number of prefixes."""
+    name = name.casefold()
+    while name.startswith(_CUSTOM_PREFIX):
+        name = name.removeprefix(_CUSTOM_PREFIX)
+    return name in COLUMNS
 
 
 def build_parquet_schema(custom_columns: Iterable[str]) -> Any:

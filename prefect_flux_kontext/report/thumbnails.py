@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image, ImageOps
 
 from prefect_flux_kontext.images.decode import MAX_PIXELS
+from prefect_flux_kontext.images.headers import find_slow_structure
+from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def make_thumbnail(data: bytes, edge: int) -> bytes:
         Exception: The image is invalid or has more than 64 million pixels. Decoders raise many
             types of errors.
     """
+    if slow := find_slow_structure(data):
+        raise ValueError(slow)
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("the image has too many pixels")
@@ -95,7 +99,10 @@ def image_thumbnail_name(key: str) -> str:
 
 def reference_thumbnail_name(url: str) -> str:
     """Return the thumbnail name of a reference; the signature of its URL does not change it."""
-    return "r" + hashlib.sha256(url_identity(url).encode(errors="replace")).hexdigest()[:16]
+    return (
+        "r"
+        + hashlib.sha256(url_identity(redact_url(url)).encode(errors="replace")).hexdigest()[:16]
+    )
 
 
 class ThumbnailCollector:

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import uvicorn
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_flux_kontext.sandbox.app import Sandbox
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from starlette.applications import Starlette
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
     from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
@@ -139,9 +142,31 @@ def _reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
+def _is_own_host(host: str) -> bool:
+    """Whether a host is an address or a local name, which no web page elsewhere can have."""
+    name = urlsplit(f"//{host}").hostname or ""
+    return ":" in name or name.rpartition(".")[2].isdecimal() or "." not in name
+
+
+def _refuse_foreign_pages(app: ASGIApp) -> ASGIApp:
+    """Refuse requests that a web page made: a foreign origin, or a name that leads here."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if not _is_own_host(host) or origin not in (None, f"http://{host}"):
+                refusal = PlainTextResponse("Foreign host or origin.", 403)
+                await refusal(scope, receive, send)
+                return
+        await app(scope, receive, send)
+
+    return guarded
+
+
 def _server(app: Starlette) -> _Server:
     config = uvicorn.Config(
-        app,
+        _refuse_foreign_pages(app),
         loop="asyncio",
         http=_Protocol,
         ws="none",

@@ -48,14 +48,20 @@ def create_file(fs: Any, path: str, data: bytes) -> None:
             raise
 
 
-def replace_file(fs: Any, path: str, data: bytes) -> None:
+def replace_file(fs: Any, path: str, data: bytes, *, is_private: bool = False) -> None:
     """Write a file, and replace an older one of that name.
+
+    Args:
+        fs: The filesystem.
+        path: The path of the file.
+        data: The content of the file.
+        is_private: Whether only this user may read it, on a local disk.
 
     Raises:
         Exception: The file cannot be written. Each filesystem has its own errors.
     """
     if isinstance(fs, LocalFileSystem):
-        _replace_local(path, data)
+        _replace_local(path, data, is_private=is_private)
     else:
         # One PUT: object stores show the whole object or nothing.
         fs.pipe_file(path, data)
@@ -74,8 +80,10 @@ def copy_into_place(fs: Any, path: str, source: Path) -> None:
         fs.put_file(str(source), path)
 
 
-def _replace_local(path: str, data: bytes | Path) -> None:
+def _replace_local(path: str, data: bytes | Path, *, is_private: bool = False) -> None:
     with _open_synced_folder(os.path.dirname(path)), _temporary_file(path, data) as temporary:
+        if is_private:
+            os.chmod(temporary, 0o600)
         os.replace(temporary, path)
 
 

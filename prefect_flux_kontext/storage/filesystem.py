@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import fsspec
@@ -15,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from prefect_flux_kontext.client.retry import jittered_backoff
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
+from prefect_flux_kontext.redaction import has_password
 from prefect_flux_kontext.storage.atomic import copy_into_place, create_file, replace_file
 from prefect_flux_kontext.storage.errors import describe_error, is_transient
 
@@ -67,6 +69,10 @@ class OutputFolder:
             filesystems, or the options are invalid.
     """
 
+    # Without a `__dict__`, nothing serializes the options by accident, such as Prefect the
+    # parameters of a flow.
+    __slots__ = ("fs", "options", "root")
+
     fs: Any
     root: str
     options: dict[str, Any]
@@ -82,6 +88,11 @@ class OutputFolder:
         location = os.fspath(url)
         if "::" in location or not location.strip():
             raise ConfigurationError(f"The output {location!r} is not one folder or URL.")
+        if has_password(location):
+            raise ConfigurationError(
+                f"The output {location!r} has a user name or password in its URL. Set them in "
+                "FLUX_KONTEXT_STORAGE_OPTIONS, in a Block or in storage_options."
+            )
         self.options = dict(storage_options or {})
         # Other runs write here too, so listings must not be cached.
         options = {
@@ -112,13 +123,19 @@ class OutputFolder:
         folder.root = self._path(name)
         return folder
 
-    async def write(self, name: str, data: bytes) -> str:
+    async def write(self, name: str, data: bytes, *, is_private: bool = False) -> str:
         """Write a file, replace an older one of that name, and return its URI.
+
+        Args:
+            name: The name of the file.
+            data: The content of the file.
+            is_private: Whether only this user may read it, on a local disk.
 
         Raises:
             StorageError: The file cannot be written; no partial file is visible.
         """
-        return await self._write(replace_file, name, data)
+        replace = partial(replace_file, is_private=is_private)
+        return await self._write(replace, name, data)
 
     def uri(self, name: str) -> str:
         """Return the URI of a file in this folder."""
@@ -292,4 +309,7 @@ class OutputFolder:
             await asyncio.sleep(jittered_backoff(attempt))
 
     def _path(self, name: str) -> str:
+        # Names may come from files in the output, such as the ledger's.
+        if ".." in name.split("/"):
+            raise StorageError(f"The name {name!r} leads out of {self}.")
         return f"{self.root.rstrip('/')}/{name}"

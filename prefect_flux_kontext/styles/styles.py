@@ -8,7 +8,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,6 +19,7 @@ from prefect_flux_kontext.models import (
     Provider,
     RequestedRatio,
 )
+from prefect_flux_kontext.references.remote import open_file
 from prefect_flux_kontext.storage.names import find_text_problem
 from prefect_flux_kontext.styles.templates import Template, parse_template
 
@@ -194,7 +194,7 @@ def read_styles(url: str) -> list[Style]:
     if "::" in url:
         raise ConfigurationError(f"The styles {url} chain several filesystems; use a single URL.")
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_file(url) as file:
             data = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigurationError(f"There are no styles at {url}.") from None

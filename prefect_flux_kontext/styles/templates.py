@@ -18,11 +18,13 @@ from jinja2.sandbox import SandboxedEnvironment
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Together these limits keep the text that a template makes for one row below 10 MB.
+# Together these limits keep the text that a template makes for one row below 10 MB: a character
+# in upper case can be three.
 _MAX_TEMPLATE_CHARACTERS = 20_000
 _MAX_VALUE_CHARACTERS = 10_000
 _MAX_NODES = 1_000
 _MAX_DEPTH = 50
+_MAX_COLUMN_USES = 300
 
 _FILTERS = (
     "capitalize",
@@ -165,7 +167,7 @@ def parse_template(text: str) -> Template:
 
 def _check_nodes(parsed: nodes.Template, columns: set[str]) -> None:
     pending: list[tuple[nodes.Node, int]] = [(parsed, 0)]
-    count = 0
+    count = uses = 0
     while pending:
         node, depth = pending.pop()
         count += 1
@@ -180,6 +182,9 @@ def _check_nodes(parsed: nodes.Template, columns: set[str]) -> None:
             )
         if isinstance(node, nodes.Name):
             columns.add(node.name)
+            uses += 1
+            if uses > _MAX_COLUMN_USES:
+                raise ValueError(f"the template uses columns more than {_MAX_COLUMN_USES} times")
         inside = [(child, depth + 1) for child in node.iter_child_nodes()]
         pending += reversed(inside)  # reports the first problem in reading order
 

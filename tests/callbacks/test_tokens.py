@@ -48,7 +48,7 @@ def test_token_needs_no_url_escaping():
     assert set(token) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
-@pytest.mark.parametrize("secret", [None, "", "short", " " * 40])
+@pytest.mark.parametrize("secret", [None, "", "short", " " * 40, "a" * 24, "abcabca" * 9])
 def test_weak_secret_is_refused(secret):
     with pytest.raises(ConfigurationError, match="openssl rand -hex 32"):
         validate_secret(secret)

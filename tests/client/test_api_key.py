@@ -214,3 +214,31 @@ async def test_closed_client_can_be_closed_again_and_sends_nothing():
             await client.submit(REQUEST)
         assert client.limiter.tasks.running == 0
         assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    ("host", "is_private"),
+    [
+        ("127.0.0.1", True),
+        ("localhost:8765", True),
+        ("10.1.2.3", True),
+        ("192.168.0.1:80", True),
+        ("[::1]:80", True),
+        ("[fd00::1]", True),
+        ("sandbox:8765", True),
+        ("flux.internal", True),
+        ("nas.local", True),
+        ("api.apixo.ai", False),
+        ("8.8.8.8", False),
+        ("[2606:4700::1111]", False),
+        ("172.32.0.1", False),
+        ("localhost.example.com", False),
+    ],
+)
+def test_http_is_only_for_private_hosts(host, is_private):
+    assert FluxKontextClient(KEY, base_url=f"https://{host}").base_url == f"https://{host}"
+    if is_private:
+        assert FluxKontextClient(KEY, base_url=f"http://{host}").base_url == f"http://{host}"
+        return
+    with pytest.raises(ConfigurationError, match="would send the API key unencrypted"):
+        FluxKontextClient(KEY, base_url=f"http://{host}")

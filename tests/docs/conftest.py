@@ -118,7 +118,7 @@ def reader(tmp_path, sandbox, bucket, prefect_api, saved_blocks, monkeypatch):  
         "slack-webhook/": "custom-webhook/",
         "FLUX_KONTEXT_POLL_INITIAL_DELAY=3": "FLUX_KONTEXT_POLL_INITIAL_DELAY=0.3",
         "FLUX_KONTEXT_API_KEY=…": "FLUX_KONTEXT_API_KEY=sandbox",
-        "$(openssl rand -hex 32)": "5e" * 16,  # not every machine has openssl
+        "$(openssl rand -hex 32)": "0123456789abcdef" * 2,  # not every machine has openssl
     }
     with Terminal(tmp_path, replacements) as terminal:
         yield Reader(tmp_path, terminal)

@@ -151,6 +151,11 @@ ORIGINS = {
         DownloadError,
     ),
     "a header of a megabyte": (raw(OK + b"X: " + MEGABYTE + b"\r\n\r\n" + JPEG), DownloadError),
+    "990 headers of 65 kB": (
+        raw(OK, *[b"X%d: %b\r\n" % (n, bytes(65_000)) for n in range(990)], b"\r\n" + JPEG),
+        DownloadError,
+    ),
+    "120 headers": (raw(OK + b"X: y\r\n" * 120 + b"\r\n" + JPEG), DownloadError),
     "a hundred thousand headers": (raw(OK + b"X: y\r\n" * 100_000 + b"\r\n"), DownloadError),
     "headers without end": (endless(OK, b"X: y\r\n" * 1_000), DownloadError),
     "a first line without end": (endless(b"HTTP/1.1 200 ", b"O" * 9_000), DownloadError),

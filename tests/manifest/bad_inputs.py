@@ -5,11 +5,13 @@
 
 import gzip
 import io
+import os
 import re
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -321,7 +323,11 @@ def get_message(bad, folder):
         (Path(folder) / "x.jpg").write_bytes(bad.picture)
     references = References(Staging(f"{folder}/staged", "https://staged.example.com"))
     try:
-        with served_folder(folder) if bad.served else nullcontext() as served:
+        with (
+            served_folder(folder) if bad.served else nullcontext() as served,
+            # The service is on this machine too, so that a manifest may be there.
+            patch.dict(os.environ, {"FLUX_KONTEXT_BASE_URL": served} if served else {}),
+        ):
             url = f"{served}/{bad.file_name}" if served else manifest_path(bad, folder)
             made = Manifest(url, styles=style_option(bad, folder), names=bad.names)
             build_plan(made, references=references).check(skip_invalid=False)

@@ -12,6 +12,7 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from tests.support.plans import build_plan
 from tests.support.s3 import s3_server
+from tests.support.served_folder import served_folder
 
 URL = "http://references.test/cat.jpg"
 GOOD = f"id,image,prompt\ncat,{URL},oil\ndog,{URL},pencil\n"
@@ -161,7 +162,7 @@ def test_line_of_bad_text_is_right_in_a_long_file(manifest):
 )
 def test_unreadable_manifest_is_a_manifest_error(url, tmp_path):
     url = url.format(tmp=tmp_path)
-    assert url in problem(Manifest(url))
+    assert url.replace("\0", r"\x00") in problem(Manifest(url))
 
 
 def test_plan_lists_all_thirty_refused_rows(manifest):
@@ -285,3 +286,33 @@ def test_many_rows_are_checked_in_little_memory(tmp_path):
     assert (rows, refused) == (100_000, 0)
     # All rows take over 100 MB. The plan keeps a short hash and a line number of each.
     assert memory < 40e6
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.parquet", "m.jsonl.gz"])
+def test_manifest_url_is_guarded_like_a_download(name, tmp_path, monkeypatch):
+    """Others may choose the URL; this machine's own services are not for them."""
+    (tmp_path / "m.csv").write_text("image,prompt\n")
+    with served_folder(tmp_path) as url:
+        for place in (
+            url,
+            "http://169.254.169.254/latest",
+            "http://2852039166",
+            "http://10.0.0.7",
+        ):
+            message = problem(Manifest(f"{place}/{name}"))
+            assert "which is not a public address; nothing was sent" in message
+        monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", url)  # the service is on this machine too
+        assert "169.254.169.254 (cloud metadata service)" in problem(
+            Manifest("http://169.254.169.254/latest/m.csv")
+        )
+        assert problem(Manifest(f"{url}/none.csv")).startswith("There is no manifest at")
+
+
+def test_page_on_the_web_is_not_echoed(tmp_path, monkeypatch):
+    secret = "root:x:0:0:canary"
+    (tmp_path / "m.csv").write_text(f"{secret},file name\n")
+    with served_folder(tmp_path) as url:
+        monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", url)
+        message = problem(Manifest(f"{url}/m.csv"))
+    assert "its columns are: …, file name." in message
+    assert secret in problem(Manifest(str(tmp_path / "m.csv")))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.manifest.row import RefusedRow, Row, find_reference_problems, make_row
+from prefect_flux_kontext.references.rights import Rights
 
 URL = "http://references.test/cat.jpg"
 
@@ -93,7 +94,8 @@ def test_every_problem_of_a_row_is_listed():
 )
 def test_unsupported_reference_is_refused(image):
     expected = reason(image=image, prompt="x")
-    assert f"image {image!r} is not an http or https URL" in expected
+    shown = image.replace("a:b@", "")
+    assert f"image {shown!r} is not an http or https URL" in expected
     assert "nor a local file, so the service cannot fetch it" in expected
 
 
@@ -102,17 +104,19 @@ def test_local_file_needs_a_local_manifest(image):
     assert f"image {image!r} is a local file, and the manifest is not" in reason(
         image=image, prompt="x"
     )
-    assert isinstance(make_row(2, {"image": image, "prompt": "x"}, folder="/data"), Row)
+    assert isinstance(make_row(2, {"image": image, "prompt": "x"}, rights=Rights("/data")), Row)
 
 
 def test_relative_path_becomes_absolute_in_the_cells():
-    row = make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/data")
+    row = make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, rights=Rights("/data"))
     assert row.request.image_urls == ["/data/a/cat.jpg"]
     assert row.cells["image"] == "/data/a/cat.jpg"
-    several = make_row(2, {"images": f"{URL} file://cat.jpg", "prompt": "x"}, folder="/data")
+    several = make_row(
+        2, {"images": f"{URL} file://cat.jpg", "prompt": "x"}, rights=Rights("/data")
+    )
     assert json.loads(several.cells["images"]) == [URL, "/data/cat.jpg"]
     # Otherwise moving the manifest to another folder would rename its images.
-    assert row.id == make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, folder="/other").id
+    assert row.id == make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, rights=Rights("/other")).id
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ class TestBatch:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         monkeypatch.setenv("FLUX_KONTEXT_CALLBACK_LISTEN", address)
-        with_secret = account.model_copy(update={"callback_secret": SecretStr("s" * 32)})
+        with_secret = account.model_copy(
+            update={"callback_secret": SecretStr("a-secret-of-the-tests-0123456789")}
+        )
         summary = await style_transfer_batch(
             [{"id": "a", "prompt": "a lighthouse"}],
             str(tmp_path),

@@ -35,7 +35,7 @@ def test_classify_location_knows_every_supported_kind(reference, kind):
     assert classify_location(reference) is kind
     assert non_public_references([reference]) == ([] if kind is LocationKind.WEB else [reference])
     if kind is not LocationKind.WEB:
-        assert find_location_problem(reference, "/data") is None
+        assert find_location_problem(reference) is None
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,8 @@ def test_classify_location_knows_every_supported_kind(reference, kind):
         "//a.test/cat.jpg",
         "C:\\cat.jpg",
         "nobody-knows://cat.jpg",
+        "arrow_hdfs://host/cat.jpg",
+        "7zip://cat.jpg",
         "",
         " ",
     ],
@@ -63,7 +65,7 @@ def test_unsupported_location_is_refused_by_its_text(reference, monkeypatch):
 
     monkeypatch.setattr(fsspec, "filesystem", fail)
     monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
-    assert "so the service cannot fetch it" in find_location_problem(reference, "/data")
+    assert "so the service cannot fetch it" in find_location_problem(reference)
 
 
 @pytest.mark.parametrize("key", ["#root.jpg", "?v=1.jpg", "a/#b/c.jpg", "[a.jpg", "a//b.jpg", "%"])
@@ -83,14 +85,14 @@ def test_key_of_an_object_may_hold_any_character(key):
     ],
 )
 def test_bucket_without_object_is_refused(reference):
-    assert "does not name an object" in find_location_problem(reference, None)
+    assert "does not name an object" in find_location_problem(reference)
 
 
 @pytest.mark.parametrize(
     "reference", ["s3://key:word@bucket/x", "gs://me@bucket/x", "az://a:b@c/x"]
 )
 def test_password_in_bucket_url_is_refused_and_not_shown(reference):
-    message = find_location_problem(reference, None)
+    message = find_location_problem(reference)
     assert "has a user name or password" in message
     assert "word@" not in message
 

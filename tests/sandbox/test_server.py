@@ -182,3 +182,26 @@ def test_the_help_of_the_command_imports_nothing_heavy():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost"}, 200),
+        ({"Host": "sandbox:8765"}, 200),
+        ({"Host": "[::1]:8765"}, 200),
+        ({"Host": "192.168.1.5"}, 200),
+        ({"Host": "rebound.example.com"}, 403),
+        ({"Host": "127.0.0.1.nip.io"}, 403),
+        ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
+        ({"Origin": "https://example.com"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+    ],
+)
+def test_foreign_pages_are_refused(headers, status):
+    with running_sandbox() as sandbox:
+        assert httpx.get(f"{sandbox.url}/sandbox/bill", headers=headers).status_code == status
+        reset = httpx.post(f"{sandbox.url}/sandbox/reset", headers=headers)
+        assert reset.status_code == status

@@ -95,7 +95,8 @@ def test_unsafe_templates_are_refused_at_parse_time(text, expected):
         ("{{ " + "(" * 5_000, "nested too deeply"),
         ("{{ " + "not " * 200 + "a }}", "nested too deeply"),
         ("{% if a %}" * 60 + "{% endif %}" * 60, "nested too deeply"),
-        ("{{ a" + " ~ a" * 2_000 + " }}", "more than 1,000 parts"),
+        ("{{ a" + " ~ 'b'" * 2_000 + " }}", "more than 1,000 parts"),
+        ("{{ a" + " ~ a" * 2_000 + " }}", "uses columns more than 300 times"),
         ("x" * 20_001, "the template has 20,001 characters; at most 20,000 are"),
     ],
 )
@@ -106,6 +107,12 @@ def test_broken_or_oversized_templates_are_refused(text, expected):
 def test_overlong_cell_is_refused():
     message = problem("{{ a }}", a="x" * 10_001)
     assert message.startswith("the column 'a' has 10,001 characters")
+
+
+def test_longest_text_is_below_ten_megabytes():
+    """A character that becomes three in upper case, in each of the most cells."""
+    text = parse_template("{{ (a" + " ~ a" * 299 + ")|upper }}").render({"a": "\ufb03" * 10_000})
+    assert 8_000_000 < len(text) < 10_000_000
 
 
 def test_failing_filter_raises_value_error():

@@ -11,12 +11,12 @@ const redo = (() => {
       .filter(([name]) => !["image", "images"].includes(name))
       .map(([name, column]) => [name, column[row]]);
     return Object.fromEntries([
+      ...customCells,
       // Rows of one id in several styles get ids of their own: their prompts hold the style already.
       ["id", style ? `${cell("id", row)}-${style}` : cell("id", row)],
       ["images", references.length ? JSON.stringify(references) : ""],
       ["prompt", prompt || cell("prompt", row)],
       ...PARAMETERS.map((name) => [name, cell(name, row)]),
-      ...customCells,
     ]);
   }
 

@@ -1,0 +1,69 @@
+"""Open manifests and style files; those on the web are fetched as guarded as results are."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+import fsspec
+import fsspec.asyn
+import httpx
+
+from prefect_flux_kontext.client.transport import stream_response
+from prefect_flux_kontext.images.download import follow_redirects, open_download_client
+from prefect_flux_kontext.references.location import LocationKind, classify_location
+from prefect_flux_kontext.settings import FluxKontextSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_MAX_BYTES = 2**30
+_TIMEOUT_SECONDS = 600.0
+_ERRORS: dict[int, type[OSError]] = {
+    401: PermissionError,
+    403: PermissionError,
+    404: FileNotFoundError,
+    410: FileNotFoundError,
+}
+
+
+@contextmanager
+def open_file(url: str) -> Iterator[Any]:
+    """Open a file for reading bytes.
+
+    A file on the web is fetched whole, from public addresses, and from a private network only if
+    the configured service is on it: others may choose the URL, but not reach what this machine
+    reaches.
+
+    Args:
+        url: A path or fsspec URL.
+
+    Raises:
+        RefusedUrlError: The URL leads to an address that is not allowed.
+        Exception: What the filesystem raises.
+    """
+    if classify_location(url) is not LocationKind.WEB:
+        with fsspec.open(url, "rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile(prefix="flux-kontext-") as file:
+        # This thread may run an event loop, so the request runs on fsspec's.
+        fsspec.asyn.sync(fsspec.asyn.get_loop(), _fetch, url, file)
+        file.seek(0)
+        yield file
+
+
+async def _fetch(url: str, file: IO[bytes]) -> None:
+    async with (
+        asyncio.timeout(_TIMEOUT_SECONDS),
+        open_download_client(base_url=FluxKontextSettings().base_url) as http,
+        follow_redirects(http, url, {}) as response,
+    ):
+        if response.status_code != httpx.codes.OK:
+            raise _ERRORS.get(response.status_code, OSError)(f"HTTP {response.status_code}")
+        async for chunk in stream_response(response):
+            file.write(chunk)
+            if file.tell() > _MAX_BYTES:
+                raise OSError(f"it is larger than {_MAX_BYTES:,} bytes")
