@@ -10,7 +10,7 @@ import pytest
 
 from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.errors import ConfigurationError, StorageError
+from prefect_flux_kontext.errors import ConfigurationError, LedgerError, StorageError
 from prefect_flux_kontext.ledger.probe import probe_store
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import open_ledger_store
@@ -115,6 +115,12 @@ async def test_store_that_cannot_hold_a_ledger_is_refused_unpaid(
     assert f"so nothing was paid: the store has to {missing}" in str(caught.value)
     assert SECRET not in repr(caught.value)
     assert sandbox.service.bill()["accepted"] == 0
+
+
+async def test_refused_read_names_the_permission_to_list(proxy, output):
+    proxy.hides_missing = True
+    with pytest.raises(LedgerError, match=r"PermissionError: .*permission to list \(on S3: s3:Li"):
+        await open_ledger_store(output).read("waves/none.jsonl")
 
 
 async def test_store_is_probed_once_a_process(proxy, output):
