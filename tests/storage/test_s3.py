@@ -217,6 +217,20 @@ def test_command_line_takes_options_from_the_environment(
     assert SECRET not in captured.out + captured.err
 
 
+def test_command_line_ends_with_2_if_the_store_excludes_nobody(
+    sandbox, proxy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
+    monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", f"{sandbox.url}/api/v1")
+    monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", json.dumps(options(proxy)))
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("id,prompt\na,oil\n")
+    proxy.drops = (b"if-none-match:",)
+    assert main(["run", str(manifest), f"s3://pictures/{tmp_path.name}"]) == 2
+    assert "cannot hold a ledger, so nothing was paid" in capsys.readouterr().err
+    assert sandbox.service.bill()["accepted"] == 0
+
+
 def test_retry_failed_needs_failed_rows(proxy, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", json.dumps(options(proxy)))
     assert main(["retry-failed", f"s3://pictures/{tmp_path.name}"]) == 2
