@@ -120,16 +120,16 @@ class FluxKontextSettings(BaseSettings):
         default=None,
         description="Public URL of the staging folder. Unset: staged images get signed URLs.",
     )
-    match_references: bool = Field(
-        default=True,
-        description="Read the headers of reference images on the web, to send the aspect ratio "
-        "nearest to theirs where it is `match`. Off: 16:9 is sent.",
-    )
     reference_roots: list[str] | None = Field(
         default=None,
         description="Folders and bucket prefixes below which reference images must be, as a JSON "
         "list. References on the web are not affected. Unset: a local manifest may name all, a "
         "folder of images what is in it, a remote manifest its own bucket.",
+    )
+    match_references: bool = Field(
+        default=True,
+        description="Read the headers of reference images on the web, to send the aspect ratio "
+        "nearest to theirs where it is `match`. Off: 16:9 is sent.",
     )
     price_pro: float = Field(
         default=0.03, ge=0, description="Price of an image in mode `pro`, in US dollars."

@@ -48,22 +48,6 @@ def read_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def read_displayed_size(data: bytes) -> tuple[int, int] | None:
-    """Return width and height as viewers show an image, or None if the header has no size.
-
-    A photograph of a phone may lie on its side, and a viewer turns it as its EXIF data says. Only
-    the EXIF data of a JPEG is in its header.
-    """
-    size = read_size(data)
-    if size and data.startswith(b"\xff\xd8") and (at := data.find(b"Exif\0\0")) > 0:
-        exif = Image.Exif()
-        with contextlib.suppress(Exception):  # damaged EXIF data raises errors of many types
-            exif.load(data[at : at + _MAX_SEGMENT_BYTES])
-            if exif.get(ExifTags.Base.Orientation) in _SIDEWAYS_ORIENTATIONS:
-                return size[1], size[0]
-    return size
-
-
 def find_slow_structure(data: bytes) -> str | None:
     """Return why an image would take long to decode although it is small, or None.
 
@@ -102,6 +86,22 @@ def _count_png_chunks(data: bytes) -> int:
         chunks += 1
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     return chunks
+
+
+def read_displayed_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height as viewers show an image, or None if the header has no size.
+
+    A photograph of a phone may lie on its side, and a viewer turns it as its EXIF data says. Only
+    the EXIF data of a JPEG is in its header.
+    """
+    size = read_size(data)
+    if size and data.startswith(b"\xff\xd8") and (at := data.find(b"Exif\0\0")) > 0:
+        exif = Image.Exif()
+        with contextlib.suppress(Exception):  # damaged EXIF data raises errors of many types
+            exif.load(data[at : at + _MAX_SEGMENT_BYTES])
+            if exif.get(ExifTags.Base.Orientation) in _SIDEWAYS_ORIENTATIONS:
+                return size[1], size[0]
+    return size
 
 
 def read_format(data: bytes) -> ImageFormat:

@@ -182,13 +182,14 @@ class OutputFolder:
     def find_missing(self, names: Iterable[str]) -> list[str]:
         """Return those of the files that do not exist. Looks on local disks only; blocking.
 
-        Files outside of the folder, named by their URIs, are not looked for.
+        Files outside of the folder are not looked for.
         """
-        if not self.is_local:
-            return []
-        return [
-            name for name in names if "://" not in name and not os.path.lexists(self._path(name))
-        ]
+        missing = []
+        for name in names if self.is_local else ():
+            with contextlib.suppress(StorageError):  # the name leads out of the folder
+                if "://" not in name and not os.path.lexists(self._path(name)):
+                    missing.append(name)
+        return missing
 
     async def put(self, name: str, source: Path) -> str:
         """Copy a local file here, replace an older one of that name, and return its URI.

@@ -11,8 +11,10 @@ from tests.docs.blocks import ROOT
 from tests.docs.test_names import options_of
 
 TASKS = [
-    "submit_generation(request, credentials=None, ledger=None, key=None, storage_options=None, "
-    "defer=None)",
+    (
+        "submit_generation(request, credentials=None, ledger=None, key=None, "
+        "storage_options=None, defer=None)"
+    ),
     "wait_for_generation(task, credentials=None, cadence=None, storage_options=None)",
     "persist_images(result, output, name=None, storage_options=None)",
 ]

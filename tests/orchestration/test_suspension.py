@@ -160,7 +160,11 @@ async def test_own_flow_suspends_until_its_tasks_are_done(own_flow):
     await wait_for_state(run.id, "Suspended")
     assert sandbox.service.bill()["accepted"] == 5
     assert not list(output.glob("*.jpg"))
-    summary = await collect_batch(str(output), credentials=account, cadence=QUICK)
+    for _ in range(600):  # the process of the suspended run may need a moment to end
+        summary = await collect_batch(str(output), credentials=account, cadence=QUICK)
+        if summary.rows:
+            break
+        await asyncio.sleep(0.1)
     assert summary.stored == 5
     await wait_for_state(run.id, "Completed")
     assert (await read_state_names(run.id)).count("Running") == 2
