@@ -170,6 +170,11 @@ class RecordStore:
                     attempt < _MAX_ATTEMPTS and not is_unsupported(error)
                 )
                 problem = describe_error(error, self._options)
+                if isinstance(error, PermissionError):
+                    problem += (
+                        ". Without the permission to list (on S3: s3:ListBucket), a store also "
+                        "refuses to read what does not exist"
+                    )
             if not again:
                 attempts = "1 attempt" if attempt == 1 else f"{attempt} attempts"
                 raise LedgerError(

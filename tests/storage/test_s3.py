@@ -10,7 +10,7 @@ import pytest
 
 from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.errors import ConfigurationError, StorageError
+from prefect_flux_kontext.errors import ConfigurationError, LedgerError, StorageError
 from prefect_flux_kontext.ledger.probe import probe_store
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import open_ledger_store
@@ -117,6 +117,12 @@ async def test_store_that_cannot_hold_a_ledger_is_refused_unpaid(
     assert sandbox.service.bill()["accepted"] == 0
 
 
+async def test_refused_read_names_the_permission_to_list(proxy, output):
+    proxy.hides_missing = True
+    with pytest.raises(LedgerError, match=r"PermissionError: .*permission to list \(on S3: s3:Li"):
+        await open_ledger_store(output).read("waves/none.jsonl")
+
+
 async def test_store_is_probed_once_a_process(proxy, output):
     store = open_ledger_store(output)
     await probe_store(store)
@@ -209,6 +215,20 @@ def test_command_line_takes_options_from_the_environment(
     captured = capsys.readouterr()
     assert "1  stored" in captured.out
     assert SECRET not in captured.out + captured.err
+
+
+def test_command_line_ends_with_2_if_the_store_excludes_nobody(
+    sandbox, proxy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("FLUX_KONTEXT_API_KEY", KEY)
+    monkeypatch.setenv("FLUX_KONTEXT_BASE_URL", f"{sandbox.url}/api/v1")
+    monkeypatch.setenv("FLUX_KONTEXT_STORAGE_OPTIONS", json.dumps(options(proxy)))
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("id,prompt\na,oil\n")
+    proxy.drops = (b"if-none-match:",)
+    assert main(["run", str(manifest), f"s3://pictures/{tmp_path.name}"]) == 2
+    assert "cannot hold a ledger, so nothing was paid" in capsys.readouterr().err
+    assert sandbox.service.bill()["accepted"] == 0
 
 
 def test_retry_failed_needs_failed_rows(proxy, tmp_path, monkeypatch, capsys):
