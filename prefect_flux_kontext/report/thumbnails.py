@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image, ImageOps
 
 from prefect_flux_kontext.images.decode import MAX_PIXELS
+from prefect_flux_kontext.images.headers import extract_image
 from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def make_thumbnail(data: bytes, edge: int) -> bytes:
         Exception: The image is invalid or has more than 64 million pixels. Decoders raise many
             types of errors.
     """
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+    with Image.open(
+        io.BytesIO(extract_image(data) or data), formats=("JPEG", "PNG", "WEBP")
+    ) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("the image has too many pixels")
         # A JPEG decodes several times faster at a reduced size.
