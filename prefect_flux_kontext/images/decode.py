@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from PIL import Image, UnidentifiedImageError
 
 from prefect_flux_kontext.errors import InvalidImageError
-from prefect_flux_kontext.images.headers import find_slow_structure
+from prefect_flux_kontext.images.headers import extract_image, find_slow_structure
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
@@ -18,6 +18,9 @@ EXTENSIONS: dict[ImageFormat, str] = {"jpeg": "jpg", "png": "png", "webp": "webp
 
 MAX_PIXELS = 64_000_000
 """Larger images are rejected before they are decoded: they may be decompression bombs."""
+
+# The entry of a Multi-Picture index that lists the pictures.
+_MPO_ENTRIES = 0xB002
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def inspect_image(data: bytes) -> ImageInfo:
 def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
     """Decode the whole image in memory.
 
-    Decoders accept some truncated files, so the end marker of the format is checked too.
+    An image ends where its format says, whatever follows. Decoders accept some truncated files,
+    so the end marker of the format is checked too. Text inside a PNG is not read.
 
     Args:
         data: The bytes of the file.
@@ -53,11 +57,12 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
         raise InvalidImageError(
             f"The {len(data):,} bytes would take long to decode: {slow}; encode the image again."
         )
+    image_bytes = extract_image(data)
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+        with Image.open(io.BytesIO(image_bytes or data), formats=("JPEG", "PNG", "WEBP")) as image:
             # An MPO is a JPEG followed by a second image, such as a gain map.
-            name = "jpeg" if image.format == "MPO" else str(image.format).lower()
-            image_format = cast("ImageFormat", name)
+            name = str(image.format).lower()
+            image_format = cast("ImageFormat", "jpeg" if name == "mpo" else name)
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image.load()
@@ -74,16 +79,18 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
         raise InvalidImageError(
             f"The image has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded."
         )
-    if not _has_end_marker(data, image_format):
+    if image_bytes is None or (name == "mpo" and not _has_all_pictures(image, image_bytes)):
         raise InvalidImageError(
             f"The {image_format.upper()} is cut off after {len(data):,} bytes."
         )
     return ImageInfo(format=image_format, width=width, height=height), image
 
 
-def _has_end_marker(data: bytes, image_format: ImageFormat) -> bool:
-    if image_format == "jpeg":
-        return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
-    if image_format == "png":
-        return data.rstrip(b"\0\r\n ").endswith(b"IEND\xaeB`\x82")
-    return int.from_bytes(data[4:8], "little") + 8 <= len(data)
+def _has_all_pictures(image: Any, data: bytes) -> bool:
+    """Return whether the pictures after the first one of a Multi-Picture file are whole."""
+    if data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9"):
+        return True
+    # The offsets in the index count from behind its name.
+    start = data.index(b"MPF\0") + 4
+    pictures = image.mpinfo[_MPO_ENTRIES]
+    return all(start + entry["DataOffset"] + entry["Size"] <= len(data) for entry in pictures[1:])

@@ -1,4 +1,4 @@
-"""Read an image's size and format from its header, so that nothing is decoded.
+"""Read an image's size, format and end from its markers, so that nothing is decoded.
 
 A decompression bomb can be rejected before a decoder sees it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
+import zlib
 from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
 
 # The name of a WebP's first chunk.
 _WEBP_CHUNK = slice(12, 16)
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+# The default limit of Pillow, which raises an error for larger profiles.
+_MAX_PROFILE_BYTES = 2**20
+
+# What a script or an editor may write before an image: a byte order mark, line ends, zeros.
+_LEADING_BYTES = re.compile(rb"(?:\xef\xbb\xbf)?[\s\0]{0,1024}")
+
+# A marker inside the compressed data of a JPEG, other than a stuffed byte or a restart.
+_JPEG_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+_JPEG_END = 0xD9
 
 # JPEG markers that hold a size, and those without content.
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -35,8 +48,9 @@ _SIDEWAYS_ORIENTATIONS = range(5, 9)
 
 def read_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height in pixels of a JPEG, PNG or WebP; None if the header has none."""
+    data = strip_leading_bytes(data)
     try:
-        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if data.startswith(_PNG_SIGNATURE):
             width, height = struct.unpack_from(">II", data, 16)
             return width, height
         if data.startswith(b"\xff\xd8"):
@@ -54,6 +68,7 @@ def find_slow_structure(data: bytes) -> str | None:
     Each scan of a progressive JPEG touches the whole image, and each segment or chunk takes time,
     however few bytes it has.
     """
+    data = strip_leading_bytes(data)
     if data.startswith(b"\xff\xd8"):
         scans, segments = _count_jpeg_parts(data)
         if scans > _MAX_JPEG_SCANS:
@@ -104,11 +119,81 @@ def read_displayed_size(data: bytes) -> tuple[int, int] | None:
     return size
 
 
+def strip_leading_bytes(data: bytes) -> bytes:
+    """Return the bytes without white space, zeros and a byte order mark before the image."""
+    found = _LEADING_BYTES.match(data)
+    return data[found.end() :] if found and found.end() else data
+
+
+def extract_image(data: bytes) -> bytes | None:
+    """Return the bytes that a decoder needs: no text, and nothing before or after the image.
+
+    Bytes that are not a JPEG, PNG or WebP are returned unchanged.
+
+    Returns:
+        The bytes, or None if the image is cut off.
+    """
+    data = strip_leading_bytes(data)
+    try:
+        if data.startswith(_PNG_SIGNATURE):
+            return _extract_png(data)
+        if data.startswith(b"\xff\xd8"):
+            return data if _find_jpeg_end(data) else None
+    except (struct.error, IndexError):
+        return None
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        end = int.from_bytes(data[4:8], "little") + 8
+        return data[:end] if end <= len(data) else None
+    return data
+
+
 def read_format(data: bytes) -> ImageFormat:
     """Return the format of an image that is known to be a JPEG, PNG or WebP."""
+    data = strip_leading_bytes(data)
     if data.startswith(b"\xff\xd8"):
         return "jpeg"
     return "png" if data.startswith(b"\x89PNG") else "webp"
+
+
+def _extract_png(data: bytes) -> bytes | None:
+    """Return a PNG without text, which can be long, and without an unreadable profile."""
+    chunks, at, kind = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            return None
+        is_left_out = kind in _PNG_TEXT_CHUNKS or (
+            kind == b"iCCP" and not _is_readable_profile(data[at + 8 : end - 4])
+        )
+        if not is_left_out:
+            chunks.append(data[at:end])
+        at = end
+    return b"".join(chunks)
+
+
+def _is_readable_profile(chunk: bytes) -> bool:
+    """Return whether a PNG's colour profile unpacks, and to no more than the decoder takes."""
+    _, _, packed = chunk.partition(b"\0")
+    unpacking = zlib.decompressobj()
+    try:
+        unpacking.decompress(packed[1:], _MAX_PROFILE_BYTES)
+    except zlib.error:
+        return False
+    return unpacking.eof
+
+
+def _find_jpeg_end(data: bytes) -> int:
+    """Return where a JPEG ends, or 0 if it has no end marker outside of its segments."""
+    at = 2
+    while found := _JPEG_NEXT_MARKER.search(data, at):
+        at = found.end()
+        marker = data[at - 1]
+        if marker == _JPEG_END:
+            return at
+        if marker not in _JPEG_STANDALONE_MARKERS:
+            at += struct.unpack_from(">H", data, at)[0]
+    return 0
 
 
 def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -11,7 +11,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.decode import MAX_PIXELS
-from prefect_flux_kontext.images.headers import find_slow_structure
+from prefect_flux_kontext.images.headers import (
+    extract_image,
+    find_slow_structure,
+    strip_leading_bytes,
+)
 
 # A JPEG can be decoded at an eighth of its size; the largest cameras make 150 million pixels.
 _MAX_JPEG_PIXELS = 160_000_000
@@ -32,7 +36,7 @@ def check_can_shrink(data: bytes, problem: str) -> None:
     Raises:
         ReferenceImageError: It cannot be shrunk.
     """
-    if not data.startswith(b"\xff\xd8"):
+    if not strip_leading_bytes(data).startswith(b"\xff\xd8"):
         raise ReferenceImageError(f"{problem}; shrink it yourself: it is too large to decode")
     with _DECODE_LOCK, _decode(data, problem):
         pass
@@ -78,6 +82,7 @@ def _decode_upright(data: bytes, problem: str) -> Image.Image:
     image: Any
     if slow := find_slow_structure(data):
         raise ReferenceImageError(f"{problem} and would take long to decode: {slow}")
+    data = extract_image(data) or data
     if data.startswith(b"\xff\xd8"):
         # `Image.open` rejects large images as decompression bombs.
         image = JpegImageFile(io.BytesIO(data))

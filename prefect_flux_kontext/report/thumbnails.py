@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image, ImageOps
 
 from prefect_flux_kontext.images.decode import MAX_PIXELS
-from prefect_flux_kontext.images.headers import find_slow_structure
+from prefect_flux_kontext.images.headers import extract_image, find_slow_structure
 from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.identity import read_content, url_identity
 from prefect_flux_kontext.references.location import non_public_references
@@ -65,7 +65,9 @@ def make_thumbnail(data: bytes, edge: int) -> bytes:
     """
     if slow := find_slow_structure(data):
         raise ValueError(slow)
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+    with Image.open(
+        io.BytesIO(extract_image(data) or data), formats=("JPEG", "PNG", "WEBP")
+    ) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("the image has too many pixels")
         # A JPEG decodes several times faster at a reduced size.

@@ -3,6 +3,7 @@
 import tracemalloc
 
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from prefect_flux_kontext.errors import InvalidImageError
 from prefect_flux_kontext.images.decode import MAX_PIXELS, ImageInfo, inspect_image
@@ -65,6 +66,53 @@ def test_whole_images_are_accepted_by_their_content(kind):
 )
 def test_unusual_images_are_accepted(data, kind):
     assert inspect_image(data) == ImageInfo(format=kind, width=96, height=72)
+
+
+LARGE_METADATA = {
+    "compressed text": {"text": "x" * 1_600_000, "zip": True},
+    "plain text": {"text": "x" * 1_600_000, "zip": False},
+    "many texts": {"text": "x" * 900_000, "zip": True, "times": 80},
+}
+
+
+@pytest.mark.parametrize("metadata", LARGE_METADATA.values(), ids=LARGE_METADATA)
+def test_png_with_large_text_is_accepted(metadata):
+    info = PngInfo()
+    for number in range(metadata.get("times", 1)):
+        info.add_itxt(f"workflow{number}", metadata["text"], zip=metadata["zip"])
+    data = picture("png", pnginfo=info)
+    assert inspect_image(data) == ImageInfo(format="png", width=96, height=72)
+    with pytest.raises(InvalidImageError):
+        inspect_image(data[: len(data) - 2_000])
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_image_with_large_colour_profile_is_accepted(kind):
+    data = picture(kind, icc_profile=bytes(1_600_000))
+    assert inspect_image(data).format == kind
+
+
+AROUND = {
+    "a line end after": (b"", b"\r\n"),
+    "text after": (b"", b"<!-- served by a proxy -->"),
+    "zeros after": (b"", bytes(4_096)),
+    "an archive after": (b"", b"PK\x03\x04" + bytes(range(256)) * 9),
+    "another image after": (b"", picture("jpeg")),
+    "half an image after": (b"", picture("png")[:900]),
+    "a line end before": (b"\r\n", b""),
+    "a byte order mark before": (b"\xef\xbb\xbf", b""),
+    "zeros before": (bytes(16), b""),
+    "both": (b"\n", b"\n\n--boundary--"),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_image_ends_where_its_format_says(kind, before, after):
+    data = picture(kind)
+    assert inspect_image(before + data + after) == ImageInfo(format=kind, width=96, height=72)
+    with pytest.raises(InvalidImageError):
+        inspect_image(before + data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("data", INVALID.values(), ids=INVALID)
