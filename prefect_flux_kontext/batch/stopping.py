@@ -144,7 +144,7 @@ def stop_on_signals(gate: StopGate) -> Iterator[None]:
     async def pass_on(number: int) -> None:
         await gate.wait()
         restore()
-        if handlers[number] is signal.SIG_DFL and running is not None:
+        if handlers[number] == signal.SIG_DFL and running is not None:
             running.cancel()
         else:
             # Another thread sends it: an exception that is raised by the signal's handler must not
@@ -156,7 +156,12 @@ def stop_on_signals(gate: StopGate) -> Iterator[None]:
             if signal.getsignal(number) is handle:
                 signal.signal(number, handler)
 
-    handlers = {int(number): signal.signal(number, handle) for number in _SIGNALS}
+    handlers = {
+        # None stands for a handler that Python cannot put back.
+        int(number): signal.signal(number, handle) or signal.SIG_DFL
+        for number in _SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN  # as of background jobs of a shell
+    }
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ intent, no attempt on record has it, and it is the only such task.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -97,10 +98,15 @@ async def _find_recorded(ledger: Ledger, entry: Entry, named: set[str]) -> set[s
         async for row in read_finished_rows(ledger.store)
         if row.ended.task_id in named
     }
-    keys = {key async for wave in read_open_waves(ledger.store) for key in wave.keys}
-    for key in {entry.key, *keys}:
-        recorded |= named.intersection(await ledger.read_task_ids(key))
-    return recorded
+    # The tasks of this run's own waves are known without reading them.
+    keys = {
+        key
+        async for wave in read_open_waves(ledger.store)
+        if wave.owner != ledger.owner
+        for key in wave.keys
+    }
+    found = await asyncio.gather(*map(ledger.read_task_ids, {entry.key, *keys}))
+    return recorded | named.intersection(itertools.chain(*found))
 
 
 async def _is_task_of_row(

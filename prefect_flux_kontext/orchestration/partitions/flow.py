@@ -22,7 +22,7 @@ from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.tables import ManifestSource
-from prefect_flux_kontext.models import AspectRatio, Mode, OutputFormat, Provider
+from prefect_flux_kontext.models import Mode, OutputFormat, Provider, RequestedRatio
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     forward_core_logs,
@@ -64,7 +64,7 @@ async def style_transfer_partition(
     columns: dict[str, str] | None = None,
     styles: StyleNames = None,
     mode: Mode | None = None,
-    aspect_ratio: AspectRatio | None = None,
+    aspect_ratio: RequestedRatio | None = None,
     output_format: OutputFormat | None = None,
     provider: Provider | None = None,
     output_names: str | None = None,
