@@ -9,6 +9,7 @@ from typing import Literal, cast
 from PIL import Image, UnidentifiedImageError
 
 from prefect_flux_kontext.errors import InvalidImageError
+from prefect_flux_kontext.images.headers import cut_to_image, has_whole_jpegs
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
@@ -36,7 +37,8 @@ def inspect_image(data: bytes) -> ImageInfo:
 def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
     """Decode the whole image in memory.
 
-    Decoders accept some truncated files, so the end marker of the format is checked too.
+    The image ends where its format says so. What follows, and large metadata, cannot make it
+    invalid.
 
     Args:
         data: The bytes of the file.
@@ -48,11 +50,12 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
         InvalidImageError: The bytes are not a whole JPEG, PNG or WebP, or the image has more than
             64 million pixels.
     """
+    picture = cut_to_image(data)
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+        with Image.open(io.BytesIO(picture or data), formats=("JPEG", "PNG", "WEBP")) as image:
             # An MPO is a JPEG followed by a second image, such as a gain map.
-            name = "jpeg" if image.format == "MPO" else str(image.format).lower()
-            image_format = cast("ImageFormat", name)
+            is_mpo = image.format == "MPO"
+            image_format = cast("ImageFormat", "jpeg" if is_mpo else str(image.format).lower())
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image.load()
@@ -69,16 +72,8 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
         raise InvalidImageError(
             f"The image has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded."
         )
-    if not _has_end_marker(data, image_format):
+    if picture is None or (is_mpo and not has_whole_jpegs(data)):
         raise InvalidImageError(
             f"The {image_format.upper()} is cut off after {len(data):,} bytes."
         )
     return ImageInfo(format=image_format, width=width, height=height), image
-
-
-def _has_end_marker(data: bytes, image_format: ImageFormat) -> bool:
-    if image_format == "jpeg":
-        return data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
-    if image_format == "png":
-        return data.rstrip(b"\0\r\n ").endswith(b"IEND\xaeB`\x82")
-    return int.from_bytes(data[4:8], "little") + 8 <= len(data)

@@ -11,6 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.decode import MAX_PIXELS
+from prefect_flux_kontext.images.headers import cut_to_image
 
 # A JPEG can be decoded at an eighth of its size; the largest cameras make 150 million pixels.
 _MAX_JPEG_PIXELS = 160_000_000
@@ -85,7 +86,7 @@ def _decode_upright(data: bytes, problem: str) -> Image.Image:
             )
         image.draft(None, (_LONG_EDGES_PIXELS[0], _LONG_EDGES_PIXELS[0]))
     else:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
+        image = Image.open(io.BytesIO(cut_to_image(data) or data), formats=("PNG", "WEBP"))
     if image.width * image.height > MAX_PIXELS:
         raise ReferenceImageError(f"{problem}; shrink it yourself: it is too large to decode")
     image.load()
