@@ -7,7 +7,7 @@ that its code uses, and names inside string annotations are not among them.
 from pathlib import Path
 from typing import Literal
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from pydantic import NonNegativeFloat, PositiveInt
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
@@ -17,6 +17,7 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.formats import ManifestFormat
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems
 from prefect_flux_kontext.manifest.tables import ManifestSource
@@ -41,6 +42,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     Prompt,
     StorageOptions,
     StyleNames,
+    flow_without_rows,
     open_output,
 )
 from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
@@ -65,7 +67,7 @@ from prefect_flux_kontext.tasks import (
 __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
-@flow(name="style-transfer")
+@flow_without_rows(name="style-transfer")
 async def style_transfer(
     prompt: str,
     output: Output,
@@ -109,7 +111,10 @@ async def style_transfer(
         FluxKontextError: A step failed; the three tasks list the errors.
     """
     folder = str(Path.cwd())
-    if image is not None and (problems := find_reference_problems(image, folder)):
+    account = await resolve_credentials(credentials)
+    if image is not None and (
+        problems := find_reference_problems(image, folder, account.base_url)
+    ):
         # The service would accept, bill and then fail it.
         raise ConfigurationError(*problems)
     request = GenerationRequest(
@@ -120,7 +125,6 @@ async def style_transfer(
         output_format=output_format,
         provider=provider,
     )
-    account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
     await output.check_writable()
     if non_public_references(request.image_urls):
@@ -134,7 +138,7 @@ async def style_transfer(
     return await persist_images(result, output, name)
 
 
-@flow(name="style-transfer-batch", on_cancellation=[log_outstanding])
+@flow_without_rows(name="style-transfer-batch", on_cancellation=[log_outstanding])
 async def style_transfer_batch(
     manifest: ManifestSource,
     output: Output,
@@ -157,6 +161,8 @@ async def style_transfer_batch(
     partitions: PositiveInt = 1,
     partition_deployment: str = "style-transfer-partition/partition-of-batch",
     storage_options: StorageOptions = None,
+    manifest_format: ManifestFormat | None = None,
+    text_to_image: bool = False,
 ) -> BatchSummary:
     """Restyle the images of a manifest and store the results.
 
@@ -205,6 +211,8 @@ async def style_transfer_batch(
         partition_deployment: The deployment that runs partitions.
         storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
             Prefect stores parameters in plain text, so keep keys in a Block.
+        manifest_format: Format of the file. Default: by its name, content type or content.
+        text_to_image: Rows without a reference are meant, though other columns look like images.
 
     Returns:
         How many rows are stored, failed, unknown and outstanding, for what reasons, and the
@@ -236,7 +244,17 @@ async def style_transfer_batch(
         else None
     )
     output = await open_output(output, storage_options)
-    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output))
+    rows = Manifest(
+        manifest,
+        prompt,
+        columns or {},
+        styles,
+        output_names,
+        str(output),
+        format=manifest_format,
+        text_to_image=text_to_image,
+        base_url=account.base_url,
+    )
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
@@ -273,7 +291,7 @@ async def style_transfer_batch(
     return summary
 
 
-@flow(name="retry-failed", on_cancellation=[log_outstanding])
+@flow_without_rows(name="retry-failed", on_cancellation=[log_outstanding])
 async def retry_failed(
     output: Output,
     credentials: Account = None,
@@ -320,7 +338,13 @@ async def retry_failed(
     )
     account = await resolve_credentials(credentials)
     output = await open_output(output, storage_options)
-    rows = Manifest(await read_failed_rows(output), prompt, styles=styles)
+    rows = Manifest(
+        await read_failed_rows(output),
+        prompt,
+        styles=styles,
+        text_to_image=True,
+        base_url=account.base_url,
+    )
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=True)
@@ -330,7 +354,7 @@ async def retry_failed(
     return summary
 
 
-@flow(name="collect-batch")
+@flow_without_rows(name="collect-batch")
 async def collect_batch(
     output: Output,
     credentials: Account = None,

@@ -44,6 +44,16 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="submit unknown rows again; they may already have been billed",
     )
+    parser.add_argument(
+        "--format",
+        choices=("csv", "semicolon", "tsv", "json", "parquet"),
+        help="format of MANIFEST (default: by its name, content type or content)",
+    )
+    parser.add_argument(
+        "--text-to-image",
+        action="store_true",
+        help="rows without a reference are meant, though other columns look like images",
+    )
     add_fit_argument(parser)
     add_budget_argument(parser)
 
@@ -162,6 +172,7 @@ def open_output_argument(text: str) -> OutputFolder:
 def manifest_from_options(options: argparse.Namespace) -> Manifest:
     """Return the manifest that the command line names."""
     from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     return Manifest(
         options.manifest,
@@ -170,6 +181,9 @@ def manifest_from_options(options: argparse.Namespace) -> Manifest:
         styles=options.styles,
         names=options.names,
         output=str(options.output),
+        format=options.format,
+        text_to_image=options.text_to_image,
+        base_url=FluxKontextSettings().base_url,
     )
 
 

@@ -18,7 +18,12 @@ from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import Line, find_cell_problem
 from prefect_flux_kontext.manifest.formats import detect_format
 from prefect_flux_kontext.references.identity import read_version
-from prefect_flux_kontext.storage.names import IMAGE_ENDING
+from prefect_flux_kontext.storage.names import (
+    IMAGE_ENDING,
+    MAX_ID_CHARACTERS,
+    find_text_problem,
+    make_safe_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -77,8 +82,12 @@ class ImageFolder:
                 number += 1
                 path = f"{self.root}/{folder}{name}"
                 is_local = isinstance(self.fs, LocalFileSystem)
+                row_id = f"{folder}{image_id}"
+                if len(row_id) > MAX_ID_CHARACTERS or find_text_problem(row_id):
+                    # Nobody can choose other ids for the files of a folder.
+                    row_id = make_safe_name(row_id)
                 cells = {
-                    "id": f"{folder}{image_id}",
+                    "id": row_id,
                     "image": path if is_local else str(self.fs.unstrip_protocol(path)),
                     "file": name,
                     "folder": folder.rstrip("/"),

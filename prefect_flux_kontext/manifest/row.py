@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +16,18 @@ from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
-from prefect_flux_kontext.references.location import find_location_problem, normalize_reference
-from prefect_flux_kontext.storage.names import INVISIBLE_CHARACTERS, find_text_problem
+from prefect_flux_kontext.references.location import (
+    LocationKind,
+    classify_location,
+    find_location_problem,
+    is_public_host,
+    normalize_reference,
+)
+from prefect_flux_kontext.storage.names import (
+    INVISIBLE_CHARACTERS,
+    MAX_ID_CHARACTERS,
+    find_text_problem,
+)
 from prefect_flux_kontext.styles.styles import Styles, describe_unknown_style, select_styles
 from prefect_flux_kontext.styles.templates import is_template, parse_template
 
@@ -27,8 +38,8 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.manifest.output_paths import PathTemplate
     from prefect_flux_kontext.styles.styles import Style
 
-# Ids name files. The limit is that of a path segment in `storage.names`.
-_MAX_ID_CHARACTERS = 200
+# Between the references of a cell. A URL may hold commas itself.
+_SEPARATOR = re.compile(r"[\s|;,]*\s[\s|;,]*|[|;,]+(?=[a-z][a-z0-9]*://)", re.IGNORECASE)
 
 # Columns that the request takes unchanged.
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
@@ -77,12 +88,14 @@ class RowDefaults(NamedTuple):
         styles: The known styles, and those for rows that name none.
         names: The template of output names.
         folder: Base folder of relative reference paths; None if local files are not allowed.
+        base_url: The service, which must reach references on the web; None for no check.
     """
 
     prompt: str | None
     styles: Styles
     names: PathTemplate | None
     folder: str | None = None
+    base_url: str | None = None
 
 
 def resolve_row_defaults(
@@ -131,6 +144,7 @@ def make_row(
     names: PathTemplate | None = None,
     version: str | None = None,
     folder: str | None = None,
+    base_url: str | None = None,
 ) -> Row | RefusedRow:
     """Make a row from the cells of one line.
 
@@ -142,6 +156,7 @@ def make_row(
         names: The template of output names.
         version: Version of the image's content, if the folder listing has one.
         folder: Base folder of relative reference paths; None if local files are not allowed.
+        base_url: The service, which must reach references on the web; None for no check.
     """
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: filled[name] for name in _REQUEST_COLUMNS if name in filled}
@@ -153,7 +168,9 @@ def make_row(
     images, problems = _parse_references(filled)
     row_id = filled.get("id") or _make_id(images, values)
     problems += _find_id_problems(filled.get("id", ""))
-    problems += [problem for image in images for problem in find_reference_problems(image, folder)]
+    problems += [
+        problem for image in images for problem in find_reference_problems(image, folder, base_url)
+    ]
     located = [normalize_reference(image, folder) for image in images]
     if located != images:
         # The manifest of failed rows is in another folder, where relative paths would break.
@@ -193,30 +210,47 @@ def make_row(
     )
 
 
-def find_reference_problems(image: str, folder: str | None = None) -> list[str]:
+def find_reference_problems(
+    image: str, folder: str | None = None, base_url: str | None = None
+) -> list[str]:
     """Return the reasons why the text of a reference image makes it unusable for the service.
 
     Args:
         image: The reference as the manifest has it.
         folder: Base folder of relative paths; None if local files are not allowed.
+        base_url: The service, which must reach the reference; None for no check.
     """
-    if INVISIBLE_CHARACTERS.search(image):
+    problem = _find_reference_problem(image, folder, base_url)
+    return [problem] if problem else []
+
+
+def _find_reference_problem(image: str, folder: str | None, base_url: str | None) -> str | None:
+    shown = f"image {image[:100]!r}"
+    is_own = classify_location(image) in (LocationKind.LOCAL, LocationKind.PRIVATE)
+    if not is_own and INVISIBLE_CHARACTERS.search(image):
         # A URL parser would drop them silently.
-        return [f"image {image[:100]!r} contains an invisible character"]
+        return f"{shown} contains an invisible character"
     parts = _split_url(image)
     host = parts.hostname
-    if parts.scheme in ("http", "https") and host:
-        if parts.username is not None or parts.password is not None:
-            return [
-                f"image at {host} has a user name or password in its URL; use a signed URL instead"
-            ]
-        if host.startswith(("169.254.", "fe80:")):
-            return [
-                f"image {image[:100]!r} is at a link-local address, which the service cannot reach"
-            ]
-        return []
-    problem = find_location_problem(image, folder)
-    return [problem] if problem else []
+    if parts.scheme not in ("http", "https") or not host:
+        return find_location_problem(image, folder)
+    problem = None
+    if parts.username is not None or parts.password is not None:
+        problem = (
+            f"image at {host} has a user name or password in its URL; use a signed URL instead"
+        )
+    elif re.search(r"[\s|;,]+https?://", image, re.IGNORECASE):
+        problem = f"{shown} holds several URLs; use a column `images`, or a row for each of them"
+    elif any(sign.isspace() for sign in image):
+        problem = f"{shown} contains white space; write %20 for a blank"
+    elif host.startswith(("169.254.", "fe80:")):
+        problem = f"{shown} is at a link-local address, which the service cannot reach"
+    elif base_url and not is_public_host(host) and is_public_host(_split_url(base_url).hostname):
+        problem = (
+            f"{shown} is on this machine or a private network, which the service cannot reach; "
+            "give a public URL, or the file itself with a staging location"
+        )
+    return problem
 
 
 def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> Row | RefusedRow:
@@ -228,6 +262,7 @@ def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> 
         names=defaults.names,
         version=line.version,
         folder=defaults.folder,
+        base_url=defaults.base_url,
     )
 
 
@@ -272,7 +307,8 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
     if images:
         return images, ["the row has both `image` and `images`; remove one of them"]
     if not text.startswith("["):
-        return text.split(), []
+        # A comma separates URLs only where the next one begins: paths and queries hold commas.
+        return [part for part in _SEPARATOR.split(text) if part], []
     try:
         images = json.loads(text)
     except (ValueError, RecursionError):
@@ -295,8 +331,8 @@ def _make_id(images: list[str], values: dict[str, Any]) -> str:
 
 
 def _find_id_problems(row_id: str) -> list[str]:
-    if len(row_id) > _MAX_ID_CHARACTERS:
-        return [f"id has {len(row_id):,} characters; the limit is {_MAX_ID_CHARACTERS}"]
+    if len(row_id) > MAX_ID_CHARACTERS:
+        return [f"id has {len(row_id):,} characters; the limit is {MAX_ID_CHARACTERS}"]
     problem = find_text_problem(row_id)
     return [f"id {row_id!r:.80} {problem}; ids name files"] if problem else []
 

@@ -138,7 +138,7 @@ def test_id_that_cannot_name_a_file_is_refused(given, expected):
 
 
 def test_references_are_json_or_separated_by_spaces():
-    for text in (f'["{URL}", "http://a.test/b c.png"]', f"{URL}  http://a.test/b"):
+    for text in (f'["{URL}", "http://a.test/b%20c.png"]', f"{URL}  http://a.test/b"):
         assert len(make_row(2, {"images": text, "prompt": "x"}).request.image_urls) == 2
 
 
@@ -151,7 +151,7 @@ def test_image_and_images_together_are_refused():
     assert "both `image` and `images`" in reason(image=URL, images=URL, prompt="x")
 
 
-@pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x y.png", "http://[::1]:80/x?sig=1#f"])
+@pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x%20y.png", "http://[::1]:80/x?sig=1#f"])
 def test_public_reference_is_accepted(image):
     assert find_reference_problems(image) == []
 

@@ -13,7 +13,6 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.manifest.tables import Table
 from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
 from prefect_flux_kontext.orchestration.partitions.leases import Share, read_account_limit
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -106,10 +105,15 @@ def _convert_to_json(name: str, value: Any) -> Any:
         return {"$ref": {"block_document_id": str(document)}}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    if isinstance(value, Table) or not isinstance(value, str | int | float | list | dict | None):
+    if name == "manifest" and not isinstance(value, str):
+        raise ConfigurationError(
+            "The manifest of a batch in partitions must be a path or URL that all workers can "
+            "read. Rows would be recorded in the parameters of each run: write them to a file."
+        )
+    if not isinstance(value, str | int | float | list | dict | None):
         raise ConfigurationError(
             f"The {name} of a batch in partitions cannot be {value!r:.80}, because it is sent to "
-            "other machines. Give it as text, or a manifest as a list of dicts."
+            "other machines. Give it as text."
         )
     return value
 
