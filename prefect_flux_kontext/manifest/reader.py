@@ -89,9 +89,9 @@ class Manifest:
         return str(self.source)
 
     @property
-    def skipped_files(self) -> int:
-        """Number of files in a folder that are not images by name, as of its last read."""
-        return self._folder.skipped_files if self._folder else 0
+    def skipped(self) -> Counter[str]:
+        """Number of files in a folder that are no rows, by reason, as of its last read."""
+        return self._folder.skipped if self._folder else Counter()
 
     def rows(self) -> Iterator[Row | RefusedRow]:
         """Yield all rows in order, valid or refused. Each call reads the manifest again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel
 
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.tables import Table
 from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
 from prefect_flux_kontext.orchestration.partitions.leases import Share, read_account_limit
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -20,6 +22,9 @@ from prefect_flux_kontext.styles.styles import is_style_file
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.credentials import FluxKontextCredentials
+
+# Prefect refuses a run with more than 524,288 bytes of parameters.
+_MAX_PARAMETER_CHARACTERS = 400_000
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,11 @@ def _convert_to_json(name: str, value: Any) -> Any:
         return {"$ref": {"block_document_id": str(document)}}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    if name == "manifest" and not isinstance(value, str):
+    is_too_large = isinstance(value, list) and len(json.dumps(value)) > _MAX_PARAMETER_CHARACTERS
+    if isinstance(value, Table) or is_too_large:
         raise ConfigurationError(
-            "The manifest of a batch in partitions must be a path or URL that all workers can "
-            "read. Rows would be recorded in the parameters of each run: write them to a file."
+            f"The {name} of a batch in partitions cannot be a table or a long list, because each "
+            "partition gets it as a parameter. Write it to a file that all workers can read."
         )
     if not isinstance(value, str | int | float | list | dict | None):
         raise ConfigurationError(
