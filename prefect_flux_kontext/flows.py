@@ -7,7 +7,7 @@ that its code uses, and names inside string annotations are not among them.
 from contextlib import closing
 from typing import Literal
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from pydantic import NonNegativeFloat, PositiveInt
 
 from prefect_flux_kontext.batch.policy import FailurePolicy
@@ -16,6 +16,7 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.formats import ManifestFormat
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems
 from prefect_flux_kontext.manifest.tables import ManifestSource
@@ -40,6 +41,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     Prompt,
     StorageOptions,
     StyleNames,
+    flow_without_rows,
     open_output,
 )
 from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
@@ -66,7 +68,7 @@ from prefect_flux_kontext.tasks import (
 __all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
 
 
-@flow(name="style-transfer", flow_run_name=name_run)
+@flow_without_rows(name="style-transfer", flow_run_name=name_run)
 async def style_transfer(
     prompt: str,
     output: Output,
@@ -113,6 +115,7 @@ async def style_transfer(
     Raises:
         FluxKontextError: A step failed; the three tasks list the errors.
     """
+    account = await resolve_credentials(credentials)
     rights = find_rights([])
     if image is not None:
         # The service would accept, bill and then fail it.
@@ -127,7 +130,6 @@ async def style_transfer(
         output_format=output_format,
         provider=provider,
     )
-    account = await resolve_credentials(credentials)
     await (await open_output(output, storage_options)).check_writable()
     if non_public_references(request.image_urls):
         settings = FluxKontextSettings()
@@ -146,7 +148,9 @@ async def style_transfer(
     return await persist_images(result, output, name, storage_options)
 
 
-@flow(name="style-transfer-batch", flow_run_name=name_run, on_cancellation=[log_outstanding])
+@flow_without_rows(
+    name="style-transfer-batch", flow_run_name=name_run, on_cancellation=[log_outstanding]
+)
 async def style_transfer_batch(
     manifest: ManifestSource,
     output: Output,
@@ -173,6 +177,8 @@ async def style_transfer_batch(
     partitions: PositiveInt = 1,
     partition_deployment: str = "style-transfer-partition/partition-of-batch",
     storage_options: StorageOptions = None,
+    manifest_format: ManifestFormat | None = None,
+    text_to_image: bool = False,
 ) -> BatchSummary:
     """Restyle the images of a manifest and store the results.
 
@@ -226,6 +232,8 @@ async def style_transfer_batch(
         partition_deployment: The deployment that runs partitions.
         storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
             Prefect stores parameters in plain text, so keep keys in a Block.
+        manifest_format: Format of the file. Default: by its name, content type or content.
+        text_to_image: Rows without a reference are meant, though other columns look like images.
 
     Returns:
         How many rows are stored, failed, unknown and outstanding, for what reasons, and the
@@ -265,7 +273,18 @@ async def style_transfer_batch(
         "output_format": output_format,
         "provider": provider,
     }
-    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output), parameters)
+    rows = Manifest(
+        manifest,
+        prompt,
+        columns or {},
+        styles,
+        output_names,
+        str(output),
+        parameters,
+        format=manifest_format,
+        text_to_image=text_to_image,
+        base_url=account.base_url,
+    )
     plan = await plan_and_log(rows, output, account, options)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
@@ -304,7 +323,7 @@ async def style_transfer_batch(
     return complete(summary)
 
 
-@flow(name="retry-failed", flow_run_name=name_run, on_cancellation=[log_outstanding])
+@flow_without_rows(name="retry-failed", flow_run_name=name_run, on_cancellation=[log_outstanding])
 async def retry_failed(
     output: Output,
     credentials: Account = None,
@@ -352,7 +371,7 @@ async def retry_failed(
         fit_references=fit_references,
     )
     output = await open_output(output, storage_options)
-    rows = await read_failed_manifest(output, prompt, styles)
+    rows = await read_failed_manifest(output, prompt, styles, account.base_url)
     if rows is None:
         return complete(BatchSummary(output=str(output)))
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
@@ -364,7 +383,7 @@ async def retry_failed(
     return complete(summary)
 
 
-@flow(name="collect-batch", flow_run_name=name_run)
+@flow_without_rows(name="collect-batch", flow_run_name=name_run)
 async def collect_batch(
     output: Output,
     credentials: Account = None,

@@ -18,7 +18,7 @@ from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.row_key import compute_row_key
-from prefect_flux_kontext.references.location import non_public_references
+from prefect_flux_kontext.references.location import is_share_page, non_public_references
 from prefect_flux_kontext.settings import find_price
 
 if TYPE_CHECKING:
@@ -135,7 +135,10 @@ class Plan:
     Attributes:
         url: The manifest.
         rows: All rows, including refused ones.
-        skipped_files: Files of a folder that are not images, judged by their names.
+        lines: Lines of the manifest that were read, with the header.
+        with_reference: Valid rows with a reference.
+        share_pages: References that are pages of Google Drive, Dropbox and the like.
+        skipped: Files of a folder that are no rows, by reason.
         refused: Invalid rows.
         problems: The first thousand refused rows.
         duplicates: Rows that ask for the same as another row, and are paid only once.
@@ -152,7 +155,10 @@ class Plan:
 
     url: str
     rows: int = 0
-    skipped_files: int = 0
+    lines: int = 0
+    with_reference: int = 0
+    share_pages: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     problems: list[RefusedRow] = field(default_factory=list)
     duplicates: int = 0
@@ -164,6 +170,11 @@ class Plan:
     spent: float = 0.0
     budget: float | None = None
     digest: str = ""
+
+    @property
+    def skipped_files(self) -> int:
+        """Number of files of a folder that are no rows."""
+        return self.skipped.total()
 
     @property
     def to_pay(self) -> int:
@@ -252,8 +263,16 @@ class Plan:
             (self.rows - self.run_rows, "after the last row within the limit, not run"),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
-        if self.skipped_files:
-            lines.append(f"{self.skipped_files:>9,}  non-image files skipped")
+        without = self.rows - self.refused - self.with_reference
+        pages = "references to share pages, which are seldom images"
+        counts = [
+            (self.lines if self.lines != self.rows else 0, "lines read"),
+            (self.with_reference, "with a reference"),
+            (without, "without a reference, as text to image"),
+            *((number, f"{reason} skipped") for reason, number in sorted(self.skipped.items())),
+            (self.share_pages, pages),
+            *counts,
+        ]
         lines += [
             f"{number:>9,}  {label}"
             for number, label in counts
@@ -358,6 +377,8 @@ def _plan_rows(
                 if len(plan.problems) < _MAX_PROBLEMS:
                     plan.problems.append(row)
                 continue
+            plan.with_reference += bool(row.request.image_urls)
+            plan.share_pages += any(map(is_share_page, row.request.image_urls))
             if plan.run_rows:
                 continue  # after the limit, rows are only checked
             key = row.key
@@ -374,7 +395,8 @@ def _plan_rows(
     plan.run_rows = plan.run_rows or plan.rows
     if not plan.rows:
         raise ManifestError(f"The manifest {manifest.url} has no rows.")
-    plan.skipped_files = manifest.skipped_files
+    plan.lines = manifest.counts["lines"]
+    plan.skipped = manifest.skipped
     plan.digest = digest.hexdigest()
 
 

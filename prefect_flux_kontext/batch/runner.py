@@ -166,7 +166,10 @@ async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
 
 
 async def read_failed_manifest(
-    output: OutputFolder, prompt: str | None, styles: str | Sequence[str] | None
+    output: OutputFolder,
+    prompt: str | None,
+    styles: str | Sequence[str] | None,
+    base_url: str | None = None,
 ) -> Manifest | None:
     """Read the failed rows of an output, over all its runs, as a manifest; None without any.
 
@@ -177,6 +180,7 @@ async def read_failed_manifest(
         output: The output of the batch.
         prompt: The prompt for rows without one.
         styles: The styles of the batch.
+        base_url: The service, which must reach references on the web.
 
     Raises:
         LedgerError: The ledger cannot be read.
@@ -187,7 +191,9 @@ async def read_failed_manifest(
     if not rows:
         return None
     rights = find_retry_rights(str(output), await _read_allowed(open_ledger_store(output)))
-    return Manifest(rows, prompt, styles=styles, rights=rights)
+    return Manifest(
+        rows, prompt, styles=styles, rights=rights, text_to_image=True, base_url=base_url
+    )
 
 
 async def _read_allowed(store: RecordStore) -> list[str]:

@@ -70,6 +70,16 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="submit unknown rows again; they may already have been billed",
     )
+    parser.add_argument(
+        "--format",
+        choices=("csv", "semicolon", "tsv", "json", "parquet"),
+        help="format of MANIFEST (default: by its name, content type or content)",
+    )
+    parser.add_argument(
+        "--text-to-image",
+        action="store_true",
+        help="rows without a reference are meant, though other columns look like images",
+    )
 
 
 def add_display_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,6 +227,7 @@ def open_output_argument(text: str) -> OutputFolder:
 def manifest_from_options(options: argparse.Namespace) -> Manifest:
     """Return the manifest that the command line names."""
     from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.settings import FluxKontextSettings
 
     return Manifest(
         options.manifest,
@@ -226,6 +237,9 @@ def manifest_from_options(options: argparse.Namespace) -> Manifest:
         names=options.names,
         output=str(options.output),
         parameters={name: getattr(options, name) for name in ROW_PARAMETERS},
+        format=options.format,
+        text_to_image=options.text_to_image,
+        base_url=FluxKontextSettings().base_url,
     )
 
 

@@ -39,6 +39,14 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _MAX_JPEG_SCANS = 100
 _MAX_PARTS = 20_000
 _JPEG_STANDALONE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
+_JPEG_END = 0xD9
+# The next marker in the data of a scan, where FF00 is a byte and FFD0 to FFD7 restart the decoder.
+_JPEG_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+
+# Less than the 1 MB of unpacked metadata that Pillow allows.
+_MAX_PROFILE_BYTES = 1_000_000
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _MAX_SEGMENT_BYTES = 65_535
 

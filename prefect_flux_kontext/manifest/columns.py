@@ -9,6 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect_flux_kontext.errors import ManifestError
+from prefect_flux_kontext.storage.names import IMAGE_ENDING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ COLUMNS = frozenset(
 MAX_CELL_CHARACTERS = 131_072
 """The default field limit of the `csv` module, applied to every format. It is thirteen times the
 longest prompt."""
+
+_IMAGE_COLUMN = re.compile(r"image|img|photo|foto|pic|bild", re.IGNORECASE)
 
 
 MAX_COLUMNS = 2_000
@@ -66,8 +69,8 @@ class Columns:
         renames: Standard column name to the name that the manifest uses for it.
 
     Raises:
-        ManifestError: A column is missing, appears twice, or differs from a standard name only
-            in case, spaces or dashes.
+        ManifestError: A standard column is missing, appears twice, or differs from its name
+            only in case, spaces or dashes.
     """
 
     def __init__(self, url: str, names: Sequence[str], renames: Mapping[str, str]) -> None:
@@ -84,7 +87,7 @@ class Columns:
             )
         for name in self.names:
             standard = re.sub(r"[\s-]+", "_", name.casefold())
-            if standard in COLUMNS and standard != name:
+            if standard in COLUMNS and standard not in self.names:
                 # Otherwise it counts as user data, and the rows are paid for with the default.
                 raise ManifestError(
                     f"The manifest {url} has a column {name!r}; rename it to `{standard}`."
@@ -108,7 +111,9 @@ class Columns:
                     f"columns are {_show_names(url, names)}."
                 )
         standard_names = {name: standard for standard, name in renames.items()}
-        return [standard_names.get(name, name) for name in names]
+        # A column whose standard name another column takes is the user's own.
+        own_names = {standard: f"{standard} (own)" for standard in renames}
+        return [standard_names.get(name, own_names.get(name, name)) for name in names]
 
 
 def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
@@ -118,26 +123,53 @@ def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
         The cells, and the first problem with them or None.
     """
     cells, problem = {}, None
+    if isinstance(image := values.get("image"), dict):
+        problem = (
+            f"image: the cell is a struct of {', '.join(map(str, image))[:80]}, not a URL or a "
+            "path; write its image to a file"
+        )
     for name, value in values.items():
         try:
             cells[name] = to_text(value)
         except (ValueError, RecursionError) as error:
-            problem = problem or f"{name}: {str(error)[:200]}"
+            cells[name] = ""
+            if name in COLUMNS:
+                problem = problem or f"{name}: {str(error)[:200]}"
     return cells, problem or find_cell_problem(cells)
 
 
-def find_cell_problem(cells: Mapping[str, str]) -> str | None:
-    """Return the first problem with a row's text that applies to every column, or None."""
+def find_cell_problem(cells: dict[str, str]) -> str | None:
+    """Return the first problem with the text of a standard column, or None.
+
+    Text of other columns that cannot be used is emptied: it must not refuse the row.
+    """
     for name, text in cells.items():
-        if len(text) > MAX_CELL_CHARACTERS:
-            return f"{name} has {len(text):,} characters; the limit is {MAX_CELL_CHARACTERS:,}"
-        if "\0" in text:
-            return f"{name} contains a NUL character"
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                return f"{name} contains half a character (a lone surrogate)"
+        if problem := _find_text_problem(text):
+            if name in COLUMNS:
+                return f"{name} {problem}"
+            cells[name] = ""
+    return None
+
+
+def looks_like_image(name: str, text: str) -> bool:
+    """Return whether a value of a column seems to be the path or URL of an image."""
+    if any(sign.isspace() for sign in text):
+        return False
+    is_url = text.startswith(("http://", "https://"))
+    path = re.split(r"[?#]", text, maxsplit=1)[0] if is_url else text
+    return bool(IMAGE_ENDING.search(path) or (is_url and _IMAGE_COLUMN.search(name)))
+
+
+def _find_text_problem(text: str) -> str | None:
+    if len(text) > MAX_CELL_CHARACTERS:
+        return f"has {len(text):,} characters; the limit is {MAX_CELL_CHARACTERS:,}"
+    if "\0" in text:
+        return "contains a NUL character"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "contains half a character (a lone surrogate)"
     return None
 
 
@@ -177,9 +209,14 @@ def _suggest_fix(names: Sequence[str]) -> str:
     text = "".join(names)
     if text.lstrip().startswith("<"):
         return " The file looks like an HTML or XML page, such as an error page."
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "pipes")):
+    for delimiter, name, kind in ((";", "semicolons", "semicolon"), ("\t", "tabs", "tsv")):
         if len(names) == 1 and delimiter in text:
-            return f" The delimiter seems to be {name}; use commas."
+            return (
+                f" The delimiter seems to be {name}; use commas, or give --format {kind} (in a "
+                "flow, manifest_format)."
+            )
+    if len(names) == 1 and "|" in text:
+        return " The delimiter seems to be pipes; use commas."
     if any("://" in name for name in names):
         return " The header seems to be missing; add a first line with the column names."
     return (

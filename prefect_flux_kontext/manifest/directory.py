@@ -18,7 +18,12 @@ from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import Line, find_cell_problem
 from prefect_flux_kontext.manifest.formats import detect_format
 from prefect_flux_kontext.references.identity import read_version
-from prefect_flux_kontext.storage.names import IMAGE_ENDING
+from prefect_flux_kontext.storage.names import (
+    IMAGE_ENDING,
+    MAX_ID_CHARACTERS,
+    find_text_problem,
+    make_safe_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -43,8 +48,7 @@ class ImageFolder:
         pattern: Pattern that the paths below the folder must match; None for all.
         max_depth: Levels of subfolders to read.
         output: Real path of the output, if it is on the same filesystem.
-        skipped_files: Number of files that are not images, and of outputs of other batches, as
-            last read.
+        skipped: Number of files that are no rows, by reason, as last read.
     """
 
     url: str
@@ -53,7 +57,12 @@ class ImageFolder:
     pattern: re.Pattern[str] | None
     max_depth: int
     output: str | None
-    skipped_files: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def skipped_files(self) -> int:
+        """Number of files that are no rows, as last read."""
+        return self.skipped.total()
 
     @property
     def is_local(self) -> bool:
@@ -76,25 +85,27 @@ class ImageFolder:
                 f"The output contains the images of {self.url}, so the next run would pay for "
                 "its own results; choose another output, such as a subfolder."
             )
-        self.skipped_files = number = 0
+        self.skipped.clear()
+        number = 0
         for folder, names, versions in self._walk():
             for name, image_id in zip(names, _make_ids(names), strict=True):
                 number += 1
                 path = f"{self.root}/{folder}{name}"
+                row_id = f"{folder}{image_id}"
+                if len(row_id) > MAX_ID_CHARACTERS or find_text_problem(row_id):
+                    # Nobody can choose other ids for the files of a folder.
+                    row_id = make_safe_name(row_id)
                 cells = {
-                    "id": f"{folder}{image_id}",
+                    "id": row_id,
                     "image": path if self.is_local else str(self.fs.unstrip_protocol(path)),
                     "file": name,
                     "folder": folder.rstrip("/"),
                 }
                 yield Line(number, cells, find_cell_problem(cells), versions.get(name))
         if not number:
-            files = (
-                "1 other file"
-                if self.skipped_files == 1
-                else f"{self.skipped_files:,} other files"
-            )
-            others = f" ({files})" if self.skipped_files else ""
+            count = self.skipped_files
+            files = "1 other file" if count == 1 else f"{count:,} other files"
+            others = f" ({files})" if count else ""
             raise ManifestError(
                 f"There are no images at {self.url}{others}; images are files named .jpg, .jpeg, "
                 ".png or .webp."
@@ -109,7 +120,7 @@ class ImageFolder:
             entries = self._list_entries(folder)
             if folder and any(name == _LEDGER_FOLDER for name, _ in entries):
                 # The output of another batch: its images are results, and paid for already.
-                self.skipped_files += 1
+                self.skipped["outputs of other batches"] += 1
                 continue
             for name, entry in entries:
                 if name == _LEDGER_FOLDER:
@@ -135,9 +146,15 @@ class ImageFolder:
             name = path.removeprefix(f"{self.root}/{folder}")
             if str(entry["name"]) == f"{self.root}/{folder}" and entry["type"] == "directory":
                 # A key such as `photos//cat.jpg`, whose empty folder fsspec cannot list.
-                self.skipped_files += 1
+                self.skipped["files in folders without a name"] += 1
                 continue
-            if not name or "/" in name or name.startswith("."):
+            if name.startswith("."):
+                self.skipped["hidden files"] += 1
+                continue
+            if not name or "/" in name:
+                # An object store allows empty names of folders; a listing can name the folder.
+                if entry["type"] == "file" and name.strip("/"):
+                    self.skipped["files in folders without a name"] += 1
                 continue
             if entry["type"] == "directory" and _resolve_links(self.fs, path) == self.output:
                 continue
@@ -152,7 +169,7 @@ class ImageFolder:
         is_file_link = entry.get("islink") and self.fs.isfile(f"{self.root}/{path}")
         if IMAGE_ENDING.search(path) and (entry["type"] == "file" or is_file_link):
             return True
-        self.skipped_files += 1
+        self.skipped["non-image files"] += 1
         return False
 
 

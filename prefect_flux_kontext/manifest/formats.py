@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import itertools
 import json
+import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import fsspec.compression
@@ -21,7 +24,7 @@ from prefect_flux_kontext.manifest.columns import (
     find_cell_problem,
     to_cells,
 )
-from prefect_flux_kontext.references.remote import open_file
+from prefect_flux_kontext.references.remote import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +39,59 @@ _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 # A file that exceeds both limits is a decompression bomb: no real table compresses that well.
 _BOMB_MIN_CHARACTERS = 2**26
 _BOMB_RATIO = 200
+_CHUNK_BYTES = 2**20
+# The first line by which a file names its delimiter to Excel.
+_SEPARATOR_LINE = re.compile(r"sep=([,;\t])", re.IGNORECASE)
 # Column lists of JSON objects that are kept, so that each shape is checked once.
 _MAX_CACHED_SHAPES = 1_000
+
+
+ManifestFormat = Literal["csv", "semicolon", "tsv", "json", "parquet"]
+
+DELIMITERS = {"csv": ",", "semicolon": ";", "tsv": "\t"}
+
+_KIND_BY_EXTENSION: dict[str, ManifestFormat] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+_KIND_BY_CONTENT_TYPE: dict[str, ManifestFormat] = {
+    "text/csv": "csv",
+    "text/tab-separated-values": "tsv",
+    "application/json": "json",
+    "application/jsonl": "json",
+    "application/x-ndjson": "json",
+    "application/vnd.apache.parquet": "parquet",
+}
+_HEAD_BYTES = 4_096
+
+
+def detect_kind(url: str) -> ManifestFormat:
+    """Return the format by the file name; else by the content type, else by the content.
+
+    Raises:
+        ManifestError: The file is a workbook, or too large to be read from the web.
+        Exception: What the filesystem or the decoder raises.
+    """
+    extension, compression = detect_format(url)
+    if extension in _KIND_BY_EXTENSION:
+        return _KIND_BY_EXTENSION[extension]
+    with open_source(url) as (stored, content_type):
+        if content_type in _KIND_BY_CONTENT_TYPE:
+            return _KIND_BY_CONTENT_TYPE[content_type]
+        with _decompress(stored, compression, url) as data:
+            head = data.read(_HEAD_BYTES)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+        return "json"
+    header = head.partition(b"\n")[0]
+    return "tsv" if b"\t" in header and b"," not in header else "csv"
 
 
 def detect_format(url: str) -> tuple[str, str | None]:
@@ -84,15 +138,16 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     blank_rows = row_characters = 0
+    lines, delimiter, lines_before = _read_preamble(url, delimiter)
 
     def limit_row() -> Iterator[str]:
         nonlocal row_characters
-        for line in _read_text_lines(url, line_ends_at_cr=True):
+        for line in lines:
             row_characters += len(line)
             if row_characters > _MAX_LINE_CHARACTERS:
                 raise ManifestError(
-                    f"The row that starts on line {first_line} of {url} has more than "
-                    f"{_MAX_LINE_CHARACTERS:,} characters; it may have a quote that is never "
+                    f"The row that starts on line {first_line + lines_before} of {url} has more "
+                    f"than {_MAX_LINE_CHARACTERS:,} characters; it may have a quote that is never "
                     "closed."
                 )
             yield line
@@ -111,7 +166,7 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
         width = max(number for number, name in enumerate(columns, start=1) if name)
         first_line = reader.line_num + 1
         for values in reader:
-            number = reader.line_num
+            number = reader.line_num + lines_before
             _check_encoding(values, number, url)
             row_characters = 0
             # Spreadsheets end a table with empty rows and columns.
@@ -121,14 +176,59 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
                 yield Line(number, cells, problem or find_cell_problem(cells))
             else:
                 blank_rows = count_blank_row(blank_rows, url)
-            first_line = number + 1
+            first_line = reader.line_num + 1
     except csv.Error as error:
         has_open_quote = first_line < reader.line_num or "end of data" in str(error)
-        hint = f"; the row starts on line {first_line} and may have a quote that is never closed"
+        hint = (
+            f"; the row starts on line {first_line + lines_before} and may have a quote that is "
+            "never closed"
+        )
         raise ManifestError(
-            f"Line {reader.line_num} of {url} is not valid CSV: {error}"
+            f"Line {reader.line_num + lines_before} of {url} is not valid CSV: {error}"
             f"{hint if has_open_quote else ''}."
         ) from None
+
+
+def _quote_text_marks(lines: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a TSV file, quoted where a quotation mark is part of the text.
+
+    Many tools write TSV without quotes, so that a cell may begin with a mark. That is so where a
+    line is no valid row by itself but has a cell for each column.
+    """
+    width = 0
+    for line in lines:
+        text = line.rstrip("\r\n")
+        cells = text.split("\t")
+        width = width or len(cells)
+        if '"' in line and len(cells) == width:
+            try:
+                list(csv.reader([text], delimiter="\t", strict=True))
+            except csv.Error:
+                quoted = ('"' + cell.replace('"', '""') + '"' for cell in cells)
+                yield "\t".join(quoted) + line[len(text) :]
+                continue
+        yield line
+
+
+def _read_preamble(url: str, delimiter: str) -> tuple[Iterator[str], str, int]:
+    """Return the lines after a line that declares the delimiter, the delimiter, and their offset.
+
+    Raises:
+        ManifestError: The file is a workbook or an archive.
+    """
+    lines = _read_text_lines(url, line_ends_at_cr=True)
+    first = next(lines, "")
+    if first.startswith("PK\3\4"):
+        raise ManifestError(
+            f"The manifest {url} is a workbook or an archive; save the sheet as CSV in UTF-8."
+        )
+    lines_before = 0
+    if declared := _SEPARATOR_LINE.fullmatch(first.strip().strip('"')):
+        # Excel writes and reads this line.
+        delimiter, lines_before = declared[1], 1
+    else:
+        lines = itertools.chain([first] if first else [], lines)
+    return (_quote_text_marks(lines) if delimiter == "\t" else lines), delimiter, lines_before
 
 
 def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
@@ -143,7 +243,7 @@ def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
     columns: dict[tuple[str, ...], list[str]] = {}
     unseen = set(renames.values())
     blank_rows = 0
-    for number, line in enumerate(_read_text_lines(url, line_ends_at_cr=False), start=1):
+    for number, line in enumerate(_read_json_texts(url), start=1):
         text = line.strip()
         if not text:
             blank_rows = count_blank_row(blank_rows, url)
@@ -189,6 +289,24 @@ def count_blank_row(earlier: int, url: str) -> int:
     return earlier + 1
 
 
+def _read_json_texts(url: str) -> Iterator[str]:
+    """Yield the lines of a JSON Lines file, or the objects of an array in its first line."""
+    lines = _read_text_lines(url, line_ends_at_cr=False)
+    first = next(lines, "")
+    if first.startswith("["):
+        try:
+            values = json.loads(first)
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, list) and all(isinstance(value, dict) for value in values):
+            if next(lines, None):
+                raise ManifestError(f"The manifest {url} goes on after its JSON array.")
+            yield from map(json.dumps, values)
+            return
+    yield first
+    yield from lines
+
+
 def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
     """Return the standard column names of one object, which may omit renamed columns.
 
@@ -221,7 +339,7 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
         Exception: What the filesystem or the decoder raises.
     """
     _, compression = detect_format(url)
-    with open_file(url) as stored:
+    with open_source(url) as (stored, _):
         size = _measure_size(stored)
         with (
             _decompress(stored, compression, url) as data,
@@ -325,7 +443,8 @@ def _check_encoding(values: list[str], line: int, url: str) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise ManifestError(
-                f"Line {line} of {url} is not UTF-8; save the manifest as UTF-8."
+                f"Line {line} of {url} is not UTF-8; save the manifest as UTF-8 (it may be in "
+                "UTF-16 or Windows-1252)."
             ) from None
 
 

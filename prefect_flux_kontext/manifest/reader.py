@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.columns import COLUMNS
+from prefect_flux_kontext.manifest.columns import COLUMNS, looks_like_image
 from prefect_flux_kontext.manifest.directory import ImageFolder, find_image_folder
 from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.formats import (
+    DELIMITERS,
     as_manifest_error,
     detect_format,
+    detect_kind,
     read_delimited,
     read_json_lines,
 )
@@ -34,16 +37,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from prefect_flux_kontext.manifest.columns import Line
+    from prefect_flux_kontext.manifest.formats import ManifestFormat
     from prefect_flux_kontext.manifest.row import Row
     from prefect_flux_kontext.references.rights import Rights
 
 MAX_ROWS = 1_000_000
 """Bounds the time that a small hostile file can take. At $0.03 a row, a million rows cost
 $30,000."""
-
-_TSV_EXTENSIONS = (".tsv", ".tab")
-_JSON_LINES_EXTENSIONS = (".jsonl", ".ndjson", ".json")
-_PARQUET_EXTENSIONS = (".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Manifest:
 
     Attributes:
         source: A path or fsspec URL, or the rows: a list of dicts, or a table with Arrow's
-            PyCapsule interface. The file name decides the format: `.tsv`, `.jsonl`, `.parquet`,
-            else CSV. Text may be compressed (`.gz`, `.zst`, `.bz2`, `.xz`). A folder, prefix
-            or glob of images is a manifest too.
+            PyCapsule interface. The file name decides the format (`.csv`, `.tsv`, `.jsonl`,
+            `.parquet`), else the content type or the content. Text may be compressed (`.gz`,
+            `.zst`, `.bz2`, `.xz`). A folder, prefix or glob of images is a manifest too.
             Columns with a meaning: `id`, `image`, `images`, `prompt`, `style`, `mode`,
             `aspect_ratio`, `output_format`, `provider`, `output`. Others are kept.
         prompt: The prompt for rows without one.
@@ -67,6 +67,10 @@ class Manifest:
         folder: Base folder of relative reference paths. None means the manifest's own folder;
             a manifest that is not local can then not name local files.
         rights: Which references the rows may name. None means those of the source.
+        format: The format of the file; None for that of its name, content type or content.
+        text_to_image: Rows without a reference are meant, though other columns look like images.
+        base_url: The service, which must reach references on the web; None for no check.
+        counts: Number of `lines` that were last read, with the header.
     """
 
     source: Any = field(repr=False)
@@ -78,6 +82,10 @@ class Manifest:
     parameters: Mapping[str, str | None] = field(default_factory=dict)
     folder: str | None = None
     rights: Rights | None = None
+    format: ManifestFormat | None = None
+    text_to_image: bool = False
+    base_url: str | None = None
+    counts: Counter[str] = field(default_factory=Counter, init=False, compare=False)
 
     @property
     def url(self) -> str:
@@ -87,9 +95,9 @@ class Manifest:
         return redact_url(str(self.source))
 
     @property
-    def skipped_files(self) -> int:
-        """Number of files in a folder that are not images by name, as of its last read."""
-        return self._folder.skipped_files if self._folder else 0
+    def skipped(self) -> Counter[str]:
+        """Number of files in a folder that are no rows, by reason, as of its last read."""
+        return self._folder.skipped if self._folder else Counter()
 
     def rows(self) -> Iterator[Row | RefusedRow]:
         """Yield all rows in order, valid or refused. Each call reads the manifest again.
@@ -111,6 +119,9 @@ class Manifest:
                 rights = rights._replace(folder=self.folder)
             defaults = defaults._replace(rights=rights)
             for line in self._read_lines(source):
+                self.counts["lines"] = line.number
+                if not self.text_to_image:
+                    self._check_images_used(line)
                 for row in expand_line(line, defaults):
                     count += 1
                     if count > MAX_ROWS:
@@ -119,9 +130,28 @@ class Manifest:
                         )
                     yield row if isinstance(row, RefusedRow) else _check_name(row, names, count)
 
+    def _check_images_used(self, line: Line) -> None:
+        """Check that a line without a reference has no other column that looks like one.
+
+        Raises:
+            ManifestError: It has one, so the row would be paid for as text to image.
+        """
+        cells = line.cells
+        if cells.get("image", "").strip() or cells.get("images", "").strip():
+            return
+        for name, text in cells.items():
+            if name not in COLUMNS and looks_like_image(name, text.strip()):
+                raise ManifestError(
+                    f"Line {line.number} of {self.url} has no reference, and its column {name!r} "
+                    f"looks like images ({text.strip()[:100]!r}): use --columns image={name} (in "
+                    "a flow, columns). If rows without a reference are meant, give "
+                    "--text-to-image (text_to_image)."
+                )
+
     @cached_property
     def _defaults(self) -> RowDefaults:
-        return resolve_row_defaults(self.prompt, self.styles, self.names, self.parameters)
+        defaults = resolve_row_defaults(self.prompt, self.styles, self.names, self.parameters)
+        return defaults._replace(base_url=self.base_url)
 
     @cached_property
     def _folder(self) -> ImageFolder | None:
@@ -143,16 +173,16 @@ class Manifest:
             )
         if self._folder is not None:
             return self._read_images(self._folder)
-        extension, compression = detect_format(source)
-        if extension in _PARQUET_EXTENSIONS:
-            if compression:
+        kind = self.format or detect_kind(source)
+        if kind == "parquet":
+            if detect_format(source)[1]:
                 raise ManifestError(
                     f"The manifest {source} is a compressed Parquet file; decompress it first."
                 )
             return read_parquet(source, self.columns)
-        if extension in _JSON_LINES_EXTENSIONS:
+        if kind == "json":
             return read_json_lines(source, self.columns)
-        return read_delimited(source, self.columns, "\t" if extension in _TSV_EXTENSIONS else ",")
+        return read_delimited(source, self.columns, DELIMITERS[kind])
 
     def _read_images(self, folder: ImageFolder) -> Iterator[Line]:
         if self.columns:

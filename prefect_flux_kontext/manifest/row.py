@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,9 +17,19 @@ from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.redaction import make_showable, redact_text, redact_url
-from prefect_flux_kontext.references.location import find_location_problem, normalize_reference
+from prefect_flux_kontext.references.location import (
+    LocationKind,
+    classify_location,
+    find_location_problem,
+    is_public_host,
+    normalize_reference,
+)
 from prefect_flux_kontext.references.rights import Rights, find_rights_problem
-from prefect_flux_kontext.storage.names import INVISIBLE_CHARACTERS, find_text_problem
+from prefect_flux_kontext.storage.names import (
+    INVISIBLE_CHARACTERS,
+    MAX_ID_CHARACTERS,
+    find_text_problem,
+)
 from prefect_flux_kontext.styles.styles import Styles, describe_unknown_style, select_styles
 from prefect_flux_kontext.styles.templates import is_template, parse_template
 
@@ -29,8 +40,8 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.manifest.output_paths import PathTemplate
     from prefect_flux_kontext.styles.styles import Style
 
-# Ids name files. The limit is that of a path segment in `storage.names`.
-_MAX_ID_CHARACTERS = 200
+# Between the references of a cell. A URL may hold commas itself.
+_SEPARATOR = re.compile(r"[\s|;,]*\s[\s|;,]*|[|;,]+(?=[a-z][a-z0-9]*://)", re.IGNORECASE)
 
 # Columns that the request takes unchanged.
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
@@ -86,6 +97,7 @@ class RowDefaults(NamedTuple):
         names: The template of output names.
         parameters: Parameters for rows that do not set them, which override those of a style.
         rights: Which references that are not on the web the rows may name.
+        base_url: The service, which must reach references on the web; None for no check.
     """
 
     prompt: str | None
@@ -93,6 +105,7 @@ class RowDefaults(NamedTuple):
     names: PathTemplate | None
     parameters: Mapping[str, str]
     rights: Rights = _DEFAULT_RIGHTS
+    base_url: str | None = None
 
 
 def resolve_row_defaults(
@@ -154,6 +167,7 @@ def make_row(
     names: PathTemplate | None = None,
     version: str | None = None,
     rights: Rights = _DEFAULT_RIGHTS,
+    base_url: str | None = None,
 ) -> Row | RefusedRow:
     """Make a row from the cells of one line.
 
@@ -165,6 +179,7 @@ def make_row(
         names: The template of output names.
         version: Version of the image's content, if the folder listing has one.
         rights: Which references that are not on the web the row may name.
+        base_url: The service, which must reach references on the web; None for no check.
     """
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: filled[name] for name in _REQUEST_COLUMNS if name in filled}
@@ -176,7 +191,9 @@ def make_row(
     images, problems = _parse_references(filled)
     row_id = filled.get("id") or _make_id(images, values)
     problems += _find_id_problems(filled.get("id", ""))
-    problems += [problem for image in images for problem in find_reference_problems(image)]
+    problems += [
+        problem for image in images for problem in find_reference_problems(image, base_url)
+    ]
     denied = _find_rights_problems(images, rights)
     problems += denied
     located = [normalize_reference(image, rights.folder) for image in images]
@@ -220,28 +237,44 @@ def make_row(
     )
 
 
-def find_reference_problems(image: str) -> list[str]:
+def find_reference_problems(image: str, base_url: str | None = None) -> list[str]:
     """Return the reasons why the text of a reference image makes it unusable for the service.
 
     Args:
         image: The reference as the manifest has it.
+        base_url: The service, which must reach the reference; None for no check.
     """
-    if INVISIBLE_CHARACTERS.search(image):
+    problem = _find_reference_problem(image, base_url)
+    return [problem] if problem else []
+
+
+def _find_reference_problem(image: str, base_url: str | None) -> str | None:
+    shown = f"image {redact_url(image)[:100]!r}"
+    is_own = classify_location(image) in (LocationKind.LOCAL, LocationKind.PRIVATE)
+    if not is_own and INVISIBLE_CHARACTERS.search(image):
         # A URL parser would drop them silently.
-        return [f"image {redact_url(image)[:100]!r} contains an invisible character"]
+        return f"{shown} contains an invisible character"
     parts = _split_url(image)
     host = parts.hostname
-    if parts.scheme in ("http", "https") and host:
-        if parts.username is not None or parts.password is not None:
-            return [
-                f"image at {host} has a user name or password in its URL; use a signed URL instead"
-            ]
-        if host.startswith(("169.254.", "fe80:")):
-            shown = redact_url(image)[:100]
-            return [f"image {shown!r} is at a link-local address, which the service cannot reach"]
-        return []
-    problem = find_location_problem(image)
-    return [problem] if problem else []
+    if parts.scheme not in ("http", "https") or not host:
+        return find_location_problem(image)
+    problem = None
+    if parts.username is not None or parts.password is not None:
+        problem = (
+            f"image at {host} has a user name or password in its URL; use a signed URL instead"
+        )
+    elif re.search(r"[\s|;,]+https?://", image, re.IGNORECASE):
+        problem = f"{shown} holds several URLs; use a column `images`, or a row for each of them"
+    elif any(sign.isspace() for sign in image):
+        problem = f"{shown} contains white space; write %20 for a blank"
+    elif host.startswith(("169.254.", "fe80:")):
+        problem = f"{shown} is at a link-local address, which the service cannot reach"
+    elif base_url and not is_public_host(host) and is_public_host(_split_url(base_url).hostname):
+        problem = (
+            f"{shown} is on this machine or a private network, which the service cannot reach; "
+            "give a public URL, or the file itself with a staging location"
+        )
+    return problem
 
 
 def _find_rights_problems(images: Sequence[str], rights: Rights) -> list[str]:
@@ -263,6 +296,7 @@ def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> 
         names=defaults.names,
         version=line.version,
         rights=defaults.rights,
+        base_url=defaults.base_url,
     )
 
 
@@ -307,7 +341,8 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
     if images:
         return images, ["the row has both `image` and `images`; remove one of them"]
     if not text.startswith("["):
-        images = text.split()
+        # A comma separates URLs only where the next one begins: paths and queries hold commas.
+        images = [part for part in _SEPARATOR.split(text) if part]
     else:
         try:
             images = json.loads(text)
@@ -334,8 +369,8 @@ def _make_id(images: list[str], values: dict[str, Any]) -> str:
 
 
 def _find_id_problems(row_id: str) -> list[str]:
-    if len(row_id) > _MAX_ID_CHARACTERS:
-        return [f"id has {len(row_id):,} characters; the limit is {_MAX_ID_CHARACTERS}"]
+    if len(row_id) > MAX_ID_CHARACTERS:
+        return [f"id has {len(row_id):,} characters; the limit is {MAX_ID_CHARACTERS}"]
     problem = find_text_problem(row_id)
     return [f"id {row_id!r:.80} {problem}; ids name files"] if problem else []
 

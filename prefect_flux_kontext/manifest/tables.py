@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, WithJsonSchema
 
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.columns import MAX_CELL_CHARACTERS, Columns, Line, to_cells
+from prefect_flux_kontext.manifest.columns import (
+    COLUMNS,
+    MAX_CELL_CHARACTERS,
+    Columns,
+    Line,
+    to_cells,
+)
 from prefect_flux_kontext.manifest.formats import (
     check_renames_used,
     count_blank_row,
     resolve_columns,
 )
-from prefect_flux_kontext.references.remote import open_file
+from prefect_flux_kontext.references.remote import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -149,7 +155,7 @@ def read_parquet(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
     pa = _import_pyarrow(url)
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
-    with open_file(url) as file:
+    with open_source(url) as (file, _):
         parquet = pq.ParquetFile(file, pre_buffer=False)
         columns = [parquet.schema.column(at) for at in range(parquet.metadata.num_columns)]
         _check_row_groups(parquet.metadata, columns, url)
@@ -196,7 +202,7 @@ def _read_batches(
     for batch in batches:
         rows = f"between rows {number + 1} and {number + _BATCH_ROWS}"
         column_values = [
-            _read_values(pa, column, f"{name}, {rows}", url)
+            _read_values(pa, _blank_long_cells(pa, name, column), f"{name}, {rows}", url)
             for name, column in zip(columns, batch.columns, strict=True)
         ]
         for values in zip(*column_values, strict=True):
@@ -206,6 +212,26 @@ def _read_batches(
                 yield Line(number, cells, problem)
             else:
                 blank_rows = count_blank_row(blank_rows, url)
+
+
+def _blank_long_cells(pa: Any, name: str, column: Any) -> Any:
+    """Empty the cells of megabytes of a column without a meaning, which must not refuse rows."""
+    if name in COLUMNS:
+        return column
+    import pyarrow.compute as pc  # noqa: PLC0415 - an extra
+
+    if pa.types.is_dictionary(column.type):
+        # Decoded, a long text that all rows share would take its size for each of them.
+        values = _blank_long_cells(pa, name, column.dictionary)
+        if pa.types.is_null(values.type):
+            return pa.nulls(len(column))
+        return pa.DictionaryArray.from_arrays(column.indices, values)
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return pa.nulls(len(column))
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        fits = pc.less_equal(pc.binary_length(column), 4 * MAX_CELL_CHARACTERS)
+        return pc.if_else(fits, column, pa.scalar(None, column.type))
+    return column
 
 
 def _read_values(pa: Any, column: Any, where: str, url: str) -> list[Any]:

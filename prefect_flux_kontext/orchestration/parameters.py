@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
+from prefect import Flow
 from prefect.blocks.core import Block
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.references.identity import url_identity
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from prefect_flux_kontext.styles.styles import builtin_styles
@@ -43,6 +46,49 @@ StyleNames = Annotated[
     ),
 ]
 """The parameter of a flow for styles: a choice in the form, or names and files as text."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Longer texts are no path or URL, but a manifest or a reference by its content.
+_MAX_RECORDED_CHARACTERS = 2_000
+
+
+class FlowWithoutRows(Flow[P, R]):
+    """A flow whose runs record a manifest or a reference as text only if it grants no access.
+
+    Prefect refuses a run with more than 512 kB of parameters, and shows them to everyone. Rows,
+    tables and signed URLs are therefore recorded as a placeholder.
+    """
+
+    def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters as the run records them."""
+        return super().serialize_parameters(
+            {name: _hide_rows(name, value) for name, value in parameters.items()}
+        )
+
+    def with_options(self, **options: Any) -> Any:
+        """Return the flow with other options. It still records no rows."""
+        changed: Any = super().with_options(**options)
+        changed.__class__ = type(self)
+        return changed
+
+
+def flow_without_rows(**options: Any) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Make a flow of a function, as `prefect.flow`, whose runs record no rows."""
+    return lambda function: FlowWithoutRows(function, **options)
+
+
+def _hide_rows(name: str, value: Any) -> Any:
+    if name == "manifest" and not isinstance(value, str | os.PathLike):
+        rows = f" of {len(value):,} rows" if isinstance(value, Sized) else ""
+        return f"<{type(value).__name__}{rows}>"
+    if name in ("manifest", "image") and isinstance(value, str):
+        if len(value) > _MAX_RECORDED_CHARACTERS:
+            return f"<text of {len(value):,} characters>"
+        return url_identity(value)
+    return value
+
 
 _BLOCK_PREFIX = "block:"
 _OUTPUT_BLOCK_TYPES = ("local-file-system", "remote-file-system", "s3-bucket")

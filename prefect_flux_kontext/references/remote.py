@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import zlib
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
@@ -31,7 +32,14 @@ _ERRORS: dict[int, type[OSError]] = {
 
 @contextmanager
 def open_file(url: str) -> Iterator[Any]:
-    """Open a file for reading bytes.
+    """Open a file for reading bytes; see `open_source`."""
+    with open_source(url) as (file, _):
+        yield file
+
+
+@contextmanager
+def open_source(url: str) -> Iterator[tuple[Any, str]]:
+    """Open a file for reading bytes, and give its content type if it is on the web.
 
     A file on the web is fetched whole, from public addresses, and from a private network only if
     the configured service is on it: others may choose the URL, but not reach what this machine
@@ -46,16 +54,17 @@ def open_file(url: str) -> Iterator[Any]:
     """
     if classify_location(url) is not LocationKind.WEB:
         with fsspec.open(url, "rb") as file:
-            yield file
+            yield file, ""
         return
     with tempfile.TemporaryFile(prefix="flux-kontext-") as file:
         # This thread may run an event loop, so the request runs on fsspec's.
-        fsspec.asyn.sync(fsspec.asyn.get_loop(), _fetch, url, file)
+        content_type = fsspec.asyn.sync(fsspec.asyn.get_loop(), _fetch, url, file)
         file.seek(0)
-        yield file
+        yield file, content_type
 
 
-async def _fetch(url: str, file: IO[bytes]) -> None:
+async def _fetch(url: str, file: IO[bytes]) -> str:
+    """Copy a file on the web, unpacked if it was packed in transit; return its content type."""
     async with (
         asyncio.timeout(_TIMEOUT_SECONDS),
         open_download_client(base_url=FluxKontextSettings().base_url) as http,
@@ -63,7 +72,11 @@ async def _fetch(url: str, file: IO[bytes]) -> None:
     ):
         if response.status_code != httpx.codes.OK:
             raise _ERRORS.get(response.status_code, OSError)(f"HTTP {response.status_code}")
+        is_packed = response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate")
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32) if is_packed else None
         async for chunk in stream_response(response):
-            file.write(chunk)
+            file.write(unpacker.decompress(chunk) if unpacker else chunk)
             if file.tell() > _MAX_BYTES:
                 raise OSError(f"it is larger than {_MAX_BYTES:,} bytes")
+        content_type: str = response.headers.get("Content-Type", "")
+        return content_type.partition(";")[0].strip().lower()

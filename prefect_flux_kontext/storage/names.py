@@ -8,6 +8,8 @@ import unicodedata
 
 # Filesystems allow 255 bytes between slashes; suffixes and extension need some of them.
 _MAX_COMPONENT_LENGTH = 200
+MAX_ID_CHARACTERS = _MAX_COMPONENT_LENGTH
+"""Ids name files, so the limit is that of a path segment."""
 _MAX_LENGTH = 400
 
 _RESERVED_NAMES = frozenset(

@@ -352,4 +352,4 @@ def test_key_with_an_empty_folder_is_counted(s3, tmp_path):
         client.put_object(Bucket="pictures", Key=f"{tmp_path.name}/{key}", Body=b"x")
     manifest = Manifest(f"{bucket}/{tmp_path.name}/", prompt="oil")
     assert [row.id for row in manifest.rows()] == ["#b", "a"]
-    assert manifest.skipped_files == 2
+    assert manifest.skipped == {"files in folders without a name": 2}

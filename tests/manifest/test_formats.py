@@ -115,7 +115,6 @@ def test_columns_are_mapped_to_standard_names():
     [
         ({"image": "photo"}, "no column 'photo' to use as 'image'; its columns are id, image"),
         ({"picture": "image"}, "Cannot map a column to 'picture'; the standard columns are"),
-        ({"prompt": "sku"}, "has duplicate columns: prompt"),
     ],
 )
 def test_invalid_column_mapping_is_refused(manifest, columns, expected):

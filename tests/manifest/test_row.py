@@ -156,7 +156,7 @@ def test_column_images_may_hold_one_reference(text):
     assert make_row(2, {"images": text, "prompt": "x"}).request.image_urls == [URL]
 
 
-@pytest.mark.parametrize("text", [f'["{URL}", "http://a.test/b c.png"]', f"{URL}  {URL}"])
+@pytest.mark.parametrize("text", [f'["{URL}", "http://a.test/b.png"]', f"{URL}  {URL}"])
 def test_row_with_several_references_is_refused(text):
     assert reason(images=text, prompt="x") == (
         "the row has 2 reference images and the service takes one; give each image a row of its "
@@ -173,7 +173,7 @@ def test_image_and_images_together_are_refused():
     assert "both `image` and `images`" in reason(image=URL, images=URL, prompt="x")
 
 
-@pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x y.png", "http://[::1]:80/x?sig=1#f"])
+@pytest.mark.parametrize("image", [URL, "HTTPS://a.test/x%20y.png", "http://[::1]:80/x?sig=1#f"])
 def test_public_reference_is_accepted(image):
     assert find_reference_problems(image) == []
 

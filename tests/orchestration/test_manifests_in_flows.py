@@ -65,7 +65,42 @@ class TestManifestsInFlows:
         assert (await state.aresult()).stored == 1
         async with get_client() as client:
             run = await client.read_flow_run(state.state_details.flow_run_id)
-        assert run.parameters["manifest"] == "<DataFrame>"
+        assert run.parameters["manifest"] == "<DataFrame of 1 rows>"
+
+    @pytest.mark.parametrize("kind", ["list", "tuple", "polars", "pandas", "arrow"])
+    async def test_rows_are_never_recorded(self, account, tmp_path, kind):
+        rows = [{"id": f"r{n}", "prompt": "a canary of a prompt"} for n in range(2)]
+        given = {
+            "list": lambda: rows,
+            "tuple": lambda: tuple(rows),
+            "polars": lambda: pl.DataFrame(rows),
+            "pandas": lambda: pl.DataFrame(rows).to_pandas(),
+            "arrow": lambda: pl.DataFrame(rows).to_arrow(),
+        }[kind]()
+        state = await style_transfer_batch.with_options(name="renamed")(
+            given, str(tmp_path), credentials=account, cadence=CADENCE, return_state=True
+        )
+        assert (await state.aresult()).stored == 2
+        async with get_client() as client:
+            run = await client.read_flow_run(state.state_details.flow_run_id)
+        assert "canary" not in str(run.parameters)
+
+    async def test_long_list_of_rows_runs(self, account, tmp_path):
+        rows = [{"id": f"r{n}", "prompt": "ink " * 100} for n in range(1_700)]
+        summary = await style_transfer_batch(
+            rows, str(tmp_path), credentials=account, cadence=CADENCE, dry_run=True
+        )
+        assert (summary.rows, summary.not_submitted) == (1_700, 1_700)
+
+    async def test_signature_of_a_manifest_is_not_recorded(self, account, tmp_path):
+        url = "http://127.0.0.1:9/m.csv?X-Amz-Signature=canary"
+        state = await style_transfer_batch(
+            url, str(tmp_path), credentials=account, cadence=CADENCE, return_state=True
+        )
+        assert state.is_failed()
+        async with get_client() as client:
+            run = await client.read_flow_run(state.state_details.flow_run_id)
+        assert run.parameters["manifest"] == "http://127.0.0.1:9/m.csv"
 
     async def test_other_types_are_not_a_manifest(self, tmp_path):
         with pytest.raises(ParameterTypeError, match="a list of dicts or a table"):

@@ -19,6 +19,7 @@ from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.manifest.formats import ManifestFormat
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.tables import ManifestSource
@@ -74,6 +75,8 @@ async def style_transfer_partition(
     fit_references: bool = False,
     callback_url: str | None = None,
     storage_options: StorageOptions = None,
+    manifest_format: ManifestFormat | None = None,
+    text_to_image: bool = False,
 ) -> BatchSummary:
     """Run one partition of a batch with a leased share of the account.
 
@@ -99,6 +102,8 @@ async def style_transfer_partition(
         fit_references: Shrink local and private reference images of more than 10 MB.
         callback_url: URL that the service calls when an image is ready.
         storage_options: Options of the output's filesystem.
+        manifest_format: Format of the file. Default: by its name, content type or content.
+        text_to_image: Rows without a reference are meant, though other columns look like images.
 
     Returns:
         The counts of the partition's rows.
@@ -142,7 +147,18 @@ async def style_transfer_partition(
         "output_format": output_format,
         "provider": provider,
     }
-    rows = Manifest(manifest, prompt, columns or {}, styles, output_names, str(output), parameters)
+    rows = Manifest(
+        manifest,
+        prompt,
+        columns or {},
+        styles,
+        output_names,
+        str(output),
+        parameters,
+        format=manifest_format,
+        text_to_image=text_to_image,
+        base_url=account.base_url,
+    )
     with forward_core_logs():
         async with (
             keep_heartbeat(store, name),

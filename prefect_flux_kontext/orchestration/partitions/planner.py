@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from prefect_flux_kontext.styles.styles import is_style_file
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.credentials import FluxKontextCredentials
+
+# Prefect refuses a run with more than 524,288 bytes of parameters.
+_MAX_PARAMETER_CHARACTERS = 400_000
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,16 @@ def _convert_to_json(name: str, value: Any) -> Any:
         return {"$ref": {"block_document_id": str(document)}}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    if isinstance(value, Table) or not isinstance(value, str | int | float | list | dict | None):
+    is_too_large = isinstance(value, list) and len(json.dumps(value)) > _MAX_PARAMETER_CHARACTERS
+    if isinstance(value, Table) or is_too_large:
+        raise ConfigurationError(
+            f"The {name} of a batch in partitions cannot be a table or a long list, because each "
+            "partition gets it as a parameter. Write it to a file that all workers can read."
+        )
+    if not isinstance(value, str | int | float | list | dict | None):
         raise ConfigurationError(
             f"The {name} of a batch in partitions cannot be {value!r:.80}, because it is sent to "
-            "other machines. Give it as text, or a manifest as a list of dicts."
+            "other machines. Give it as text."
         )
     return value
 
