@@ -118,7 +118,7 @@ async def has_ended(pid):
 
 
 async def test_deployments_need_no_checkout(place):
-    assert place.printed.count("successfully created") == 5
+    assert place.printed.count("$ prefect deployment run") == 5
     async with get_client() as client:
         deployments = [await client.read_deployment_by_name(name) for name in NAMES]
     for deployment in deployments:
