@@ -76,7 +76,10 @@ def test_what_is_no_python_is_in_the_wheel_too(files):
 def test_the_sdist_holds_what_the_wheel_is_made_of(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
+        deployments = sdist.extractfile(sdist.getmember(f"{PACKAGE}-{VERSION}/prefect.yaml"))
+        assert deployments.read() == (ROOT / "prefect.yaml").read_bytes()
     beside = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
+    beside |= {"prefect.yaml", *(f"flows/{path.name}" for path in (ROOT / "flows").glob("*.py"))}
     assert names == OUR_FILES | beside
 
 
