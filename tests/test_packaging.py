@@ -76,7 +76,10 @@ def test_what_is_no_python_is_in_the_wheel_too(files):
 def test_the_sdist_holds_what_the_wheel_is_made_of(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
+        deployments = sdist.extractfile(sdist.getmember(f"{PACKAGE}-{VERSION}/prefect.yaml"))
+        assert deployments.read() == (ROOT / "prefect.yaml").read_bytes()
     beside = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
+    beside |= {"prefect.yaml", *(f"flows/{path.name}" for path in (ROOT / "flows").glob("*.py"))}
     assert names == OUR_FILES | beside
 
 
@@ -187,6 +190,19 @@ def test_what_the_package_imports_it_names_as_a_dependency():
             imported |= set(imports_of(ast.parse((ROOT / name).read_text())))
     outside = imported - sys.stdlib_module_names - {PACKAGE}
     assert outside == needed | (set(EXTRAS.values()) - {"s3fs"})
+
+
+def test_images_are_opened_only_in_named_formats():
+    """Decoders of other formats had holes in older releases of Pillow; none can be reached."""
+    opened = [
+        (name, {argument.arg for argument in node.keywords})
+        for name in OUR_FILES
+        if name.endswith(".py")
+        for node in ast.walk(ast.parse((ROOT / name).read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
+    ]
+    assert len(opened) >= 6
+    assert [name for name, arguments in opened if "formats" not in arguments] == []
 
 
 def imports_of(tree):

@@ -88,6 +88,12 @@ def test_only_what_was_tested_and_attested_is_published():
     assert release["test"]["uses"] == "./.github/workflows/test.yml"
 
 
+def test_tools_of_the_signing_job_are_pinned():
+    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    # twine with what it needs, and the build with its backend.
+    assert {"build", "hatchling", "twine", "keyring", "nh3", "readme_renderer", "id"} <= pinned
+
+
 def test_templates_and_dependabot_can_be_read():
     forms = [yaml.safe_load(path.read_text()) for path in (GITHUB / "ISSUE_TEMPLATE").iterdir()]
     assert sum("body" in form for form in forms) == 2

@@ -1,8 +1,13 @@
-"""`flux-kontext announce`, `automations` and `limits`: commands that talk to a Prefect server."""
+"""`flux-kontext deploy`, `announce`, `automations`, `limits`: commands that talk to Prefect."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +16,25 @@ if TYPE_CHECKING:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands to the command line."""
+    deploy = commands.add_parser(
+        "deploy",
+        help="Create the deployments of this package in Prefect",
+        description="Create or update the five deployments of this package in the Prefect at "
+        "PREFECT_API_URL, for the work pool flux-kontext. Workers need the package and no "
+        "checkout.",
+    )
+    deploy.add_argument(
+        "manifest", metavar="MANIFEST", help="URL or absolute path that nightly-prefix restyles"
+    )
+    deploy.add_argument(
+        "--output",
+        dest="output_url",  # as in `announce`
+        metavar="OUTPUT",
+        required=True,
+        help="folder or prefix for the images",
+    )
+    deploy.set_defaults(func=_deploy)
+
     announce = commands.add_parser(
         "announce",
         help="Announce a manifest to Prefect, so that a deployment runs it",
@@ -76,6 +100,27 @@ def _parse_pair(text: str) -> tuple[str, str]:
         # argparse turns this into its own message, with the option and the text.
         raise ValueError
     return name, value
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.orchestration.events import require_api_url
+
+    require_api_url()
+    locations = {"INCOMING": options.manifest, "RESTYLED": options.output_url}
+    # A colon is part of a URL and of `block:s3-bucket/NAME`.
+    relative = [
+        text for text in locations.values() if ":" not in text and not Path(text).is_absolute()
+    ]
+    if relative:
+        raise ConfigurationError(
+            f"Workers run in a folder of their own: give {', '.join(relative)} as a URL or an "
+            "absolute path. Nothing was deployed."
+        )
+    with as_file(files("prefect_flux_kontext") / "prefect.yaml") as path:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+        command += ["--prefect-file", str(path)]
+        return subprocess.run(command, env=os.environ | locations, check=False).returncode
 
 
 def _announce(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import math
 import random
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
@@ -161,7 +161,7 @@ def _lay_pieces(
         corners.append((x_moved * width / columns, y_moved * height / rows))
     result, line_width = Image.new("RGB", picture.size), max(1, round(joint_width))
     draw = ImageDraw.Draw(result)
-    for at, colour in enumerate(cast("Any", small.get_flattened_data())):
+    for at, colour in enumerate(_read_colours(small)):
         upper, lower = at + at // columns, at + at // columns + columns + 1
         square = [*corners[upper : upper + 2], corners[lower + 1], corners[lower]]
         draw.polygon(square, colour)
@@ -170,6 +170,11 @@ def _lay_pieces(
     for column in range(columns + 1):
         draw.line(corners[column :: columns + 1], joint, line_width)
     return result
+
+
+def _read_colours(picture: Image.Image) -> list[tuple[int, int, int]]:
+    data = picture.tobytes()  # RGB; Pillow's own name for this differs between releases
+    return list(zip(data[::3], data[1::3], data[2::3], strict=True))
 
 
 def _paint_stained_glass(picture: Image.Image) -> Image.Image:
@@ -250,7 +255,7 @@ def _paint_oil(picture: Image.Image) -> Image.Image:
     for cell, least_slope in ((12, 0), (7, 8), (4.5, 30)):
         columns, rows = (max(2, round(edge / (cell * unit))) for edge in picture.size)
         small = rich.resize((columns, rows), Image.Resampling.BOX)
-        colours: Any = small.get_flattened_data()
+        colours = _read_colours(small)
         grey = _blur(ImageOps.grayscale(small), 1).tobytes()
         width, reach = max(1, round(cell * unit)), cell * unit * 1.5
         for at in rng.sample(range(columns * rows), columns * rows):

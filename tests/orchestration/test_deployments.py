@@ -1,4 +1,4 @@
-"""prefect.yaml, deployed to a real server and run by a real worker."""
+"""prefect.yaml, deployed to a real server and run by a real worker in an empty folder."""
 
 import os
 import shutil
@@ -84,8 +84,12 @@ def place(prefect_api, tmp_path_factory):
         }
         place = Deployed(folder, environment, sandbox)
         place.run("prefect", "work-pool", "create", POOL, "--type", "process")
+        place.printed = place.run(
+            "prefect_flux_kontext",
+            *("deploy", environment["INCOMING"], "--output", environment["RESTYLED"]),
+        )
         place.run("prefect", "deploy", "--all")
-        with running_worker(POOL, folder, environment):
+        with running_worker(POOL, tmp_path_factory.mktemp("empty"), environment):
             yield place
 
 
@@ -111,6 +115,25 @@ async def has_ended(pid):
             return True
         await anyio.sleep(0.1)
     return False
+
+
+async def test_deployments_need_no_checkout(place):
+    assert place.printed.count("$ prefect deployment run") == 5
+    async with get_client() as client:
+        deployments = [await client.read_deployment_by_name(name) for name in NAMES]
+    for deployment in deployments:
+        assert deployment.entrypoint.startswith("prefect_flux_kontext.deployments.")
+        assert not deployment.pull_steps
+        assert deployment.path in {None, ""}
+
+
+def test_deploy_refuses_relative_paths(place):
+    command = [sys.executable, "-m", "prefect_flux_kontext", "deploy", "in.csv", "--output", "out"]
+    done = subprocess.run(
+        command, env=place.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "give in.csv, out as a URL or an absolute path. Nothing was deployed." in done.stderr
 
 
 async def test_deployments_have_triggers_and_forms(place):

@@ -296,7 +296,7 @@ class TestRefusal:
         message = await self.run_refused(
             account, tmp_path, partition_deployment="style-transfer-partition/none"
         )
-        assert "prefect deploy --name partition-of-batch" in message
+        assert "flux-kontext deploy" in message
 
     async def test_unsaved_block_is_refused(self, workers, tmp_path):
         block = FluxKontextCredentials(api_key="a", base_url=workers.sandbox.url)

@@ -73,8 +73,8 @@ async def plan_partitions(
             await client.read_deployment_by_name(deployment)
         except (ObjectNotFound, ValueError):
             raise ConfigurationError(
-                f"There is no deployment {deployment!r} to run partitions. Deploy it from the "
-                "prefect.yaml of this package (prefect deploy --name partition-of-batch), or set "
+                f"There is no deployment {deployment!r} to run partitions. Create it with "
+                "`flux-kontext deploy MANIFEST --output OUTPUT`, or set "
                 "partition_deployment to one of yours. Nothing was submitted."
             ) from None
     return PartitionPlan(

@@ -35,7 +35,7 @@ def draw_contact_sheet(rows: Sequence[Sequence[tuple[str, Path | IO[bytes]]]]) -
     font = ImageFont.load_default(14)
     for top, row in enumerate(rows):
         for left, (caption, file) in enumerate(row):
-            with Image.open(file) as image:
+            with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
                 # A JPEG decodes several times faster at a reduced size.
                 image.draft("RGB", _CELL_SIZE)
                 cell = ImageOps.pad(image.convert("RGB"), _CELL_SIZE, color=_BACKGROUND)

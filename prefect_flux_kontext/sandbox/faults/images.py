@@ -97,7 +97,7 @@ def _webp(image: bytes) -> bytes:
     from PIL import Image  # noqa: PLC0415 - the help of the command line lists faults too
 
     out = io.BytesIO()
-    with Image.open(io.BytesIO(image)) as picture:
+    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
         picture.save(out, "WEBP", lossless=True)
     return out.getvalue()
 
