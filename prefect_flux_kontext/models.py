@@ -315,7 +315,9 @@ def read_as_data_url(uri: str, pixels: int = _THUMBNAIL_PIXELS) -> str | None:
 
     thumbnail = io.BytesIO()
     try:
-        with Image.open(Path(uri.removeprefix("file://"))) as image:
+        with Image.open(
+            Path(uri.removeprefix("file://")), formats=("JPEG", "PNG", "WEBP")
+        ) as image:
             image.thumbnail((pixels, pixels))
             image.save(thumbnail, "WEBP")
     except (OSError, ValueError, Image.DecompressionBombError):

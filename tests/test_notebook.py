@@ -70,7 +70,7 @@ def test_broken_image_shows_its_uri(tmp_path):
 
 def test_result_shows_before_and_after_without_signatures():
     """A saved notebook must not hold a signed URL."""
-    request = GenerationRequest(prompt="x", image_urls=["https://x.test/a.jpg", "s3://b/c.jpg"])
+    request = GenerationRequest(prompt="x", image_urls=["https://x.test/a.jpg"])
     urls = ["https://x.test/b.jpg", "https://x.test/c.jpg?sig=secret"]
     page = GenerationResult(task_id="t", result_urls=urls, request=request)._repr_html_()
     assert re.findall(r'src="([^"]+)".*?<figcaption>(.*?)<', page) == [
