@@ -1,7 +1,7 @@
 """Secrets that are planted show up nowhere, however a process ends.
 
 `prefect_edge/test_secrets.py` and `test_signatures.py` search what Prefect keeps; this searches
-what the package says and leaves behind by itself.
+what the package says and leaves behind.
 """
 
 import base64
@@ -44,12 +44,12 @@ def with_variables(kind, error, where):
     return "".join(traceback.TracebackException(kind, error, where, capture_locals=True).format())
 
 class Formatter(logging.Formatter):
-    def formatException(self, told):
-        return with_variables(*told)
+    def formatException(self, details):
+        return with_variables(*details)
 
-def hook(*told):
-    print(with_variables(*told), file=sys.stderr)
-    sys.__excepthook__(*told)
+def hook(*details):
+    print(with_variables(*details), file=sys.stderr)
+    sys.__excepthook__(*details)
 
 def crash(*_, **__):
     if ending == "aborted":

@@ -102,8 +102,8 @@ def test_the_metadata_says_for_whom_it_is(metadata):
 
 
 def test_entry_points_name_what_is_in_the_wheel(files):
-    told = files[f"{PACKAGE}-{VERSION}.dist-info/entry_points.txt"].decode()
-    modules = dict(re.findall(r"^(\S+) = ([\w.]+)", told, re.MULTILINE))
+    output = files[f"{PACKAGE}-{VERSION}.dist-info/entry_points.txt"].decode()
+    modules = dict(re.findall(r"^(\S+) = ([\w.]+)", output, re.MULTILINE))
     assert modules == {"flux-kontext": f"{PACKAGE}.cli", PACKAGE: f"{PACKAGE}.credentials"}
     for module in modules.values():
         path = module.replace(".", "/")
@@ -171,9 +171,9 @@ def test_without_extras_all_can_be_imported_and_what_is_missing_is_named(tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
-    assert len(told) == len(EXTRAS)
-    for line, extra in zip(told, ("parquet", "zstd", "s3"), strict=True):
+    output = done.stdout.splitlines()
+    assert len(output) == len(EXTRAS)
+    for line, extra in zip(output, ("parquet", "zstd", "s3"), strict=True):
         assert f"prefect-flux-kontext[{extra}]" in line or EXTRAS[extra] in line
 
 

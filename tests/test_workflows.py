@@ -28,10 +28,10 @@ def commands(name):
 def test_each_action_is_pinned_by_its_commit_and_says_its_version(name):
     used = re.findall(r"\buses: (\S+)(.*)", WORKFLOWS[name].read_text())
     assert used
-    for action, told in used:
+    for action, text in used:
         if not action.startswith("./.github/workflows/"):
             assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), action
-            assert re.fullmatch(r" # v\d+\.\d+\.\d+", told), action
+            assert re.fullmatch(r" # v\d+\.\d+\.\d+", text), action
         else:
             assert (ROOT / action).is_file()
 
@@ -75,10 +75,10 @@ def test_the_oldest_prefect_that_is_tested_is_the_oldest_that_is_allowed():
 
 
 def test_the_wheel_is_tried_where_there_is_nothing_else_and_what_is_pinned_is_audited():
-    told = commands("test")
-    assert re.search(r"pip\" install .*dist/\*\.whl", told)
-    assert "flux-kontext demo" in told
-    assert "pip_audit --requirement constraints.txt" in told
+    text = commands("test")
+    assert re.search(r"pip\" install .*dist/\*\.whl", text)
+    assert "flux-kontext demo" in text
+    assert "pip_audit --requirement constraints.txt" in text
 
 
 def test_only_what_was_tested_and_attested_is_published():
