@@ -1,6 +1,6 @@
 """Secrets that are planted show up nowhere, however a process ends.
 
-`prefect_edge/test_secrets.py` and `test_signatures.py` search what Prefect keeps; this searches
+`orchestration/test_secrets.py` and `test_signatures.py` search what Prefect keeps; this searches
 what the package says and leaves behind.
 """
 
