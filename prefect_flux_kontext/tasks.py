@@ -19,7 +19,7 @@ from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import FluxKontextError, GenerationFailedError
 from prefect_flux_kontext.images.download import open_download_client
-from prefect_flux_kontext.images.persist import persist_result
+from prefect_flux_kontext.images.persist import persist_result, place_stored_images
 from prefect_flux_kontext.models import (
     GenerationRequest,
     GenerationResult,
@@ -281,7 +281,7 @@ async def persist_images(
 
     Args:
         result: The result that `wait_for_generation` returned. If its ledger has the images as
-            stored, they are returned as they are.
+            stored, nothing is downloaded; another name in the same folder gets a copy.
         output: Folder or prefix on any fsspec filesystem, such as `out/` or
             `s3://bucket/prefix`; or a storage Block, or `block:` and the reference of one.
         name: File name without extension. Default: the task id. The second image of a result
@@ -299,8 +299,6 @@ async def persist_images(
         ConfigurationError: The output is not a usable folder.
         StorageError: The output did not accept the file.
     """
-    if result.stored:
-        return result.stored
     folder = await open_output(output, storage_options)
     ledger = None
     if result.ledger is not None and result.key is not None:
@@ -308,7 +306,15 @@ async def persist_images(
         ledger = await open_output(result.ledger, storage_options)
         ended = (await read_entry(ledger, result.key)).ended
         if ended is not None and ended.images:
-            return ended.images
+            if name is None or str(ledger) != str(folder):
+                return ended.images
+            uris = await place_stored_images(
+                ended.files, ledger, name=make_safe_name(name), key=result.key
+            )
+            return [
+                image.model_copy(update={"uri": uri})
+                for image, uri in zip(ended.images, uris, strict=True)
+            ]
     base_url = result.base_url or FluxKontextSettings().base_url
     async with open_download_client(base_url=base_url) as http:
         images = await persist_result(

@@ -247,12 +247,12 @@ async def test_invalid_request_is_posted_once():
 
 async def test_reply_that_arrived_during_a_freeze_is_read(monkeypatch):
     """A suspended process resumes after all its time limits; the reply waits in the socket."""
-    monkeypatch.setattr(transport, "_REQUEST_TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setattr(transport, "_LATE_SECONDS", 0.1)
+    monkeypatch.setattr(transport, "_REQUEST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(transport, "_LATE_SECONDS", 0.5)
     settings = SandboxSettings(long_edge=16, api_key=KEY)
     plan = FaultPlan(faults=["submit:slow"], slow=0.05)
     with running_sandbox(settings, plan=plan) as sandbox:
         async with make_client(sandbox.url) as client:
-            asyncio.get_running_loop().call_later(0.02, time.sleep, 0.4)
+            asyncio.get_running_loop().call_later(0.02, time.sleep, 1.5)
             tasks = await asyncio.gather(*(client.submit(REQUEST) for _ in range(8)))
         assert len({task.task_id for task in tasks}) == sandbox.service.bill()["accepted"] == 8

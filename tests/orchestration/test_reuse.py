@@ -80,7 +80,7 @@ async def test_results_are_collected_by_another_flow_run(account, sandbox, tmp_p
 async def test_suspending_without_a_deployment_is_refused_unpaid(account, sandbox, tmp_path):
     with pytest.raises(ConfigurationError, match="no deployment") as caught:
         await style_transfer_batch(rows(2), str(tmp_path), credentials=account, wait="suspend")
-    assert 'wait="collect"' in caught.value.message
+    assert "collect_batch" in caught.value.message
     assert sandbox.service.bill()["accepted"] == 0
 
 

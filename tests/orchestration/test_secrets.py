@@ -94,10 +94,11 @@ def test_key_is_not_stored_anywhere(prefect_api, tmp_path):
             check=False,
         )
         assert program.returncode == 0, program.stderr[-3_000:]
-        assert sandbox.service.bill()["accepted"] >= 5
+        # The single image has been paid for by the batch, whose output is its ledger.
+        assert sandbox.service.bill()["accepted"] >= 4
     ended = program.stdout.split()
     assert ended.count("COMPLETED") >= 4
-    assert ended.count("FAILED") >= 5
+    assert ended.count("FAILED") >= 4
     (tmp_path / "stdout").write_text(program.stdout)
     (tmp_path / "stderr").write_text(program.stderr)
     assert "DEBUG" in program.stderr
