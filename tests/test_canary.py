@@ -66,7 +66,7 @@ async def crash_at_a_submit(connections, method, *args, **how):
 
 ending, manifest, output = sys.argv[1:]
 send_request = client.send_request
-run = ["run", manifest, output, "--skip-invalid"]
+run = ["run", manifest, output, "--skip-invalid", "--text-to-image"]
 sys.excepthook = hook
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 logging.getLogger().handlers[0].setFormatter(Formatter(logging.BASIC_FORMAT))
@@ -76,15 +76,20 @@ if ending == "well":
     with patch.object(client, "send_request", crash_at_a_submit):
         main(run)
     with patch.object(OutputFolder, "write_unique", crash_later):
-        main(["run", manifest, output + "2", "--skip-invalid"])
-    for command in (["run", manifest, output + "2"], run, ["status", output], ["gallery", output]):
+        main(["run", manifest, output + "2", "--skip-invalid", "--text-to-image"])
+    for command in (
+        ["run", manifest, output + "2", "--text-to-image"],
+        run,
+        ["status", output],
+        ["gallery", output],
+    ):
         main(command)
     signed = os.environ["SIGNED_MANIFEST"]
     for command in (
         ["run", signed, output + "4", "--nonsense"],
         ["run", signed, output + "4"],
         ["plan", signed.replace("m.csv", "none.csv"), output + "4"],
-        ["run", signed, output + "4", "--skip-invalid"],
+        ["run", signed, output + "4", "--skip-invalid", "--text-to-image"],
         ["retry-failed", output + "4"],
         ["run", manifest, os.environ["SIGNED_OUTPUT"]],
         ["status", os.environ["SIGNED_OUTPUT"]],
@@ -95,10 +100,10 @@ if ending == "well":
             pass
     for name in ("FLUX_KONTEXT_STAGING_URL", "FLUX_KONTEXT_CALLBACK_INBOX"):
         os.environ[name] = os.environ["SIGNED_OUTPUT"]
-        main(["run", manifest, output + "5", "--skip-invalid"])
+        main(["run", manifest, output + "5", "--skip-invalid", "--text-to-image"])
         del os.environ[name]
     os.environ["FLUX_KONTEXT_API_KEY"] = os.environ["WRONG"]
-    main(["run", manifest, output + "3", "--skip-invalid"])
+    main(["run", manifest, output + "3", "--skip-invalid", "--text-to-image"])
 else:
     runner.run_waves = crash
     main(run)

@@ -42,7 +42,7 @@ async def wait_for_task_runs(flow_run_id, expected):
     """Wait until the server has the expected task runs of a flow run, and return them."""
     await anyio.to_thread.run_sync(flush_to_prefect)
     async with get_client() as client:
-        for _ in range(200):
+        for _ in range(1_200):
             runs = await client.read_task_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
             )

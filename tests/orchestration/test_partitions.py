@@ -304,7 +304,7 @@ class TestRefusal:
 
     async def test_table_is_refused(self, workers, account, tmp_path):
         table = pa.table({"id": ["a"], "prompt": ["a lighthouse"]})
-        assert "list of dicts" in await self.run_refused(account, tmp_path, manifest=table)
+        assert "Write it to a file" in await self.run_refused(account, tmp_path, manifest=table)
 
     async def test_listening_for_callbacks_is_refused(
         self, workers, account, tmp_path, monkeypatch
