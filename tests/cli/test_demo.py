@@ -118,7 +118,9 @@ def test_stopped_demo_stops_its_processes(number, stream, after, status, tmp_pat
     ) as demo:
         while after not in getattr(demo, stream).readline():
             assert demo.poll() is None
-        while not find_processes(tmp_path / "prefect"):
+        # The server prints once it runs, so the demo knows of its process by then.
+        log = tmp_path / "prefect" / "server.log"
+        while not (log.exists() and log.stat().st_size):
             time.sleep(0.05)
         os.killpg(demo.pid, number)
         out, err = demo.communicate()
