@@ -6,16 +6,16 @@ import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.budget import ensure_sole_run
-from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
+from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, delete_wave, open_wave
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.store import RecordStore
 
 _ROWS_PER_WAVE = 1_000
+_OPEN_SUFFIX = ".open.json"
 
 
 class Repair(NamedTuple):
@@ -63,16 +63,17 @@ async def rebuild_waves(store: RecordStore) -> Repair:
             await close_wave(store, wave, entries)
             rows += len(entries)
             finished += sum(entry.ended is not None for entry in entries)
-        await asyncio.gather(*(_remove(store, f"waves/{name}") for name in old))
+        await asyncio.gather(*(_remove(store, name) for name in old))
     return Repair(rows, finished, rows - finished, len(old))
 
 
 async def _remove(store: RecordStore, name: str) -> None:
-    try:
-        await store.remove(name)
-    except LedgerError:  # the store may refuse to remove anything
-        empty = OpenWave(name="removed", owner="", keys=[]).model_dump_json().encode()
-        await store.replace(name, b"" if name.endswith(".jsonl") else empty)
+    """Remove a wave file, or leave it without rows where the store refuses to remove it."""
+    if name.endswith(_OPEN_SUFFIX):
+        wave = OpenWave(name=name.removesuffix(_OPEN_SUFFIX), owner="", keys=[])
+        await delete_wave(store, wave)
+    else:
+        await store.discard(f"waves/{name}")
 
 
 async def _list_keys(store: RecordStore) -> list[str]:

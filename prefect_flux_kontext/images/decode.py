@@ -51,7 +51,7 @@ def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
 
     Raises:
         InvalidImageError: The bytes are not a whole JPEG, PNG or WebP, or the image has more than
-            64 million pixels, or so many scans or chunks that decoding takes long.
+            64 million pixels, or scans or chunks that take long to decode.
     """
     if slow := find_slow_structure(data):
         raise InvalidImageError(
