@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.batch.collection import Deferral
+from prefect_flux_kontext.batch.deferral import Deferral
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
@@ -150,7 +150,7 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
         session: Any = SimpleNamespace(
             output="",
             submitter=SimpleNamespace(stopped=None, spent=0.0),
-            rows=SimpleNamespace(deferral=Deferral(on=False)),
+            deferral=Deferral(on=False),
         )
         rows: Any = range(images)
         await run_waves(session, rows, wave, concurrent_tasks=1_000)

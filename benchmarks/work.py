@@ -79,7 +79,7 @@ def main() -> None:
 
 async def batch(folder: Path, *, fixed: float | None = None) -> int:
     """The batch as `flux-kontext run` does it; `fixed` asks at that interval from the start."""
-    from prefect_flux_kontext.batch import row as storing  # noqa: PLC0415
+    from prefect_flux_kontext.batch import storing  # noqa: PLC0415
     from prefect_flux_kontext.batch.policy import RowOptions  # noqa: PLC0415
     from prefect_flux_kontext.batch.runner import run_batch  # noqa: PLC0415
     from prefect_flux_kontext.batch.session import open_session  # noqa: PLC0415

@@ -110,7 +110,7 @@ async def open_budget(store: RecordStore, heartbeat: Heartbeat, options: RowOpti
         return Budget(None)
     await ensure_sole_run(store, heartbeat.owner)
     with LedgerIndex() as index:
-        await index.read(store, options)
+        await index.read(store)
         return Budget(options.budget_usd, index.sum_dollars(), heartbeat)
 
 

@@ -1,11 +1,10 @@
-"""Collection of outstanding results, the status of a ledger, and deferred collection."""
+"""Collection of outstanding results, and the status of a ledger."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import Counter
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
-from prefect_flux_kontext.errors import FluxKontextError, LedgerError
+from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
@@ -29,20 +28,16 @@ from prefect_flux_kontext.ledger.waves import (
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.batch.waves import RunWave
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
-    from prefect_flux_kontext.manifest.row import RefusedRow, Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)
-
-PENDING_COLLECTION = "PENDING_COLLECTION"
-"""The reason of a row that was submitted without waiting for its result."""
 
 _EXPIRY_WARNING = timedelta(days=3)
 """How long before its result expires an outstanding row is reported."""
@@ -61,7 +56,7 @@ async def collect_outstanding(
     Raises:
         LedgerError: The ledger cannot be reached.
     """
-    session.rows.submits = False
+    session.submits = False
     ledger = session.ledger
     others = [wave async for wave in read_open_waves(ledger.store) if wave.owner != ledger.owner]
     abandoned = [wave for wave in others if await _is_abandoned(ledger, wave)]
@@ -70,7 +65,7 @@ async def collect_outstanding(
     outstanding = [entry for entry in entries if entry.state in OUTSTANDING_STATES]
     # The oldest first: its result is the next to expire.
     outstanding.sort(key=lambda entry: entry.intent.at if entry.intent else utc_now())
-    _warn_of_expiry(outstanding, session.rows.options.result_days)
+    _warn_of_expiry(outstanding, session.options.result_days)
     rows = [row_from_entry(entry) for entry in outstanding]
     summary = await run_waves(
         session, rows, run_wave, concurrent_tasks=concurrent_tasks, first=_FIRST_COLLECTION_WAVE
@@ -95,7 +90,7 @@ async def collect_outstanding(
                 await delete_wave(ledger.store, wave)
         if others == abandoned:  # else a living run may still wait for callbacks of such rows
             owners = {entry.intent.owner for entry in outstanding if entry.intent is not None}
-            await session.rows.callbacks.clear(owners | {wave.owner for wave in abandoned})
+            await session.callbacks.clear(owners | {wave.owner for wave in abandoned})
     return summary
 
 
@@ -231,66 +226,3 @@ async def read_unfinished_entries(store: RecordStore) -> list[Entry]:
     ledger = Ledger(store, owner="", prices={})
     keys = {key async for wave in read_open_waves(store) for key in wave.keys}
     return await asyncio.gather(*(ledger.read(key) for key in sorted(keys)))
-
-
-class Deferral:
-    """Lets rows wait for their results only until every row is submitted.
-
-    An account has a limited number of slots. While there are more rows than slots, the rest can
-    only be submitted as tasks end, so until then results are waited for and stored as usual.
-
-    Args:
-        on: Whether results are left for a later collection; else each row waits for its own.
-    """
-
-    def __init__(self, *, on: bool) -> None:
-        self._on = on
-        self._to_submit: set[int] = set()
-        self._all_read = False
-        self._waiting: set[asyncio.Timeout] = set()
-
-    def expect(self, rows: Iterable[Row | RefusedRow]) -> None:
-        """Register rows that are about to be run."""
-        self._to_submit.update(map(id, rows))
-
-    def mark_submitted(self, row: Row | RefusedRow) -> None:
-        """Note that a row is accepted, or needs no slot."""
-        self._to_submit.discard(id(row))
-        self._end_waits()
-
-    def mark_all_read(self) -> None:
-        """Note that no further row will be registered."""
-        self._all_read = True
-        self._end_waits()
-
-    @asynccontextmanager
-    async def limit_wait(self, row: Row) -> AsyncIterator[None]:
-        """End the block, which waits for an accepted row's result, once all is submitted.
-
-        Raises:
-            FluxKontextError: The result is left for a later collection.
-        """
-        self.mark_submitted(row)
-        try:
-            async with asyncio.timeout(None) as wait:
-                self._waiting.add(wait)
-                self._end_waits()
-                try:
-                    yield
-                finally:
-                    self._waiting.discard(wait)
-        except TimeoutError:
-            raise FluxKontextError(
-                "Submitted and paid; result pending collection.",
-                code=PENDING_COLLECTION,
-            ) from None
-
-    @property
-    def _is_over(self) -> bool:
-        return self._on and self._all_read and not self._to_submit
-
-    def _end_waits(self) -> None:
-        if self._is_over:
-            for wait in self._waiting:
-                wait.reschedule(0)
-            self._waiting.clear()

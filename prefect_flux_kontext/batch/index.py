@@ -1,4 +1,4 @@
-"""Indexes of a ledger's rows by row key, in temporary databases instead of in memory."""
+"""The index of what a ledger holds, by row key, in a temporary database instead of in memory."""
 
 from __future__ import annotations
 
@@ -38,47 +38,32 @@ class PlannedAction(StrEnum):
 
 
 class _IndexedRow(NamedTuple):
-    key: str
+    key: bytes
     attempt: int
-    action: PlannedAction
-    served_action: PlannedAction
+    state: State
+    reason: str | None
+    failures: int
     dollars: float
+    record: str | None
 
 
 class LedgerIndex(TempDatabase):
-    """The planned action of each row key, in a private database in a temporary file."""
+    """The state and cost of each row, in a private database in a temporary file."""
 
     def __init__(self) -> None:
         super().__init__(
-            "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, action TEXT, "
-            "served_action TEXT, dollars REAL) WITHOUT ROWID"
+            "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, state TEXT, reason TEXT, "
+            "failures INTEGER, dollars REAL, record TEXT) WITHOUT ROWID"
         )
         self._empty = True
+        self._lock = threading.Lock()
 
-    def get_action(self, key: str, references: Iterable[str] = ()) -> PlannedAction:
-        """Return what a run will do about a row; a row unknown to the ledger is to be paid.
+    async def read(self, store: RecordStore, *, keep_records: bool = False) -> None:
+        """Read a ledger; of several attempts of a row, the latest counts.
 
         Args:
-            key: The row key.
-            references: Its reference images. A row with references that we sign or stage is
-                retried for more fail codes (`FailurePolicy.serve_again`).
-        """
-        if self._empty:
-            return PlannedAction.PAY
-        found = self._database.execute(
-            "SELECT action, served_action FROM rows WHERE key = ?", (bytes.fromhex(key),)
-        ).fetchone()
-        if not found:
-            return PlannedAction.PAY
-        return PlannedAction(found[any(non_public_references(references))])
-
-    def sum_dollars(self) -> float:
-        """Sum the price of everything that was or may have been accepted, over all runs."""
-        (total,) = self._database.execute("SELECT total(dollars) FROM rows").fetchone()
-        return float(total)
-
-    async def read(self, store: RecordStore, options: RowOptions) -> None:
-        """Read a ledger; of several attempts of a row, the latest counts.
+            store: The ledger's records.
+            keep_records: Whether `find_stored` is going to be used.
 
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
@@ -86,66 +71,62 @@ class LedgerIndex(TempDatabase):
         await check_format(store)
         # Unfinished waves first: a wave that ends meanwhile is then read twice rather than never.
         entries = await read_unfinished_entries(store)
-        block = [await _index_entry(store, entry, options) for entry in entries]
+        block = [await _index_entry(store, entry) for entry in entries]
         async for row in read_finished_rows(store):
-            failed = row.ended.state == "failed"
-            actions = (
-                _plan_failed_row(options, row.ended.reason, row.failures)
-                if failed
-                else (PlannedAction.STORED, PlannedAction.STORED)
-            )
-            block.append(_IndexedRow(row.key, row.attempt, *actions, row.spent + row.doubtful))
+            block.append(_index_finished_row(row, keep_record=keep_records))
             if len(block) >= _INSERT_BLOCK_ROWS:
                 await asyncio.to_thread(self._add, block)
                 block = []
         await asyncio.to_thread(self._add, block)
 
-    def _add(self, block: list[_IndexedRow]) -> None:
-        self._empty = self._empty and not block
-        self._database.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET attempt = "
-            "excluded.attempt, action = excluded.action, served_action = excluded.served_action, "
-            "dollars = excluded.dollars "
-            "WHERE excluded.attempt >= attempt",
-            [(bytes.fromhex(row.key), *row[1:]) for row in block],
-        )
+    def get_action(
+        self, key: str, options: RowOptions, references: Iterable[str] = ()
+    ) -> PlannedAction:
+        """Return what a run will do about a row; a row unknown to the ledger is to be paid.
 
-
-class StoredRows(TempDatabase):
-    """The stored rows of a ledger, in a private database in a temporary file."""
-
-    def __init__(self) -> None:
-        super().__init__("CREATE TABLE rows (key BLOB PRIMARY KEY, record TEXT) WITHOUT ROWID")
-        self._lock = threading.Lock()
-
-    async def read(self, store: RecordStore) -> None:
-        """Read the stored rows of a ledger's wave files.
-
-        Failed rows are not read, because a later attempt may have changed their state.
-
-        Raises:
-            LedgerError: The ledger cannot be read or is damaged.
+        Args:
+            key: The row key.
+            options: The options of the run.
+            references: Its reference images. A row with references that we sign or stage is
+                retried for more fail codes (`FailurePolicy.serve_again`).
         """
-        block = []
-        async for row in read_finished_rows(store):
-            if row.ended.state == "stored":
-                block.append((bytes.fromhex(row.key), row.model_dump_json(exclude_none=True)))
-            if len(block) >= _INSERT_BLOCK_ROWS:
-                await asyncio.to_thread(self._add, block)
-                block = []
-        await asyncio.to_thread(self._add, block)
+        if self._empty:
+            return PlannedAction.PAY
+        state, reason, failures = self._database.execute(
+            "SELECT state, reason, failures FROM rows WHERE key = ?", (bytes.fromhex(key),)
+        ).fetchone() or (State.PLANNED, None, 0)
+        match state:
+            case State.STORED:
+                return PlannedAction.STORED
+            case State.INTENT | State.ACCEPTED:
+                return PlannedAction.OUTSTANDING
+            case State.UNKNOWN if not options.resubmit_unknown:
+                return PlannedAction.UNKNOWN
+            case State.FAILED:
+                decision = options.policy.decide(
+                    reason,
+                    failures,
+                    asked_to_retry=options.retry_failed,
+                    served=bool(non_public_references(references)),
+                )
+                return PlannedAction.PAY if decision == "retry" else PlannedAction.FAILED
+        return PlannedAction.PAY
 
-    async def find(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
-        """Return those of the rows that are stored, by row key.
+    def sum_dollars(self) -> float:
+        """Sum the price of everything that was or may have been accepted, over all runs."""
+        (total,) = self._database.execute("SELECT total(dollars) FROM rows").fetchone()
+        return float(total)
+
+    async def find_stored(
+        self, keys: Collection[str], output: OutputFolder
+    ) -> dict[str, FinishedRow]:
+        """Return those of the rows that are stored in finished waves, by row key.
 
         Rows whose images were removed from the output are left out, to be fetched again.
         """
-        return await asyncio.to_thread(self._find, keys, output)
+        return await asyncio.to_thread(self._find_stored, keys, output)
 
-    def _add(self, block: list[tuple[bytes, str]]) -> None:
-        self._database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?)", block)
-
-    def _find(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
+    def _find_stored(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
         found = {}
         with self._lock:
             for key in keys:
@@ -158,39 +139,41 @@ class StoredRows(TempDatabase):
                         found[key] = row
         return found
 
-
-async def _index_entry(store: RecordStore, entry: Entry, options: RowOptions) -> _IndexedRow:
-    dollars = entry.spent + entry.doubtful
-    match entry.state:
-        case State.INTENT if entry.intent is not None:
-            if await is_alive(store, entry.intent.owner):
-                action = PlannedAction.OUTSTANDING
-            else:
-                again = options.resubmit_unknown
-                action = PlannedAction.PAY if again else PlannedAction.UNKNOWN
-        case State.STORED:
-            action = PlannedAction.STORED
-        case State.FAILED:
-            reason = entry.ended.reason if entry.ended else None
-            actions = _plan_failed_row(options, reason, entry.failures)
-            return _IndexedRow(entry.key, entry.attempt, *actions, dollars)
-        case State.ACCEPTED:
-            action = PlannedAction.OUTSTANDING
-        case _:
-            action = PlannedAction.PAY
-    return _IndexedRow(entry.key, entry.attempt, action, action, dollars)
+    def _add(self, block: list[_IndexedRow]) -> None:
+        self._empty = self._empty and not block
+        self._database.executemany(
+            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "attempt = excluded.attempt, state = excluded.state, reason = excluded.reason, "
+            "failures = excluded.failures, dollars = excluded.dollars, record = excluded.record "
+            "WHERE excluded.attempt >= attempt",
+            block,
+        )
 
 
-def _plan_failed_row(
-    options: RowOptions, reason: str | None, failures: int
-) -> tuple[PlannedAction, PlannedAction]:
-    """Return the action for a row with public references only, and for one with others."""
-    decisions = [
-        options.policy.decide(reason, failures, asked_to_retry=options.retry_failed, served=served)
-        for served in (False, True)
-    ]
-    public, served = (
-        PlannedAction.PAY if decision == "retry" else PlannedAction.FAILED
-        for decision in decisions
+async def _index_entry(store: RecordStore, entry: Entry) -> _IndexedRow:
+    state = entry.state
+    if state is State.INTENT and entry.intent is not None:
+        state = State.INTENT if await is_alive(store, entry.intent.owner) else State.UNKNOWN
+    return _IndexedRow(
+        bytes.fromhex(entry.key),
+        entry.attempt,
+        state,
+        entry.ended.reason if entry.ended else None,
+        entry.failures,
+        entry.spent + entry.doubtful,
+        None,
     )
-    return public, served
+
+
+def _index_finished_row(row: FinishedRow, *, keep_record: bool) -> _IndexedRow:
+    state = State(row.ended.state)
+    return _IndexedRow(
+        bytes.fromhex(row.key),
+        row.attempt,
+        state,
+        row.ended.reason,
+        row.failures,
+        row.spent + row.doubtful,
+        # Only for stored rows: a later attempt may have changed the state of a failed one.
+        row.model_dump_json(exclude_none=True) if keep_record and state is State.STORED else None,
+    )

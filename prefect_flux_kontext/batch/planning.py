@@ -331,14 +331,14 @@ async def make_plan(
         LedgerError: The ledger cannot be read or is damaged.
     """
     with LedgerIndex() as index:
-        await index.read(store, options)
+        await index.read(store)
         plan = Plan(
             url=manifest.url,
             prices=prices,
             spent=index.sum_dollars(),
             budget=options.budget_usd,
         )
-        await asyncio.to_thread(_plan_rows, plan, manifest, index, options.references, limit)
+        await asyncio.to_thread(_plan_rows, plan, manifest, index, options, limit)
     plan.seconds = _estimate_seconds(
         plan.to_pay, options.cadence, requests_per_minute, concurrent_tasks
     )
@@ -361,16 +361,16 @@ def _plan_rows(
     plan: Plan,
     manifest: Manifest,
     index: LedgerIndex,
-    references: References,
+    options: RowOptions,
     limit: int | None,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
     def is_to_be_paid(row: Row) -> bool:
-        return not plan.run_rows and _get_action(index, row) is PlannedAction.PAY
+        return not plan.run_rows and _get_action(index, row, options) is PlannedAction.PAY
 
     with DuplicateIndex() as keys:
-        for row in with_reference_checks(manifest.rows(), references, is_to_be_paid):
+        for row in with_reference_checks(manifest.rows(), options.references, is_to_be_paid):
             plan.rows += 1
             if isinstance(row, RefusedRow):
                 plan.refused += 1
@@ -385,7 +385,7 @@ def _plan_rows(
             if keys.add(key.encode(), plan.rows) != plan.rows:
                 plan.duplicates += 1
                 continue
-            action = _get_action(index, row)
+            action = _get_action(index, row, options)
             plan.actions[action] += 1
             if action is PlannedAction.PAY:
                 plan.routes[row.request.mode, row.request.provider] += 1
@@ -400,8 +400,8 @@ def _plan_rows(
     plan.digest = digest.hexdigest()
 
 
-def _get_action(index: LedgerIndex, row: Row) -> PlannedAction:
-    return index.get_action(row.key, row.request.image_urls)
+def _get_action(index: LedgerIndex, row: Row, options: RowOptions) -> PlannedAction:
+    return index.get_action(row.key, options, row.request.image_urls)
 
 
 def _format_lines(rows: Sequence[RefusedRow]) -> str:

@@ -19,7 +19,7 @@ class ProgressLine:
     """
 
     def __init__(self, session: Session, rows: int) -> None:
-        self.batch = session.rows.progress
+        self.batch = session.progress
         self.rows = rows
         self._submitter = session.submitter
         self._loop = asyncio.get_running_loop()

@@ -81,7 +81,7 @@ def line_from_entry(session: Session, entry: Entry) -> Line:
         message=ended.message,
         task_id=ended.task_id,
         uris=[session.output.uri(file) for file in ended.files],
-        already=ended.state == "stored" and not session.rows.has_ended_in_run(entry),
+        already=ended.state == "stored" and not session.has_ended_in_run(entry),
     )
     return line_from_outcome(session, DoneRow(row, outcome, entry))
 

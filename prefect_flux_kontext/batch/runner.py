@@ -82,14 +82,14 @@ async def run_batch(
     earlier = await _read_failures(session.output)
     run_again: set[_RowName] = set()
     keyed_rows = _find_rows(
-        with_row_keys(rows, session.rows.options.references), set(map(_name, earlier)), run_again
+        with_row_keys(rows, session.options.references), set(map(_name, earlier)), run_again
     )
     summary = await run_waves(session, keyed_rows, run_wave, concurrent_tasks=concurrent_tasks)
     if session.submitter.stopped is not None:
         # A stopped run keeps all old failures, because they may be the rows that were to be run.
         run_again.clear()
     await _write_failed_rows(session, [row for row in earlier if _name(row) not in run_again])
-    if session.submitter.stopped is None and not session.rows.options.deferred:
+    if session.submitter.stopped is None and not session.options.deferred:
         left = await run_collection(session, run_wave, concurrent_tasks=concurrent_tasks)
         if left.rows:
             logger.info("Collected rows of earlier runs: %s.", left)
@@ -135,7 +135,7 @@ async def run_partition_rows(
             share is spent.
         LedgerError: The ledger cannot be reached.
     """
-    keyed_rows = with_row_keys(rows, session.rows.options.references)
+    keyed_rows = with_row_keys(rows, session.options.references)
     summary = await run_waves(session, keyed_rows, run_wave, concurrent_tasks=concurrent_tasks)
     stopped = session.submitter.stopped
     if stopped is not None and not isinstance(stopped, BudgetReachedError):
@@ -275,7 +275,7 @@ async def _write_failed_rows(session: Session, earlier: Iterable[_Failure]) -> N
     """
     own: list[_Failure] = [
         ({"id": outcome.id, **(cells or await _read_cells(session, outcome))}, outcome)
-        for cells, outcome in session.rows.failed
+        for cells, outcome in session.failed
     ]
     names = set(map(_name, own))
     kept = [row for row in earlier if _name(row) not in names]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from prefect_flux_kontext.batch.budget import open_budget
-from prefect_flux_kontext.batch.collection import Deferral
-from prefect_flux_kontext.batch.index import StoredRows
+from prefect_flux_kontext.batch.deferral import Deferral
+from prefect_flux_kontext.batch.index import LedgerIndex
 from prefect_flux_kontext.batch.outage import PostGate
-from prefect_flux_kontext.batch.row import RowRunner, create_row_storer
+from prefect_flux_kontext.batch.policy import Breaker
 from prefect_flux_kontext.batch.stopping import StopGate, stop_on_signals
 from prefect_flux_kontext.batch.submission import Submitter
+from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.session import open_callback_session
 from prefect_flux_kontext.errors import BatchStoppedError
@@ -29,36 +31,86 @@ from prefect_flux_kontext.report.builder import Report, open_report
 from prefect_flux_kontext.storage.cleanup import remove_temporary_files
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.batch.summary import RowOutcome
+    from prefect_flux_kontext.callbacks.session import CallbackSession
     from prefect_flux_kontext.client.client import FluxKontextClient
+    from prefect_flux_kontext.client.transport import Connections
+    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.settings import FluxKontextSettings
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)
 
+_MAX_IMAGES_IN_MEMORY = 64
+"""Images that are downloaded, checked or stored at a time; more would only use more memory."""
 
-@dataclass(frozen=True)
+
+@dataclass(kw_only=True)
 class Session:
-    """The open resources of a batch.
+    """The open resources of a batch, and the state of its run so far.
 
     Attributes:
+        client: The client of the service.
+        http: The connections for downloads.
+        settings: The settings from the environment.
+        options: The user's options for the rows.
         output: Where images and the ledger go.
         ledger: The ledger, owned by this run.
+        index: What the ledger held when the run began.
         submitter: Pays for rows.
-        rows: Runs rows.
-        stored: The rows that earlier runs have stored.
+        callbacks: Receives callbacks.
+        deferral: Limits how long rows wait for their results.
         report: The result manifest and the gallery.
+        flow_run_id: The Prefect flow run that the result lines name; None outside of one.
+        submits: Whether rows are paid for; else only outstanding rows are collected.
+        progress: The summary of the rows so far, updated while they run.
+        failed: The cells of each row that failed, and its outcome.
+        latest: The latest ledger entries of rows in unfinished waves, by row key.
+        locks: A lock for each row key in progress, so that equal rows run one after the other.
+        breaker: Detects that nearly all rows fail.
+        images_in_memory: Limits the images that are downloaded, checked or stored at a time.
     """
 
+    client: FluxKontextClient
+    http: Connections
+    settings: FluxKontextSettings
+    options: RowOptions
     output: OutputFolder
     ledger: Ledger
+    index: LedgerIndex
     submitter: Submitter
-    rows: RowRunner
-    stored: StoredRows
+    callbacks: CallbackSession
+    deferral: Deferral
     report: Report
     flow_run_id: str | None = None
+    submits: bool = True
+    progress: BatchSummary = field(init=False)
+    failed: list[tuple[Mapping[str, str], RowOutcome]] = field(default_factory=list)
+    latest: dict[str, Entry] = field(default_factory=dict)
+    locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    breaker: Breaker = field(default_factory=Breaker)
+    images_in_memory: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(_MAX_IMAGES_IN_MEMORY)
+    )
+    _collected: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.progress = BatchSummary(output=str(self.output))
+
+    def mark_ended(self, entry: Entry) -> None:
+        """Note that the row's task ended in this run."""
+        if not self._is_paid_by_run(entry):
+            self._collected.add(entry.key)
+
+    def has_ended_in_run(self, entry: Entry) -> bool:
+        """Whether an ended task ended in this run, which need not be the run that paid for it."""
+        return self._is_paid_by_run(entry) or entry.key in self._collected
+
+    def _is_paid_by_run(self, entry: Entry) -> bool:
+        return entry.intent is not None and entry.intent.owner == self.ledger.owner
 
 
 @asynccontextmanager
@@ -111,8 +163,8 @@ async def open_session(
             ledger = Ledger(store, owner, settings.prices())
             budget = await open_budget(store, heartbeat, options)
             report = Report(output, store, owner, http, settings, is_whole=is_whole)
-            with await asyncio.to_thread(StoredRows) as stored:
-                await stored.read(store)
+            with await asyncio.to_thread(LedgerIndex) as index:
+                await index.read(store, keep_records=True)
                 async with (
                     open_callback_session(
                         callbacks or CallbackOptions(), client, ledger
@@ -133,26 +185,23 @@ async def open_session(
                         callback_session.prepare_request,
                         StopGate(settings.stop_timeout),
                     )
-                    deferral = Deferral(on=options.deferred)
-                    store_row = create_row_storer(
-                        client,
-                        http,
-                        output,
-                        report.pictures,
-                        callback_session,
-                        deferral,
-                        options.cadence,
-                        result_days=options.result_days,
-                        ai_mark=settings.ai_mark,
-                    )
-                    rows = RowRunner(
-                        store_row, output, ledger, submitter, callback_session, deferral, options
+                    session = Session(
+                        client=client,
+                        http=http,
+                        settings=settings,
+                        options=options,
+                        output=output,
+                        ledger=ledger,
+                        index=index,
+                        submitter=submitter,
+                        callbacks=callback_session,
+                        deferral=Deferral(on=options.deferred),
+                        report=report,
+                        flow_run_id=flow_run_id,
                     )
                     with stop_on_signals(submitter.gate):
                         try:
-                            yield Session(
-                                output, ledger, submitter, rows, stored, report, flow_run_id
-                            )
+                            yield session
                         finally:
                             submitter.stop(BatchStoppedError("The batch is over."))
                             await submitter.drain()

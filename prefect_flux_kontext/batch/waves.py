@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.result_rows import line_from_outcome
+from prefect_flux_kontext.batch.row import run_rows
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
@@ -51,12 +52,12 @@ class Wave:
         self._rows = rows
         self._room = room
         self._open = len(rows)
-        session.rows.deferral.expect(rows)
+        session.deferral.expect(rows)
 
     @property
     def batch(self) -> BatchSummary:
         """The summary of all rows of the batch so far."""
-        return self._session.rows.progress
+        return self._session.progress
 
     def _release_row(self) -> None:
         if self._open:  # a wave that is run again has released some of its rows already
@@ -74,18 +75,21 @@ class Wave:
         Raises:
             LedgerError: The ledger cannot be written to; none of the rows was run.
         """
-        ledger, runner = self._session.ledger, self._session.rows
+        session = self._session
+        ledger = session.ledger
         keys = {row.key for row in self._rows if isinstance(row, Row)}
-        stored = await self._session.stored.find(keys, self._session.output)
+        stored = await session.index.find_stored(keys, session.output)
         keys.difference_update(stored)
         if not keys:
-            return await self._report(await runner.run(self._rows, stored, self._release_row))
+            return await self._report(
+                await run_rows(session, self._rows, stored, self._release_row)
+            )
         wave = OpenWave(
             name=f"{ledger.owner}-{self.number:06}", owner=ledger.owner, keys=sorted(keys)
         )
         await open_wave(ledger.store, wave)
-        done = await runner.run(self._rows, stored, self._release_row)
-        entries = [runner.latest.pop(key) for key in keys if key in runner.latest]
+        done = await run_rows(session, self._rows, stored, self._release_row)
+        entries = [session.latest.pop(key) for key in keys if key in session.latest]
         try:
             await close_wave(ledger.store, wave, entries)
         except LedgerError as error:
@@ -151,7 +155,7 @@ async def run_waves(
                     await room.acquire()
                 block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
                 if not block or session.submitter.stopped:
-                    session.rows.deferral.mark_all_read()
+                    session.deferral.mark_all_read()
                     break
                 group.create_task(run(Wave(session, number, block, room)))
     except BaseExceptionGroup as errors:

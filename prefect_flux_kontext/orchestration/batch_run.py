@@ -15,10 +15,10 @@ from prefect.exceptions import MissingContextError, TerminationSignal
 from pydantic import ValidationError
 
 from prefect_flux_kontext.batch.collection import (
-    PENDING_COLLECTION,
     find_expiring,
     read_ledger_status,
 )
+from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.progress import ProgressLine
 from prefect_flux_kontext.batch.session import open_session
@@ -163,7 +163,7 @@ async def _report_batch(
     suspends: bool,
 ) -> AsyncIterator[None]:
     """Write the report of a batch, and its events and artifacts, while the block runs."""
-    folder, batch = session.output, session.rows.progress
+    folder, batch = session.output, session.progress
     output, flow = str(folder), _get_flow_name()
     if partition_totals is None:
         emit_started(output, plan)

@@ -173,7 +173,7 @@ async def test_money_of_every_attempt_is_counted(tmp_path, history, spent, doubt
     status = await read_ledger_status(store)
     assert (status.spent, status.doubtful) == pytest.approx((spent, doubtful))
     with LedgerIndex() as index:
-        await index.read(store, RowOptions(cadence=QUICK))
+        await index.read(store)
         assert index.sum_dollars() == pytest.approx(spent + doubtful)
 
 

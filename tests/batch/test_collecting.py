@@ -117,7 +117,7 @@ def test_collect_warns_before_expiry_and_reports_expired_rows(
         with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
             if code == "expired":
                 later = utc_now() + timedelta(days=days)
-                patch.setattr("prefect_flux_kontext.batch.row.utc_now", lambda: later)
+                patch.setattr("prefect_flux_kontext.batch.storing.utc_now", lambda: later)
             summary = await in_process(env, None, [], only_collect=True)
         assert ("its result expires in" in caplog.text) is warned
         assert summary.stored == (code is None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.index import StoredRows
+from prefect_flux_kontext.batch.index import LedgerIndex
 from prefect_flux_kontext.ledger.records import Ended
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import FinishedRow
@@ -32,12 +32,12 @@ async def test_stored_rows_finds_only_stored_records():
     rows = [finished(number, "failed" if number % 7 == 3 else "stored") for number in range(2_500)]
     lines = "".join(f"{row.model_dump_json()}\n" for row in rows)
     await store.replace("waves/one.jsonl", lines.encode())
-    with StoredRows() as stored:
+    with LedgerIndex() as index:
         output = OutputFolder("memory://stored-rows")
-        assert await stored.find([rows[0].key], output) == {}
-        await stored.read(store)
+        assert await index.find_stored([rows[0].key], output) == {}
+        await index.read(store, keep_records=True)
         wanted = [row.key for row in rows[:20]] + [rows[-1].key, "f" * 32]
-        found = await stored.find(wanted, output)
+        found = await index.find_stored(wanted, output)
     assert found == {row.key: row for row in [*rows[:20], rows[-1]] if row.ended.state == "stored"}
 
 

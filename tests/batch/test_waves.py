@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import Deferral
+from prefect_flux_kontext.batch.deferral import Deferral
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import WAVE_ROWS, run_waves
 from prefect_flux_kontext.errors import LedgerError
@@ -16,8 +16,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 def make_session():
     submitter = SimpleNamespace(stopped=None, spent=0.0)
     submitter.stop = lambda why: setattr(submitter, "stopped", why)
-    rows = SimpleNamespace(deferral=Deferral(on=False))
-    return SimpleNamespace(output="", submitter=submitter, rows=rows)
+    return SimpleNamespace(output="", submitter=submitter, deferral=Deferral(on=False))
 
 
 async def run(rows, run_row, *, slots):

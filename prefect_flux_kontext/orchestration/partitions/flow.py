@@ -172,7 +172,7 @@ async def style_transfer_partition(
                 account=account.account,
                 is_whole=False,
             ) as session,
-            report_progress(store, name, session.rows.progress),
+            report_progress(store, name, session.progress),
         ):
             lease.stop_when_lost(session.submitter)
             return await run_partition_rows(
