@@ -58,8 +58,20 @@ class LedgerIndex(TempDatabase):
         self._empty = True
         self._lock = threading.Lock()
 
-    async def read(self, store: RecordStore, *, keep_records: bool = False) -> None:
+    async def read(self, store: RecordStore) -> None:
         """Read a ledger; of several attempts of a row, the latest counts.
+
+        Raises:
+            LedgerError: The ledger cannot be read or is damaged.
+        """
+        await check_format(store)
+        # Unfinished waves first: a wave that ends meanwhile is then read twice rather than never.
+        entries = await read_unfinished_entries(store)
+        await asyncio.to_thread(self._add, [await _index_entry(store, entry) for entry in entries])
+        await self.read_finished(store)
+
+    async def read_finished(self, store: RecordStore, *, keep_records: bool = False) -> None:
+        """Read the rows of finished waves only.
 
         Args:
             store: The ledger's records.
@@ -68,10 +80,7 @@ class LedgerIndex(TempDatabase):
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
         """
-        await check_format(store)
-        # Unfinished waves first: a wave that ends meanwhile is then read twice rather than never.
-        entries = await read_unfinished_entries(store)
-        block = [await _index_entry(store, entry) for entry in entries]
+        block = []
         async for row in read_finished_rows(store):
             block.append(_index_finished_row(row, keep_record=keep_records))
             if len(block) >= _INSERT_BLOCK_ROWS:
