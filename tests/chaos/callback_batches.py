@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from prefect_flux_kontext.sandbox.faults.registry import FAULTS
 from tests.chaos.fault_sets import ALL, STOPPING, plan_fault_shares
 from tests.chaos.processes import KEY
-from tests.chaos.trials import finish, print_now
+from tests.chaos.trials import finish
 
 _LATE = 3
 _LOST_REPLIES = ("submit:lost-reply=0.02", "submit:trouble-after=0.02", "submit:unavailable=0.01")
@@ -55,30 +55,26 @@ def called_batch(factory, rows):
             receiver.kill()
 
 
-def each_callback_fault(factory, line, rng, scale, *, rows=500):
-    """Run a batch under each fault of callbacks, kill it once, and lose some replies."""
-    for name in FAULTS["callback"]:
-        fault = f"callback:{name}"
-        with called_batch(factory, round(rows * scale)) as (batch, _):
-            factory.inject_faults(rng, [f"{fault}=0.5", *_LOST_REPLIES], late=_LATE)
-            batch.run_and_kill(rng.uniform(0.3, 6))
-            occurrences = factory.service.active_faults.applied
-            finish(line, batch, 1)
-        print_now(f"    {fault} occurred {occurrences[fault]} times; so far {line}")
+def each_callback_fault(factory, line, rng, number, *, rows=250, kills=3):
+    """Run a batch under a fault of callbacks, lose some replies, and kill it some times."""
+    fault = f"callback:{list(FAULTS['callback'])[number]}"
+    with called_batch(factory, rows) as (batch, _):
+        factory.inject_faults(rng, [f"{fault}=0.5", *_LOST_REPLIES], late=_LATE)
+        for _ in range(kills):
+            batch.run_and_kill(rng.uniform(0.3, 3))
+        finish(line, batch, kills)
 
 
-def all_callback_faults(factory, line, rng, scale, *, batches=4, rows=500, kills=8):
-    """Run batches under all faults at a time; kill runs and receivers at random."""
+def all_callback_faults(factory, line, rng, _number, *, rows=200, kills=8):
+    """Run a batch under all faults at a time; kill runs and receivers at random."""
     faults = plan_fault_shares([fault for fault in ALL if fault not in STOPPING], 0.004)
     faults += [f"callback:{name}=0.1" for name in FAULTS["callback"]]
-    for number in range(batches):
-        with called_batch(factory, round(rows * scale)) as (batch, receiver):
-            factory.inject_faults(rng, faults, late=_LATE)
-            for _ in range(kills):
-                batch.run_and_kill(rng.uniform(0.3, 3))
-                if rng.random() < 0.5:
-                    receiver.kill()
-                    batch.kills += 1
-                    receiver.start()
-            finish(line, batch, kills)
-        print_now(f"    batch {number + 1}: {batch.kills} kills; so far {line}")
+    with called_batch(factory, rows) as (batch, receiver):
+        factory.inject_faults(rng, faults, late=_LATE)
+        for _ in range(kills):
+            batch.run_and_kill(rng.uniform(0.3, 3))
+            if rng.random() < 0.5:
+                receiver.kill()
+                batch.kills += 1
+                receiver.start()
+        finish(line, batch, kills)

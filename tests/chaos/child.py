@@ -69,11 +69,23 @@ def _set_clock(first, then):
     time.time = lambda: real_time() + off()
 
 
+def _run_flow(arguments):
+    """Run a manifest as a flow with a time limit; return an exit status."""
+    import asyncio  # noqa: PLC0415
+
+    from prefect_flux_kontext.flows import style_transfer_batch  # noqa: PLC0415
+
+    _, manifest, output, seconds = arguments
+    limited = style_transfer_batch.with_options(timeout_seconds=float(seconds))
+    state = asyncio.run(limited(manifest, output, return_state=True))
+    return int(not state.is_completed())
+
+
 def main(arguments, environment, log, kill_point=None, file_limit=None, clock=None):
     """Run the command line and exit with its status.
 
     Args:
-        arguments: Of the command line.
+        arguments: Of the command line, or `flow`, manifest, output and a time limit in seconds.
         environment: Variables to set.
         log: File for its output.
         kill_point: Where the process kills itself: (point, "before" or "after", n-th call).
@@ -108,7 +120,8 @@ def main(arguments, environment, log, kill_point=None, file_limit=None, clock=No
         _kill_at_call(when, number, _place(point))
     if clock is not None:
         _set_clock(*clock)
-    status = command_line(arguments)
+    run = _run_flow if arguments[0] == "flow" else command_line
+    status = run(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

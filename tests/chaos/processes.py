@@ -2,9 +2,12 @@
 
 import contextlib
 import csv
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,6 +21,7 @@ from tests.chaos.checker import check
 
 KEY = "canary-7f3a9c51e2d84b06"
 _MAX_SECONDS = 600
+_ROOT = Path(__file__).parents[2]
 
 # Processes are forked from a server with all imports done, so a start takes milliseconds.
 _fork = multiprocessing.get_context("forkserver")
@@ -39,6 +43,41 @@ class Ended:
 
     status: int
     said: str
+
+
+class _Unshared:
+    """A process in a PID namespace of its own, with the methods of a multiprocessing process."""
+
+    def __init__(self, *arguments):
+        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        module = ["-m", "tests.chaos.child", json.dumps(arguments)]
+        self._outside = subprocess.Popen(
+            [*command, sys.executable, *module], cwd=_ROOT, stderr=subprocess.DEVNULL
+        )
+        self.pid = self._find_child()
+
+    def _find_child(self):
+        children = Path(f"/proc/{self._outside.pid}/task/{self._outside.pid}/children")
+        while not (found := children.read_text().split()):
+            time.sleep(0.002)
+        return int(found[0])
+
+    def join(self, seconds=None):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._outside.wait(seconds)
+
+    def is_alive(self):
+        return self._outside.poll() is None
+
+    def kill(self):
+        self._outside.kill()
+
+    @property
+    def exitcode(self):
+        return self._outside.returncode
+
+    def close(self):
+        pass
 
 
 class Started:
@@ -126,20 +165,28 @@ class Batch:
         self.lines = list(dict.fromkeys([*self.lines, *lines]))
         return path
 
-    def start(self, *command, kill_point=None, file_limit=None, clock=None, **environment):
+    def start(
+        self,
+        *command,
+        kill_point=None,
+        file_limit=None,
+        clock=None,
+        namespace=False,
+        **environment,
+    ):
         self._logs += 1
         log = self.folder / f"log-{self._logs}.txt"
-        process = _fork.Process(
-            target=child.main,
-            args=(
-                list(map(str, command)),
-                self.environment | environment,
-                str(log),
-                kill_point,
-                file_limit,
-                clock,
-            ),
+        arguments = (
+            list(map(str, command)),
+            self.environment | environment,
+            str(log),
+            kill_point,
+            file_limit,
+            clock,
         )
+        if namespace:
+            return Started(_Unshared(*arguments), log)
+        process = _fork.Process(target=child.main, args=arguments)
         process.start()
         return Started(process, log)
 
@@ -186,6 +233,11 @@ class Batch:
                 return http.get(f"{self.service.url}/results/{task_id}/1.{ending}").content
 
             return check(self.lines, records, self.output, origin, canary=KEY, **how)
+
+    def until_or_ended(self, condition, running):
+        """Wait until the condition is met or the process has ended."""
+        while not condition() and running.lives_for(0.002):
+            pass
 
     def until(self, condition, running, seconds=30):
         """Wait until the condition is met, while the process runs."""

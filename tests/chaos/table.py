@@ -22,14 +22,13 @@ _COLUMNS = {
 }
 
 
-def format_table(lines, *, scale, minutes, left):
+def format_table(lines, *, minutes, missing):
     """Format the totals of a run by scenario, with their sum, as Markdown.
 
     Args:
-        lines: The totals of the finished scenarios.
-        scale: Share of the full size.
-        minutes: How long it took.
-        left: Number of unfinished scenarios.
+        lines: The totals of the scenarios.
+        minutes: How long their cases took, one after the other.
+        missing: Number of cases that have not run.
     """
     real = [line for name, line in lines.items() if not name.startswith(SIMULATED)]
     sums = {column: sum(getattr(line, column) for line in real) for column in _COLUMNS}
@@ -46,12 +45,11 @@ def format_table(lines, *, scale, minutes, left):
         ],
     ]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    size = "" if scale == 1 else f" at {scale:.0%} of the full size"
-    broken_off = f", interrupted: {left} scenarios are missing" if left else ""
+    broken_off = f", interrupted: {missing} cases are missing" if missing else ""
     machine = (
         f"{os.cpu_count()} cores, which did other work too, Python {platform.python_version()}"
     )
-    return f"{text}\n\nOne run{size} of {minutes:.0f} minutes on {machine}{broken_off}."
+    return f"{text}\n\nOne run of {minutes:.0f} minutes on {machine}{broken_off}."
 
 
 def _format_number(number):

@@ -13,7 +13,7 @@ def test_callback_faults_neither_lose_nor_pay_rows_twice(tmp_path):
     with running_sandbox(settings) as service:
         line = Totals()
         all_callback_faults(
-            BatchFactory(tmp_path, service), line, random.Random(1), 1, batches=1, rows=50, kills=2
+            BatchFactory(tmp_path, service, None), line, random.Random(1), 0, rows=50, kills=2
         )
         assert not line.broken()
         assert line.rows == 50

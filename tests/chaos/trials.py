@@ -1,7 +1,7 @@
 """Batches of a scenario: how they are made, finished and counted."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
@@ -42,6 +42,24 @@ class Totals:
         for problem in found.problems[:5]:
             print_now(f"     {problem}")
 
+    def __add__(self, other):
+        return Totals(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+        )
+
+    def to_json(self):
+        return asdict(self) | {"billed": str(self.billed)}
+
+    @classmethod
+    def from_json(cls, totals):
+        return cls(**totals | {"billed": Decimal(totals["billed"])})
+
+    def forbid_unknown(self, found):
+        """Count unknown rows of a batch that was never killed as a problem."""
+        if found.unknown:
+            self.problems += 1
+            print_now(f"     {found.unknown} rows are unknown though each reply was awaited")
+
     def broken(self):
         return self.paid_twice or self.lost or self.missing or self.problems
 
@@ -54,11 +72,24 @@ class Totals:
 
 
 class BatchFactory:
-    """Creates the batches of a scenario, with their folders and service."""
+    """Creates the batches of a scenario, with their folders and service.
 
-    def __init__(self, folder, service, bucket=None, access=None):
+    Args:
+        folder: For manifests, logs and local outputs.
+        service: The sandbox.
+        stack: Closed at the end of the scenario.
+        bucket: Where outputs go instead.
+        access: Environment variables for access to the bucket.
+
+    Attributes:
+        flow_runs: The scenario's Prefect, once a case has started it.
+    """
+
+    def __init__(self, folder, service, stack, bucket=None, access=None):
         self.folder = folder
         self.service = service
+        self.stack = stack
+        self.flow_runs = None
         self.bucket = bucket
         # Fewer polls than in the small tests, because two cores serve all of it.
         self.environment = {
@@ -96,6 +127,9 @@ def finish(line, batch, runs, **how):
         batch: The batch to finish.
         runs: How many runs there were before.
         how: Options of the first run.
+
+    Returns:
+        What the check found.
     """
     first, billed = _billed(batch, **how)
     batch.service.active_faults.change(FaultPlan())
@@ -114,6 +148,7 @@ def finish(line, batch, runs, **how):
     if found.stored + found.failed + found.unknown != found.rows:
         found.problems.append(f"rows do not add up: {found}")
     line.add(found, batch.kills, runs + 2)
+    return found
 
 
 def _billed(batch, **how):
