@@ -7,15 +7,19 @@ coroutine. These tasks run it there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 __all__ = ["dispatched_task"]
 
@@ -40,7 +44,7 @@ class _DispatchedTask(Task[P, R]):
                     "that made it."
                 )
         running = super().__call__(*args, **kwargs)
-        return running if _is_called_asynchronously() else run_coro_as_sync(running)
+        return running if _is_called_asynchronously() else _run_in_loop(running)
 
     def with_options(self, **options: Any) -> Task[P, R]:
         """Return a copy with other options, as Prefect's own method does."""
@@ -56,6 +60,33 @@ def dispatched_task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
         return _DispatchedTask(fn=function, **options)
 
     return decorate
+
+
+def _run_in_loop(running: Coroutine[Any, Any, R]) -> R:
+    """Run a coroutine in Prefect's event loop, which has a thread of its own.
+
+    Signals are raised here, in the main thread. The coroutine is then cancelled and awaited,
+    because it may be waiting for the reply to a paid submit.
+    """
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
+    ended = threading.Event()
+
+    async def run() -> R:
+        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        try:
+            return await running
+        finally:
+            ended.set()
+
+    try:
+        return run_coro_as_sync(run())
+    finally:
+        while begun.done() and not ended.is_set():
+            loop, task = begun.result()
+            if task is not None:
+                loop.call_soon_threadsafe(task.cancel)
+            with contextlib.suppress(KeyboardInterrupt, TerminationSignal):  # a repeated signal
+                ended.wait()
 
 
 def _is_called_asynchronously() -> bool:

@@ -27,6 +27,17 @@ rows = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(60)]
 asyncio.run(style_transfer_batch(rows, OUTPUT))
 """
 
+SYNC_SCRIPT = """
+from prefect import flow
+from prefect_flux_kontext import GenerationRequest, submit_generation
+
+@flow
+def nightly():
+    submit_generation(GenerationRequest(prompt="a lighthouse"), ledger=OUTPUT)
+
+nightly()
+"""
+
 
 def read_status(output):
     return asyncio.run(read_ledger_status(open_ledger_store(OutputFolder(str(output)))))
@@ -39,17 +50,20 @@ def wait_for_submits(sandbox, number):
         threading.Event().wait(0.01)
 
 
-def assert_all_recorded(sandbox, output):
+def assert_all_recorded(sandbox, output, at_least=8):
     """Assert that every accepted task is on record, and nothing else."""
     status = read_status(output)
     assert status.unknown == []
     accepted = sandbox.service.bill()["accepted"]
-    assert accepted >= 8
+    assert accepted >= at_least
     assert status.spent == pytest.approx(0.03 * accepted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_to_a_flow_script_discards_no_reply(sandbox, tmp_path, prefect_api, number):
+@pytest.mark.parametrize(("script", "submits"), [(SCRIPT, 8), (SYNC_SCRIPT, 1)])
+def test_signal_to_a_flow_script_discards_no_reply(
+    sandbox, tmp_path, prefect_api, script, submits, number
+):
     sandbox.active_faults.change(FaultPlan(faults=["submit:slow"], slow=1.5))
     environment = {
         **os.environ,
@@ -57,13 +71,13 @@ def test_signal_to_a_flow_script_discards_no_reply(sandbox, tmp_path, prefect_ap
         "FLUX_KONTEXT_API_KEY": KEY,
         "FLUX_KONTEXT_BASE_URL": sandbox.url,
     }
-    script = SCRIPT.replace("OUTPUT", repr(str(tmp_path)))
+    script = script.replace("OUTPUT", repr(str(tmp_path)))
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
-        wait_for_submits(sandbox, 8)
+        wait_for_submits(sandbox, submits)
         process.send_signal(number)
         process.wait(60)
     assert process.returncode != 0
-    assert_all_recorded(sandbox, tmp_path)
+    assert_all_recorded(sandbox, tmp_path, at_least=submits)
 
 
 def test_time_limit_of_a_flow_discards_no_reply(sandbox, account, tmp_path):
