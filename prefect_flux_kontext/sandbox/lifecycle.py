@@ -1,22 +1,56 @@
-"""Background work on accepted tasks."""
+"""Background work on accepted tasks: checks of references, and callbacks."""
 
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import TYPE_CHECKING
+
+import httpx
 
 from prefect_flux_kontext.sandbox.contract import success
 from prefect_flux_kontext.sandbox.faults.callbacks import deliver
+from prefect_flux_kontext.sandbox.references import outbound_client
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.sandbox.callbacks import CallbackSender
+    from prefect_flux_kontext.sandbox.contract import JsonObject
     from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
     from prefect_flux_kontext.sandbox.references import References
     from prefect_flux_kontext.sandbox.service import Service
     from prefect_flux_kontext.sandbox.tasks import Task
 
+_REDELIVERY_DELAYS_SECONDS = (5.0, 15.0, 60.0)
 # A loop may wake a sleeper this much too early.
 _CLOCK_RESOLUTION_SECONDS = 0.001
+_CONNECTIONS = 1_000
+
+
+class CallbackSender:
+    """Posts envelopes to callback URLs, up to four times, until the receiver answers 200."""
+
+    def __init__(self, timeout: float, delay_scale: float) -> None:
+        self._timeout = timeout
+        self._delays = [delay * delay_scale for delay in _REDELIVERY_DELAYS_SECONDS]
+        self._client = outbound_client(_CONNECTIONS)
+
+    async def deliver(self, url: str, envelope: JsonObject) -> bool:
+        """Post the envelope until the receiver accepts it; return whether it did."""
+        for delay in self._delays:
+            if await self._post(url, envelope):
+                return True
+            await asyncio.sleep(delay)
+        return await self._post(url, envelope)
+
+    async def _post(self, url: str, envelope: JsonObject) -> bool:
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._client.stream("POST", url, json=envelope) as response,
+            ):
+                # Only the status counts; the body is not read.
+                return response.status_code == HTTPStatus.OK
+        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError):
+            return False
 
 
 class Lifecycle:

@@ -35,15 +35,7 @@ class BadPlanError(ValueError):
 
 @dataclass(frozen=True)
 class PlannedFault:
-    """One fault: `submit:lost-reply=0.02@100-200`.
-
-    Attributes:
-        kind: What it applies to.
-        name: Its name among the faults of the kind.
-        share: Share of requests it applies to, 0 to 1.
-        first: Number, from 1, of the first request it may apply to.
-        last: Number of the last, or None for no end.
-    """
+    """One fault: `submit:lost-reply=0.02@100-200`, numbers from 1. None as `last` has no end."""
 
     kind: str
     name: str
@@ -58,10 +50,6 @@ class PlannedFault:
         else:
             numbers = f"@{self.first}" + (f"-{self.last}" if self.last > self.first else "")
         return f"{self.kind}:{self.name}{share}{numbers}"
-
-    def at(self, number: int) -> bool:
-        """Return whether it may apply to the n-th of its kind."""
-        return self.first <= number and (self.last is None or number <= self.last)
 
 
 def read_fault(text: Any) -> PlannedFault:
@@ -121,7 +109,8 @@ class FaultPlan(BaseModel):
             return None
         remaining = random.Random(f"{self.seed}/{kind}/{number}").random()
         for planned in self.faults:
-            if planned.kind == kind and planned.at(number):
+            last = number if planned.last is None else planned.last
+            if planned.kind == kind and planned.first <= number <= last:
                 remaining -= planned.share
                 if remaining < 0:
                     return planned.name
@@ -137,18 +126,15 @@ def read_plan(given: object) -> FaultPlan:
     try:
         return FaultPlan.model_validate(given)
     except ValidationError as invalid:
-        raise BadPlanError(
-            "\n".join(map(_format_problem, invalid.errors(include_url=False)))
-        ) from None
+        problems = (
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in invalid.errors(include_url=False)
+        )
+        raise BadPlanError("\n".join(line.removeprefix(": ") for line in problems)) from None
 
 
 def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
-    """Load a plan from a file and put further faults before its own.
-
-    Args:
-        file: JSON or YAML with the fields of `FaultPlan`; None for no file.
-        faults: Faults from the command line.
-        seed: Seed of the plan, unless the file has one.
+    """Load a plan from JSON or YAML, if any, and put further faults before its own.
 
     Raises:
         BadPlanError: The file cannot be read, or its plan is invalid.
@@ -166,8 +152,3 @@ def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
         if not isinstance(given.get("faults", []), list):
             raise BadPlanError(f"{file}: `faults` must be a list")
     return read_plan({"seed": seed, **given, "faults": [*faults, *given.get("faults", [])]})
-
-
-def _format_problem(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"]))
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
