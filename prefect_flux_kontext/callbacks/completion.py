@@ -47,11 +47,8 @@ _READ_BATCH = 8
 class CompletionMonitor:
     """Calls `ready` when every outstanding row of an output has had its callback.
 
-    Args:
-        ledger: The output's ledger.
-        inbox: Where the receiver stores callbacks.
-        ready: Receives the outstanding attempts, and returns whether anything waited for them.
-            Called again for the same attempts if nothing waited or it raised a FluxKontextError.
+    `ready` gets the outstanding attempts and returns whether anything waited for them. It is
+    called again for the same ones if nothing did, or if it raised a FluxKontextError.
     """
 
     def __init__(

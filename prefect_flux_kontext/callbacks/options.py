@@ -22,14 +22,11 @@ class CallbackOptions:
 
     Attributes:
         url: Public URL of the receiver, to which tokens are added; None to poll.
-        secret: Secret that signs the tokens; at least 24 characters if there is a URL.
-        listen: Host and port of a receiver in the batch's own process; None if the receiver runs
-            elsewhere.
-        inbox: Folder or prefix where callbacks are stored; None for the one in the output's
-            ledger.
+        secret: Signs the tokens; at least 24 characters if there is a URL.
+        listen: Host and port of a receiver in this process, if it does not run elsewhere.
+        inbox: Folder or prefix of the callbacks; None for the one in the output's ledger.
         sweep: Seconds between polls of a row that has had no callback.
-        grace: Seconds, from the submit on, for which a row without a reply waits for its callback
-            before it is reported as unknown.
+        grace: Seconds, from the submit on, until a row without a reply or callback is unknown.
     """
 
     url: str | None = None
@@ -48,12 +45,6 @@ def resolve_callback_options(
     listens: bool = True,
 ) -> CallbackOptions:
     """Return the options of the settings, overridden by the arguments.
-
-    Args:
-        settings: The settings of the environment.
-        url: Public URL of the receiver.
-        secret: Secret that signs the tokens.
-        listens: Whether a receiver may be started in this process.
 
     Raises:
         ConfigurationError: The URL, the secret or the address is invalid.
