@@ -96,12 +96,7 @@ def read_envelope(
 ) -> Any:
     """Return the `data` of a successful reply, or raise the error that the reply reports.
 
-    Args:
-        status: The HTTP status.
-        body: The complete body.
-        retry_after: Seconds from the `Retry-After` header.
-        task_id: The task that the request was about. None for a submit.
-        secret: Text that error messages must not contain, such as the API key.
+    A submit has no `task_id`. Error messages do not contain the `secret`, such as the API key.
 
     Raises:
         UnreadableReplyError: The reply does not follow the contract. For a status request, that

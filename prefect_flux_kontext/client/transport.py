@@ -71,13 +71,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     Its errors tell whether a submit may have been accepted: `httpx.ConnectError` and
     `httpx.ConnectTimeout` are raised only if no connection was made, so nothing was sent. A POST
     is sent once; aiohttp repeats a GET whose connection was lost. Writing has no time limit.
-
-    Args:
-        tls: TLS context for https.
-        resolver: Resolver of host names. None: the system's.
-        socket_factory: Creates the socket for an address, for tests.
-        max_header_bytes: Limit of each header of a reply.
-        max_headers: Limit of their number.
+    Tests pass a resolver or socket factory of their own.
     """
 
     def __init__(
@@ -182,11 +176,6 @@ class Connections:
 
     It replaces `httpx.AsyncClient`, whose cookies, redirects and logins are not needed here and
     take two fifths of the time of a request.
-
-    Args:
-        transport: Transport that sends the requests.
-        timeout: Time limits for each step of a request.
-        headers: Headers of each request.
     """
 
     def __init__(
@@ -293,10 +282,7 @@ def stream_response(response: httpx.Response) -> httpx.AsyncByteStream:
 async def send_request(
     connections: Connections, method: str, url: str, *, json: object = None
 ) -> tuple[int, httpx.Headers, bytes]:
-    """Send a request and read its reply: at most 4 MB, for at most 120 s.
-
-    Returns:
-        Status, headers and body.
+    """Send a request; return status, headers and at most 4 MB of body, in at most 120 s.
 
     Raises:
         httpx.HTTPError: The request failed.

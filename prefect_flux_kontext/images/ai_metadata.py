@@ -42,13 +42,9 @@ _VP8X_XMP, _VP8X_ALPHA = 0x04, 0x10
 
 
 def add_ai_metadata(data: bytes, source: SourceType) -> bytes:
-    """Return the image with the label.
+    """Return a whole JPEG, PNG or WebP with the label.
 
     An image with XMP or C2PA, or of another format, is returned unchanged.
-
-    Args:
-        data: The bytes of a whole JPEG, PNG or WebP.
-        source: How the image was made.
     """
     packet = _PACKET.format(source=source).encode()
     try:

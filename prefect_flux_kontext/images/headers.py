@@ -136,10 +136,7 @@ def strip_leading_bytes(data: bytes) -> bytes:
 def extract_image(data: bytes) -> bytes | None:
     """Return the bytes that a decoder needs: no text, and nothing before or after the image.
 
-    Bytes that are not a JPEG, PNG or WebP are returned unchanged.
-
-    Returns:
-        The bytes, or None if the image is cut off.
+    None if the image is cut off. Bytes that are not a JPEG, PNG or WebP are returned unchanged.
     """
     data = strip_leading_bytes(data)
     try:

@@ -34,12 +34,6 @@ def list_image_names(name: str, number: int, extension: str, key: str) -> list[s
     The preferred name is `cat.jpg`. If another row's image has it, `cat~1a2b3c4d.jpg` is used,
     with the start of the row key. The second image of a result is `cat~2.jpg`, and so on. No row's
     name ends in a tilde and a few digits, so no two rows share a name.
-
-    Args:
-        name: The row's name below the output, already safe.
-        number: The number of the image in its result, from 1.
-        extension: The extension with its dot.
-        key: The row key.
     """
     suffix = "" if number == 1 else f"~{number}"
     return [f"{name}{suffix}{extension}", f"{name}~{key[:8]}{suffix}{extension}"]
@@ -55,24 +49,12 @@ async def persist_result(
     ai_mark: bool = True,
     on_decoded: Callable[[Image.Image], None] | None = None,
 ) -> list[StoredImage]:
-    """Download every image of a result, check it and store it.
+    """Download every image of a result, check it and store it; return them in the URLs' order.
 
     An image of another format than requested is stored too, with its own extension: it is paid
-    for.
-
-    Args:
-        result: The result of a successful task.
-        output: The folder for the images.
-        http: Connections from `open_download_client`.
-        name: The name below the output, already safe, without extension; the second image gets the
-            suffix `~2`, and so on.
-        key: The row key, which goes into the name if another image has it already. None: a hash of
-            the task id.
-        ai_mark: Whether to label the image as made by AI; see `ai_metadata`.
-        on_decoded: Called with the first decoded image, in a thread; it must not raise.
-
-    Returns:
-        One record for each image, in the order of the result's URLs.
+    for. With `ai_mark`, images are labelled as made by AI. The row's `name` is safe and without
+    extension; `list_image_names` says when the `key` is a part of it. `on_decoded` gets the first
+    decoded image, in a thread; it must not raise.
 
     Raises:
         DownloadError: A URL could not be downloaded in six attempts.

@@ -130,11 +130,9 @@ async def resolve(host: str, port: int) -> list[str]:
 class AddressGuard:
     """Decides which addresses downloads may connect to.
 
-    Args:
-        base_url: The configured service. Its own host is always allowed. If the service is on a
-            private network, such as a sandbox on loopback, results may be on the same kind of
-            network. A host name with https counts as public and is not resolved to find out.
-        resolve: Resolves host names.
+    The configured service's own host is always allowed. If it is on a private network, such as a
+    sandbox on loopback, results may be on the same kind of network. A host name with https counts
+    as public and is not resolved to find out.
     """
 
     def __init__(self, base_url: str | None = None, resolve: Resolve = resolve) -> None:
@@ -194,10 +192,6 @@ class GuardedTransport(AiohttpTransport):
 
     Behind a proxy of the environment (HTTPS_PROXY …) the proxy resolves host names and has to
     guard them. URLs with a private IP address are refused there too.
-
-    Args:
-        guard: Decides which addresses are allowed.
-        socket_factory: Makes the socket for an address; tests pass their own.
     """
 
     def __init__(

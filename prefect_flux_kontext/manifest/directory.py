@@ -39,25 +39,15 @@ _MAX_DEPTH_FOLDERS = 64
 
 @dataclass
 class ImageFolder:
-    """Images below a folder, recognized by their names.
+    """Images below a folder, recognized by their names."""
 
-    Attributes:
-        url: The URL as given, for messages.
-        fs: The filesystem.
-        root: The folder's path on the filesystem.
-        pattern: Pattern that the paths below the folder must match; None for all.
-        max_depth: Levels of subfolders to read.
-        output: Real path of the output, if it is on the same filesystem.
-        skipped: Number of files that are no rows, by reason, as last read.
-    """
-
-    url: str
+    url: str  # as given, for messages
     fs: Any = field(repr=False)
     root: str
-    pattern: re.Pattern[str] | None
+    pattern: re.Pattern[str] | None  # for the paths below the folder; None for all
     max_depth: int
-    output: str | None
-    skipped: Counter[str] = field(default_factory=Counter)
+    output: str | None  # real path, if it is on the same filesystem
+    skipped: Counter[str] = field(default_factory=Counter)  # files that are no rows, by reason
 
     @property
     def skipped_files(self) -> int:
@@ -176,10 +166,7 @@ class ImageFolder:
 def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
     """Return the folder, prefix or glob of images at a URL, or None if the URL is a file.
 
-    Args:
-        url: A path or fsspec URL. A folder, a URL that ends in a slash, or a glob that is not
-            the name of an existing file.
-        output: Folder of the output, which is skipped.
+    A glob is one only if no file has its name. The output is skipped.
 
     Raises:
         Exception: What the filesystem raises.

@@ -82,12 +82,8 @@ def build_output_path(
 ) -> str:
     """Build the path of a row's image below the output, without extension.
 
-    Args:
-        row_id: The row's id.
-        style: The row's style, if it has one.
-        cells: The row's columns. A value in `output` takes precedence over the template.
-        template: The template; None for `{id}/{style}`, or `{id}` if there is no style.
-        output_format: The image format that the row requests.
+    A value in the column `output` takes precedence over the template, whose default is
+    `{id}/{style}`, or `{id}` without a style.
 
     Raises:
         ValueError: The row's columns give no valid path. The message is the reason.

@@ -89,15 +89,9 @@ class RefusedRow:
 
 
 class RowDefaults(NamedTuple):
-    """Values that apply to all rows of a manifest.
+    """Values that apply to all rows of a manifest. Its parameters override those of a style.
 
-    Attributes:
-        prompt: The prompt for rows without one.
-        styles: The known styles, and those for rows that name none.
-        names: The template of output names.
-        parameters: Parameters for rows that do not set them, which override those of a style.
-        rights: Which references that are not on the web the rows may name.
-        base_url: The service, which must reach references on the web; None for no check.
+    The service at the base URL must reach references on the web; None for no check.
     """
 
     prompt: str | None
@@ -169,18 +163,7 @@ def make_row(
     rights: Rights = _DEFAULT_RIGHTS,
     base_url: str | None = None,
 ) -> Row | RefusedRow:
-    """Make a row from the cells of one line.
-
-    Args:
-        line: Line number in the manifest.
-        cells: Column name to text. Empty text counts as absent.
-        prompt: The prompt for rows without one.
-        style: The style to apply. The row's own cells override the style's parameters.
-        names: The template of output names.
-        version: Version of the image's content, if the folder listing has one.
-        rights: Which references that are not on the web the row may name.
-        base_url: The service, which must reach references on the web; None for no check.
-    """
+    """Make a row from the cells of one line."""
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: filled[name] for name in _REQUEST_COLUMNS if name in filled}
     row_cells = cells
@@ -303,11 +286,7 @@ def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> 
 def _apply_style(
     values: dict[str, Any], style: Style | None, cells: Mapping[str, str]
 ) -> list[str]:
-    """Render the prompt, and add the style's parameters that the row does not set.
-
-    Returns:
-        The problems of the templates.
-    """
+    """Render the prompt, and add the style's parameters that the row does not set."""
     where, prompt = "prompt", values.get("prompt")
     try:
         if prompt is not None and is_template(prompt):

@@ -42,10 +42,9 @@ _MAX_BATCH_BYTES = 2**25
 
 
 class Table:
-    """A table in memory. It has no `__dict__`, so that nothing serializes it to JSON by accident.
+    """A table with Arrow's PyCapsule interface: Arrow, polars, pandas, ….
 
-    Args:
-        data: A table with Arrow's PyCapsule interface: Arrow, polars, pandas, …
+    It has no `__dict__`, so that nothing serializes it to JSON by accident.
     """
 
     __slots__ = ("data",)

@@ -38,10 +38,7 @@ _PARAMETERS_BESIDE = {
 
 
 def identify_reference(reference: str) -> str:
-    """Return what identifies the content: a checksum, or the URL with the store's version.
-
-    Args:
-        reference: A local file, or an object in a bucket.
+    """Return what identifies a local file (a checksum) or an object (its URL and ETag).
 
     Raises:
         ReferenceImageError: It is not a file, or is too large even to be shrunk.
@@ -65,11 +62,7 @@ def identify_private_object(reference: str, version: str | None) -> str:
 
 
 def read_version(info: Mapping[str, Any]) -> str | None:
-    """Return the ETag of an object, which changes with its content, or None.
-
-    Args:
-        info: From `fs.info` or a listing.
-    """
+    """Return the ETag in `fs.info` or a listing of an object; it changes with its content."""
     etag = info.get("ETag") or info.get("etag")
     return str(etag).strip('"') if etag else None
 

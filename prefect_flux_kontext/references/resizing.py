@@ -27,11 +27,7 @@ _DECODE_LOCK = threading.Lock()
 
 
 def check_can_shrink(data: bytes, problem: str) -> None:
-    """Check that an image of too many pixels can be shrunk in bounded memory.
-
-    Args:
-        data: Content of the file.
-        problem: What is wrong with the image; begins the message.
+    """Check that an image of too many pixels can be shrunk; messages begin with the problem.
 
     Raises:
         ReferenceImageError: It cannot be shrunk.
@@ -43,14 +39,7 @@ def check_can_shrink(data: bytes, problem: str) -> None:
 
 
 def shrink_to_fit(data: bytes, max_bytes: int) -> bytes:
-    """Shrink and re-encode an image, turned upright, with its colours and transparency.
-
-    Args:
-        data: A whole JPG, PNG or WebP.
-        max_bytes: Limit for the result.
-
-    Returns:
-        A JPG, or a WebP if the image has transparent areas.
+    """Shrink an image to a JPG, or a WebP if it has transparent areas, turned upright.
 
     Raises:
         ReferenceImageError: The image cannot be decoded or made small enough.

@@ -31,11 +31,7 @@ _MAX_SIGNATURE_SECONDS = 7 * 24 * 3_600
 
 
 def choose_signature_lifetime(timeout: float) -> int:
-    """Return the seconds for which to sign a URL: twice the timeout, an hour to a week.
-
-    Args:
-        timeout: Seconds after which the wait for a task ends.
-    """
+    """Return the seconds for which to sign a URL: twice the timeout, an hour to a week."""
     return min(max(_MIN_SIGNATURE_SECONDS, math.ceil(2 * timeout)), _MAX_SIGNATURE_SECONDS)
 
 
@@ -63,9 +59,7 @@ def sign_url(fs: Any, path: str, seconds: int) -> str:
 class Staging:
     """A staging place: a folder or bucket whose files the service can fetch.
 
-    Args:
-        url: The place, as a path or fsspec URL.
-        public_url: The http or https URL of the place; without it, URLs are signed.
+    URLs are signed if the place has no public http or https URL.
 
     Raises:
         ConfigurationError: A URL is invalid, or the service could not fetch from the place.
@@ -103,10 +97,7 @@ class Staging:
     def put(self, data: bytes, kind: ImageFormat, *, verify_staged: bool = False) -> str:
         """Stage a file unless it is there, and return its name, which holds its checksum.
 
-        Args:
-            data: The whole file.
-            kind: Format of the file, for the extension of the name.
-            verify_staged: The service could not fetch it, so compare the staged content.
+        With `verify_staged`, the service could not fetch it, so the staged content is compared.
 
         Raises:
             StorageError: The staging place refused the file.
@@ -127,10 +118,6 @@ class Staging:
 
     def build_url(self, name: str, seconds: int) -> str:
         """Return the URL from which the service fetches a staged file.
-
-        Args:
-            name: What `put` returned.
-            seconds: Lifetime of a signed URL.
 
         Raises:
             ReferenceImageError: The URL cannot be signed.

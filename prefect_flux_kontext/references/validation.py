@@ -55,11 +55,7 @@ def check_size(size: int, *, fit: bool) -> None:
 
 
 def check_image(data: bytes, *, fit: bool) -> None:
-    """Check an image by decoding it, unless its header announces too many pixels.
-
-    Args:
-        data: Content of the file.
-        fit: Whether an image that is too large will be shrunk.
+    """Check an image by decoding it, unless it has too many pixels and will be shrunk to `fit`.
 
     Raises:
         ReferenceImageError: It is not a JPG, PNG or WebP that the service takes; the message

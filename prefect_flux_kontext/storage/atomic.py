@@ -49,13 +49,7 @@ def create_file(fs: Any, path: str, data: bytes) -> None:
 
 
 def replace_file(fs: Any, path: str, data: bytes, *, is_private: bool = False) -> None:
-    """Write a file, and replace an older one of that name.
-
-    Args:
-        fs: The filesystem.
-        path: The path of the file.
-        data: The content of the file.
-        is_private: Whether only this user may read it, on a local disk.
+    """Write a file, and replace an older one of that name; a private one on a local disk is 0600.
 
     Raises:
         Exception: The file cannot be written. Each filesystem has its own errors.
@@ -105,9 +99,7 @@ def _open_synced_folder(path: str) -> Iterator[int]:
 def _create_unnamed(folder: int, name: str, data: bytes) -> bool:
     """Create a file that gets its name once it is complete, so that a kill leaves nothing behind.
 
-    Returns:
-        Whether the system and the filesystem support it. Linux's own filesystems do, most others
-        do not.
+    Returns False if the filesystem does not support it: Linux's own do, most others do not.
 
     Raises:
         FileExistsError: A file of that name exists.

@@ -29,10 +29,6 @@ async def remove_temporary_files(folder: OutputFolder, *, recursive: bool = Fals
 
     Only files on local disks with a name of `storage.atomic` are removed: object stores have no
     temporary files. Files that cannot be removed stay.
-
-    Args:
-        folder: The folder to clean up.
-        recursive: Whether to clean up its subfolders too.
     """
     if not isinstance(folder.fs, LocalFileSystem):
         return 0

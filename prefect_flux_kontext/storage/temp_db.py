@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
-from typing import TYPE_CHECKING, Self
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import Self
 
 # Memory for the database's pages. With random access, the pages of a million rows fit.
 _CACHE_KIB = 16_384
 
 
 def open_temp_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Connection:
-    """Open a database in a temporary file, which SQLite deletes on close, and begin a transaction.
+    """Open a database in a temporary file with a table, and begin a transaction.
 
-    Args:
-        table: The SQL statement that creates its table.
-        cache_kib: The most KiB of the database that are held in memory.
+    SQLite deletes the file on close. At most `cache_kib` KiB are held in memory.
     """
     # One thread at a time uses it, but not always the same one.
     database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
@@ -30,12 +25,7 @@ def open_temp_database(table: str, cache_kib: int = _CACHE_KIB) -> sqlite3.Conne
 
 
 class TempDatabase:
-    """Base class of context managers with a private temporary database.
-
-    Args:
-        table: The SQL statement that creates its table.
-        cache_kib: The most KiB of the database that are held in memory.
-    """
+    """Base class of context managers with a private temporary database."""
 
     def __init__(self, table: str, cache_kib: int = _CACHE_KIB) -> None:
         self._database = open_temp_database(table, cache_kib)
@@ -43,10 +33,5 @@ class TempDatabase:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._database.close()

@@ -66,17 +66,11 @@ _ALWAYS_RUNNING = SurvivalTable([1.0], [], 0.0)
 
 @dataclass(slots=True)
 class WatchedTask:
-    """A task that is being waited for.
+    """A task that is being waited for."""
 
-    Attributes:
-        started_at: Loop time at which its submit was answered.
-        model: Latency model of its mode, if any.
-        last_running_age: Age in seconds at which it was last seen running.
-    """
-
-    started_at: float
+    started_at: float  # loop time at which its submit was answered
     model: LatencyModel | None = None
-    last_running_age: float = 0.0
+    last_running_age: float = 0.0  # age in seconds at which it was last seen running
 
 
 class RunningEstimate:
@@ -84,12 +78,8 @@ class RunningEstimate:
 
     The end of a task is noticed some seconds late, and until then its slot is idle. Of many
     tasks, the number that have ended is well known, though not which ones. So each task counts
-    with the probability that it still runs.
-
-    Attributes:
-        mean: Expected number of running tasks.
-        deviation: Standard deviation of that number. It includes the variance of the tasks
-            and the error of the latency model.
+    with the probability that it still runs. The deviation includes the variance of the tasks and
+    the error of the latency model.
     """
 
     def __init__(self) -> None:
@@ -144,17 +134,11 @@ class ConcurrencyLimiter:
     they still run. Rejected submits (429) lower the limit for a while.
 
     One limiter serves several threads and event loops.
-
-    Args:
-        slots: Limit of tasks that may run at the same time.
-
-    Attributes:
-        round_trip: Running mean of the seconds from sending a request to its reply.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.round_trip = 0.0
+        self.round_trip = 0.0  # running mean of the seconds from a request to its reply
         self._limit = slots
         self._ceiling = math.inf  # tasks that ran when a limit was last met
         self._rejection_rate = RejectionRate()
@@ -213,9 +197,7 @@ class ConcurrencyLimiter:
     def record_acceptance(self, task_id: str, *, acquired_at: float | None = None) -> None:
         """Give the slot of an accepted POST to its task.
 
-        Args:
-            task_id: The accepted task.
-            acquired_at: Loop time at which the slot was acquired. None: a task of another run.
+        A task of another run has no `acquired_at`, the loop time at which the slot was acquired.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
@@ -241,9 +223,6 @@ class ConcurrencyLimiter:
         """Free the slot of a POST that got 429, and lower the limit if a limit explains it.
 
         A single rejection does not lower it.
-
-        Args:
-            acquired_at: Loop time at which the slot was acquired. None: now.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
@@ -274,10 +253,7 @@ class ConcurrencyLimiter:
     def watch(self, task_id: str, *, model: LatencyModel | None = None, age: float = 0.0) -> None:
         """Mark a task as being waited for. It holds its slot until `release_task`.
 
-        Args:
-            task_id: The task.
-            model: Latency model of its mode. None: the task counts as running until released.
-            age: Seconds since it was submitted.
+        Without a model of its mode it counts as running until then. `age` is in seconds.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:

@@ -62,9 +62,6 @@ class LatencyModel:
     before. This is the product-limit (Kaplan-Meier) estimate for censored times: of the tasks
     observed to reach an age, the share that ended at it. It assumes no shape of the distribution,
     and a slower service shows before its first slow task has ended. Older observations fade.
-
-    Attributes:
-        ended_count: Tasks observed to end so far.
     """
 
     def __init__(self) -> None:

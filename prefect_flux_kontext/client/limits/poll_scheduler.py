@@ -38,13 +38,8 @@ class PollScheduler:
     The first poll may come before `initial_delay` if tasks are known to end sooner, and later if
     that was learned during the first pause.
 
-    A scheduler marks its task as watched. Call `close` when the wait is over.
-
-    Args:
-        limiter: The account's limiter, which keeps the latency models.
-        task: The task to poll.
-        cadence: The configured cadence.
-        has_callback: Whether a callback announces the end of the task.
+    A scheduler marks its task as watched. Call `close` when the wait is over. With `has_callback`,
+    a callback announces the end of the task.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ _Queue: TypeAlias = "OrderedDict[object, tuple[asyncio.Future[None], asyncio.Abs
 
 
 class RateLimiter:
-    """Allows at most `per_minute` requests in any sliding minute.
+    """Allows at most `per_minute` requests in any 60 seconds.
 
     It is a generic cell rate algorithm: requests are evenly spaced after a small burst. With a
     burst of b and a spacing of i seconds, no window of 60 s contains more than b - 1 + 60 / i
@@ -36,9 +36,6 @@ class RateLimiter:
     them holds a slot at the service that is idle until the submit is sent.
 
     One limiter serves several threads and event loops.
-
-    Args:
-        per_minute: Requests allowed in any 60 seconds.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -58,11 +55,7 @@ class RateLimiter:
         return self._spacing
 
     async def acquire(self, *, has_priority: bool = False) -> None:
-        """Wait until one more request may be sent.
-
-        Args:
-            has_priority: Whether it goes before requests without priority.
-        """
+        """Wait until one more request may be sent, with priority before those without."""
         loop = asyncio.get_running_loop()
         with self._lock:
             now = loop.time()
