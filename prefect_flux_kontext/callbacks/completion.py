@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
 
 logger = logging.getLogger(__name__)
@@ -111,9 +110,10 @@ class CompletionMonitor:
         for start in range(0, len(keys), _READ_BATCH):
             block = keys[start : start + _READ_BATCH]
             entries = await asyncio.gather(*(self._ledger.read(key) for key in block))
-            for attempt in map(_outstanding_attempt, entries):
-                if attempt is None:
+            for entry in entries:
+                if entry.state is not State.ACCEPTED or entry.intent is None:
                     continue
+                attempt = Attempt(entry.intent.owner, entry.key, entry.attempt)
                 if attempt.owner not in called_back:
                     called_back[attempt.owner] = await self._read_attempts(attempt.owner)
                 if attempt not in called_back[attempt.owner]:
@@ -140,10 +140,3 @@ class CompletionMonitor:
             if await is_alive(self._store, name.removesuffix(".json")):
                 return True
         return False
-
-
-def _outstanding_attempt(entry: Entry) -> Attempt | None:
-    """Return the attempt whose result is not stored yet, if the row has one."""
-    if entry.state is not State.ACCEPTED or entry.intent is None:
-        return None
-    return Attempt(entry.intent.owner, entry.key, entry.attempt)

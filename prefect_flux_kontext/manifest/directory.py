@@ -179,22 +179,17 @@ def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
         return None
     fs, path = fsspec.core.url_to_fs(url)
     path = str(path).rstrip("/")
+    pattern, max_depth = None, _MAX_DEPTH_FOLDERS
     if has_glob and not fs.exists(path):
-        root, glob = _split_glob(path)
-        max_depth = _MAX_DEPTH_FOLDERS if "**" in glob else glob.count("/")
+        parts = path.split("/")
+        first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
+        path, glob = "/".join(parts[:first]), "/".join(parts[first:])
         pattern = re.compile(glob_translate(glob))
-        return ImageFolder(url, fs, root, pattern, max_depth, _find_output_path(fs, output))
-    if url.endswith("/") or fs.isdir(path):
-        output_path = _find_output_path(fs, output)
-        return ImageFolder(url, fs, path, None, _MAX_DEPTH_FOLDERS, output_path)
-    return None
-
-
-def _split_glob(path: str) -> tuple[str, str]:
-    """Return the folder that a glob starts in, and the glob below it."""
-    parts = path.split("/")
-    first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
-    return "/".join(parts[:first]), "/".join(parts[first:])
+        if "**" not in glob:
+            max_depth = glob.count("/")
+    elif not url.endswith("/") and not fs.isdir(path):
+        return None
+    return ImageFolder(url, fs, path, pattern, max_depth, _find_output_path(fs, output))
 
 
 def _find_output_path(fs: Any, output: str | None) -> str | None:

@@ -177,7 +177,7 @@ def make_row(
     problems += [
         problem for image in images for problem in find_reference_problems(image, base_url)
     ]
-    denied = _find_rights_problems(images, rights)
+    denied = [problem for image in images if (problem := find_rights_problem(image, rights))]
     problems += denied
     located = [normalize_reference(image, rights.folder) for image in images]
     if located != images:
@@ -258,10 +258,6 @@ def _find_reference_problem(image: str, base_url: str | None) -> str | None:
             "give a public URL, or the file itself with a staging location"
         )
     return problem
-
-
-def _find_rights_problems(images: Sequence[str], rights: Rights) -> list[str]:
-    return [problem for image in images if (problem := find_rights_problem(image, rights))]
 
 
 def list_references(cells: Mapping[str, str]) -> list[str]:

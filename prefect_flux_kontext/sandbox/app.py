@@ -73,11 +73,9 @@ class Sandbox:
                 faults_endpoint(self.active_faults),
             ],
             middleware=[Middleware(FaultMiddleware, self.active_faults)],
-            exception_handlers={
-                Refusal: _answer_refusal,
-                HTTPException: _answer_http_error,
-                ClientDisconnect: _answer_disconnect,
-            },
+            exception_handlers=dict.fromkeys(
+                (Refusal, HTTPException, ClientDisconnect), _answer_error
+            ),
             lifespan=self._lifespan,
         )
         own = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
@@ -210,20 +208,12 @@ def _base_url(request: Request) -> str:
     return f"{request.url.scheme}://{request.headers.get('host', '')}"
 
 
-async def _answer_refusal(_request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, Refusal)  # noqa: S101 - registered for this type only
-    headers = {}
-    if refusal.retry_after is not None:
-        headers["Retry-After"] = str(refusal.retry_after)
-    return JSONResponse(failure(refusal), status_code=refusal.code, headers=headers)
-
-
-async def _answer_disconnect(_request: Request, _error: Exception) -> Response:
-    # A client that disconnects during a request must not cause a traceback.
-    return Response(status_code=400)
-
-
-async def _answer_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type only
-    refusal = Refusal(error.status_code, error.detail.lower(), request.url.path[:200])
-    return await _answer_refusal(request, refusal)
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = Refusal(error.status_code, error.detail.lower(), request.url.path[:200])
+    if not isinstance(error, Refusal):
+        # A client that disconnects during a request must not cause a traceback.
+        return Response(status_code=400)
+    delay = error.retry_after
+    headers = {} if delay is None else {"Retry-After": str(delay)}
+    return JSONResponse(failure(error), status_code=error.code, headers=headers)

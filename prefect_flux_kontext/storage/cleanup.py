@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 from fsspec.implementations.local import LocalFileSystem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 # No write lasts a day, so nobody writes to a temporary file of this age.
@@ -37,21 +35,12 @@ async def remove_temporary_files(folder: OutputFolder, *, recursive: bool = Fals
 
 def _remove_old(root: str, *, recursive: bool) -> int:
     removed = 0
-    for entry in _list_files(root, recursive=recursive):
-        with contextlib.suppress(OSError):
-            if (
-                _TEMPORARY_NAME.fullmatch(entry.name)
-                and time.time() - entry.stat().st_mtime > _MIN_AGE_SECONDS
-            ):
-                Path(entry.path).unlink()
-                removed += 1
+    for folder, subfolders, names in os.walk(root):
+        if not recursive:
+            subfolders.clear()
+        for path in (Path(folder, name) for name in names if _TEMPORARY_NAME.fullmatch(name)):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _MIN_AGE_SECONDS:
+                    path.unlink()
+                    removed += 1
     return removed
-
-
-def _list_files(root: str, *, recursive: bool) -> Iterator[os.DirEntry[str]]:
-    with contextlib.suppress(OSError), os.scandir(root) as entries:
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                yield entry
-            elif recursive:
-                yield from _list_files(entry.path, recursive=True)

@@ -193,7 +193,10 @@ def read_styles(url: str) -> list[Style]:
         raise ConfigurationError(f"The styles {url} have more than {_MAX_FILE_BYTES:,} bytes.")
     try:
         text = data.decode("utf-8-sig")
-        read = _parse_json(text) if url.lower().endswith(".json") else _parse_yaml(text)
+        if url.lower().endswith(".json"):
+            read = json.loads(text, object_pairs_hook=_reject_repeated_names)
+        else:
+            read = yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"The styles {url} cannot be read: {_describe(error)}.") from None
     if not isinstance(read, dict) or not read:
@@ -248,14 +251,6 @@ def _describe_problem(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"
     return f"{where} {problem['input']!r:.60}: {problem['msg']}"
-
-
-def _parse_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_reject_repeated_names)
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc] # it ships no types
