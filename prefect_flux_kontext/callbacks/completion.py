@@ -99,11 +99,7 @@ class CompletionMonitor:
             await asyncio.sleep(pause)
 
     async def find_called_back(self) -> frozenset[Attempt]:
-        """Return all outstanding attempts, or none if one of them has had no callback.
-
-        Raises:
-            LedgerError: The ledger or the inbox cannot be read or is damaged.
-        """
+        """Return all outstanding attempts, or none if one of them has had no callback."""
         called_back: dict[str, set[Attempt]] = {}
         outstanding: set[Attempt] = set()
         keys = sorted({key async for wave in read_open_waves(self._store) for key in wave.keys})

@@ -44,11 +44,7 @@ def resolve_callback_options(
     secret: SecretStr | None = None,
     listens: bool = True,
 ) -> CallbackOptions:
-    """Return the options of the settings, overridden by the arguments.
-
-    Raises:
-        ConfigurationError: The URL, the secret or the address is invalid.
-    """
+    """Return the options of the settings, overridden by the arguments, if all are valid."""
     url = url or settings.callback_url
     if url is None:
         return CallbackOptions(inbox=settings.callback_inbox)

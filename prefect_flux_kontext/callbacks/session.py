@@ -228,9 +228,6 @@ async def open_callback_session(
     """Open the callback session of a batch, with a receiver if the options have an address.
 
     Without a URL, rows are polled, but callbacks of ended runs still settle unknown rows.
-
-    Raises:
-        ConfigurationError: The receiver cannot listen on its address.
     """
     store = RecordStore(options.inbox) if options.inbox else ledger.store.below(INBOX_FOLDER)
     inbox, notifications = Inbox(store), CallbackNotifications()
@@ -317,11 +314,7 @@ class CallbackSession:
         self._notifications.record_end(attempt)
 
     async def recover(self, entry: Entry) -> Entry | None:
-        """Recover the task of an unknown row from its callback; return None if there is none yet.
-
-        Raises:
-            LedgerError: The task cannot be recorded.
-        """
+        """Recover the task of an unknown row from its callback, if there is one by now."""
         attempt = _attempt(entry)
         age = (utc_now() - entry.intent.at).total_seconds() if entry.intent else 0.0
         row = self._notifications.expect(attempt, max(0.0, age))

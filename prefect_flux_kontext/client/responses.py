@@ -203,11 +203,7 @@ def read_callback(body: bytes) -> str | None:
 
 
 def read_balance(data: Any, *, secret: str = "") -> float:
-    """Return the balance in US dollars from a balance reply in any of the likely shapes.
-
-    Raises:
-        UnreadableReplyError: The reply contains no number.
-    """
+    """Return the balance in US dollars from a balance reply in any of the likely shapes."""
     names = ("balance", "currentBalance", "current_balance", "amount")
     values = [data.get(name) for name in names] if isinstance(data, dict) else [data]
     for value in values:

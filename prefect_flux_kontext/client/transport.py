@@ -225,12 +225,7 @@ class Connections:
         json: object = None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        """Send a request and stream its response. Redirects are not followed.
-
-        Raises:
-            httpx.TransportError: The request failed.
-            RuntimeError: The connections are closed.
-        """
+        """Send a request and stream its response. Redirects are not followed."""
         request = httpx.Request(
             method,
             url,
@@ -325,11 +320,7 @@ class _ProxyTransport(httpx.AsyncHTTPTransport):
 
 @asynccontextmanager
 async def _limit_request() -> AsyncIterator[None]:
-    """Limit a request to 120 s, and read once more what arrived while the process was frozen.
-
-    Raises:
-        TimeoutError: The request took longer.
-    """
+    """Limit a request to 120 s, and read once more what arrived while the process was frozen."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _REQUEST_TIMEOUT_SECONDS
     async with asyncio.timeout(None) as timeout:

@@ -100,11 +100,7 @@ async def persist_result(
 async def place_stored_images(
     files: Sequence[str], output: OutputFolder, *, name: str, key: str
 ) -> list[str]:
-    """Copy the images stored for a row's key to the row's own names, and return their URIs.
-
-    Raises:
-        StorageError: An image is missing, or a file cannot be read or written.
-    """
+    """Copy the images stored for a row's key to the row's own names, and return their URIs."""
     uris = []
     for number, file in enumerate(files, start=1):
         names = list_image_names(name, number, splitext(file)[1], key)

@@ -141,12 +141,7 @@ class AddressGuard:
         self._service_kinds: set[str] | None = None
 
     async def resolve_allowed(self, host: str, port: int) -> list[str]:
-        """Return all addresses of a host.
-
-        Raises:
-            RefusedUrlError: One of the addresses is not allowed.
-            OSError: The host has no address.
-        """
+        """Return all addresses of a host, or raise a RefusedUrlError if one is not allowed."""
         found = await self._find_addresses(host, port)
         for address in found:
             kind = classify_non_public(address)
@@ -208,12 +203,7 @@ class GuardedTransport(AiohttpTransport):
         self._proxy_transports: dict[str, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request if its URL is allowed.
-
-        Raises:
-            RefusedUrlError: The scheme, or an address of the host, is not allowed.
-            httpx.TransportError: The request failed.
-        """
+        """Send a request if its URL is allowed, or raise a RefusedUrlError."""
         url = request.url
         if url.scheme not in _DEFAULT_PORTS or not url.host:
             raise RefusedUrlError(

@@ -157,11 +157,7 @@ def _find_text_problem(text: str) -> str | None:
 
 
 def to_text(value: Any) -> str:
-    """Convert a typed value to the text of a cell: lists and objects as JSON, None as empty.
-
-    Raises:
-        ValueError: The value has no text form: NaN, infinity or bytes.
-    """
+    """Convert a value to text: lists and objects as JSON. NaN, infinity and bytes have none."""
     match value:
         case None:
             return ""

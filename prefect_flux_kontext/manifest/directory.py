@@ -64,10 +64,6 @@ class ImageFolder:
 
         The cells are `id` (path below the folder, without extension), `image` (a URL, or a
         path if the folder is local), `file` (its name) and `folder` (its subfolder).
-
-        Raises:
-            ManifestError: There are no images, or the folder is inside the output.
-            Exception: What the filesystem raises.
         """
         root = _resolve_links(self.fs, self.root)
         if self.output is not None and f"{root}/".startswith(f"{self.output}/"):
@@ -167,9 +163,6 @@ def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
     """Return the folder, prefix or glob of images at a URL, or None if the URL is a file.
 
     A glob is one only if no file has its name. The output is skipped.
-
-    Raises:
-        Exception: What the filesystem raises.
     """
     if url.lower().startswith(("http://", "https://")) or "::" in url or not url.strip():
         return None

@@ -131,11 +131,7 @@ class Manifest:
                     yield row if isinstance(row, RefusedRow) else _check_name(row, names, count)
 
     def _check_images_used(self, line: Line) -> None:
-        """Check that a line without a reference has no other column that looks like one.
-
-        Raises:
-            ManifestError: It has one, so the row would be paid for as text to image.
-        """
+        """Refuse a line without a reference if another column looks like one."""
         cells = line.cells
         if cells.get("image", "").strip() or cells.get("images", "").strip():
             return

@@ -38,12 +38,7 @@ _PARAMETERS_BESIDE = {
 
 
 def identify_reference(reference: str) -> str:
-    """Return what identifies a local file (a checksum) or an object (its URL and ETag).
-
-    Raises:
-        ReferenceImageError: It is not a file, or is too large even to be shrunk.
-        Exception: What the filesystem raises.
-    """
+    """Return what identifies a local file (a checksum) or an object (its URL and ETag)."""
     fs, path = open_filesystem(reference)
     info = _get_file_info(fs, path)
     if classify_location(reference) is LocationKind.PRIVATE:
@@ -68,12 +63,7 @@ def read_version(info: Mapping[str, Any]) -> str | None:
 
 
 def read_content(reference: str, *, fit: bool) -> bytes:
-    """Read a local file or an object, within the size limit.
-
-    Raises:
-        ReferenceImageError: It is not a file, or is too large.
-        Exception: What the filesystem raises.
-    """
+    """Read a local file or an object, within the size limit."""
     fs, path = open_filesystem(reference)
     check_size(int(_get_file_info(fs, path)["size"]), fit=fit)
     data: bytes = fs.cat_file(path, start=0, end=MAX_SHRINKABLE_BYTES + 1)
@@ -91,11 +81,7 @@ def _get_file_info(fs: Any, path: str) -> dict[str, Any]:
 
 @contextmanager
 def wrap_reference_errors(reference: str) -> Iterator[None]:
-    """Convert errors of a filesystem or a check into an error that names the reference.
-
-    Raises:
-        ReferenceImageError: In place of any error that is not a `FluxKontextError`.
-    """
+    """Convert all other errors to a ReferenceImageError that names the reference."""
     name = f"image {redact_url(reference)[:_MAX_SHOWN_CHARACTERS]!r}"
     try:
         yield

@@ -145,9 +145,6 @@ def open_filesystem(reference: str) -> tuple[Any, str]:
     """Return the filesystem of a reference that is not on the web, and its path there.
 
     The listings cache is off, because it would show outdated objects.
-
-    Raises:
-        Exception: Whatever the filesystem raises.
     """
     if (
         classify_location(reference) is LocationKind.LOCAL

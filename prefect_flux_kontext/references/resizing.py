@@ -27,11 +27,7 @@ _DECODE_LOCK = threading.Lock()
 
 
 def check_can_shrink(data: bytes, problem: str) -> None:
-    """Check that an image of too many pixels can be shrunk; messages begin with the problem.
-
-    Raises:
-        ReferenceImageError: It cannot be shrunk.
-    """
+    """Check that an image of too many pixels can be shrunk; messages begin with the problem."""
     if not strip_leading_bytes(data).startswith(b"\xff\xd8"):
         raise ReferenceImageError(f"{problem}; shrink it yourself: it is too large to decode")
     with _DECODE_LOCK, _decode(data, problem):
@@ -39,11 +35,7 @@ def check_can_shrink(data: bytes, problem: str) -> None:
 
 
 def shrink_to_fit(data: bytes, max_bytes: int) -> bytes:
-    """Shrink an image to a JPG, or a WebP if it has transparent areas, turned upright.
-
-    Raises:
-        ReferenceImageError: The image cannot be decoded or made small enough.
-    """
+    """Shrink an image to a JPG, or a WebP if it has transparent areas, turned upright."""
     with _DECODE_LOCK, _decode(data, "is too large") as image:
         kind = "webp" if image.mode == "RGBA" else "jpeg"
         profile = image.info.get("icc_profile")

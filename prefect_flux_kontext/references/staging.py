@@ -36,11 +36,7 @@ def choose_signature_lifetime(timeout: float) -> int:
 
 
 def sign_url(fs: Any, path: str, seconds: int) -> str:
-    """Sign a URL that lets anybody read an object for a number of seconds.
-
-    Raises:
-        ReferenceImageError: The filesystem cannot sign, or lacks the permission.
-    """
+    """Sign a URL that lets anybody read an object for a number of seconds."""
     try:
         url = str(fs.sign(path, expiration=seconds))
     except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
@@ -98,9 +94,6 @@ class Staging:
         """Stage a file unless it is there, and return its name, which holds its checksum.
 
         With `verify_staged`, the service could not fetch it, so the staged content is compared.
-
-        Raises:
-            StorageError: The staging place refused the file.
         """
         name = f"{hashlib.sha256(data).hexdigest()}.{EXTENSIONS[kind]}"
         path = self._build_path(name)
@@ -117,11 +110,7 @@ class Staging:
         return name
 
     def build_url(self, name: str, seconds: int) -> str:
-        """Return the URL from which the service fetches a staged file.
-
-        Raises:
-            ReferenceImageError: The URL cannot be signed.
-        """
+        """Return the URL from which the service fetches a staged file."""
         if self._public_url is not None:
             return f"{self._public_url}/{name}"
         return sign_url(self._fs, self._build_path(name), seconds)
@@ -156,11 +145,7 @@ def _is_public_url(url: str) -> bool:
 
 
 def create_staging(url: str | None, public_url: str | None) -> Staging | None:
-    """Create the staging place of the settings, or return None if none is set.
-
-    Raises:
-        ConfigurationError: The settings are incomplete or invalid.
-    """
+    """Create the staging place of the settings, if one is set."""
     if url is None:
         if public_url is not None:
             raise ConfigurationError(

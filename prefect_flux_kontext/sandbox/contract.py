@@ -82,11 +82,7 @@ class Submission(_Wire):
 
 
 def read_submission(payload: object) -> Submission:
-    """Validate a submit body.
-
-    Raises:
-        Refusal: 400; `error` names the invalid field.
-    """
+    """Validate a submit body, or raise a Refusal (400) that names the invalid field."""
     if not isinstance(payload, dict):
         raise Refusal(400, "invalid parameters", "the body must be a JSON object")
     try:

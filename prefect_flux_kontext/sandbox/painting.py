@@ -41,11 +41,7 @@ def paint(
     output_format: str,
     long_edge: int,
 ) -> bytes:
-    """Paint one result image and encode it, without a reference as a landscape of the prompt.
-
-    Raises:
-        BadReferenceError: The reference is not an image.
-    """
+    """Paint one result image and encode it, without a reference as a landscape of the prompt."""
     across, down = map(int, aspect_ratio.split(":"))
     scale = long_edge / max(across, down)
     size = (max(1, round(across * scale)), max(1, round(down * scale)))

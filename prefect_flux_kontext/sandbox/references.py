@@ -118,11 +118,7 @@ class References:
         self._cache = SharedCache[Reference](_CACHE_BYTES, lambda held: len(held.content))
 
     async def get(self, url: str, base_url: str) -> Reference:
-        """Fetch the image at a URL; `base_url` is the URL of the sandbox itself.
-
-        Raises:
-            BadReferenceError: It cannot be fetched, is over 10 MB or no complete image.
-        """
+        """Fetch and check the image at a URL; the base URL is that of the sandbox itself."""
         client = self._own if url.startswith(base_url + "/") else self._outbound
         return await self._cache.get(url, lambda: self._fetch(client, url))
 
@@ -174,9 +170,6 @@ def open_image(content: bytes, long_edge: int = 1024) -> Image.Image:
     """Decode a reference: upright, RGB, transparent parts on white.
 
     A JPG may be decoded smaller, but not below `long_edge` pixels.
-
-    Raises:
-        BadReferenceError: It is not a complete JPG, PNG or WebP, or has too many pixels.
     """
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))

@@ -43,11 +43,7 @@ def serve(
     announce: Callable[[str], None] | None = None,
     plan: FaultPlan | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` gets the base URL. Port 0 is a free one.
-
-    Raises:
-        OSError: The server cannot listen on the address.
-    """
+    """Serve until SIGINT or SIGTERM; `announce` gets the base URL. Port 0 is a free one."""
     with _listen(host, port) as listener:
         if announce:
             announce(_url(listener))
@@ -58,11 +54,7 @@ def serve(
 def running_sandbox(
     settings: SandboxSettings | None = None, port: int = 0, plan: FaultPlan | None = None
 ) -> Iterator[Sandbox]:
-    """Serve on loopback from a thread until the context ends. Port 0 is a free one.
-
-    Raises:
-        OSError: The port is in use.
-    """
+    """Serve on loopback from a thread until the context ends. Port 0 is a free one."""
     sandbox = Sandbox(settings or SandboxSettings(), plan)
     with _listen("127.0.0.1", port) as listener:
         sandbox.url = _url(listener)

@@ -113,21 +113,14 @@ class Service:
         self._counters: Counter[str] = Counter()
 
     def now(self) -> float:
-        """Loop time in seconds; add `epoch` for Unix time.
-
-        The first call must come from the loop.
-        """
+        """Loop time in seconds; with `epoch`, Unix time. The first call must be on the loop."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self.epoch = time.time() - self._loop.time()
         return self._loop.time()
 
     def submit(self, key: str, payload: Any, base_url: str) -> Task:
-        """Accept a task and charge for it.
-
-        Raises:
-            Refusal: 429, 400 or 402. One refused with 429 leaves no trace but its number.
-        """
+        """Accept a task and charge for it, or raise a Refusal: 429, 400 or 402."""
         now = self.now()
         account = self._account(key)
         self._check_window(account, now, "submits_refused_requests")
@@ -149,11 +142,7 @@ class Service:
         return task
 
     def status(self, key: str, task_id: str | None) -> Task:
-        """Return the task if it belongs to the key.
-
-        Raises:
-            Refusal: 429, 400 without a task id, or 404.
-        """
+        """Return the task if it belongs to the key, or raise a Refusal: 429, 400 or 404."""
         now = self.now()
         account = self._account(key)
         self._counters["status_requests"] += 1
@@ -171,11 +160,7 @@ class Service:
         return self._account(key).balance
 
     def result(self, task_id: str, path: str) -> Task:
-        """Return the task of a result image.
-
-        Raises:
-            Refusal: 404 when the image does not exist (yet), 403 when it has expired.
-        """
+        """Return the task of a result image, or raise a Refusal: 404, or 403 if it has expired."""
         task = self._tasks.get(task_id)
         now = self.now()
         if task is None or task.result_path != path or task.state(now) != "success":

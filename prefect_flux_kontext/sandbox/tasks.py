@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 class LatencyModel:
-    """A lognormal distribution, with the long tail of generation services, in seconds.
-
-    `spread` is the standard deviation divided by the mean.
-    """
+    """A lognormal distribution, with the long tail of generation services, in seconds."""
 
     def __init__(self, mean: float, spread: float) -> None:
         variance = math.log1p(spread**2)

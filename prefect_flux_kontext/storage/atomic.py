@@ -23,12 +23,7 @@ _MEMORY_LOCK = threading.Lock()
 
 
 def create_file(fs: Any, path: str, data: bytes) -> None:
-    """Create a file that does not exist yet.
-
-    Raises:
-        FileExistsError: The file exists.
-        Exception: The file cannot be written. Each filesystem has its own errors.
-    """
+    """Create a file, or raise FileExistsError if it exists. Each filesystem has its own errors."""
     if isinstance(fs, LocalFileSystem):
         folder_path, name = os.path.split(path)
         with _open_synced_folder(folder_path) as folder:
@@ -49,11 +44,7 @@ def create_file(fs: Any, path: str, data: bytes) -> None:
 
 
 def replace_file(fs: Any, path: str, data: bytes, *, is_private: bool = False) -> None:
-    """Write a file, and replace an older one of that name; a private one on a local disk is 0600.
-
-    Raises:
-        Exception: The file cannot be written. Each filesystem has its own errors.
-    """
+    """Write a file, replace an older one, and hide a private one from other local users."""
     if isinstance(fs, LocalFileSystem):
         _replace_local(path, data, is_private=is_private)
     else:
@@ -62,11 +53,7 @@ def replace_file(fs: Any, path: str, data: bytes, *, is_private: bool = False) -
 
 
 def copy_into_place(fs: Any, path: str, source: Path) -> None:
-    """Copy a local file, and replace an older one of that name. The data is streamed.
-
-    Raises:
-        Exception: The file cannot be written. Each filesystem has its own errors.
-    """
+    """Copy a local file, and replace an older one of that name. The data is streamed."""
     if isinstance(fs, LocalFileSystem):
         _replace_local(path, source)
     else:
@@ -100,10 +87,6 @@ def _create_unnamed(folder: int, name: str, data: bytes) -> bool:
     """Create a file that gets its name once it is complete, so that a kill leaves nothing behind.
 
     Returns False if the filesystem does not support it: Linux's own do, most others do not.
-
-    Raises:
-        FileExistsError: A file of that name exists.
-        OSError: The file cannot be written.
     """
     try:
         unnamed = os.open(".", os.O_WRONLY | os.O_TMPFILE, 0o666, dir_fd=folder)

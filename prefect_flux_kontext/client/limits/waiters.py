@@ -8,11 +8,7 @@ __all__ = ["finish", "wake"]
 
 
 def wake(waiter: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
-    """Complete a future of an event loop, from that loop or from another thread.
-
-    Raises:
-        RuntimeError: The loop is closed.
-    """
+    """Complete a future of an event loop, from that loop or from another thread."""
     if loop is _running_loop():
         finish(waiter)
     else:

@@ -53,11 +53,7 @@ class PlannedFault:
 
 
 def read_fault(text: Any) -> PlannedFault:
-    """Parse `KIND:FAULT`, optionally followed by `=SHARE` and `@FIRST-LAST`.
-
-    Raises:
-        BadPlanError: The text has another form, or there is no such fault.
-    """
+    """Parse `KIND:FAULT`, optionally followed by `=SHARE` and `@FIRST-LAST`."""
     if isinstance(text, PlannedFault):
         return text
     match = _FAULT_PATTERN.fullmatch(str(text))
@@ -118,11 +114,7 @@ class FaultPlan(BaseModel):
 
 
 def read_plan(given: object) -> FaultPlan:
-    """Validate a plan parsed from JSON or YAML.
-
-    Raises:
-        BadPlanError: Lists all problems, one line for each.
-    """
+    """Validate a plan parsed from JSON or YAML; a BadPlanError lists all problems."""
     try:
         return FaultPlan.model_validate(given)
     except ValidationError as invalid:
@@ -134,11 +126,7 @@ def read_plan(given: object) -> FaultPlan:
 
 
 def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
-    """Load a plan from JSON or YAML, if any, and put further faults before its own.
-
-    Raises:
-        BadPlanError: The file cannot be read, or its plan is invalid.
-    """
+    """Load a plan from JSON or YAML, if any, and put further faults before its own."""
     import yaml  # noqa: PLC0415 - few plans are files
 
     given: Any = {}
