@@ -26,14 +26,6 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.models import TaskStatus
 
-__all__ = [
-    "read_balance",
-    "read_callback",
-    "read_envelope",
-    "read_status",
-    "read_task_id",
-]
-
 _MAX_TASK_ID_CHARACTERS = 200
 _MAX_TEXT_CHARACTERS = 500
 _MAX_EXCERPT_CHARACTERS = 80

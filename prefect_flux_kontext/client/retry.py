@@ -6,8 +6,6 @@ import random
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-__all__ = ["MAX_RETRY_AFTER_SECONDS", "RejectionRate", "jittered_backoff", "parse_retry_after"]
-
 # A wrong header must not pause a batch for days.
 MAX_RETRY_AFTER_SECONDS = 300.0
 

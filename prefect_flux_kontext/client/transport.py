@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
     from aiohttp.connector import Connection
 
-__all__ = [
-    "API_TIMEOUT",
-    "AiohttpTransport",
-    "Connections",
-    "create_proxy_transport",
-    "create_tls_context",
-    "find_proxy",
-    "send_request",
-    "stream_response",
-]
-
 # Seconds for each step of a request. The limits are generous, because a submit whose reply is
 # not received may be billed without our knowledge.
 API_TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=60)

@@ -51,12 +51,9 @@ class Manifest:
     """A manifest, and the defaults for its rows.
 
     Attributes:
-        source: A path or fsspec URL, or the rows: a list of dicts, or a table with Arrow's
-            PyCapsule interface. The file name decides the format (`.csv`, `.tsv`, `.jsonl`,
-            `.parquet`), else the content type or the content. Text may be compressed (`.gz`,
-            `.zst`, `.bz2`, `.xz`). A folder, prefix or glob of images is a manifest too.
-            Columns with a meaning: `id`, `image`, `images`, `prompt`, `style`, `mode`,
-            `aspect_ratio`, `output_format`, `provider`, `output`. Others are kept.
+        source: A path or fsspec URL of a file, or of a folder, prefix or glob of images, or the
+            rows: a list of dicts, or a table with Arrow's PyCapsule interface. The file name
+            decides the format, else the content type or the content. Text may be compressed.
         prompt: The prompt for rows without one.
         columns: Standard column name to the manifest's name, such as `{"image": "photo_url"}`.
         styles: Names of styles and paths of style files. A row that names no style is made once

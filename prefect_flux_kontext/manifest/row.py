@@ -52,27 +52,16 @@ _DEFAULT_RIGHTS = Rights()
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A valid row.
-
-    Attributes:
-        id: Id of the row, which also names its images.
-        line: The line of the manifest that the row ends on, from 1, counting the header.
-        request: The request to submit.
-        key: The row key, which identifies the payment in the ledger.
-        name: Path of its image below the output, without extension.
-        cells: The row's cells with the defaults filled in: prompt, style and absolute paths.
-        style: Name of its style, if it has one.
-        version: Version of the image's content (an ETag), if the folder listing has one.
-    """
+    """A valid row. Its cells have the defaults filled in: prompt, style and absolute paths."""
 
     id: str
-    line: int
+    line: int  # of the manifest on which the row ends, from 1, counting the header
     request: GenerationRequest
-    key: str
-    name: str
+    key: str  # identifies the payment in the ledger
+    name: str  # path of its image below the output, without extension
     cells: Mapping[str, str] = field(default_factory=dict, repr=False)
     style: str | None = None
-    version: str | None = None
+    version: str | None = None  # ETag of the image, if the folder listing has one
 
 
 @dataclass(frozen=True, slots=True)

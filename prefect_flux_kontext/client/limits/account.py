@@ -19,8 +19,6 @@ from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 from prefect_flux_kontext.client.limits.rate import RateLimiter
 from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
 
-__all__ = ["AccountLimiter", "shared_limiter"]
-
 logger = logging.getLogger(__name__)
 
 # Weight of one request in the running mean of round trips: about the last twenty count.

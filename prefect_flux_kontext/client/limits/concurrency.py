@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 
-__all__ = ["ConcurrencyLimiter", "RunningEstimate", "WatchedTask"]
-
 # An unwatched task is assumed to hold its slot for this long: twice the mean of 30 s.
 _UNWATCHED_TASK_SECONDS = 60.0
 

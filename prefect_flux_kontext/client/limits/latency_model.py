@@ -7,8 +7,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-__all__ = ["LatencyModel", "SurvivalTable"]
-
 # Bins of age: from 0.02 s to an hour in steps of 6 %, so 1.8 s wide at 30 s.
 _FIRST_EDGE_SECONDS = 0.02
 _EDGE_RATIO = 1.06
@@ -41,18 +39,13 @@ _REBUILD_AFTER_POLLS = 25
 
 
 class SurvivalTable(NamedTuple):
-    """The survival function in cells of equal width. Nothing is known beyond the last cell.
+    """The survival function in cells of equal width. Nothing is known beyond the last cell."""
 
-    Attributes:
-        shares: Share of all tasks that reach the middle of each cell.
-        variances: For each cell, the variance of the relative error of the ratio between the
-            next cell's share and its own.
-        cells_per_second: Cells per second of age.
-    """
-
-    shares: list[float]
-    variances: list[float]
-    cells_per_second: float
+    shares: list[float]  # of all tasks that reach the middle of each cell
+    variances: list[
+        float
+    ]  # of the relative error of the ratio of the next cell's share to its own
+    cells_per_second: float  # of age
 
 
 class LatencyModel:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
-__all__ = ["PollScheduler"]
-
 # Tasks of a mode that must have ended before the latency model replaces the configured cadence.
 _MIN_ENDED_TASKS = 20
 

@@ -10,8 +10,6 @@ from typing import TypeAlias
 
 from prefect_flux_kontext.client.limits.waiters import finish, wake
 
-__all__ = ["RateLimiter"]
-
 # Share of the limit that is used, because requests bunch up a little on their way to the service.
 _USED_SHARE_OF_LIMIT = 0.98
 

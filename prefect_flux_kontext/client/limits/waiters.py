@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-__all__ = ["finish", "wake"]
-
 
 def wake(waiter: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
     """Complete a future of an event loop, from that loop or from another thread."""

@@ -31,10 +31,7 @@ _LASTING = {"status": "never-ends", "download": "lost-result"}
 class ActiveFaults:
     """Decides which fault applies to each request, task and callback.
 
-    Attributes:
-        plan: The plan of faults. Assigning another plan keeps the counters.
-        numbers: How many of each kind were counted.
-        applied: How often each fault, as `kind:fault`, was applied.
+    Assigning another plan keeps the counters: of each kind, and of each applied `kind:fault`.
     """
 
     def __init__(self, plan: FaultPlan) -> None:

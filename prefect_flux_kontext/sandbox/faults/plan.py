@@ -80,24 +80,16 @@ FaultSpec = Annotated[PlannedFault, BeforeValidator(read_fault), PlainSerializer
 
 
 class FaultPlan(BaseModel):
-    """A plan of faults with their durations.
-
-    Attributes:
-        faults: Tried in order; the first that applies is used.
-        seed: Decides, with kind and number, to which requests a share applies.
-        hang: Seconds before a hanging request is closed.
-        slow: Seconds over which a slow reply is spread.
-        late: Seconds by which a late callback is delayed.
-    """
+    """A plan of faults with their durations in seconds. The first fault that applies is used."""
 
     # Pydantic has no schema for the dataclass; `read_fault` checks every value.
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     faults: tuple[FaultSpec, ...] = ()
-    seed: int = 0
-    hang: float = Field(60.0, ge=0)
-    slow: float = Field(5.0, ge=0)
-    late: float = Field(600.0, ge=0)
+    seed: int = 0  # decides, with kind and number, to which requests a share applies
+    hang: float = Field(60.0, ge=0)  # before a request that hangs is closed
+    slow: float = Field(5.0, ge=0)  # over which a slow reply is spread
+    late: float = Field(600.0, ge=0)  # by which a late callback is delayed
 
     def fault(self, kind: str, number: int) -> str | None:
         """Return the fault of the n-th of a kind, or None. The same plan gives the same result."""
