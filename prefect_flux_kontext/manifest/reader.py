@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import COLUMNS, looks_like_image
 from prefect_flux_kontext.manifest.directory import ImageFolder, find_image_folder
-from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.formats import (
     DELIMITERS,
     as_manifest_error,
@@ -32,6 +31,7 @@ from prefect_flux_kontext.manifest.tables import (
 )
 from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.rights import find_rights
+from prefect_flux_kontext.storage.temp_db import DuplicateIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
+from prefect_flux_kontext.storage.temp_db import DuplicateIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,12 +1,18 @@
-"""Write files atomically on any fsspec filesystem: no reader sees a partial file."""
+"""Write files atomically on any fsspec filesystem: no reader sees a partial file.
+
+On local disks, killed runs leave temporary files behind, which `remove_temporary_files` removes.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +23,12 @@ from prefect_flux_kontext.storage.errors import is_precondition_failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+# No write lasts a day, so nobody writes to a temporary file of this age.
+_MIN_AGE_SECONDS = 86_400.0
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 
 # The memory filesystem checks and writes in two steps, so its writers take turns.
 _MEMORY_LOCK = threading.Lock()
@@ -135,3 +147,26 @@ def _temporary_file(path: str, data: bytes | Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+async def remove_temporary_files(folder: OutputFolder, *, recursive: bool = False) -> int:
+    """Remove temporary files that are older than a day, and return their number.
+
+    Object stores have no temporary files. Files that cannot be removed stay.
+    """
+    if not isinstance(folder.fs, LocalFileSystem):
+        return 0
+    return await asyncio.to_thread(_remove_old, folder.root, recursive=recursive)
+
+
+def _remove_old(root: str, *, recursive: bool) -> int:
+    removed = 0
+    for folder, subfolders, names in os.walk(root):
+        if not recursive:
+            subfolders.clear()
+        for path in (Path(folder, name) for name in names if _TEMPORARY_NAME.fullmatch(name)):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _MIN_AGE_SECONDS:
+                    path.unlink()
+                    removed += 1
+    return removed
