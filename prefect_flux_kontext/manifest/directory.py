@@ -50,11 +50,6 @@ class ImageFolder:
     skipped: Counter[str] = field(default_factory=Counter)  # files that are no rows, by reason
 
     @property
-    def skipped_files(self) -> int:
-        """Number of files that are no rows, as last read."""
-        return self.skipped.total()
-
-    @property
     def is_local(self) -> bool:
         """Whether the images are files of this machine."""
         return isinstance(self.fs, LocalFileSystem)
@@ -89,7 +84,7 @@ class ImageFolder:
                 }
                 yield Line(number, cells, find_cell_problem(cells), versions.get(name))
         if not number:
-            count = self.skipped_files
+            count = self.skipped.total()
             files = "1 other file" if count == 1 else f"{count:,} other files"
             others = f" ({files})" if count else ""
             raise ManifestError(

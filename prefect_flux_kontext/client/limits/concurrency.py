@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.client.limits.latency_model import SurvivalTable
-from prefect_flux_kontext.client.limits.waiters import finish, wake
+from prefect_flux_kontext.client.limits.waiters import Waiter
 from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
 
 if TYPE_CHECKING:
@@ -149,8 +149,7 @@ class ConcurrencyLimiter:
         self._estimate = RunningEstimate()
         self._watched: dict[str, WatchedTask] = {}
         self._unwatched: dict[str, float] = {}  # assumed end of each task, soonest first
-        self._queue: OrderedDict[object, tuple[asyncio.Future[None], asyncio.AbstractEventLoop]]
-        self._queue = OrderedDict()
+        self._queue: OrderedDict[Waiter, None] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -161,7 +160,7 @@ class ConcurrencyLimiter:
     async def acquire(self) -> None:
         """Wait for a free slot and take it."""
         loop = asyncio.get_running_loop()
-        place, is_queued = object(), False
+        waiter, has_slept = Waiter(), False
         try:
             while True:
                 with self._lock:
@@ -170,25 +169,21 @@ class ConcurrencyLimiter:
                     if self._count_free(now) > 0:
                         self._submits += 1
                         return
-                    was_woken_in_vain = is_queued and place not in self._queue
-                    waiter: asyncio.Future[None] = loop.create_future()
-                    self._queue[place] = (waiter, loop)
-                    if was_woken_in_vain:
-                        self._queue.move_to_end(place, last=False)
-                    is_first = next(iter(self._queue)) is place
+                    if waiter not in self._queue:
+                        self._queue[waiter] = None
+                        if has_slept:  # it was woken in vain
+                            self._queue.move_to_end(waiter, last=False)
+                    waiter.prepare()
+                    is_first = next(iter(self._queue)) is waiter
                     seconds = (
                         self._seconds_until_check(now) if is_first else _UNWATCHED_TASK_SECONDS
                     )
-                is_queued = True
-                timer = loop.call_later(seconds, finish, waiter)
-                try:
-                    await waiter
-                finally:
-                    timer.cancel()
+                has_slept = True
+                await waiter.sleep(seconds)
         finally:
-            if is_queued:
+            if has_slept:
                 with self._lock:
-                    self._queue.pop(place, None)
+                    self._queue.pop(waiter, None)
                 # The next waiter is first now, or missed the wake-up that this one received.
                 self._wake_waiters(loop.time())
 
@@ -332,9 +327,9 @@ class ConcurrencyLimiter:
             if not self._queue:
                 return
             number = min(max(1, self._count_free(now)), len(self._queue))
-            waiters = [self._queue.popitem(last=False)[1] for _ in range(number)]
-        for waiter, loop in waiters:
+            waiters = [self._queue.popitem(last=False)[0] for _ in range(number)]
+        for waiter in waiters:
             try:
-                wake(waiter, loop)
+                waiter.wake()
             except RuntimeError:  # the waiter's loop is closed: wake the next one
                 self._wake_waiters(now)
