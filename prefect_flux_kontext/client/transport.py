@@ -50,6 +50,18 @@ _CLIENT_ERRORS = range(400, 500)
 # A server that sends data before any request is no HTTP server. Nothing was sent to it.
 _MAX_STALE_CONNECTIONS = 10
 
+# By aiohttp's error, what is raised instead; the first that fits counts.
+_HTTPX_ERRORS: tuple[tuple[Any, type[httpx.TransportError]], ...] = (
+    # No connection was made. A UnicodeError is a host name that cannot be encoded.
+    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
+    ((aiohttp.ClientConnectorError, UnicodeError), httpx.ConnectError),
+    # The request may have arrived.
+    (aiohttp.SocketTimeoutError, httpx.ReadTimeout),
+    ((aiohttp.ClientResponseError, aiohttp.ClientPayloadError), httpx.RemoteProtocolError),
+    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
+    ((aiohttp.ClientError, OSError), httpx.ReadError),
+)
+
 # The event loop reads what a connection has received within two iterations.
 _LOOP_ITERATIONS_UNTIL_READ = 2
 
@@ -359,30 +371,16 @@ class _ResponseStream(httpx.AsyncByteStream):
 
 @contextmanager
 def _translate_errors(request: httpx.Request) -> Iterator[None]:
-    """Raise aiohttp's errors as httpx's.
-
-    The first three mean that no connection was made. After any other error, the request may
-    have arrived.
-    """
+    """Raise aiohttp's errors as httpx's."""
     try:
         yield
-    except aiohttp.ConnectionTimeoutError as error:
-        raise httpx.ConnectTimeout(str(error), request=request) from None
-    except aiohttp.ClientConnectorError as error:
-        raise httpx.ConnectError(str(error), request=request) from None
-    except UnicodeError as error:  # a host name that cannot be encoded, and so not resolved
-        raise httpx.ConnectError(str(error), request=request) from None
     except aiohttp.InvalidURL as error:
         raise httpx.InvalidURL(str(error)) from None
-    except aiohttp.SocketTimeoutError as error:
-        raise httpx.ReadTimeout(str(error), request=request) from None
-    except aiohttp.ClientResponseError as error:
-        # Keep only the message: the error holds the request's headers, and so the key.
-        raise httpx.RemoteProtocolError(error.message, request=request) from None
-    except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError) as error:
-        raise httpx.RemoteProtocolError(str(error), request=request) from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise httpx.ReadError(str(error), request=request) from None
+    except (aiohttp.ClientError, OSError, UnicodeError) as error:
+        # Only the message: a ClientResponseError holds the request's headers, and so the key.
+        text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
+        kind = next(kind for kinds, kind in _HTTPX_ERRORS if isinstance(error, kinds))
+        raise kind(text, request=request) from None
 
 
 def _decompress(body: bytes, headers: httpx.Headers) -> bytes:

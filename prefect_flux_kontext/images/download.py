@@ -62,6 +62,13 @@ class _Partial:
     data: bytearray = field(default_factory=bytearray)
     etag: str | None = None
 
+    @property
+    def range_headers(self) -> dict[str, str]:
+        """The headers that ask for the missing bytes only, if the download can resume."""
+        if not self.data or self.etag is None:
+            return {}
+        return {"Range": f"bytes={len(self.data)}-", "If-Range": self.etag}
+
     def clear(self) -> None:
         self.data.clear()
         self.etag = None
@@ -117,7 +124,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, is_last: boo
         async with (
             asyncio.timeout(_ATTEMPT_TIMEOUT_SECONDS),
             asyncio.timeout(_STALL_TIMEOUT_SECONDS) as stall,
-            follow_redirects(http, url, _build_range_headers(partial)) as response,
+            follow_redirects(http, url, partial.range_headers) as response,
         ):
             problem = _find_problem(response, partial)
             if problem is None:
@@ -153,12 +160,6 @@ async def follow_redirects(
                 return
             url = str(httpx.URL(url).join(response.headers["Location"]))
     raise httpx.TooManyRedirects(f"more than {_MAX_REDIRECTS} redirects")
-
-
-def _build_range_headers(partial: _Partial) -> dict[str, str]:
-    if not partial.data or partial.etag is None:
-        return {}
-    return {"Range": f"bytes={len(partial.data)}-", "If-Range": partial.etag}
 
 
 def _find_problem(response: httpx.Response, partial: _Partial) -> str | None:

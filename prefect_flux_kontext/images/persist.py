@@ -64,7 +64,12 @@ async def persist_result(
     """
     key = key or hashlib.sha256(result.task_id.encode()).hexdigest()
     requested = result.request.output_format if result.request else None
-    source = _source_type(result) if ai_mark else None
+    source: SourceType | None = None
+    if ai_mark:
+        is_composite = result.request is not None and result.request.image_urls
+        source = (
+            "compositeWithTrainedAlgorithmicMedia" if is_composite else "trainedAlgorithmicMedia"
+        )
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
         data, info, sha256 = await download_image(
@@ -127,8 +132,3 @@ def _process(
     if source is not None:
         data = add_ai_metadata(data, source)
     return data, info, hashlib.sha256(data).hexdigest()
-
-
-def _source_type(result: GenerationResult) -> SourceType:
-    has_references = result.request is not None and result.request.image_urls
-    return "compositeWithTrainedAlgorithmicMedia" if has_references else "trainedAlgorithmicMedia"

@@ -91,7 +91,7 @@ class LatencyModel:
         the sum of late seconds and polls, at a price of `unnoticed` seconds for a poll.
         """
         self._refresh()
-        running, area = self._survival_at(age), self._area_at(age)
+        running, area = self._survival_at(age), _interpolate(self._area, age)
         if running <= 0:
             return unnoticed
 
@@ -174,9 +174,6 @@ class LatencyModel:
 
     def _survival_at(self, age: float) -> float:
         return _interpolate(self._survival, age)
-
-    def _area_at(self, age: float) -> float:
-        return _interpolate(self._area, age)
 
 
 def _bin_of(age: float) -> int:
