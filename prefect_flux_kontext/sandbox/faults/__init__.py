@@ -3,6 +3,6 @@
 Importing the modules that hold the faults registers them.
 """
 
-from prefect_flux_kontext.sandbox.faults import callbacks, images, network, responses
+from prefect_flux_kontext.sandbox.faults import images, network, responses
 
-__all__ = ["callbacks", "images", "network", "responses"]
+__all__ = ["images", "network", "responses"]

@@ -21,6 +21,16 @@ KINDS = {
 FAULTS: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
 """By kind and name, the description of the fault."""
 
+# The sandbox's `lifecycle` applies these.
+FAULTS["callback"] = {
+    "lost": "It is never delivered",
+    "doubled": "It is delivered twice",
+    "late": "It is delivered `late` seconds late",
+    "overtaken": "It is delivered up to `late` seconds late, so others arrive first",
+    "forged": "A forged callback with another task and result arrives first, at the right URL",
+    "misdirected": "A forged callback arrives first, at a URL whose token is wrong",
+}
+
 HANDLERS: dict[tuple[str, str], Handler] = {}
 """By kind and name, what answers a request to which the fault applies."""
 
