@@ -15,11 +15,11 @@ from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
 from prefect_flux_kontext.batch.progress import format_duration
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
-from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.references.location import is_share_page, non_public_references
 from prefect_flux_kontext.settings import find_price
+from prefect_flux_kontext.storage.temp_db import DuplicateIndex
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

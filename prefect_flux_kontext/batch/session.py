@@ -28,7 +28,7 @@ from prefect_flux_kontext.ledger.probe import probe_store
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, open_ledger_store
 from prefect_flux_kontext.references.ratio import RatioMatcher
 from prefect_flux_kontext.report.builder import Report, open_report
-from prefect_flux_kontext.storage.cleanup import remove_temporary_files
+from prefect_flux_kontext.storage.atomic import remove_temporary_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping

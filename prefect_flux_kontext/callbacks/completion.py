@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
 
 logger = logging.getLogger(__name__)
@@ -47,11 +46,8 @@ _READ_BATCH = 8
 class CompletionMonitor:
     """Calls `ready` when every outstanding row of an output has had its callback.
 
-    Args:
-        ledger: The output's ledger.
-        inbox: Where the receiver stores callbacks.
-        ready: Receives the outstanding attempts, and returns whether anything waited for them.
-            Called again for the same attempts if nothing waited or it raised a FluxKontextError.
+    `ready` gets the outstanding attempts and returns whether anything waited for them. It is
+    called again for the same ones if nothing did, or if it raised a FluxKontextError.
     """
 
     def __init__(
@@ -103,20 +99,17 @@ class CompletionMonitor:
             await asyncio.sleep(pause)
 
     async def find_called_back(self) -> frozenset[Attempt]:
-        """Return all outstanding attempts, or none if one of them has had no callback.
-
-        Raises:
-            LedgerError: The ledger or the inbox cannot be read or is damaged.
-        """
+        """Return all outstanding attempts, or none if one of them has had no callback."""
         called_back: dict[str, set[Attempt]] = {}
         outstanding: set[Attempt] = set()
         keys = sorted({key async for wave in read_open_waves(self._store) for key in wave.keys})
         for start in range(0, len(keys), _READ_BATCH):
             block = keys[start : start + _READ_BATCH]
             entries = await asyncio.gather(*(self._ledger.read(key) for key in block))
-            for attempt in map(_outstanding_attempt, entries):
-                if attempt is None:
+            for entry in entries:
+                if entry.state is not State.ACCEPTED or entry.intent is None:
                     continue
+                attempt = Attempt(entry.intent.owner, entry.key, entry.attempt)
                 if attempt.owner not in called_back:
                     called_back[attempt.owner] = await self._read_attempts(attempt.owner)
                 if attempt not in called_back[attempt.owner]:
@@ -143,10 +136,3 @@ class CompletionMonitor:
             if await is_alive(self._store, name.removesuffix(".json")):
                 return True
         return False
-
-
-def _outstanding_attempt(entry: Entry) -> Attempt | None:
-    """Return the attempt whose result is not stored yet, if the row has one."""
-    if entry.state is not State.ACCEPTED or entry.intent is None:
-        return None
-    return Attempt(entry.intent.owner, entry.key, entry.attempt)

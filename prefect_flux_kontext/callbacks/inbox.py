@@ -28,15 +28,7 @@ INBOX_FOLDER = "callbacks"
 
 
 class Callback(BaseModel):
-    """A received callback. It is a hint until the service confirms it.
-
-    Attributes:
-        owner: The run that made the attempt.
-        key: The row key.
-        number: The attempt's number.
-        task_id: The task that the callback names, if it names one.
-        version: Version of these fields.
-    """
+    """A received callback. It is a hint until the service confirms it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -53,17 +45,11 @@ class Callback(BaseModel):
 
 
 class Inbox:
-    """Stores callbacks and reads them back.
+    """Stores callbacks and reads them back. Its methods raise LedgerError.
 
     Callbacks that arrive while a file is being written share the next file, so a slow filesystem
-    makes larger files and not a longer queue.
-
-    Args:
-        store: Where the folders are.
-
-    Attributes:
-        on_kept: Called after each file that this inbox has written, with the run, the file's
-            name and its callbacks.
+    makes larger files and not a longer queue. `on_kept` gets run, name and callbacks of each file
+    that this inbox has written.
     """
 
     def __init__(self, store: RecordStore) -> None:
@@ -77,11 +63,7 @@ class Inbox:
         return str(self._store)
 
     async def keep(self, callback: Callback) -> None:
-        """Store a callback; return once it is durable.
-
-        Raises:
-            LedgerError: The callback cannot be written.
-        """
+        """Store a callback; return once it is durable."""
         written = asyncio.get_running_loop().create_future()
         self._pending[callback.owner].append((callback, written))
         if callback.owner not in self._writers:
@@ -89,19 +71,11 @@ class Inbox:
         await written
 
     async def list_names(self, owner: str) -> list[str]:
-        """Return the names of a run's files.
-
-        Raises:
-            LedgerError: The files cannot be listed.
-        """
+        """Return the names of a run's files."""
         return await self._store.list_names(owner)
 
     async def read(self, owner: str, name: str) -> list[Callback]:
-        """Return the callbacks in a file; an empty list if the file is gone.
-
-        Raises:
-            LedgerError: The file cannot be read or is damaged.
-        """
+        """Return the callbacks in a file; an empty list if the file is gone."""
         data = await self._store.read(f"{owner}/{name}")
         try:
             return [Callback.model_validate_json(line) for line in (data or b"").splitlines()]
@@ -112,11 +86,7 @@ class Inbox:
             ) from None
 
     async def remove(self, owner: str, name: str) -> None:
-        """Remove a file whose rows have ended.
-
-        Raises:
-            LedgerError: The file cannot be removed.
-        """
+        """Remove a file whose rows have ended."""
         await self._store.discard(f"{owner}/{name}")
 
     async def _write(self, owner: str) -> None:

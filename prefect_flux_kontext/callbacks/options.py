@@ -18,26 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CallbackOptions:
-    """How a batch receives callbacks.
+    """How a batch receives callbacks, if at all. Times are in seconds."""
 
-    Attributes:
-        url: Public URL of the receiver, to which tokens are added; None to poll.
-        secret: Secret that signs the tokens; at least 24 characters if there is a URL.
-        listen: Host and port of a receiver in the batch's own process; None if the receiver runs
-            elsewhere.
-        inbox: Folder or prefix where callbacks are stored; None for the one in the output's
-            ledger.
-        sweep: Seconds between polls of a row that has had no callback.
-        grace: Seconds, from the submit on, for which a row without a reply waits for its callback
-            before it is reported as unknown.
-    """
-
-    url: str | None = None
-    secret: SecretStr | None = None
-    listen: tuple[str, int] | None = None
-    inbox: str | None = None
-    sweep: float = 60.0
-    grace: float = 300.0
+    url: str | None = None  # of the receiver; None to poll
+    secret: SecretStr | None = None  # signs the tokens
+    listen: tuple[str, int] | None = None  # of a receiver in this process
+    inbox: str | None = None  # folder or prefix; None for the one in the output's ledger
+    sweep: float = 60.0  # between polls of a row that has had no callback
+    grace: float = 300.0  # after a submit without reply or callback, its row is unknown
 
 
 def resolve_callback_options(
@@ -47,17 +35,7 @@ def resolve_callback_options(
     secret: SecretStr | None = None,
     listens: bool = True,
 ) -> CallbackOptions:
-    """Return the options of the settings, overridden by the arguments.
-
-    Args:
-        settings: The settings of the environment.
-        url: Public URL of the receiver.
-        secret: Secret that signs the tokens.
-        listens: Whether a receiver may be started in this process.
-
-    Raises:
-        ConfigurationError: The URL, the secret or the address is invalid.
-    """
+    """Return the options of the settings, overridden by the arguments, if all are valid."""
     url = url or settings.callback_url
     if url is None:
         return CallbackOptions(inbox=settings.callback_inbox)

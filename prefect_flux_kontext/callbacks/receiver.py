@@ -162,14 +162,9 @@ def serve(
     announce: Callable[[str], None],
     beside: AbstractAsyncContextManager[None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM, with `beside` entered on the same loop.
 
-    Args:
-        app: The receiver.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        announce: Called with the URL once the server listens.
-        beside: A context that is entered on the same loop while the receiver serves.
+    `announce` gets the URL once the server listens; port 0 takes a free one.
 
     Raises:
         ConfigurationError: The server cannot listen on the address.
@@ -189,11 +184,7 @@ def serve(
 
 @asynccontextmanager
 async def serve_in_background(app: Starlette, host: str, port: int) -> AsyncIterator[str]:
-    """Serve on the running loop while the block runs, and yield the URL.
-
-    Raises:
-        ConfigurationError: The server cannot listen on the address.
-    """
+    """Serve on the running loop while the block runs, and yield the URL; see `serve`."""
     with _open_listener(host, port) as listener:
         server = _Server(
             uvicorn.Config(

@@ -42,17 +42,10 @@ async def recover_task(
     named: Iterable[str],
     taken: Container[str],
 ) -> Entry | None:
-    """Record the row's task if exactly one of the named tasks can be it.
+    """Record the row's task if exactly one of the named tasks can be it, and return the row.
 
-    Args:
-        client: The client that confirms the tasks.
-        ledger: The ledger that records the task.
-        entry: A row whose latest attempt has no outcome.
-        named: The tasks that callbacks named for that attempt.
-        taken: Tasks of other rows.
-
-    Returns:
-        The row as it is now recorded, or None if no task was recorded.
+    Callbacks named the tasks for the row's latest attempt, which has no outcome. Other rows have
+    the `taken` tasks.
 
     Raises:
         LedgerError: The task cannot be recorded.

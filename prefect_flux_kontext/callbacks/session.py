@@ -1,14 +1,10 @@
-"""Callbacks during a batch: the rows that wait for them and the inbox that delivers them.
-
-`CallbackSession` is what the batch uses. Its `InboxWatcher` reads the inbox and passes callbacks
-to `CallbackNotifications`, which wakes the waiting rows.
-"""
+"""Callbacks during a batch: `InboxWatcher` passes them from the inbox to the waiting rows."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import math
 from collections import defaultdict, deque
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -52,95 +48,72 @@ _REMEMBERED_TASKS = 20_000
 
 
 @dataclass(eq=False, slots=True)
-class _Row:
+class AwaitedAttempt:
+    """An attempt whose callbacks count, and what they have said so far."""
+
     attempt: Attempt
     submitted_at: float
-    has_news: asyncio.Event = field(default_factory=asyncio.Event)
     task_ids: set[str] = field(default_factory=set)
     has_callback: bool = False
     has_ended: bool = False
+    _has_news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the submit."""
+        return asyncio.get_running_loop().time() - self.submitted_at
+
+    def record_callback(self, task_id: str | None) -> None:
+        """Record a callback and wake the row that waits for it."""
+        self.has_callback = True
+        if task_id is not None:
+            self.task_ids.add(task_id)
+        self._has_news.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for the next callback, at most this long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._has_news.wait()
+                self._has_news.clear()
 
 
 class CallbackNotifications:
-    """Received callbacks by row. Callbacks of attempts that are not expected are ignored.
+    """The attempts whose callbacks count: those in progress, and those that have just ended.
 
-    Attributes:
-        is_reliable: Whether enough callbacks arrive that rows need not be polled.
+    Rows need not be polled while callbacks are reliable.
     """
 
     def __init__(self) -> None:
         self.is_reliable = True
         self._missed_share = 0.0
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[str, AwaitedAttempt] = {}
 
-    def expect(self, attempt: Attempt, age: float = 0.0) -> None:
+    def expect(self, attempt: Attempt, age: float = 0.0) -> AwaitedAttempt:
         """Accept callbacks of an attempt, whose submit is `age` seconds old."""
         row = self._rows.get(attempt.key)
         if row is None or row.attempt != attempt:
             submitted_at = asyncio.get_running_loop().time() - age
-            self._rows[attempt.key] = _Row(attempt, submitted_at)
+            row = self._rows[attempt.key] = AwaitedAttempt(attempt, submitted_at)
+        return row
 
-    def latest_attempt(self, key: str) -> tuple[Attempt, float] | None:
-        """Return the attempt that is expected for a row and its age in seconds."""
-        row = self._rows.get(key)
-        if row is None:
-            return None
-        return row.attempt, asyncio.get_running_loop().time() - row.submitted_at
-
-    def record_end(self, attempt: Attempt) -> None:
-        """Note that the row has ended; its callbacks are forgotten after a few seconds."""
-        row = self._rows.get(attempt.key)
-        if row is not None and row.attempt == attempt and not row.has_ended:
-            row.has_ended = True
-            asyncio.get_running_loop().call_later(_LATE_CALLBACK_SECONDS, self._forget, row)
-
-    def is_expected(self, attempt: Attempt) -> bool:
-        """Whether callbacks of the attempt count: it is in progress or has just ended."""
-        return self._row(attempt) is not None
-
-    def is_over(self, attempt: Attempt) -> bool:
-        """Whether a callback of the attempt is of no more use."""
-        row = self._row(attempt)
-        return row is None or row.has_ended
-
-    def record_callback(self, attempt: Attempt, task_id: str | None) -> None:
-        """Record a callback and wake the row that waits for it."""
-        row = self._row(attempt)
-        if row is None:
-            return
-        row.has_callback = True
-        if task_id is not None:
-            row.task_ids.add(task_id)
-        row.has_news.set()
-
-    def has_callback(self, attempt: Attempt) -> bool:
-        """Whether a callback of the attempt has arrived."""
-        row = self._row(attempt)
-        return row is not None and row.has_callback
-
-    def task_ids(self, attempt: Attempt) -> list[str]:
-        """Return the tasks that callbacks of the attempt name; more than one is an error."""
-        row = self._row(attempt)
-        return sorted(row.task_ids) if row else []
-
-    async def wait(self, attempt: Attempt, seconds: float = math.inf) -> bool:
-        """Wait for the next callback of the attempt; return False if none arrives in time."""
-        row = self._row(attempt)
-        if row is None:
-            return False
-        try:
-            async with asyncio.timeout(None if seconds == math.inf else max(0.0, seconds)):
-                await row.has_news.wait()
-        except TimeoutError:
-            return False
-        row.has_news.clear()
-        return True
-
-    def _row(self, attempt: Attempt) -> _Row | None:
+    def find(self, attempt: Attempt) -> AwaitedAttempt | None:
+        """Return the attempt if its callbacks count."""
         row = self._rows.get(attempt.key)
         return row if row is not None and row.attempt == attempt else None
 
-    def _forget(self, row: _Row) -> None:
+    def find_latest(self, key: str) -> AwaitedAttempt | None:
+        """Return the attempt of a row whose callbacks count, if any."""
+        return self._rows.get(key)
+
+    def record_end(self, attempt: Attempt) -> None:
+        """Note that the row has ended; its callbacks are forgotten after a few seconds."""
+        row = self.find(attempt)
+        if row is not None and not row.has_ended:
+            row.has_ended = True
+            asyncio.get_running_loop().call_later(_LATE_CALLBACK_SECONDS, self._forget, row)
+
+    def _forget(self, row: AwaitedAttempt) -> None:
         if self._rows.get(row.attempt.key) is row:
             del self._rows[row.attempt.key]
         self._missed_share += _MISSED_WEIGHT * ((not row.has_callback) - self._missed_share)
@@ -158,10 +131,7 @@ class CallbackNotifications:
 class InboxWatcher:
     """Passes callbacks from the inbox to the rows, and removes files whose rows have ended.
 
-    Args:
-        inbox: Where callbacks are stored.
-        notifications: Where the callbacks go.
-        owner: This run. Callbacks of other runs count only for attempts that were claimed.
+    Callbacks of other runs than `owner` count only for attempts that were claimed.
     """
 
     def __init__(self, inbox: Inbox, notifications: CallbackNotifications, owner: str) -> None:
@@ -189,32 +159,35 @@ class InboxWatcher:
             if attempt.owner not in self._files:
                 self._files[attempt.owner] = {}
                 await self._read_new_files(attempt.owner)
+        row = self._notifications.find(attempt)
         for task_id in self._unclaimed.pop(attempt, ()):
-            self._notifications.record_callback(attempt, task_id)
+            if row is not None:
+                row.record_callback(task_id)
 
     def add_file(self, owner: str, name: str, callbacks: Sequence[Callback]) -> None:
         """Add a file of callbacks that was just written or read."""
         self._files[owner][name] = {callback.attempt for callback in callbacks}
         for callback in callbacks:
-            attempt = callback.attempt
-            if owner == self._owner or self._notifications.is_expected(attempt):
-                self._notifications.record_callback(attempt, callback.task_id)
-            else:
-                self._unclaimed[attempt].append(callback.task_id)
+            row = self._notifications.find(callback.attempt)
+            if row is not None:
+                row.record_callback(callback.task_id)
+            elif owner != self._owner:
+                self._unclaimed[callback.attempt].append(callback.task_id)
 
     async def remove_ended(self) -> None:
         """Remove files of which all rows have ended."""
         files = self._files[self._owner]
-        ended = [
-            name for name, rows in files.items() if all(map(self._notifications.is_over, rows))
-        ]
-        for name in ended:
+        for name in [name for name, rows in files.items() if all(map(self._is_over, rows))]:
             try:
                 await self._inbox.remove(self._owner, name)
             except LedgerError as error:
                 logger.warning("A callback file could not be removed: %s", error)
                 return
             del files[name]
+
+    def _is_over(self, attempt: Attempt) -> bool:
+        row = self._notifications.find(attempt)
+        return row is None or row.has_ended
 
     async def clear(self, owners: Iterable[str]) -> None:
         """Remove the callbacks of ended runs, whose rows are settled or belong to this run now."""
@@ -255,9 +228,6 @@ async def open_callback_session(
     """Open the callback session of a batch, with a receiver if the options have an address.
 
     Without a URL, rows are polled, but callbacks of ended runs still settle unknown rows.
-
-    Raises:
-        ConfigurationError: The receiver cannot listen on its address.
     """
     store = RecordStore(options.inbox) if options.inbox else ledger.store.below(INBOX_FOLDER)
     inbox, notifications = Inbox(store), CallbackNotifications()
@@ -288,15 +258,7 @@ async def open_callback_session(
 
 
 class CallbackSession:
-    """Adds callbacks to a batch: to requests, to polling and to unknown rows.
-
-    Args:
-        options: How callbacks are received.
-        client: The client that confirms tasks.
-        ledger: The ledger of the batch.
-        notifications: The received callbacks.
-        watcher: The watcher that reads them from the inbox.
-    """
+    """Adds callbacks to a batch: to requests, to polling and to unknown rows."""
 
     def __init__(
         self,
@@ -331,16 +293,16 @@ class CallbackSession:
         """Return the pauses between polls of an accepted task; None for the cadence's own."""
         attempt = _attempt(entry)
         self._tasks.append(entry.task.task_id)
-        if self._notifications.is_expected(attempt):
-            return _CallbackPauses(self._notifications, attempt, cadence, self._options.sweep)
-        return None
+        row = self._notifications.find(attempt)
+        if row is None:
+            return None
+        return _CallbackPauses(self._notifications, row, cadence, self._options.sweep)
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the row's task has ended, and report callbacks that name other tasks."""
         attempt = _attempt(entry)
-        others = [
-            name for name in self._notifications.task_ids(attempt) if name != entry.task.task_id
-        ]
+        row = self._notifications.find(attempt)
+        others = sorted(row.task_ids - {entry.task.task_id}) if row else ()
         if others:
             logger.error(
                 "Row %s is task %s, but its callbacks also name %s. Check in the account's "
@@ -352,20 +314,13 @@ class CallbackSession:
         self._notifications.record_end(attempt)
 
     async def recover(self, entry: Entry) -> Entry | None:
-        """Recover the task of an unknown row from its callback; return None if there is none yet.
-
-        Args:
-            entry: A row whose latest attempt has no outcome on record.
-
-        Raises:
-            LedgerError: The task cannot be recorded.
-        """
+        """Recover the task of an unknown row from its callback, if there is one by now."""
         attempt = _attempt(entry)
         age = (utc_now() - entry.intent.at).total_seconds() if entry.intent else 0.0
-        self._notifications.expect(attempt, max(0.0, age))
+        row = self._notifications.expect(attempt, max(0.0, age))
         await self._watcher.claim(attempt)
         self._unknown.add(attempt)
-        named = self._notifications.task_ids(attempt)
+        named = sorted(row.task_ids)
         recovered = await recover_task(self._client, self._ledger, entry, named, self._tasks)
         if recovered is not None:
             self._unknown.discard(attempt)
@@ -377,52 +332,45 @@ class CallbackSession:
 
     async def wait_for_news(self, key: str) -> None:
         """Wait for the next callback of an unknown row, at most until its grace period ends."""
-        expected = self._notifications.latest_attempt(key)
-        if expected is not None:
-            await self._notifications.wait(expected[0], self._remaining_seconds(key))
+        row = self._notifications.find_latest(key)
+        if row is not None:
+            await row.wait(self._remaining_seconds(key))
 
     async def clear(self, owners: Iterable[str]) -> None:
         """Remove the callbacks of ended runs that have no unknown row left."""
         await self._watcher.clear(set(owners) - {attempt.owner for attempt in self._unknown})
 
     def _remaining_seconds(self, key: str) -> float:
-        expected = self._notifications.latest_attempt(key)
-        if self._options.url is None or expected is None:
+        row = self._notifications.find_latest(key)
+        if self._options.url is None or row is None:
             return 0.0
-        return max(0.0, self._options.grace - expected[1])
+        return max(0.0, self._options.grace - row.age)
 
 
+@dataclass
 class _CallbackPauses:
     """Pauses that a callback ends. While callbacks are reliable, polls without one are rare."""
 
-    def __init__(
-        self,
-        notifications: CallbackNotifications,
-        attempt: Attempt,
-        cadence: PollingCadence,
-        sweep: float,
-    ) -> None:
-        self._notifications = notifications
-        self._attempt = attempt
-        self._cadence = cadence
-        self._sweep = sweep
-        self._unconfirmed = 0
+    notifications: CallbackNotifications
+    row: AwaitedAttempt
+    cadence: PollingCadence
+    sweep: float
+    unconfirmed: int = 0
 
     async def before_first_poll(self, age: float) -> None:
         """Wait for a callback, at most until the first poll or sweep is due."""
-        longest = self._sweep if self._notifications.is_reliable else self._cadence.initial_delay
-        if self._notifications.has_callback(self._attempt):
+        longest = self.sweep if self.notifications.is_reliable else self.cadence.initial_delay
+        if self.row.has_callback:
             longest = 0.0
-        await self._notifications.wait(self._attempt, longest - age)
+        await self.row.wait(longest - age)
 
     async def before_next_poll(self) -> None:
         """Wait for a callback; after one that was too early, poll soon, then less often."""
-        longest = self._sweep if self._notifications.is_reliable else self._cadence.interval
-        if self._notifications.has_callback(self._attempt):
-            soon = self._cadence.interval * 2**self._unconfirmed
-            longest = min(longest, soon)
-            self._unconfirmed = min(self._unconfirmed + 1, 16)
-        await self._notifications.wait(self._attempt, longest)
+        longest = self.sweep if self.notifications.is_reliable else self.cadence.interval
+        if self.row.has_callback:
+            longest = min(longest, self.cadence.interval * 2**self.unconfirmed)
+            self.unconfirmed = min(self.unconfirmed + 1, 16)
+        await self.row.wait(longest)
 
 
 def _attempt(entry: Entry) -> Attempt:

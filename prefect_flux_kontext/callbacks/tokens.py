@@ -26,13 +26,7 @@ _TOKEN = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{32})\.([1-9]\d{0,5})\.([A-Za-z0-
 
 
 class Attempt(NamedTuple):
-    """A paid try of a row, as a callback names it.
-
-    Attributes:
-        owner: The run that makes the attempt, 16 hexadecimal digits.
-        key: The row key, 32 hexadecimal digits.
-        number: The attempt's number, from 1.
-    """
+    """A paid try of a row, as a callback names it: run, row key and number from 1."""
 
     owner: str
     key: str

@@ -328,12 +328,7 @@ class FluxKontextClient:
 
 @dataclass(frozen=True)
 class SubmitOutcome:
-    """What is known after one POST: accepted, not accepted, or unknown.
-
-    Attributes:
-        task_id: The accepted task.
-        error: Why it was not accepted, or why that is not known. None if it was accepted.
-    """
+    """What is known after one POST: accepted, not accepted, or unknown, and why."""
 
     task_id: str = ""
     error: FluxKontextError | None = None
@@ -432,9 +427,6 @@ class SubmitAttempts:
         while not attempts.is_over:
             async with await attempts.next_slot() as slot:
                 outcome = await slot.post(request)
-
-    Attributes:
-        is_over: Whether the latest outcome is final.
     """
 
     def __init__(self, client: FluxKontextClient) -> None:

@@ -83,16 +83,8 @@ async def wait_until_ended(
     The first status request is sent `cadence.initial_delay` seconds after the submit, later
     ones every `cadence.interval` seconds, until enough is known about the duration of the mode's
     tasks to choose better times. The task is paid for, so a status request that fails is repeated
-    with growing pauses. Only 401, 402 and a lasting 404 end the wait.
-
-    Args:
-        client: Client of the account.
-        task: The task to wait for.
-        cadence: When to poll and when to give up.
-        pauses: Replaces the pauses that follow from the cadence and the known durations.
-
-    Returns:
-        The result, with at least one URL.
+    with growing pauses. Only 401, 402 and a lasting 404 end the wait. Given `pauses` replace those
+    that follow from the cadence. The result has at least one URL.
 
     Raises:
         GenerationFailedError: The service reports that the task failed.

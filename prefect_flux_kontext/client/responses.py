@@ -26,14 +26,6 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.models import TaskStatus
 
-__all__ = [
-    "read_balance",
-    "read_callback",
-    "read_envelope",
-    "read_status",
-    "read_task_id",
-]
-
 _MAX_TASK_ID_CHARACTERS = 200
 _MAX_TEXT_CHARACTERS = 500
 _MAX_EXCERPT_CHARACTERS = 80
@@ -96,12 +88,7 @@ def read_envelope(
 ) -> Any:
     """Return the `data` of a successful reply, or raise the error that the reply reports.
 
-    Args:
-        status: The HTTP status.
-        body: The complete body.
-        retry_after: Seconds from the `Retry-After` header.
-        task_id: The task that the request was about. None for a submit.
-        secret: Text that error messages must not contain, such as the API key.
+    A submit has no `task_id`. Error messages do not contain the `secret`, such as the API key.
 
     Raises:
         UnreadableReplyError: The reply does not follow the contract. For a status request, that
@@ -208,11 +195,7 @@ def read_callback(body: bytes) -> str | None:
 
 
 def read_balance(data: Any, *, secret: str = "") -> float:
-    """Return the balance in US dollars from a balance reply in any of the likely shapes.
-
-    Raises:
-        UnreadableReplyError: The reply contains no number.
-    """
+    """Return the balance in US dollars from a balance reply in any of the likely shapes."""
     names = ("balance", "currentBalance", "current_balance", "amount")
     values = [data.get(name) for name in names] if isinstance(data, dict) else [data]
     for value in values:

@@ -6,8 +6,6 @@ import random
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-__all__ = ["MAX_RETRY_AFTER_SECONDS", "RejectionRate", "jittered_backoff", "parse_retry_after"]
-
 # A wrong header must not pause a batch for days.
 MAX_RETRY_AFTER_SECONDS = 300.0
 
@@ -21,27 +19,17 @@ _HIGH_SHARE = 0.4
 
 
 def jittered_backoff(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float:
-    """Return the seconds to wait before the next attempt.
+    """Return the seconds to wait after so many failed attempts.
 
     The ceiling doubles with each attempt; the delay is random between a quarter of the ceiling
     and the ceiling.
-
-    Args:
-        attempt: Number of failed attempts so far, from 1.
-        base: First ceiling, in seconds.
-        longest: Largest ceiling, in seconds.
     """
     ceiling = min(longest, base * 2 ** min(attempt - 1, 16))
     return random.uniform(ceiling / 4, ceiling)
 
 
 def parse_retry_after(header: str | None) -> float | None:
-    """Parse a `Retry-After` header, in seconds or as an HTTP date.
-
-    Returns:
-        Seconds between 0 and 300 (larger values are reduced to 300), or None if the header is
-        absent or invalid.
-    """
+    """Return the seconds, 0 to 300, of a valid `Retry-After` header: a number or an HTTP date."""
     if header is None:
         return None
     try:

@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
     from aiohttp.connector import Connection
 
-__all__ = [
-    "API_TIMEOUT",
-    "AiohttpTransport",
-    "Connections",
-    "create_proxy_transport",
-    "create_tls_context",
-    "find_proxy",
-    "send_request",
-    "stream_response",
-]
-
 # Seconds for each step of a request. The limits are generous, because a submit whose reply is
 # not received may be billed without our knowledge.
 API_TIMEOUT = httpx.Timeout(connect=10, read=60, write=60, pool=60)
@@ -61,6 +50,18 @@ _CLIENT_ERRORS = range(400, 500)
 # A server that sends data before any request is no HTTP server. Nothing was sent to it.
 _MAX_STALE_CONNECTIONS = 10
 
+# By aiohttp's error, what is raised instead; the first that fits counts.
+_HTTPX_ERRORS: tuple[tuple[Any, type[httpx.TransportError]], ...] = (
+    # No connection was made. A UnicodeError is a host name that cannot be encoded.
+    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
+    ((aiohttp.ClientConnectorError, UnicodeError), httpx.ConnectError),
+    # The request may have arrived.
+    (aiohttp.SocketTimeoutError, httpx.ReadTimeout),
+    ((aiohttp.ClientResponseError, aiohttp.ClientPayloadError), httpx.RemoteProtocolError),
+    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
+    ((aiohttp.ClientError, OSError), httpx.ReadError),
+)
+
 # The event loop reads what a connection has received within two iterations.
 _LOOP_ITERATIONS_UNTIL_READ = 2
 
@@ -71,13 +72,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     Its errors tell whether a submit may have been accepted: `httpx.ConnectError` and
     `httpx.ConnectTimeout` are raised only if no connection was made, so nothing was sent. A POST
     is sent once; aiohttp repeats a GET whose connection was lost. Writing has no time limit.
-
-    Args:
-        tls: TLS context for https.
-        resolver: Resolver of host names. None: the system's.
-        socket_factory: Creates the socket for an address, for tests.
-        max_header_bytes: Limit of each header of a reply.
-        max_headers: Limit of their number.
+    Tests pass a resolver or socket factory of their own.
     """
 
     def __init__(
@@ -182,11 +177,6 @@ class Connections:
 
     It replaces `httpx.AsyncClient`, whose cookies, redirects and logins are not needed here and
     take two fifths of the time of a request.
-
-    Args:
-        transport: Transport that sends the requests.
-        timeout: Time limits for each step of a request.
-        headers: Headers of each request.
     """
 
     def __init__(
@@ -236,12 +226,7 @@ class Connections:
         json: object = None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        """Send a request and stream its response. Redirects are not followed.
-
-        Raises:
-            httpx.TransportError: The request failed.
-            RuntimeError: The connections are closed.
-        """
+        """Send a request and stream its response. Redirects are not followed."""
         request = httpx.Request(
             method,
             url,
@@ -293,10 +278,7 @@ def stream_response(response: httpx.Response) -> httpx.AsyncByteStream:
 async def send_request(
     connections: Connections, method: str, url: str, *, json: object = None
 ) -> tuple[int, httpx.Headers, bytes]:
-    """Send a request and read its reply: at most 4 MB, for at most 120 s.
-
-    Returns:
-        Status, headers and body.
+    """Send a request; return status, headers and at most 4 MB of body, in at most 120 s.
 
     Raises:
         httpx.HTTPError: The request failed.
@@ -339,11 +321,7 @@ class _ProxyTransport(httpx.AsyncHTTPTransport):
 
 @asynccontextmanager
 async def _limit_request() -> AsyncIterator[None]:
-    """Limit a request to 120 s, and read once more what arrived while the process was frozen.
-
-    Raises:
-        TimeoutError: The request took longer.
-    """
+    """Limit a request to 120 s, and read once more what arrived while the process was frozen."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _REQUEST_TIMEOUT_SECONDS
     async with asyncio.timeout(None) as timeout:
@@ -393,30 +371,16 @@ class _ResponseStream(httpx.AsyncByteStream):
 
 @contextmanager
 def _translate_errors(request: httpx.Request) -> Iterator[None]:
-    """Raise aiohttp's errors as httpx's.
-
-    The first three mean that no connection was made. After any other error, the request may
-    have arrived.
-    """
+    """Raise aiohttp's errors as httpx's."""
     try:
         yield
-    except aiohttp.ConnectionTimeoutError as error:
-        raise httpx.ConnectTimeout(str(error), request=request) from None
-    except aiohttp.ClientConnectorError as error:
-        raise httpx.ConnectError(str(error), request=request) from None
-    except UnicodeError as error:  # a host name that cannot be encoded, and so not resolved
-        raise httpx.ConnectError(str(error), request=request) from None
     except aiohttp.InvalidURL as error:
         raise httpx.InvalidURL(str(error)) from None
-    except aiohttp.SocketTimeoutError as error:
-        raise httpx.ReadTimeout(str(error), request=request) from None
-    except aiohttp.ClientResponseError as error:
-        # Keep only the message: the error holds the request's headers, and so the key.
-        raise httpx.RemoteProtocolError(error.message, request=request) from None
-    except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError) as error:
-        raise httpx.RemoteProtocolError(str(error), request=request) from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise httpx.ReadError(str(error), request=request) from None
+    except (aiohttp.ClientError, OSError, UnicodeError) as error:
+        # Only the message: a ClientResponseError holds the request's headers, and so the key.
+        text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
+        kind = next(kind for kinds, kind in _HTTPX_ERRORS if isinstance(error, kinds))
+        raise kind(text, request=request) from None
 
 
 def _decompress(body: bytes, headers: httpx.Headers) -> bytes:

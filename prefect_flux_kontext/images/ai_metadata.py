@@ -12,6 +12,8 @@ import struct
 import zlib
 from typing import Literal
 
+from prefect_flux_kontext.images.headers import read_size
+
 SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
 """IPTC's terms for an image made from text alone, and for one made from other images too."""
 
@@ -42,13 +44,9 @@ _VP8X_XMP, _VP8X_ALPHA = 0x04, 0x10
 
 
 def add_ai_metadata(data: bytes, source: SourceType) -> bytes:
-    """Return the image with the label.
+    """Return a whole JPEG, PNG or WebP with the label.
 
     An image with XMP or C2PA, or of another format, is returned unchanged.
-
-    Args:
-        data: The bytes of a whole JPEG, PNG or WebP.
-        source: How the image was made.
     """
     packet = _PACKET.format(source=source).encode()
     try:
@@ -132,15 +130,9 @@ def _label_webp(data: bytes, packet: bytes) -> bytes:
 
 def _build_vp8x(data: bytes, kind: bytes) -> bytes:
     """Build the content of a VP8X chunk for a WebP without one: its flags and its size."""
-    flags = _VP8X_XMP
-    if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        width, height = bits & 0x3FFF, bits >> 14 & 0x3FFF
-        flags |= _VP8X_ALPHA * (bits >> 28 & 1)
-    elif kind == b"VP8 ":
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
-        width, height = width - 1, height - 1
-    else:
+    size = read_size(data)
+    if size is None or not all(size):
         raise ValueError("the WebP has no image")
-    sides = struct.pack("<I", width)[:3] + struct.pack("<I", height)[:3]
-    return struct.pack("<I", flags) + sides
+    has_alpha = kind == b"VP8L" and data[24] >> 4 & 1
+    flags = _VP8X_XMP | (_VP8X_ALPHA if has_alpha else 0)
+    return struct.pack("<I", flags) + b"".join((side - 1).to_bytes(3, "little") for side in size)

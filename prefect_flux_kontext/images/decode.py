@@ -38,16 +38,10 @@ def inspect_image(data: bytes) -> ImageInfo:
 
 
 def decode_image(data: bytes) -> tuple[ImageInfo, Image.Image]:
-    """Decode the whole image in memory.
+    """Decode the whole image in memory, and return its format and size, and the image.
 
     An image ends where its format says, whatever follows. Decoders accept some truncated files,
     so the end marker of the format is checked too. Text inside a PNG is not read.
-
-    Args:
-        data: The bytes of the file.
-
-    Returns:
-        Its format and size, and the decoded image.
 
     Raises:
         InvalidImageError: The bytes are not a whole JPEG, PNG or WebP, or the image has more than

@@ -44,12 +44,9 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 def open_download_client(
     transport: httpx.AsyncBaseTransport | None = None, *, base_url: str | None = None
 ) -> Connections:
-    """Open connections for downloads. They never send the API key, and never delay submits.
+    """Open connections for downloads, which never send the API key and never delay submits.
 
-    Args:
-        transport: Replaces the network in tests.
-        base_url: The configured service. Results are downloaded from public addresses, and from a
-            private network only if the service is on it.
+    They lead to public addresses, and to a private network only if the service is on it.
     """
     return Connections(
         transport or GuardedTransport(AddressGuard(base_url)),
@@ -65,6 +62,13 @@ class _Partial:
     data: bytearray = field(default_factory=bytearray)
     etag: str | None = None
 
+    @property
+    def range_headers(self) -> dict[str, str]:
+        """The headers that ask for the missing bytes only, if the download can resume."""
+        if not self.data or self.etag is None:
+            return {}
+        return {"Range": f"bytes={len(self.data)}-", "If-Range": self.etag}
+
     def clear(self) -> None:
         self.data.clear()
         self.etag = None
@@ -73,21 +77,12 @@ class _Partial:
 async def download_image(
     url: str, http: Connections, process: Callable[[bytes], T], *, task_id: str
 ) -> T:
-    """Download a result until it is a whole image, in at most six attempts.
+    """Download a result until it is a whole image, in at most six attempts, and process it.
 
     The image may have at most 50 MB. An attempt ends after 30 s without a byte, and after 300 s in
     all; none begins after 600 s. The next attempt resumes the download if the server gave the file
-    a strong ETag and it is still the same file; otherwise it starts again.
-
-    Args:
-        url: The URL of the result.
-        http: Connections from `open_download_client`.
-        process: Called with the bytes in a thread; returns what is to be stored, and raises
-            InvalidImageError if they are not a whole image.
-        task_id: The paid task, for messages.
-
-    Returns:
-        The result of `process`.
+    a strong ETag and it is still the same file; otherwise it starts again. `process` gets the
+    bytes in a thread, and raises InvalidImageError if they are not a whole image.
 
     Raises:
         DownloadError: The URL could not be downloaded.
@@ -129,7 +124,7 @@ async def _fetch(http: Connections, url: str, partial: _Partial, *, is_last: boo
         async with (
             asyncio.timeout(_ATTEMPT_TIMEOUT_SECONDS),
             asyncio.timeout(_STALL_TIMEOUT_SECONDS) as stall,
-            follow_redirects(http, url, _build_range_headers(partial)) as response,
+            follow_redirects(http, url, partial.range_headers) as response,
         ):
             problem = _find_problem(response, partial)
             if problem is None:
@@ -165,12 +160,6 @@ async def follow_redirects(
                 return
             url = str(httpx.URL(url).join(response.headers["Location"]))
     raise httpx.TooManyRedirects(f"more than {_MAX_REDIRECTS} redirects")
-
-
-def _build_range_headers(partial: _Partial) -> dict[str, str]:
-    if not partial.data or partial.etag is None:
-        return {}
-    return {"Range": f"bytes={len(partial.data)}-", "If-Range": partial.etag}
 
 
 def _find_problem(response: httpx.Response, partial: _Partial) -> str | None:

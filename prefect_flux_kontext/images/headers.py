@@ -14,41 +14,32 @@ from typing import TYPE_CHECKING
 from PIL import ExifTags, Image
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from prefect_flux_kontext.images.decode import ImageFormat
-
-# The name of a WebP's first chunk.
-_WEBP_CHUNK = slice(12, 16)
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
-# The default limit of Pillow, which raises an error for larger profiles.
-_MAX_PROFILE_BYTES = 2**20
 
 # What a script or an editor may write before an image: a byte order mark, line ends, zeros.
 _LEADING_BYTES = re.compile(rb"(?:\xef\xbb\xbf)?[\s\0]{0,1024}")
 
-# A marker inside the compressed data of a JPEG, other than a stuffed byte or a restart.
-_JPEG_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-_JPEG_END = 0xD9
-
-# JPEG markers that hold a size, and those without content.
-_JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# A marker that begins a segment; in the data of a scan, 0xFF is followed by 0 or a restart marker.
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
-# Encoders write at most some twenty scans, and chunks of 4 kB or more.
-_MAX_JPEG_SCANS = 100
-_MAX_PARTS = 20_000
-_JPEG_STANDALONE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
-_JPEG_END = 0xD9
-# The next marker in the data of a scan, where FF00 is a byte and FFD0 to FFD7 restart the decoder.
-_JPEG_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 # Less than the 1 MB of unpacked metadata that Pillow allows.
 _MAX_PROFILE_BYTES = 1_000_000
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# The name of a WebP's first chunk.
+_WEBP_CHUNK = slice(12, 16)
 
+# The next marker in the data of a scan, where FF00 is a byte and FFD0 to FFD7 restart the decoder.
+_JPEG_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+# JPEG markers that hold a size, those without content, and the two that matter here.
+_JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_STANDALONE_MARKERS = frozenset({0x01, 0xD8})
+_JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 _MAX_SEGMENT_BYTES = 65_535
+
+# Encoders write at most some twenty scans, and chunks of 4 kB or more.
+_MAX_JPEG_SCANS = 100
+_MAX_PARTS = 20_000
 
 # A quarter turn to the left or right, mirrored or not.
 _SIDEWAYS_ORIENTATIONS = range(5, 9)
@@ -77,38 +68,22 @@ def find_slow_structure(data: bytes) -> str | None:
     however few bytes it has.
     """
     data = strip_leading_bytes(data)
-    if data.startswith(b"\xff\xd8"):
-        scans, segments = _count_jpeg_parts(data)
-        if scans > _MAX_JPEG_SCANS:
-            return f"it has more than {_MAX_JPEG_SCANS} scans"
-        return f"it has more than {_MAX_PARTS:,} segments" if segments > _MAX_PARTS else None
-    if data.startswith(b"\x89PNG") and _count_png_chunks(data) > _MAX_PARTS:
-        return f"it has more than {_MAX_PARTS:,} chunks"
+    scans = parts = 0
+    with contextlib.suppress(struct.error):
+        if data.startswith(b"\xff\xd8"):
+            for marker, _ in _iter_jpeg_segments(data):
+                parts += 1
+                scans += marker == _JPEG_SCAN
+                if scans > _MAX_JPEG_SCANS:
+                    return f"it has more than {_MAX_JPEG_SCANS} scans"
+                if parts > _MAX_PARTS:
+                    return f"it has more than {_MAX_PARTS:,} segments"
+        elif data.startswith(_PNG_SIGNATURE):
+            for _ in _iter_png_chunks(data):
+                parts += 1
+                if parts > _MAX_PARTS:
+                    return f"it has more than {_MAX_PARTS:,} chunks"
     return None
-
-
-def _count_jpeg_parts(data: bytes) -> tuple[int, int]:
-    """Count scans and segments up to just above their limits."""
-    scans = segments = 0
-    at = 2
-    while scans <= _MAX_JPEG_SCANS and segments <= _MAX_PARTS:
-        found = _JPEG_MARKER.search(data, at)
-        if found is None or found[1] == b"\xd9":
-            break
-        segments += 1
-        scans += found[1] == b"\xda"
-        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
-        at = found.end() + max(length, 2)
-    return scans, segments
-
-
-def _count_png_chunks(data: bytes) -> int:
-    """Count chunks up to just above their limit."""
-    at, chunks = 8, 0
-    while at < len(data) and chunks <= _MAX_PARTS:
-        chunks += 1
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    return chunks
 
 
 def read_displayed_size(data: bytes) -> tuple[int, int] | None:
@@ -136,17 +111,15 @@ def strip_leading_bytes(data: bytes) -> bytes:
 def extract_image(data: bytes) -> bytes | None:
     """Return the bytes that a decoder needs: no text, and nothing before or after the image.
 
-    Bytes that are not a JPEG, PNG or WebP are returned unchanged.
-
-    Returns:
-        The bytes, or None if the image is cut off.
+    None if the image is cut off. Bytes that are not a JPEG, PNG or WebP are returned unchanged.
     """
     data = strip_leading_bytes(data)
     try:
         if data.startswith(_PNG_SIGNATURE):
             return _extract_png(data)
         if data.startswith(b"\xff\xd8"):
-            return data if _find_jpeg_end(data) else None
+            has_end = any(marker == _JPEG_END for marker, _ in _iter_jpeg_segments(data))
+            return data if has_end else None
     except (struct.error, IndexError):
         return None
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
@@ -165,18 +138,13 @@ def read_format(data: bytes) -> ImageFormat:
 
 def _extract_png(data: bytes) -> bytes | None:
     """Return a PNG without text, which can be long, and without an unreadable profile."""
-    chunks, at, kind = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), b""
-    while kind != b"IEND":
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
+    chunks = [_PNG_SIGNATURE]
+    for kind, at, end in _iter_png_chunks(data):
         if end > len(data):
             return None
-        is_left_out = kind in _PNG_TEXT_CHUNKS or (
-            kind == b"iCCP" and not _is_readable_profile(data[at + 8 : end - 4])
-        )
-        if not is_left_out:
+        is_unreadable = kind == b"iCCP" and not _is_readable_profile(data[at + 8 : end - 4])
+        if kind not in _PNG_TEXT_CHUNKS and not is_unreadable:
             chunks.append(data[at:end])
-        at = end
     return b"".join(chunks)
 
 
@@ -191,33 +159,34 @@ def _is_readable_profile(chunk: bytes) -> bool:
     return unpacking.eof
 
 
-def _find_jpeg_end(data: bytes) -> int:
-    """Return where a JPEG ends, or 0 if it has no end marker outside of its segments."""
+def _iter_png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, start and end of each chunk; raise struct.error if there is no last one."""
+    at, kind = len(_PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, at)
+        yield kind, at, at + 12 + length
+        at += 12 + length
+
+
+def _iter_jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield each marker and where its content begins; raise struct.error if that is cut off."""
     at = 2
     while found := _JPEG_NEXT_MARKER.search(data, at):
         at = found.end()
         marker = data[at - 1]
+        yield marker, at
         if marker == _JPEG_END:
-            return at
+            return
         if marker not in _JPEG_STANDALONE_MARKERS:
             at += struct.unpack_from(">H", data, at)[0]
-    return 0
 
 
 def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    at = 2
-    while True:
-        while data[at] != 0xFF:  # noqa: PLR2004 - the first byte of every marker
-            at += 1
-        while data[at] == 0xFF:  # noqa: PLR2004
-            at += 1
-        marker = data[at]
-        at += 1
+    for marker, at in _iter_jpeg_segments(data):
         if marker in _JPEG_SIZE_MARKERS:
             height, width = struct.unpack_from(">HH", data, at + 3)
             return width, height
-        if marker not in _JPEG_STANDALONE_MARKERS:
-            at += struct.unpack_from(">H", data, at)[0]
+    return None
 
 
 def _read_webp_size(data: bytes) -> tuple[int, int] | None:

@@ -34,12 +34,6 @@ def list_image_names(name: str, number: int, extension: str, key: str) -> list[s
     The preferred name is `cat.jpg`. If another row's image has it, `cat~1a2b3c4d.jpg` is used,
     with the start of the row key. The second image of a result is `cat~2.jpg`, and so on. No row's
     name ends in a tilde and a few digits, so no two rows share a name.
-
-    Args:
-        name: The row's name below the output, already safe.
-        number: The number of the image in its result, from 1.
-        extension: The extension with its dot.
-        key: The row key.
     """
     suffix = "" if number == 1 else f"~{number}"
     return [f"{name}{suffix}{extension}", f"{name}~{key[:8]}{suffix}{extension}"]
@@ -55,24 +49,12 @@ async def persist_result(
     ai_mark: bool = True,
     on_decoded: Callable[[Image.Image], None] | None = None,
 ) -> list[StoredImage]:
-    """Download every image of a result, check it and store it.
+    """Download every image of a result, check it and store it; return them in the URLs' order.
 
     An image of another format than requested is stored too, with its own extension: it is paid
-    for.
-
-    Args:
-        result: The result of a successful task.
-        output: The folder for the images.
-        http: Connections from `open_download_client`.
-        name: The name below the output, already safe, without extension; the second image gets the
-            suffix `~2`, and so on.
-        key: The row key, which goes into the name if another image has it already. None: a hash of
-            the task id.
-        ai_mark: Whether to label the image as made by AI; see `ai_metadata`.
-        on_decoded: Called with the first decoded image, in a thread; it must not raise.
-
-    Returns:
-        One record for each image, in the order of the result's URLs.
+    for. With `ai_mark`, images are labelled as made by AI. The row's `name` is safe and without
+    extension; `list_image_names` says when the `key` is a part of it. `on_decoded` gets the first
+    decoded image, in a thread; it must not raise.
 
     Raises:
         DownloadError: A URL could not be downloaded in six attempts.
@@ -82,7 +64,12 @@ async def persist_result(
     """
     key = key or hashlib.sha256(result.task_id.encode()).hexdigest()
     requested = result.request.output_format if result.request else None
-    source = _source_type(result) if ai_mark else None
+    source: SourceType | None = None
+    if ai_mark:
+        is_composite = result.request is not None and result.request.image_urls
+        source = (
+            "compositeWithTrainedAlgorithmicMedia" if is_composite else "trainedAlgorithmicMedia"
+        )
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
         data, info, sha256 = await download_image(
@@ -118,11 +105,7 @@ async def persist_result(
 async def place_stored_images(
     files: Sequence[str], output: OutputFolder, *, name: str, key: str
 ) -> list[str]:
-    """Copy the images stored for a row's key to the row's own names, and return their URIs.
-
-    Raises:
-        StorageError: An image is missing, or a file cannot be read or written.
-    """
+    """Copy the images stored for a row's key to the row's own names, and return their URIs."""
     uris = []
     for number, file in enumerate(files, start=1):
         names = list_image_names(name, number, splitext(file)[1], key)
@@ -149,8 +132,3 @@ def _process(
     if source is not None:
         data = add_ai_metadata(data, source)
     return data, info, hashlib.sha256(data).hexdigest()
-
-
-def _source_type(result: GenerationResult) -> SourceType:
-    has_references = result.request is not None and result.request.image_urls
-    return "compositeWithTrainedAlgorithmicMedia" if has_references else "trainedAlgorithmicMedia"

@@ -130,11 +130,9 @@ async def resolve(host: str, port: int) -> list[str]:
 class AddressGuard:
     """Decides which addresses downloads may connect to.
 
-    Args:
-        base_url: The configured service. Its own host is always allowed. If the service is on a
-            private network, such as a sandbox on loopback, results may be on the same kind of
-            network. A host name with https counts as public and is not resolved to find out.
-        resolve: Resolves host names.
+    The configured service's own host is always allowed. If it is on a private network, such as a
+    sandbox on loopback, results may be on the same kind of network. A host name with https counts
+    as public and is not resolved to find out.
     """
 
     def __init__(self, base_url: str | None = None, resolve: Resolve = resolve) -> None:
@@ -143,12 +141,7 @@ class AddressGuard:
         self._service_kinds: set[str] | None = None
 
     async def resolve_allowed(self, host: str, port: int) -> list[str]:
-        """Return all addresses of a host.
-
-        Raises:
-            RefusedUrlError: One of the addresses is not allowed.
-            OSError: The host has no address.
-        """
+        """Return all addresses of a host, or raise a RefusedUrlError if one is not allowed."""
         found = await self._find_addresses(host, port)
         for address in found:
             kind = classify_non_public(address)
@@ -194,10 +187,6 @@ class GuardedTransport(AiohttpTransport):
 
     Behind a proxy of the environment (HTTPS_PROXY …) the proxy resolves host names and has to
     guard them. URLs with a private IP address are refused there too.
-
-    Args:
-        guard: Decides which addresses are allowed.
-        socket_factory: Makes the socket for an address; tests pass their own.
     """
 
     def __init__(
@@ -214,12 +203,7 @@ class GuardedTransport(AiohttpTransport):
         self._proxy_transports: dict[str, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request if its URL is allowed.
-
-        Raises:
-            RefusedUrlError: The scheme, or an address of the host, is not allowed.
-            httpx.TransportError: The request failed.
-        """
+        """Send a request if its URL is allowed, or raise a RefusedUrlError."""
         url = request.url
         if url.scheme not in _DEFAULT_PORTS or not url.host:
             raise RefusedUrlError(

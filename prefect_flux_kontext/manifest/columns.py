@@ -44,29 +44,16 @@ MAX_BLANK_ROWS = 1_000_000
 
 
 class Line(NamedTuple):
-    """One line of a manifest, or one row where the format has no lines.
+    """One line of a manifest, or one row where the format has no lines."""
 
-    Attributes:
-        number: Line number from 1, as an editor shows it. The last line of a row that spans
-            several lines.
-        cells: Column name to text.
-        problem: Why the line is invalid, if that is already known.
-        version: Version of the image's content (an ETag), if the folder listing has one.
-    """
-
-    number: int
+    number: int  # from 1, as an editor shows it; of a row of several lines the last
     cells: dict[str, str]
-    problem: str | None = None
-    version: str | None = None
+    problem: str | None = None  # why the line is invalid, if that is already known
+    version: str | None = None  # ETag of the image, if the folder listing has one
 
 
 class Columns:
-    """The columns of a manifest, renamed and checked.
-
-    Args:
-        url: The manifest, for messages.
-        names: The column names in the manifest.
-        renames: Standard column name to the name that the manifest uses for it.
+    """The columns of a manifest, checked and renamed: standard name to the manifest's name.
 
     Raises:
         ManifestError: A standard column is missing, appears twice, or differs from its name
@@ -117,11 +104,7 @@ class Columns:
 
 
 def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
-    """Convert the typed values of a row to cells.
-
-    Returns:
-        The cells, and the first problem with them or None.
-    """
+    """Convert the typed values of a row to cells; return also the first problem with them."""
     cells, problem = {}, None
     if isinstance(image := values.get("image"), dict):
         problem = (
@@ -174,11 +157,7 @@ def _find_text_problem(text: str) -> str | None:
 
 
 def to_text(value: Any) -> str:
-    """Convert a typed value to the text of a cell: lists and objects as JSON, None as empty.
-
-    Raises:
-        ValueError: The value has no text form: NaN, infinity or bytes.
-    """
+    """Convert a value to text: lists and objects as JSON. NaN, infinity and bytes have none."""
     match value:
         case None:
             return ""

@@ -39,30 +39,15 @@ _MAX_DEPTH_FOLDERS = 64
 
 @dataclass
 class ImageFolder:
-    """Images below a folder, recognized by their names.
+    """Images below a folder, recognized by their names."""
 
-    Attributes:
-        url: The URL as given, for messages.
-        fs: The filesystem.
-        root: The folder's path on the filesystem.
-        pattern: Pattern that the paths below the folder must match; None for all.
-        max_depth: Levels of subfolders to read.
-        output: Real path of the output, if it is on the same filesystem.
-        skipped: Number of files that are no rows, by reason, as last read.
-    """
-
-    url: str
+    url: str  # as given, for messages
     fs: Any = field(repr=False)
     root: str
-    pattern: re.Pattern[str] | None
+    pattern: re.Pattern[str] | None  # for the paths below the folder; None for all
     max_depth: int
-    output: str | None
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def skipped_files(self) -> int:
-        """Number of files that are no rows, as last read."""
-        return self.skipped.total()
+    output: str | None  # real path, if it is on the same filesystem
+    skipped: Counter[str] = field(default_factory=Counter)  # files that are no rows, by reason
 
     @property
     def is_local(self) -> bool:
@@ -74,10 +59,6 @@ class ImageFolder:
 
         The cells are `id` (path below the folder, without extension), `image` (a URL, or a
         path if the folder is local), `file` (its name) and `folder` (its subfolder).
-
-        Raises:
-            ManifestError: There are no images, or the folder is inside the output.
-            Exception: What the filesystem raises.
         """
         root = _resolve_links(self.fs, self.root)
         if self.output is not None and f"{root}/".startswith(f"{self.output}/"):
@@ -103,7 +84,7 @@ class ImageFolder:
                 }
                 yield Line(number, cells, find_cell_problem(cells), versions.get(name))
         if not number:
-            count = self.skipped_files
+            count = self.skipped.total()
             files = "1 other file" if count == 1 else f"{count:,} other files"
             others = f" ({files})" if count else ""
             raise ManifestError(
@@ -176,13 +157,7 @@ class ImageFolder:
 def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
     """Return the folder, prefix or glob of images at a URL, or None if the URL is a file.
 
-    Args:
-        url: A path or fsspec URL. A folder, a URL that ends in a slash, or a glob that is not
-            the name of an existing file.
-        output: Folder of the output, which is skipped.
-
-    Raises:
-        Exception: What the filesystem raises.
+    A glob is one only if no file has its name. The output is skipped.
     """
     if url.lower().startswith(("http://", "https://")) or "::" in url or not url.strip():
         return None
@@ -192,22 +167,17 @@ def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
         return None
     fs, path = fsspec.core.url_to_fs(url)
     path = str(path).rstrip("/")
+    pattern, max_depth = None, _MAX_DEPTH_FOLDERS
     if has_glob and not fs.exists(path):
-        root, glob = _split_glob(path)
-        max_depth = _MAX_DEPTH_FOLDERS if "**" in glob else glob.count("/")
+        parts = path.split("/")
+        first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
+        path, glob = "/".join(parts[:first]), "/".join(parts[first:])
         pattern = re.compile(glob_translate(glob))
-        return ImageFolder(url, fs, root, pattern, max_depth, _find_output_path(fs, output))
-    if url.endswith("/") or fs.isdir(path):
-        output_path = _find_output_path(fs, output)
-        return ImageFolder(url, fs, path, None, _MAX_DEPTH_FOLDERS, output_path)
-    return None
-
-
-def _split_glob(path: str) -> tuple[str, str]:
-    """Return the folder that a glob starts in, and the glob below it."""
-    parts = path.split("/")
-    first = next(number for number, part in enumerate(parts) if _GLOB.search(part))
-    return "/".join(parts[:first]), "/".join(parts[first:])
+        if "**" not in glob:
+            max_depth = glob.count("/")
+    elif not url.endswith("/") and not fs.isdir(path):
+        return None
+    return ImageFolder(url, fs, path, pattern, max_depth, _find_output_path(fs, output))
 
 
 def _find_output_path(fs: Any, output: str | None) -> str | None:

@@ -82,15 +82,8 @@ def build_output_path(
 ) -> str:
     """Build the path of a row's image below the output, without extension.
 
-    Args:
-        row_id: The row's id.
-        style: The row's style, if it has one.
-        cells: The row's columns. A value in `output` takes precedence over the template.
-        template: The template; None for `{id}/{style}`, or `{id}` if there is no style.
-        output_format: The image format that the row requests.
-
-    Raises:
-        ValueError: The row's columns give no valid path. The message is the reason.
+    A value in the column `output` takes precedence over the template, whose default is
+    `{id}/{style}`, or `{id}` without a style. A ValueError says why there is no valid path.
     """
     output = cells.get("output", "").strip()
     if output:
@@ -109,11 +102,7 @@ def build_output_path(
 
 
 def _clean_output(output: str, output_format: str) -> str:
-    """Check a row's own output path and make its segments safe.
-
-    Raises:
-        ValueError: The path is invalid.
-    """
+    """Check a row's own output path, make its segments safe, or raise a ValueError."""
     problem = find_text_problem(output)
     ending = IMAGE_ENDING.search(output)
     segments = output[: ending.start()].split("/") if ending else output.split("/")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import COLUMNS, looks_like_image
 from prefect_flux_kontext.manifest.directory import ImageFolder, find_image_folder
-from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
 from prefect_flux_kontext.manifest.formats import (
     DELIMITERS,
     as_manifest_error,
@@ -32,6 +31,7 @@ from prefect_flux_kontext.manifest.tables import (
 )
 from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.rights import find_rights
+from prefect_flux_kontext.storage.temp_db import DuplicateIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -51,12 +51,9 @@ class Manifest:
     """A manifest, and the defaults for its rows.
 
     Attributes:
-        source: A path or fsspec URL, or the rows: a list of dicts, or a table with Arrow's
-            PyCapsule interface. The file name decides the format (`.csv`, `.tsv`, `.jsonl`,
-            `.parquet`), else the content type or the content. Text may be compressed (`.gz`,
-            `.zst`, `.bz2`, `.xz`). A folder, prefix or glob of images is a manifest too.
-            Columns with a meaning: `id`, `image`, `images`, `prompt`, `style`, `mode`,
-            `aspect_ratio`, `output_format`, `provider`, `output`. Others are kept.
+        source: A path or fsspec URL of a file, or of a folder, prefix or glob of images, or the
+            rows: a list of dicts, or a table with Arrow's PyCapsule interface. The file name
+            decides the format, else the content type or the content. Text may be compressed.
         prompt: The prompt for rows without one.
         columns: Standard column name to the manifest's name, such as `{"image": "photo_url"}`.
         styles: Names of styles and paths of style files. A row that names no style is made once
@@ -131,11 +128,7 @@ class Manifest:
                     yield row if isinstance(row, RefusedRow) else _check_name(row, names, count)
 
     def _check_images_used(self, line: Line) -> None:
-        """Check that a line without a reference has no other column that looks like one.
-
-        Raises:
-            ManifestError: It has one, so the row would be paid for as text to image.
-        """
+        """Refuse a line without a reference if another column looks like one."""
         cells = line.cells
         if cells.get("image", "").strip() or cells.get("images", "").strip():
             return

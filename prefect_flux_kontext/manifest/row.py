@@ -52,27 +52,16 @@ _DEFAULT_RIGHTS = Rights()
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A valid row.
-
-    Attributes:
-        id: Id of the row, which also names its images.
-        line: The line of the manifest that the row ends on, from 1, counting the header.
-        request: The request to submit.
-        key: The row key, which identifies the payment in the ledger.
-        name: Path of its image below the output, without extension.
-        cells: The row's cells with the defaults filled in: prompt, style and absolute paths.
-        style: Name of its style, if it has one.
-        version: Version of the image's content (an ETag), if the folder listing has one.
-    """
+    """A valid row. Its cells have the defaults filled in: prompt, style and absolute paths."""
 
     id: str
-    line: int
+    line: int  # of the manifest on which the row ends, from 1, counting the header
     request: GenerationRequest
-    key: str
-    name: str
+    key: str  # identifies the payment in the ledger
+    name: str  # path of its image below the output, without extension
     cells: Mapping[str, str] = field(default_factory=dict, repr=False)
     style: str | None = None
-    version: str | None = None
+    version: str | None = None  # ETag of the image, if the folder listing has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +78,9 @@ class RefusedRow:
 
 
 class RowDefaults(NamedTuple):
-    """Values that apply to all rows of a manifest.
+    """Values that apply to all rows of a manifest. Its parameters override those of a style.
 
-    Attributes:
-        prompt: The prompt for rows without one.
-        styles: The known styles, and those for rows that name none.
-        names: The template of output names.
-        parameters: Parameters for rows that do not set them, which override those of a style.
-        rights: Which references that are not on the web the rows may name.
-        base_url: The service, which must reach references on the web; None for no check.
+    The service at the base URL must reach references on the web; None for no check.
     """
 
     prompt: str | None
@@ -169,18 +152,7 @@ def make_row(
     rights: Rights = _DEFAULT_RIGHTS,
     base_url: str | None = None,
 ) -> Row | RefusedRow:
-    """Make a row from the cells of one line.
-
-    Args:
-        line: Line number in the manifest.
-        cells: Column name to text. Empty text counts as absent.
-        prompt: The prompt for rows without one.
-        style: The style to apply. The row's own cells override the style's parameters.
-        names: The template of output names.
-        version: Version of the image's content, if the folder listing has one.
-        rights: Which references that are not on the web the row may name.
-        base_url: The service, which must reach references on the web; None for no check.
-    """
+    """Make a row from the cells of one line."""
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: filled[name] for name in _REQUEST_COLUMNS if name in filled}
     row_cells = cells
@@ -194,7 +166,7 @@ def make_row(
     problems += [
         problem for image in images for problem in find_reference_problems(image, base_url)
     ]
-    denied = _find_rights_problems(images, rights)
+    denied = [problem for image in images if (problem := find_rights_problem(image, rights))]
     problems += denied
     located = [normalize_reference(image, rights.folder) for image in images]
     if located != images:
@@ -277,10 +249,6 @@ def _find_reference_problem(image: str, base_url: str | None) -> str | None:
     return problem
 
 
-def _find_rights_problems(images: Sequence[str], rights: Rights) -> list[str]:
-    return [problem for image in images if (problem := find_rights_problem(image, rights))]
-
-
 def list_references(cells: Mapping[str, str]) -> list[str]:
     """Return the references in the cells of a row; none if they are invalid."""
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
@@ -303,11 +271,7 @@ def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> 
 def _apply_style(
     values: dict[str, Any], style: Style | None, cells: Mapping[str, str]
 ) -> list[str]:
-    """Render the prompt, and add the style's parameters that the row does not set.
-
-    Returns:
-        The problems of the templates.
-    """
+    """Render the prompt, and add the style's parameters that the row does not set."""
     where, prompt = "prompt", values.get("prompt")
     try:
         if prompt is not None and is_template(prompt):

@@ -29,10 +29,7 @@ def compute_row_key(
 ) -> str:
     """Compute the key of a row: 32 hexadecimal digits from references, prompt and parameters.
 
-    Args:
-        request: The request to submit.
-        identities: Reference to its identity, for references that need more than their text:
-            files and objects.
+    Files and objects need an identity, since their text is not enough.
     """
     known = identities or {}
     paid_for = request.model_dump(mode="json", exclude=_NOT_IN_KEY, exclude_none=True)

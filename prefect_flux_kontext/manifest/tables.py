@@ -42,10 +42,9 @@ _MAX_BATCH_BYTES = 2**25
 
 
 class Table:
-    """A table in memory. It has no `__dict__`, so that nothing serializes it to JSON by accident.
+    """A table with Arrow's PyCapsule interface: Arrow, polars, pandas, ….
 
-    Args:
-        data: A table with Arrow's PyCapsule interface: Arrow, polars, pandas, …
+    It has no `__dict__`, so that nothing serializes it to JSON by accident.
     """
 
     __slots__ = ("data",)
@@ -58,11 +57,7 @@ class Table:
 
 
 def normalize_source(value: Any) -> Any:
-    """Convert a manifest's source to a form that can be read repeatedly: text, list or `Table`.
-
-    Raises:
-        TypeError: The value is not a supported source.
-    """
+    """Convert a manifest's source to what can be read repeatedly: text, list or `Table`."""
     if isinstance(value, str | Table):
         return value
     if hasattr(value, "__fspath__"):
@@ -100,12 +95,7 @@ ManifestSource = Annotated[
 def read_in_memory_rows(
     rows: Sequence[dict[Any, Any]] | Table, renames: Mapping[str, str]
 ) -> Iterator[Line]:
-    """Yield rows that were passed as a list of dicts or a table, numbered from 1.
-
-    Raises:
-        ManifestError: A column or a cell of a table is invalid, or no row has a renamed column.
-        Exception: What Arrow raises.
-    """
+    """Yield rows that were passed as a list of dicts or a table, numbered from 1."""
     if isinstance(rows, Table):
         yield from read_table(rows.data, renames)
         return
@@ -125,12 +115,7 @@ def read_in_memory_rows(
 
 
 def read_table(table: Any, renames: Mapping[str, str]) -> Iterator[Line]:
-    """Yield the rows of a table in memory (Arrow, polars, pandas, …), numbered from 1.
-
-    Raises:
-        ManifestError: A column or a cell is invalid, or pyarrow is not installed.
-        Exception: What Arrow raises.
-    """
+    """Yield the rows of a table in memory (Arrow, polars, pandas, …), numbered from 1."""
     name = f"<{type(table).__name__}>"
     pa = _import_pyarrow(name)
     stream = pa.RecordBatchReader.from_stream(table)
@@ -147,10 +132,6 @@ def read_parquet(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
 
     Text columns stay dictionary-encoded while they are read, so that a small file that repeats
     one long text a million times needs little memory.
-
-    Raises:
-        ManifestError: A column, a cell or a row group is invalid, or pyarrow is not installed.
-        Exception: What the filesystem or Arrow raises.
     """
     pa = _import_pyarrow(url)
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra

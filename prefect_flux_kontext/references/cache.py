@@ -15,23 +15,14 @@ if TYPE_CHECKING:
 
 
 class ReferenceInfo(NamedTuple):
-    """What is known about a reference that is not on the web.
+    """What is known about a reference that is not on the web."""
 
-    Attributes:
-        identity: Identifies the content; empty if the reference could not be read.
-        problem: Why the reference could not be read.
-        checked: Whether the content was checked.
-        flaw: Why the content is invalid.
-        large: Whether the content must be shrunk.
-        staged: Name of the staged copy.
-    """
-
-    identity: str = ""
-    problem: str | None = None
+    identity: str = ""  # of its content; empty if it could not be read
+    problem: str | None = None  # why it could not be read
     checked: bool = False
-    flaw: str | None = None
-    large: bool = False
-    staged: str | None = None
+    flaw: str | None = None  # why its content is invalid
+    large: bool = False  # its content must be shrunk
+    staged: str | None = None  # name of the staged copy
 
 
 class ReferenceCache:

@@ -38,15 +38,7 @@ _PARAMETERS_BESIDE = {
 
 
 def identify_reference(reference: str) -> str:
-    """Return what identifies the content: a checksum, or the URL with the store's version.
-
-    Args:
-        reference: A local file, or an object in a bucket.
-
-    Raises:
-        ReferenceImageError: It is not a file, or is too large even to be shrunk.
-        Exception: What the filesystem raises.
-    """
+    """Return what identifies a local file (a checksum) or an object (its URL and ETag)."""
     fs, path = open_filesystem(reference)
     info = _get_file_info(fs, path)
     if classify_location(reference) is LocationKind.PRIVATE:
@@ -65,22 +57,13 @@ def identify_private_object(reference: str, version: str | None) -> str:
 
 
 def read_version(info: Mapping[str, Any]) -> str | None:
-    """Return the ETag of an object, which changes with its content, or None.
-
-    Args:
-        info: From `fs.info` or a listing.
-    """
+    """Return the ETag in `fs.info` or a listing of an object; it changes with its content."""
     etag = info.get("ETag") or info.get("etag")
     return str(etag).strip('"') if etag else None
 
 
 def read_content(reference: str, *, fit: bool) -> bytes:
-    """Read a local file or an object, within the size limit.
-
-    Raises:
-        ReferenceImageError: It is not a file, or is too large.
-        Exception: What the filesystem raises.
-    """
+    """Read a local file or an object, within the size limit."""
     fs, path = open_filesystem(reference)
     check_size(int(_get_file_info(fs, path)["size"]), fit=fit)
     data: bytes = fs.cat_file(path, start=0, end=MAX_SHRINKABLE_BYTES + 1)
@@ -98,11 +81,7 @@ def _get_file_info(fs: Any, path: str) -> dict[str, Any]:
 
 @contextmanager
 def wrap_reference_errors(reference: str) -> Iterator[None]:
-    """Convert errors of a filesystem or a check into an error that names the reference.
-
-    Raises:
-        ReferenceImageError: In place of any error that is not a `FluxKontextError`.
-    """
+    """Convert all other errors to a ReferenceImageError that names the reference."""
     name = f"image {redact_url(reference)[:_MAX_SHOWN_CHARACTERS]!r}"
     try:
         yield

@@ -43,21 +43,11 @@ class LocationKind(Enum):
 
 
 _KIND_BY_PROTOCOL = {
-    "http": LocationKind.WEB,
-    "https": LocationKind.WEB,
+    **dict.fromkeys(("http", "https"), LocationKind.WEB),
     # Object stores whose fsspec filesystem signs URLs.
-    "s3": LocationKind.PRIVATE,
-    "s3a": LocationKind.PRIVATE,
-    "gs": LocationKind.PRIVATE,
-    "gcs": LocationKind.PRIVATE,
-    "abfs": LocationKind.PRIVATE,
-    "abfss": LocationKind.PRIVATE,
-    "az": LocationKind.PRIVATE,
+    **dict.fromkeys(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"), LocationKind.PRIVATE),
     # On this machine.
-    "": LocationKind.LOCAL,
-    "file": LocationKind.LOCAL,
-    "local": LocationKind.LOCAL,
-    "memory": LocationKind.LOCAL,
+    **dict.fromkeys(("", "file", "local", "memory"), LocationKind.LOCAL),
 }
 
 
@@ -155,9 +145,6 @@ def open_filesystem(reference: str) -> tuple[Any, str]:
     """Return the filesystem of a reference that is not on the web, and its path there.
 
     The listings cache is off, because it would show outdated objects.
-
-    Raises:
-        Exception: Whatever the filesystem raises.
     """
     if (
         classify_location(reference) is LocationKind.LOCAL

@@ -36,10 +36,7 @@ _VP8X_BYTES = 18
 
 
 def remove_metadata(data: bytes) -> bytes:
-    """Return an image without metadata, with its pixels, orientation and colour profile.
-
-    Args:
-        data: A whole JPEG, PNG or WebP, also an MPO, of which the first image is kept.
+    """Return an image with only its pixels, orientation and colour profile; the first of an MPO.
 
     Raises:
         ReferenceImageError: Its structure is damaged, so that metadata could be left.

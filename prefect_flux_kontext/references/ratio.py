@@ -66,11 +66,7 @@ class RatioMatcher:
 
     Only the header of a reference is read, at most 1 MB. A reference whose header cannot be read
     gets 16:9 and a note; it is never an error. Local files and objects in buckets are read by
-    their filesystem.
-
-    Args:
-        http: Connections that are guarded against private addresses; None to read no references
-            on the web.
+    their filesystem, references on the web only through `http`.
     """
 
     def __init__(self, http: Connections | None) -> None:
@@ -118,12 +114,7 @@ class RatioMatcher:
 
 @asynccontextmanager
 async def open_ratio_matcher(base_url: str, *, reads_web: bool) -> AsyncIterator[RatioMatcher]:
-    """Open a matcher with connections of its own.
-
-    Args:
-        base_url: The configured service; see `open_download_client`.
-        reads_web: Whether to read references on the web.
-    """
+    """Open a matcher with connections of its own."""
     async with open_download_client(base_url=base_url) as http:
         yield RatioMatcher(http if reads_web else None)
 

@@ -45,9 +45,6 @@ def open_source(url: str) -> Iterator[tuple[Any, str]]:
     the configured service is on it: others may choose the URL, but not reach what this machine
     reaches.
 
-    Args:
-        url: A path or fsspec URL.
-
     Raises:
         RefusedUrlError: The URL leads to an address that is not allowed.
         Exception: What the filesystem raises.

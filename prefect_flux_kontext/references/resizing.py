@@ -27,15 +27,7 @@ _DECODE_LOCK = threading.Lock()
 
 
 def check_can_shrink(data: bytes, problem: str) -> None:
-    """Check that an image of too many pixels can be shrunk in bounded memory.
-
-    Args:
-        data: Content of the file.
-        problem: What is wrong with the image; begins the message.
-
-    Raises:
-        ReferenceImageError: It cannot be shrunk.
-    """
+    """Check that an image of too many pixels can be shrunk; messages begin with the problem."""
     if not strip_leading_bytes(data).startswith(b"\xff\xd8"):
         raise ReferenceImageError(f"{problem}; shrink it yourself: it is too large to decode")
     with _DECODE_LOCK, _decode(data, problem):
@@ -43,18 +35,7 @@ def check_can_shrink(data: bytes, problem: str) -> None:
 
 
 def shrink_to_fit(data: bytes, max_bytes: int) -> bytes:
-    """Shrink and re-encode an image, turned upright, with its colours and transparency.
-
-    Args:
-        data: A whole JPG, PNG or WebP.
-        max_bytes: Limit for the result.
-
-    Returns:
-        A JPG, or a WebP if the image has transparent areas.
-
-    Raises:
-        ReferenceImageError: The image cannot be decoded or made small enough.
-    """
+    """Shrink an image to a JPG, or a WebP if it has transparent areas, turned upright."""
     with _DECODE_LOCK, _decode(data, "is too large") as image:
         kind = "webp" if image.mode == "RGBA" else "jpeg"
         profile = image.info.get("icc_profile")

@@ -57,12 +57,8 @@ class References:
     """Checks references that are not on the web, and gives the service access to them.
 
     Results are cached for the life of the object, from the plan to the last submit, so that the
-    run pays for what was planned.
-
-    Args:
-        staging: Where local files are staged; None if no staging place is set.
-        fit: Shrink images that are too large instead of refusing them.
-        timeout: Seconds after which the wait for a task ends; signed URLs live longer.
+    run pays for what was planned. With `fit`, images that are too large are shrunk instead of
+    refused. Signed URLs live longer than the `timeout` of a wait.
     """
 
     def __init__(
@@ -86,15 +82,7 @@ class References:
     def identify(
         self, references: Iterable[str], versions: Mapping[str, str] | None = None
     ) -> dict[str, ReferenceInfo]:
-        """Identify the references, several at a time.
-
-        Args:
-            references: Local files, or objects in buckets.
-            versions: Versions of objects that a listing gave, by reference.
-
-        Returns:
-            The identity of each reference, or the problem with it.
-        """
+        """Identify local files and objects, of which a listing may have given the versions."""
         for reference, version in (versions or {}).items():
             if (
                 classify_location(reference) is LocationKind.PRIVATE
@@ -122,11 +110,7 @@ class References:
         """Make the references of a request available to the service.
 
         URLs are signed only when the returned factory is called, right before the request is
-        sent.
-
-        Args:
-            request: The request, with references as in the manifest.
-            verify_staged: The service could not fetch them before, so compare the staged files.
+        sent. With `verify_staged`, the service could not fetch them, so compare staged files.
 
         Raises:
             ReferenceImageError: A reference has changed since the plan, or is unusable.
@@ -234,12 +218,8 @@ def create_references(
 ) -> References:
     """Create the access to references that the settings describe.
 
-    Args:
-        settings: Hold the URLs of the staging place.
-        base_url: The service, if this process runs until the tasks have ended. Without a staging
-            place, a service on loopback then fetches local files from this process.
-        timeout: Seconds after which the wait for a task ends.
-        fit: Shrink images that are too large.
+    With a `base_url` this process runs until the tasks have ended, so without a staging place a
+    service on loopback fetches local files from it.
 
     Raises:
         ConfigurationError: The staging settings are incomplete or invalid.

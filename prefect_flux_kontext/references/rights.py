@@ -29,17 +29,11 @@ _HINT = "to allow it, name its folder or bucket in FLUX_KONTEXT_REFERENCE_ROOTS"
 
 
 class Rights(NamedTuple):
-    """Which references that are not on the web the rows of a manifest may name.
+    """Which references that are not on the web the rows of a manifest may name."""
 
-    Attributes:
-        folder: Base folder of relative paths; None if files of this machine are not allowed.
-        roots: Folders and bucket prefixes that references must be below; None for all.
-        known: References that are allowed although the other rules do not allow them.
-    """
-
-    folder: str | None = None
-    roots: tuple[str, ...] | None = None
-    known: frozenset[str] = frozenset()
+    folder: str | None = None  # of relative paths; None if it may name no files of this machine
+    roots: tuple[str, ...] | None = None  # folders and prefixes to be below; None for all
+    known: frozenset[str] = frozenset()  # allowed although the other rules do not allow them
 
 
 def find_rights(source: Any, image_folder: str | None = None) -> Rights:
@@ -47,10 +41,6 @@ def find_rights(source: Any, image_folder: str | None = None) -> Rights:
 
     Without FLUX_KONTEXT_REFERENCE_ROOTS, a folder of images has what is below it, a local manifest
     everything, and a remote manifest its own bucket.
-
-    Args:
-        source: The path or URL of the manifest, or its rows.
-        image_folder: The path of the folder, if it is a local folder of images.
     """
     folder = find_manifest_folder(source)
     roots = _read_roots()
@@ -64,9 +54,7 @@ def find_rights(source: Any, image_folder: str | None = None) -> Rights:
 def find_retry_rights(output: str, known: Iterable[str]) -> Rights:
     """Return the rights of the failed rows of an output: those of a remote manifest.
 
-    Args:
-        output: The output, as a path or URL.
-        known: References that the ledger records as allowed for these rows.
+    The ledger records the `known` references as allowed for these rows.
     """
     roots = _read_roots()
     if roots is not None:

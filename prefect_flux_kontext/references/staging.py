@@ -31,20 +31,12 @@ _MAX_SIGNATURE_SECONDS = 7 * 24 * 3_600
 
 
 def choose_signature_lifetime(timeout: float) -> int:
-    """Return the seconds for which to sign a URL: twice the timeout, an hour to a week.
-
-    Args:
-        timeout: Seconds after which the wait for a task ends.
-    """
+    """Return the seconds for which to sign a URL: twice the timeout, an hour to a week."""
     return min(max(_MIN_SIGNATURE_SECONDS, math.ceil(2 * timeout)), _MAX_SIGNATURE_SECONDS)
 
 
 def sign_url(fs: Any, path: str, seconds: int) -> str:
-    """Sign a URL that lets anybody read an object for a number of seconds.
-
-    Raises:
-        ReferenceImageError: The filesystem cannot sign, or lacks the permission.
-    """
+    """Sign a URL that lets anybody read an object for a number of seconds."""
     try:
         url = str(fs.sign(path, expiration=seconds))
     except Exception as error:  # noqa: BLE001 - each filesystem has errors of its own
@@ -63,9 +55,7 @@ def sign_url(fs: Any, path: str, seconds: int) -> str:
 class Staging:
     """A staging place: a folder or bucket whose files the service can fetch.
 
-    Args:
-        url: The place, as a path or fsspec URL.
-        public_url: The http or https URL of the place; without it, URLs are signed.
+    URLs are signed if the place has no public http or https URL.
 
     Raises:
         ConfigurationError: A URL is invalid, or the service could not fetch from the place.
@@ -103,13 +93,7 @@ class Staging:
     def put(self, data: bytes, kind: ImageFormat, *, verify_staged: bool = False) -> str:
         """Stage a file unless it is there, and return its name, which holds its checksum.
 
-        Args:
-            data: The whole file.
-            kind: Format of the file, for the extension of the name.
-            verify_staged: The service could not fetch it, so compare the staged content.
-
-        Raises:
-            StorageError: The staging place refused the file.
+        With `verify_staged`, the service could not fetch it, so the staged content is compared.
         """
         name = f"{hashlib.sha256(data).hexdigest()}.{EXTENSIONS[kind]}"
         path = self._build_path(name)
@@ -126,15 +110,7 @@ class Staging:
         return name
 
     def build_url(self, name: str, seconds: int) -> str:
-        """Return the URL from which the service fetches a staged file.
-
-        Args:
-            name: What `put` returned.
-            seconds: Lifetime of a signed URL.
-
-        Raises:
-            ReferenceImageError: The URL cannot be signed.
-        """
+        """Return the URL from which the service fetches a staged file."""
         if self._public_url is not None:
             return f"{self._public_url}/{name}"
         return sign_url(self._fs, self._build_path(name), seconds)
@@ -169,11 +145,7 @@ def _is_public_url(url: str) -> bool:
 
 
 def create_staging(url: str | None, public_url: str | None) -> Staging | None:
-    """Create the staging place of the settings, or return None if none is set.
-
-    Raises:
-        ConfigurationError: The settings are incomplete or invalid.
-    """
+    """Create the staging place of the settings, if one is set."""
     if url is None:
         if public_url is not None:
             raise ConfigurationError(

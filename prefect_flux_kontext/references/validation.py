@@ -36,11 +36,7 @@ _HEAD_BYTES = 1_000
 
 
 def check_size(size: int, *, fit: bool) -> None:
-    """Check the size of a file, in bytes, before it is read.
-
-    Raises:
-        ReferenceImageError: The file is empty or too large.
-    """
+    """Check the size of a file, in bytes, before it is read."""
     if not size:
         raise ReferenceImageError("is an empty file")
     if size > MAX_REFERENCE_BYTES and not fit:
@@ -55,16 +51,7 @@ def check_size(size: int, *, fit: bool) -> None:
 
 
 def check_image(data: bytes, *, fit: bool) -> None:
-    """Check an image by decoding it, unless its header announces too many pixels.
-
-    Args:
-        data: Content of the file.
-        fit: Whether an image that is too large will be shrunk.
-
-    Raises:
-        ReferenceImageError: It is not a JPG, PNG or WebP that the service takes; the message
-            says what it is.
-    """
+    """Check an image by decoding it, unless it has too many pixels and will be shrunk to `fit`."""
     check_size(len(data), fit=fit)
     width, height = read_size(data) or (0, 0)
     with _DECODE_SLOTS:

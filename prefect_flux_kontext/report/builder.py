@@ -49,19 +49,10 @@ _MAX_THUMBNAILS_AT_END = 500
 
 
 class Report:
-    """The report of one run.
+    """The report of one run, which is a live owner in the ledger.
 
-    Args:
-        output: The batch's output.
-        ledger: The records of its ledger.
-        run: The name of the run, which is a live owner in the ledger.
-        http: Connections to fetch references.
-        settings: The limits of the gallery.
-        is_whole: Whether the run has the whole batch. The run of a partition only makes
-            thumbnails; the run of the whole batch writes result manifest and gallery.
-
-    Attributes:
-        pictures: Makes the gallery's thumbnails.
+    The run of a partition only makes thumbnails; that of the whole batch writes result manifest
+    and gallery.
     """
 
     def __init__(
@@ -148,20 +139,8 @@ async def update_report(
 ) -> int:
     """Merge the lines of ended runs into the result manifest, then rebuild the gallery.
 
-    Args:
-        output: The batch's output.
-        ledger: The records of its ledger.
-        run: The name of this run, which is a live owner in the ledger.
-        thumbnails: The gallery's thumbnails.
-        max_rows: The most rows in the gallery; with 0 no gallery is written.
-        max_new_thumbnails: The most thumbnails to make from images in the output.
-
-    Returns:
-        The number of rows in the result manifest.
-
-    Raises:
-        LedgerError: The output cannot be read or written.
-        StorageError: The output cannot be read or written.
+    Returns the number of rows in the result manifest. With `max_rows` of 0 no gallery is written.
+    Raises LedgerError or StorageError if the output cannot be read or written.
     """
     store = open_results_store(output)
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder, LineMerger() as merger:

@@ -1,7 +1,8 @@
 """The result manifest: its columns, the merging of its lines, and its files.
 
 Each run writes its lines to part files, `_results/parts/*.jsonl`, one for each wave. At the end of
-a run the part files of all ended runs are merged into `results.jsonl` and `results.parquet`.
+a run the part files of all ended runs are merged into `results.jsonl` and `results.parquet`. What
+reads or writes the output raises a LedgerError if it cannot.
 """
 
 from __future__ import annotations
@@ -142,8 +143,7 @@ def build_parquet_schema(custom_columns: Iterable[str]) -> Any:
 class LineMerger(TempDatabase):
     """New lines to merge into a result manifest, held in a private temporary database.
 
-    Attributes:
-        custom_columns: The names of the custom columns, in the order of their first line.
+    Custom columns are in the order of their first line.
     """
 
     def __init__(self) -> None:
@@ -170,15 +170,7 @@ class LineMerger(TempDatabase):
                 )
 
     def write(self, earlier: Path, merged: Path) -> int:
-        """Write the earlier lines, updated by the new ones, and then the lines of new rows.
-
-        Args:
-            earlier: The result manifest before the merge; the file may be missing.
-            merged: The file to write.
-
-        Returns:
-            The number of lines written.
-        """
+        """Write the earlier lines, updated, and then those of new rows; return their number."""
         lines = 0
         with merged.open("w", encoding="ascii") as file:
             for line in read_lines(earlier):
@@ -260,13 +252,10 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def write_parquet(lines: Path, parquet: Path, custom_columns: Iterable[str]) -> bool:
-    """Write a result manifest as Parquet, some 1,200 rows in a row group.
+    """Write a result manifest as Parquet; return False without the extra `parquet`.
 
     Arrow parses the text itself: Python objects would take more time and memory, and Arrow would
     import pandas to inspect them.
-
-    Returns:
-        Whether the file was written. It needs the extra `parquet`.
     """
     try:
         import pyarrow as pa  # noqa: PLC0415
@@ -293,21 +282,13 @@ def open_results_store(output: OutputFolder) -> RecordStore:
 
 
 async def write_part(store: RecordStore, run: str, number: int, lines: Iterable[Line]) -> None:
-    """Write the lines of a wave to a part file.
-
-    Raises:
-        LedgerError: The output cannot be written to.
-    """
+    """Write the lines of a wave to a part file."""
     data = "".join(map(encode_line, lines)).encode()
     await store.replace(f"parts/{run}-{number:06}.jsonl", data)
 
 
 async def list_mergeable_parts(store: RecordStore, ledger: RecordStore, run: str) -> list[str]:
-    """Return the names of the part files of this run and of runs that have ended.
-
-    Raises:
-        LedgerError: The output cannot be read.
-    """
+    """Return the names of the part files of this run and of runs that have ended."""
     names = await store.list_names("parts")
     runs = {name.partition("-")[0] for name in names} - {run}
     live = {other for other in runs if await is_alive(ledger, other)}
@@ -315,11 +296,7 @@ async def list_mergeable_parts(store: RecordStore, ledger: RecordStore, run: str
 
 
 async def read_parts(store: RecordStore, names: list[str]) -> AsyncIterator[bytes]:
-    """Yield the contents of part files, read 16 at a time.
-
-    Raises:
-        LedgerError: The output cannot be read.
-    """
+    """Yield the contents of part files, read 16 at a time."""
     for start in range(0, len(names), _PARALLEL_FILES):
         block = names[start : start + _PARALLEL_FILES]
         for data in await asyncio.gather(*(store.read(f"parts/{name}") for name in block)):
@@ -327,11 +304,7 @@ async def read_parts(store: RecordStore, names: list[str]) -> AsyncIterator[byte
 
 
 async def remove_parts(store: RecordStore, names: list[str]) -> None:
-    """Remove part files that are merged.
-
-    Raises:
-        LedgerError: The output cannot be written to.
-    """
+    """Remove part files that are merged."""
     for start in range(0, len(names), _PARALLEL_FILES):
         block = names[start : start + _PARALLEL_FILES]
         await asyncio.gather(*(store.discard(f"parts/{name}") for name in block))
@@ -345,9 +318,6 @@ async def acquire_merge_lock(
 
     The holders are numbered. The next number can be acquired once the last holder has released
     the lock or its run has ended.
-
-    Raises:
-        LedgerError: The output cannot be read or written.
     """
     while True:
         names = await store.list_names("locks")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.manifest.duplicates import DuplicateIndex
+from prefect_flux_kontext.storage.temp_db import DuplicateIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,14 +33,7 @@ class _Run:
 
 @dataclass
 class Statistics:
-    """The statistics of a result manifest.
-
-    Attributes:
-        states: The number of rows in each state.
-        cost_usd: The cost of all rows in US dollars; equal rows are paid for once.
-        tenths: For waiting and generation, the number of images by their time in tenths of a
-            second.
-    """
+    """The statistics of a result manifest; equal rows are paid for once."""
 
     states: Counter[str] = field(default_factory=Counter)
     cost_usd: float = 0.0

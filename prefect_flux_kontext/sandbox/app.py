@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from contextlib import asynccontextmanager
+from itertools import islice
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -17,7 +19,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from prefect_flux_kontext.sandbox.callbacks import CallbackSender
 from prefect_flux_kontext.sandbox.contract import MODEL, Refusal, failure, success
 from prefect_flux_kontext.sandbox.faults.injector import (
     ActiveFaults,
@@ -25,11 +26,10 @@ from prefect_flux_kontext.sandbox.faults.injector import (
     faults_endpoint,
 )
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
-from prefect_flux_kontext.sandbox.lifecycle import Lifecycle
-from prefect_flux_kontext.sandbox.references import BadReferenceError, References
-from prefect_flux_kontext.sandbox.rendering import ResultRenderer
+from prefect_flux_kontext.sandbox.lifecycle import CallbackSender, Lifecycle
+from prefect_flux_kontext.sandbox.painting import choose_style, paint
+from prefect_flux_kontext.sandbox.references import BadReferenceError, References, SharedCache
 from prefect_flux_kontext.sandbox.service import Service
-from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from prefect_flux_kontext.sandbox.settings import SandboxSettings
+    from prefect_flux_kontext.sandbox.tasks import Task
+
 _RECORDS_PER_CHUNK = 500
+_PICTURE_CACHE_BYTES = 64 * 1024 * 1024
 # Not from `mimetypes`: whether it knows WebP depends on the machine.
 _MEDIA_TYPES = {
     ".jpg": "image/jpeg",
@@ -48,17 +52,11 @@ _MEDIA_TYPES = {
 
 
 class Sandbox:
-    """The endpoints, on top of the service and its helpers.
-
-    Attributes:
-        settings: The settings.
-        active_faults: The active faults, applied in front of the service.
-        service: The state machine, for callers in the same process.
-        app: The ASGI application. It also works without its lifespan.
-    """
+    """The endpoints, on top of the service. `url` is set while a server runs."""
 
     def __init__(self, settings: SandboxSettings, plan: FaultPlan | None = None) -> None:
         self.settings = settings
+        self.url = ""
         self.active_faults = ActiveFaults(plan or FaultPlan())
         self.app = Starlette(
             # Most requests go to the first two: routes are matched in order.
@@ -75,17 +73,17 @@ class Sandbox:
                 faults_endpoint(self.active_faults),
             ],
             middleware=[Middleware(FaultMiddleware, self.active_faults)],
-            exception_handlers={
-                Refusal: _answer_refusal,
-                HTTPException: _answer_http_error,
-                ClientDisconnect: _answer_disconnect,
-            },
+            exception_handlers=dict.fromkeys(
+                (Refusal, HTTPException, ClientDisconnect), _answer_error
+            ),
             lifespan=self._lifespan,
         )
         own = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         self.service = Service(settings)
         self._references = References(own, settings.fetch_timeout)
-        self._renderer = ResultRenderer(self._references, settings.long_edge)
+        self._pictures = SharedCache[bytes](_PICTURE_CACHE_BYTES, len)
+        # More threads than processors would only compete with the event loop.
+        self._render_slots = asyncio.Semaphore(os.cpu_count() or 1)
         sender = CallbackSender(settings.callback_timeout, settings.callback_delay_scale)
         self._lifecycle = Lifecycle(self.service, self._references, sender, self.active_faults)
 
@@ -97,8 +95,7 @@ class Sandbox:
     async def _submit(self, request: Request) -> Response:
         key = self._api_key(request)
         _check_model(request)
-        body = await request.body()
-        task = self.service.submit(key, _parse_json(body), _base_url(request))
+        task = self.service.submit(key, await _read_json(request), _base_url(request))
         self.active_faults.accepted(task.task_id)
         self._lifecycle.start(task)
         return JSONResponse(success({"taskId": task.task_id}))
@@ -116,10 +113,24 @@ class Sandbox:
     async def _result(self, request: Request) -> Response:
         task = self.service.result(request.path_params["task_id"], request.url.path)
         try:
-            picture = await self._renderer.render(task)
+            picture = await self._render(task)
         except BadReferenceError as error:
             raise Refusal(502, "reference lost", str(error)) from error
         return Response(picture, media_type=f"image/{task.input.output_format}")
+
+    async def _render(self, task: Task) -> bytes:
+        """Return the result image of a task, encoded; it is painted when first asked for."""
+        prompt, ratio, kind = task.input.prompt, task.input.aspect_ratio, task.input.output_format
+        style, content, subject = choose_style(prompt), None, prompt.encode()
+        if task.input.image_urls:
+            content, subject = await self._references.get(task.input.image_urls[0], task.base_url)
+
+        async def render() -> bytes:
+            arguments = content, prompt, style, ratio, kind, self.settings.long_edge
+            async with self._render_slots:
+                return await asyncio.to_thread(paint, *arguments)
+
+        return await self._pictures.get((subject, style, ratio, kind), render)
 
     async def _reference(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -141,18 +152,14 @@ class Sandbox:
         return StreamingResponse(self._record_lines(), media_type="application/x-ndjson")
 
     async def _record_lines(self) -> AsyncIterator[str]:
-        chunk = []
-        for record in self.service.records():
-            chunk.append(json.dumps(record) + "\n")
-            if len(chunk) == _RECORDS_PER_CHUNK:
-                yield "".join(chunk)
-                chunk.clear()
-        yield "".join(chunk)
+        records = self.service.records()
+        while chunk := list(islice(records, _RECORDS_PER_CHUNK)):
+            yield "".join(json.dumps(record) + "\n" for record in chunk)
 
     async def _reset(self, _request: Request) -> Response:
         self._lifecycle.stop()
         self._references.clear()
-        self._renderer.clear()
+        self._pictures.clear()
         self.service.reset()
         return JSONResponse(self.service.bill())
 
@@ -164,18 +171,6 @@ class Sandbox:
         if self.settings.api_key not in (None, key):
             raise Refusal(401, "unauthorized", "this API key is unknown")
         return key
-
-
-def create_app(
-    settings: SandboxSettings | None = None, plan: FaultPlan | None = None
-) -> Starlette:
-    """Create the sandbox as an ASGI application, for a server or `httpx.ASGITransport`.
-
-    Args:
-        settings: The settings; by default those of the real service.
-        plan: The faults; by default none.
-    """
-    return Sandbox(settings or SandboxSettings(), plan).app
 
 
 def _check_model(request: Request) -> None:
@@ -202,9 +197,9 @@ def _list_images(folder: Path) -> list[str]:
     )
 
 
-def _parse_json(body: bytes) -> object:
+async def _read_json(request: Request) -> object:
     try:
-        return json.loads(body)
+        return json.loads(await request.body())
     except (ValueError, RecursionError):
         raise Refusal(400, "invalid parameters", "the body is not JSON") from None
 
@@ -213,20 +208,12 @@ def _base_url(request: Request) -> str:
     return f"{request.url.scheme}://{request.headers.get('host', '')}"
 
 
-async def _answer_refusal(_request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, Refusal)  # noqa: S101 - registered for this type only
-    headers = {}
-    if refusal.retry_after is not None:
-        headers["Retry-After"] = str(refusal.retry_after)
-    return JSONResponse(failure(refusal), status_code=refusal.code, headers=headers)
-
-
-async def _answer_disconnect(_request: Request, _error: Exception) -> Response:
-    # A client that disconnects during a request must not cause a traceback.
-    return Response(status_code=400)
-
-
-async def _answer_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type only
-    refusal = Refusal(error.status_code, error.detail.lower(), request.url.path[:200])
-    return await _answer_refusal(request, refusal)
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = Refusal(error.status_code, error.detail.lower(), request.url.path[:200])
+    if not isinstance(error, Refusal):
+        # A client that disconnects during a request must not cause a traceback.
+        return Response(status_code=400)
+    delay = error.retry_after
+    headers = {} if delay is None else {"Retry-After": str(delay)}
+    return JSONResponse(failure(error), status_code=error.code, headers=headers)

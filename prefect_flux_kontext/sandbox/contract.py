@@ -25,13 +25,9 @@ _HTTP_URL = TypeAdapter(AnyHttpUrl)
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not an error of the sandbox
-    """A refused request; it is answered with an HTTP status and an error envelope.
+    """A refused request, answered with `code` as HTTP status and in an error envelope.
 
-    Attributes:
-        code: HTTP status and `code` of the envelope.
-        message: The envelope's `message`.
-        error: The envelope's `data.error`, the detail.
-        retry_after: Whole seconds for the `Retry-After` header, or None for no header.
+    `error` is the envelope's `data.error`, `retry_after` the header's whole seconds, if any.
     """
 
     def __init__(
@@ -86,11 +82,7 @@ class Submission(_Wire):
 
 
 def read_submission(payload: object) -> Submission:
-    """Validate a submit body.
-
-    Raises:
-        Refusal: 400; `error` names the invalid field.
-    """
+    """Validate a submit body, or raise a Refusal (400) that names the invalid field."""
     if not isinstance(payload, dict):
         raise Refusal(400, "invalid parameters", "the body must be a JSON object")
     try:
@@ -103,7 +95,7 @@ def read_submission(payload: object) -> Submission:
         raise Refusal(400, "invalid parameters", error) from None
 
 
-def success(data: JsonObject | float) -> JsonObject:
+def success(data: JsonObject | float | None) -> JsonObject:
     """Make the envelope of a successful request."""
     return {"code": 200, "message": "success", "data": data}
 

@@ -1,22 +1,66 @@
-"""Background work on accepted tasks."""
+"""Background work on accepted tasks: checks of references, and callbacks."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import random
+from http import HTTPStatus
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
 
 from prefect_flux_kontext.sandbox.contract import success
-from prefect_flux_kontext.sandbox.faults.callbacks import deliver
+from prefect_flux_kontext.sandbox.references import outbound_client
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.sandbox.callbacks import CallbackSender
+    from prefect_flux_kontext.sandbox.contract import JsonObject
     from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
     from prefect_flux_kontext.sandbox.references import References
     from prefect_flux_kontext.sandbox.service import Service
     from prefect_flux_kontext.sandbox.tasks import Task
 
+_REDELIVERY_DELAYS_SECONDS = (5.0, 15.0, 60.0)
 # A loop may wake a sleeper this much too early.
 _CLOCK_RESOLUTION_SECONDS = 0.001
+_CONNECTIONS = 1_000
+
+_FORGED_ENVELOPE = success(
+    {
+        "taskId": "task_ffffffffffffffff",
+        "state": "success",
+        "resultJson": json.dumps({"resultUrls": ["file:///etc/hostname"]}),
+    }
+)
+
+
+class CallbackSender:
+    """Posts envelopes to callback URLs, up to four times, until the receiver answers 200."""
+
+    def __init__(self, timeout: float, delay_scale: float) -> None:
+        self._timeout = timeout
+        self._delays = [delay * delay_scale for delay in _REDELIVERY_DELAYS_SECONDS]
+        self._client = outbound_client(_CONNECTIONS)
+
+    async def deliver(self, url: str, envelope: JsonObject) -> bool:
+        """Post the envelope until the receiver accepts it; return whether it did."""
+        for delay in self._delays:
+            if await self._post(url, envelope):
+                return True
+            await asyncio.sleep(delay)
+        return await self._post(url, envelope)
+
+    async def _post(self, url: str, envelope: JsonObject) -> bool:
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._client.stream("POST", url, json=envelope) as response,
+            ):
+                # Only the status counts; the body is not read.
+                return response.status_code == HTTPStatus.OK
+        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError):
+            return False
 
 
 class Lifecycle:
@@ -63,7 +107,32 @@ class Lifecycle:
             if self._faults.task_fault(task.task_id) == "never-ends":
                 return
             envelope = success(task.status(self._service.now(), self._service.epoch))
-            delivered = await deliver(
+            delivered = await _deliver(
                 self._faults, self._callback_sender, submission.callback_url, envelope
             )
             self._service.callback_ended(delivered=delivered)
+
+
+async def _deliver(
+    faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
+) -> bool:
+    """Deliver a callback under the active faults; return whether it arrived."""
+    arrived = False
+    fault, _ = faults.applies("callback")
+    match fault:
+        case "lost":
+            return False
+        case "doubled":
+            arrived = await sender.deliver(url, envelope)
+        case "late":
+            await asyncio.sleep(faults.plan.late)
+        case "overtaken":
+            # Seeded with the URL, which no other callback has.
+            await asyncio.sleep(random.Random(url).uniform(0, faults.plan.late))
+        case "forged":
+            await sender.deliver(url, _FORGED_ENVELOPE)
+        case "misdirected":
+            where = urlsplit(url)
+            guessed = where.path.rpartition("/")[0] + "/guessed"
+            await sender.deliver(urlunsplit(where._replace(path=guessed)), _FORGED_ENVELOPE)
+    return await sender.deliver(url, envelope) or arrived

@@ -41,19 +41,7 @@ def paint(
     output_format: str,
     long_edge: int,
 ) -> bytes:
-    """Paint one result image and encode it.
-
-    Args:
-        reference: The reference's bytes, or None to draw a landscape from the prompt.
-        prompt: The prompt. With a reference only its style counts.
-        style: The style, from `style_of`. A tint applies to references only.
-        aspect_ratio: Width to height, as in `16:9`. The reference is cropped at its centre.
-        output_format: `jpeg` or `png`.
-        long_edge: Pixels on the long edge.
-
-    Raises:
-        BadReferenceError: The reference is not an image.
-    """
+    """Paint one result image and encode it, without a reference as a landscape of the prompt."""
     across, down = map(int, aspect_ratio.split(":"))
     scale = long_edge / max(across, down)
     size = (max(1, round(across * scale)), max(1, round(down * scale)))

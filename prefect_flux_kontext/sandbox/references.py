@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import httpx
 from PIL import Image, ImageOps
 
-from prefect_flux_kontext.sandbox.outbound import outbound_client
-
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Sequence
 
@@ -20,13 +18,10 @@ T = TypeVar("T")
 
 
 class SharedCache(Generic[T]):
-    """An LRU cache, bounded in bytes, that makes each value once.
+    """An LRU cache of `capacity` bytes that makes each value once.
 
-    Concurrent callers wait for the same value. All of them get its failure, which is not kept.
-
-    Args:
-        capacity: Bytes kept at most; a single larger value is returned but not kept.
-        weigh: Returns the bytes of a value.
+    Concurrent callers wait for the same value. All of them get its failure, which is not kept,
+    nor is a value larger than the cache.
     """
 
     def __init__(self, capacity: int, weigh: Callable[[T], int]) -> None:
@@ -75,6 +70,19 @@ class SharedCache(Generic[T]):
         self._weight = 0
 
 
+def outbound_client(connections: int) -> httpx.AsyncClient:
+    """Create a client that uses no proxy for loopback and keeps no idle connection.
+
+    Without idle connections the client needs no closing. In process, through an ASGI
+    transport, the sandbox would not know when to close it. Callers set the time-out.
+    """
+    return httpx.AsyncClient(
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
+        mounts={f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")},
+        timeout=None,  # noqa: S113 - callers limit the whole exchange
+    )
+
+
 MAX_BYTES = 10 * 1024 * 1024
 """Size limit of one reference in bytes, from the service's contract."""
 
@@ -90,12 +98,7 @@ class BadReferenceError(Exception):
 
 
 class Reference(NamedTuple):
-    """A reference that was fetched and checked.
-
-    Attributes:
-        content: The file's bytes.
-        digest: Their SHA-256.
-    """
+    """A reference that was fetched and checked: the file's bytes and their SHA-256."""
 
     content: bytes
     digest: bytes
@@ -104,10 +107,8 @@ class Reference(NamedTuple):
 class References:
     """Fetches references once each and keeps a bounded number of bytes of them.
 
-    Args:
-        own: Transport to the sandbox itself. Its own URLs are fetched in process, so that they
-            work without a socket and do not wait behind the requests of clients.
-        timeout: Seconds for one whole fetch.
+    The sandbox's own URLs are fetched in process, through `own`, so that they work without a
+    socket and do not wait behind the requests of clients.
     """
 
     def __init__(self, own: httpx.AsyncBaseTransport, timeout: float) -> None:
@@ -117,12 +118,7 @@ class References:
         self._cache = SharedCache[Reference](_CACHE_BYTES, lambda held: len(held.content))
 
     async def get(self, url: str, base_url: str) -> Reference:
-        """Fetch the image at a URL; `base_url` is the URL of the sandbox itself.
-
-        Raises:
-            BadReferenceError: It cannot be fetched, is over 10 MB or is not a complete JPG, PNG
-                or WebP.
-        """
+        """Fetch and check the image at a URL; the base URL is that of the sandbox itself."""
         client = self._own if url.startswith(base_url + "/") else self._outbound
         return await self._cache.get(url, lambda: self._fetch(client, url))
 
@@ -173,13 +169,7 @@ async def _download(client: httpx.AsyncClient, url: str) -> bytes:
 def open_image(content: bytes, long_edge: int = 1024) -> Image.Image:
     """Decode a reference: upright, RGB, transparent parts on white.
 
-    Args:
-        content: The file's bytes.
-        long_edge: Sufficient pixels on the long edge; a larger JPG may be decoded
-            smaller, but not below this.
-
-    Raises:
-        BadReferenceError: It is not a complete JPG, PNG or WebP, or has too many pixels.
+    A JPG may be decoded smaller, but not below `long_edge` pixels.
     """
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))

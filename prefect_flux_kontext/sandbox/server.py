@@ -8,7 +8,6 @@ import socket
 import struct
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -28,32 +27,13 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
     from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
-    from prefect_flux_kontext.sandbox.service import Service
 
 _BACKLOG = 4_096
 # Longer than clients keep idle connections. When the server closes one during a POST, the
 # client cannot know whether it was accepted.
 _KEEP_ALIVE_SECONDS = 75
 _GRACEFUL_SHUTDOWN_SECONDS = 2
-
-
-@dataclass(frozen=True)
-class RunningSandbox:
-    """A sandbox served by another thread.
-
-    Attributes:
-        url: Its base URL, without a slash at the end.
-        settings: The settings.
-        service: The state machine; `service.bill()` returns what was paid.
-        active_faults: The active faults; they can be changed from any thread.
-    """
-
-    url: str
-    settings: SandboxSettings
-    service: Service
-    active_faults: ActiveFaults
 
 
 def serve(
@@ -63,18 +43,7 @@ def serve(
     announce: Callable[[str], None] | None = None,
     plan: FaultPlan | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM.
-
-    Args:
-        settings: The settings.
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        announce: Called with the base URL when the server accepts connections.
-        plan: The faults; by default none.
-
-    Raises:
-        OSError: The server cannot listen on the address.
-    """
+    """Serve until SIGINT or SIGTERM; `announce` gets the base URL. Port 0 is a free one."""
     with _listen(host, port) as listener:
         if announce:
             announce(_url(listener))
@@ -84,19 +53,11 @@ def serve(
 @contextmanager
 def running_sandbox(
     settings: SandboxSettings | None = None, port: int = 0, plan: FaultPlan | None = None
-) -> Iterator[RunningSandbox]:
-    """Serve on loopback from a thread with its own event loop until the context ends.
-
-    Args:
-        settings: The settings; by default those of the real service.
-        port: Port to listen on; 0 takes a free one.
-        plan: The faults; by default none.
-
-    Raises:
-        OSError: The port is in use.
-    """
+) -> Iterator[Sandbox]:
+    """Serve on loopback from a thread until the context ends. Port 0 is a free one."""
     sandbox = Sandbox(settings or SandboxSettings(), plan)
     with _listen("127.0.0.1", port) as listener:
+        sandbox.url = _url(listener)
         server = _server(sandbox.app)
         thread = threading.Thread(
             target=lambda: asyncio.run(server.serve(sockets=[listener])), name="sandbox"
@@ -104,8 +65,7 @@ def running_sandbox(
         # No wait for the start: the socket listens already, so the kernel queues connections.
         thread.start()
         try:
-            url = _url(listener)
-            yield RunningSandbox(url, sandbox.settings, sandbox.service, sandbox.active_faults)
+            yield sandbox
         finally:
             server.should_exit = True
             thread.join()

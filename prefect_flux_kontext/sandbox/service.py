@@ -26,11 +26,7 @@ _MINUTE = 60.0
 
 
 class RequestWindow:
-    """Counts requests in an exact sliding window of 60 s.
-
-    Attributes:
-        peak: Most requests in one window so far.
-    """
+    """Counts requests in an exact sliding window of 60 s; `peak` is the most in one so far."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -43,9 +39,8 @@ class RequestWindow:
             self._stamps.popleft()
         if len(self._stamps) < self._limit:
             return 0.0
-        return self._stamps[0] - (
-            now - _MINUTE
-        )  # the same expression as above, so that rounding admits none
+        # The same expression as above, so that rounding admits none.
+        return self._stamps[0] - (now - _MINUTE)
 
     def count(self, now: float) -> None:
         """Count one request."""
@@ -54,11 +49,7 @@ class RequestWindow:
 
 
 class RunningTasks:
-    """The tasks that hold a slot, without a timer for each.
-
-    Attributes:
-        peak: Most tasks running at the same time so far.
-    """
+    """The tasks that hold a slot, without a timer for each; `peak` is the most so far."""
 
     def __init__(self) -> None:
         self._by_end: list[tuple[float, str, Task]] = []
@@ -84,22 +75,12 @@ class RunningTasks:
 
 
 class Account:
-    """The state of one API key.
-
-    Args:
-        balance: Initial balance in micro-dollars.
-        requests_per_minute: Submits and status requests in any 60 s.
-    """
+    """The state of one API key; the balance is in micro-dollars."""
 
     def __init__(self, balance: int, requests_per_minute: int) -> None:
         self.balance = balance
         self.window = RequestWindow(requests_per_minute)
         self.running = RunningTasks()
-
-
-def retry_after(seconds: float) -> int:
-    """Return the `Retry-After` seconds after which the request fits."""
-    return max(1, math.ceil(seconds))
 
 
 class Service:
@@ -113,16 +94,12 @@ class Service:
     def __init__(self, settings: SandboxSettings) -> None:
         self._settings = settings
         self._curve = LatencyModel(settings.mean, settings.spread)
-        self._prices = {
-            "pro": _micro_dollars(settings.price_pro),
-            "max": _micro_dollars(settings.price_max),
-        }
+        pro, pro_official = settings.price_pro, settings.price_pro_official
+        top, top_official = settings.price_max, settings.price_max_official
+        self._prices = {"pro": _micro_dollars(pro), "max": _micro_dollars(top)}
         self._official_prices = {
-            mode: self._prices[mode] if price is None else _micro_dollars(price)
-            for mode, price in (
-                ("pro", settings.price_pro_official),
-                ("max", settings.price_max_official),
-            )
+            "pro": _micro_dollars(pro if pro_official is None else pro_official),
+            "max": _micro_dollars(top if top_official is None else top_official),
         }
         self._loop: asyncio.AbstractEventLoop | None = None
         self.epoch = 0.0
@@ -136,26 +113,14 @@ class Service:
         self._counters: Counter[str] = Counter()
 
     def now(self) -> float:
-        """Loop time in seconds; add `epoch` for Unix time.
-
-        The first call must come from the loop.
-        """
+        """Loop time in seconds; with `epoch`, Unix time. The first call must be on the loop."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self.epoch = time.time() - self._loop.time()
         return self._loop.time()
 
     def submit(self, key: str, payload: Any, base_url: str) -> Task:
-        """Accepts a task and charges for it.
-
-        Args:
-            key: The API key.
-            payload: The submit body as it was read from JSON.
-            base_url: Where the sandbox was reached.
-
-        Raises:
-            Refusal: 429, 400 or 402. One refused with 429 leaves no trace but its number.
-        """
+        """Accept a task and charge for it, or raise a Refusal: 429, 400 or 402."""
         now = self.now()
         account = self._account(key)
         self._check_window(account, now, "submits_refused_requests")
@@ -177,11 +142,7 @@ class Service:
         return task
 
     def status(self, key: str, task_id: str | None) -> Task:
-        """Return the task if it belongs to the key.
-
-        Raises:
-            Refusal: 429, 400 without a task id, or 404.
-        """
+        """Return the task if it belongs to the key, or raise a Refusal: 429, 400 or 404."""
         now = self.now()
         account = self._account(key)
         self._counters["status_requests"] += 1
@@ -199,11 +160,7 @@ class Service:
         return self._account(key).balance
 
     def result(self, task_id: str, path: str) -> Task:
-        """Return the task of a result image.
-
-        Raises:
-            Refusal: 404 when the image does not exist (yet), 403 when it has expired.
-        """
+        """Return the task of a result image, or raise a Refusal: 404, or 403 if it has expired."""
         task = self._tasks.get(task_id)
         now = self.now()
         if task is None or task.result_path != path or task.state(now) != "success":
@@ -261,7 +218,7 @@ class Service:
         if wait := account.window.wait(now):
             self._counters[number] += 1
             limit = f"{self._settings.requests_per_minute} requests a minute"
-            raise Refusal(429, "too many requests", limit, retry_after=retry_after(wait))
+            raise Refusal(429, "too many requests", limit, retry_after=max(1, math.ceil(wait)))
 
     def _new_task(
         self, key: str, submission: Submission, asked: bytes, base_url: str, price: int, now: float

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from decimal import Decimal
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, DirectoryPath, Field
+
+Dollars = Annotated[Decimal, Field(ge=0, decimal_places=6)]
 
 PHOTOS = Path(__file__).parent / "photos"
 """Folder of the bundled reference photos."""
@@ -37,27 +40,15 @@ class SandboxSettings(BaseModel):
     api_key: str | None = Field(
         None, min_length=1, description="the only accepted API key (without it: any key)"
     )
-    price_pro: Decimal = Field(
-        Decimal("0.03"), ge=0, decimal_places=6, description="dollars for a task in mode pro"
+    price_pro: Dollars = Field(Decimal("0.03"), description="dollars for a task in mode pro")
+    price_pro_official: Dollars | None = Field(
+        None, description="likewise for provider official (without it: the same)"
     )
-    price_pro_official: Decimal | None = Field(
-        None,
-        ge=0,
-        decimal_places=6,
-        description="likewise for provider official (without it: the same)",
+    price_max: Dollars = Field(Decimal("0.06"), description="dollars for a task in mode max")
+    price_max_official: Dollars | None = Field(
+        None, description="likewise for provider official (without it: the same)"
     )
-    price_max: Decimal = Field(
-        Decimal("0.06"), ge=0, decimal_places=6, description="dollars for a task in mode max"
-    )
-    price_max_official: Decimal | None = Field(
-        None,
-        ge=0,
-        decimal_places=6,
-        description="likewise for provider official (without it: the same)",
-    )
-    balance: Decimal = Field(
-        Decimal(10_000), ge=0, decimal_places=6, description="dollars each API key starts with"
-    )
+    balance: Dollars = Field(Decimal(10_000), description="dollars each API key starts with")
     result_lifetime: float = Field(
         15 * 86_400.0, ge=0, description="seconds a result URL is valid after its task has ended"
     )

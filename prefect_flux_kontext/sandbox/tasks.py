@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 class LatencyModel:
-    """A lognormal distribution: positive, with the long tail of generation services.
-
-    Args:
-        mean: Mean in seconds; 0 makes every task ready immediately.
-        spread: Coefficient of variation: standard deviation divided by the mean.
-    """
+    """A lognormal distribution, with the long tail of generation services, in seconds."""
 
     def __init__(self, mean: float, spread: float) -> None:
         variance = math.log1p(spread**2)
@@ -43,26 +38,16 @@ _NSFW = re.compile(r"\bnsfw\b", re.IGNORECASE)
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """An accepted, and so billed, task.
+    """An accepted, and so billed, task. Times are of the loop, in seconds.
 
-    Attributes:
-        task_id: `task_` and 16 hex digits.
-        key: The API key it was submitted with.
-        submission: The submit body.
-        base_url: URL of the sandbox, for absolute result URLs.
-        price: Micro-dollars.
-        accepted_at: Loop time in seconds.
-        ready_at: Loop time at which the latency is over.
-        is_failing: Whether the generation fails by the fail rate.
-        references_at: Loop time at which the references were checked; None until then.
-        reference_error: The problem of a reference, or None.
+    `ready_at` is when the latency is over, `references_at` when the references were checked.
     """
 
     task_id: str
     key: str
     submission: Submission
     base_url: str
-    price: int
+    price: int  # micro-dollars
     accepted_at: float
     ready_at: float
     is_failing: bool
@@ -104,12 +89,7 @@ class Task:
         return None
 
     def status(self, now: float, epoch: float) -> JsonObject:
-        """Return the `data` of a status envelope.
-
-        Args:
-            now: Loop time in seconds.
-            epoch: Offset from loop time to Unix time in seconds.
-        """
+        """Return the `data` of a status envelope; `epoch` added to loop time is Unix time."""
         created = _milliseconds(self.accepted_at + epoch)
         data: JsonObject = {
             "taskId": self.task_id,

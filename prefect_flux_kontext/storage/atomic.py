@@ -1,12 +1,18 @@
-"""Write files atomically on any fsspec filesystem: no reader sees a partial file."""
+"""Write files atomically on any fsspec filesystem: no reader sees a partial file.
+
+On local disks, killed runs leave temporary files behind, which `remove_temporary_files` removes.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +24,18 @@ from prefect_flux_kontext.storage.errors import is_precondition_failure
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+# No write lasts a day, so nobody writes to a temporary file of this age.
+_MIN_AGE_SECONDS = 86_400.0
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
+
 # The memory filesystem checks and writes in two steps, so its writers take turns.
 _MEMORY_LOCK = threading.Lock()
 
 
 def create_file(fs: Any, path: str, data: bytes) -> None:
-    """Create a file that does not exist yet.
-
-    Raises:
-        FileExistsError: The file exists.
-        Exception: The file cannot be written. Each filesystem has its own errors.
-    """
+    """Create a file, or raise FileExistsError if it exists. Each filesystem has its own errors."""
     if isinstance(fs, LocalFileSystem):
         folder_path, name = os.path.split(path)
         with _open_synced_folder(folder_path) as folder:
@@ -49,17 +56,7 @@ def create_file(fs: Any, path: str, data: bytes) -> None:
 
 
 def replace_file(fs: Any, path: str, data: bytes, *, is_private: bool = False) -> None:
-    """Write a file, and replace an older one of that name.
-
-    Args:
-        fs: The filesystem.
-        path: The path of the file.
-        data: The content of the file.
-        is_private: Whether only this user may read it, on a local disk.
-
-    Raises:
-        Exception: The file cannot be written. Each filesystem has its own errors.
-    """
+    """Write a file, replace an older one, and hide a private one from other local users."""
     if isinstance(fs, LocalFileSystem):
         _replace_local(path, data, is_private=is_private)
     else:
@@ -68,11 +65,7 @@ def replace_file(fs: Any, path: str, data: bytes, *, is_private: bool = False) -
 
 
 def copy_into_place(fs: Any, path: str, source: Path) -> None:
-    """Copy a local file, and replace an older one of that name. The data is streamed.
-
-    Raises:
-        Exception: The file cannot be written. Each filesystem has its own errors.
-    """
+    """Copy a local file, and replace an older one of that name. The data is streamed."""
     if isinstance(fs, LocalFileSystem):
         _replace_local(path, source)
     else:
@@ -105,13 +98,7 @@ def _open_synced_folder(path: str) -> Iterator[int]:
 def _create_unnamed(folder: int, name: str, data: bytes) -> bool:
     """Create a file that gets its name once it is complete, so that a kill leaves nothing behind.
 
-    Returns:
-        Whether the system and the filesystem support it. Linux's own filesystems do, most others
-        do not.
-
-    Raises:
-        FileExistsError: A file of that name exists.
-        OSError: The file cannot be written.
+    Returns False if the filesystem does not support it: Linux's own do, most others do not.
     """
     try:
         unnamed = os.open(".", os.O_WRONLY | os.O_TMPFILE, 0o666, dir_fd=folder)
@@ -160,3 +147,26 @@ def _temporary_file(path: str, data: bytes | Path) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+async def remove_temporary_files(folder: OutputFolder, *, recursive: bool = False) -> int:
+    """Remove temporary files that are older than a day, and return their number.
+
+    Object stores have no temporary files. Files that cannot be removed stay.
+    """
+    if not isinstance(folder.fs, LocalFileSystem):
+        return 0
+    return await asyncio.to_thread(_remove_old, folder.root, recursive=recursive)
+
+
+def _remove_old(root: str, *, recursive: bool) -> int:
+    removed = 0
+    for folder, subfolders, names in os.walk(root):
+        if not recursive:
+            subfolders.clear()
+        for path in (Path(folder, name) for name in names if _TEMPORARY_NAME.fullmatch(name)):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _MIN_AGE_SECONDS:
+                    path.unlink()
+                    removed += 1
+    return removed

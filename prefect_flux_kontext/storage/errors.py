@@ -36,11 +36,6 @@ def is_transient(error: Exception, attempts: int, seconds: float) -> bool:
 
     Calls to a busy store (409, 429, 503 SlowDown and similar) are repeated for a minute, and calls
     to a store that cannot be reached four times. All other errors are permanent.
-
-    Args:
-        error: The error that the filesystem raised.
-        attempts: The number of failed attempts so far.
-        seconds: The time since the first attempt began.
     """
     if any(map(_is_busy, _error_chain(error))):
         return seconds < _BUSY_RETRY_SECONDS

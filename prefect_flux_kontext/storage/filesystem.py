@@ -53,16 +53,9 @@ def _build_s3_defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
 class OutputFolder:
     """A folder or prefix to write to, given as an fsspec URL or a local path.
 
-    Args:
-        url: For example `out/`, `s3://bucket/prefix` or `memory://pictures`. Another
-            `OutputFolder` is copied.
-        storage_options: The options of the fsspec filesystem: for S3 `endpoint_url`, `key`,
-            `secret`, `profile`, …. They appear in no message.
-
-    Attributes:
-        fs: The fsspec filesystem.
-        root: The folder's path on the filesystem.
-        options: The storage options; they may be secret.
+    The options are those of the fsspec filesystem: for S3 `endpoint_url`, `key`, `secret`,
+    `profile`, …. They may be secret, and appear in no message. All methods raise a StorageError if
+    the filesystem does.
 
     Raises:
         ConfigurationError: The filesystem is unknown or not installed, the URL chains several
@@ -126,13 +119,7 @@ class OutputFolder:
     async def write(self, name: str, data: bytes, *, is_private: bool = False) -> str:
         """Write a file, replace an older one of that name, and return its URI.
 
-        Args:
-            name: The name of the file.
-            data: The content of the file.
-            is_private: Whether only this user may read it, on a local disk.
-
-        Raises:
-            StorageError: The file cannot be written; no partial file is visible.
+        On a local disk, only this user may read a private one. No partial file is ever visible.
         """
         replace = partial(replace_file, is_private=is_private)
         return await self._write(replace, name, data)
@@ -148,13 +135,7 @@ class OutputFolder:
     async def write_unique(self, names: Sequence[str], data: bytes) -> str:
         """Write a file under the first name that is free or has the same bytes; return its URI.
 
-        Args:
-            names: The names to try. The last one belongs to this file alone, so an older file of
-                that name is replaced.
-            data: The content of the file.
-
-        Raises:
-            StorageError: The file cannot be written.
+        The last name belongs to this file alone, so an older file of that name is replaced.
         """
         for name in names[:-1]:
             try:
@@ -165,11 +146,7 @@ class OutputFolder:
         return await self.write(names[-1], data)
 
     async def read(self, name: str) -> bytes | None:
-        """Return the bytes of a file, or None if there is none.
-
-        Raises:
-            StorageError: The file cannot be read.
-        """
+        """Return the bytes of a file, or None if there is none."""
         try:
             return await self._call(
                 f"{self.uri(name)} cannot be read",
@@ -192,19 +169,11 @@ class OutputFolder:
         return missing
 
     async def put(self, name: str, source: Path) -> str:
-        """Copy a local file here, replace an older one of that name, and return its URI.
-
-        Raises:
-            StorageError: The file cannot be written; no partial file is visible.
-        """
+        """Copy a local file here, replace an older one of that name, and return its URI."""
         return await self._write(copy_into_place, name, source)
 
     async def fetch(self, name: str, target: Path) -> bool:
-        """Copy a file to a local path; returns False if there is none.
-
-        Raises:
-            StorageError: The file cannot be read.
-        """
+        """Copy a file to a local path; returns False if there is none."""
         try:
             await self._call(
                 f"{self.uri(name)} cannot be read",
@@ -218,22 +187,14 @@ class OutputFolder:
         return True
 
     async def exists(self, name: str) -> bool:
-        """Whether a file exists.
-
-        Raises:
-            StorageError: The filesystem reported an error.
-        """
+        """Whether a file exists."""
         return await self._call(
             f"{self.uri(name)} cannot be checked",
             lambda: bool(self.fs.exists(self._path(name))),
         )
 
     async def remove(self, name: str) -> None:
-        """Remove a file, if it exists.
-
-        Raises:
-            StorageError: The file cannot be removed.
-        """
+        """Remove a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             await self._call(
                 f"{self.uri(name)} cannot be removed",
@@ -242,11 +203,7 @@ class OutputFolder:
             )
 
     async def discard(self, name: str) -> None:
-        """Remove a file, or empty it where files may not be removed.
-
-        Raises:
-            StorageError: The file can neither be removed nor be written.
-        """
+        """Remove a file, or empty it where files may not be removed."""
         try:
             await self.remove(name)
         except StorageError:

@@ -108,10 +108,6 @@ class Style(BaseModel):
     def render_prompt(self, prompt: str | None, cells: Mapping[str, str]) -> str:
         """Render the prompt for a row.
 
-        Args:
-            prompt: The row's own prompt, or the one for all rows.
-            cells: The row's columns.
-
         Raises:
             ValueError: A column that the template names is missing, empty or too long.
         """
@@ -122,12 +118,7 @@ class Style(BaseModel):
 
 
 class Styles(NamedTuple):
-    """The styles of a batch.
-
-    Attributes:
-        known: Every style that a row may name, by name.
-        chosen: The styles for rows that name none, in the order in which they were chosen.
-    """
+    """The styles that a row may name, and those for rows that name none, in their order."""
 
     known: Mapping[str, Style]
     chosen: Sequence[Style]
@@ -145,12 +136,9 @@ def builtin_styles() -> dict[str, Style]:
 
 
 def select_styles(styles: str | Sequence[str] | None) -> Styles:
-    """Resolve names and files of styles.
+    """Resolve names of styles, and paths or URLs of files of styles (`.yaml`, `.yml`, `.json`).
 
-    Args:
-        styles: Names of styles, and paths or fsspec URLs of files of styles (`.yaml`, `.yml`,
-            `.json`). A file adds all of its styles; they replace built-in styles of the same
-            name.
+    A file adds all of its styles; they replace built-in styles of the same name.
 
     Raises:
         ConfigurationError: A file is unreadable or invalid, or a name is unknown.
@@ -205,7 +193,10 @@ def read_styles(url: str) -> list[Style]:
         raise ConfigurationError(f"The styles {url} have more than {_MAX_FILE_BYTES:,} bytes.")
     try:
         text = data.decode("utf-8-sig")
-        read = _parse_json(text) if url.lower().endswith(".json") else _parse_yaml(text)
+        if url.lower().endswith(".json"):
+            read = json.loads(text, object_pairs_hook=_reject_repeated_names)
+        else:
+            read = yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"The styles {url} cannot be read: {_describe(error)}.") from None
     if not isinstance(read, dict) or not read:
@@ -260,14 +251,6 @@ def _describe_problem(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"
     return f"{where} {problem['input']!r:.60}: {problem['msg']}"
-
-
-def _parse_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_reject_repeated_names)
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - it is a SafeLoader
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc] # it ships no types

@@ -105,11 +105,7 @@ _ENVIRONMENT = _build_environment()
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A template that passed the checks.
-
-    Attributes:
-        columns: Names of the columns that it uses.
-    """
+    """A template that passed the checks, and the columns that it uses."""
 
     columns: frozenset[str]
     _compiled: jinja2.Template
@@ -117,10 +113,8 @@ class Template:
     def render(self, cells: Mapping[str, str]) -> str:
         """Render the text for a row.
 
-        Args:
-            cells: Maps the name of a column to its text. In a template, `_` replaces each
-                run of characters that are not letters or digits: `photo title` becomes
-                `photo_title`.
+        In a template, `_` replaces each run of characters of a column's name that are not letters
+        or digits: `photo title` becomes `photo_title`.
 
         Raises:
             ValueError: A column is missing, empty or too long, or a filter failed; the message

@@ -5,16 +5,24 @@ import threading
 
 import pytest
 
-from prefect_flux_kontext.client.limits.waiters import wake
+from prefect_flux_kontext.client.limits.waiters import Waiter
 
 
 @pytest.mark.anyio
 async def test_waiter_of_the_running_loop_is_woken_immediately():
-    loop = asyncio.get_running_loop()
-    waiter = loop.create_future()
-    wake(waiter, loop)
-    wake(waiter, loop)
-    assert waiter.done()
+    waiter = Waiter()
+    waiter.wake()
+    waiter.wake()
+    await asyncio.wait_for(waiter.sleep(3_600), 60)
+
+
+@pytest.mark.anyio
+async def test_waiter_sleeps_again_once_prepared():
+    waiter = Waiter()
+    waiter.wake()
+    waiter.prepare()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(waiter.sleep(3_600), 0.01)
 
 
 @pytest.mark.anyio
@@ -23,24 +31,28 @@ async def test_waiter_of_another_loop_is_woken_by_its_thread():
     others = []
 
     async def wait():
-        others.append((asyncio.get_running_loop().create_future(), asyncio.get_running_loop()))
+        others.append(Waiter())
         made.set()
-        await others[0][0]
+        await others[0].sleep(3_600)
 
     other = threading.Thread(target=asyncio.run, args=[wait()])
     other.start()
     await asyncio.to_thread(made.wait)
-    wake(*others[0])
+    others[0].wake()
     await asyncio.to_thread(other.join)
-    assert others[0][0].done()
+    assert others[0].is_stranded
     with pytest.raises(RuntimeError, match="closed"):
-        wake(*others[0])
+        others[0].wake()
 
 
 def test_wake_works_without_a_running_loop():
     loop = asyncio.new_event_loop()
-    waiter = loop.create_future()
-    wake(waiter, loop)  # no loop runs here
-    loop.run_until_complete(waiter)
+
+    async def create():
+        return Waiter()
+
+    waiter = loop.run_until_complete(create())
+    waiter.wake()  # no loop runs here
+    loop.run_until_complete(waiter.sleep(3_600))
     loop.close()
-    assert waiter.done()
+    assert waiter.is_stranded

@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from prefect_flux_kontext.sandbox.callbacks import CallbackSender
+from prefect_flux_kontext.sandbox.lifecycle import CallbackSender
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.sandbox.helpers import KEY, SUBMIT, sandbox_client

@@ -9,7 +9,7 @@ import pytest
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-from prefect_flux_kontext.storage.cleanup import remove_temporary_files
+from prefect_flux_kontext.storage.atomic import remove_temporary_files
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.storage.test_filesystem import writer
 from tests.support.batches import KEY, run

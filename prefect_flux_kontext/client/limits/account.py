@@ -19,8 +19,6 @@ from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 from prefect_flux_kontext.client.limits.rate import RateLimiter
 from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
 
-__all__ = ["AccountLimiter", "shared_limiter"]
-
 logger = logging.getLogger(__name__)
 
 # Weight of one request in the running mean of round trips: about the last twenty count.
@@ -32,20 +30,10 @@ class AccountLimiter:
 
     It combines the request limit, the limit of concurrent tasks, the reactions to a 429 and the
     latency models of the modes.
-
-    Args:
-        requests_per_minute: Request limit of the account. Submits and status requests count
-            together.
-        concurrent_tasks: Limit of tasks that may run at the same time.
-
-    Attributes:
-        limits: The two limits, as given.
-        requests: Limiter of requests.
-        tasks: Limiter of concurrent tasks.
     """
 
     def __init__(self, *, requests_per_minute: int, concurrent_tasks: int) -> None:
-        self.limits = (requests_per_minute, concurrent_tasks)
+        self.limits = (requests_per_minute, concurrent_tasks)  # as given
         self.requests = RateLimiter(requests_per_minute)
         self.tasks = ConcurrencyLimiter(concurrent_tasks)
         self._latency_models: defaultdict[str, LatencyModel] = defaultdict(LatencyModel)
@@ -65,11 +53,6 @@ class AccountLimiter:
         Without `Retry-After`, a single rejection pauses no other request. The rejection of a
         submit then says nothing about the request limit, because there may be too many tasks.
         Rejections of requests that were in flight at the first rejection count as one.
-
-        Args:
-            retry_after: Seconds to wait, if the service sent them.
-            sent_at: Loop time at which the request was sent. None: now.
-            is_submit: Whether the request was a submit.
         """
         now = asyncio.get_running_loop().time()
         if not is_submit:
@@ -93,11 +76,7 @@ class AccountLimiter:
             logger.info("Rate limited by the service (429): requests pause for %.1f s.", seconds)
 
     def record_success(self, *, round_trip: float) -> None:
-        """Record a reply other than 429. The next backoff starts small again.
-
-        Args:
-            round_trip: Seconds from sending the request to its reply.
-        """
+        """Record a reply other than 429, after seconds. The next backoff starts small again."""
         self._pauses_in_a_row = 0
         self._rejection_rate.record_success()
         self.requests.speed_up()

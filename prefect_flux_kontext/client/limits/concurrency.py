@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.client.limits.latency_model import SurvivalTable
-from prefect_flux_kontext.client.limits.waiters import finish, wake
+from prefect_flux_kontext.client.limits.waiters import Waiter
 from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from prefect_flux_kontext.client.limits.latency_model import LatencyModel
-
-__all__ = ["ConcurrencyLimiter", "RunningEstimate", "WatchedTask"]
 
 # An unwatched task is assumed to hold its slot for this long: twice the mean of 30 s.
 _UNWATCHED_TASK_SECONDS = 60.0
@@ -66,17 +64,11 @@ _ALWAYS_RUNNING = SurvivalTable([1.0], [], 0.0)
 
 @dataclass(slots=True)
 class WatchedTask:
-    """A task that is being waited for.
+    """A task that is being waited for."""
 
-    Attributes:
-        started_at: Loop time at which its submit was answered.
-        model: Latency model of its mode, if any.
-        last_running_age: Age in seconds at which it was last seen running.
-    """
-
-    started_at: float
+    started_at: float  # loop time at which its submit was answered
     model: LatencyModel | None = None
-    last_running_age: float = 0.0
+    last_running_age: float = 0.0  # age in seconds at which it was last seen running
 
 
 class RunningEstimate:
@@ -84,12 +76,8 @@ class RunningEstimate:
 
     The end of a task is noticed some seconds late, and until then its slot is idle. Of many
     tasks, the number that have ended is well known, though not which ones. So each task counts
-    with the probability that it still runs.
-
-    Attributes:
-        mean: Expected number of running tasks.
-        deviation: Standard deviation of that number. It includes the variance of the tasks
-            and the error of the latency model.
+    with the probability that it still runs. The deviation includes the variance of the tasks and
+    the error of the latency model.
     """
 
     def __init__(self) -> None:
@@ -144,17 +132,11 @@ class ConcurrencyLimiter:
     they still run. Rejected submits (429) lower the limit for a while.
 
     One limiter serves several threads and event loops.
-
-    Args:
-        slots: Limit of tasks that may run at the same time.
-
-    Attributes:
-        round_trip: Running mean of the seconds from sending a request to its reply.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.round_trip = 0.0
+        self.round_trip = 0.0  # running mean of the seconds from a request to its reply
         self._limit = slots
         self._ceiling = math.inf  # tasks that ran when a limit was last met
         self._rejection_rate = RejectionRate()
@@ -167,8 +149,7 @@ class ConcurrencyLimiter:
         self._estimate = RunningEstimate()
         self._watched: dict[str, WatchedTask] = {}
         self._unwatched: dict[str, float] = {}  # assumed end of each task, soonest first
-        self._queue: OrderedDict[object, tuple[asyncio.Future[None], asyncio.AbstractEventLoop]]
-        self._queue = OrderedDict()
+        self._queue: OrderedDict[Waiter, None] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -179,7 +160,7 @@ class ConcurrencyLimiter:
     async def acquire(self) -> None:
         """Wait for a free slot and take it."""
         loop = asyncio.get_running_loop()
-        place, is_queued = object(), False
+        waiter, has_slept = Waiter(), False
         try:
             while True:
                 with self._lock:
@@ -188,34 +169,28 @@ class ConcurrencyLimiter:
                     if self._count_free(now) > 0:
                         self._submits += 1
                         return
-                    was_woken_in_vain = is_queued and place not in self._queue
-                    waiter: asyncio.Future[None] = loop.create_future()
-                    self._queue[place] = (waiter, loop)
-                    if was_woken_in_vain:
-                        self._queue.move_to_end(place, last=False)
-                    is_first = next(iter(self._queue)) is place
+                    if waiter not in self._queue:
+                        self._queue[waiter] = None
+                        if has_slept:  # it was woken in vain
+                            self._queue.move_to_end(waiter, last=False)
+                    waiter.prepare()
+                    is_first = next(iter(self._queue)) is waiter
                     seconds = (
                         self._seconds_until_check(now) if is_first else _UNWATCHED_TASK_SECONDS
                     )
-                is_queued = True
-                timer = loop.call_later(seconds, finish, waiter)
-                try:
-                    await waiter
-                finally:
-                    timer.cancel()
+                has_slept = True
+                await waiter.sleep(seconds)
         finally:
-            if is_queued:
+            if has_slept:
                 with self._lock:
-                    self._queue.pop(place, None)
+                    self._queue.pop(waiter, None)
                 # The next waiter is first now, or missed the wake-up that this one received.
                 self._wake_waiters(loop.time())
 
     def record_acceptance(self, task_id: str, *, acquired_at: float | None = None) -> None:
         """Give the slot of an accepted POST to its task.
 
-        Args:
-            task_id: The accepted task.
-            acquired_at: Loop time at which the slot was acquired. None: a task of another run.
+        A task of another run has no `acquired_at`, the loop time at which the slot was acquired.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
@@ -241,9 +216,6 @@ class ConcurrencyLimiter:
         """Free the slot of a POST that got 429, and lower the limit if a limit explains it.
 
         A single rejection does not lower it.
-
-        Args:
-            acquired_at: Loop time at which the slot was acquired. None: now.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
@@ -274,10 +246,7 @@ class ConcurrencyLimiter:
     def watch(self, task_id: str, *, model: LatencyModel | None = None, age: float = 0.0) -> None:
         """Mark a task as being waited for. It holds its slot until `release_task`.
 
-        Args:
-            task_id: The task.
-            model: Latency model of its mode. None: the task counts as running until released.
-            age: Seconds since it was submitted.
+        Without a model of its mode it counts as running until then. `age` is in seconds.
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
@@ -358,9 +327,9 @@ class ConcurrencyLimiter:
             if not self._queue:
                 return
             number = min(max(1, self._count_free(now)), len(self._queue))
-            waiters = [self._queue.popitem(last=False)[1] for _ in range(number)]
-        for waiter, loop in waiters:
+            waiters = [self._queue.popitem(last=False)[0] for _ in range(number)]
+        for waiter in waiters:
             try:
-                wake(waiter, loop)
+                waiter.wake()
             except RuntimeError:  # the waiter's loop is closed: wake the next one
                 self._wake_waiters(now)

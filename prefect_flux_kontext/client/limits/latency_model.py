@@ -7,8 +7,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-__all__ = ["LatencyModel", "SurvivalTable"]
-
 # Bins of age: from 0.02 s to an hour in steps of 6 %, so 1.8 s wide at 30 s.
 _FIRST_EDGE_SECONDS = 0.02
 _EDGE_RATIO = 1.06
@@ -41,18 +39,13 @@ _REBUILD_AFTER_POLLS = 25
 
 
 class SurvivalTable(NamedTuple):
-    """The survival function in cells of equal width. Nothing is known beyond the last cell.
+    """The survival function in cells of equal width. Nothing is known beyond the last cell."""
 
-    Attributes:
-        shares: Share of all tasks that reach the middle of each cell.
-        variances: For each cell, the variance of the relative error of the ratio between the
-            next cell's share and its own.
-        cells_per_second: Cells per second of age.
-    """
-
-    shares: list[float]
-    variances: list[float]
-    cells_per_second: float
+    shares: list[float]  # of all tasks that reach the middle of each cell
+    variances: list[
+        float
+    ]  # of the relative error of the ratio of the next cell's share to its own
+    cells_per_second: float  # of age
 
 
 class LatencyModel:
@@ -62,9 +55,6 @@ class LatencyModel:
     before. This is the product-limit (Kaplan-Meier) estimate for censored times: of the tasks
     observed to reach an age, the share that ended at it. It assumes no shape of the distribution,
     and a slower service shows before its first slow task has ended. Older observations fade.
-
-    Attributes:
-        ended_count: Tasks observed to end so far.
     """
 
     def __init__(self) -> None:
@@ -101,7 +91,7 @@ class LatencyModel:
         the sum of late seconds and polls, at a price of `unnoticed` seconds for a poll.
         """
         self._refresh()
-        running, area = self._survival_at(age), self._area_at(age)
+        running, area = self._survival_at(age), _interpolate(self._area, age)
         if running <= 0:
             return unnoticed
 
@@ -184,9 +174,6 @@ class LatencyModel:
 
     def _survival_at(self, age: float) -> float:
         return _interpolate(self._survival, age)
-
-    def _area_at(self, age: float) -> float:
-        return _interpolate(self._area, age)
 
 
 def _bin_of(age: float) -> int:

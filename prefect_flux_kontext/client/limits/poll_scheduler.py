@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
-__all__ = ["PollScheduler"]
-
 # Tasks of a mode that must have ended before the latency model replaces the configured cadence.
 _MIN_ENDED_TASKS = 20
 
@@ -38,13 +36,8 @@ class PollScheduler:
     The first poll may come before `initial_delay` if tasks are known to end sooner, and later if
     that was learned during the first pause.
 
-    A scheduler marks its task as watched. Call `close` when the wait is over.
-
-    Args:
-        limiter: The account's limiter, which keeps the latency models.
-        task: The task to poll.
-        cadence: The configured cadence.
-        has_callback: Whether a callback announces the end of the task.
+    A scheduler marks its task as watched. Call `close` when the wait is over. With `has_callback`,
+    a callback announces the end of the task.
     """
 
     def __init__(

@@ -6,11 +6,8 @@ import asyncio
 import math
 import threading
 from collections import OrderedDict
-from typing import TypeAlias
 
-from prefect_flux_kontext.client.limits.waiters import finish, wake
-
-__all__ = ["RateLimiter"]
+from prefect_flux_kontext.client.limits.waiters import Waiter
 
 # Share of the limit that is used, because requests bunch up a little on their way to the service.
 _USED_SHARE_OF_LIMIT = 0.98
@@ -24,11 +21,9 @@ _MAX_SPACING_SECONDS = 60.0
 # A waiter that is not the first checks at this interval whether those before it still exist.
 _QUEUE_CHECK_SECONDS = 60.0
 
-_Queue: TypeAlias = "OrderedDict[object, tuple[asyncio.Future[None], asyncio.AbstractEventLoop]]"
-
 
 class RateLimiter:
-    """Allows at most `per_minute` requests in any sliding minute.
+    """Allows at most `per_minute` requests in any 60 seconds.
 
     It is a generic cell rate algorithm: requests are evenly spaced after a small burst. With a
     burst of b and a spacing of i seconds, no window of 60 s contains more than b - 1 + 60 / i
@@ -36,9 +31,6 @@ class RateLimiter:
     them holds a slot at the service that is idle until the submit is sent.
 
     One limiter serves several threads and event loops.
-
-    Args:
-        per_minute: Requests allowed in any 60 seconds.
     """
 
     def __init__(self, per_minute: int) -> None:
@@ -48,8 +40,8 @@ class RateLimiter:
         self._max_tolerance = self._tolerance = (burst - 1) * self._spacing
         self._next = -math.inf
         self._paused_until = -math.inf
-        self._submits: _Queue = OrderedDict()
-        self._others: _Queue = OrderedDict()
+        self._submits: OrderedDict[Waiter, None] = OrderedDict()
+        self._others: OrderedDict[Waiter, None] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -58,11 +50,7 @@ class RateLimiter:
         return self._spacing
 
     async def acquire(self, *, has_priority: bool = False) -> None:
-        """Wait until one more request may be sent.
-
-        Args:
-            has_priority: Whether it goes before requests without priority.
-        """
+        """Wait until one more request may be sent, with priority before those without."""
         loop = asyncio.get_running_loop()
         with self._lock:
             now = loop.time()
@@ -70,28 +58,24 @@ class RateLimiter:
             if is_first and self._seconds_until_next(now) <= 0:
                 self._count_request(now)
                 return
-            place, queue = object(), self._submits if has_priority else self._others
-            queue[place] = (loop.create_future(), loop)
+            waiter, queue = Waiter(), self._submits if has_priority else self._others
+            queue[waiter] = None
         try:
             while True:
                 with self._lock:
                     now = loop.time()
-                    is_first = self._first_in_line() is place
+                    is_first = self._first_in_line() is waiter
                     seconds = self._seconds_until_next(now) if is_first else _QUEUE_CHECK_SECONDS
                     if seconds <= 0:
                         self._count_request(now)
                         return
-                    waiter: asyncio.Future[None] = loop.create_future()
-                    queue[place] = (waiter, loop)
-                timer = loop.call_later(seconds, finish, waiter)
-                try:
-                    await waiter
-                finally:
-                    timer.cancel()
+                    waiter.prepare()
+                await waiter.sleep(seconds)
         finally:
             with self._lock:
-                queue.pop(place, None)
-                self._wake_first()
+                queue.pop(waiter, None)
+                if first := self._first_in_line():
+                    first.wake()
 
     def pause(self, seconds: float) -> None:
         """Allow no request for this many seconds, and no burst after them."""
@@ -124,18 +108,11 @@ class RateLimiter:
     def _count_request(self, now: float) -> None:
         self._next = max(self._next, now) + self._spacing
 
-    def _first_in_line(self) -> object:
+    def _first_in_line(self) -> Waiter | None:
         for queue in (self._submits, self._others):
             while queue:
-                place, (_, loop) = next(iter(queue.items()))
-                if not loop.is_closed():
-                    return place
-                del queue[place]
+                waiter = next(iter(queue))
+                if not waiter.is_stranded:
+                    return waiter
+                del queue[waiter]
         return None
-
-    def _wake_first(self) -> None:
-        place = self._first_in_line()
-        if place is None:
-            return
-        waiter, loop = (self._submits if place in self._submits else self._others)[place]
-        wake(waiter, loop)

@@ -1,33 +1,45 @@
-"""Futures that threads complete on whichever event loop waits for them."""
+"""Places in the queue of a limiter that serves several threads and event loops."""
 
 from __future__ import annotations
 
 import asyncio
 
-__all__ = ["finish", "wake"]
 
+class Waiter:
+    """A place in a queue, whose task sleeps on its own event loop until any thread wakes it."""
 
-def wake(waiter: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
-    """Complete a future of an event loop, from that loop or from another thread.
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.prepare()
 
-    Raises:
-        RuntimeError: The loop is closed.
-    """
-    if loop is _running_loop():
-        finish(waiter)
-    else:
-        loop.call_soon_threadsafe(finish, waiter)
+    @property
+    def is_stranded(self) -> bool:
+        """Whether its event loop is closed, so that it can never wake."""
+        return self._loop.is_closed()
 
+    def prepare(self) -> None:
+        """Count wake-ups from now on; call it with the queue locked, before `sleep`."""
+        self._woken: asyncio.Future[None] = self._loop.create_future()
 
-def finish(waiter: asyncio.Future[None]) -> None:
-    """Complete a future of the running loop, unless it is done."""
-    if not waiter.done():
-        waiter.set_result(None)
+    async def sleep(self, seconds: float) -> None:
+        """Sleep until woken, at most this long."""
+        timer = self._loop.call_later(seconds, self._finish)
+        try:
+            await self._woken
+        finally:
+            timer.cancel()
 
+    def wake(self) -> None:
+        """Wake the task; raise RuntimeError if its event loop is closed."""
+        try:
+            is_own_loop = asyncio.get_running_loop() is self._loop
+        except RuntimeError:  # a waiter is discarded after its loop has stopped
+            is_own_loop = False
+        if is_own_loop:
+            self._finish()
+        else:
+            self._loop.call_soon_threadsafe(self._finish)
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the running loop, or None if a waiter is discarded after its loop has stopped."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+    def _finish(self) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)

@@ -3,9 +3,6 @@
 Importing the modules that hold the faults registers them.
 """
 
-from prefect_flux_kontext.sandbox.faults import callbacks
-from prefect_flux_kontext.sandbox.faults import images as pictures
-from prefect_flux_kontext.sandbox.faults import network as wire
-from prefect_flux_kontext.sandbox.faults import responses as statuses
+from prefect_flux_kontext.sandbox.faults import images, network, responses
 
-__all__ = ["callbacks", "pictures", "statuses", "wire"]
+__all__ = ["images", "network", "responses"]

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from prefect_flux_kontext.sandbox.contract import success
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +18,6 @@ CONNECTION = "sandbox.connection"
 """Name of the server's ASGI extension whose `reset` and `close` end a request's connection."""
 
 JSON = "application/json"
-HTML = "text/html"
 
 
 @dataclass
@@ -33,36 +34,19 @@ class Reply:
         return dict(self.headers).get(b"content-type", b"").decode()
 
 
+@dataclass(frozen=True)
 class Exchange:
-    """A request on its way to the service.
+    """A request on its way to the service: the n-th of its kind, under a plan of faults.
 
     In process there is no connection. Ending it raises ConnectionResetError instead.
-
-    Args:
-        app: The service.
-        scope: The ASGI scope of the request.
-        receive: Returns the request's body, then the disconnect.
-        send: Accepts the response.
-        plan: Durations of slow, hanging and late faults.
-        number: Number of the request among its kind, from 1.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        *,
-        plan: FaultPlan,
-        number: int,
-    ) -> None:
-        self.plan = plan
-        self.number = number
-        self._app = app
-        self._scope = scope
-        self._receive = receive
-        self._send = send
+    app: ASGIApp
+    scope: Scope
+    receive: Receive
+    send: Send
+    plan: FaultPlan
+    number: int
 
     async def call_service(self) -> Reply:
         """Pass the request to the service and return its reply without sending it."""
@@ -74,12 +58,12 @@ class Exchange:
             else:
                 reply.body += message.get("body", b"")
 
-        await self._app(self._scope, self._receive, keep)
+        await self.app(self.scope, self.receive, keep)
         return reply
 
     async def discard_request(self) -> None:
         """Read the request without passing it to the service."""
-        while (await self._receive()).get("more_body"):
+        while (await self.receive()).get("more_body"):
             pass
 
     async def answer(
@@ -89,17 +73,9 @@ class Exchange:
         await self.send_head(status, media_type, content_length=str(len(body)), **headers)
         await self.send_body(body, last=True)
 
-    async def answer_error(
-        self, code: int, message: str, *, status: int | None = None, **headers: str
-    ) -> None:
-        """Send an error envelope, as HTTP status `code` unless `status` is given."""
-        envelope = {"code": code, "message": message, "data": None}
-        await self.answer(status or code, json.dumps(envelope).encode(), **headers)
-
     async def answer_success(self, data: Any) -> None:
         """Send the envelope of a success."""
-        envelope = {"code": 200, "message": "success", "data": data}
-        await self.answer(200, json.dumps(envelope).encode())
+        await self.answer(200, json.dumps(success(data)).encode())
 
     async def pass_on(self, reply: Reply) -> None:
         """Send the service's reply unchanged."""
@@ -114,36 +90,28 @@ class Exchange:
 
     async def send_body(self, body: bytes, *, last: bool = False) -> None:
         """Send a chunk of the body."""
-        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        await self.send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def wait_for_disconnect(self) -> None:
         """Wait until the client disconnects."""
-        while (await self._receive())["type"] != "http.disconnect":
+        while (await self.receive())["type"] != "http.disconnect":
             pass
 
-    async def reset(self) -> None:
-        """Reset the connection."""
-        await self._end_connection("reset")
-
-    async def close(self) -> None:
-        """Close the connection after what was sent is flushed."""
-        await self._end_connection("close")
-
-    async def wait_for_disconnect_within(self, seconds: float) -> bool:
-        """Return whether the client disconnects within the time."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self.wait_for_disconnect()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _end_connection(self, how: str) -> None:
-        control = self._scope.get("extensions", {}).get(CONNECTION)
+    async def end_connection(self, how: str) -> None:
+        """End the connection: `reset` it, or `close` it after what was sent is flushed."""
+        control = self.scope.get("extensions", {}).get(CONNECTION)
         if control is None:
             raise ConnectionResetError("The sandbox broke the connection.")
         control[how]()
         await self.wait_for_disconnect()
+
+    async def hang(self) -> None:
+        """Close the connection after the plan's seconds, unless the client disconnects first."""
+        try:
+            async with asyncio.timeout(self.plan.hang):
+                await self.wait_for_disconnect()
+        except TimeoutError:
+            await self.end_connection("close")
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})

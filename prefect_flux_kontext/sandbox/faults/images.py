@@ -21,20 +21,6 @@ _BOMB_EDGE = 30_000
 
 
 @applies("download")
-async def not_found(exchange: Exchange) -> None:
-    """404, the image does not exist (yet)."""
-    await exchange.call_service()
-    await exchange.answer_error(404, "not found")
-
-
-@applies("download")
-async def expired(exchange: Exchange) -> None:
-    """403, the URL has expired."""
-    await exchange.call_service()
-    await exchange.answer_error(403, "this result has expired")
-
-
-@applies("download")
 async def truncated(exchange: Exchange) -> None:
     """Half of the image without a Content-Length."""
     reply = await exchange.call_service()
@@ -85,12 +71,6 @@ async def redirect_round(exchange: Exchange) -> None:
     """A redirect to the image's own URL, without end."""
     await exchange.call_service()
     await exchange.answer(302, b"", location="?round")
-
-
-@applies("task")
-async def lost_result(exchange: Exchange) -> None:
-    """The task succeeds, and its image is always 404."""
-    await not_found(exchange)
 
 
 def _webp(image: bytes) -> bytes:

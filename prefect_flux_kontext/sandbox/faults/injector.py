@@ -13,14 +13,11 @@ from starlette.routing import Route
 from prefect_flux_kontext.sandbox.contract import Refusal
 from prefect_flux_kontext.sandbox.faults.exchange import Exchange
 from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, FaultPlan, read_plan
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS
+from prefect_flux_kontext.sandbox.faults.registry import HANDLERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from starlette.requests import Request
     from starlette.types import ASGIApp, Receive, Scope, Send
-
 
 _PATHS = {
     "/api/v1/generateTask/": "submit",
@@ -34,10 +31,7 @@ _LASTING = {"status": "never-ends", "download": "lost-result"}
 class ActiveFaults:
     """Decides which fault applies to each request, task and callback.
 
-    Attributes:
-        plan: The plan of faults. Assigning another plan keeps the counters.
-        numbers: How many of each kind were counted.
-        applied: How often each fault, as `kind:fault`, was applied.
+    Assigning another plan keeps the counters: of each kind, and of each applied `kind:fault`.
     """
 
     def __init__(self, plan: FaultPlan) -> None:
@@ -78,12 +72,7 @@ class ActiveFaults:
 
 
 class FaultMiddleware:
-    """ASGI middleware that applies faults to requests.
-
-    Args:
-        app: The service.
-        faults: The active faults.
-    """
+    """ASGI middleware that applies faults to requests."""
 
     def __init__(self, app: ASGIApp, faults: ActiveFaults) -> None:
         self._app = app
@@ -91,32 +80,21 @@ class FaultMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or apply its fault."""
-        kind = _kind(scope)
+        path = scope["path"] if scope["type"] == "http" else ""
+        kind = next((kind for start, kind in _PATHS.items() if path.startswith(start)), None)
         if kind is None:
             await self._app(scope, receive, send)
             return
         fault, number = self._faults.applies(kind)
-        handler = self._handler(kind, fault, scope)
-        if handler is None:
-            await self._app(scope, receive, send)
-        else:
-            plan = self._faults.plan
-            await handler(Exchange(self._app, scope, receive, send, plan=plan, number=number))
-
-    def _handler(self, kind: str, fault: str | None, scope: Scope) -> Callable[..., Any] | None:
-        if fault is not None:
-            return FAULTS[kind][fault]
         lasting = _LASTING.get(kind)
-        if lasting is not None and self._faults.task_fault(_task_id(kind, scope)) == lasting:
-            return FAULTS["task"][lasting]
-        return None
-
-
-def _kind(scope: Scope) -> str | None:
-    if scope["type"] != "http":
-        return None
-    path = scope["path"]
-    return next((kind for start, kind in _PATHS.items() if path.startswith(start)), None)
+        if fault is not None:
+            handler = HANDLERS[kind, fault]
+        elif lasting and self._faults.task_fault(_task_id(kind, scope)) == lasting:
+            handler = HANDLERS["task", lasting]
+        else:
+            await self._app(scope, receive, send)
+            return
+        await handler(Exchange(self._app, scope, receive, send, self._faults.plan, number))
 
 
 def _task_id(kind: str, scope: Scope) -> str:
@@ -131,16 +109,13 @@ def faults_endpoint(faults: ActiveFaults) -> Route:
 
     async def handle(request: Request) -> Response:
         if request.method == "PUT":
-            faults.change(_plan(await request.body()))
+            body = await request.body()
+            try:
+                faults.change(read_plan(json.loads(body)))
+            except (BadPlanError, ValueError, RecursionError) as error:
+                raise Refusal(400, "invalid plan of faults", str(error)) from None
         elif request.method == "DELETE":
             faults.change(FaultPlan())
         return JSONResponse(faults.report())
 
     return Route("/sandbox/faults", handle, methods=["GET", "PUT", "DELETE"])
-
-
-def _plan(body: bytes) -> FaultPlan:
-    try:
-        return read_plan(json.loads(body))
-    except (BadPlanError, ValueError, RecursionError) as error:
-        raise Refusal(400, "invalid plan of faults", str(error)) from None

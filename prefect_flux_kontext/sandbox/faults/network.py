@@ -1,13 +1,14 @@
-"""Faults of the network and of proxies in front of the service."""
+"""Faults of the network, of proxies in front of the service, and error replies."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.sandbox.faults.exchange import HTML
-from prefect_flux_kontext.sandbox.faults.registry import applies
+from prefect_flux_kontext.sandbox.faults.registry import HANDLERS, applies, register
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.sandbox.faults.exchange import Exchange
@@ -20,139 +21,104 @@ _PAGE = b"<html><body><h1>Service fault</h1></body></html>"
 _MEGABYTE_BYTES = 1_000_000
 
 
-@applies(*_ALL)
-async def limited(exchange: Exchange) -> None:
-    """429, too many requests, with Retry-After: 1."""
-    await exchange.discard_request()
-    await exchange.answer_error(429, "too many requests", retry_after="1")
+@dataclass(frozen=True)
+class ErrorReply:
+    """A fault that is one reply: an error envelope, or an HTML page if `code` is None.
+
+    The service sees the request only if it is `served`. The values of `retry_after` take turns.
+    """
+
+    status: int
+    code: int | None
+    message: str = ""
+    served: bool = False
+    retry_after: tuple[str, ...] = ()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answer a request."""
+        await (exchange.call_service() if self.served else exchange.discard_request())
+        if self.code is None:
+            await exchange.answer(self.status, _PAGE, "text/html")
+            return
+        headers = {}
+        if self.retry_after:
+            headers["retry_after"] = self.retry_after[exchange.number % len(self.retry_after)]
+        envelope = {"code": self.code, "message": self.message, "data": None}
+        await exchange.answer(self.status, json.dumps(envelope).encode(), **headers)
+
+    def __str__(self) -> str:
+        """Describe the fault in a line."""
+        if self.code is None:
+            text = f"HTTP {self.status} with an HTML page"
+        elif self.code == self.status:
+            text = f"HTTP {self.status}, {self.message}"
+        else:
+            text = f"HTTP {self.status} with code {self.code}, {self.message}, in the envelope"
+        if self.retry_after:
+            text += f", with Retry-After: {self.retry_after[0]}"
+        return text + ("; the request is served" if self.served else "")
 
 
-@applies(*_ALL)
-async def limited_silently(exchange: Exchange) -> None:
-    """429, too many requests, without Retry-After."""
-    await exchange.discard_request()
-    await exchange.answer_error(429, "too many requests")
+_BUSY, _FULL, _NOT_FOUND = "too many requests", "too many tasks", "task not found"
 
+for _kinds, _name, _reply in (
+    (_ALL, "limited", ErrorReply(429, 429, _BUSY, retry_after=("1",))),
+    (_ALL, "limited-silently", ErrorReply(429, 429, _BUSY)),
+    (_ALL, "limited-oddly", ErrorReply(429, 429, _BUSY, retry_after=_ODD_DELAYS)),
+    (_API, "limited-in-200", ErrorReply(200, 429, _BUSY)),
+    (("submit",), "too-many-tasks", ErrorReply(429, 429, _FULL)),
+    (("submit",), "too-many-tasks-in-200", ErrorReply(200, 429, _FULL)),
+    (("submit",), "refused", ErrorReply(400, 400, "invalid parameters")),
+    (("submit",), "refused-content", ErrorReply(400, 400, "InputImageSensitiveContentDetected")),
+    (("status",), "forbidden-page", ErrorReply(403, None)),
+    (_API, "unauthorized", ErrorReply(401, 401, "unauthorized")),
+    (("submit",), "no-balance", ErrorReply(402, 402, "insufficient balance")),
+    (_ALL, "unavailable", ErrorReply(503, None)),
+    (_API, "unavailable-in-200", ErrorReply(200, 500, "internal error")),
+    (("submit",), "trouble-after", ErrorReply(502, None, served=True)),
+    (("submit",), "trouble-after-in-200", ErrorReply(200, 500, "internal error", served=True)),
+    (_ALL, "html", ErrorReply(200, None, served=True)),
+    (("status",), "not-found", ErrorReply(404, 404, _NOT_FOUND, served=True)),
+    (("status",), "not-found-in-200", ErrorReply(200, 422, _NOT_FOUND, served=True)),
+    (("download",), "not-found", ErrorReply(404, 404, "not found", served=True)),
+    (("download",), "expired", ErrorReply(403, 403, "this result has expired", served=True)),
+):
+    register(_kinds, _name, str(_reply), _reply)
 
-@applies(*_ALL)
-async def limited_oddly(exchange: Exchange) -> None:
-    """429, too many requests, with an invalid Retry-After."""
-    await exchange.discard_request()
-    odd = _ODD_DELAYS[exchange.number % len(_ODD_DELAYS)]
-    await exchange.answer_error(429, "too many requests", retry_after=odd)
-
-
-@applies(*_API)
-async def limited_in_200(exchange: Exchange) -> None:
-    """HTTP 200 with code 429, too many requests, in the envelope."""
-    await exchange.discard_request()
-    await exchange.answer_error(429, "too many requests", status=200)
-
-
-@applies("submit")
-async def too_many_tasks(exchange: Exchange) -> None:
-    """429, too many tasks running."""
-    await exchange.discard_request()
-    await exchange.answer_error(429, "too many tasks")
-
-
-@applies("submit")
-async def too_many_tasks_in_200(exchange: Exchange) -> None:
-    """HTTP 200 with code 429, too many tasks running, in the envelope."""
-    await exchange.discard_request()
-    await exchange.answer_error(429, "too many tasks", status=200)
-
-
-@applies("submit")
-async def refused(exchange: Exchange) -> None:
-    """400, invalid parameters."""
-    await exchange.discard_request()
-    await exchange.answer_error(400, "invalid parameters")
-
-
-@applies("submit")
-async def refused_content(exchange: Exchange) -> None:
-    """400 with a fail code of the content rules."""
-    await exchange.discard_request()
-    await exchange.answer_error(400, "InputImageSensitiveContentDetected")
-
-
-@applies("status")
-async def forbidden_page(exchange: Exchange) -> None:
-    """403 with an HTML page of a gateway; the service does not see the request."""
-    await exchange.discard_request()
-    await exchange.answer(403, _PAGE, HTML)
-
-
-@applies(*_API)
-async def unauthorized(exchange: Exchange) -> None:
-    """401, the key is no longer known."""
-    await exchange.discard_request()
-    await exchange.answer_error(401, "unauthorized")
-
-
-@applies("submit")
-async def no_balance(exchange: Exchange) -> None:
-    """402, the balance is too low."""
-    await exchange.discard_request()
-    await exchange.answer_error(402, "insufficient balance")
-
-
-@applies(*_ALL)
-async def unavailable(exchange: Exchange) -> None:
-    """503 with an HTML page; the service does not see the request."""
-    await exchange.discard_request()
-    await exchange.answer(503, _PAGE, HTML)
-
-
-@applies(*_API)
-async def unavailable_in_200(exchange: Exchange) -> None:
-    """HTTP 200 with code 500 in the envelope; the service does not see the request."""
-    await exchange.discard_request()
-    await exchange.answer_error(500, "internal error", status=200)
-
-
-@applies("submit")
-async def trouble_after(exchange: Exchange) -> None:
-    """502 with an HTML page, after the task was accepted."""
-    await exchange.call_service()
-    await exchange.answer(502, _PAGE, HTML)
-
-
-@applies("submit")
-async def trouble_after_in_200(exchange: Exchange) -> None:
-    """HTTP 200 with code 500 in the envelope, after the task was accepted."""
-    await exchange.call_service()
-    await exchange.answer_error(500, "internal error", status=200)
+register(
+    ("task",),
+    "lost-result",
+    "The task succeeds, and its image is always 404",
+    HANDLERS["download", "not-found"],
+)
 
 
 @applies(*_ALL)
 async def reset(exchange: Exchange) -> None:
     """The connection is reset; the service does not see the request."""
     await exchange.discard_request()
-    await exchange.reset()
+    await exchange.end_connection("reset")
 
 
 @applies(*_ALL)
 async def lost_reply(exchange: Exchange) -> None:
     """The service serves the request; the connection is reset before the reply."""
     await exchange.call_service()
-    await exchange.reset()
+    await exchange.end_connection("reset")
 
 
 @applies(*_ALL)
 async def closed(exchange: Exchange) -> None:
     """The service serves the request; the connection is closed before the reply."""
     await exchange.call_service()
-    await exchange.close()
+    await exchange.end_connection("close")
 
 
 @applies(*_ALL)
 async def hang(exchange: Exchange) -> None:
     """The service serves the request; the connection closes after `hang` seconds."""
     await exchange.call_service()
-    if not await exchange.wait_for_disconnect_within(exchange.plan.hang):
-        await exchange.close()
+    await exchange.hang()
 
 
 @applies(*_ALL)
@@ -175,14 +141,7 @@ async def half(exchange: Exchange) -> None:
     size = str(len(reply.body))
     await exchange.send_head(reply.status, reply.media_type, content_length=size)
     await exchange.send_body(reply.body[: len(reply.body) // 2])
-    await exchange.close()
-
-
-@applies(*_ALL)
-async def html(exchange: Exchange) -> None:
-    """HTTP 200 with an HTML page instead of the reply."""
-    await exchange.call_service()
-    await exchange.answer(200, _PAGE, HTML)
+    await exchange.end_connection("close")
 
 
 @applies(*_ALL)

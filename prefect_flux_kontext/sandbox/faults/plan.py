@@ -35,15 +35,7 @@ class BadPlanError(ValueError):
 
 @dataclass(frozen=True)
 class PlannedFault:
-    """One fault: `submit:lost-reply=0.02@100-200`.
-
-    Attributes:
-        kind: What it applies to.
-        name: Its name among the faults of the kind.
-        share: Share of requests it applies to, 0 to 1.
-        first: Number, from 1, of the first request it may apply to.
-        last: Number of the last, or None for no end.
-    """
+    """One fault: `submit:lost-reply=0.02@100-200`, numbers from 1. None as `last` has no end."""
 
     kind: str
     name: str
@@ -59,17 +51,9 @@ class PlannedFault:
             numbers = f"@{self.first}" + (f"-{self.last}" if self.last > self.first else "")
         return f"{self.kind}:{self.name}{share}{numbers}"
 
-    def at(self, number: int) -> bool:
-        """Return whether it may apply to the n-th of its kind."""
-        return self.first <= number and (self.last is None or number <= self.last)
-
 
 def read_fault(text: Any) -> PlannedFault:
-    """Parse `KIND:FAULT`, optionally followed by `=SHARE` and `@FIRST-LAST`.
-
-    Raises:
-        BadPlanError: The text has another form, or there is no such fault.
-    """
+    """Parse `KIND:FAULT`, optionally followed by `=SHARE` and `@FIRST-LAST`."""
     if isinstance(text, PlannedFault):
         return text
     match = _FAULT_PATTERN.fullmatch(str(text))
@@ -96,24 +80,16 @@ FaultSpec = Annotated[PlannedFault, BeforeValidator(read_fault), PlainSerializer
 
 
 class FaultPlan(BaseModel):
-    """A plan of faults with their durations.
-
-    Attributes:
-        faults: Tried in order; the first that applies is used.
-        seed: Decides, with kind and number, to which requests a share applies.
-        hang: Seconds before a hanging request is closed.
-        slow: Seconds over which a slow reply is spread.
-        late: Seconds by which a late callback is delayed.
-    """
+    """A plan of faults with their durations in seconds. The first fault that applies is used."""
 
     # Pydantic has no schema for the dataclass; `read_fault` checks every value.
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     faults: tuple[FaultSpec, ...] = ()
-    seed: int = 0
-    hang: float = Field(60.0, ge=0)
-    slow: float = Field(5.0, ge=0)
-    late: float = Field(600.0, ge=0)
+    seed: int = 0  # decides, with kind and number, to which requests a share applies
+    hang: float = Field(60.0, ge=0)  # before a request that hangs is closed
+    slow: float = Field(5.0, ge=0)  # over which a slow reply is spread
+    late: float = Field(600.0, ge=0)  # by which a late callback is delayed
 
     def fault(self, kind: str, number: int) -> str | None:
         """Return the fault of the n-th of a kind, or None. The same plan gives the same result."""
@@ -121,7 +97,8 @@ class FaultPlan(BaseModel):
             return None
         remaining = random.Random(f"{self.seed}/{kind}/{number}").random()
         for planned in self.faults:
-            if planned.kind == kind and planned.at(number):
+            last = number if planned.last is None else planned.last
+            if planned.kind == kind and planned.first <= number <= last:
                 remaining -= planned.share
                 if remaining < 0:
                     return planned.name
@@ -129,30 +106,19 @@ class FaultPlan(BaseModel):
 
 
 def read_plan(given: object) -> FaultPlan:
-    """Validate a plan parsed from JSON or YAML.
-
-    Raises:
-        BadPlanError: Lists all problems, one line for each.
-    """
+    """Validate a plan parsed from JSON or YAML; a BadPlanError lists all problems."""
     try:
         return FaultPlan.model_validate(given)
     except ValidationError as invalid:
-        raise BadPlanError(
-            "\n".join(map(_format_problem, invalid.errors(include_url=False)))
-        ) from None
+        problems = (
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in invalid.errors(include_url=False)
+        )
+        raise BadPlanError("\n".join(line.removeprefix(": ") for line in problems)) from None
 
 
 def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
-    """Load a plan from a file and put further faults before its own.
-
-    Args:
-        file: JSON or YAML with the fields of `FaultPlan`; None for no file.
-        faults: Faults from the command line.
-        seed: Seed of the plan, unless the file has one.
-
-    Raises:
-        BadPlanError: The file cannot be read, or its plan is invalid.
-    """
+    """Load a plan from JSON or YAML, if any, and put further faults before its own."""
     import yaml  # noqa: PLC0415 - few plans are files
 
     given: Any = {}
@@ -166,8 +132,3 @@ def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
         if not isinstance(given.get("faults", []), list):
             raise BadPlanError(f"{file}: `faults` must be a list")
     return read_plan({"seed": seed, **given, "faults": [*faults, *given.get("faults", [])]})
-
-
-def _format_problem(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"]))
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")

@@ -1,11 +1,14 @@
-"""The registry of faults by kind. `--fault help` shows the first line of their docstrings."""
+"""The registry of faults by kind. `--fault help` shows their descriptions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from prefect_flux_kontext.sandbox.faults.exchange import Exchange
+
+Handler = Callable[["Exchange"], Awaitable[None]]
 
 KINDS = {
     "submit": "a submit; an accepted task is billed even when its reply is lost",
@@ -15,21 +18,39 @@ KINDS = {
     "callback": "the callback of a task that has ended",
 }
 
-FAULTS: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in KINDS}
-"""By kind and name, the function that produces the fault."""
+FAULTS: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+"""By kind and name, the description of the fault."""
 
-_Handler = TypeVar("_Handler", bound="Callable[..., Any]")
+# The sandbox's `lifecycle` applies these.
+FAULTS["callback"] = {
+    "lost": "It is never delivered",
+    "doubled": "It is delivered twice",
+    "late": "It is delivered `late` seconds late",
+    "overtaken": "It is delivered up to `late` seconds late, so others arrive first",
+    "forged": "A forged callback with another task and result arrives first, at the right URL",
+    "misdirected": "A forged callback arrives first, at a URL whose token is wrong",
+}
+
+HANDLERS: dict[tuple[str, str], Handler] = {}
+"""By kind and name, what answers a request to which the fault applies."""
 
 
-def applies(*kinds: str) -> Callable[[_Handler], _Handler]:
-    """Register a fault for kinds under its function's name, with hyphens."""
+def register(kinds: tuple[str, ...], name: str, description: str, handler: Handler) -> None:
+    """Add a fault of requests."""
+    for kind in kinds:
+        FAULTS[kind][name] = description
+        HANDLERS[kind, name] = handler
 
-    def register(handler: _Handler) -> _Handler:
-        for kind in kinds:
-            FAULTS[kind][handler.__name__.replace("_", "-")] = handler
+
+def applies(*kinds: str) -> Callable[[Handler], Handler]:
+    """Register a handler under its function's name, described by its docstring."""
+
+    def decorate(handler: Handler) -> Handler:
+        name = handler.__name__.replace("_", "-")
+        register(kinds, name, (handler.__doc__ or "").rstrip("."), handler)
         return handler
 
-    return register
+    return decorate
 
 
 def describe_faults() -> str:
@@ -38,11 +59,5 @@ def describe_faults() -> str:
     lines = []
     for kind, faults in FAULTS.items():
         lines += ["", f"{kind}: {KINDS[kind]}"]
-        lines += [
-            f"  {name:<{widest}}  {_first_line(handler)}" for name, handler in faults.items()
-        ]
+        lines += [f"  {name:<{widest}}  {text}" for name, text in faults.items()]
     return "\n".join(lines[1:])
-
-
-def _first_line(handler: Callable[..., Any]) -> str:
-    return (handler.__doc__ or "").partition("\n")[0].rstrip(".")
