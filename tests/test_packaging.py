@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 import prefect_flux_kontext
+from hatch_build import make_links_absolute
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "prefect_flux_kontext"
@@ -79,7 +80,8 @@ def test_the_sdist_holds_what_the_wheel_is_made_of(built):
         deployments = sdist.extractfile(sdist.getmember(f"{PACKAGE}-{VERSION}/prefect.yaml"))
         assert deployments.read() == (ROOT / "prefect.yaml").read_bytes()
     beside = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
-    beside |= {"prefect.yaml", *(f"flows/{path.name}" for path in (ROOT / "flows").glob("*.py"))}
+    beside |= {"hatch_build.py", "prefect.yaml"}
+    beside |= {*(f"flows/{path.name}" for path in (ROOT / "flows").glob("*.py"))}
     assert names == OUR_FILES | beside
 
 
@@ -94,11 +96,36 @@ def test_the_metadata_says_for_whom_it_is(metadata):
     }
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
     tested = re.search(r"python: \[(.+)\]", workflow)
-    assert named == set(re.findall(r"[\d.]+", tested[1])) == {"3.11", "3.12", "3.13"}
+    assert named == set(re.findall(r"[\d.]+", tested[1])) == {f"3.{n}" for n in range(11, 15)}
     # There is no public place of it yet, and a URL that leads nowhere helps nobody.
     assert metadata.get_all("Project-URL") is None
     assert metadata["Home-page"] is None
     assert set(metadata.get_all("Provides-Extra")) == {*EXTRAS, "dev", "docs"}
+
+
+def test_links_of_the_package_page_are_absolute(metadata):
+    """Those of the README are relative, and a package index has no files beside it."""
+    page = metadata.get_payload()
+    assert page.startswith((ROOT / "README.md").read_text().partition("\n")[0])
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    relative = [link for link in links if not link.startswith(("https://", "#"))]
+    assert relative == [] or metadata["Project-URL"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "absolute"),
+    [
+        ("[run](docs/start.md#run)", "[run](R/blob/main/docs/start.md#run)"),
+        ("[all](examples/)", "[all](R/blob/main/examples/)"),
+        ("[![x](docs/x.svg)](docs/x.md)", "[![x](R/raw/main/docs/x.svg)](R/blob/main/docs/x.md)"),
+        ('<img src="docs/a.png">', '<img src="R/raw/main/docs/a.png">'),
+        ('<a href="docs/a.md">', '<a href="R/blob/main/docs/a.md">'),
+        ("[b](#b) [c](https://c.example)", "[b](#b) [c](https://c.example)"),
+    ],
+)
+def test_relative_links_lead_to_the_repository(text, absolute):
+    repository = "https://example.com/owner/repo"
+    assert make_links_absolute(text, repository) == absolute.replace("R/", f"{repository}/")
 
 
 def test_entry_points_name_what_is_in_the_wheel(files):
@@ -112,7 +139,7 @@ def test_entry_points_name_what_is_in_the_wheel(files):
 
 def test_the_version_comes_from_one_place(built, metadata):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["dynamic"] == ["version"]
+    assert project["project"]["dynamic"] == ["version", "readme"]
     assert project["tool"]["hatch"]["version"]["path"] == f"{PACKAGE}/__init__.py"
     assert metadata["Version"] == VERSION
     assert [path.name for path in built] == [
@@ -182,8 +209,8 @@ def test_what_the_package_imports_it_names_as_a_dependency():
     named = {re.match(r"[\w-]+", text)[0] for text in project["dependencies"]}
     assert len(named) == len(project["dependencies"])
     modules = {"pillow": "PIL", "pyyaml": "yaml"}
-    # Not imported: Prefect needs an older FastAPI, and a safe h11 comes with httpx.
-    needed = {modules.get(name, name.replace("-", "_")) for name in named - {"fastapi", "h11"}}
+    # Not imported: a safe h11 comes with httpx.
+    needed = {modules.get(name, name.replace("-", "_")) for name in named - {"h11"}}
     imported = set()
     for name in OUR_FILES:
         if name.endswith(".py"):

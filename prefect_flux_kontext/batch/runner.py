@@ -20,6 +20,7 @@ from prefect_flux_kontext.errors import (
     LedgerError,
     ManifestError,
 )
+from prefect_flux_kontext.ledger.records import RECORD_VERSION, check_version
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems, list_references
@@ -43,7 +44,7 @@ FAILED_ROWS = "failed.csv"
 """The manifest of failed rows, below the output."""
 
 _FAILED_REFERENCES = "failed.json"
-"""The references that the failed rows may name, in the ledger: a list of paths and bucket URLs."""
+"""The references that the failed rows may name, in the ledger."""
 
 _FORMULA = re.compile(r"^[=+\-@\t\r]")
 
@@ -198,7 +199,9 @@ async def read_failed_manifest(
 
 async def _read_allowed(store: RecordStore) -> list[str]:
     """Return the references that rows in the file of failed rows may name."""
-    allowed: list[str] = json.loads(await store.read(_FAILED_REFERENCES) or b"[]")
+    record = json.loads(await store.read(_FAILED_REFERENCES) or b"{}")
+    check_version(record.get("version", RECORD_VERSION))
+    allowed: list[str] = record.get("references", [])
     return allowed
 
 
@@ -286,7 +289,8 @@ async def _write_failed_rows(session: Session, earlier: Iterable[_Failure]) -> N
     # Earlier rows are read from the output, where others may have changed them.
     allowed = set(await _read_allowed(session.ledger.store)) & _find_references(kept)
     allowed |= _find_references(own)
-    await session.ledger.store.replace(_FAILED_REFERENCES, json.dumps(sorted(allowed)).encode())
+    record = {"version": RECORD_VERSION, "references": sorted(allowed)}
+    await session.ledger.store.replace(_FAILED_REFERENCES, json.dumps(record).encode())
     failed = [*kept, *own]
     await session.output.write(FAILED_ROWS, format_failed_rows(failed), is_private=True)
     logger.info(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_flux_kontext.callbacks.tokens import Attempt
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.ledger.records import RECORD_VERSION
+from prefect_flux_kontext.ledger.records import RECORD_VERSION, RecordVersion
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Callback(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    version: int = RECORD_VERSION
+    version: RecordVersion = RECORD_VERSION
     owner: str
     key: str
     number: int

@@ -237,6 +237,7 @@ async def _repair(output: OutputFolder) -> int:
 
 async def _gallery(output: OutputFolder) -> int:
     from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.ledger.head import check_format
     from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
     from prefect_flux_kontext.ledger.store import open_ledger_store
     from prefect_flux_kontext.report.builder import update_report
@@ -245,6 +246,7 @@ async def _gallery(output: OutputFolder) -> int:
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     store = open_ledger_store(output)
+    await check_format(store)
     most = FluxKontextSettings().gallery_images
     if not most:
         raise ConfigurationError(

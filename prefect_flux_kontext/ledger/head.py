@@ -6,6 +6,7 @@ them. It is not bound to the API key, which may be replaced.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
-from prefect_flux_kontext.ledger.records import RECORD_VERSION
+from prefect_flux_kontext.ledger.records import RECORD_VERSION, RecordVersion
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Head(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    version: int = RECORD_VERSION
+    version: RecordVersion = RECORD_VERSION
     format: int = FORMAT
     oldest_reader: int = FORMAT
     service: str
@@ -68,11 +69,7 @@ async def check_format(store: RecordStore) -> Head | None:
             f"The ledger record {store}/{_RECORD} is damaged. Write it again: flux-kontext rebind "
             "OUTPUT"
         ) from None
-    if head.oldest_reader > FORMAT:
-        raise LedgerError(
-            f"The ledger {store} was written by a newer release (format {head.format}, and this "
-            f"release reads format {FORMAT}). Update prefect-flux-kontext."
-        )
+    _require_readable(store, head)
     return head
 
 
@@ -106,11 +103,21 @@ async def rebind(store: RecordStore, base_url: str, account: str) -> Head:
     """Bind a ledger to a service and an account, whatever it was bound to.
 
     Raises:
-        LedgerError: The ledger cannot be written.
+        LedgerError: The ledger cannot be written, or a newer release has written it.
     """
+    with contextlib.suppress(ValidationError):  # of a missing or damaged record
+        _require_readable(store, Head.model_validate_json(await store.read(_RECORD) or b""))
     head = Head(service=_find_service(base_url), account=account)
     await store.replace(_RECORD, _encode(head))
     return head
+
+
+def _require_readable(store: RecordStore, head: Head) -> None:
+    if head.oldest_reader > FORMAT:
+        raise LedgerError(
+            f"The ledger {store} has format {head.format} and this release reads format "
+            f"{FORMAT}: upgrade prefect-flux-kontext."
+        )
 
 
 def _encode(head: Head) -> bytes:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.ledger.records import RECORD_VERSION
+from prefect_flux_kontext.ledger.records import RECORD_VERSION, check_version
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -179,8 +179,9 @@ async def _read_record(store: RecordStore, owner: str) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(data)
+        check_version(record.get("version", RECORD_VERSION))
         _is_fresh(record)  # reads every field that is needed
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise LedgerError(
             f"The ledger record {store}/{_get_record_name(owner)} is damaged. If no run pays into "
             "this output, remove it."

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.models import GenerationRequest, GenerationTask, StoredImage, utc_now
 
 
@@ -55,10 +56,27 @@ GIVEN_UP = "resubmitted"
 """The reason of an attempt whose outcome stayed unknown and that a user chose to pay again."""
 
 
+def check_version(version: int) -> int:
+    """Return the version of a record that this release can read.
+
+    Raises:
+        LedgerError: A newer release has written the record.
+    """
+    if version > RECORD_VERSION:
+        raise LedgerError(
+            f"A record of this output has version {version} and this release reads version "
+            f"{RECORD_VERSION}: upgrade prefect-flux-kontext."
+        )
+    return version
+
+
+RecordVersion = Annotated[int, AfterValidator(check_version)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    version: int = Field(default=RECORD_VERSION, description="Version of the record's fields.")
+    version: RecordVersion = Field(default=RECORD_VERSION, description="Of the record's fields.")
     at: datetime = Field(default_factory=utc_now, description="When it was written.")
 
 

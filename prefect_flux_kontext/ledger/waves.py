@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, RECORD_VERSION, Ended
+from prefect_flux_kontext.ledger.records import (
+    OUTSTANDING_STATES,
+    RECORD_VERSION,
+    Ended,
+    RecordVersion,
+)
 from prefect_flux_kontext.models import AspectRatio
 
 if TYPE_CHECKING:
@@ -31,7 +36,7 @@ class FinishedRow(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    version: int = RECORD_VERSION
+    version: RecordVersion = RECORD_VERSION
     key: str
     row_id: str
     attempt: int
@@ -48,7 +53,7 @@ class OpenWave(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    version: int = RECORD_VERSION
+    version: RecordVersion = RECORD_VERSION
     name: str
     owner: str
     keys: list[str]

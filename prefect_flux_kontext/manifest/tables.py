@@ -68,20 +68,14 @@ def normalize_source(value: Any) -> Any:
         return list(value)
     raise TypeError(
         "A manifest must be a path, an fsspec URL, a list of dicts or a table with Arrow's "
-        f"interface, not {type(value).__name__}."
+        f"interface (pandas since 2.2), not {type(value).__name__}."
     )
-
-
-def _validate_source(value: Any) -> Any:
-    try:
-        return normalize_source(value)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
 
 
 ManifestSource = Annotated[
     Any,
-    BeforeValidator(_validate_source),
+    # Its TypeError is no validation error, of which Prefect would log the value.
+    BeforeValidator(normalize_source),
     WithJsonSchema(
         {
             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}],

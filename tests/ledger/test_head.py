@@ -56,7 +56,7 @@ async def test_rebind_changes_service_and_account(store):
 async def test_ledger_of_a_newer_release_is_refused(store):
     newer = b'{"format": 9, "oldest_reader": 2, "service": "x", "account": "y"}'
     await store.replace("format.json", newer)
-    with pytest.raises(LedgerError, match="newer release"):
+    with pytest.raises(LedgerError, match="upgrade prefect-flux-kontext"):
         await bind(store, REAL, "studio")
 
 

@@ -1,9 +1,9 @@
 """Manifests of the batch flow: rows as dicts and tables, styles, output names."""
 
+import pandas as pd
 import polars as pl
 import pytest
 from prefect import get_client
-from prefect.exceptions import ParameterTypeError
 
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.flows import retry_failed, style_transfer_batch
@@ -12,6 +12,14 @@ from tests.orchestration.conftest import QUICK
 pytestmark = pytest.mark.anyio
 
 CADENCE = QUICK.model_dump()
+
+
+class OldFrame(pd.DataFrame):
+    """A table of pandas before 2.2, which has no interface of Arrow."""
+
+    @property
+    def __arrow_c_stream__(self):
+        raise AttributeError
 
 
 class TestManifestsInFlows:
@@ -103,5 +111,14 @@ class TestManifestsInFlows:
         assert run.parameters["manifest"] == "http://127.0.0.1:9/m.csv"
 
     async def test_other_types_are_not_a_manifest(self, tmp_path):
-        with pytest.raises(ParameterTypeError, match="a list of dicts or a table"):
+        with pytest.raises(TypeError, match="a list of dicts or a table"):
             await style_transfer_batch(7, str(tmp_path))
+
+    async def test_table_of_old_pandas_is_refused_unseen(self, tmp_path, caplog):
+        table = OldFrame({"id": ["a"], "prompt": ["a canary of a prompt"]})
+        state = await style_transfer_batch(table, str(tmp_path), return_state=True)
+        assert "pandas since 2.2), not OldFrame." in state.message
+        assert "canary" not in f"{state.message}{caplog.text}"
+        async with get_client() as client:
+            run = await client.read_flow_run(state.state_details.flow_run_id)
+        assert "canary" not in str(run.parameters)

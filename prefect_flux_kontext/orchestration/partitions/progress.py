@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.ledger.records import RECORD_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,9 +51,10 @@ async def report_progress(
 
 async def _write_periodically(store: RecordStore, name: str, batch: BatchSummary) -> None:
     async def write() -> None:
-        counts = batch.model_dump_json(exclude={"failures", "output"})
+        counts = batch.model_dump(mode="json", exclude={"failures", "output"})
+        record = {"version": RECORD_VERSION, **counts}
         try:
-            await store.replace(_get_record_name(name), counts.encode())
+            await store.replace(_get_record_name(name), json.dumps(record).encode())
         except LedgerError as error:
             logger.debug("The progress of this partition was not written: %s", error)
 
