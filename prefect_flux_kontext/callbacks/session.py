@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
 from prefect_flux_kontext.callbacks.recovery import recover_task
-from prefect_flux_kontext.callbacks.tokens import Attempt, create_token, validate_secret
+from prefect_flux_kontext.callbacks.tokens import Attempt
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.models import utc_now
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.callbacks.inbox import Callback
     from prefect_flux_kontext.callbacks.options import CallbackOptions
+    from prefect_flux_kontext.callbacks.requests import RequestCallbacks
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.client.polling import PollingCadence, PollPauses
     from prefect_flux_kontext.ledger.ledger import Ledger
@@ -42,7 +43,8 @@ _MAX_MISSED_SHARE = 0.5
 """Rows are polled if half of the last ten or so ended without a callback. The share is an
 exponential average."""
 
-_INBOX_INTERVAL_SECONDS = 2.0
+INBOX_INTERVAL_SECONDS = 2.0
+"""Seconds between two listings of an inbox."""
 
 _READ_BATCH = 16
 """Files of callbacks that are read together."""
@@ -176,7 +178,7 @@ class InboxWatcher:
     async def watch(self) -> None:
         """Read new files every 2 s and remove those of ended rows, until cancelled."""
         while True:
-            await asyncio.sleep(_INBOX_INTERVAL_SECONDS)
+            await asyncio.sleep(INBOX_INTERVAL_SECONDS)
             for owner in (self._owner, *self._claimed):
                 await self._read_new_files(owner)
             await self.remove_ended()
@@ -307,7 +309,6 @@ class CallbackSession:
         watcher: InboxWatcher,
     ) -> None:
         self._options = options
-        self._secret = validate_secret(options.secret) if options.url else b""
         self._client = client
         self._ledger = ledger
         self._notifications = notifications
@@ -320,24 +321,22 @@ class CallbackSession:
 
         The URL is a secret: send it in the POST only, never log or store it.
         """
-        if self._options.url is None:
-            return request
-        attempt = _attempt(entry)
-        self._notifications.expect(attempt)
-        url = f"{self._options.url}/{create_token(self._secret, attempt)}"
-        return request.model_copy(update={"callback_url": url, "request_type": "callback"})
+        attempt = get_attempt(entry)
+        if self._options.url is not None:
+            self._notifications.expect(attempt)
+        return self._options.add_url(request, attempt)
 
     def pauses(self, entry: Entry, cadence: PollingCadence) -> PollPauses | None:
         """Return the pauses between polls of an accepted task; None for the cadence's own."""
-        attempt = _attempt(entry)
+        attempt = get_attempt(entry)
         self._tasks.append(entry.task.task_id)
         if self._notifications.is_expected(attempt):
-            return _CallbackPauses(self._notifications, attempt, cadence, self._options.sweep)
+            return CallbackPauses(self._notifications, attempt, cadence, self._options.sweep)
         return None
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the row's task has ended, and report callbacks that name other tasks."""
-        attempt = _attempt(entry)
+        attempt = get_attempt(entry)
         others = [
             name for name in self._notifications.task_ids(attempt) if name != entry.task.task_id
         ]
@@ -360,7 +359,7 @@ class CallbackSession:
         Raises:
             LedgerError: The task cannot be recorded.
         """
-        attempt = _attempt(entry)
+        attempt = get_attempt(entry)
         age = (utc_now() - entry.intent.at).total_seconds() if entry.intent else 0.0
         self._notifications.expect(attempt, max(0.0, age))
         await self._watcher.claim(attempt)
@@ -392,12 +391,12 @@ class CallbackSession:
         return max(0.0, self._options.grace - expected[1])
 
 
-class _CallbackPauses:
+class CallbackPauses:
     """Pauses that a callback ends. While callbacks are reliable, polls without one are rare."""
 
     def __init__(
         self,
-        notifications: CallbackNotifications,
+        notifications: CallbackNotifications | RequestCallbacks,
         attempt: Attempt,
         cadence: PollingCadence,
         sweep: float,
@@ -425,6 +424,7 @@ class _CallbackPauses:
         await self._notifications.wait(self._attempt, longest)
 
 
-def _attempt(entry: Entry) -> Attempt:
+def get_attempt(entry: Entry) -> Attempt:
+    """Return the latest attempt of a row, as its callbacks name it."""
     owner = entry.intent.owner if entry.intent else ""
     return Attempt(owner, entry.key, entry.attempt)
