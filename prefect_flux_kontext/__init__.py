@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         style_transfer,
         style_transfer_batch,
     )
+    from prefect_flux_kontext.jobs import ImageGeneration
     from prefect_flux_kontext.models import (
         GenerationRequest,
         GenerationResult,
@@ -45,6 +46,7 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "GenerationTask",
+    "ImageGeneration",
     "PollingCadence",
     "StoredImage",
     "announce_manifest",
@@ -70,6 +72,7 @@ _MODULES = {
     "client.polling": ("PollingCadence",),
     "credentials": ("FluxKontextCredentials",),
     "flows": ("collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"),
+    "jobs": ("ImageGeneration",),
     "models": ("GenerationRequest", "GenerationResult", "GenerationTask", "StoredImage"),
     "orchestration.events": ("announce_manifest", "emit_manifest_arrived"),
     "orchestration.suspension": ("resume_suspended", "suspend_until_done"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.system import Secret
-from pydantic import ConfigDict, Field, SecretStr
+from pydantic import ConfigDict, Field, SecretStr, model_validator
 
 from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.errors import ConfigurationError
@@ -69,6 +71,14 @@ class FluxKontextCredentials(CredentialsBlock):
         description="Secret that signs the tokens in callback URLs. Batches and their receiver "
         "need the same value. Unset: FLUX_KONTEXT_CALLBACK_SECRET.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_type(cls, fields: Any) -> Any:
+        # Prefect adds the type to the fields of a Block that is saved inside another one.
+        if isinstance(fields, dict) and fields.get("block_type_slug") == _SLUG:
+            return {name: fields[name] for name in fields if name != "block_type_slug"}
+        return fields
 
     def get_client(self) -> FluxKontextClient:
         """Create a client for the account. Use each client on one event loop only.

@@ -54,14 +54,13 @@ from prefect_flux_kontext.orchestration.suspension import (
     suspend_batch,
     was_resumed,
 )
-from prefect_flux_kontext.references.location import non_public_references, normalize_reference
+from prefect_flux_kontext.references.location import normalize_reference
 from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.references.rights import find_rights, find_rights_problem
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.tasks import (
     persist_images,
     submit_generation,
-    submit_own_reference,
     wait_for_generation,
 )
 
@@ -131,19 +130,13 @@ async def style_transfer(
         provider=provider,
     )
     await (await open_output(output, storage_options)).check_writable()
-    if non_public_references(request.image_urls):
-        settings = FluxKontextSettings()
-        timeout = (cadence or settings.cadence()).timeout
-        references = create_references(
-            settings, account.base_url, timeout=timeout, fit=fit_references
+    settings = FluxKontextSettings()
+    timeout = (cadence or settings.cadence()).timeout
+    references = create_references(settings, account.base_url, timeout=timeout, fit=fit_references)
+    with closing(references):
+        submitted = await submit_generation(
+            request, account, output, key, storage_options, references=references
         )
-        with closing(references):
-            submitted = await submit_own_reference(
-                request, references, account, output, key, storage_options
-            )
-            result = await wait_for_generation(submitted, account, cadence, storage_options)
-    else:
-        submitted = await submit_generation(request, account, output, key, storage_options)
         result = await wait_for_generation(submitted, account, cadence, storage_options)
     return await persist_images(result, output, name, storage_options)
 

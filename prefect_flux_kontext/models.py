@@ -267,9 +267,6 @@ class GenerationResult(_RedactedRepr):
         default=None, description="The folder with the ledger that records the task."
     )
     key: str | None = Field(default=None, description="The request's key in the ledger.")
-    stored: list[StoredImage] = Field(
-        default_factory=list, description="The images, if the ledger has them as stored already."
-    )
 
     def _repr_html_(self) -> str:
         """Show the reference and the result in a notebook, unless their URLs may be signed."""

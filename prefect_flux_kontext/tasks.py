@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import MissingContextError
 
@@ -15,11 +15,14 @@ from prefect_flux_kontext.batch.single import (
     record_images,
     submit_once,
 )
+from prefect_flux_kontext.callbacks.options import resolve_callback_options
+from prefect_flux_kontext.callbacks.requests import RequestCallbacks
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import FluxKontextError, GenerationFailedError
 from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.images.persist import persist_result, place_stored_images
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.models import (
     GenerationRequest,
     GenerationResult,
@@ -78,6 +81,7 @@ async def submit_generation(
     key: str | None = None,
     storage_options: StorageOptions = None,
     defer: Literal["suspend"] | None = None,
+    references: References | None = None,
 ) -> GenerationTask:
     """Submit one generation, which is billed from then on.
 
@@ -99,6 +103,8 @@ async def submit_generation(
         storage_options: Options of the ledger's filesystem. Default: the environment.
         defer: "suspend" if the flow will call `suspend_until_done`: checks before the submit that
             this flow run can be suspended.
+        references: Makes a local or private image available to the service. Default: as the
+            environment says.
 
     Returns:
         The accepted task. It carries the ledger, so the other two tasks record there too.
@@ -122,63 +128,13 @@ async def submit_generation(
             open_ratio_matcher(client.base_url, reads_web=settings.match_references) as ratios,
         ):
             return _log_task(await client.submit(await ratios.match(request)))
-    references = create_references(settings, None, timeout=settings.poll_timeout)
-    return await _submit_once(
-        request, references, account, ledger, key=key, storage_options=storage_options
-    )
-
-
-@task(
-    name="submit-own-reference",
-    retries=0,
-    retry_condition_fn=_was_not_accepted,
-    cache_policy=NO_CACHE,
-)
-async def submit_own_reference(
-    request: GenerationRequest,
-    references: References,
-    account: FluxKontextCredentials,
-    ledger: Any,
-    key: str | None = None,
-    storage_options: Any = None,
-) -> GenerationTask:
-    """Submit one generation whose reference image is local or private.
-
-    The image is staged or signed inside this task, because Prefect may store the parameters and
-    results of tasks, and a signed URL must not be among them.
-
-    Args:
-        request: What to create.
-        references: Stages or signs the image.
-        account: The account.
-        ledger: As for `submit_generation`.
-        key: As for `submit_generation`.
-        storage_options: As for `submit_generation`.
-
-    Raises:
-        ReferenceImageError: The image cannot be used; nothing was submitted.
-        StorageError: The image could not be staged; nothing was submitted.
-        ApiError: As for `submit_generation`.
-    """
-    return await _submit_once(
-        request, references, account, ledger, key=key, storage_options=storage_options
-    )
-
-
-async def _submit_once(
-    request: GenerationRequest,
-    references: References,
-    account: FluxKontextCredentials,
-    ledger: Any,
-    *,
-    key: str | None,
-    storage_options: Any,
-) -> GenerationTask:
+    if references is None:
+        references = create_references(settings, None, timeout=settings.poll_timeout)
     output = await open_output(ledger, storage_options)
-    settings = FluxKontextSettings()
+    callbacks = resolve_callback_options(settings, secret=account.callback_secret, listens=False)
     async with account.get_client() as client:
         entry = await submit_once(
-            client, request, output, key, references, settings, account.account
+            client, request, output, key, references, settings, account.account, callbacks
         )
     reference = {"ledger": refer_to_output(ledger, output), "key": entry.key}
     return _log_task(entry.task.model_copy(update=reference))
@@ -231,13 +187,15 @@ async def wait_for_generation(
         RefusedError: The service refused the status request (4xx).
     """
     account = await resolve_credentials(credentials)
-    cadence = cadence or FluxKontextSettings().cadence()
+    settings = FluxKontextSettings()
+    cadence = cadence or settings.cadence()
     if task.ledger is None or task.key is None:
         async with account.get_client() as client:
             return await wait_until_ended(client, task, cadence)
     reference = {"ledger": task.ledger, "key": task.key}
     output = await open_output(task.ledger, storage_options)
-    ended = (await read_entry(output, task.key)).ended
+    entry = await read_entry(output, task.key)
+    ended = entry.ended
     if ended is not None and ended.task_id == task.task_id:
         if ended.state == "failed":
             raise GenerationFailedError(
@@ -249,15 +207,20 @@ async def wait_for_generation(
             task_id=task.task_id,
             result_urls=[image.uri for image in ended.images],
             request=task.request,
-            stored=ended.images,
             **reference,
         )
+    callbacks = RequestCallbacks(
+        resolve_callback_options(settings, secret=account.callback_secret, listens=False),
+        open_ledger_store(output),
+    )
     async with account.get_client() as client:
         try:
-            result = await wait_until_ended(client, task, cadence)
+            pauses = callbacks.pauses(entry, cadence)
+            result = await wait_until_ended(client, task, cadence, pauses)
         except GenerationFailedError as error:
             await record_failure(output, task.key, error)
             raise
+    callbacks.mark_ended(entry)
     return result.model_copy(update=reference)
 
 

@@ -39,6 +39,7 @@ def test_documented_names_are_exported():
         "GenerationRequest",
         "GenerationResult",
         "GenerationTask",
+        "ImageGeneration",
         "PollingCadence",
         "StoredImage",
         "announce_manifest",

@@ -15,6 +15,7 @@ from prefect_flux_kontext.batch.outage import PostGate
 from prefect_flux_kontext.batch.planning import with_row_keys
 from prefect_flux_kontext.batch.stopping import StopGate
 from prefect_flux_kontext.batch.submission import Submitter
+from prefect_flux_kontext.callbacks.requests import RequestCallbacks
 from prefect_flux_kontext.errors import (
     ConfigurationError,
     FluxKontextError,
@@ -39,6 +40,7 @@ from prefect_flux_kontext.storage.names import make_safe_name
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from prefect_flux_kontext.callbacks.options import CallbackOptions
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.models import GenerationRequest, StoredImage
@@ -60,6 +62,7 @@ async def submit_once(
     references: References,
     settings: FluxKontextSettings,
     account: str,
+    callbacks: CallbackOptions,
 ) -> Entry:
     """Submit a request, unless the ledger has an attempt of it already.
 
@@ -71,6 +74,7 @@ async def submit_once(
         references: Makes local and private reference images available to the service.
         settings: The settings from the environment.
         account: Label of the account.
+        callbacks: How callbacks are received, in another process.
 
     Returns:
         The request as recorded: accepted, failed or stored.
@@ -94,9 +98,10 @@ async def submit_once(
             "another ledger."
         )
     row = await asyncio.to_thread(_make_row, request, key, references)
+    called = RequestCallbacks(callbacks, store)
     entry = await ledger.read(row.key)
     while True:
-        entry = await _wait_until_settled(ledger, entry)
+        entry = await _wait_until_settled(client, ledger, entry, called)
         if entry.state not in {State.PLANNED, State.REJECTED}:
             return entry
         try:
@@ -108,7 +113,13 @@ async def submit_once(
                 reads_web = settings.match_references
                 async with open_ratio_matcher(client.base_url, reads_web=reads_web) as ratios:
                     submitter = Submitter(
-                        client, ledger, posts, references=references, ratios=ratios, gate=gate
+                        client,
+                        ledger,
+                        posts,
+                        references=references,
+                        ratios=ratios,
+                        prepare=called.prepare_request,
+                        gate=gate,
                     )
                     try:
                         return await submitter.submit(row, entry)
@@ -117,9 +128,14 @@ async def submit_once(
         except RowAlreadyClaimedError:
             entry = await ledger.read(row.key)
         except (ReplyLostError, ServiceTroubleError, UnreadableReplyError) as error:
-            raise type(error)(
-                _explain_unknown(output, row.key, error), task_id=error.task_id, code=error.code
-            ) from None
+            unknown = await ledger.read(row.key)
+            entry = await called.recover(client, ledger, unknown) or unknown
+            if entry.state is State.INTENT:
+                raise type(error)(
+                    _explain_unknown(output, row.key, error),
+                    task_id=error.task_id,
+                    code=error.code,
+                ) from None
 
 
 async def read_entry(output: OutputFolder, key: str) -> Entry:
@@ -169,7 +185,9 @@ def _make_row(request: GenerationRequest, key: str | None, references: Reference
     return Row(id=row_id, line=0, request=request, key=row_key, name=make_safe_name(row_id))
 
 
-async def _wait_until_settled(ledger: Ledger, entry: Entry) -> Entry:
+async def _wait_until_settled(
+    client: FluxKontextClient, ledger: Ledger, entry: Entry, callbacks: RequestCallbacks
+) -> Entry:
     """Wait while this process or another run is submitting the request.
 
     Raises:
@@ -180,6 +198,8 @@ async def _wait_until_settled(ledger: Ledger, entry: Entry) -> Entry:
         entry = await ledger.read(entry.key)
     if entry.state is State.INTENT:
         entry, _ = await ledger.wait_until_settled(entry)
+    if entry.state is State.INTENT:
+        entry = await callbacks.recover(client, ledger, entry) or entry
     if entry.state is State.INTENT:
         output = str(ledger.store).removesuffix("/_ledger")
         lost = ReplyLostError("An earlier submit of this request recorded no outcome.")

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from prefect_flux_kontext.callbacks.tokens import validate_secret
+from prefect_flux_kontext.callbacks.tokens import create_token, validate_secret
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.references.loopback import is_loopback_host
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
+    from prefect_flux_kontext.callbacks.tokens import Attempt
+    from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.settings import FluxKontextSettings
 
 
@@ -26,6 +28,16 @@ class CallbackOptions:
     inbox: str | None = None  # folder or prefix; None for the one in the output's ledger
     sweep: float = 60.0  # between polls of a row that has had no callback
     grace: float = 300.0  # after a submit without reply or callback, its row is unknown
+
+    def add_url(self, request: GenerationRequest, attempt: Attempt) -> GenerationRequest:
+        """Return the request with the callback URL of an attempt, if there is a receiver.
+
+        The URL is a secret: send it in the POST only, never log or store it.
+        """
+        if self.url is None:
+            return request
+        url = f"{self.url}/{create_token(validate_secret(self.secret), attempt)}"
+        return request.model_copy(update={"callback_url": url, "request_type": "callback"})
 
 
 def resolve_callback_options(

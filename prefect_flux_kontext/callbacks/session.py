@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
 from prefect_flux_kontext.callbacks.recovery import recover_task
-from prefect_flux_kontext.callbacks.tokens import Attempt, create_token, validate_secret
+from prefect_flux_kontext.callbacks.tokens import Attempt
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.models import utc_now
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.callbacks.inbox import Callback
     from prefect_flux_kontext.callbacks.options import CallbackOptions
+    from prefect_flux_kontext.callbacks.requests import AwaitedRequest, RequestCallbacks
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.client.polling import PollingCadence, PollPauses
     from prefect_flux_kontext.ledger.ledger import Ledger
@@ -38,7 +39,8 @@ _MAX_MISSED_SHARE = 0.5
 """Rows are polled if half of the last ten or so ended without a callback. The share is an
 exponential average."""
 
-_INBOX_INTERVAL_SECONDS = 2.0
+INBOX_INTERVAL_SECONDS = 2.0
+"""Seconds between two listings of an inbox."""
 
 _READ_BATCH = 16
 """Files of callbacks that are read together."""
@@ -146,7 +148,7 @@ class InboxWatcher:
     async def watch(self) -> None:
         """Read new files every 2 s and remove those of ended rows, until cancelled."""
         while True:
-            await asyncio.sleep(_INBOX_INTERVAL_SECONDS)
+            await asyncio.sleep(INBOX_INTERVAL_SECONDS)
             for owner in (self._owner, *self._claimed):
                 await self._read_new_files(owner)
             await self.remove_ended()
@@ -269,7 +271,6 @@ class CallbackSession:
         watcher: InboxWatcher,
     ) -> None:
         self._options = options
-        self._secret = validate_secret(options.secret) if options.url else b""
         self._client = client
         self._ledger = ledger
         self._notifications = notifications
@@ -282,25 +283,23 @@ class CallbackSession:
 
         The URL is a secret: send it in the POST only, never log or store it.
         """
-        if self._options.url is None:
-            return request
-        attempt = _attempt(entry)
-        self._notifications.expect(attempt)
-        url = f"{self._options.url}/{create_token(self._secret, attempt)}"
-        return request.model_copy(update={"callback_url": url, "request_type": "callback"})
+        attempt = get_attempt(entry)
+        if self._options.url is not None:
+            self._notifications.expect(attempt)
+        return self._options.add_url(request, attempt)
 
     def pauses(self, entry: Entry, cadence: PollingCadence) -> PollPauses | None:
         """Return the pauses between polls of an accepted task; None for the cadence's own."""
-        attempt = _attempt(entry)
+        attempt = get_attempt(entry)
         self._tasks.append(entry.task.task_id)
         row = self._notifications.find(attempt)
         if row is None:
             return None
-        return _CallbackPauses(self._notifications, row, cadence, self._options.sweep)
+        return CallbackPauses(self._notifications, row, cadence, self._options.sweep)
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the row's task has ended, and report callbacks that name other tasks."""
-        attempt = _attempt(entry)
+        attempt = get_attempt(entry)
         row = self._notifications.find(attempt)
         others = sorted(row.task_ids - {entry.task.task_id}) if row else ()
         if others:
@@ -315,7 +314,7 @@ class CallbackSession:
 
     async def recover(self, entry: Entry) -> Entry | None:
         """Recover the task of an unknown row from its callback, if there is one by now."""
-        attempt = _attempt(entry)
+        attempt = get_attempt(entry)
         age = (utc_now() - entry.intent.at).total_seconds() if entry.intent else 0.0
         row = self._notifications.expect(attempt, max(0.0, age))
         await self._watcher.claim(attempt)
@@ -348,11 +347,11 @@ class CallbackSession:
 
 
 @dataclass
-class _CallbackPauses:
+class CallbackPauses:
     """Pauses that a callback ends. While callbacks are reliable, polls without one are rare."""
 
-    notifications: CallbackNotifications
-    row: AwaitedAttempt
+    notifications: CallbackNotifications | RequestCallbacks
+    row: AwaitedAttempt | AwaitedRequest
     cadence: PollingCadence
     sweep: float
     unconfirmed: int = 0
@@ -373,6 +372,7 @@ class _CallbackPauses:
         await self.row.wait(longest)
 
 
-def _attempt(entry: Entry) -> Attempt:
+def get_attempt(entry: Entry) -> Attempt:
+    """Return the latest attempt of a row, as its callbacks name it."""
     owner = entry.intent.owner if entry.intent else ""
     return Attempt(owner, entry.key, entry.attempt)

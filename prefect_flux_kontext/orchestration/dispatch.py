@@ -1,4 +1,4 @@
-"""Tasks that sync and async flows call in the same way, by context.
+"""Tasks and methods that sync and async flows call in the same way, by context.
 
 Prefect runs an async task in a sync flow only through `.submit` and `.map`: a plain call returns a
 coroutine. These tasks run it there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import threading
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-__all__ = ["dispatched_task"]
+__all__ = ["dispatched", "dispatched_task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,8 +44,7 @@ class _DispatchedTask(Task[P, R]):
                     f"An argument of {self.name} is a coroutine. Write `await` before the call "
                     "that made it."
                 )
-        running = super().__call__(*args, **kwargs)
-        return running if _is_called_asynchronously() else _run_in_loop(running)
+        return _run_by_context(super().__call__(*args, **kwargs))
 
     def with_options(self, **options: Any) -> Task[P, R]:
         """Return a copy with other options, as Prefect's own method does."""
@@ -60,6 +60,20 @@ def dispatched_task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
         return _DispatchedTask(fn=function, **options)
 
     return decorate
+
+
+def dispatched(function: Callable[P, R]) -> Callable[P, Any]:
+    """Make an async function return its result to sync callers, and a coroutine to async ones."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+        return _run_by_context(function(*args, **kwargs))
+
+    return call
+
+
+def _run_by_context(running: Any) -> Any:
+    return running if _is_called_asynchronously() else _run_in_loop(running)
 
 
 def _run_in_loop(running: Coroutine[Any, Any, R]) -> R:

@@ -13,8 +13,8 @@ _READS_BEFORE_JUMP = 200
 """Reads of the clock before it jumps."""
 
 
-def _kill_at_call(when, number, at):
-    """Wrap an async function so that the process kills itself at its n-th call."""
+def kill_at_call(point, when, number):
+    """Wrap the async function of a point so that the process kills itself at its n-th call."""
     calls = [0]
 
     def wrap(function):
@@ -30,7 +30,7 @@ def _kill_at_call(when, number, at):
 
         return wrapped
 
-    owner, name = at
+    owner, name = _place(point)
     setattr(owner, name, wrap(getattr(owner, name)))
 
 
@@ -46,9 +46,21 @@ def _place(point):
         "remove": (RecordStore, "remove"),
         "read": (RecordStore, "read"),
         "image": (OutputFolder, "write_unique"),
-        "request": (client, "exchange"),
+        "request": (client, "send_request"),
         "download": (GuardedTransport, "handle_async_request"),
     }[point]
+
+
+def shorten_backoffs():
+    """Let retries wait only briefly: faults are frequent here."""
+    from prefect_flux_kontext.client import client  # noqa: PLC0415
+    from prefect_flux_kontext.images import download as downloads  # noqa: PLC0415
+    from prefect_flux_kontext.ledger import store  # noqa: PLC0415
+    from prefect_flux_kontext.storage import filesystem as storage  # noqa: PLC0415
+
+    backoff = store.jittered_backoff
+    for module in (store, storage, client, downloads):
+        module.jittered_backoff = lambda attempt, **how: backoff(attempt, **how) / 20
 
 
 def _set_clock(first, then):
@@ -106,18 +118,10 @@ def main(arguments, environment, log, kill_point=None, file_limit=None, clock=No
 
     fsspec.config.set_conf_env(fsspec.config.conf)
     from prefect_flux_kontext.cli import main as command_line  # noqa: PLC0415
-    from prefect_flux_kontext.client import client  # noqa: PLC0415
-    from prefect_flux_kontext.images import download as downloads  # noqa: PLC0415
-    from prefect_flux_kontext.ledger import store  # noqa: PLC0415
-    from prefect_flux_kontext.storage import filesystem as storage  # noqa: PLC0415
 
-    # Faults are frequent here, so retries wait only briefly.
-    backoff = store.jittered_backoff
-    for module in (store, storage, client, downloads):
-        module.jittered_backoff = lambda attempt, **how: backoff(attempt, **how) / 20
+    shorten_backoffs()
     if kill_point is not None:
-        point, when, number = kill_point
-        _kill_at_call(when, number, _place(point))
+        kill_at_call(*kill_point)
     if clock is not None:
         _set_clock(*clock)
     run = _run_flow if arguments[0] == "flow" else command_line

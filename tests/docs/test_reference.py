@@ -13,7 +13,7 @@ from tests.docs.test_names import options_of
 TASKS = [
     (
         "submit_generation(request, credentials=None, ledger=None, key=None, "
-        "storage_options=None, defer=None)"
+        "storage_options=None, defer=None, references=None)"
     ),
     "wait_for_generation(task, credentials=None, cadence=None, storage_options=None)",
     "persist_images(result, output, name=None, storage_options=None)",

@@ -37,7 +37,7 @@ class TestBlockStandards(BlockStandardTestSuite):
 
 
 @pytest.mark.anyio
-async def test_registering_the_package_registers_one_block(prefect_api):
+async def test_registering_the_package_registers_its_blocks(prefect_api):
     registered = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "prefect", "block", "register", "-m", "prefect_flux_kontext"],
@@ -47,11 +47,15 @@ async def test_registering_the_package_registers_one_block(prefect_api):
         check=False,
     )
     assert registered.returncode == 0, registered.stderr
-    assert "Successfully registered 1 block" in registered.stdout
+    assert "Successfully registered 2 blocks" in registered.stdout
     async with get_client() as client:
         kinds = await client.read_block_types()
-    (kind,) = (kind for kind in kinds if "flux" in kind.slug)
+    kind, job = sorted((kind for kind in kinds if "flux" in kind.slug), key=lambda k: k.slug)
     assert (kind.slug, kind.name) == (SLUG, "Flux Kontext Credentials")
+    assert (job.slug, job.name) == (
+        "flux-kontext-image-generation",
+        "Flux Kontext Image Generation",
+    )
     assert kind.description.startswith("An account of the Flux Kontext image API")
     async with get_client() as client:
         checksum = FluxKontextCredentials._calculate_schema_checksum()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from prefect import Flow
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -19,12 +20,14 @@ from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events, receiver
 from prefect_flux_kontext.orchestration.suspension import resume_suspended
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.orchestration.conftest import KEY, QUICK
 from tests.orchestration.deployed import read_state_names, running_worker, wait_for_state
 from tests.orchestration.records import post
 from tests.orchestration.test_deployments import ROOT
-from tests.orchestration.test_suspension import create_suspended
+from tests.orchestration.test_suspension import OWN_FLOW, create_suspended
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
 
@@ -64,6 +67,13 @@ def receiver_url(environment, tmp_path):
     assert process.returncode == 0
 
 
+async def create_pool(environment):
+    command = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
+    await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-m", "prefect", *command], env=environment, check=True
+    )
+
+
 async def wait_for_ready_events(output):
     """Wait until the server has events that the results of an output are ready; return them."""
     wanted = {
@@ -84,12 +94,7 @@ async def test_receiver_resumes_a_suspended_batch(environment, receiver_url, san
     lines = [f"row-{number},a harbour {number}" for number in range(20)]
     manifest.write_text("\n".join(["id,prompt", *lines]))
     with_callbacks = environment | {"FLUX_KONTEXT_CALLBACK_URL": receiver_url}
-    await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "prefect", "work-pool", "create", POOL, "--type", "process"],
-        env=environment,
-        check=True,
-    )
+    await create_pool(environment)
     flow = await style_transfer_batch.from_source(
         str(tmp_path), "flows/nightly_prefix.py:nightly_prefix"
     )
@@ -109,6 +114,31 @@ async def test_receiver_resumes_a_suspended_batch(environment, receiver_url, san
     assert sandbox.service.bill()["accepted"] == 20
     (event,) = await wait_for_ready_events(output)
     assert event["payload"] == {"output": f"file://{output}", "rows": 20}
+
+
+async def test_receiver_resumes_an_own_flow(environment, receiver_url, tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "own_flow.py").write_text(OWN_FLOW)
+    slow = SandboxSettings(mean=4, spread=0, long_edge=16, api_key=KEY)
+    with running_sandbox(slow) as sandbox:
+        variables = {
+            "FLUX_KONTEXT_BASE_URL": sandbox.url,
+            "FLUX_KONTEXT_CALLBACK_URL": receiver_url,
+        }
+        await create_pool(environment)
+        own = await Flow.from_source(str(tmp_path), "own_flow.py:own")
+        await own.deploy("called-back", work_pool_name=POOL, print_next_steps=False)
+        with running_worker(POOL, tmp_path, environment | variables):
+            run = await run_deployment(
+                "own/called-back", parameters={"output": str(output)}, timeout=0
+            )
+            await wait_for_state(run.id, "Suspended", "Resuming")
+            run = await wait_for_state(run.id, "Completed")
+        assert (await read_state_names(run.id)).count("Running") == 2
+        assert len(list(output.glob("*.jpg"))) == 5
+        assert sandbox.service.bill()["accepted"] == 5
+        # Each task is polled before the flow is suspended, after it is resumed, and in its wait.
+        assert sandbox.active_faults.numbers["status"] <= 15
 
 
 async def test_run_suspended_after_its_callbacks_is_resumed(account, tmp_path, monkeypatch):
