@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.collection import read_unfinished_entries
+from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
@@ -43,6 +45,7 @@ class _IndexedRow(NamedTuple):
     action: PlannedAction
     served_action: PlannedAction
     dollars: float
+    columns: str = ""
 
 
 class LedgerIndex(TempDatabase):
@@ -51,7 +54,7 @@ class LedgerIndex(TempDatabase):
     def __init__(self) -> None:
         super().__init__(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, action TEXT, "
-            "served_action TEXT, dollars REAL) WITHOUT ROWID"
+            "served_action TEXT, dollars REAL, columns TEXT) WITHOUT ROWID"
         )
         self._empty = True
 
@@ -77,6 +80,16 @@ class LedgerIndex(TempDatabase):
         (total,) = self._database.execute("SELECT total(dollars) FROM rows").fetchone()
         return float(total)
 
+    def sum_by(self, names: Iterable[str]) -> Spending:
+        """Sum the same by the values of columns, as recorded with the payments."""
+        spending = Spending(names)
+        found = self._database.execute(
+            "SELECT columns, count(*), total(dollars) FROM rows WHERE dollars > 0 GROUP BY columns"
+        )
+        for columns, rows, dollars in found:
+            spending.add(json.loads(columns or "{}"), dollars, rows=rows)
+        return spending
+
     async def read(self, store: RecordStore, options: RowOptions) -> None:
         """Read a ledger; of several attempts of a row, the latest counts.
 
@@ -94,7 +107,8 @@ class LedgerIndex(TempDatabase):
                 if failed
                 else (PlannedAction.STORED, PlannedAction.STORED)
             )
-            block.append(_IndexedRow(row.key, row.attempt, *actions, row.spent + row.doubtful))
+            dollars, columns = row.spent + row.doubtful, _encode_columns(row.columns)
+            block.append(_IndexedRow(row.key, row.attempt, *actions, dollars, columns))
             if len(block) >= _INSERT_BLOCK_ROWS:
                 await asyncio.to_thread(self._add, block)
                 block = []
@@ -103,9 +117,9 @@ class LedgerIndex(TempDatabase):
     def _add(self, block: list[_IndexedRow]) -> None:
         self._empty = self._empty and not block
         self._database.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET attempt = "
+            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET attempt = "
             "excluded.attempt, action = excluded.action, served_action = excluded.served_action, "
-            "dollars = excluded.dollars "
+            "dollars = excluded.dollars, columns = excluded.columns "
             "WHERE excluded.attempt >= attempt",
             [(bytes.fromhex(row.key), *row[1:]) for row in block],
         )
@@ -160,7 +174,7 @@ class StoredRows(TempDatabase):
 
 
 async def _index_entry(store: RecordStore, entry: Entry, options: RowOptions) -> _IndexedRow:
-    dollars = entry.spent + entry.doubtful
+    dollars, columns = entry.spent + entry.doubtful, _encode_columns(entry.columns)
     match entry.state:
         case State.INTENT if entry.intent is not None:
             if await is_alive(store, entry.intent.owner):
@@ -173,12 +187,16 @@ async def _index_entry(store: RecordStore, entry: Entry, options: RowOptions) ->
         case State.FAILED:
             reason = entry.ended.reason if entry.ended else None
             actions = _plan_failed_row(options, reason, entry.failures)
-            return _IndexedRow(entry.key, entry.attempt, *actions, dollars)
+            return _IndexedRow(entry.key, entry.attempt, *actions, dollars, columns)
         case State.ACCEPTED:
             action = PlannedAction.OUTSTANDING
         case _:
             action = PlannedAction.PAY
-    return _IndexedRow(entry.key, entry.attempt, action, action, dollars)
+    return _IndexedRow(entry.key, entry.attempt, action, action, dollars, columns)
+
+
+def _encode_columns(columns: dict[str, str] | None) -> str:
+    return json.dumps(columns, sort_keys=True) if columns else ""
 
 
 def _plan_failed_row(

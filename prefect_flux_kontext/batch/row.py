@@ -17,6 +17,7 @@ from prefect_flux_kontext.errors import (
     DownloadError,
     FluxKontextError,
     GenerationFailedError,
+    GroupBudgetReachedError,
     LedgerError,
     ReferenceImageError,
     RefusedError,
@@ -75,6 +76,8 @@ class RowRunner:
     Attributes:
         progress: The summary of the rows so far, updated while they run.
         failed: The cells of each row that failed, and its outcome.
+        run_again: Names of rows that failed before and are run again; without those that were
+            not submitted.
         latest: The latest ledger entries of rows in unfinished waves, by row key.
         submits: Whether rows are paid for; else only outstanding rows are collected.
         submitter: Pays for rows.
@@ -95,6 +98,7 @@ class RowRunner:
     ) -> None:
         self.progress = BatchSummary(output=str(output))
         self.failed: list[tuple[Mapping[str, str], RowOutcome]] = []
+        self.run_again: set[tuple[str, str | None]] = set()
         self.latest: dict[str, Entry] = {}
         self.submits = True
         self.submitter = submitter
@@ -149,6 +153,8 @@ class RowRunner:
         self.progress.spent = self.submitter.spent
         if done.outcome.state == "failed":
             self.failed.append((row.cells, done.outcome))
+        elif done.outcome.state == "not_submitted":
+            self.run_again.discard((done.outcome.id, done.outcome.style))
         return done
 
     async def _run_row(self, row: Row, key: str, finished: FinishedRow | None) -> DoneRow:
@@ -214,6 +220,7 @@ class RowRunner:
         except FluxKontextError as error:
             if error.fatal:
                 self._stop(error)
+            if error.fatal or isinstance(error, GroupBudgetReachedError):
                 return RowOutcome.of(row, entry.key, "not_submitted", error)
             if not isinstance(error, ReferenceImageError):
                 # An invalid reference costs nothing and does not concern other rows.

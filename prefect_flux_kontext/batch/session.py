@@ -44,20 +44,25 @@ class Session:
     """The open resources of a batch.
 
     Attributes:
+        client: The client of the service.
         output: Where images and the ledger go.
         ledger: The ledger, owned by this run.
         submitter: Pays for rows.
         rows: Runs rows.
         stored: The rows that earlier runs have stored.
         report: The result manifest and the gallery.
+        balance: Dollars of the account before the batch; None if the service did not say.
+        flow_run_id: The Prefect flow run that the result lines name; None outside of one.
     """
 
+    client: FluxKontextClient
     output: OutputFolder
     ledger: Ledger
     submitter: Submitter
     rows: RowRunner
     stored: StoredRows
     report: Report
+    balance: float | None = None
     flow_run_id: str | None = None
 
 
@@ -101,11 +106,10 @@ async def open_session(
     await remove_temporary_files(output)
     await remove_temporary_files(output.below(LEDGER_FOLDER), recursive=True)
     async with client, open_download_client(base_url=client.base_url) as http:
-        await client.check()
+        balance = await client.check()
         await bind(store, client.base_url, account or settings.account)
-        has_budget = options.budget_usd is not None or options.share_usd is not None
         async with keep_heartbeat(
-            store, beat_seconds=settings.heartbeat, has_budget=has_budget
+            store, beat_seconds=settings.heartbeat, has_budget=options.has_budget
         ) as heartbeat:
             owner = heartbeat.owner
             ledger = Ledger(store, owner, settings.prices())
@@ -132,6 +136,7 @@ async def open_session(
                         RatioMatcher(http if settings.match_references else None),
                         callback_session.prepare_request,
                         StopGate(settings.stop_timeout),
+                        options.money_columns,
                     )
                     deferral = Deferral(on=options.deferred)
                     store_row = create_row_storer(
@@ -151,7 +156,15 @@ async def open_session(
                     with stop_on_signals(submitter.gate):
                         try:
                             yield Session(
-                                output, ledger, submitter, rows, stored, report, flow_run_id
+                                client,
+                                output,
+                                ledger,
+                                submitter,
+                                rows,
+                                stored,
+                                report,
+                                balance,
+                                flow_run_id,
                             )
                         finally:
                             submitter.stop(BatchStoppedError("The batch is over."))

@@ -226,6 +226,29 @@ async def test_partitions_keep_the_budget_together(workers, account, tmp_path):
     assert sum(workers.count_paid(text=text).values()) == 40
 
 
+async def test_partitions_keep_budgets_by_column_together(workers, account, tmp_path):
+    given, text = rows(40)
+    for number, row in enumerate(given):
+        row["team"] = "blue" if number < 20 else "red"
+    summary = await batch()(
+        given,
+        str(tmp_path),
+        account,
+        cadence=QUICK,
+        partitions=2,
+        partition_deployment=DEPLOYMENT,
+        budget_by={"team": {"blue": 0.22}},
+        spend_by=["team"],
+    )
+    assert (summary.stored, summary.not_submitted) == (27, 13)
+    groups = {group.columns["team"]: group.spent for group in summary.spent_by}
+    assert groups == pytest.approx({"blue": 0.21, "red": 0.60})
+    assert sum(workers.count_paid(text=text).values()) == 27
+    assert summary.balance_before - summary.balance_after == pytest.approx(0.81)
+    ((artifact, _),) = await read_artifacts("markdown", summary.output) or [("", "")]
+    assert artifact
+
+
 class TestWithoutWorkers:
     async def test_batch_runs_partitions_that_no_worker_begins(
         self, workers, account, tmp_path, monkeypatch

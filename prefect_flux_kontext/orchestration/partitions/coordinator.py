@@ -129,7 +129,7 @@ async def run_partitions(
         partition_plan.share.apply_to(account),
         replace(options, since=since),
         None if was_alerted else alert_above_usd,
-        PartitionTotals(total.spent, seconds),
+        PartitionTotals(total.spent, seconds, new_plan.spending, plan.spending, plan.balance),
     )
     if (
         new_plan.to_pay
@@ -152,10 +152,14 @@ def _build_partitions(
     partition_plan: PartitionPlan, plan: Plan, options: RowOptions
 ) -> list[Partition]:
     count = min(partition_plan.partitions, plan.to_pay)
-    budget = None
-    if options.budget_usd is not None:
-        left = max(0.0, options.budget_usd - plan.spent)
-        budget = math.floor(left / count * 1_000_000) / 1_000_000
+
+    def share(dollars: float, spent: float) -> float:
+        return math.floor(max(0.0, dollars - spent) / count * 1_000_000) / 1_000_000
+
+    budget = None if options.budget_usd is None else share(options.budget_usd, plan.spent)
+    budget_by: dict[str, dict[str, float]] = {}
+    for column, value, dollars, spent, _ in plan.list_budgets():
+        budget_by.setdefault(column, {})[value] = share(dollars, spent)
     slots, requests_per_minute = partition_plan.share
     return [
         Partition(
@@ -164,6 +168,7 @@ def _build_partitions(
             slots=slots,
             requests_per_minute=requests_per_minute,
             budget_usd=budget,
+            budget_by=budget_by,
         )
         for number in range(1, count + 1)
     ]
@@ -182,7 +187,7 @@ async def _run_all(
     context = FlowRunContext.get()
     name = context.flow_run.name if context is not None and context.flow_run else "batch"
     async with keep_heartbeat(store) as heartbeat, get_client() as client:
-        if options.budget_usd is not None:
+        if options.has_budget:
             await ensure_sole_run(store, heartbeat.owner)
         running = [
             PartitionRuns(client, store, partition, partition_plan, name)
@@ -310,9 +315,7 @@ class PartitionRuns:
 
     async def _handle_end(self, run: FlowRun, *, died: bool) -> None:
         # A partition with a share of a budget is not restarted: it may have spent its share.
-        should_restart = (
-            died and len(self._runs) < _MAX_STARTS and self._partition.budget_usd is None
-        )
+        should_restart = died and len(self._runs) < _MAX_STARTS and not self._partition.has_budget
         get_run_logger().log(
             logging.WARNING if died else logging.INFO,
             "Partition %d of %d (%s) %s.%s",
