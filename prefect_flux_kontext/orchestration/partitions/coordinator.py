@@ -34,6 +34,7 @@ from prefect_flux_kontext.orchestration.batch_run import (
 from prefect_flux_kontext.orchestration.partitions.flow import Partition
 from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
 from prefect_flux_kontext.orchestration.partitions.progress import read_progress, remove_progress
+from prefect_flux_kontext.orchestration.partitions.rows import share_rows
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -108,6 +109,7 @@ async def run_partitions(
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output.
         LedgerError: The ledger cannot be read or written.
+        StorageError: The rows cannot be written for the partitions.
     """
     if partition_plan is None:
         yield RemainingWork(account, options, alert_above_usd)
@@ -118,7 +120,10 @@ async def run_partitions(
     alarm = create_spend_alarm(total, lambda: total.spent, alert_above_usd)
     if plan.to_pay:
         partitions = _build_partitions(partition_plan, plan, options)
-        await _run_all(partitions, partition_plan, output, options, total, plan, alarm)
+        async with share_rows(rows, output) as shared:
+            parameters = partition_plan.parameters | shared
+            partition_plan = replace(partition_plan, parameters=parameters)
+            await _run_all(partitions, partition_plan, output, options, total, plan, alarm)
     new_plan = await build_plan(rows, output, account, options)
     # The ledger, not the records of the partitions, says what was spent.
     total.spent = round(new_plan.spent - plan.spent, 6)

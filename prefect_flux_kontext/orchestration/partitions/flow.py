@@ -39,6 +39,7 @@ from prefect_flux_kontext.orchestration.parameters import (
 )
 from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
 from prefect_flux_kontext.orchestration.partitions.progress import report_progress
+from prefect_flux_kontext.orchestration.partitions.rows import read_shared_rows
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
 from prefect_flux_kontext.settings import FluxKontextSettings
 
@@ -86,6 +87,7 @@ async def style_transfer_partition(
     storage_options: StorageOptions = None,
     manifest_format: ManifestFormat | None = None,
     text_to_image: bool = False,
+    rows_file: str | None = None,
 ) -> BatchSummary:
     """Run one partition of a batch with a leased share of the account.
 
@@ -114,6 +116,7 @@ async def style_transfer_partition(
         storage_options: Options of the output's filesystem.
         manifest_format: Format of the file. Default: by its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
+        rows_file: The file in the output that has the rows in place of `manifest`.
 
     Returns:
         The counts of the partition's rows.
@@ -125,6 +128,7 @@ async def style_transfer_partition(
         BatchStoppedError: The service refuses the account, nearly all rows fail, or the lease was
             lost; the remaining rows were not submitted.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
+        ManifestError: The rows are not in the output any more; nothing was submitted.
     """
     context = FlowRunContext.get()
     assert context is not None and context.flow_run is not None  # noqa: S101, PT018 - it is a flow
@@ -160,6 +164,8 @@ async def style_transfer_partition(
         "output_format": output_format,
         "provider": provider,
     }
+    if rows_file is not None:
+        manifest = await read_shared_rows(output, rows_file)
     rows = Manifest(
         manifest,
         prompt,
