@@ -27,6 +27,7 @@
     ├── InvalidImageError            the bytes are not a complete image of an expected format
     └── BatchStoppedError            the batch stopped before all of its rows ended
         └── BudgetReachedError           the next image would exceed the budget
+            └── GroupBudgetReachedError      it would exceed the budget of rows like it
 
 Each class answers three questions for the caller: is it known that the request was not accepted
 (`not_accepted`), can the same request be made again later (`retryable`), and would the other
@@ -226,3 +227,9 @@ class BatchStoppedError(FluxKontextError):
 
 class BudgetReachedError(BatchStoppedError):
     """The next image would exceed the budget. It was not submitted."""
+
+
+class GroupBudgetReachedError(BudgetReachedError):
+    """The next image would exceed the budget of the rows with its value in a column."""
+
+    fatal = False

@@ -37,6 +37,7 @@ from prefect_flux_kontext.orchestration.batch_run import (
 )
 from prefect_flux_kontext.orchestration.parameters import (
     Account,
+    GroupBudgets,
     Output,
     Prompt,
     StorageOptions,
@@ -162,6 +163,8 @@ async def style_transfer_batch(
     skip_invalid: bool = False,
     fit_references: bool = False,
     budget_usd: NonNegativeFloat | None = None,
+    budget_by: GroupBudgets = None,
+    spend_by: list[str] | None = None,
     approve_above_usd: NonNegativeFloat | None = None,
     callback_url: str | None = None,
     dry_run: bool = False,
@@ -207,6 +210,10 @@ async def style_transfer_batch(
         fit_references: Shrink local and private reference images of more than 10 MB.
         budget_usd: Most dollars that the output may cost in total, including earlier runs and
             rows that may have been billed. The run stops before the row that would exceed it.
+        budget_by: The same for the rows with a value in a column, such as
+            `{"team": {"blue": 20}}`. When it is reached, these rows are not submitted, and the
+            others go on.
+        spend_by: Columns by whose values the summary shows what was spent.
         approve_above_usd: Pause for approval if the plan costs more dollars than this. Resume
             the flow run to approve, cancel it to decline. The run then costs at most the approved
             sum.
@@ -251,6 +258,8 @@ async def style_transfer_batch(
         account,
         resubmit_unknown=resubmit_unknown,
         budget_usd=budget_usd,
+        budget_by=budget_by or {},
+        spend_by=spend_by or (),
         fit_references=fit_references,
         deferred=suspends or wait == "collect",
     )
@@ -326,6 +335,8 @@ async def retry_failed(
     failure_policy: FailurePolicy | None = None,
     fit_references: bool = False,
     budget_usd: NonNegativeFloat | None = None,
+    budget_by: GroupBudgets = None,
+    spend_by: list[str] | None = None,
     storage_options: StorageOptions = None,
 ) -> BatchSummary:
     """Run the failed rows of a batch again, and no other rows.
@@ -343,6 +354,10 @@ async def retry_failed(
         fit_references: Shrink local and private reference images of more than 10 MB.
         budget_usd: Most dollars that the output may cost in total, including earlier runs and
             rows that may have been billed. The run stops before the row that would exceed it.
+        budget_by: The same for the rows with a value in a column, such as
+            `{"team": {"blue": 20}}`. When it is reached, these rows are not submitted, and the
+            others go on.
+        spend_by: Columns by whose values the summary shows what was spent.
         storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
             Prefect stores parameters in plain text, so keep keys in a Block.
 
@@ -361,6 +376,8 @@ async def retry_failed(
         account,
         retry_failed=True,
         budget_usd=budget_usd,
+        budget_by=budget_by or {},
+        spend_by=spend_by or (),
         fit_references=fit_references,
     )
     output = await open_output(output, storage_options)

@@ -1,22 +1,41 @@
-"""A hard cap on what an output may cost, over all its runs."""
+"""Hard caps on what an output, and groups of its rows, may cost over all its runs."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 from prefect_flux_kontext.batch.index import LedgerIndex
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     BudgetReachedError,
     ConfigurationError,
+    GroupBudgetReachedError,
 )
 from prefect_flux_kontext.ledger.heartbeat import wait_for_dead
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.batch.spending import Spending
     from prefect_flux_kontext.ledger.heartbeat import Heartbeat
     from prefect_flux_kontext.ledger.store import RecordStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Cap:
+    """What may still be committed under one cap, in millionths of a dollar."""
+
+    name: str
+    dollars: float
+    left: int
+    in_flight: int = 0
+    is_reported: bool = False
 
 
 class Budget:
@@ -29,6 +48,8 @@ class Budget:
         dollars: The cap; None for no cap.
         committed: Dollars that earlier runs have spent, or may have spent.
         heartbeat: The heartbeat of this run, without which other runs would not wait for it.
+        by: Caps by column and value, for the rows with that value.
+        spending: What earlier runs have spent, or may have spent, by these columns.
     """
 
     def __init__(
@@ -36,33 +57,57 @@ class Budget:
         dollars: float | None,
         committed: float = 0.0,
         heartbeat: Heartbeat | None = None,
+        by: Mapping[str, Mapping[str, float]] | None = None,
+        spending: Spending | None = None,
     ) -> None:
-        self._dollars = dollars
         self._heartbeat = heartbeat
-        self._left = None if dollars is None else _millionths(dollars) - _millionths(committed)
-        self._in_flight = 0
+        self._whole = None if dollars is None else _make_cap("this output", dollars, committed)
+        self._by = {
+            (column, value): _make_cap(
+                f"{column}={value}", cap, spending.sum_dollars(column, value) if spending else 0.0
+            )
+            for column, caps in (by or {}).items()
+            for value, cap in caps.items()
+        }
         self._changed = asyncio.Condition()
 
-    async def reserve(self, price: float) -> None:
+    def check(self, price: float, columns: Mapping[str, str]) -> None:
+        """Check that a POST may still be possible, before anything is prepared for it.
+
+        Args:
+            price: Its price, in dollars.
+            columns: The values by which its row is counted.
+
+        Raises:
+            BudgetReachedError: As for `reserve`.
+        """
+        short = self._find_short(_millionths(price), self._find_caps(columns))
+        if short is not None and not short.in_flight:
+            self._raise_reached(short, price)
+
+    async def reserve(self, price: float, columns: Mapping[str, str]) -> None:
         """Reserve the price of a POST; wait while POSTs in flight may still return theirs.
+
+        Args:
+            price: Its price, in dollars.
+            columns: The values by which its row is counted.
 
         Raises:
             BudgetReachedError: The cap would be exceeded.
+            GroupBudgetReachedError: The cap of the row's group would be exceeded.
         """
-        if self._left is None:
+        caps = self._find_caps(columns)
+        if not caps:
             return
         needed = _millionths(price)
         async with self._changed:
-            while needed > self._left:
-                if not self._in_flight:
-                    raise BudgetReachedError(
-                        f"The budget of ${self._dollars:,.2f} for this output is reached: "
-                        f"${self._left / 1_000_000:,.2f} is left, the next image costs "
-                        f"${price:g}."
-                    )
+            while short := self._find_short(needed, caps):
+                if not short.in_flight:
+                    self._raise_reached(short, price)
                 await self._changed.wait()
-            self._left -= needed
-            self._in_flight += 1
+            for cap in caps:
+                cap.left -= needed
+                cap.in_flight += 1
 
     def check_current(self) -> None:
         """Check that no other run can have paid without this budget's knowledge.
@@ -72,25 +117,51 @@ class Budget:
         Raises:
             BatchStoppedError: This run was frozen for so long that it counted as dead.
         """
-        if self._dollars is not None and self._heartbeat and self._heartbeat.is_overdue:
+        if (self._whole or self._by) and self._heartbeat and self._heartbeat.is_overdue:
             raise BatchStoppedError(
                 "This run was frozen, so another run may have spent from its budget. Run it again."
             )
 
-    async def settle(self, price: float, *, refunded: bool) -> None:
+    async def settle(self, price: float, columns: Mapping[str, str], *, refunded: bool) -> None:
         """Settle a reservation when the outcome of its POST is known.
 
         Args:
             price: The reserved price, in dollars.
+            columns: The values by which the row is counted.
             refunded: Whether the POST is known not to have been accepted; else it stays counted.
         """
-        if self._left is None:
+        caps = self._find_caps(columns)
+        if not caps:
             return
         async with self._changed:
-            self._in_flight -= 1
-            if refunded:
-                self._left += _millionths(price)
+            for cap in caps:
+                cap.in_flight -= 1
+                if refunded:
+                    cap.left += _millionths(price)
             self._changed.notify_all()
+
+    def _find_caps(self, columns: Mapping[str, str]) -> list[_Cap]:
+        caps = [self._by[item] for item in columns.items() if item in self._by]
+        return [self._whole, *caps] if self._whole else caps
+
+    def _find_short(self, needed: int, caps: Sequence[_Cap]) -> _Cap | None:
+        return next((cap for cap in caps if needed > cap.left), None)
+
+    def _raise_reached(self, cap: _Cap, price: float) -> NoReturn:
+        message = (
+            f"The budget of ${cap.dollars:,.2f} for {cap.name} is reached: "
+            f"${cap.left / 1_000_000:,.2f} is left, the next image costs ${price:g}."
+        )
+        if cap is self._whole:
+            raise BudgetReachedError(message)
+        if not cap.is_reported:
+            cap.is_reported = True
+            logger.warning("%s Its other rows are not submitted.", message)
+        raise GroupBudgetReachedError(message)
+
+
+def _make_cap(name: str, dollars: float, committed: float) -> _Cap:
+    return _Cap(name, dollars, _millionths(dollars) - _millionths(committed))
 
 
 async def open_budget(store: RecordStore, heartbeat: Heartbeat, options: RowOptions) -> Budget:
@@ -104,14 +175,17 @@ async def open_budget(store: RecordStore, heartbeat: Heartbeat, options: RowOpti
         ConfigurationError: Another run is paying into the output.
         LedgerError: The ledger cannot be read.
     """
-    if options.share_usd is not None:
-        return Budget(options.share_usd, heartbeat=heartbeat)
-    if options.budget_usd is None:
+    if not options.has_budget:
         return Budget(None)
+    if options.is_share:
+        return Budget(options.budget_usd, heartbeat=heartbeat, by=options.budget_by)
     await ensure_sole_run(store, heartbeat.owner)
     with LedgerIndex() as index:
         await index.read(store)
-        return Budget(options.budget_usd, index.sum_dollars(), heartbeat)
+        spending = index.sum_by(options.budget_by)
+        return Budget(
+            options.budget_usd, index.sum_dollars(), heartbeat, options.budget_by, spending
+        )
 
 
 async def ensure_sole_run(store: RecordStore, owner: str) -> None:

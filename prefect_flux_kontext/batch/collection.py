@@ -7,12 +7,13 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
+from prefect_flux_kontext.batch.spending import Spending, clean_value
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
-from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
@@ -26,9 +27,10 @@ from prefect_flux_kontext.ledger.waves import (
     read_open_waves,
 )
 from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.report.results import get_manifest_value, read_all_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
@@ -167,6 +169,7 @@ class LedgerStatus:
         outstanding: Rows paid for and not stored, the oldest first.
         unknown: Rows that may or may not have been billed, and whose run is dead.
         missing: Stored rows whose images were removed from the output; None if not looked for.
+        spending: The money by the columns that were asked for.
     """
 
     states: Counter[State] = field(default_factory=Counter)
@@ -175,23 +178,35 @@ class LedgerStatus:
     outstanding: list[Entry] = field(default_factory=list)
     unknown: list[Entry] = field(default_factory=list)
     missing: int | None = None
+    spending: Spending = field(default_factory=Spending)
+
+
+class _RowMoney(NamedTuple):
+    attempt: int
+    state: State
+    spent: float
+    doubtful: float
+    columns: dict[str, str] | None
 
 
 async def read_ledger_status(
-    store: RecordStore, output: OutputFolder | None = None
+    store: RecordStore, output: OutputFolder | None = None, by: Sequence[str] = ()
 ) -> LedgerStatus:
     """Read the states and costs of all rows.
 
     Args:
         store: The ledger's records.
         output: The output, to look for images that were removed; only on a local disk.
+        by: Columns to count the money by. The values are those that were recorded with the
+            payments, else those of the result manifest.
 
     Raises:
+        ConfigurationError: No row has one of the columns.
         LedgerError: The ledger cannot be read or is damaged.
     """
     await check_format(store)
-    status = LedgerStatus()
-    rows: dict[str, tuple[int, State, float, float]] = {}
+    status = LedgerStatus(spending=Spending(by))
+    rows: dict[str, _RowMoney] = {}
     # Unfinished waves first: a wave that ends meanwhile is then read twice rather than not at all.
     for entry in await read_unfinished_entries(store):
         state = entry.state
@@ -201,20 +216,56 @@ async def read_ledger_status(
                 status.unknown.append(entry)
         elif state is State.ACCEPTED:
             status.outstanding.append(entry)
-        rows[entry.key] = (entry.attempt, state, entry.spent, entry.doubtful)
+        rows[entry.key] = _RowMoney(
+            entry.attempt, state, entry.spent, entry.doubtful, entry.columns
+        )
     missing = 0
     async for row in read_finished_rows(store):
         if output is not None and row.ended.state == "stored":
             missing += bool(output.find_missing(row.ended.files))
-        if row.attempt >= rows.get(row.key, (0,))[0]:
-            rows[row.key] = (row.attempt, State(row.ended.state), row.spent, row.doubtful)
+        if row.key not in rows or row.attempt >= rows[row.key].attempt:
+            state = State(row.ended.state)
+            rows[row.key] = _RowMoney(row.attempt, state, row.spent, row.doubtful, row.columns)
     if output is not None and output.is_local:
         status.missing = missing
     status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
-    status.states.update(state for _, state, _, _ in rows.values())
-    status.spent = sum(spent for _, _, spent, _ in rows.values())
-    status.doubtful = sum(doubtful for _, _, _, doubtful in rows.values())
+    status.states.update(row.state for row in rows.values())
+    status.spent = sum(row.spent for row in rows.values())
+    status.doubtful = sum(row.doubtful for row in rows.values())
+    if by and output is not None:
+        await _count_spending(status.spending, output, rows)
     return status
+
+
+async def _count_spending(
+    spending: Spending, output: OutputFolder, rows: Mapping[str, _RowMoney]
+) -> None:
+    """Count the money of rows by the columns of `spending`."""
+    found = await _read_columns(output, spending.names)
+    seen: set[str] = set()
+    for key, row in rows.items():
+        columns = found.get(key, {}) | (row.columns or {})
+        seen.update(columns)
+        if row.spent or row.doubtful:
+            spending.add(columns, row.spent, row.doubtful)
+    if unknown := sorted(set(spending.names) - seen):
+        raise ConfigurationError(
+            f"No row of {output} has a value in {', '.join(unknown)}. The columns are those of "
+            "its manifests."
+        )
+
+
+async def _read_columns(output: OutputFolder, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return the values of rows in columns, by row key; of equal rows, those of the first."""
+    found: dict[str, dict[str, str]] = {}
+    async for line in read_all_lines(output):
+        if line.get("key") not in found and line.get("key"):
+            found[line["key"]] = {
+                name: clean_value(value)
+                for name in names
+                if (value := get_manifest_value(line, name)) is not None
+            }
+    return found
 
 
 async def read_unfinished_entries(store: RecordStore) -> list[Entry]:

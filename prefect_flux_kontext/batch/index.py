@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.collection import read_unfinished_entries
+from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
@@ -44,6 +46,7 @@ class _IndexedRow(NamedTuple):
     reason: str | None
     failures: int
     dollars: float
+    columns: str
     record: str | None
 
 
@@ -53,7 +56,7 @@ class LedgerIndex(TempDatabase):
     def __init__(self) -> None:
         super().__init__(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, state TEXT, reason TEXT, "
-            "failures INTEGER, dollars REAL, record TEXT) WITHOUT ROWID"
+            "failures INTEGER, dollars REAL, columns TEXT, record TEXT) WITHOUT ROWID"
         )
         self._empty = True
         self._lock = threading.Lock()
@@ -126,6 +129,16 @@ class LedgerIndex(TempDatabase):
         (total,) = self._database.execute("SELECT total(dollars) FROM rows").fetchone()
         return float(total)
 
+    def sum_by(self, names: Iterable[str]) -> Spending:
+        """Sum the same by the values of columns, as recorded with the payments."""
+        spending = Spending(names)
+        found = self._database.execute(
+            "SELECT columns, count(*), total(dollars) FROM rows WHERE dollars > 0 GROUP BY columns"
+        )
+        for columns, rows, dollars in found:
+            spending.add(json.loads(columns or "{}"), dollars, rows=rows)
+        return spending
+
     async def find_stored(
         self, keys: Collection[str], output: OutputFolder
     ) -> dict[str, FinishedRow]:
@@ -151,9 +164,10 @@ class LedgerIndex(TempDatabase):
     def _add(self, block: list[_IndexedRow]) -> None:
         self._empty = self._empty and not block
         self._database.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
             "attempt = excluded.attempt, state = excluded.state, reason = excluded.reason, "
-            "failures = excluded.failures, dollars = excluded.dollars, record = excluded.record "
+            "failures = excluded.failures, dollars = excluded.dollars, "
+            "columns = excluded.columns, record = excluded.record "
             "WHERE excluded.attempt >= attempt",
             block,
         )
@@ -170,6 +184,7 @@ async def _index_entry(store: RecordStore, entry: Entry) -> _IndexedRow:
         entry.ended.reason if entry.ended else None,
         entry.failures,
         entry.spent + entry.doubtful,
+        _encode_columns(entry.columns),
         None,
     )
 
@@ -183,6 +198,11 @@ def _index_finished_row(row: FinishedRow, *, keep_record: bool) -> _IndexedRow:
         row.ended.reason,
         row.failures,
         row.spent + row.doubtful,
+        _encode_columns(row.columns),
         # Only for stored rows: a later attempt may have changed the state of a failed one.
         row.model_dump_json(exclude_none=True) if keep_record and state is State.STORED else None,
     )
+
+
+def _encode_columns(columns: dict[str, str] | None) -> str:
+    return json.dumps(columns, sort_keys=True) if columns else ""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
 from prefect_flux_kontext.batch.progress import format_duration
+from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS, Spending, label_row
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
@@ -150,6 +151,10 @@ class Plan:
             documented.
         spent: Dollars that the output has cost so far, or may have cost.
         budget: Dollars that the output may cost in all; None for no cap.
+        balance: Dollars of the account; None if that is not known.
+        budget_by: Dollars that the rows with a value in a column may cost in all.
+        spending: Dollars that the output has cost so far, or may have cost, by these columns.
+        planned: Dollars for the images to be paid, by the same columns.
         digest: Identifies exactly what is to be paid, in this order and at these prices.
     """
 
@@ -169,6 +174,10 @@ class Plan:
     seconds: float = 0.0
     spent: float = 0.0
     budget: float | None = None
+    balance: float | None = None
+    budget_by: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    spending: Spending = field(default_factory=Spending)
+    planned: Spending = field(default_factory=Spending)
     digest: str = ""
 
     @property
@@ -239,6 +248,15 @@ class Plan:
             budget_usd=cap if options.budget_usd is None else min(cap, options.budget_usd),
         )
 
+    def list_budgets(self) -> Iterator[tuple[str, str, float, float, float]]:
+        """Yield column, value, budget, dollars spent and dollars to be paid of each group."""
+        for column, caps in self.budget_by.items():
+            for value, dollars in caps.items():
+                spent, price = (
+                    each.sum_dollars(column, value) for each in (self.spending, self.planned)
+                )
+                yield column, value, dollars, spent, price
+
     def to_summary(self, output: str) -> BatchSummary:
         """Return the summary of a run that stops after planning."""
         counts = {
@@ -302,6 +320,16 @@ class Plan:
             exceeded = self.spent + self.price > self.budget + 1e-9
             warning = ": not enough for all rows" if exceeded else ""
             lines.append(f"{f'${self.budget:,.2f}':>9}  budget for all runs{warning}")
+        for column, value, dollars, spent, price in self.list_budgets():
+            exceeded = spent + price > dollars + 1e-9
+            warning = ", not enough for all its rows" if exceeded else ""
+            lines.append(
+                f"{f'${dollars:,.2f}':>9}  budget for {column}={value}: ${spent:,.2f} spent, "
+                f"${price:,.2f} to be paid{warning}"
+            )
+        if self.balance is not None:
+            warning = ": not enough for all rows" if self.balance < self.price - 1e-9 else ""
+            lines.append(f"{f'${self.balance:,.2f}':>9}  balance of the account{warning}")
         return "\n".join(lines)
 
 
@@ -337,6 +365,9 @@ async def make_plan(
             prices=prices,
             spent=index.sum_dollars(),
             budget=options.budget_usd,
+            budget_by=options.budget_by,
+            spending=index.sum_by(options.money_columns),
+            planned=Spending(options.money_columns),
         )
         await asyncio.to_thread(_plan_rows, plan, manifest, index, options, limit)
     plan.seconds = _estimate_seconds(
@@ -369,9 +400,12 @@ def _plan_rows(
     def is_to_be_paid(row: Row) -> bool:
         return not plan.run_rows and _get_action(index, row, options) is PlannedAction.PAY
 
+    names = plan.planned.names
+    unseen = set(names) - {"id", "style", *REQUEST_COLUMNS}
     with DuplicateIndex() as keys:
         for row in with_reference_checks(manifest.rows(), options.references, is_to_be_paid):
             plan.rows += 1
+            unseen.difference_update(row.cells)
             if isinstance(row, RefusedRow):
                 plan.refused += 1
                 if len(plan.problems) < _MAX_PROBLEMS:
@@ -389,15 +423,26 @@ def _plan_rows(
             plan.actions[action] += 1
             if action is PlannedAction.PAY:
                 plan.routes[row.request.mode, row.request.provider] += 1
+                price = find_price(plan.prices, row.request.mode, row.request.provider)
+                plan.planned.add(label_row(row, names), price)
                 digest.update(key.encode())
                 if plan.to_pay == limit:
                     plan.run_rows = plan.rows
     plan.run_rows = plan.run_rows or plan.rows
     if not plan.rows:
         raise ManifestError(f"The manifest {manifest.url} has no rows.")
+    _check_columns_seen(plan, unseen)
     plan.lines = manifest.counts["lines"]
     plan.skipped = manifest.skipped
     plan.digest = digest.hexdigest()
+
+
+def _check_columns_seen(plan: Plan, unseen: set[str]) -> None:
+    if unseen and plan.refused < plan.rows:
+        raise ManifestError(
+            f"No row of {plan.url} has a column {', '.join(sorted(unseen))}, by which money is to "
+            "be counted. Check --by and --budget-by (in a flow, spend_by and budget_by)."
+        )
 
 
 def _get_action(index: LedgerIndex, row: Row, options: RowOptions) -> PlannedAction:

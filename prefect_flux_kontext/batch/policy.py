@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefect_flux_kontext.references.resolver import References
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from prefect_flux_kontext.client.polling import PollingCadence
@@ -119,8 +120,10 @@ class RowOptions:
         retry_failed: Pay again for rows that have failed.
         result_days: Days for which the service keeps a result.
         budget_usd: Dollars that the output may cost over all its runs; None for no cap.
-        share_usd: Dollars that this run alone may cost, regardless of other runs: a partition's
-            share of the remaining budget; None for no share.
+        budget_by: Likewise, dollars by column and value, such as `{"team": {"blue": 20}}`.
+        is_share: Whether the budgets are for this run alone, regardless of other runs: a
+            partition's share of what remains.
+        spend_by: Columns by whose values the summary counts what was spent.
         since: When the batch began, if its partitions have stored rows before this run.
         deferred: Submit all rows and leave their results for a later collection.
         references: How reference images that are not on the web reach the service.
@@ -132,7 +135,19 @@ class RowOptions:
     retry_failed: bool = False
     result_days: float = 15.0
     budget_usd: float | None = None
-    share_usd: float | None = None
+    budget_by: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    is_share: bool = False
+    spend_by: Sequence[str] = ()
     since: datetime | None = None
     deferred: bool = False
     references: References = field(default_factory=References)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is a cap on what may be paid."""
+        return self.budget_usd is not None or bool(self.budget_by)
+
+    @property
+    def money_columns(self) -> list[str]:
+        """The columns whose values are recorded with each payment."""
+        return list(dict.fromkeys([*self.spend_by, *self.budget_by]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
 from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
 from prefect_flux_kontext.ledger.records import Entry
 from prefect_flux_kontext.ledger.waves import FinishedRow
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.report.results import Line
-
-_PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
 
 def line_from_outcome(session: Session, done: DoneRow) -> Line:
@@ -48,7 +47,7 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
         "recorded_at": _format_timestamp(utc_now()),
     }
     if isinstance(row, Row):
-        line |= {name: getattr(row.request, name) for name in _PARAMETERS}
+        line |= {name: getattr(row.request, name) for name in REQUEST_COLUMNS}
         line["reference_images"] = [redact_url(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | extract_custom_columns(row.cells)
     return {name: _sanitize(value) for name, value in line.items() if value not in (None, "")}

@@ -13,6 +13,7 @@ from prefect_flux_kontext.errors import (
     BatchStoppedError,
     FluxKontextError,
     GenerationFailedError,
+    GroupBudgetReachedError,
     LedgerError,
     ReferenceImageError,
     ReplyLostError,
@@ -83,6 +84,8 @@ async def _run(
     session.progress.spent = session.submitter.spent
     if done.outcome.state == "failed":
         session.failed.append((row.cells, done.outcome))
+    elif done.outcome.state == "not_submitted":
+        session.run_again.discard((done.outcome.id, done.outcome.style))
     return done
 
 
@@ -134,6 +137,7 @@ async def _submit(session: Session, row: Row, entry: Entry) -> Entry | RowOutcom
     except FluxKontextError as error:
         if error.fatal:
             _stop(session, error)
+        if error.fatal or isinstance(error, GroupBudgetReachedError):
             return RowOutcome.of(row, row.key, "not_submitted", error)
         if not isinstance(error, ReferenceImageError):
             # An invalid reference costs nothing and does not concern other rows.

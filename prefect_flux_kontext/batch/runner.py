@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.planning import with_row_keys
+from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import (
@@ -26,7 +27,7 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems, list_references
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
-from prefect_flux_kontext.report.builder import RESULTS_JSONL
+from prefect_flux_kontext.report.results import RESULTS_JSONL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,7 +50,6 @@ _FAILED_REFERENCES = "failed.json"
 _FORMULA = re.compile(r"^[=+\-@\t\r]")
 
 _FAILURE_COLUMNS = ("failed_reason", "failed_message")
-_REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
 _RowName: TypeAlias = tuple[str, str | None]
 """The id and the style of a row."""
@@ -81,7 +81,7 @@ async def run_batch(
         ManifestError: The rows cannot be read to their end.
     """
     earlier = await _read_failures(session.output)
-    run_again: set[_RowName] = set()
+    run_again = session.run_again
     keyed_rows = _find_rows(
         with_row_keys(rows, session.options.references), set(map(_name, earlier)), run_again
     )
@@ -94,6 +94,11 @@ async def run_batch(
         left = await run_collection(session, run_wave, concurrent_tasks=concurrent_tasks)
         if left.rows:
             logger.info("Collected rows of earlier runs: %s.", left)
+    summary.balance_before, summary.balance_after = session.balance, None
+    if session.balance is not None:
+        summary.balance_after = await session.client.find_balance()
+    session.progress.balance_before = summary.balance_before
+    session.progress.balance_after = summary.balance_after
     if session.submitter.stopped is not None:
         kind = BatchStoppedError
         if isinstance(session.submitter.stopped, BudgetReachedError):
@@ -261,7 +266,7 @@ async def _read_cells(session: Session, outcome: RowOutcome) -> dict[str, str]:
         intent = (await session.ledger.read(outcome.key)).intent if outcome.key else None
         if intent is not None:
             request = intent.request
-            cells |= {name: getattr(request, name) for name in _REQUEST_COLUMNS}
+            cells |= {name: getattr(request, name) for name in REQUEST_COLUMNS}
             if request.image_urls:
                 cells["images"] = json.dumps(request.image_urls)
             if intent.name:

@@ -64,10 +64,13 @@ class Session:
         callbacks: Receives callbacks.
         deferral: Limits how long rows wait for their results.
         report: The result manifest and the gallery.
+        balance: Dollars of the account before the batch; None if the service did not say.
         flow_run_id: The Prefect flow run that the result lines name; None outside of one.
         submits: Whether rows are paid for; else only outstanding rows are collected.
         progress: The summary of the rows so far, updated while they run.
         failed: The cells of each row that failed, and its outcome.
+        run_again: Names of rows that failed before and are run again; without those that were
+            not submitted.
         latest: The latest ledger entries of rows in unfinished waves, by row key.
         locks: A lock for each row key in progress, so that equal rows run one after the other.
         breaker: Detects that nearly all rows fail.
@@ -85,10 +88,12 @@ class Session:
     callbacks: CallbackSession
     deferral: Deferral
     report: Report
+    balance: float | None = None
     flow_run_id: str | None = None
     submits: bool = True
     progress: BatchSummary = field(init=False)
     failed: list[tuple[Mapping[str, str], RowOutcome]] = field(default_factory=list)
+    run_again: set[tuple[str, str | None]] = field(default_factory=set)
     latest: dict[str, Entry] = field(default_factory=dict)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     breaker: Breaker = field(default_factory=Breaker)
@@ -153,11 +158,10 @@ async def open_session(
     await remove_temporary_files(output)
     await remove_temporary_files(output.below(LEDGER_FOLDER), recursive=True)
     async with client, open_download_client(base_url=client.base_url) as http:
-        await client.check()
+        balance = await client.check()
         await bind(store, client.base_url, account or settings.account)
-        has_budget = options.budget_usd is not None or options.share_usd is not None
         async with keep_heartbeat(
-            store, beat_seconds=settings.heartbeat, has_budget=has_budget
+            store, beat_seconds=settings.heartbeat, has_budget=options.has_budget
         ) as heartbeat:
             owner = heartbeat.owner
             ledger = Ledger(store, owner, settings.prices())
@@ -184,6 +188,7 @@ async def open_session(
                         RatioMatcher(http if settings.match_references else None),
                         callback_session.prepare_request,
                         StopGate(settings.stop_timeout),
+                        options.money_columns,
                     )
                     session = Session(
                         client=client,
@@ -197,6 +202,7 @@ async def open_session(
                         callbacks=callback_session,
                         deferral=Deferral(on=options.deferred),
                         report=report,
+                        balance=balance,
                         flow_run_id=flow_run_id,
                     )
                     with stop_on_signals(submitter.gate):

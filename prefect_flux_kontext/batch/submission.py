@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.budget import Budget
+from prefect_flux_kontext.batch.spending import Spending, label_row
 from prefect_flux_kontext.batch.stopping import StopGate
 from prefect_flux_kontext.errors import FluxKontextError, LedgerError, ReplyLostError
 from prefect_flux_kontext.ledger.records import Posted
@@ -17,7 +18,7 @@ from prefect_flux_kontext.references.ratio import RatioMatcher
 from prefect_flux_kontext.references.resolver import References
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from prefect_flux_kontext.batch.outage import PostGate
     from prefect_flux_kontext.client.client import (
@@ -48,11 +49,13 @@ class Submitter:
         ratios: Chooses the ratio of requests with `match`.
         prepare: Returns the request to send for a claimed attempt, with its callback URL.
         gate: Stops submitting.
+        columns: Columns whose values are recorded with each payment.
 
     Attributes:
         gate: Stops submitting.
         accepted: Rows accepted in this run.
         spent: Dollars for the rows accepted in this run.
+        spending: The same by the values of the columns.
         outstanding: Keys of rows that this run knows to be paid and not ended.
     """
 
@@ -66,10 +69,12 @@ class Submitter:
         ratios: RatioMatcher | None = None,
         prepare: Callable[[GenerationRequest, Entry], GenerationRequest] | None = None,
         gate: StopGate | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         self.gate = gate or StopGate()
         self.accepted = 0
         self.spent = 0.0
+        self.spending = Spending(columns)
         self.outstanding: set[str] = set()
         self._client = client
         self._ledger = ledger
@@ -100,13 +105,14 @@ class Submitter:
 
         Raises:
             RowAlreadyClaimedError: Another run was first; nothing was sent.
-            BatchStoppedError: The batch was stopped; nothing was sent.
+            BatchStoppedError: The batch was stopped, or a budget is reached; nothing was sent.
             LedgerError: The intent could not be recorded; nothing was sent.
             ReferenceImageError: A reference image cannot be used any more; nothing was sent.
             StorageError: A reference image could not be staged; nothing was sent.
             ApiError: See `FluxKontextClient.submit`. If it is `not_accepted`, that is on record;
                 otherwise the row is unknown.
         """
+        self._budget.check(self._ledger.price_of(row.request), self._label(row, entry))
         request = await self.gate.interruptible(self._ratios.match(row.request))
         row = replace(row, request=request)
         prepared = self._references.prepare(row.request, verify_staged=entry.failures > 0)
@@ -139,16 +145,16 @@ class Submitter:
         make_request: Callable[[], Awaitable[GenerationRequest]],
     ) -> tuple[Entry, SubmitOutcome]:
         """Claim the next attempt, send it, and record what is known of it."""
-        price = self._ledger.price_of(row.request)
+        price, columns = self._ledger.price_of(row.request), self._label(row, entry)
         outcome = None
         try:
             async with slot:
                 self.gate.check()
                 request = await make_request()
-                await self._budget.reserve(price)
+                await self._budget.reserve(price, columns)
                 is_free = True
                 try:
-                    attempt = await self._ledger.claim(row, entry)
+                    attempt = await self._ledger.claim(row, entry, columns)
                     try:
                         self.gate.check()  # recording the claim took a while
                         self._budget.check_current()
@@ -161,9 +167,14 @@ class Submitter:
                     is_free = outcome.is_rejected
                     return await self._record(attempt, outcome), outcome
                 finally:
-                    await self._budget.settle(price, refunded=is_free)
+                    await self._budget.settle(price, columns, refunded=is_free)
         finally:
             await self._posts.release(outcome)
+
+    def _label(self, row: Row, entry: Entry) -> dict[str, str]:
+        """Return the values by which an attempt is counted: those of the first that was paid."""
+        first = entry.columns if entry.spent or entry.doubtful else {}
+        return label_row(row, self.spending.names) | first
 
     async def _record(self, attempt: Entry, outcome: SubmitOutcome) -> Entry:
         if outcome.is_accepted:
@@ -213,4 +224,6 @@ class Submitter:
         """Count a row of this run as accepted."""
         self.accepted += 1
         self.outstanding.add(entry.key)
-        self.spent += entry.intent.price if entry.intent else 0.0
+        if entry.intent is not None:
+            self.spent += entry.intent.price
+            self.spending.add(entry.columns, entry.intent.price)

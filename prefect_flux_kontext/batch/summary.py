@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, Field
 
+from prefect_flux_kontext.batch.spending import GroupSpend
 from prefect_flux_kontext.redaction import make_showable
 
 if TYPE_CHECKING:
@@ -107,6 +108,17 @@ class BatchSummary(BaseModel):
     outstanding: int = Field(default=0, description="Rows paid for and not yet stored.")
     not_submitted: int = Field(default=0, description="Rows left when the batch was stopped.")
     spent: float = Field(default=0.0, description="Dollars for what was accepted in this run.")
+    spent_by: list[GroupSpend] = Field(
+        default_factory=list,
+        description="The same by the values of columns, the dearest first; at most a hundred and "
+        "one for the rest.",
+    )
+    balance_before: float | None = Field(
+        default=None, description="Dollars of the account before the run, where known."
+    )
+    balance_after: float | None = Field(
+        default=None, description="Dollars of the account after it, where known."
+    )
     reasons: dict[str, int] = Field(
         default_factory=dict, description="Number of rows that are not stored, by reason."
     )
@@ -150,6 +162,14 @@ class BatchSummary(BaseModel):
         self.failures += other.failures[: _MAX_FAILURES - len(self.failures)]
         return self
 
+    def describe_balance(self) -> str:
+        """Return how the account's balance has changed; empty if that is not known."""
+        if self.balance_before is None or self.balance_after is None:
+            return ""
+        change = round(self.balance_after - self.balance_before, 6)
+        verb = "rose" if change > 0 else "fell"
+        return f"the balance {verb} by ${abs(change):,.2f} to ${self.balance_after:,.2f}"
+
     def to_pandas(self) -> Any:
         """Return the results of the output as a pandas DataFrame, one row for each row ever run.
 
@@ -173,7 +193,7 @@ class BatchSummary(BaseModel):
         import fsspec  # noqa: PLC0415 - slow to import
 
         from prefect_flux_kontext.errors import StorageError  # noqa: PLC0415
-        from prefect_flux_kontext.report.builder import RESULTS_JSONL  # noqa: PLC0415
+        from prefect_flux_kontext.report.results import RESULTS_JSONL  # noqa: PLC0415
         from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
         url = f"{self.output.rstrip('/')}/{RESULTS_JSONL}"
@@ -223,6 +243,8 @@ class BatchSummary(BaseModel):
             parts.append("why: " + ", ".join(f"{reason} {number}" for reason, number in reasons))
         if self.spent:
             parts.append(f"${self.spent:.2f} spent")
+        if change := self.describe_balance():
+            parts.append(change)
         if self.seconds:
             parts.append(f"{self.seconds:.1f} s")
             if rate := (self.stored - self.already_stored) / self.seconds:

@@ -163,5 +163,6 @@ async def run_waves(
     if ledger_errors:
         raise ledger_errors[0]
     summary.spent = session.submitter.spent
+    summary.spent_by = session.submitter.spending.list_groups()
     summary.seconds = loop.time() - began
     return summary

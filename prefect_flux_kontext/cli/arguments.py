@@ -142,6 +142,26 @@ def add_budget_argument(parser: argparse._ActionsContainer) -> None:
         metavar="USD",
         help="limit on what OUTPUT costs in total, including earlier runs and unknown rows",
     )
+    parser.add_argument(
+        "--budget-by",
+        type=parse_group_budget,
+        action="append",
+        default=[],
+        metavar="COLUMN:VALUE=USD",
+        help="the same for the rows with a value in a column, such as team:blue=20; the other "
+        "rows go on. Repeat it for several",
+    )
+
+
+def add_by_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the columns by which money is counted."""
+    parser.add_argument(
+        "--by",
+        type=parse_names,
+        default=[],
+        metavar="COLUMN,…",
+        help="show what was spent by the values of these columns, such as style,team",
+    )
 
 
 class _AddColumns(argparse.Action):
@@ -193,6 +213,31 @@ def parse_dollars(text: str) -> float:
     if not 0 <= amount < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount in US dollars")
     return amount
+
+
+def parse_group_budget(text: str) -> tuple[str, str, float]:
+    """Parse `team:blue=20` into column, value and dollars.
+
+    Raises:
+        ArgumentTypeError: The text does not have that form.
+    """
+    group, _, amount = text.rpartition("=")
+    column, _, value = (part.strip() for part in group.partition(":"))
+    if not column or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form team:blue=20")
+    return column, value, parse_dollars(amount.strip())
+
+
+def parse_names(text: str) -> list[str]:
+    """Parse `style,team` into names.
+
+    Raises:
+        ArgumentTypeError: There is no name.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no column")
+    return names
 
 
 def parse_count(text: str) -> int:
@@ -250,12 +295,17 @@ def row_options_from_options(options: argparse.Namespace) -> RowOptions:
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
+    budget_by: dict[str, dict[str, float]] = {}
+    for column, value, dollars in getattr(options, "budget_by", ()):
+        budget_by.setdefault(column, {})[value] = dollars
     return RowOptions(
         cadence=settings.cadence(),
         resubmit_unknown=getattr(options, "resubmit_unknown", False),
         retry_failed=getattr(options, "retry_failed", False),
         result_days=settings.result_days,
         budget_usd=getattr(options, "budget", None),
+        budget_by=budget_by,
+        spend_by=getattr(options, "by", ()),
         references=create_references(
             settings,
             settings.base_url,

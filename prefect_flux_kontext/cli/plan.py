@@ -42,18 +42,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 async def build_plan(
     manifest: Manifest, output: OutputFolder, options: RowOptions, limit: int | None
 ) -> Plan:
-    """Make the plan with the account of the environment.
+    """Make the plan with the account of the environment, and ask for its balance.
 
     Raises:
         ManifestError: The manifest cannot be read to its end, or has no rows.
         LedgerError: The ledger cannot be read or is damaged.
     """
     from prefect_flux_kontext.batch.planning import make_plan
+    from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.ledger.store import open_ledger_store
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     settings = FluxKontextSettings()
-    return await make_plan(
+    plan = await make_plan(
         manifest,
         open_ledger_store(output),
         options,
@@ -62,6 +63,15 @@ async def build_plan(
         concurrent_tasks=settings.concurrent_tasks,
         limit=limit,
     )
+    if settings.api_key is not None:
+        async with FluxKontextClient(
+            settings.api_key,
+            base_url=settings.base_url,
+            requests_per_minute=settings.requests_per_minute,
+            concurrent_tasks=settings.concurrent_tasks,
+        ) as client:
+            plan.balance = await client.find_balance()
+    return plan
 
 
 def plan_as_json(plan: Plan, output: OutputFolder) -> dict[str, Any]:
@@ -88,6 +98,17 @@ def plan_as_json(plan: Plan, output: OutputFolder) -> dict[str, Any]:
         "price_usd": round(plan.price, 6),
         "spent_usd": round(plan.spent, 6),
         "budget_usd": plan.budget,
+        "balance_usd": plan.balance,
+        "budgets": [
+            {
+                "column": column,
+                "value": value,
+                "budget_usd": dollars,
+                "spent_usd": round(spent, 6),
+                "price_usd": round(price, 6),
+            }
+            for column, value, dollars, spent, price in plan.list_budgets()
+        ],
         "seconds": plan.seconds,
         "digest": plan.digest,
         "problems": [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.cli.arguments import (
     add_budget_argument,
+    add_by_argument,
     add_display_arguments,
     add_fit_argument,
     add_manifest_arguments,
@@ -62,6 +63,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "FLUX_KONTEXT_CALLBACK_…",
     )
     how.add_argument("-n", "--dry-run", action="store_true", help="stop after the plan")
+    add_by_argument(how)
     add_display_arguments(run)
     run.set_defaults(func=_run)
 
@@ -77,6 +79,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_style_argument(retry)
     add_fit_argument(retry)
     add_budget_argument(retry)
+    add_by_argument(retry)
     add_display_arguments(retry)
     retry.set_defaults(func=lambda options: _report(_retry(options), options))
 
@@ -99,6 +102,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _report(batch: Coroutine[Any, Any, BatchSummary], options: argparse.Namespace) -> int:
     """Run the batch, print its summary and return the exit status."""
+    from prefect_flux_kontext.batch.spending import describe_groups
     from prefect_flux_kontext.report.gallery.builder import GALLERY
     from prefect_flux_kontext.settings import FluxKontextSettings
 
@@ -118,6 +122,8 @@ def _report(batch: Coroutine[Any, Any, BatchSummary], options: argparse.Namespac
     if options.quiet:
         return status
     print_text(f"{summary if summary.rows else 'Nothing to do.'}")
+    for line in describe_groups(summary.spent_by):
+        print_text(line)
     for number, command, purpose in (
         (summary.failed, "retry-failed", "To run the failed rows again"),
         (summary.outstanding, "collect", "To store the outstanding results"),

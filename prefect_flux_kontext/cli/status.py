@@ -6,7 +6,11 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.cli.arguments import add_json_argument, add_output_argument
+from prefect_flux_kontext.cli.arguments import (
+    add_by_argument,
+    add_json_argument,
+    add_output_argument,
+)
 from prefect_flux_kontext.cli.display import print_json
 
 if TYPE_CHECKING:
@@ -29,9 +33,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "which results are outstanding or unknown. Sends no request to the service.",
     )
     add_output_argument(status)
+    add_by_argument(status)
     add_json_argument(status)
     status.set_defaults(
-        func=lambda options: asyncio.run(_status(options.output, as_json=options.json))
+        func=lambda options: asyncio.run(_status(options.output, options.by, as_json=options.json))
     )
 
     resolve = commands.add_parser(
@@ -85,14 +90,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gallery.set_defaults(func=lambda options: asyncio.run(_gallery(options.output)))
 
 
-async def _status(output: OutputFolder, *, as_json: bool) -> int:
+async def _status(output: OutputFolder, by: list[str], *, as_json: bool) -> int:
     from prefect_flux_kontext.batch.collection import read_ledger_status
     from prefect_flux_kontext.batch.runner import FAILED_ROWS, read_failed_rows
     from prefect_flux_kontext.errors import ConfigurationError
     from prefect_flux_kontext.ledger.records import State
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
-    status = await read_ledger_status(open_ledger_store(output), output)
+    status = await read_ledger_status(open_ledger_store(output), output, by)
     # As in failed.csv: it also has rows that were never submitted, and not those stored since.
     del status.states[State.FAILED]
     if await output.read(FAILED_ROWS):
@@ -109,11 +114,15 @@ async def _status(output: OutputFolder, *, as_json: bool) -> int:
 
 
 def _print_status(status: LedgerStatus, output: OutputFolder) -> None:
+    from prefect_flux_kontext.batch.spending import describe_groups
+
     for state, rows in sorted(status.states.items()):
         print(f"{rows:>9,}  {state}")
     print(f"{f'${status.spent:,.2f}':>9}  spent")
     if status.doubtful:
         print(f"{f'${status.doubtful:,.2f}':>9}  more may have been billed for unknown submits")
+    for line in describe_groups(status.spending.list_groups()):
+        print(line)
     if status.missing:
         print(
             f"{status.missing:>9,}  stored {'row has' if status.missing == 1 else 'rows have'} no "
@@ -150,6 +159,15 @@ def _status_as_json(status: LedgerStatus, output: OutputFolder) -> dict[str, Any
         "states": dict(status.states),
         "spent_usd": round(status.spent, 6),
         "may_be_spent_usd": round(status.doubtful, 6),
+        "spent_by": [
+            {
+                "columns": group.columns,
+                "rows": group.rows,
+                "spent_usd": group.spent,
+                "may_be_spent_usd": group.doubtful,
+            }
+            for group in status.spending.list_groups()
+        ],
         "missing_images": status.missing,
         "outstanding": [
             {

@@ -64,6 +64,7 @@ _Result = TypeVar("_Result")
 
 _SUBMIT_PATH = "/api/v1/generateTask/flux-kontext"
 _STATUS_PATH = "/api/v1/statusTask/flux-kontext"
+_BALANCE_SECONDS = 5.0
 _BALANCE_PATH = "/api/v1/apikeys/current-balance"
 _OWN_PATHS = ("", "/api/v1", _SUBMIT_PATH, _STATUS_PATH, _BALANCE_PATH)
 
@@ -196,6 +197,15 @@ class FluxKontextClient:
             ApiError: The request failed, or the reply contains no number.
         """
         return await self._request_until_allowed(read_balance, _BALANCE_PATH)
+
+    async def find_balance(self) -> float | None:
+        """Return the balance in US dollars, or None if the service does not say within 5 s."""
+        try:
+            async with asyncio.timeout(_BALANCE_SECONDS):
+                return await self.balance()
+        except (ApiError, TimeoutError) as error:
+            logger.debug("Balance unavailable: %s", error)
+            return None
 
     async def check(self) -> float | None:
         """Check that the service answers and accepts the key, before anything is paid.

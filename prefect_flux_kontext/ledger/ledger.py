@@ -132,8 +132,13 @@ class Ledger:
                 waited += _OUTCOME_RECHECK_SECONDS
         return entry, False
 
-    async def claim(self, row: Row, entry: Entry) -> Entry:
+    async def claim(self, row: Row, entry: Entry, columns: dict[str, str] | None = None) -> Entry:
         """Write the intent to pay for the row's next attempt, before the POST.
+
+        Args:
+            row: The row.
+            entry: What is on record for it.
+            columns: The values by which its money is counted.
 
         Raises:
             RowAlreadyClaimedError: Another run has claimed this attempt.
@@ -151,6 +156,7 @@ class Ledger:
             style=row.style,
             request=_without_secrets(row.request),
             price=self.price_of(row.request),
+            columns=columns or None,
         )
         claimed = entry.next_attempt(intent)
         if not await self._create(claimed, "intent", intent):

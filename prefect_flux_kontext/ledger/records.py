@@ -95,6 +95,9 @@ class Intent(_Record):
     style: str | None = None
     request: GenerationRequest
     price: float = Field(description="Dollars, by the configured prices.")
+    columns: dict[str, str] | None = Field(
+        default=None, description="The row's values in the columns that money is counted by."
+    )
 
 
 class Posted(_Record):
@@ -184,6 +187,11 @@ class Entry(BaseModel):
         given_up = self.posted is not None and self.posted.reason == GIVEN_UP
         in_doubt = given_up or self.state is State.INTENT
         return self.doubtful_before + (self.intent.price if in_doubt and self.intent else 0.0)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The values by which the row's money is counted."""
+        return (self.intent.columns if self.intent else None) or {}
 
     @property
     def failures(self) -> int:

@@ -45,6 +45,7 @@ class FinishedRow(BaseModel):
     doubtful: float = 0.0
     matched_ratio: AspectRatio | None = None
     match_note: str | None = None
+    columns: dict[str, str] | None = None
     ended: Ended
 
 
@@ -165,6 +166,7 @@ def _to_finished_row(entry: Entry) -> FinishedRow | None:
         doubtful=entry.doubtful,
         matched_ratio=entry.intent.request.matched_ratio,
         match_note=entry.intent.request.match_note,
+        columns=entry.intent.columns,
         ended=entry.ended,
     )
 

@@ -57,13 +57,13 @@ async def plan_and_log(
 async def build_plan(
     rows: Manifest, output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
 ) -> Plan:
-    """Make the plan.
+    """Make the plan, and ask for the balance of the account.
 
     Raises:
         ManifestError: The manifest cannot be read to the end, or has no rows.
         LedgerError: The ledger cannot be read or is damaged.
     """
-    return await make_plan(
+    plan = await make_plan(
         rows,
         open_ledger_store(output),
         options,
@@ -71,6 +71,9 @@ async def build_plan(
         requests_per_minute=account.requests_per_minute,
         concurrent_tasks=account.concurrent_tasks,
     )
+    async with account.get_client() as client:
+        plan.balance = await client.find_balance()
+    return plan
 
 
 async def ask_for_approval(

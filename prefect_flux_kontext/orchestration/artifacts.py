@@ -22,6 +22,7 @@ from prefect.artifacts import (
     aupdate_progress_artifact,
 )
 
+from prefect_flux_kontext.batch.spending import shorten_groups
 from prefect_flux_kontext.errors import StorageError
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key
 from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY
@@ -166,6 +167,7 @@ def format_summary(
         ("Outstanding, paid for and not yet stored", f"{batch.outstanding:,}"),
         ("Not submitted", f"{batch.not_submitted:,}"),
         ("Spent", f"${batch.spent:,.2f}"),
+        ("Balance of the account", batch.describe_balance().removeprefix("the balance ") or "0"),
         ("Duration", f"{batch.seconds:,.0f} s"),
     ]
     # Only the counts can be "0"; images, dollars and seconds are always shown.
@@ -176,6 +178,13 @@ def format_summary(
     ]
     if sheet:
         sections.append(f"![contact sheet]({sheet})")
+    if batch.spent_by:
+        groups = [
+            (*map(_escape, group.columns.values()), f"{group.rows:,}", f"${group.spent:,.2f}")
+            for group in shorten_groups(batch.spent_by)
+        ]
+        names = [*map(_escape, batch.spent_by[0].columns), "rows", "spent"]
+        sections += ["## Spent", _format_table(names, groups)]
     if batch.reasons:
         reasons = sorted(batch.reasons.items(), key=lambda item: -item[1])
         rows = [(_escape(reason), f"{number:,}") for reason, number in reasons[:_MAX_ROWS_SHOWN]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect import get_run_logger, task
@@ -22,6 +23,7 @@ from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.progress import ProgressLine
 from prefect_flux_kontext.batch.session import open_session
+from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.callbacks.options import resolve_callback_options
@@ -51,10 +53,16 @@ class PartitionTotals(NamedTuple):
     Attributes:
         spent: Dollars.
         seconds: Time from their start to their end.
+        new: What the output has cost after them, by columns.
+        old: The same before them.
+        balance: Dollars of the account before them, where known.
     """
 
     spent: float = 0.0
     seconds: float = 0.0
+    new: Spending = Spending()
+    old: Spending = Spending()
+    balance: float | None = None
 
 
 def build_row_options(
@@ -149,7 +157,13 @@ async def open_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
             ),
         ):
-            yield session, account.concurrent_tasks
+            if partition_totals is not None:
+                session.submitter.spending.add_difference(
+                    partition_totals.new, partition_totals.old
+                )
+                yield replace(session, balance=partition_totals.balance), account.concurrent_tasks
+            else:
+                yield session, account.concurrent_tasks
 
 
 @asynccontextmanager
@@ -192,6 +206,7 @@ async def _report_batch(
         # A submit that is under way may still be accepted and billed.
         await session.submitter.drain()
         batch.spent = spent()
+        batch.spent_by = session.submitter.spending.list_groups()
         batch.seconds = asyncio.get_running_loop().time() - started_at + before.seconds
         event = events.BATCH_FINISHED
         if suspends and outcome != "stopped" and batch.outstanding:

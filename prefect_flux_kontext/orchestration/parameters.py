@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 from prefect import Flow
 from prefect.blocks.core import Block
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, NonNegativeFloat, WithJsonSchema
 
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import ConfigurationError
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Account = Annotated[FluxKontextCredentials | str | None, Field(examples=["my-account"])]
 Prompt = Annotated[str | None, Field(examples=["Turn it into a loose watercolour"])]
+GroupBudgets = Annotated[
+    dict[str, dict[str, NonNegativeFloat]] | None, Field(examples=[{"team": {"blue": 20}}])
+]
 StyleNames = Annotated[
     str | list[str] | None,
     WithJsonSchema(

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import io
 import json
+import tempfile
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.errors import LedgerError
@@ -21,9 +23,10 @@ from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-    from pathlib import Path
 
     from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+RESULTS_JSONL = "results.jsonl"
 
 Line = dict[str, Any]
 """A row of the result manifest, as in the JSON Lines file."""
@@ -112,6 +115,30 @@ def original_column_name(name: str) -> str:
     """Return the name that a custom column has in the manifest."""
     original = name.removeprefix(_CUSTOM_PREFIX)
     return original if _is_known_name(original) else name
+
+
+def get_manifest_value(line: Line, name: str) -> Any:
+    """Return the value that a row has in a column of the manifest, or None."""
+    (column,) = extract_custom_columns({name: name}) or (name,)
+    return line.get(column)
+
+
+async def read_all_lines(output: OutputFolder) -> AsyncIterator[Line]:
+    """Yield all lines of an output: those of the result manifest, then those of its part files.
+
+    Raises:
+        LedgerError: The output cannot be read.
+        StorageError: The output cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
+        merged = Path(folder, "merged")
+        await output.fetch(RESULTS_JSONL, merged)
+        for line in read_lines(merged):
+            yield line
+    store = open_results_store(output)
+    async for data in read_parts(store, await store.list_names("parts")):
+        for text in data.splitlines():
+            yield json.loads(text)
 
 
 def _is_known_name(name: str) -> bool:

@@ -86,9 +86,9 @@ async def test_budget_counts_unknown_rows(tmp_path):
     keys = [entry.key for entry in entries]
     await open_wave(store, OpenWave(name="gone-1", owner="gone", keys=keys))
     budget = await open_budget(store, Heartbeat("me"), RowOptions(cadence=QUICK, budget_usd=0.10))
-    await budget.reserve(0.03)
+    await budget.reserve(0.03, {})
     with pytest.raises(BudgetReachedError, match=r"\$0\.01 is left"):
-        await asyncio.gather(budget.settle(0.03, refunded=False), budget.reserve(0.03))
+        await asyncio.gather(budget.settle(0.03, {}, refunded=False), budget.reserve(0.03, {}))
 
 
 async def test_budget_allows_one_run_an_output(tmp_path):
@@ -104,18 +104,18 @@ async def test_budget_allows_one_run_an_output(tmp_path):
 
 async def test_reserve_waits_for_posts_in_flight():
     budget = Budget(0.06)
-    await budget.reserve(0.03)
-    await budget.reserve(0.03)
-    third = asyncio.create_task(budget.reserve(0.03))
+    await budget.reserve(0.03, {})
+    await budget.reserve(0.03, {})
+    third = asyncio.create_task(budget.reserve(0.03, {}))
     await asyncio.sleep(0)
     assert not third.done()
-    await budget.settle(0.03, refunded=True)
+    await budget.settle(0.03, {}, refunded=True)
     await third
-    fourth = asyncio.create_task(budget.reserve(0.03))
+    fourth = asyncio.create_task(budget.reserve(0.03, {}))
     await asyncio.sleep(0)
-    await budget.settle(0.03, refunded=False)
+    await budget.settle(0.03, {}, refunded=False)
     assert not fourth.done()
-    await budget.settle(0.03, refunded=False)
+    await budget.settle(0.03, {}, refunded=False)
     with pytest.raises(BudgetReachedError):
         await fourth
 
@@ -123,16 +123,16 @@ async def test_reserve_waits_for_posts_in_flight():
 async def test_budget_has_no_rounding_error():
     budget = Budget(10.0)
     for _ in range(1_000):
-        await budget.reserve(0.01)
-        await budget.settle(0.01, refunded=False)
+        await budget.reserve(0.01, {})
+        await budget.settle(0.01, {}, refunded=False)
     with pytest.raises(BudgetReachedError):
-        await budget.reserve(0.01)
+        await budget.reserve(0.01, {})
 
 
 async def test_no_budget_means_no_cap():
     budget = Budget(None)
-    await budget.reserve(1e9)
-    await budget.settle(1e9, refunded=False)
+    await budget.reserve(1e9, {})
+    await budget.settle(1e9, {}, refunded=False)
 
 
 PAID_FAILURE = ["accepted", "failed"]

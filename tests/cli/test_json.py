@@ -105,4 +105,4 @@ for words in "flux-kontext ret" "flux-kontext run --bud"; do
 done"""
     )
     ran = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["retry-failed", "--budget"]
+    assert ran.stdout.split() == ["retry-failed", "--budget", "--budget-by"]

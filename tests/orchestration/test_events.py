@@ -181,6 +181,20 @@ class TestArtifacts:
         assert found["image"].data == url
         assert f"[_gallery/contact-sheet.png]({url})" in found["markdown"].data
 
+    async def test_summary_has_spend_by_column_and_balance(self, account, tmp_path):
+        given = [*rows(2, team="a|b"), {"id": "other", "prompt": "a cow", "team": "red"}]
+        _, run_id = await run(
+            style_transfer_batch,
+            given,
+            str(tmp_path),
+            credentials=account,
+            budget_by={"team": {"red": 1}},
+        )
+        text = (await read_artifacts(run_id))["markdown"].data
+        assert "## Spent\n\n| team | rows | spent |\n" in text
+        assert "| a\\|b | 2 | $0.06 |\n| red | 1 | $0.03 |" in text
+        assert "| Balance of the account | fell by $0.09 to $" in text
+
     async def test_collect_and_retry_write_a_summary(self, account, tmp_path):
         wrong = [{"id": "rude", "prompt": "nsfw"}]
         await run(style_transfer_batch, wrong, str(tmp_path), credentials=account)

@@ -226,6 +226,51 @@ async def test_partitions_keep_the_budget_together(workers, account, tmp_path):
     assert sum(workers.count_paid(text=text).values()) == 40
 
 
+@pytest.mark.parametrize("kind", ["long list", "table"])
+async def test_runs_of_partitions_record_no_rows(workers, account, tmp_path, kind):
+    """More rows than Prefect takes as parameters, from any source that is no file."""
+    given, text = rows(1_700 if kind == "long list" else 40)
+    if kind == "long list":
+        given = [{**row, "note": "x" * 300} for row in given]
+        assert len(json.dumps(given)) > 524_288
+    name = str(uuid.uuid4())
+    summary = await batch(name)(
+        given if kind == "long list" else pa.Table.from_pylist(given),
+        str(tmp_path),
+        account,
+        cadence=QUICK,
+        partitions=2,
+        partition_deployment=DEPLOYMENT,
+    )
+    assert summary.stored == summary.rows == len(given)
+    assert set(workers.count_paid(text=text).values()) == {1}
+    runs = await find_runs(f"{name}-partition")
+    assert [run.state_name for run in runs] == ["Completed"] * 2
+    assert all(text not in json.dumps(run.parameters) for run in runs)
+    assert not list(tmp_path.glob("_partitions/*"))
+
+
+async def test_partitions_keep_budgets_by_column_together(workers, account, tmp_path):
+    given, text = rows(40)
+    for number, row in enumerate(given):
+        row["team"] = "blue" if number < 20 else "red"
+    summary = await batch()(
+        given,
+        str(tmp_path),
+        account,
+        cadence=QUICK,
+        partitions=2,
+        partition_deployment=DEPLOYMENT,
+        budget_by={"team": {"blue": 0.22}},
+        spend_by=["team"],
+    )
+    assert (summary.stored, summary.not_submitted) == (27, 13)
+    groups = {group.columns["team"]: group.spent for group in summary.spent_by}
+    assert groups == pytest.approx({"blue": 0.21, "red": 0.60})
+    assert sum(workers.count_paid(text=text).values()) == 27
+    assert summary.balance_before - summary.balance_after == pytest.approx(0.81)
+
+
 class TestWithoutWorkers:
     async def test_batch_runs_partitions_that_no_worker_begins(
         self, workers, account, tmp_path, monkeypatch
@@ -301,10 +346,6 @@ class TestRefusal:
     async def test_unsaved_block_is_refused(self, workers, tmp_path):
         block = FluxKontextCredentials(api_key="a", base_url=workers.sandbox.url)
         assert "Save it" in await self.run_refused(block, tmp_path)
-
-    async def test_table_is_refused(self, workers, account, tmp_path):
-        table = pa.table({"id": ["a"], "prompt": ["a lighthouse"]})
-        assert "Write it to a file" in await self.run_refused(account, tmp_path, manifest=table)
 
     async def test_listening_for_callbacks_is_refused(
         self, workers, account, tmp_path, monkeypatch

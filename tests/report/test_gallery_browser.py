@@ -71,6 +71,28 @@ def test_page_shows_images_and_failure_reasons(opened):
     assert page.locator("#slider").is_hidden()
 
 
+def test_page_shows_cost_by_any_column(opened):
+    """Equal rows have one task and are counted once; rows without a value are `other`."""
+    teams = ["blue", "red", None, "<b>red</b>"]
+    lines = [line(n, team=team, task_id=f"task_{n}") for n, team in enumerate(teams)]
+    lines.append(line(5, team="red", task_id="task_0"))
+    page = opened(lines)
+    page.locator("#spend summary").click()
+    rows = page.locator("#spend-rows tr")
+    assert rows.all_inner_texts() == [
+        "oil\t2 rows\t$0.06",
+        "pencil\t1 row\t$0.03",
+        "poster\t1 row\t$0.03",
+    ]
+    page.locator("#spend-by").select_option("team")
+    assert {text.split("\t")[0]: text.split("\t")[2] for text in rows.all_inner_texts()} == {
+        "blue": "$0.03",
+        "red": "$0.03",
+        "other": "$0.03",
+        "<b>red</b>": "$0.03",
+    }
+
+
 def test_slider_moves_by_mouse_and_keyboard(opened):
     page = opened(MIXED)
     page.locator(".open").first.click()

@@ -34,6 +34,7 @@ from prefect_flux_kontext.orchestration.batch_run import (
 from prefect_flux_kontext.orchestration.partitions.flow import Partition
 from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
 from prefect_flux_kontext.orchestration.partitions.progress import read_progress, remove_progress
+from prefect_flux_kontext.orchestration.partitions.rows import share_rows
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -108,6 +109,7 @@ async def run_partitions(
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output.
         LedgerError: The ledger cannot be read or written.
+        StorageError: The rows cannot be written for the partitions.
     """
     if partition_plan is None:
         yield RemainingWork(account, options, alert_above_usd)
@@ -118,7 +120,10 @@ async def run_partitions(
     alarm = create_spend_alarm(total, lambda: total.spent, alert_above_usd)
     if plan.to_pay:
         partitions = _build_partitions(partition_plan, plan, options)
-        await _run_all(partitions, partition_plan, output, options, total, plan, alarm)
+        async with share_rows(rows, output) as shared:
+            parameters = partition_plan.parameters | shared
+            partition_plan = replace(partition_plan, parameters=parameters)
+            await _run_all(partitions, partition_plan, output, options, total, plan, alarm)
     new_plan = await build_plan(rows, output, account, options)
     # The ledger, not the records of the partitions, says what was spent.
     total.spent = round(new_plan.spent - plan.spent, 6)
@@ -129,7 +134,7 @@ async def run_partitions(
         partition_plan.share.apply_to(account),
         replace(options, since=since),
         None if was_alerted else alert_above_usd,
-        PartitionTotals(total.spent, seconds),
+        PartitionTotals(total.spent, seconds, new_plan.spending, plan.spending, plan.balance),
     )
     if (
         new_plan.to_pay
@@ -152,10 +157,14 @@ def _build_partitions(
     partition_plan: PartitionPlan, plan: Plan, options: RowOptions
 ) -> list[Partition]:
     count = min(partition_plan.partitions, plan.to_pay)
-    budget = None
-    if options.budget_usd is not None:
-        left = max(0.0, options.budget_usd - plan.spent)
-        budget = math.floor(left / count * 1_000_000) / 1_000_000
+
+    def share(dollars: float, spent: float) -> float:
+        return math.floor(max(0.0, dollars - spent) / count * 1_000_000) / 1_000_000
+
+    budget = None if options.budget_usd is None else share(options.budget_usd, plan.spent)
+    budget_by: dict[str, dict[str, float]] = {}
+    for column, value, dollars, spent, _ in plan.list_budgets():
+        budget_by.setdefault(column, {})[value] = share(dollars, spent)
     slots, requests_per_minute = partition_plan.share
     return [
         Partition(
@@ -164,6 +173,7 @@ def _build_partitions(
             slots=slots,
             requests_per_minute=requests_per_minute,
             budget_usd=budget,
+            budget_by=budget_by,
         )
         for number in range(1, count + 1)
     ]
@@ -182,7 +192,7 @@ async def _run_all(
     context = FlowRunContext.get()
     name = context.flow_run.name if context is not None and context.flow_run else "batch"
     async with keep_heartbeat(store) as heartbeat, get_client() as client:
-        if options.budget_usd is not None:
+        if options.has_budget:
             await ensure_sole_run(store, heartbeat.owner)
         running = [
             PartitionRuns(client, store, partition, partition_plan, name)
@@ -310,9 +320,7 @@ class PartitionRuns:
 
     async def _handle_end(self, run: FlowRun, *, died: bool) -> None:
         # A partition with a share of a budget is not restarted: it may have spent its share.
-        should_restart = (
-            died and len(self._runs) < _MAX_STARTS and self._partition.budget_usd is None
-        )
+        should_restart = died and len(self._runs) < _MAX_STARTS and not self._partition.has_budget
         get_run_logger().log(
             logging.WARNING if died else logging.INFO,
             "Partition %d of %d (%s) %s.%s",

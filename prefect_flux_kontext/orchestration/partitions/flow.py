@@ -39,6 +39,7 @@ from prefect_flux_kontext.orchestration.parameters import (
 )
 from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
 from prefect_flux_kontext.orchestration.partitions.progress import report_progress
+from prefect_flux_kontext.orchestration.partitions.rows import read_shared_rows
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
 from prefect_flux_kontext.settings import FluxKontextSettings
 
@@ -53,6 +54,14 @@ class Partition(BaseModel):
     budget_usd: float | None = Field(
         default=None, description="Dollars that it may spend. Default: no limit."
     )
+    budget_by: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="Dollars that it may spend by column and value."
+    )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is a limit on what it may spend."""
+        return self.budget_usd is not None or bool(self.budget_by)
 
 
 @flow(name="style-transfer-partition", on_cancellation=[log_outstanding])
@@ -72,11 +81,13 @@ async def style_transfer_partition(
     cadence: PollingCadence | None = None,
     failure_policy: FailurePolicy | None = None,
     resubmit_unknown: bool = False,
+    spend_by: list[str] | None = None,
     fit_references: bool = False,
     callback_url: str | None = None,
     storage_options: StorageOptions = None,
     manifest_format: ManifestFormat | None = None,
     text_to_image: bool = False,
+    rows_file: str | None = None,
 ) -> BatchSummary:
     """Run one partition of a batch with a leased share of the account.
 
@@ -99,11 +110,13 @@ async def style_transfer_partition(
         cadence: When to poll for results.
         failure_policy: What to do for each fail code.
         resubmit_unknown: Pay again for rows whose submit reply was lost.
+        spend_by: Columns whose values are recorded with each payment.
         fit_references: Shrink local and private reference images of more than 10 MB.
         callback_url: URL that the service calls when an image is ready.
         storage_options: Options of the output's filesystem.
         manifest_format: Format of the file. Default: by its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
+        rows_file: The file in the output that has the rows in place of `manifest`.
 
     Returns:
         The counts of the partition's rows.
@@ -115,11 +128,12 @@ async def style_transfer_partition(
         BatchStoppedError: The service refuses the account, nearly all rows fail, or the lease was
             lost; the remaining rows were not submitted.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
+        ManifestError: The rows are not in the output any more; nothing was submitted.
     """
     context = FlowRunContext.get()
     assert context is not None and context.flow_run is not None  # noqa: S101, PT018 - it is a flow
     run = context.flow_run
-    if partition.budget_usd is not None and run.run_count > 1:
+    if partition.has_budget and run.run_count > 1:
         raise ConfigurationError(
             "This partition ran before and may have spent its share of the budget. The batch, or "
             "a later run of it, finishes its rows."
@@ -133,7 +147,10 @@ async def style_transfer_partition(
         account,
         fit_references=fit_references,
         resubmit_unknown=resubmit_unknown,
-        share_usd=partition.budget_usd,
+        budget_usd=partition.budget_usd,
+        budget_by=partition.budget_by,
+        is_share=True,
+        spend_by=spend_by or (),
     )
     output = await open_output(output, storage_options)
     await output.check_writable()
@@ -147,6 +164,8 @@ async def style_transfer_partition(
         "output_format": output_format,
         "provider": provider,
     }
+    if rows_file is not None:
+        manifest = await read_shared_rows(output, rows_file)
     rows = Manifest(
         manifest,
         prompt,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel
 
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.manifest.tables import Table
 from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_partition
 from prefect_flux_kontext.orchestration.partitions.leases import Share, read_account_limit
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -22,9 +20,6 @@ from prefect_flux_kontext.styles.styles import is_style_file
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.credentials import FluxKontextCredentials
-
-# Prefect refuses a run with more than 524,288 bytes of parameters.
-_MAX_PARAMETER_CHARACTERS = 400_000
 
 
 @dataclass(frozen=True)
@@ -87,9 +82,14 @@ def _collect_parameters() -> dict[str, Any]:
     context = FlowRunContext.get()
     own = (context.parameters if context is not None else None) or {}
     names: Any = style_transfer_partition.parameters.properties
-    passed = {name: _convert_to_json(name, own[name]) for name in names if name in own}
+    passed = {
+        name: _convert_to_json(name, own[name])
+        for name in names
+        if name in own and name != "manifest"
+    }
     passed["output"] = _make_absolute(passed["output"])
-    passed["manifest"] = _make_absolute(passed["manifest"])
+    if isinstance(own["manifest"], str):  # else `share_rows` adds what names it
+        passed["manifest"] = _make_absolute(own["manifest"])
     styles = passed.get("styles")
     if styles is not None:
         named = [styles] if isinstance(styles, str) else styles
@@ -110,12 +110,6 @@ def _convert_to_json(name: str, value: Any) -> Any:
         return {"$ref": {"block_document_id": str(document)}}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
-    is_too_large = isinstance(value, list) and len(json.dumps(value)) > _MAX_PARAMETER_CHARACTERS
-    if isinstance(value, Table) or is_too_large:
-        raise ConfigurationError(
-            f"The {name} of a batch in partitions cannot be a table or a long list, because each "
-            "partition gets it as a parameter. Write it to a file that all workers can read."
-        )
     if not isinstance(value, str | int | float | list | dict | None):
         raise ConfigurationError(
             f"The {name} of a batch in partitions cannot be {value!r:.80}, because it is sent to "

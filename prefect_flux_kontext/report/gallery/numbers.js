@@ -80,6 +80,49 @@
     );
   }
 
+  // The cost of the rows on the page by the values of a column; equal rows are paid for once.
+  const SPEND_ROWS = 20;
+  const byColumn = {};
+  for (const name of ["style", "mode", "aspect_ratio", "provider"]) byColumn[name] = columns[name];
+  Object.assign(byColumn, custom);
+
+  function showSpend() {
+    const values = byColumn[byId("spend-by").value];
+    const paid = new Set();
+    const costs = new Map();
+    columns.cost_usd.forEach((cost, row) => {
+      if (!cost || paid.has(columns.task_id[row])) return;
+      if (columns.task_id[row]) paid.add(columns.task_id[row]);
+      const value = values[row] || "other";
+      const [rows, sum] = costs.get(value) ?? [0, 0];
+      costs.set(value, [rows + 1, sum + cost]);
+    });
+    const sorted = [...costs].sort((one, other) => other[1][1] - one[1][1]);
+    const rest = sorted.splice(SPEND_ROWS);
+    if (rest.length) {
+      const sums = rest.reduce(([rows, sum], [, [more, cost]]) => [rows + more, sum + cost], [0, 0]);
+      sorted.push([`… ${grouped.format(rest.length)} more`, sums]);
+    }
+    byId("spend-rows").replaceChildren(
+      ...sorted.map(([value, [rows, sum]]) =>
+        element(
+          "tr",
+          {},
+          element("th", { scope: "row" }, value),
+          element("td", {}, `${grouped.format(rows)} ${rows === 1 ? "row" : "rows"}`),
+          element("td", {}, dollars(sum)),
+        ),
+      ),
+    );
+  }
+
+  for (const name of Object.keys(byColumn)) {
+    byId("spend-by").append(element("option", { value: name }, name));
+  }
+  byId("spend-by").addEventListener("change", showSpend);
+  byId("spend").hidden = !costUsd;
+  showSpend();
+
   if (times.generation) histogram("Generation time, as measured by the service", times.generation);
   if (times.waiting) histogram("Waiting time, from submit to result", times.waiting);
 })();
