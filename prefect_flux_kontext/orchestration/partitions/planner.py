@@ -23,6 +23,8 @@ from prefect_flux_kontext.styles.styles import is_style_file
 if TYPE_CHECKING:
     from prefect_flux_kontext.credentials import FluxKontextCredentials
 
+DEFAULT_PARTITION_DEPLOYMENT = "style-transfer-partition/partition-of-batch"
+
 # Prefect refuses a run with more than 524,288 bytes of parameters.
 _MAX_PARAMETER_CHARACTERS = 400_000
 
@@ -110,6 +112,8 @@ def _convert_to_json(name: str, value: Any) -> Any:
         return {"$ref": {"block_document_id": str(document)}}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _convert_to_json(key, item) for key, item in value.items()}
     is_too_large = isinstance(value, list) and len(json.dumps(value)) > _MAX_PARAMETER_CHARACTERS
     if isinstance(value, Table) or is_too_large:
         raise ConfigurationError(
