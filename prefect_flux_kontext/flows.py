@@ -105,13 +105,13 @@ async def style_transfer(
         prompt: What to create, 1 to 10,000 characters. With a style, its prompt follows that of
             the style and may be left out.
         output: Folder or prefix to store the images in, on any fsspec filesystem, or
-            `block:s3-bucket/NAME`.
+            block:s3-bucket/NAME.
         image: The reference image: a URL, an object in a bucket, or a local file, which needs a
             staging location. Without one, the prompt alone makes the image.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
         style: The name of a built-in style.
-        mode: `pro` for higher quality, `max` for balanced quality and speed.
-        aspect_ratio: Width to height of the result. `match`: the ratio nearest to that of the
+        mode: Pro for higher quality, max for balanced quality and speed.
+        aspect_ratio: Width to height of the result. Match: the ratio nearest to that of the
             reference image, or 16:9 without one.
         output_format: File format of the result.
         name: File name without extension. Default: the task id.
@@ -120,7 +120,7 @@ async def style_transfer(
         provider: How the service routes the task.
         fit_references: Shrink a local or private image of more than 10 MB.
         cadence: When to poll for the result. Default: the environment.
-        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+        storage_options: Options of the output's filesystem, or block:aws-credentials/NAME.
             Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
@@ -195,18 +195,17 @@ async def style_transfer_batch(
     account. A later run pays only for new rows and collects results that are outstanding.
 
     Args:
-        manifest: Path or fsspec URL of a CSV, TSV, JSON Lines or Parquet file with the columns
-            `id`, `image` (or `images`) and `prompt`, and optionally `style`, `mode`,
-            `aspect_ratio`, `output_format`, `provider` and `output`. Or a folder, prefix or glob
-            of images. Or the rows themselves: a list of dicts, or a table with the Arrow
-            interface.
+        manifest: A folder, prefix or glob of images. Or a CSV, TSV, JSON Lines or Parquet file,
+            by path or fsspec URL, with the columns id, image (or images) and prompt, and
+            optionally style, mode, aspect_ratio, output_format, provider and output. Or the rows
+            themselves: a list of dicts, or a table with the Arrow interface.
         output: Folder or prefix to store the images in, on any fsspec filesystem, or
-            `block:s3-bucket/NAME`.
+            block:s3-bucket/NAME.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
         styles: Names of styles and paths of style files. Each row without a style of its own is
             made once in each of them.
-        prompt: The prompt for rows without one.
-        mode: `pro` for higher quality, `max` for balanced quality and speed. For rows that name
+        prompt: The prompt for rows without one. With a style, it follows that of the style.
+        mode: Pro for higher quality, max for balanced quality and speed. For rows that name
             none; overrides that of a style.
         aspect_ratio: Likewise, width to height of the result.
         budget_usd: Most dollars that the output may cost in total, including earlier runs and
@@ -217,16 +216,16 @@ async def style_transfer_batch(
         dry_run: Stop after the plan. Rows that would be paid for count as not submitted.
         skip_invalid: Run the valid rows if others are invalid. Without it, one invalid row stops
             the batch before anything is submitted.
-        columns: Maps column names to those of the manifest, such as `{"image": "photo_url"}`.
-        wait: `poll` waits for all results in this process. `suspend` submits all rows and
-            suspends the flow run, which then holds no process and no worker slot; resumed, it
-            stores the results. It needs a deployment and cannot be a subflow. `collect` submits
-            all rows and ends; `collect_batch` stores the results. With more rows than the account
-            has slots, both store results until the last row is submitted.
+        columns: Maps column names to those of the manifest, such as {"image": "photo_url"}.
+        wait: Poll waits for all results in this process. Suspend submits all rows and suspends
+            the flow run, which then holds no process and no worker slot; resumed, it stores the
+            results. It needs a deployment and cannot be a subflow. Collect submits all rows and
+            ends; the flow collect_batch stores the results. With more rows than the account has
+            slots, both store results until the last row is submitted.
         partitions: Number of partitions. Each is a flow run on any worker of the work pool;
             together they stay within the limits of the account.
-        advanced: The rare options, which are those of `AdvancedOptions`. A call may give them as
-            keywords instead, such as `output_names="{style}/{id}.{ext}"`.
+        advanced: Names and format of images, cadence, failure policy, callbacks and more: see
+            AdvancedOptions. A call may give each as a keyword.
 
     Returns:
         How many rows are stored, failed, unknown and outstanding, for what reasons, and the
@@ -350,7 +349,7 @@ async def retry_failed(
         fit_references: Shrink local and private reference images of more than 10 MB.
         failure_policy: What to do for each fail code. Default: the default policy.
         cadence: When to poll for results. Default: the environment.
-        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+        storage_options: Options of the output's filesystem, or block:aws-credentials/NAME.
             Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
@@ -399,7 +398,7 @@ async def collect_batch(
         output: The output of the batch.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
         cadence: When to poll for results. Default: the environment.
-        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+        storage_options: Options of the output's filesystem, or block:aws-credentials/NAME.
             Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:

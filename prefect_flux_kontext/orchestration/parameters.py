@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeFloat,
     WithJsonSchema,
     with_config,
@@ -177,9 +178,13 @@ StorageOptions = Annotated[
 """The parameter of a flow for the options of a filesystem: an object or text in the form."""
 
 
-@with_config(ConfigDict(extra="forbid"))
+# A form would send the defaults of an open group, in place of those of the environment.
+_CLOSED: dict[str, JsonValue] = {"default": None}
+
+
+@with_config(ConfigDict(extra="forbid", title="options"))
 class AdvancedOptions(TypedDict, total=False):
-    """The rare options of a batch: one group in Prefect's form, keywords of a call in Python."""
+    """Options of a batch that are rarely set; a call may give each as a keyword."""
 
     output_names: Annotated[
         str,
@@ -215,11 +220,18 @@ class AdvancedOptions(TypedDict, total=False):
         ),
     ]
     failure_policy: Annotated[
-        FailurePolicy,
-        Field(description="What to do for each fail code. Default: the default policy."),
+        FailurePolicy | None,
+        Field(
+            description="What to do for each fail code. Default: the default policy.",
+            json_schema_extra=_CLOSED,
+        ),
     ]
     cadence: Annotated[
-        PollingCadence, Field(description="When to poll for results. Default: the environment.")
+        PollingCadence | None,
+        Field(
+            description="When to poll for results. Default: the environment.",
+            json_schema_extra=_CLOSED,
+        ),
     ]
     callback_url: Annotated[
         str,
