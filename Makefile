@@ -7,7 +7,7 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz chaos bench check docs format clean
+.PHONY: demo test fuzz chaos bench check docs pictures format clean
 
 demo: .venv/installed ## restyle six photographs in five styles, look at demo/contact-sheet.png
 	@$(BIN)/flux-kontext demo demo
@@ -33,6 +33,9 @@ check: .venv/installed-dev ## linters, layers and types
 
 docs: .venv/installed-dev ## build the documentation: docs/_build/index.html
 	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build
+
+pictures: .venv/installed-dev demo ## run the demo and take the pictures of the documentation (needs Chromium)
+	@$(BIN)/python docs/pictures.py demo
 
 format: .venv/installed-dev ## put the code into the house style
 	$(BIN)/ruff check --fix

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generated import command_line, settings_table, write_page
+from generated import command_line, write_page
 from prefect import Flow, Task
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -192,5 +192,4 @@ def setup(app: Sphinx) -> None:
     app.add_lexer("jsonl", JsonLexer)
 
 
-write_page(Path(__file__).parent / "_generated" / "settings.md", settings_table())
 write_page(Path(__file__).parent / "_generated" / "cli.md", command_line())

@@ -1,8 +1,13 @@
-"""Pages that are written from the code when the documentation is built."""
+"""Pages that are written from the code.
+
+That of the command line is written when the documentation is built, docs/settings.md by this
+program: `python docs/generated.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.cli import _parser
@@ -10,15 +15,21 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _USAGE_WIDTH = 88
 """Characters of a line of usage, so that a block of it needs no scroll bar."""
 
 
-def settings_table() -> str:
-    """Return the environment settings as a Markdown table, from the settings class."""
-    lines = ["| variable | default | meaning |", "|---|---|---|"]
+_SETTINGS = """# Settings
+
+Each setting is an environment variable. An argument overrides a saved Block's field, which
+overrides the environment.
+"""
+
+
+def settings_page() -> str:
+    """Return the page of the environment settings, made from the settings class."""
+    lines = [_SETTINGS, "| variable | default | meaning |", "|---|---|---|"]
     for name, field in FluxKontextSettings.model_fields.items():
         default = "" if field.default is None else f"`{field.default}`"
         lines.append(
@@ -87,3 +98,7 @@ def _arguments(command: argparse.ArgumentParser) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    write_page(Path(__file__).with_name("settings.md"), settings_page())

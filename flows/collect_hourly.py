@@ -5,4 +5,4 @@ Pays for nothing. When all results are stored, resumes the flow runs that are su
 
 from prefect_flux_kontext.flows import collect_batch
 
-collect_hourly = collect_batch.with_options(description=__doc__, flow_run_name="collect-{output}")
+collect_hourly = collect_batch.with_options(description=__doc__)

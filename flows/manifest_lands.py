@@ -6,6 +6,4 @@ event that starts this flow, with the manifest and the output as parameters.
 
 from prefect_flux_kontext.flows import style_transfer_batch
 
-manifest_lands = style_transfer_batch.with_options(
-    description=__doc__, flow_run_name="landed-{output}"
-)
+manifest_lands = style_transfer_batch.with_options(description=__doc__)

@@ -6,6 +6,4 @@ night also collects the results that the night before has left.
 
 from prefect_flux_kontext.flows import style_transfer_batch
 
-nightly_prefix = style_transfer_batch.with_options(
-    description=__doc__, flow_run_name="nightly-{output}"
-)
+nightly_prefix = style_transfer_batch.with_options(description=__doc__)

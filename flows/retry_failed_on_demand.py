@@ -2,6 +2,4 @@
 
 from prefect_flux_kontext.flows import retry_failed
 
-retry_failed_on_demand = retry_failed.with_options(
-    description=__doc__, flow_run_name="retry-{output}"
-)
+retry_failed_on_demand = retry_failed.with_options(description=__doc__)

@@ -42,8 +42,9 @@ class FluxKontextCredentials(CredentialsBlock):
 
     model_config = ConfigDict(extra="forbid")
 
-    api_key: SecretStr = Field(description="API key of the account.")
+    api_key: SecretStr = Field(title="API key", description="API key of the account.")
     base_url: str = Field(
+        title="Base URL",
         default_factory=lambda: FluxKontextSettings().base_url,
         description="Base URL of the service, in the form https://host[:port]. Unset: "
         "FLUX_KONTEXT_BASE_URL, else https://api.apixo.ai.",
@@ -54,19 +55,21 @@ class FluxKontextCredentials(CredentialsBlock):
         "else 'default'.",
     )
     requests_per_minute: int = Field(
+        title="Requests per minute",
         default_factory=lambda: FluxKontextSettings().requests_per_minute,
         ge=1,
         description="Request limit of the account, in requests per minute. Submits and status "
         "requests count together. Unset: FLUX_KONTEXT_REQUESTS_PER_MINUTE, else 10,000.",
     )
     concurrent_tasks: int = Field(
+        title="Concurrent tasks",
         default_factory=lambda: FluxKontextSettings().concurrent_tasks,
         ge=1,
         description="Concurrency limit of the account: tasks that may run at the same time. "
         "Unset: FLUX_KONTEXT_CONCURRENT_TASKS, else 1,000.",
     )
-
     callback_secret: SecretStr | None = Field(
+        title="Callback secret",
         default_factory=lambda: FluxKontextSettings().callback_secret,
         description="Secret that signs the tokens in callback URLs. Batches and their receiver "
         "need the same value. Unset: FLUX_KONTEXT_CALLBACK_SECRET.",

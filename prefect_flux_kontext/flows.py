@@ -16,7 +16,6 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.manifest.formats import ManifestFormat
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems
 from prefect_flux_kontext.manifest.tables import ManifestSource
@@ -37,16 +36,21 @@ from prefect_flux_kontext.orchestration.batch_run import (
 )
 from prefect_flux_kontext.orchestration.parameters import (
     Account,
+    AdvancedOptions,
     GroupBudgets,
     Output,
     Prompt,
     StorageOptions,
+    StyleName,
     StyleNames,
     flow_without_rows,
     open_output,
 )
 from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
-from prefect_flux_kontext.orchestration.partitions.planner import plan_partitions
+from prefect_flux_kontext.orchestration.partitions.planner import (
+    DEFAULT_PARTITION_DEPLOYMENT,
+    plan_partitions,
+)
 from prefect_flux_kontext.orchestration.run_page import complete, decline, name_run
 from prefect_flux_kontext.orchestration.suspension import (
     check_can_suspend,
@@ -59,29 +63,37 @@ from prefect_flux_kontext.references.location import normalize_reference
 from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.references.rights import find_rights, find_rights_problem
 from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.styles.styles import get_builtin_style
 from prefect_flux_kontext.tasks import (
     persist_images,
     submit_generation,
     wait_for_generation,
 )
 
-__all__ = ["collect_batch", "retry_failed", "style_transfer", "style_transfer_batch"]
+__all__ = [
+    "AdvancedOptions",
+    "collect_batch",
+    "retry_failed",
+    "style_transfer",
+    "style_transfer_batch",
+]
 
 
 @flow_without_rows(name="style-transfer", flow_run_name=name_run)
 async def style_transfer(
-    prompt: str,
-    output: Output,
+    prompt: Prompt = None,
+    output: Output = None,
     image: str | None = None,
     credentials: Account = None,
+    style: StyleName = None,
     mode: Mode = "pro",
     aspect_ratio: RequestedRatio = "match",
     output_format: OutputFormat = "jpeg",
-    provider: Provider = "auto",
     name: str | None = None,
     key: str | None = None,
-    cadence: PollingCadence | None = None,
+    provider: Provider = "auto",
     fit_references: bool = False,
+    cadence: PollingCadence | None = None,
     storage_options: StorageOptions = None,
 ) -> list[StoredImage]:
     """Restyle one image, or create one from text alone.
@@ -90,23 +102,25 @@ async def style_transfer(
     billed from the submit on.
 
     Args:
-        prompt: What to create, 1 to 10,000 characters.
+        prompt: What to create, 1 to 10,000 characters. With a style, its prompt follows that of
+            the style and may be left out.
         output: Folder or prefix to store the images in, on any fsspec filesystem, or
-            `block:s3-bucket/NAME`.
+            block:s3-bucket/NAME.
         image: The reference image: a URL, an object in a bucket, or a local file, which needs a
             staging location. Without one, the prompt alone makes the image.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
-        mode: `pro` for higher quality, `max` for balanced quality and speed.
-        aspect_ratio: Width to height of the result. `match`: the ratio nearest to that of the
+        style: The name of a built-in style.
+        mode: Pro for higher quality, max for balanced quality and speed.
+        aspect_ratio: Width to height of the result. Match: the ratio nearest to that of the
             reference image, or 16:9 without one.
         output_format: File format of the result.
-        provider: How the service routes the task.
         name: File name without extension. Default: the task id.
         key: Makes equal requests different ones. Without it, a request that this output has
             already is not paid for again.
-        cadence: When to poll for the result. Default: the environment.
+        provider: How the service routes the task.
         fit_references: Shrink a local or private image of more than 10 MB.
-        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+        cadence: When to poll for the result. Default: the environment.
+        storage_options: Options of the output's filesystem, or block:aws-credentials/NAME.
             Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
@@ -115,6 +129,12 @@ async def style_transfer(
     Raises:
         FluxKontextError: A step failed; the three tasks list the errors.
     """
+    if output is None:
+        raise ConfigurationError("Give an output: the folder or prefix to store the image in.")
+    if style is not None:
+        prompt = get_builtin_style(style).render_prompt(prompt, {})
+    if prompt is None:
+        raise ConfigurationError("Give a prompt, a style, or both.")
     account = await resolve_credentials(credentials)
     rights = find_rights([])
     if image is not None:
@@ -149,32 +169,18 @@ async def style_transfer_batch(
     manifest: ManifestSource,
     output: Output,
     credentials: Account = None,
-    prompt: Prompt = None,
-    columns: dict[str, str] | None = None,
     styles: StyleNames = None,
+    prompt: Prompt = None,
     mode: Mode | None = None,
     aspect_ratio: RequestedRatio | None = None,
-    output_format: OutputFormat | None = None,
-    provider: Provider | None = None,
-    output_names: str | None = None,
-    cadence: PollingCadence | None = None,
-    failure_policy: FailurePolicy | None = None,
-    resubmit_unknown: bool = False,
-    skip_invalid: bool = False,
-    fit_references: bool = False,
     budget_usd: NonNegativeFloat | None = None,
-    budget_by: GroupBudgets = None,
-    spend_by: list[str] | None = None,
     approve_above_usd: NonNegativeFloat | None = None,
-    callback_url: str | None = None,
     dry_run: bool = False,
+    skip_invalid: bool = False,
+    columns: dict[str, str] | None = None,
     wait: Literal["poll", "suspend", "collect"] = "poll",
-    alert_above_usd: NonNegativeFloat | None = None,
     partitions: PositiveInt = 1,
-    partition_deployment: str = "style-transfer-partition/partition-of-batch",
-    storage_options: StorageOptions = None,
-    manifest_format: ManifestFormat | None = None,
-    text_to_image: bool = False,
+    advanced: AdvancedOptions | None = None,
 ) -> BatchSummary:
     """Restyle the images of a manifest and store the results.
 
@@ -183,57 +189,37 @@ async def style_transfer_batch(
     account. A later run pays only for new rows and collects results that are outstanding.
 
     Args:
-        manifest: Path or fsspec URL of a CSV, TSV, JSON Lines or Parquet file with the columns
-            `id`, `image` (or `images`) and `prompt`, and optionally `style`, `mode`,
-            `aspect_ratio`, `output_format`, `provider` and `output`. Or a folder, prefix or glob
-            of images. Or the rows themselves: a list of dicts, or a table with the Arrow
-            interface.
+        manifest: A folder, prefix or glob of images. Or a CSV, TSV, JSON Lines or Parquet file,
+            by path or fsspec URL, with the columns id, image (or images) and prompt, and
+            optionally style, mode, aspect_ratio, output_format, provider and output. Or the rows
+            themselves: a list of dicts, or a table with the Arrow interface.
         output: Folder or prefix to store the images in, on any fsspec filesystem, or
-            `block:s3-bucket/NAME`.
+            block:s3-bucket/NAME.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
-        prompt: The prompt for rows without one.
-        columns: Maps column names to those of the manifest, such as `{"image": "photo_url"}`.
         styles: Names of styles and paths of style files. Each row without a style of its own is
             made once in each of them.
-        mode: Mode of rows that name none; overrides that of a style.
+        prompt: The prompt for rows without one. With a style, it follows that of the style.
+        mode: Pro for higher quality, max for balanced quality and speed. For rows that name
+            none; overrides that of a style.
         aspect_ratio: Likewise, width to height of the result.
-        output_format: Likewise, file format of the result.
-        provider: Likewise, how the service routes the task.
-        output_names: Template of the image names, such as `{style}/{id}.{ext}`, with any column.
-            Default: `{id}/{style}.{ext}`, or `{id}.{ext}` for rows without a style.
-        cadence: When to poll for results. Default: the environment.
-        failure_policy: What to do for each fail code. Default: the default policy.
-        resubmit_unknown: Pay again for rows whose submit reply was lost. They may have been
-            billed already.
-        skip_invalid: Run the valid rows if others are invalid. Without it, one invalid row stops
-            the batch before anything is submitted.
-        fit_references: Shrink local and private reference images of more than 10 MB.
         budget_usd: Most dollars that the output may cost in total, including earlier runs and
             rows that may have been billed. The run stops before the row that would exceed it.
-        budget_by: The same for the rows with a value in a column, such as
-            `{"team": {"blue": 20}}`. When it is reached, these rows are not submitted, and the
-            others go on.
-        spend_by: Columns by whose values the summary shows what was spent.
         approve_above_usd: Pause for approval if the plan costs more dollars than this. Resume
             the flow run to approve, cancel it to decline. The run then costs at most the approved
             sum.
-        callback_url: URL that the service calls when an image is ready, in place of polling.
-            Default: FLUX_KONTEXT_CALLBACK_URL.
         dry_run: Stop after the plan. Rows that would be paid for count as not submitted.
-        wait: `poll` waits for all results in this process. `suspend` submits all rows and
-            suspends the flow run, which then holds no process and no worker slot; resumed, it
-            stores the results. It needs a deployment and cannot be a subflow. `collect` submits
-            all rows and ends; `collect_batch` stores the results. With more rows than the account
-            has slots, both store results until the last row is submitted.
-        alert_above_usd: Emit the event `flux-kontext.batch.spend-above` once this run has spent
-            more dollars than this.
+        skip_invalid: Run the valid rows if others are invalid. Without it, one invalid row stops
+            the batch before anything is submitted.
+        columns: Maps column names to those of the manifest, such as {"image": "photo_url"}.
+        wait: Poll waits for all results in this process. Suspend submits all rows and suspends
+            the flow run, which then holds no process and no worker slot; resumed, it stores the
+            results. It needs a deployment and cannot be a subflow. Collect submits all rows and
+            ends; the flow collect_batch stores the results. With more rows than the account has
+            slots, both store results until the last row is submitted.
         partitions: Number of partitions. Each is a flow run on any worker of the work pool;
             together they stay within the limits of the account.
-        partition_deployment: The deployment that runs partitions.
-        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
-            Prefect stores parameters in plain text, so keep keys in a Block.
-        manifest_format: Format of the file. Default: by its name, content type or content.
-        text_to_image: Rows without a reference are meant, though other columns look like images.
+        advanced: Names and format of images, cadence, failure policy, callbacks and more: see
+            AdvancedOptions. A call may give each as a keyword.
 
     Returns:
         How many rows are stored, failed, unknown and outstanding, for what reasons, and the
@@ -248,43 +234,49 @@ async def style_transfer_batch(
             submitted.
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
     """
+    rare = advanced or {}
     if wait == "suspend":
         check_can_suspend()
     suspends = wait == "suspend" and not was_resumed()
     account = await resolve_credentials(credentials)
     options = build_row_options(
-        cadence,
-        failure_policy,
+        rare.get("cadence"),
+        rare.get("failure_policy"),
         account,
-        resubmit_unknown=resubmit_unknown,
+        resubmit_unknown=rare.get("resubmit_unknown", False),
         budget_usd=budget_usd,
-        budget_by=budget_by or {},
-        spend_by=spend_by or (),
-        fit_references=fit_references,
+        budget_by=rare.get("budget_by") or {},
+        spend_by=rare.get("spend_by") or (),
+        fit_references=rare.get("fit_references", False),
         deferred=suspends or wait == "collect",
     )
     partition_plan = (
-        await plan_partitions(partitions, partition_deployment, account, wait)
+        await plan_partitions(
+            partitions,
+            rare.get("partition_deployment", DEFAULT_PARTITION_DEPLOYMENT),
+            account,
+            wait,
+        )
         if partitions > 1
         else None
     )
-    output = await open_output(output, storage_options)
+    output = await open_output(output, rare.get("storage_options"))
     parameters = {
         "mode": mode,
         "aspect_ratio": aspect_ratio,
-        "output_format": output_format,
-        "provider": provider,
+        "output_format": rare.get("output_format"),
+        "provider": rare.get("provider"),
     }
     rows = Manifest(
         manifest,
         prompt,
         columns or {},
         styles,
-        output_names,
+        rare.get("output_names"),
         str(output),
         parameters,
-        format=manifest_format,
-        text_to_image=text_to_image,
+        format=rare.get("manifest_format"),
+        text_to_image=rare.get("text_to_image", False),
         base_url=account.base_url,
     )
     plan = await plan_and_log(rows, output, account, options)
@@ -297,6 +289,7 @@ async def style_transfer_batch(
         ):
             return decline()
         options = plan.with_budget_cap(options, approve_above_usd)
+    alert_above_usd = rare.get("alert_above_usd")
     async with (
         run_partitions(
             partition_plan, plan, rows, output, account, options, alert_above_usd
@@ -306,7 +299,7 @@ async def style_transfer_batch(
             remaining.account,
             remaining.options,
             plan,
-            callback_url=callback_url,
+            callback_url=rare.get("callback_url"),
             alert_above_usd=remaining.alert_above_usd,
             suspends=suspends,
             partition_totals=remaining.partition_totals,
@@ -329,12 +322,12 @@ async def style_transfer_batch(
 async def retry_failed(
     output: Output,
     credentials: Account = None,
+    budget_usd: NonNegativeFloat | None = None,
     prompt: Prompt = None,
     styles: StyleNames = None,
-    cadence: PollingCadence | None = None,
-    failure_policy: FailurePolicy | None = None,
     fit_references: bool = False,
-    budget_usd: NonNegativeFloat | None = None,
+    failure_policy: FailurePolicy | None = None,
+    cadence: PollingCadence | None = None,
     budget_by: GroupBudgets = None,
     spend_by: list[str] | None = None,
     storage_options: StorageOptions = None,
@@ -347,18 +340,18 @@ async def retry_failed(
     Args:
         output: The output of the batch.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
-        prompt: The prompt for rows without one.
-        styles: The style files that the batch was run with. The rows name their styles.
-        cadence: When to poll for results. Default: the environment.
-        failure_policy: What to do for each fail code. Default: the default policy.
-        fit_references: Shrink local and private reference images of more than 10 MB.
         budget_usd: Most dollars that the output may cost in total, including earlier runs and
             rows that may have been billed. The run stops before the row that would exceed it.
+        prompt: The prompt for rows without one.
+        styles: The style files that the batch was run with. The rows name their styles.
+        fit_references: Shrink local and private reference images of more than 10 MB.
+        failure_policy: What to do for each fail code. Default: the default policy.
+        cadence: When to poll for results. Default: the environment.
         budget_by: The same for the rows with a value in a column, such as
-            `{"team": {"blue": 20}}`. When it is reached, these rows are not submitted, and the
+            {"team": {"blue": 20}}. When it is reached, these rows are not submitted, and the
             others go on.
         spend_by: Columns by whose values the summary shows what was spent.
-        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+        storage_options: Options of the output's filesystem, or block:aws-credentials/NAME.
             Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:
@@ -409,7 +402,7 @@ async def collect_batch(
         output: The output of the batch.
         credentials: A credentials Block, or the name of a saved one. Default: the environment.
         cadence: When to poll for results. Default: the environment.
-        storage_options: Options of the output's filesystem, or `block:aws-credentials/NAME`.
+        storage_options: Options of the output's filesystem, or block:aws-credentials/NAME.
             Prefect stores parameters in plain text, so keep keys in a Block.
 
     Returns:

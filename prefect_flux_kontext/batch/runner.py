@@ -49,7 +49,9 @@ _FAILED_REFERENCES = "failed.json"
 
 _FORMULA = re.compile(r"^[=+\-@\t\r]")
 
-_FAILURE_COLUMNS = ("failed_reason", "failed_message")
+_FAILURE_COLUMNS = ("failed_line", "failed_reason", "failed_message")
+"""Columns that the file adds to those of the rows: the line of the manifest, and the failure."""
+
 
 _RowName: TypeAlias = tuple[str, str | None]
 """The id and the style of a row."""
@@ -166,7 +168,12 @@ async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:
         )
     text = io.StringIO(data.decode(errors="surrogateescape"), newline="")
     try:
-        return list(csv.DictReader(text, restkey="", restval="", strict=True))
+        reader = csv.DictReader(text, restkey="", restval="", strict=True)
+        # A row that was added by hand is on no line of a manifest but on one of this file.
+        return [
+            {**row, "failed_line": row.get("failed_line") or str(reader.line_num)}
+            for row in reader
+        ]
     except csv.Error as error:
         raise ManifestError(f"{output.uri(FAILED_ROWS)} is not a CSV file: {error}.") from None
 
@@ -197,9 +204,30 @@ async def read_failed_manifest(
     if not rows:
         return None
     rights = find_retry_rights(str(output), await _read_allowed(open_ledger_store(output)))
+    lines = [_take_failure(row)[0] for row in rows]
     return Manifest(
-        rows, prompt, styles=styles, rights=rights, text_to_image=True, base_url=base_url
+        rows,
+        prompt,
+        styles=styles,
+        rights=rights,
+        text_to_image=True,
+        base_url=base_url,
+        name=output.uri(FAILED_ROWS),
+        lines=lines,
     )
+
+
+def _take_failure(row: dict[str, str]) -> tuple[int, str | None, str | None]:
+    """Remove from a row of the file its line in the manifest, and why it failed."""
+    line, reason, message = (row.pop(name, "") for name in _FAILURE_COLUMNS)
+    return _parse_line(line), reason or None, message or None
+
+
+def _parse_line(text: str) -> int:
+    try:
+        return max(0, int(text))
+    except ValueError:
+        return 0
 
 
 async def _read_allowed(store: RecordStore) -> list[str]:
@@ -221,7 +249,8 @@ def format_failed_rows(failed: Sequence[_Failure]) -> bytes:
         row = [cells.get(name, "") for name in columns]
         texts = (outcome.reason or "", outcome.message or "")
         # The service may have written them, and spreadsheets run formulas.
-        writer.writerow([*row, *(_FORMULA.sub(r"'\g<0>", text) for text in texts)])
+        safe = (_FORMULA.sub(r"'\g<0>", text) for text in texts)
+        writer.writerow([*row, outcome.line, *safe])
     return text.getvalue().encode(errors="surrogateescape")
 
 
@@ -232,10 +261,10 @@ async def _read_failures(output: OutputFolder) -> list[_Failure]:
     failures: list[_Failure] = []
     for cells in await read_failed_rows(output):
         cells.pop("", None)
-        reason, message = (cells.pop(name, None) or None for name in _FAILURE_COLUMNS)
+        line, reason, message = _take_failure(cells)
         outcome = RowOutcome(
             id=cells.get("id", ""),
-            line=0,
+            line=line,
             style=cells.get("style") or None,
             state="failed",
             reason=reason,
@@ -296,7 +325,7 @@ async def _write_failed_rows(session: Session, earlier: Iterable[_Failure]) -> N
     allowed |= _find_references(own)
     record = {"version": RECORD_VERSION, "references": sorted(allowed)}
     await session.ledger.store.replace(_FAILED_REFERENCES, json.dumps(record).encode())
-    failed = [*kept, *own]
+    failed = sorted([*kept, *own], key=lambda failure: failure[1].line)
     await session.output.write(FAILED_ROWS, format_failed_rows(failed), is_private=True)
     logger.info(
         "%d failed %s in %s. To run them again: flux-kontext retry-failed %s",

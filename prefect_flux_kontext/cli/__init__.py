@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,11 @@ from prefect_flux_kontext.cli.display import log_details, print_json
 from prefect_flux_kontext.cli.parser import CommandParser
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
 COULD_NOT_START = 2
 INTERRUPTED = 130
 
-# In the order in which `--help` lists their commands.
 _MODULES = (
     plan,
     run,
@@ -45,6 +44,14 @@ _MODULES = (
     demo,
     completion,
 )
+
+# As `--help` shows them; the others follow.
+_GROUPS = {
+    "batches": ("plan", "run", "status", "collect", "retry-failed", "gallery"),
+    "account and styles": ("balance", "styles"),
+    "Prefect": ("deploy", "announce", "automations", "limits", "receive"),
+    "for $0, on this machine": ("demo", "sandbox"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         "FLUX_KONTEXT_BASE_URL.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     for module in _MODULES:
         module.add_parser(commands)
+    parser.usage = "%(prog)s [OPTION] COMMAND …"
+    # argparse lists all commands in one group, and has no public way to list them in several.
+    listed = {action.dest: action for action in commands._choices_actions}  # noqa: SLF001
+    groups = {title: [listed.pop(name) for name in names] for title, names in _GROUPS.items()}
+    for title, actions in (groups | {"more": listed.values()}).items():
+        parser.add_argument_group(title)._group_actions.extend(actions)  # noqa: SLF001
     return parser

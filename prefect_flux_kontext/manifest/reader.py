@@ -67,6 +67,8 @@ class Manifest:
         format: The format of the file; None for that of its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
         base_url: The service, which must reach references on the web; None for no check.
+        name: What messages call rows that are given in memory.
+        lines: Their line numbers. None numbers them from 1.
         counts: Number of `lines` that were last read, with the header.
     """
 
@@ -82,13 +84,15 @@ class Manifest:
     format: ManifestFormat | None = None
     text_to_image: bool = False
     base_url: str | None = None
+    name: str = "<rows>"
+    lines: Sequence[int] | None = None
     counts: Counter[str] = field(default_factory=Counter, init=False, compare=False)
 
     @property
     def url(self) -> str:
         """The manifest's path or URL, for messages."""
         if isinstance(self.source, list | tuple):
-            return "<rows>"
+            return self.name
         return redact_url(str(self.source))
 
     @property
@@ -159,7 +163,7 @@ class Manifest:
                 f"columns are {', '.join(sorted(COLUMNS))}."
             )
         if not isinstance(source, str):
-            return read_in_memory_rows(source, self.columns)
+            return read_in_memory_rows(source, self.columns, self.name, self.lines)
         if "::" in source:
             raise ManifestError(
                 f"The manifest {source} chains several filesystems; use a single URL."

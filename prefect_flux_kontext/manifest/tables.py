@@ -87,15 +87,17 @@ ManifestSource = Annotated[
 
 
 def read_in_memory_rows(
-    rows: Sequence[dict[Any, Any]] | Table, renames: Mapping[str, str]
+    rows: Sequence[dict[Any, Any]] | Table,
+    renames: Mapping[str, str],
+    url: str = "<rows>",
+    lines: Sequence[int] | None = None,
 ) -> Iterator[Line]:
     """Yield rows that were passed as a list of dicts or a table, numbered from 1."""
     if isinstance(rows, Table):
         yield from read_table(rows.data, renames)
         return
-    url = "<rows>"
     unseen = set(renames.values())
-    for number, row in enumerate(rows, start=1):
+    for number, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
         names = [str(name) for name in row]
         unseen.difference_update(names)
         try:

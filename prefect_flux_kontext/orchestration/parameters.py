@@ -1,4 +1,4 @@
-"""The parameter types of the flows, with examples for Prefect's form, and opening outputs."""
+"""The parameter types of the flows, with choices for Prefect's form, and opening outputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 from prefect import Flow
 from prefect.blocks.core import Block
-from pydantic import BeforeValidator, Field, NonNegativeFloat, WithJsonSchema
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    WithJsonSchema,
+    with_config,
+)
+from typing_extensions import TypedDict
 
+from prefect_flux_kontext.batch.policy import FailurePolicy
+from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.formats import ManifestFormat
+from prefect_flux_kontext.models import OutputFormat, Provider
 from prefect_flux_kontext.references.identity import url_identity
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -50,6 +63,14 @@ StyleNames = Annotated[
 ]
 """The parameter of a flow for styles: a choice in the form, or names and files as text."""
 
+StyleName = Annotated[
+    str | None,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "enum": sorted(builtin_styles())}, {"type": "null"}]}
+    ),
+]
+"""The parameter of a flow for one style of the package: a choice in the form."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -63,6 +84,27 @@ class FlowWithoutRows(Flow[P, R]):
     Prefect refuses a run with more than 512 kB of parameters, and shows them to everyone. Rows,
     tables and signed URLs are therefore recorded as a placeholder.
     """
+
+    def __call__(self, *args: Any, **parameters: Any) -> Any:
+        """Call the flow. Advanced options may be given as keywords."""
+        return super().__call__(*args, **self._group_advanced(parameters))
+
+    def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Validate parameters. Advanced options may be beside the others, as in a call."""
+        return super().validate_parameters(self._group_advanced(parameters))
+
+    def _group_advanced(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        if "advanced" not in self.parameters.properties:
+            return parameters
+        rare = {
+            name: parameters[name]
+            for name in AdvancedOptions.__annotations__
+            if name in parameters
+        }
+        if not rare:
+            return parameters
+        others = {name: value for name, value in parameters.items() if name not in rare}
+        return {**others, "advanced": {**(parameters.get("advanced") or {}), **rare}}
 
     def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return the parameters as the run records them."""
@@ -137,6 +179,97 @@ StorageOptions = Annotated[
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}),
 ]
 """The parameter of a flow for the options of a filesystem: an object or text in the form."""
+
+
+# A form would send the defaults of an open group, in place of those of the environment.
+_CLOSED: dict[str, JsonValue] = {"default": None}
+
+
+@with_config(ConfigDict(extra="forbid", title="options"))
+class AdvancedOptions(TypedDict, total=False):
+    """Options of a batch that are rarely set; a call may give each as a keyword."""
+
+    output_names: Annotated[
+        str,
+        Field(
+            description="Template of the image names, such as {style}/{id}.{ext}, with any "
+            "column. Default: {id}/{style}.{ext}, or {id}.{ext} for rows without a style."
+        ),
+    ]
+    output_format: Annotated[OutputFormat, Field(description="As mode, format of the results.")]
+    provider: Annotated[Provider, Field(description="As mode, how the service routes the tasks.")]
+    manifest_format: Annotated[
+        ManifestFormat,
+        Field(
+            description="Format of the manifest. Default: by its name, content type or content."
+        ),
+    ]
+    text_to_image: Annotated[
+        bool,
+        Field(
+            description="Rows without a reference are meant, though other columns look like "
+            "images."
+        ),
+    ]
+    fit_references: Annotated[
+        bool,
+        Field(description="Shrink local and private reference images of more than 10 MB."),
+    ]
+    resubmit_unknown: Annotated[
+        bool,
+        Field(
+            description="Pay again for rows whose submit reply was lost. They may have been "
+            "billed already."
+        ),
+    ]
+    failure_policy: Annotated[
+        FailurePolicy | None,
+        Field(
+            description="What to do for each fail code. Default: the default policy.",
+            json_schema_extra=_CLOSED,
+        ),
+    ]
+    cadence: Annotated[
+        PollingCadence | None,
+        Field(
+            description="When to poll for results. Default: the environment.",
+            json_schema_extra=_CLOSED,
+        ),
+    ]
+    callback_url: Annotated[
+        str,
+        Field(
+            description="URL that the service calls when an image is ready, in place of polling. "
+            "Default: FLUX_KONTEXT_CALLBACK_URL."
+        ),
+    ]
+    budget_by: Annotated[
+        GroupBudgets,
+        Field(
+            description="Most dollars for the rows with a value in a column, such as "
+            '{"team": {"blue": 20}}. When it is reached, these rows are not submitted, and the '
+            "others go on."
+        ),
+    ]
+    spend_by: Annotated[
+        list[str],
+        Field(description="Columns by whose values the summary shows what was spent."),
+    ]
+    alert_above_usd: Annotated[
+        NonNegativeFloat,
+        Field(
+            description="Emit the event flux-kontext.batch.spend-above once this run has spent "
+            "more dollars than this."
+        ),
+    ]
+    storage_options: Annotated[
+        StorageOptions,
+        Field(
+            description="Options of the output's filesystem, or block:aws-credentials/NAME. "
+            "Prefect stores parameters in plain text, so keep keys in a Block."
+        ),
+    ]
+    partition_deployment: Annotated[str, Field(description="The deployment that runs partitions.")]
 
 
 async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:

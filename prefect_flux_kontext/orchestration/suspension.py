@@ -166,7 +166,8 @@ async def _suspend(key: str, outputs: Iterable[OutputFolder]) -> None:
 async def log_outstanding(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Log what is paid for and not stored according to the ledger, after a cancellation."""
     parameters = flow_run.parameters
-    output = await open_output(parameters["output"], parameters.get("storage_options"))
+    options = {**parameters, **(parameters.get("advanced") or {})}
+    output = await open_output(parameters["output"], options.get("storage_options"))
     status = await read_ledger_status(open_ledger_store(output))
     get_logger("prefect_flux_kontext").warning(
         "%s was cancelled. Outstanding rows, paid for and not stored: %d. Unknown rows, which may "

@@ -135,6 +135,18 @@ def builtin_styles() -> dict[str, Style]:
     return {style.name: style for style in read_styles(str(_BUILTIN_FILE))}
 
 
+def get_builtin_style(name: str) -> Style:
+    """Return a style of the package.
+
+    Raises:
+        ConfigurationError: There is no such style.
+    """
+    known = builtin_styles()
+    if name not in known:
+        raise ConfigurationError(f"There {describe_unknown_style(name, known)}.")
+    return known[name]
+
+
 def select_styles(styles: str | Sequence[str] | None) -> Styles:
     """Resolve names of styles, and paths or URLs of files of styles (`.yaml`, `.yml`, `.json`).
 

@@ -79,6 +79,36 @@ def test_failure_leaves_once_its_row_is_stored(run):
     assert not (run.output / "failed.csv").exists()
 
 
+def test_retried_rows_keep_their_lines(run):
+    """Messages, failed.csv and the results name the line of the manifest, also after a retry."""
+    run("run", ["a,oil,", "b,nsfw,", '"c","nsfw', '2",', "d,nsfw 3,"])
+    path = run.output / "failed.csv"
+    path.write_text(path.read_text().replace("nsfw 3", "a ship"))
+    for _ in range(2):  # the second time, nothing is paid
+        out = run("retry-failed")[1]
+        assert f"rows in {path.as_uri()}" in out
+        assert ("line 3, b: " in out, "line 5, c: " in out) == (True, True)
+    with path.open(newline="") as file:
+        assert [(row["id"], row["failed_line"]) for row in csv.DictReader(file)] == [
+            ("b", "3"),
+            ("c", "5"),
+        ]
+    run("run", ["z,nsfw,"])
+    assert failed_ids(run) == ["b", "c", "z"]
+    results = map(json.loads, (run.output / "results.jsonl").read_text().splitlines())
+    found = {line["id"]: line for line in results}
+    assert [found[name]["line"] for name in "abcd"] == [2, 3, 5, 6]
+    assert not [key for line in found.values() for key in line if key.startswith("failed_")]
+
+
+def test_added_row_has_its_line_in_the_file(run):
+    run("run", ["a,nsfw,"])
+    path = run.output / "failed.csv"
+    for line in ("b,nsfw two", "c,nsfw three,,x,y,z"):
+        path.write_text(path.read_text() + line + "\n")
+    assert "line 3, b: " in run("retry-failed")[1]
+
+
 def test_nothing_to_retry_exits_0(run):
     run("run", ["a,oil,"])
     status, out = run("retry-failed")

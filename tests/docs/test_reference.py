@@ -1,5 +1,6 @@
 """The reference is built from the code: the API under its public names, and the command line."""
 
+import runpy
 import subprocess
 import sys
 
@@ -66,3 +67,9 @@ def test_command_line_page_has_every_option(site):
         for option in sorted(options_of(_parser()) - {"--help", "--version"})
         if option not in page
     ] == []
+
+
+def test_settings_page_is_up_to_date():
+    """`python docs/generated.py` writes it."""
+    pages = runpy.run_path(str(ROOT / "docs" / "generated.py"))
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == pages["settings_page"]()

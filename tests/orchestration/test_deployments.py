@@ -22,6 +22,8 @@ from tests.orchestration.deployed import read_state_names, running_worker, wait_
 ROOT = Path(__file__).parents[2]
 POOL = "flux-kontext"
 NAMES = {
+    "style-transfer-batch/on-demand",
+    "style-transfer/style-transfer",
     "style-transfer-batch/nightly-prefix",
     "style-transfer-batch/manifest-lands",
     "collect-batch/collect-hourly",
@@ -118,7 +120,7 @@ async def has_ended(pid):
 
 
 async def test_deployments_need_no_checkout(place):
-    assert place.printed.count("$ prefect deployment run") == 5
+    assert place.printed.count("$ prefect deployment run") == 7
     async with get_client() as client:
         deployments = [await client.read_deployment_by_name(name) for name in NAMES]
     for deployment in deployments:

@@ -8,6 +8,7 @@ import anyio
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import parameter_schema
 from pydantic import SecretStr
 
@@ -19,7 +20,12 @@ from prefect_flux_kontext.errors import (
     NotConnectedError,
     UnauthorizedError,
 )
-from prefect_flux_kontext.flows import style_transfer, style_transfer_batch
+from prefect_flux_kontext.flows import (
+    collect_batch,
+    retry_failed,
+    style_transfer,
+    style_transfer_batch,
+)
 from prefect_flux_kontext.images.decode import inspect_image
 from tests.orchestration.conftest import QUICK, flush_to_prefect
 
@@ -230,9 +236,40 @@ class TestDeployment:
         assert properties["output_format"]["enum"] == ["jpeg", "png"]
         assert "16:9" in properties["aspect_ratio"]["enum"]
         assert properties["provider"]["enum"] == ["auto", "value", "official"]
-        schema = parameter_schema(style_transfer)
-        assert schema.required == ["prompt", "output"]
+        assert "oil" in properties["style"]["anyOf"][0]["enum"]
         assert parameter_schema(style_transfer_batch).required == ["manifest", "output"]
+
+    @pytest.mark.parametrize(
+        "flow", [style_transfer, style_transfer_batch, collect_batch, retry_failed]
+    )
+    async def test_form_has_at_most_fourteen_fields_and_a_group(self, flow):
+        schema = parameter_schema(flow).model_dump_for_openapi()
+        fields = set(schema["properties"])
+        assert len(fields - {"advanced"}) <= 14
+        if "advanced" in fields:
+            group = schema["definitions"]["AdvancedOptions"]["properties"]
+            assert not fields & set(group)
+            assert all(field.get("description") for field in group.values())
+            assert "additionalProperties" in schema["definitions"]["AdvancedOptions"]
+
+    async def test_advanced_options_are_keywords_too(self, account, tmp_path):
+        rows = [{"id": "a", "prompt": "oil"}]
+        summary = await style_transfer_batch(
+            rows,
+            tmp_path,
+            account,
+            cadence=CADENCE,
+            advanced={"output_names": "x/{id}.{ext}", "output_format": "jpeg"},
+            output_format="png",
+        )
+        assert summary.stored == 1
+        assert (tmp_path / "x" / "a.png").exists()
+
+    @pytest.mark.parametrize("wrong", [{"output_name": "{id}"}, {"provider": "cheap"}])
+    async def test_wrong_advanced_option_is_refused(self, wrong, account, sandbox, tmp_path):
+        with pytest.raises(ParameterTypeError, match=next(iter(wrong))):
+            await style_transfer_batch([{"prompt": "x"}], tmp_path, account, advanced=wrong)
+        assert sandbox.service.bill()["accepted"] == 0
 
     @pytest.mark.parametrize("flow", [style_transfer, style_transfer_batch])
     async def test_json_parameters_are_valid(self, flow):
@@ -240,10 +277,11 @@ class TestDeployment:
             '{"manifest": "m.csv", "prompt": "oil", "output": "out", "credentials": "studio",'
             ' "cadence": {"initial_delay": 1, "interval": 2.5, "timeout": 60}}'
         )
-        given = {name: given[name] for name in given if name in flow.fn.__annotations__}
+        if flow is style_transfer:
+            del given["manifest"]
         valid = flow.validate_parameters(given)
         assert valid["credentials"] == "studio"
-        assert valid["cadence"].interval == 2.5
+        assert valid.get("advanced", valid)["cadence"].interval == 2.5
 
     async def test_batch_runs_from_json_and_a_saved_block(self, account, sandbox, tmp_path):
         await account.asave("of-the-deployment", overwrite=True)

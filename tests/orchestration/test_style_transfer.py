@@ -1,5 +1,7 @@
 """The flow of one image: what it stores, and what it refuses unpaid."""
 
+import json
+
 import pytest
 from prefect.exceptions import ParameterTypeError
 
@@ -45,6 +47,18 @@ class TestStyleTransfer:
         )
         assert stored.uri == f"file://{tmp_path}/{stored.task_id}.jpg"
         assert sandbox.service.bill()["accepted"] == 1
+
+    async def test_style_gives_the_prompt(self, account, sandbox, tmp_path):
+        for prompt in (None, "at dusk"):
+            await style_transfer(
+                prompt, str(tmp_path), style="oil", credentials=account, cadence=QUICK
+            )
+        plain, longer = sorted(
+            json.loads(path.read_text())["request"]["prompt"]
+            for path in tmp_path.rglob("*intent.json")
+        )
+        assert plain.startswith("Repaint this image as an oil")
+        assert longer == f"{plain}\nat dusk"
 
     async def test_failed_generation_fails_the_run_with_its_code(self, account, tmp_path):
         with pytest.raises(GenerationFailedError) as caught:
@@ -105,6 +119,9 @@ class TestStyleTransfer:
         ("wrong", "error"),
         [
             ({"prompt": ""}, ValueError),
+            ({"prompt": None}, ConfigurationError),
+            ({"style": "oils"}, ConfigurationError),
+            ({"output": None}, (ConfigurationError, ParameterTypeError)),
             ({"prompt": "x" * 10_001}, ValueError),
             ({"mode": "turbo"}, ParameterTypeError),
             ({"aspect_ratio": "2:1"}, ParameterTypeError),

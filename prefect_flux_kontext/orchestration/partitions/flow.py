@@ -9,21 +9,18 @@ from prefect import flow
 from prefect.context import FlowRunContext
 from pydantic import BaseModel, Field, PositiveInt
 
-from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.runner import run_partition_rows
 from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.callbacks.options import resolve_callback_options
-from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.store import open_ledger_store
-from prefect_flux_kontext.manifest.formats import ManifestFormat
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.tables import ManifestSource
-from prefect_flux_kontext.models import Mode, OutputFormat, Provider, RequestedRatio
+from prefect_flux_kontext.models import Mode, RequestedRatio
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     forward_core_logs,
@@ -31,9 +28,9 @@ from prefect_flux_kontext.orchestration.batch_run import (
 )
 from prefect_flux_kontext.orchestration.parameters import (
     Account,
+    AdvancedOptions,
     Output,
     Prompt,
-    StorageOptions,
     StyleNames,
     open_output,
 )
@@ -70,23 +67,12 @@ async def style_transfer_partition(
     manifest: ManifestSource,
     output: Output,
     credentials: Account = None,
-    prompt: Prompt = None,
-    columns: dict[str, str] | None = None,
     styles: StyleNames = None,
+    prompt: Prompt = None,
     mode: Mode | None = None,
     aspect_ratio: RequestedRatio | None = None,
-    output_format: OutputFormat | None = None,
-    provider: Provider | None = None,
-    output_names: str | None = None,
-    cadence: PollingCadence | None = None,
-    failure_policy: FailurePolicy | None = None,
-    resubmit_unknown: bool = False,
-    spend_by: list[str] | None = None,
-    fit_references: bool = False,
-    callback_url: str | None = None,
-    storage_options: StorageOptions = None,
-    manifest_format: ManifestFormat | None = None,
-    text_to_image: bool = False,
+    columns: dict[str, str] | None = None,
+    advanced: AdvancedOptions | None = None,
     rows_file: str | None = None,
 ) -> BatchSummary:
     """Run one partition of a batch with a leased share of the account.
@@ -99,23 +85,12 @@ async def style_transfer_partition(
         manifest: The manifest of the batch.
         output: Folder or prefix to store the images in.
         credentials: A credentials Block, or the name of a saved one.
-        prompt: The prompt for rows without one.
-        columns: Maps column names to those of the manifest.
         styles: Styles for rows without a style of their own.
+        prompt: The prompt for rows without one.
         mode: Mode of rows that name none.
         aspect_ratio: Width to height of the results of rows that name none.
-        output_format: File format of the results of rows that name none.
-        provider: Route of rows that name none.
-        output_names: Template of the image names.
-        cadence: When to poll for results.
-        failure_policy: What to do for each fail code.
-        resubmit_unknown: Pay again for rows whose submit reply was lost.
-        spend_by: Columns whose values are recorded with each payment.
-        fit_references: Shrink local and private reference images of more than 10 MB.
-        callback_url: URL that the service calls when an image is ready.
-        storage_options: Options of the output's filesystem.
-        manifest_format: Format of the file. Default: by its name, content type or content.
-        text_to_image: Rows without a reference are meant, though other columns look like images.
+        columns: Maps column names to those of the manifest.
+        advanced: The rare options of the batch.
         rows_file: The file in the output that has the rows in place of `manifest`.
 
     Returns:
@@ -138,31 +113,32 @@ async def style_transfer_partition(
             "This partition ran before and may have spent its share of the budget. The batch, or "
             "a later run of it, finishes its rows."
         )
+    rare = advanced or {}
     settings = FluxKontextSettings()
     share = Share(partition.slots, partition.requests_per_minute)
     account = share.apply_to(await resolve_credentials(credentials))
     options = build_row_options(
-        cadence,
-        failure_policy,
+        rare.get("cadence"),
+        rare.get("failure_policy"),
         account,
-        fit_references=fit_references,
-        resubmit_unknown=resubmit_unknown,
+        fit_references=rare.get("fit_references", False),
+        resubmit_unknown=rare.get("resubmit_unknown", False),
         budget_usd=partition.budget_usd,
         budget_by=partition.budget_by,
         is_share=True,
-        spend_by=spend_by or (),
+        spend_by=rare.get("spend_by") or (),
     )
-    output = await open_output(output, storage_options)
+    output = await open_output(output, rare.get("storage_options"))
     await output.check_writable()
     store, name = open_ledger_store(output), run.id.hex
     callbacks = resolve_callback_options(
-        settings, url=callback_url, secret=account.callback_secret, listens=False
+        settings, url=rare.get("callback_url"), secret=account.callback_secret, listens=False
     )
     parameters = {
         "mode": mode,
         "aspect_ratio": aspect_ratio,
-        "output_format": output_format,
-        "provider": provider,
+        "output_format": rare.get("output_format"),
+        "provider": rare.get("provider"),
     }
     if rows_file is not None:
         manifest = await read_shared_rows(output, rows_file)
@@ -171,11 +147,11 @@ async def style_transfer_partition(
         prompt,
         columns or {},
         styles,
-        output_names,
+        rare.get("output_names"),
         str(output),
         parameters,
-        format=manifest_format,
-        text_to_image=text_to_image,
+        format=rare.get("manifest_format"),
+        text_to_image=rare.get("text_to_image", False),
         base_url=account.base_url,
     )
     with forward_core_logs():

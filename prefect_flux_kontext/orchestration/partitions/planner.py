@@ -21,6 +21,8 @@ from prefect_flux_kontext.styles.styles import is_style_file
 if TYPE_CHECKING:
     from prefect_flux_kontext.credentials import FluxKontextCredentials
 
+DEFAULT_PARTITION_DEPLOYMENT = "style-transfer-partition/partition-of-batch"
+
 
 @dataclass(frozen=True)
 class PartitionPlan:
@@ -110,6 +112,8 @@ def _convert_to_json(name: str, value: Any) -> Any:
         return {"$ref": {"block_document_id": str(document)}}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _convert_to_json(key, item) for key, item in value.items()}
     if not isinstance(value, str | int | float | list | dict | None):
         raise ConfigurationError(
             f"The {name} of a batch in partitions cannot be {value!r:.80}, because it is sent to "

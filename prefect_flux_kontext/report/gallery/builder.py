@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import logging
+import math
 import secrets
 import tempfile
 from pathlib import Path
@@ -145,7 +146,8 @@ def _draw_contact_sheet(rows: GalleryRows, urls: dict[str, str]) -> bytes:
         )
         if name in urls
     ][:_SHEET_IMAGES]
-    columns = min(_SHEET_COLUMNS, len(cells))
+    # As wide as high, so that pages which shrink it leave its captions readable.
+    columns = min(_SHEET_COLUMNS, math.isqrt(len(cells) - 1) + 1)
     file = io.BytesIO()
     draw_contact_sheet(
         [cells[start : start + columns] for start in range(0, len(cells), columns)]
