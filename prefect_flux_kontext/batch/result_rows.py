@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
-from prefect_flux_kontext.ledger.records import Entry
+from prefect_flux_kontext.ledger.records import Entry, State
 from prefect_flux_kontext.ledger.waves import FinishedRow
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import utc_now
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.report.results import Line
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+_SHOWN_STATES = frozenset({State.ACCEPTED, State.STORED, State.FAILED})
 
 _PARAMETERS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
@@ -30,8 +33,36 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
         session: The batch of the row.
         done: The row and its outcome.
     """
+    owner, flow_run_id = session.ledger.owner, session.flow_run_id
+    return _build_line(done, session.output, owner, flow_run_id)
+
+
+def line_from_records(output: OutputFolder, entry: Entry) -> Line | None:
+    """Return the line of a row that a run may be working on, from its records alone.
+
+    Returns:
+        The line of an accepted, stored or failed row; None for any other.
+    """
+    if entry.intent is None or entry.state not in _SHOWN_STATES:
+        return None
+    owner = entry.intent.owner
+    if entry.ended is not None:
+        return _build_line(_done_row(output, entry), output, owner, None, entry.ended.at)
+    row, task = row_from_entry(entry), entry.task
+    outcome = RowOutcome(
+        id=row.id, line=row.line, key=entry.key, state="outstanding", task_id=task.task_id
+    )
+    return _build_line(DoneRow(row, outcome, entry), output, owner, None, task.submitted_at)
+
+
+def _build_line(
+    done: DoneRow,
+    output: OutputFolder,
+    run: str,
+    flow_run_id: str | None,
+    at: datetime | None = None,
+) -> Line:
     row, outcome, _ = done
-    output = session.output
     line: Line = {
         **outcome.model_dump(include={"id", "line", "state", "reason", "message", "task_id"}),
         **_ledger_columns(done),
@@ -41,11 +72,11 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
         "stored_before": outcome.already,
         "style": row.style if isinstance(row, Row) else row.cells.get("style"),
         "key": outcome.key,
-        "run": session.ledger.owner,
-        "flow_run_id": session.flow_run_id,
+        "run": run,
+        "flow_run_id": flow_run_id,
         # A collected row has no manifest columns: the ledger does not hold them.
         "source": "manifest" if row.cells else "ledger",
-        "recorded_at": _format_timestamp(utc_now()),
+        "recorded_at": _format_timestamp(at or utc_now()),
     }
     if isinstance(row, Row):
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
@@ -70,6 +101,11 @@ def row_from_entry(entry: Entry) -> Row:
 
 def line_from_entry(session: Session, entry: Entry) -> Line:
     """Return the line of a row that has ended in any run, from the ledger alone."""
+    already = entry.state is State.STORED and not session.rows.has_ended_in_run(entry)
+    return line_from_outcome(session, _done_row(session.output, entry, already=already))
+
+
+def _done_row(output: OutputFolder, entry: Entry, *, already: bool = False) -> DoneRow:
     row, ended = row_from_entry(entry), entry.ended
     assert ended is not None  # noqa: S101 - the caller passes ended rows only
     outcome = RowOutcome(
@@ -80,10 +116,10 @@ def line_from_entry(session: Session, entry: Entry) -> Line:
         reason=ended.reason,
         message=ended.message,
         task_id=ended.task_id,
-        uris=[session.output.uri(file) for file in ended.files],
-        already=ended.state == "stored" and not session.rows.has_ended_in_run(entry),
+        uris=[output.uri(file) for file in ended.files],
+        already=already,
     )
-    return line_from_outcome(session, DoneRow(row, outcome, entry))
+    return DoneRow(row, outcome, entry)
 
 
 def _ledger_columns(done: DoneRow) -> Line:

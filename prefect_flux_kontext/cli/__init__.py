@@ -20,6 +20,7 @@ from prefect_flux_kontext.cli import (
     sandbox,
     status,
     styles,
+    watch,
 )
 from prefect_flux_kontext.cli.arguments import open_output_argument
 from prefect_flux_kontext.cli.display import log_details, print_json
@@ -36,6 +37,7 @@ INTERRUPTED = 130
 _MODULES = (
     plan,
     run,
+    watch,
     status,
     styles,
     balance,

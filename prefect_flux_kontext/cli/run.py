@@ -22,6 +22,7 @@ from prefect_flux_kontext.cli.arguments import (
 )
 from prefect_flux_kontext.cli.display import print_json, print_text
 from prefect_flux_kontext.cli.plan import build_plan, plan_as_json
+from prefect_flux_kontext.cli.watch import serve_beside
 
 if TYPE_CHECKING:
     import argparse
@@ -62,6 +63,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "FLUX_KONTEXT_CALLBACK_…",
     )
     how.add_argument("-n", "--dry-run", action="store_true", help="stop after the plan")
+    how.add_argument(
+        "--watch", action="store_true", help="serve the live page of `watch` during the run"
+    )
     add_display_arguments(run)
     run.set_defaults(func=_run)
 
@@ -178,9 +182,11 @@ async def _run_manifest(
     rows = itertools.islice(manifest.rows(), plan.run_rows)
     url = getattr(options, "callback_url", None)
     async with (
+        serve_beside(options.output_text) if getattr(options, "watch", False) else nullcontext(),
         _open_session(output, row_options, callback_url=url) as (session, slots),
         show_progress(session, plan.run_rows) if is_shown else nullcontext(),
     ):
+        await session.report.announce(plan.run_rows)
         return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
 
 

@@ -149,6 +149,8 @@ async def open_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
             ),
         ):
+            if plan is not None:
+                await session.report.announce(plan.run_rows)
             yield session, account.concurrent_tasks
 
 
