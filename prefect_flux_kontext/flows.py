@@ -41,6 +41,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     Prompt,
     StorageOptions,
     StyleNames,
+    Variants,
     flow_without_rows,
     open_output,
 )
@@ -179,6 +180,7 @@ async def style_transfer_batch(
     storage_options: StorageOptions = None,
     manifest_format: ManifestFormat | None = None,
     text_to_image: bool = False,
+    variants: Variants = None,
 ) -> BatchSummary:
     """Restyle the images of a manifest and store the results.
 
@@ -234,6 +236,7 @@ async def style_transfer_batch(
             Prefect stores parameters in plain text, so keep keys in a Block.
         manifest_format: Format of the file. Default: by its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
+        variants: Images to make of each row that names no number, each paid for.
 
     Returns:
         How many rows are stored, failed, unknown and outstanding, for what reasons, and the
@@ -272,6 +275,7 @@ async def style_transfer_batch(
         "aspect_ratio": aspect_ratio,
         "output_format": output_format,
         "provider": provider,
+        "variants": None if variants is None else str(variants),
     }
     rows = Manifest(
         manifest,

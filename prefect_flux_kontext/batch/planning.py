@@ -120,7 +120,7 @@ def _set_row_key(row: Row | RefusedRow, infos: Mapping[str, ReferenceInfo]) -> R
         return row
     problems = [problem for image in own if (problem := infos[image].problem)]
     identities = {image: infos[image].identity for image in own}
-    keyed_row = replace(row, key=compute_row_key(row.request, identities))
+    keyed_row = replace(row, key=compute_row_key(row.request, identities, row.variant))
     return _refuse_if_invalid(keyed_row, problems)
 
 

@@ -79,6 +79,7 @@ def _build_line(
         "recorded_at": _format_timestamp(at or utc_now()),
     }
     if isinstance(row, Row):
+        line["variant_number"] = row.variant
         line |= {name: getattr(row.request, name) for name in _PARAMETERS}
         line["reference_images"] = [redact_url(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | extract_custom_columns(row.cells)
@@ -96,6 +97,7 @@ def row_from_entry(entry: Entry) -> Row:
         key=entry.key,
         name=intent.name or make_safe_name(intent.row_id),
         style=intent.style,
+        variant=intent.variant,
     )
 
 

@@ -50,8 +50,8 @@ _FORMULA = re.compile(r"^[=+\-@\t\r]")
 _FAILURE_COLUMNS = ("failed_reason", "failed_message")
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
-_RowName: TypeAlias = tuple[str, str | None]
-"""The id and the style of a row."""
+_RowName: TypeAlias = tuple[str, str | None, str | None]
+"""The id and the style of a row, and which of its variants it is."""
 
 _Failure: TypeAlias = "tuple[Mapping[str, str], RowOutcome]"
 """The cells of a row and its outcome."""
@@ -238,7 +238,8 @@ async def _read_failures(output: OutputFolder) -> list[_Failure]:
 
 
 def _name(failure: _Failure) -> _RowName:
-    return failure[1].id, failure[1].style
+    cells, outcome = failure
+    return outcome.id, outcome.style, cells.get("variants") or None
 
 
 def _find_rows(
@@ -246,7 +247,9 @@ def _find_rows(
 ) -> Iterator[Row | RefusedRow]:
     """Yield the rows, and add the names of the wanted ones among them to `found`."""
     for row in rows:
-        if (name := (row.id, row.cells.get("style") or None)) in wanted:
+        cells = row.cells
+        name = (row.id, cells.get("style") or None, cells.get("variants") or None)
+        if name in wanted:
             found.add(name)
         yield row
 
@@ -261,8 +264,10 @@ async def _read_cells(session: Session, outcome: RowOutcome) -> dict[str, str]:
             cells |= {name: getattr(request, name) for name in _REQUEST_COLUMNS}
             if request.image_urls:
                 cells["images"] = json.dumps(request.image_urls)
+            if intent.variant > 1:
+                cells["variants"] = f"only {intent.variant}"
             if intent.name:
-                cells["output"] = intent.name
+                cells["output"] = intent.name.removesuffix(f"~v{intent.variant}")
     return cells
 
 

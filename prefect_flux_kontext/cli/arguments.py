@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _BLOCK_PREFIX = "block:"
 
 
-ROW_PARAMETERS = ("mode", "aspect_ratio", "output_format", "provider")
+ROW_PARAMETERS = ("mode", "aspect_ratio", "output_format", "provider", "variants")
 """Columns of a manifest that are also options, for rows that leave them empty."""
 
 
@@ -39,6 +39,11 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rows.add_argument(
         "--provider", metavar="ROUTE", help="auto, value or official, for rows that name none"
+    )
+    rows.add_argument(
+        "--variants",
+        metavar="N",
+        help="images to make of each row that names no number, each paid for",
     )
     table = parser.add_argument_group("how to read the manifest")
     table.add_argument(

@@ -84,6 +84,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_display_arguments(retry)
     retry.set_defaults(func=lambda options: _report(_retry(options), options))
 
+    redo = commands.add_parser(
+        "redo",
+        help="Make images again that a verdict asks to redo",
+        description="Show the plan and the price, then make the images again whose verdict, given "
+        "in the live page of `watch`, is redo: with another prompt or style, or as another try. "
+        f"Run it again to continue: an image is made once for each verdict. {_EXIT_STATUS}",
+    )
+    add_output_argument(redo)
+    add_style_argument(redo)
+    add_fit_argument(redo)
+    add_budget_argument(redo)
+    redo.add_argument("-n", "--dry-run", action="store_true", help="stop after the plan")
+    add_display_arguments(redo)
+    redo.set_defaults(func=_redo)
+
     collect = commands.add_parser(
         "collect",
         help="Store the outstanding results of ended runs; submits nothing",
@@ -137,14 +152,15 @@ def _report(batch: Coroutine[Any, Any, BatchSummary], options: argparse.Namespac
 
 def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
-        return asyncio.run(_dry_run(options))
+        manifest = manifest_from_options(options)
+        return asyncio.run(_show_plan(manifest, options, options.limit))
     batch = _run_manifest(manifest_from_options(options), options.output, options, options.limit)
     return _report(batch, options)
 
 
-async def _dry_run(options: argparse.Namespace) -> int:
-    manifest, row_options = manifest_from_options(options), row_options_from_options(options)
-    plan = await build_plan(manifest, options.output, row_options, options.limit)
+async def _show_plan(manifest: Manifest, options: argparse.Namespace, limit: int | None) -> int:
+    row_options = row_options_from_options(options)
+    plan = await build_plan(manifest, options.output, row_options, limit)
     if options.json:
         print_json(plan_as_json(plan, options.output))
     elif not options.quiet:
@@ -163,6 +179,21 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     # failed.csv also lists rows that were skipped as invalid; they must not stop the others.
     options.skip_invalid = options.retry_failed = True
     return await _run_manifest(manifest, options.output, options)
+
+
+def _redo(options: argparse.Namespace) -> int:
+    from prefect_flux_kontext.batch.redo import read_redo_manifest
+    from prefect_flux_kontext.settings import FluxKontextSettings
+
+    base_url = FluxKontextSettings().base_url
+    manifest = asyncio.run(read_redo_manifest(options.output, options.styles, base_url))
+    if manifest is None:
+        print_text("No verdict asks for a redo.")
+        return 0
+    options.skip_invalid = False
+    if options.dry_run:
+        return asyncio.run(_show_plan(manifest, options, None))
+    return _report(_run_manifest(manifest, options.output, options), options)
 
 
 async def _run_manifest(

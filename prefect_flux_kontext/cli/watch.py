@@ -49,12 +49,7 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 
-_MEDIA_TYPES = {
-    "jpg": "image/jpeg",
-    "png": "image/png",
-    "webp": "image/webp",
-    "js": "text/javascript",
-}
+_IMAGE_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -127,6 +122,7 @@ def create_app(output: OutputFolder, token: str) -> ASGIApp:
     from starlette.routing import Route
 
     from prefect_flux_kontext.batch.watching import WatchedOutput
+    from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.settings import FluxKontextSettings
 
     page = _Page(output, WatchedOutput(output, FluxKontextSettings().gallery_images))
@@ -137,7 +133,14 @@ def create_app(output: OutputFolder, token: str) -> ASGIApp:
         Route("/thumbnails/{name}", page.show_thumbnail),
         Route("/{file:path}", page.show_file),
     ]
-    return _guard(Starlette(routes=routes), token)
+    app = Starlette(routes=routes, exception_handlers={FluxKontextError: _report})
+    return _guard(app, token)
+
+
+async def _report(_request: Request, error: Exception) -> Response:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse({"error": str(error)}, 503)
 
 
 class _Page:
@@ -233,8 +236,12 @@ class _Page:
     async def show_file(self, request: Request) -> Response:
         from starlette.responses import Response
 
+        from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
+
         file = request.path_params["file"]
-        media_type = _MEDIA_TYPES.get(file.rpartition(".")[2])
+        media_type = _IMAGE_TYPES.get(file.rpartition(".")[2])
+        if file.startswith(f"{GALLERY_FOLDER}/"):
+            media_type = "text/javascript"
         data = None
         if media_type is not None and self._watched.has_file(file):
             data = await self._output.read(file)
@@ -258,11 +265,8 @@ def _refuse(status: int) -> Response:
 
 
 def _guard(app: ASGIApp, token: str) -> ASGIApp:
-    """Serve requests with the token, of this machine and of the page itself; report errors."""
+    """Serve requests with the token that name this machine and come from the page itself."""
     from starlette.datastructures import Headers, MutableHeaders
-    from starlette.responses import JSONResponse
-
-    from prefect_flux_kontext.errors import FluxKontextError
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -284,10 +288,6 @@ def _guard(app: ASGIApp, token: str) -> ASGIApp:
         elif not secrets.compare_digest(given.encode(), token.encode()):
             await _refuse(404)(scope, receive, send_with_headers)
         else:
-            try:
-                await app({**scope, "path": f"/{path}"}, receive, send_with_headers)
-            except FluxKontextError as error:
-                problem = JSONResponse({"error": str(error)}, 503)
-                await problem(scope, receive, send_with_headers)
+            await app({**scope, "path": f"/{path}"}, receive, send_with_headers)
 
     return guarded

@@ -70,6 +70,7 @@ class Manifest:
         format: The format of the file; None for that of its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
         base_url: The service, which must reach references on the web; None for no check.
+        needs_style_names: The styles are only for rows that name them.
         counts: Number of `lines` that were last read, with the header.
     """
 
@@ -85,6 +86,7 @@ class Manifest:
     format: ManifestFormat | None = None
     text_to_image: bool = False
     base_url: str | None = None
+    needs_style_names: bool = False
     counts: Counter[str] = field(default_factory=Counter, init=False, compare=False)
 
     @property
@@ -151,6 +153,8 @@ class Manifest:
     @cached_property
     def _defaults(self) -> RowDefaults:
         defaults = resolve_row_defaults(self.prompt, self.styles, self.names, self.parameters)
+        if self.needs_style_names:
+            defaults = defaults._replace(styles=defaults.styles._replace(chosen=()))
         return defaults._replace(base_url=self.base_url)
 
     @cached_property

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.row import MAX_VARIANTS
 from prefect_flux_kontext.references.identity import url_identity
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -46,6 +47,8 @@ StyleNames = Annotated[
     ),
 ]
 """The parameter of a flow for styles: a choice in the form, or names and files as text."""
+
+Variants = Annotated[int, Field(ge=1, le=MAX_VARIANTS)] | None
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -71,7 +71,7 @@ COLUMNS: dict[str, str] = {
 """The columns of the package and the type of their values."""
 
 _REQUEST_COLUMNS = frozenset(
-    {"id", "style", "prompt", "mode", "aspect_ratio", "output_format", "provider"}
+    {"id", "style", "prompt", "mode", "aspect_ratio", "output_format", "provider", "variants"}
 )
 """Columns of both manifests. Their result value is the one that was sent to the service."""
 

@@ -35,6 +35,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     Prompt,
     StorageOptions,
     StyleNames,
+    Variants,
     open_output,
 )
 from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
@@ -77,6 +78,7 @@ async def style_transfer_partition(
     storage_options: StorageOptions = None,
     manifest_format: ManifestFormat | None = None,
     text_to_image: bool = False,
+    variants: Variants = None,
 ) -> BatchSummary:
     """Run one partition of a batch with a leased share of the account.
 
@@ -104,6 +106,7 @@ async def style_transfer_partition(
         storage_options: Options of the output's filesystem.
         manifest_format: Format of the file. Default: by its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
+        variants: Images to make of each row that names no number.
 
     Returns:
         The counts of the partition's rows.
@@ -146,6 +149,7 @@ async def style_transfer_partition(
         "aspect_ratio": aspect_ratio,
         "output_format": output_format,
         "provider": provider,
+        "variants": None if variants is None else str(variants),
     }
     rows = Manifest(
         manifest,

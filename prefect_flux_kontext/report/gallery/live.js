@@ -12,7 +12,7 @@ const live = (() => {
   function showProgress({ running, rows, done, rate, secondsLeft, leftOut }) {
     const parts = [running ? "Running" : "No run is in progress"];
     if (rows) parts.push(`${grouped.format(done)} of ${grouped.format(rows)} rows done`);
-    if (rate) parts.push(`${rounded.format(rate)} images a second`);
+    if (running && rate) parts.push(`${rounded.format(rate)} images a second`);
     if (running && secondsLeft) parts.push(`about ${duration(Math.ceil(secondsLeft))} left`);
     if (leftOut) parts.push(`${grouped.format(leftOut)} further rows are not shown`);
     byId("progress").textContent = parts.join(" · ");
