@@ -181,6 +181,7 @@ async def style_transfer_batch(
     manifest_format: ManifestFormat | None = None,
     text_to_image: bool = False,
     variants: Variants = None,
+    checks: list[str] | None = None,
 ) -> BatchSummary:
     """Restyle the images of a manifest and store the results.
 
@@ -237,6 +238,8 @@ async def style_transfer_batch(
         manifest_format: Format of the file. Default: by its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
         variants: Images to make of each row that names no number, each paid for.
+        checks: Own checks of the images, each `module:function` of an installed module. It takes
+            a Pillow image and its row, and returns flags.
 
     Returns:
         How many rows are stored, failed, unknown and outstanding, for what reasons, and the
@@ -263,6 +266,7 @@ async def style_transfer_batch(
         budget_usd=budget_usd,
         fit_references=fit_references,
         deferred=suspends or wait == "collect",
+        checks=checks,
     )
     partition_plan = (
         await plan_partitions(partitions, partition_deployment, account, wait)

@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefect_flux_kontext.references.resolver import References
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from prefect_flux_kontext.client.polling import PollingCadence
+    from prefect_flux_kontext.images.checks import Check
 
 # Fewer than 20 rows prove nothing; when nine of ten fail, the cause is common to all of them.
 _WINDOW_ROWS = 50
@@ -124,6 +126,7 @@ class RowOptions:
         since: When the batch began, if its partitions have stored rows before this run.
         deferred: Submit all rows and leave their results for a later collection.
         references: How reference images that are not on the web reach the service.
+        checks: The user's own checks of result images.
     """
 
     cadence: PollingCadence
@@ -136,3 +139,4 @@ class RowOptions:
     since: datetime | None = None
     deferred: bool = False
     references: References = field(default_factory=References)
+    checks: Sequence[Check] = ()

@@ -157,6 +157,7 @@ def _ledger_columns(done: DoneRow) -> Line:
         first = ended.images[0]
         line |= first.model_dump(include={"sha256", "width", "height", "format"})
         line["bytes"] = first.size
+        line["check_flags"] = first.flags or None
     return line
 
 

@@ -34,6 +34,8 @@ from prefect_flux_kontext.references.location import non_public_references
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from PIL import Image
+
     from prefect_flux_kontext.batch.collection import Deferral
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.batch.submission import Submitter
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.client.transport import Connections
+    from prefect_flux_kontext.images.checks import ResultChecks
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Ended, Entry
     from prefect_flux_kontext.ledger.waves import FinishedRow
@@ -305,6 +308,7 @@ class RowRunner:
             state="stored",
             task_id=stored.task_id,
             uris=uris,
+            flags=stored.images[0].flags if stored.images else [],
             already=not in_run and (since is None or stored.at < since),
         )
 
@@ -399,6 +403,7 @@ def create_row_storer(
     http: Connections,
     output: OutputFolder,
     pictures: ThumbnailCollector,
+    checks: ResultChecks,
     callbacks: CallbackSession,
     deferral: Deferral,
     cadence: PollingCadence,
@@ -413,6 +418,7 @@ def create_row_storer(
         http: The connections for downloads.
         output: Where the images go.
         pictures: Makes thumbnails for the gallery.
+        checks: Flags images that are likely wrong.
         callbacks: Receives callbacks, which end a pause between polls.
         deferral: Limits how long rows wait for their results.
         cadence: When to poll for a task.
@@ -420,6 +426,19 @@ def create_row_storer(
         ai_mark: Whether images are marked as made by AI.
     """
     memory_slots = asyncio.Semaphore(_MAX_IMAGES_IN_MEMORY)
+
+    def create_inspection(row: Row, entry: Entry) -> Callable[[Image.Image], list[str]]:
+        make_thumbnail = pictures.create_thumbnail_callback(entry.key)
+        request = entry.intent.request if entry.intent else row.request
+        cells = {**row.cells, **row.request.model_dump(), "id": row.id, "style": row.style}
+
+        def inspect(image: Image.Image) -> list[str]:
+            if make_thumbnail is not None:
+                make_thumbnail(image)
+            reference = pictures.find_fingerprint(row.request.image_urls)
+            return checks.find_flags(image, cells, request.sent_aspect_ratio, reference)
+
+        return inspect
 
     async def store(row: Row, entry: Entry) -> tuple[list[StoredImage], Times]:
         task = entry.task
@@ -443,7 +462,7 @@ def create_row_storer(
                     name=row.name,
                     key=entry.key,
                     ai_mark=ai_mark,
-                    on_decoded=pictures.create_thumbnail_callback(entry.key),
+                    find_flags=create_inspection(row, entry),
                 )
                 downloaded = loop.time() - began
         except (DownloadError, RefusedError) as error:

@@ -18,6 +18,7 @@ from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.session import open_callback_session
 from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.images.checks import ResultChecks
 from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
@@ -139,6 +140,7 @@ async def open_session(
                         http,
                         output,
                         report.pictures,
+                        ResultChecks(options.checks),
                         callback_session,
                         deferral,
                         options.cadence,

@@ -39,6 +39,7 @@ class RowOutcome(BaseModel):
     message: str | None = Field(default=None, description="What happened, in words.")
     task_id: str | None = Field(default=None, description="The paid task, if there is one.")
     uris: list[str] = Field(default_factory=list, description="Where its images are stored.")
+    flags: list[str] = Field(default_factory=list, description="What checks of its image found.")
     already: bool = Field(default=False, description="Whether it was stored before this run.")
 
     @property
@@ -110,6 +111,9 @@ class BatchSummary(BaseModel):
     reasons: dict[str, int] = Field(
         default_factory=dict, description="Number of rows that are not stored, by reason."
     )
+    flags: dict[str, int] = Field(
+        default_factory=dict, description="Number of stored rows by what checks of images found."
+    )
     failures: list[RowOutcome] = Field(
         default_factory=list,
         description="The first hundred rows that failed, are unknown or outstanding.",
@@ -126,6 +130,8 @@ class BatchSummary(BaseModel):
         self.rows += 1
         setattr(self, outcome.state, getattr(self, outcome.state) + 1)
         self.already_stored += outcome.already
+        for flag in outcome.flags:
+            self.flags[flag] = self.flags.get(flag, 0) + 1
         if outcome.state in ("failed", "unknown", "outstanding"):
             reason = outcome.reason or "no reason given"
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
@@ -145,8 +151,9 @@ class BatchSummary(BaseModel):
             "not_submitted",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for reason, number in other.reasons.items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + number
+        for counts, others in ((self.reasons, other.reasons), (self.flags, other.flags)):
+            for name, number in others.items():
+                counts[name] = counts.get(name, 0) + number
         self.failures += other.failures[: _MAX_FAILURES - len(self.failures)]
         return self
 
@@ -221,6 +228,9 @@ class BatchSummary(BaseModel):
         if self.reasons:
             reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
             parts.append("why: " + ", ".join(f"{reason} {number}" for reason, number in reasons))
+        if self.flags:
+            flags = sorted(self.flags.items(), key=lambda item: -item[1])
+            parts.append("look at: " + ", ".join(f"{flag} {number}" for flag, number in flags))
         if self.spent:
             parts.append(f"${self.spent:.2f} spent")
         if self.seconds:

@@ -251,6 +251,7 @@ def manifest_from_options(options: argparse.Namespace) -> Manifest:
 def row_options_from_options(options: argparse.Namespace) -> RowOptions:
     """Return how rows are handled, by the settings and those options that the command has."""
     from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.images.checks import load_checks
     from prefect_flux_kontext.references.resolver import create_references
     from prefect_flux_kontext.settings import FluxKontextSettings
 
@@ -261,6 +262,7 @@ def row_options_from_options(options: argparse.Namespace) -> RowOptions:
         retry_failed=getattr(options, "retry_failed", False),
         result_days=settings.result_days,
         budget_usd=getattr(options, "budget", None),
+        checks=load_checks(getattr(options, "checks", ())),
         references=create_references(
             settings,
             settings.base_url,

@@ -62,6 +62,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="public URL of a receiver: wait for callbacks instead of polling; see the settings "
         "FLUX_KONTEXT_CALLBACK_…",
     )
+    how.add_argument(
+        "--check",
+        action="append",
+        default=[],
+        dest="checks",
+        metavar="MODULE:FUNCTION",
+        help="own check of the images: takes an image and its row, returns flags; repeatable",
+    )
     how.add_argument("-n", "--dry-run", action="store_true", help="stop after the plan")
     how.add_argument(
         "--watch", action="store_true", help="serve the live page of `watch` during the run"

@@ -53,7 +53,7 @@ async def persist_result(
     name: str,
     key: str | None = None,
     ai_mark: bool = True,
-    on_decoded: Callable[[Image.Image], None] | None = None,
+    find_flags: Callable[[Image.Image], list[str]] | None = None,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and store it.
 
@@ -69,7 +69,7 @@ async def persist_result(
         key: The row key, which goes into the name if another image has it already. None: a hash of
             the task id.
         ai_mark: Whether to label the image as made by AI; see `ai_metadata`.
-        on_decoded: Called with the first decoded image, in a thread; it must not raise.
+        find_flags: Checks the first decoded image, in a thread; it must not raise.
 
     Returns:
         One record for each image, in the order of the result's URLs.
@@ -85,11 +85,11 @@ async def persist_result(
     source = _source_type(result) if ai_mark else None
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
-        data, info, sha256 = await download_image(
+        data, info, sha256, flags = await download_image(
             url,
             http,
             functools.partial(
-                _process, source=source, on_decoded=on_decoded if number == 1 else None
+                _process, source=source, find_flags=find_flags if number == 1 else None
             ),
             task_id=result.task_id,
         )
@@ -110,6 +110,7 @@ async def persist_result(
                 sha256=sha256,
                 width=info.width,
                 height=info.height,
+                flags=flags,
             )
         )
     return stored
@@ -140,15 +141,14 @@ async def place_stored_images(
 
 
 def _process(
-    data: bytes, source: SourceType | None, on_decoded: Callable[[Image.Image], None] | None
-) -> tuple[bytes, ImageInfo, str]:
-    """Check an image; return the bytes to store, their format and size, and their checksum."""
+    data: bytes, source: SourceType | None, find_flags: Callable[[Image.Image], list[str]] | None
+) -> tuple[bytes, ImageInfo, str, list[str]]:
+    """Check an image; return the bytes to store, format and size, their checksum, and flags."""
     info, image = decode_image(data)
-    if on_decoded is not None:
-        on_decoded(image)
+    flags = [] if find_flags is None else find_flags(image)
     if source is not None:
         data = add_ai_metadata(data, source)
-    return data, info, hashlib.sha256(data).hexdigest()
+    return data, info, hashlib.sha256(data).hexdigest(), flags
 
 
 def _source_type(result: GenerationResult) -> SourceType:

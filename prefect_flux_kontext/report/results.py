@@ -54,6 +54,7 @@ COLUMNS: dict[str, str] = {
     "style": "string",
     "variant_number": "integer",
     "verdict": "string",
+    "check_flags": "strings",
     "prompt": "string",
     "reference_images": "strings",
     "mode": "string",

@@ -79,6 +79,7 @@ async def style_transfer_partition(
     manifest_format: ManifestFormat | None = None,
     text_to_image: bool = False,
     variants: Variants = None,
+    checks: list[str] | None = None,
 ) -> BatchSummary:
     """Run one partition of a batch with a leased share of the account.
 
@@ -107,6 +108,8 @@ async def style_transfer_partition(
         manifest_format: Format of the file. Default: by its name, content type or content.
         text_to_image: Rows without a reference are meant, though other columns look like images.
         variants: Images to make of each row that names no number.
+        checks: Own checks of the images, each `module:function` of an installed module. It takes
+            a Pillow image and its row, and returns flags.
 
     Returns:
         The counts of the partition's rows.
@@ -135,6 +138,7 @@ async def style_transfer_partition(
         failure_policy,
         account,
         fit_references=fit_references,
+        checks=checks,
         resubmit_unknown=resubmit_unknown,
         share_usd=partition.budget_usd,
     )

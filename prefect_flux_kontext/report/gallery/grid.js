@@ -116,7 +116,8 @@ const grid = (() => {
     const state = cell("state", row);
     const style = cell("style", row);
     const number = cell("variant_number", row);
-    const kind = [style, number > 1 && `variant ${number}`].filter(Boolean).join(", ");
+    const flags = cell("check_flags", row) ?? [];
+    const kind = [style, number > 1 && `variant ${number}`, ...flags.map((flag) => `⚑ ${flag}`)].filter(Boolean).join(", ");
     const verdict = verdicts.LABELS[cell("verdict", row)];
     const label = [id, kind, STATES[state] ?? state, state === "failed" && cell("reason", row), verdict];
     const open = element(

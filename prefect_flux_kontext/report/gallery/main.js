@@ -10,6 +10,11 @@ const main = (() => {
       none: "no verdict",
       values: (row) => (columns.state[row] === "stored" ? [verdicts.LABELS[columns.verdict[row]] ?? ""] : []),
     },
+    flag: {
+      all: "With or without flag",
+      none: "no flag",
+      values: (row) => (columns.state[row] === "stored" ? (columns.check_flags[row] ?? [""]) : []),
+    },
   };
 
   function filter(changed) {

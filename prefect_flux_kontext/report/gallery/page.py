@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN_COLUMNS = (
     *("id", "line", "state", "reason", "message", "file", "style", "prompt"),
-    *("variant_number", "verdict"),
+    *("variant_number", "verdict", "check_flags"),
     *("reference_images", "mode", "aspect_ratio", "matched_ratio", "output_format", "provider"),
     *("cost_usd", "attempts", "stored_before"),
     *("width", "height", "bytes", "format", "task_id", "submitted_at"),

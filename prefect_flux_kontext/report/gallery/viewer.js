@@ -30,6 +30,7 @@ const viewer = (() => {
     addFact("Prompt", cell("prompt", row));
     addFact("Style", cell("style", row));
     if (cell("variant_number", row) > 1) addFact("Variant", String(cell("variant_number", row)));
+    addFact("Flags", (cell("check_flags", row) ?? []).join(", "));
     addFact("Verdict", verdicts.LABELS[cell("verdict", row)] ?? null);
     if (file) addFact("Image", element("a", { href: encodePath(file), target: "_blank" }, file));
     if (width) addFact("Size", `${width} × ${height} px, ${size}`);
