@@ -28,7 +28,11 @@ from prefect_flux_kontext.models import (
     RequestedRatio,
     StoredImage,
 )
-from prefect_flux_kontext.orchestration.approval import ask_for_approval, plan_and_log
+from prefect_flux_kontext.orchestration.approval import (
+    ask_for_approval,
+    plan_and_log,
+    run_pilot,
+)
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     emit_expiring_results,
@@ -182,6 +186,7 @@ async def style_transfer_batch(
     text_to_image: bool = False,
     variants: Variants = None,
     checks: list[str] | None = None,
+    pilot: PositiveInt | None = None,
 ) -> BatchSummary:
     """Restyle the images of a manifest and store the results.
 
@@ -240,6 +245,8 @@ async def style_transfer_batch(
         variants: Images to make of each row that names no number, each paid for.
         checks: Own checks of the images, each `module:function` of an installed module. It takes
             a Pillow image and its row, and returns flags.
+        pilot: Run a sample of this many rows first, with rows of each style, then pause for
+            approval of the rest, with the contact sheet of the sample beside the price.
 
     Returns:
         How many rows are stored, failed, unknown and outstanding, for what reasons, and the
@@ -293,11 +300,17 @@ async def style_transfer_batch(
         text_to_image=text_to_image,
         base_url=account.base_url,
     )
-    plan = await plan_and_log(rows, output, account, options)
+    plan = await plan_and_log(rows, output, account, options, pilot)
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
         return complete(plan.to_summary(str(output)))
-    if approve_above_usd is not None:
+    if plan.pilot:
+        sheet = await run_pilot(plan, rows, output, account, options)
+        plan = await plan_and_log(rows, output, account, options)
+        if not await ask_for_approval(plan, rows, output, account, options, sheet):
+            return decline(after_pilot=True)
+        options = plan.with_budget_cap(options, 0)
+    elif approve_above_usd is not None:
         if plan.price > approve_above_usd and not await ask_for_approval(
             plan, rows, output, account, options
         ):

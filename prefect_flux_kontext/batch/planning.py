@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
+from prefect_flux_kontext.batch.pilot import PilotSample
 from prefect_flux_kontext.batch.progress import format_duration
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
@@ -151,6 +152,8 @@ class Plan:
         spent: Dollars that the output has cost so far, or may have cost.
         budget: Dollars that the output may cost in all; None for no cap.
         digest: Identifies exactly what is to be paid, in this order and at these prices.
+        pilot: The output names of the rows of a pilot; empty without one, or if it would have
+            all rows to be paid.
     """
 
     url: str
@@ -170,6 +173,7 @@ class Plan:
     spent: float = 0.0
     budget: float | None = None
     digest: str = ""
+    pilot: frozenset[str] = frozenset()
 
     @property
     def skipped_files(self) -> int:
@@ -260,6 +264,7 @@ class Plan:
             (self.refused, "invalid"),
             (self.duplicates, "equal to others, paid once"),
             *((self.actions[action], str(action)) for action in PlannedAction),
+            (len(self.pilot), "in the pilot, which runs first"),
             (self.rows - self.run_rows, "after the last row within the limit, not run"),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
@@ -314,6 +319,7 @@ async def make_plan(
     requests_per_minute: int,
     concurrent_tasks: int,
     limit: int | None = None,
+    pilot: int | None = None,
 ) -> Plan:
     """Read the manifest and the ledger from end to end, without a request to the service.
 
@@ -325,6 +331,7 @@ async def make_plan(
         requests_per_minute: The account's limit.
         concurrent_tasks: The account's limit.
         limit: Rows to pay for at most, the first ones; None for all.
+        pilot: Rows of the sample to run first; None for no pilot.
 
     Raises:
         ManifestError: The manifest cannot be read to its end, or has no rows.
@@ -338,7 +345,12 @@ async def make_plan(
             spent=index.sum_dollars(),
             budget=options.budget_usd,
         )
-        await asyncio.to_thread(_plan_rows, plan, manifest, index, options.references, limit)
+        sample = PilotSample(pilot or 0)
+        await asyncio.to_thread(
+            _plan_rows, plan, manifest, index, options.references, limit, sample
+        )
+        if pilot and plan.to_pay > pilot:
+            plan.pilot = sample.names()
     plan.seconds = _estimate_seconds(
         plan.to_pay, options.cadence, requests_per_minute, concurrent_tasks
     )
@@ -363,6 +375,7 @@ def _plan_rows(
     index: LedgerIndex,
     references: References,
     limit: int | None,
+    sample: PilotSample,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
@@ -390,6 +403,7 @@ def _plan_rows(
             if action is PlannedAction.PAY:
                 plan.routes[row.request.mode, row.request.provider] += 1
                 digest.update(key.encode())
+                sample.add(row)
                 if plan.to_pay == limit:
                     plan.run_rows = plan.rows
     plan.run_rows = plan.run_rows or plan.rows

@@ -15,8 +15,12 @@ from prefect_flux_kontext.manifest.columns import COLUMNS as MANIFEST_COLUMNS
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
-from prefect_flux_kontext.report.builder import RESULTS_JSONL
-from prefect_flux_kontext.report.results import COLUMNS, original_column_name, read_lines
+from prefect_flux_kontext.report.results import (
+    COLUMNS,
+    RESULTS_JSONL,
+    original_column_name,
+    read_lines,
+)
 from prefect_flux_kontext.report.verdicts import Verdicts
 
 if TYPE_CHECKING:

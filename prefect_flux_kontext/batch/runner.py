@@ -25,7 +25,7 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems, list_references
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
-from prefect_flux_kontext.report.builder import RESULTS_JSONL
+from prefect_flux_kontext.report.results import RESULTS_JSONL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

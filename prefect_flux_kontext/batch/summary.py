@@ -180,7 +180,7 @@ class BatchSummary(BaseModel):
         import fsspec  # noqa: PLC0415 - slow to import
 
         from prefect_flux_kontext.errors import StorageError  # noqa: PLC0415
-        from prefect_flux_kontext.report.builder import RESULTS_JSONL  # noqa: PLC0415
+        from prefect_flux_kontext.report.results import RESULTS_JSONL  # noqa: PLC0415
         from prefect_flux_kontext.settings import FluxKontextSettings  # noqa: PLC0415
 
         url = f"{self.output.rstrip('/')}/{RESULTS_JSONL}"

@@ -18,10 +18,10 @@ from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.ledger.waves import FinishedRow, read_open_waves
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.report.builder import RESULTS_JSONL
 from prefect_flux_kontext.report.gallery.page import GalleryRows
 from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER, ThumbnailStore
 from prefect_flux_kontext.report.results import (
+    RESULTS_JSONL,
     line_identity,
     merge_lines,
     open_results_store,

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import shlex
 import signal
+import sys
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from prefect_flux_kontext.cli.arguments import (
     add_prompt_argument,
     add_style_argument,
     manifest_from_options,
+    parse_count,
     row_options_from_options,
 )
 from prefect_flux_kontext.cli.display import print_json, print_text
@@ -26,12 +28,14 @@ from prefect_flux_kontext.cli.watch import serve_beside
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Coroutine, Iterable
 
+    from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.manifest.row import RefusedRow, Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 SOME_ROWS_FAILED = 1
@@ -62,6 +66,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="public URL of a receiver: wait for callbacks instead of polling; see the settings "
         "FLUX_KONTEXT_CALLBACK_…",
     )
+    how.add_argument(
+        "--pilot",
+        type=parse_count,
+        metavar="ROWS",
+        help="run a sample with rows of each style first, then ask whether to run the rest; "
+        "without a terminal, stop after the sample",
+    )
+    how.add_argument("-y", "--yes", action="store_true", help="after the pilot, run the rest")
     how.add_argument(
         "--check",
         action="append",
@@ -207,26 +219,56 @@ def _redo(options: argparse.Namespace) -> int:
 async def _run_manifest(
     manifest: Manifest, output: OutputFolder, options: argparse.Namespace, limit: int | None = None
 ) -> BatchSummary:
+    from prefect_flux_kontext.batch.pilot import select_rows
     from prefect_flux_kontext.batch.runner import run_batch
     from prefect_flux_kontext.cli.progress import show_progress
+    from prefect_flux_kontext.errors import ConfigurationError
 
     row_options = row_options_from_options(options)
     # Checked first: otherwise a wrong output shows as a ledger that cannot be read.
     await output.check_writable()
-    plan = await build_plan(manifest, output, row_options, limit)
+    pilot = getattr(options, "pilot", None)
+    if pilot and limit:
+        raise ConfigurationError("Give either --pilot or --limit, not both.")
+    plan = await build_plan(manifest, output, row_options, limit, pilot)
     is_shown = not (options.json or options.quiet)
     if is_shown:
         print_text(str(plan))
     plan.check(skip_invalid=options.skip_invalid)
-    rows = itertools.islice(manifest.rows(), plan.run_rows)
     url = getattr(options, "callback_url", None)
-    async with (
-        serve_beside(options.output_text) if getattr(options, "watch", False) else nullcontext(),
-        _open_session(output, row_options, callback_url=url) as (session, slots),
-        show_progress(session, plan.run_rows) if is_shown else nullcontext(),
-    ):
-        await session.report.announce(plan.run_rows)
-        return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
+
+    async def run(rows: Iterable[Row | RefusedRow], number: int) -> BatchSummary:
+        async with (
+            _open_session(output, row_options, callback_url=url) as (session, slots),
+            show_progress(session, number) if is_shown else nullcontext(),
+        ):
+            await session.report.announce(number)
+            return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
+
+    is_watched = getattr(options, "watch", False)
+    async with serve_beside(options.output_text) if is_watched else nullcontext():
+        if plan.pilot:
+            sample = await run(select_rows(manifest.rows(), plan.pilot), len(plan.pilot))
+            rest = await build_plan(manifest, output, row_options, None)
+            if not await _confirm_rest(sample, rest, options):
+                sample.rows += rest.to_pay
+                sample.not_submitted += rest.to_pay
+                return sample
+        return await run(itertools.islice(manifest.rows(), plan.run_rows), plan.run_rows)
+
+
+async def _confirm_rest(sample: BatchSummary, rest: Plan, options: argparse.Namespace) -> bool:
+    """Whether to run the rows after the pilot: by --yes, or by the answer at a terminal."""
+    from prefect_flux_kontext.report.gallery.builder import GALLERY
+
+    if not (options.json or options.quiet):
+        print_text(f"Pilot: {sample}\n{sample.output}/{GALLERY}")
+    if options.yes:
+        return True
+    if options.json or not sys.stdin.isatty():
+        return False
+    question = f"Run the other {rest.to_pay:,} images for ${rest.price:,.2f}? [y/N] "
+    return (await asyncio.to_thread(input, question)).strip().lower() in ("y", "yes")
 
 
 async def _collect(options: argparse.Namespace) -> BatchSummary:

@@ -16,6 +16,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.report.gallery.builder import build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.results import (
+    RESULTS_JSONL,
     LineMerger,
     acquire_merge_lock,
     list_mergeable_parts,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULTS_JSONL = "results.jsonl"
 RESULTS_PARQUET = "results.parquet"
 
 # A thumbnail of a reference is worth a short wait at the end of a run, not a long one.

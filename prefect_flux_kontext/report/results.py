@@ -90,6 +90,8 @@ _CACHE_KIB = 2_048
 # Columns of the manifest that a line from the ledger does not replace.
 _KEPT_COLUMNS = ("line", "style", "source")
 
+RESULTS_JSONL = "results.jsonl"
+
 _RUN_PLAN = "plan.json"
 
 # Part files that are read or removed at a time.
