@@ -27,7 +27,11 @@ from prefect_flux_kontext.models import (
     RequestedRatio,
     StoredImage,
 )
-from prefect_flux_kontext.orchestration.approval import ask_for_approval, plan_and_log
+from prefect_flux_kontext.orchestration.approval import (
+    ask_for_approval,
+    plan_and_log,
+    run_pilot,
+)
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     emit_expiring_results,
@@ -249,6 +253,7 @@ async def style_transfer_batch(
         spend_by=rare.get("spend_by") or (),
         fit_references=rare.get("fit_references", False),
         deferred=suspends or wait == "collect",
+        checks=rare.get("checks"),
     )
     partition_plan = (
         await plan_partitions(
@@ -266,6 +271,7 @@ async def style_transfer_batch(
         "aspect_ratio": aspect_ratio,
         "output_format": rare.get("output_format"),
         "provider": rare.get("provider"),
+        "variants": str(rare["variants"]) if rare.get("variants") else None,
     }
     rows = Manifest(
         manifest,
@@ -279,11 +285,17 @@ async def style_transfer_batch(
         text_to_image=rare.get("text_to_image", False),
         base_url=account.base_url,
     )
-    plan = await plan_and_log(rows, output, account, options)
+    plan = await plan_and_log(rows, output, account, options, rare.get("pilot"))
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
         return complete(plan.to_summary(str(output)))
-    if approve_above_usd is not None:
+    if plan.pilot:
+        sheet = await run_pilot(plan, rows, output, account, options)
+        plan = await plan_and_log(rows, output, account, options)
+        if not await ask_for_approval(plan, rows, output, account, options, sheet):
+            return decline(after_pilot=True)
+        options = plan.with_budget_cap(options, 0)
+    elif approve_above_usd is not None:
         if plan.price > approve_above_usd and not await ask_for_approval(
             plan, rows, output, account, options
         ):

@@ -298,6 +298,9 @@ class StoredImage(BaseModel):
     sha256: str = Field(description="SHA-256 of the bytes, in hexadecimal.")
     width: int = Field(description="Width in pixels.")
     height: int = Field(description="Height in pixels.")
+    flags: list[str] = Field(
+        default_factory=list, description="What checks found, such as `blank`; see docs."
+    )
 
     def _repr_html_(self) -> str:
         """Show a thumbnail in a notebook, if the image is on this machine."""

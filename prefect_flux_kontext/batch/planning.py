@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
+from prefect_flux_kontext.batch.pilot import PilotSample
 from prefect_flux_kontext.batch.progress import format_duration
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS, Spending, label_row
 from prefect_flux_kontext.batch.summary import BatchSummary
@@ -121,7 +122,7 @@ def _set_row_key(row: Row | RefusedRow, infos: Mapping[str, ReferenceInfo]) -> R
         return row
     problems = [problem for image in own if (problem := infos[image].problem)]
     identities = {image: infos[image].identity for image in own}
-    keyed_row = replace(row, key=compute_row_key(row.request, identities))
+    keyed_row = replace(row, key=compute_row_key(row.request, identities, row.variant))
     return _refuse_if_invalid(keyed_row, problems)
 
 
@@ -156,6 +157,8 @@ class Plan:
         spending: Dollars that the output has cost so far, or may have cost, by these columns.
         planned: Dollars for the images to be paid, by the same columns.
         digest: Identifies exactly what is to be paid, in this order and at these prices.
+        pilot: The output names of the rows of a pilot; empty without one, or if it would have
+            all rows to be paid.
     """
 
     url: str
@@ -179,6 +182,7 @@ class Plan:
     spending: Spending = field(default_factory=Spending)
     planned: Spending = field(default_factory=Spending)
     digest: str = ""
+    pilot: frozenset[str] = frozenset()
 
     @property
     def skipped_files(self) -> int:
@@ -278,6 +282,7 @@ class Plan:
             (self.refused, "invalid"),
             (self.duplicates, "equal to others, paid once"),
             *((self.actions[action], str(action)) for action in PlannedAction),
+            (len(self.pilot), "in the pilot, which runs first"),
             (self.rows - self.run_rows, "after the last row within the limit, not run"),
         ]
         lines = [f"{self.rows:>9,}  rows in {self.url}"]
@@ -342,6 +347,7 @@ async def make_plan(
     requests_per_minute: int,
     concurrent_tasks: int,
     limit: int | None = None,
+    pilot: int | None = None,
 ) -> Plan:
     """Read the manifest and the ledger from end to end, without a request to the service.
 
@@ -353,6 +359,7 @@ async def make_plan(
         requests_per_minute: The account's limit.
         concurrent_tasks: The account's limit.
         limit: Rows to pay for at most, the first ones; None for all.
+        pilot: Rows of the sample to run first; None for no pilot.
 
     Raises:
         ManifestError: The manifest cannot be read to its end, or has no rows.
@@ -369,7 +376,10 @@ async def make_plan(
             spending=index.sum_by(options.money_columns),
             planned=Spending(options.money_columns),
         )
-        await asyncio.to_thread(_plan_rows, plan, manifest, index, options, limit)
+        sample = PilotSample(pilot or 0)
+        await asyncio.to_thread(_plan_rows, plan, manifest, index, options, limit, sample)
+        if pilot and plan.to_pay > pilot:
+            plan.pilot = sample.names()
     plan.seconds = _estimate_seconds(
         plan.to_pay, options.cadence, requests_per_minute, concurrent_tasks
     )
@@ -394,6 +404,7 @@ def _plan_rows(
     index: LedgerIndex,
     options: RowOptions,
     limit: int | None,
+    sample: PilotSample,
 ) -> None:
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
@@ -426,6 +437,7 @@ def _plan_rows(
                 price = find_price(plan.prices, row.request.mode, row.request.provider)
                 plan.planned.add(label_row(row, names), price)
                 digest.update(key.encode())
+                sample.add(row)
                 if plan.to_pay == limit:
                     plan.run_rows = plan.rows
     plan.run_rows = plan.run_rows or plan.rows

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from prefect_flux_kontext.client.polling import PollingCadence
+    from prefect_flux_kontext.images.checks import Check
 
 # Fewer than 20 rows prove nothing; when nine of ten fail, the cause is common to all of them.
 _WINDOW_ROWS = 50
@@ -127,6 +128,7 @@ class RowOptions:
         since: When the batch began, if its partitions have stored rows before this run.
         deferred: Submit all rows and leave their results for a later collection.
         references: How reference images that are not on the web reach the service.
+        checks: The user's own checks of result images.
     """
 
     cadence: PollingCadence
@@ -141,6 +143,7 @@ class RowOptions:
     since: datetime | None = None
     deferred: bool = False
     references: References = field(default_factory=References)
+    checks: Sequence[Check] = ()
 
     @property
     def has_budget(self) -> bool:

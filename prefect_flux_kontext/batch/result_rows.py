@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
 from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
-from prefect_flux_kontext.ledger.records import Entry
+from prefect_flux_kontext.ledger.records import Entry, State
 from prefect_flux_kontext.ledger.waves import FinishedRow
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import utc_now
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.report.results import Line
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+_SHOWN_STATES = frozenset({State.ACCEPTED, State.STORED, State.FAILED})
 
 
 def line_from_outcome(session: Session, done: DoneRow) -> Line:
@@ -29,8 +32,36 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
         session: The batch of the row.
         done: The row and its outcome.
     """
+    owner, flow_run_id = session.ledger.owner, session.flow_run_id
+    return _build_line(done, session.output, owner, flow_run_id)
+
+
+def line_from_records(output: OutputFolder, entry: Entry) -> Line | None:
+    """Return the line of a row that a run may be working on, from its records alone.
+
+    Returns:
+        The line of an accepted, stored or failed row; None for any other.
+    """
+    if entry.intent is None or entry.state not in _SHOWN_STATES:
+        return None
+    owner = entry.intent.owner
+    if entry.ended is not None:
+        return _build_line(_done_row(output, entry), output, owner, None, entry.ended.at)
+    row, task = row_from_entry(entry), entry.task
+    outcome = RowOutcome(
+        id=row.id, line=row.line, key=entry.key, state="outstanding", task_id=task.task_id
+    )
+    return _build_line(DoneRow(row, outcome, entry), output, owner, None, task.submitted_at)
+
+
+def _build_line(
+    done: DoneRow,
+    output: OutputFolder,
+    run: str,
+    flow_run_id: str | None,
+    at: datetime | None = None,
+) -> Line:
     row, outcome, _ = done
-    output = session.output
     line: Line = {
         **outcome.model_dump(include={"id", "line", "state", "reason", "message", "task_id"}),
         **_ledger_columns(done),
@@ -40,13 +71,14 @@ def line_from_outcome(session: Session, done: DoneRow) -> Line:
         "stored_before": outcome.already,
         "style": row.style if isinstance(row, Row) else row.cells.get("style"),
         "key": outcome.key,
-        "run": session.ledger.owner,
-        "flow_run_id": session.flow_run_id,
+        "run": run,
+        "flow_run_id": flow_run_id,
         # A collected row has no manifest columns: the ledger does not hold them.
         "source": "manifest" if row.cells else "ledger",
-        "recorded_at": _format_timestamp(utc_now()),
+        "recorded_at": _format_timestamp(at or utc_now()),
     }
     if isinstance(row, Row):
+        line["variant_number"] = row.variant
         line |= {name: getattr(row.request, name) for name in REQUEST_COLUMNS}
         line["reference_images"] = [redact_url(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | extract_custom_columns(row.cells)
@@ -64,11 +96,17 @@ def row_from_entry(entry: Entry) -> Row:
         key=entry.key,
         name=intent.name or make_safe_name(intent.row_id),
         style=intent.style,
+        variant=intent.variant,
     )
 
 
 def line_from_entry(session: Session, entry: Entry) -> Line:
     """Return the line of a row that has ended in any run, from the ledger alone."""
+    already = entry.state is State.STORED and not session.has_ended_in_run(entry)
+    return line_from_outcome(session, _done_row(session.output, entry, already=already))
+
+
+def _done_row(output: OutputFolder, entry: Entry, *, already: bool = False) -> DoneRow:
     row, ended = row_from_entry(entry), entry.ended
     assert ended is not None  # noqa: S101 - the caller passes ended rows only
     outcome = RowOutcome(
@@ -79,10 +117,10 @@ def line_from_entry(session: Session, entry: Entry) -> Line:
         reason=ended.reason,
         message=ended.message,
         task_id=ended.task_id,
-        uris=[session.output.uri(file) for file in ended.files],
-        already=ended.state == "stored" and not session.has_ended_in_run(entry),
+        uris=[output.uri(file) for file in ended.files],
+        already=already,
     )
-    return line_from_outcome(session, DoneRow(row, outcome, entry))
+    return DoneRow(row, outcome, entry)
 
 
 def _ledger_columns(done: DoneRow) -> Line:
@@ -118,6 +156,7 @@ def _ledger_columns(done: DoneRow) -> Line:
         first = ended.images[0]
         line |= first.model_dump(include={"sha256", "width", "height", "format"})
         line["bytes"] = first.size
+        line["check_flags"] = first.flags or None
     return line
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
 from prefect_flux_kontext.batch.storing import EXPIRED, store_result
-from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome
+from prefect_flux_kontext.batch.summary import DoneRow, RowOutcome, get_row_name
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     FluxKontextError,
@@ -85,7 +85,7 @@ async def _run(
     if done.outcome.state == "failed":
         session.failed.append((row.cells, done.outcome))
     elif done.outcome.state == "not_submitted":
-        session.run_again.discard((done.outcome.id, done.outcome.style))
+        session.run_again.discard(get_row_name(row.id, row.cells))
     return done
 
 
@@ -260,6 +260,7 @@ async def _deliver(
         state="stored",
         task_id=stored.task_id,
         uris=uris,
+        flags=stored.images[0].flags if stored.images else [],
         already=not in_run and (since is None or stored.at < since),
     )
 

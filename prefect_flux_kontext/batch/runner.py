@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.planning import with_row_keys
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
-from prefect_flux_kontext.batch.summary import RowOutcome
+from prefect_flux_kontext.batch.summary import RowName, RowOutcome, get_row_name
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
@@ -52,9 +52,6 @@ _FORMULA = re.compile(r"^[=+\-@\t\r]")
 _FAILURE_COLUMNS = ("failed_line", "failed_reason", "failed_message")
 """Columns that the file adds to those of the rows: the line of the manifest, and the failure."""
 
-
-_RowName: TypeAlias = tuple[str, str | None]
-"""The id and the style of a row."""
 
 _Failure: TypeAlias = "tuple[Mapping[str, str], RowOutcome]"
 """The cells of a row and its outcome."""
@@ -274,16 +271,17 @@ async def _read_failures(output: OutputFolder) -> list[_Failure]:
     return failures
 
 
-def _name(failure: _Failure) -> _RowName:
-    return failure[1].id, failure[1].style
+def _name(failure: _Failure) -> RowName:
+    cells, outcome = failure
+    return get_row_name(outcome.id, cells)
 
 
 def _find_rows(
-    rows: Iterable[Row | RefusedRow], wanted: set[_RowName], found: set[_RowName]
+    rows: Iterable[Row | RefusedRow], wanted: set[RowName], found: set[RowName]
 ) -> Iterator[Row | RefusedRow]:
     """Yield the rows, and add the names of the wanted ones among them to `found`."""
     for row in rows:
-        if (name := (row.id, row.cells.get("style") or None)) in wanted:
+        if (name := get_row_name(row.id, row.cells)) in wanted:
             found.add(name)
         yield row
 
@@ -298,8 +296,10 @@ async def _read_cells(session: Session, outcome: RowOutcome) -> dict[str, str]:
             cells |= {name: getattr(request, name) for name in REQUEST_COLUMNS}
             if request.image_urls:
                 cells["images"] = json.dumps(request.image_urls)
+            if intent.variant > 1:
+                cells["variants"] = f"only {intent.variant}"
             if intent.name:
-                cells["output"] = intent.name
+                cells["output"] = intent.name.removesuffix(f"~v{intent.variant}")
     return cells
 
 

@@ -20,6 +20,7 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.callbacks.options import CallbackOptions
 from prefect_flux_kontext.callbacks.session import open_callback_session
 from prefect_flux_kontext.errors import BatchStoppedError
+from prefect_flux_kontext.images.checks import ResultChecks
 from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.batch.summary import RowOutcome
+    from prefect_flux_kontext.batch.summary import RowName, RowOutcome
     from prefect_flux_kontext.callbacks.session import CallbackSession
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.client.transport import Connections
@@ -64,6 +65,7 @@ class Session:
         callbacks: Receives callbacks.
         deferral: Limits how long rows wait for their results.
         report: The result manifest and the gallery.
+        checks: Flags images that are likely wrong.
         balance: Dollars of the account before the batch; None if the service did not say.
         flow_run_id: The Prefect flow run that the result lines name; None outside of one.
         submits: Whether rows are paid for; else only outstanding rows are collected.
@@ -88,12 +90,13 @@ class Session:
     callbacks: CallbackSession
     deferral: Deferral
     report: Report
+    checks: ResultChecks
     balance: float | None = None
     flow_run_id: str | None = None
     submits: bool = True
     progress: BatchSummary = field(init=False)
     failed: list[tuple[Mapping[str, str], RowOutcome]] = field(default_factory=list)
-    run_again: set[tuple[str, str | None]] = field(default_factory=set)
+    run_again: set[RowName] = field(default_factory=set)
     latest: dict[str, Entry] = field(default_factory=dict)
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     breaker: Breaker = field(default_factory=Breaker)
@@ -202,6 +205,7 @@ async def open_session(
                         callbacks=callback_session,
                         deferral=Deferral(on=options.deferred),
                         report=report,
+                        checks=ResultChecks(options.checks),
                         balance=balance,
                         flow_run_id=flow_run_id,
                     )

@@ -13,6 +13,10 @@ from prefect_flux_kontext.ledger.records import Times
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
+
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.manifest.row import Row
@@ -34,8 +38,7 @@ async def store_result(
     """
     task = entry.task
     ended_at = task.submitted_at
-    pictures = session.report.pictures
-    pictures.request_reference(row.request.image_urls)
+    session.report.pictures.request_reference(row.request.image_urls)
     loop = asyncio.get_running_loop()
     try:
         async with session.deferral.limit_wait(row):
@@ -54,7 +57,7 @@ async def store_result(
                 name=row.name,
                 key=entry.key,
                 ai_mark=session.settings.ai_mark,
-                on_decoded=pictures.create_thumbnail_callback(entry.key),
+                find_flags=_create_inspection(session, row, entry),
             )
             downloaded = loop.time() - began
     except (DownloadError, RefusedError) as error:
@@ -68,3 +71,21 @@ async def store_result(
             code=EXPIRED,
         ) from None
     return images, Times(result.completed_at, result.generation_seconds, waited, downloaded)
+
+
+def _create_inspection(
+    session: Session, row: Row, entry: Entry
+) -> Callable[[Image.Image], list[str]]:
+    """Create the function that makes the thumbnail of a decoded image and returns its flags."""
+    pictures = session.report.pictures
+    make_thumbnail = pictures.create_thumbnail_callback(entry.key)
+    request = entry.intent.request if entry.intent else row.request
+    cells = {**row.cells, **row.request.model_dump(), "id": row.id, "style": row.style}
+
+    def inspect(image: Image.Image) -> list[str]:
+        if make_thumbnail is not None:
+            make_thumbnail(image)
+        reference = pictures.find_fingerprint(row.request.image_urls)
+        return session.checks.find_flags(image, cells, request.sent_aspect_ratio, reference)
+
+    return inspect

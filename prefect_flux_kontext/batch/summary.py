@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import json
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, Field
 
@@ -13,6 +13,8 @@ from prefect_flux_kontext.batch.spending import GroupSpend
 from prefect_flux_kontext.redaction import make_showable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.waves import FinishedRow
@@ -24,6 +26,15 @@ _MAX_FAILURES = 100
 """Rows that a summary lists, so that its size does not grow with the batch."""
 
 RowState = Literal["stored", "failed", "unknown", "outstanding", "not_submitted"]
+
+
+RowName: TypeAlias = tuple[str, str | None, str | None]
+"""The id and the style of a row, and which of its variants it is."""
+
+
+def get_row_name(row_id: str, cells: Mapping[str, str]) -> RowName:
+    """Return what tells a row from the others of its manifest."""
+    return row_id, cells.get("style") or None, cells.get("variants") or None
 
 
 class RowOutcome(BaseModel):
@@ -40,6 +51,7 @@ class RowOutcome(BaseModel):
     message: str | None = Field(default=None, description="What happened, in words.")
     task_id: str | None = Field(default=None, description="The paid task, if there is one.")
     uris: list[str] = Field(default_factory=list, description="Where its images are stored.")
+    flags: list[str] = Field(default_factory=list, description="What checks of its image found.")
     already: bool = Field(default=False, description="Whether it was stored before this run.")
 
     @property
@@ -122,6 +134,9 @@ class BatchSummary(BaseModel):
     reasons: dict[str, int] = Field(
         default_factory=dict, description="Number of rows that are not stored, by reason."
     )
+    flags: dict[str, int] = Field(
+        default_factory=dict, description="Number of stored rows by what checks of images found."
+    )
     failures: list[RowOutcome] = Field(
         default_factory=list,
         description="The first hundred rows that failed, are unknown or outstanding.",
@@ -138,6 +153,8 @@ class BatchSummary(BaseModel):
         self.rows += 1
         setattr(self, outcome.state, getattr(self, outcome.state) + 1)
         self.already_stored += outcome.already
+        for flag in outcome.flags:
+            self.flags[flag] = self.flags.get(flag, 0) + 1
         if outcome.state in ("failed", "unknown", "outstanding"):
             reason = outcome.reason or "no reason given"
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
@@ -157,8 +174,9 @@ class BatchSummary(BaseModel):
             "not_submitted",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for reason, number in other.reasons.items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + number
+        for counts, others in ((self.reasons, other.reasons), (self.flags, other.flags)):
+            for name, number in others.items():
+                counts[name] = counts.get(name, 0) + number
         self.failures += other.failures[: _MAX_FAILURES - len(self.failures)]
         return self
 
@@ -241,6 +259,9 @@ class BatchSummary(BaseModel):
         if self.reasons:
             reasons = sorted(self.reasons.items(), key=lambda item: -item[1])
             parts.append("why: " + ", ".join(f"{reason} {number}" for reason, number in reasons))
+        if self.flags:
+            flags = sorted(self.flags.items(), key=lambda item: -item[1])
+            parts.append("look at: " + ", ".join(f"{flag} {number}" for flag, number in flags))
         if self.spent:
             parts.append(f"${self.spent:.2f} spent")
         if change := self.describe_balance():

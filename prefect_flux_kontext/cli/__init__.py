@@ -21,6 +21,7 @@ from prefect_flux_kontext.cli import (
     sandbox,
     status,
     styles,
+    watch,
 )
 from prefect_flux_kontext.cli.arguments import open_output_argument
 from prefect_flux_kontext.cli.display import log_details, print_json
@@ -35,6 +36,7 @@ INTERRUPTED = 130
 _MODULES = (
     plan,
     run,
+    watch,
     status,
     styles,
     balance,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _BLOCK_PREFIX = "block:"
 
 
-ROW_PARAMETERS = ("mode", "aspect_ratio", "output_format", "provider")
+ROW_PARAMETERS = ("mode", "aspect_ratio", "output_format", "provider", "variants")
 """Columns of a manifest that are also options, for rows that leave them empty."""
 
 
@@ -39,6 +39,11 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rows.add_argument(
         "--provider", metavar="ROUTE", help="auto, value or official, for rows that name none"
+    )
+    rows.add_argument(
+        "--variants",
+        metavar="N",
+        help="images to make of each row that names no number, each paid for",
     )
     table = parser.add_argument_group("how to read the manifest")
     table.add_argument(
@@ -291,6 +296,7 @@ def manifest_from_options(options: argparse.Namespace) -> Manifest:
 def row_options_from_options(options: argparse.Namespace) -> RowOptions:
     """Return how rows are handled, by the settings and those options that the command has."""
     from prefect_flux_kontext.batch.policy import RowOptions
+    from prefect_flux_kontext.images.checks import load_checks
     from prefect_flux_kontext.references.resolver import create_references
     from prefect_flux_kontext.settings import FluxKontextSettings
 
@@ -306,6 +312,7 @@ def row_options_from_options(options: argparse.Namespace) -> RowOptions:
         budget_usd=getattr(options, "budget", None),
         budget_by=budget_by,
         spend_by=getattr(options, "by", ()),
+        checks=load_checks(getattr(options, "checks", ())),
         references=create_references(
             settings,
             settings.base_url,

@@ -40,7 +40,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 async def build_plan(
-    manifest: Manifest, output: OutputFolder, options: RowOptions, limit: int | None
+    manifest: Manifest,
+    output: OutputFolder,
+    options: RowOptions,
+    limit: int | None,
+    pilot: int | None = None,
 ) -> Plan:
     """Make the plan with the account of the environment, and ask for its balance.
 
@@ -62,6 +66,7 @@ async def build_plan(
         requests_per_minute=settings.requests_per_minute,
         concurrent_tasks=settings.concurrent_tasks,
         limit=limit,
+        pilot=pilot,
     )
     if settings.api_key is not None:
         async with FluxKontextClient(

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import shlex
 import signal
+import sys
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,23 @@ from prefect_flux_kontext.cli.arguments import (
     add_prompt_argument,
     add_style_argument,
     manifest_from_options,
+    parse_count,
     row_options_from_options,
 )
 from prefect_flux_kontext.cli.display import print_json, print_text
 from prefect_flux_kontext.cli.plan import build_plan, plan_as_json
+from prefect_flux_kontext.cli.watch import serve_beside
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Coroutine, Iterable
 
+    from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.manifest.row import RefusedRow, Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 SOME_ROWS_FAILED = 1
@@ -62,8 +67,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="public URL of a receiver: wait for callbacks instead of polling; see the settings "
         "FLUX_KONTEXT_CALLBACK_…",
     )
+    how.add_argument(
+        "--pilot",
+        type=parse_count,
+        metavar="ROWS",
+        help="run a sample with rows of each style first, then ask whether to run the rest; "
+        "without a terminal, stop after the sample",
+    )
+    how.add_argument("-y", "--yes", action="store_true", help="after the pilot, run the rest")
+    how.add_argument(
+        "--check",
+        action="append",
+        default=[],
+        dest="checks",
+        metavar="MODULE:FUNCTION",
+        help="own check of the images: takes an image and its row, returns flags; repeatable",
+    )
     how.add_argument("-n", "--dry-run", action="store_true", help="stop after the plan")
     add_by_argument(how)
+    how.add_argument(
+        "--watch", action="store_true", help="serve the live page of `watch` during the run"
+    )
     add_display_arguments(run)
     run.set_defaults(func=_run)
 
@@ -82,6 +106,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_by_argument(retry)
     add_display_arguments(retry)
     retry.set_defaults(func=lambda options: _report(_retry(options), options))
+
+    redo = commands.add_parser(
+        "redo",
+        help="Make images again that a verdict asks to redo",
+        description="Show the plan and the price, then make the images again whose verdict, given "
+        "in the live page of `watch`, is redo: with another prompt or style, or as another try. "
+        f"Run it again to continue: an image is made once for each verdict. {_EXIT_STATUS}",
+    )
+    add_output_argument(redo)
+    add_style_argument(redo)
+    add_fit_argument(redo)
+    add_budget_argument(redo)
+    redo.add_argument("-n", "--dry-run", action="store_true", help="stop after the plan")
+    add_display_arguments(redo)
+    redo.set_defaults(func=_redo)
 
     collect = commands.add_parser(
         "collect",
@@ -139,14 +178,15 @@ def _report(batch: Coroutine[Any, Any, BatchSummary], options: argparse.Namespac
 
 def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
-        return asyncio.run(_dry_run(options))
+        manifest = manifest_from_options(options)
+        return asyncio.run(_show_plan(manifest, options, options.limit))
     batch = _run_manifest(manifest_from_options(options), options.output, options, options.limit)
     return _report(batch, options)
 
 
-async def _dry_run(options: argparse.Namespace) -> int:
-    manifest, row_options = manifest_from_options(options), row_options_from_options(options)
-    plan = await build_plan(manifest, options.output, row_options, options.limit)
+async def _show_plan(manifest: Manifest, options: argparse.Namespace, limit: int | None) -> int:
+    row_options = row_options_from_options(options)
+    plan = await build_plan(manifest, options.output, row_options, limit)
     if options.json:
         print_json(plan_as_json(plan, options.output))
     elif not options.quiet:
@@ -167,27 +207,74 @@ async def _retry(options: argparse.Namespace) -> BatchSummary:
     return await _run_manifest(manifest, options.output, options)
 
 
+def _redo(options: argparse.Namespace) -> int:
+    from prefect_flux_kontext.batch.redo import read_redo_manifest
+    from prefect_flux_kontext.settings import FluxKontextSettings
+
+    base_url = FluxKontextSettings().base_url
+    manifest = asyncio.run(read_redo_manifest(options.output, options.styles, base_url))
+    if manifest is None:
+        print_text("No verdict asks for a redo.")
+        return 0
+    options.skip_invalid = False
+    if options.dry_run:
+        return asyncio.run(_show_plan(manifest, options, None))
+    return _report(_run_manifest(manifest, options.output, options), options)
+
+
 async def _run_manifest(
     manifest: Manifest, output: OutputFolder, options: argparse.Namespace, limit: int | None = None
 ) -> BatchSummary:
+    from prefect_flux_kontext.batch.pilot import select_rows
     from prefect_flux_kontext.batch.runner import run_batch
     from prefect_flux_kontext.cli.progress import show_progress
+    from prefect_flux_kontext.errors import ConfigurationError
 
     row_options = row_options_from_options(options)
     # Checked first: otherwise a wrong output shows as a ledger that cannot be read.
     await output.check_writable()
-    plan = await build_plan(manifest, output, row_options, limit)
+    pilot = getattr(options, "pilot", None)
+    if pilot and limit:
+        raise ConfigurationError("Give either --pilot or --limit, not both.")
+    plan = await build_plan(manifest, output, row_options, limit, pilot)
     is_shown = not (options.json or options.quiet)
     if is_shown:
         print_text(str(plan))
     plan.check(skip_invalid=options.skip_invalid)
-    rows = itertools.islice(manifest.rows(), plan.run_rows)
     url = getattr(options, "callback_url", None)
-    async with (
-        _open_session(output, row_options, callback_url=url) as (session, slots),
-        show_progress(session, plan.run_rows) if is_shown else nullcontext(),
-    ):
-        return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
+
+    async def run(rows: Iterable[Row | RefusedRow], number: int) -> BatchSummary:
+        async with (
+            _open_session(output, row_options, callback_url=url) as (session, slots),
+            show_progress(session, number) if is_shown else nullcontext(),
+        ):
+            await session.report.announce(number)
+            return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
+
+    is_watched = getattr(options, "watch", False)
+    async with serve_beside(options.output_text) if is_watched else nullcontext():
+        if plan.pilot:
+            sample = await run(select_rows(manifest.rows(), plan.pilot), len(plan.pilot))
+            rest = await build_plan(manifest, output, row_options, None)
+            if not await _confirm_rest(sample, rest, options):
+                sample.rows += rest.to_pay
+                sample.not_submitted += rest.to_pay
+                return sample
+        return await run(itertools.islice(manifest.rows(), plan.run_rows), plan.run_rows)
+
+
+async def _confirm_rest(sample: BatchSummary, rest: Plan, options: argparse.Namespace) -> bool:
+    """Whether to run the rows after the pilot: by --yes, or by the answer at a terminal."""
+    from prefect_flux_kontext.report.gallery.builder import GALLERY
+
+    if not (options.json or options.quiet):
+        print_text(f"Pilot: {sample}\n{sample.output}/{GALLERY}")
+    if options.yes:
+        return True
+    if options.json or not sys.stdin.isatty():
+        return False
+    question = f"Run the other {rest.to_pay:,} images for ${rest.price:,.2f}? [y/N] "
+    return (await asyncio.to_thread(input, question)).strip().lower() in ("y", "yes")
 
 
 async def _collect(options: argparse.Namespace) -> BatchSummary:

@@ -47,14 +47,14 @@ async def persist_result(
     name: str,
     key: str | None = None,
     ai_mark: bool = True,
-    on_decoded: Callable[[Image.Image], None] | None = None,
+    find_flags: Callable[[Image.Image], list[str]] | None = None,
 ) -> list[StoredImage]:
     """Download every image of a result, check it and store it; return them in the URLs' order.
 
     An image of another format than requested is stored too, with its own extension: it is paid
     for. With `ai_mark`, images are labelled as made by AI. The row's `name` is safe and without
-    extension; `list_image_names` says when the `key` is a part of it. `on_decoded` gets the first
-    decoded image, in a thread; it must not raise.
+    extension; `list_image_names` says when the `key` is a part of it. `find_flags` checks
+    the first decoded image, in a thread; it must not raise.
 
     Raises:
         DownloadError: A URL could not be downloaded in six attempts.
@@ -72,11 +72,11 @@ async def persist_result(
         )
     stored = []
     for number, url in enumerate(result.result_urls, start=1):
-        data, info, sha256 = await download_image(
+        data, info, sha256, flags = await download_image(
             url,
             http,
             functools.partial(
-                _process, source=source, on_decoded=on_decoded if number == 1 else None
+                _process, source=source, find_flags=find_flags if number == 1 else None
             ),
             task_id=result.task_id,
         )
@@ -97,6 +97,7 @@ async def persist_result(
                 sha256=sha256,
                 width=info.width,
                 height=info.height,
+                flags=flags,
             )
         )
     return stored
@@ -123,12 +124,11 @@ async def place_stored_images(
 
 
 def _process(
-    data: bytes, source: SourceType | None, on_decoded: Callable[[Image.Image], None] | None
-) -> tuple[bytes, ImageInfo, str]:
-    """Check an image; return the bytes to store, their format and size, and their checksum."""
+    data: bytes, source: SourceType | None, find_flags: Callable[[Image.Image], list[str]] | None
+) -> tuple[bytes, ImageInfo, str, list[str]]:
+    """Check an image; return the bytes to store, format and size, their checksum, and flags."""
     info, image = decode_image(data)
-    if on_decoded is not None:
-        on_decoded(image)
+    flags = [] if find_flags is None else find_flags(image)
     if source is not None:
         data = add_ai_metadata(data, source)
-    return data, info, hashlib.sha256(data).hexdigest()
+    return data, info, hashlib.sha256(data).hexdigest(), flags

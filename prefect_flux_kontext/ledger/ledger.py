@@ -154,6 +154,7 @@ class Ledger:
             line=row.line,
             name=row.name,
             style=row.style,
+            variant=row.variant,
             request=_without_secrets(row.request),
             price=self.price_of(row.request),
             columns=columns or None,

@@ -93,6 +93,7 @@ class Intent(_Record):
         default=None, description="The row's name below the output; None in old records."
     )
     style: str | None = None
+    variant: int = 1
     request: GenerationRequest
     price: float = Field(description="Dollars, by the configured prices.")
     columns: dict[str, str] | None = Field(

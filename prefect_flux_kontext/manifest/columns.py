@@ -24,6 +24,7 @@ COLUMNS = frozenset(
         "aspect_ratio",
         "output_format",
         "provider",
+        "variants",
         "style",
         "output",
     }

@@ -69,6 +69,7 @@ class Manifest:
         base_url: The service, which must reach references on the web; None for no check.
         name: What messages call rows that are given in memory.
         lines: Their line numbers. None numbers them from 1.
+        needs_style_names: The styles are only for rows that name them.
         counts: Number of `lines` that were last read, with the header.
     """
 
@@ -86,6 +87,7 @@ class Manifest:
     base_url: str | None = None
     name: str = "<rows>"
     lines: Sequence[int] | None = None
+    needs_style_names: bool = False
     counts: Counter[str] = field(default_factory=Counter, init=False, compare=False)
 
     @property
@@ -148,6 +150,8 @@ class Manifest:
     @cached_property
     def _defaults(self) -> RowDefaults:
         defaults = resolve_row_defaults(self.prompt, self.styles, self.names, self.parameters)
+        if self.needs_style_names:
+            defaults = defaults._replace(styles=defaults.styles._replace(chosen=()))
         return defaults._replace(base_url=self.base_url)
 
     @cached_property

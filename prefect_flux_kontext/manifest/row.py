@@ -49,6 +49,12 @@ _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider
 
 _DEFAULT_RIGHTS = Rights()
 
+MAX_VARIANTS = 20
+"""A typing error must not multiply the price of a manifest."""
+
+# A single variant, as in the manifest of failed rows.
+_ONLY_VARIANT = re.compile(r"only ([1-9]\d{0,3})")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -62,6 +68,7 @@ class Row:
     cells: Mapping[str, str] = field(default_factory=dict, repr=False)
     style: str | None = None
     version: str | None = None  # ETag of the image, if the folder listing has one
+    variant: int = 1  # number of the image among several of the row
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,13 @@ def resolve_row_defaults(
     """
     given: dict[str, Any] = {name: text for name, text in parameters.items() if text is not None}
     try:
-        GenerationRequest(prompt="any", **given)
+        parse_variants(given.get("variants", "1"))
+    except ValueError as error:
+        raise ConfigurationError(f"For all rows: {error}.") from None
+    try:
+        GenerationRequest(
+            prompt="any", **{name: text for name, text in given.items() if name != "variants"}
+        )
     except ValidationError as error:
         problems = "; ".join(_format_error(problem) for problem in error.errors())
         raise ConfigurationError(f"For all rows: {problems}.") from None
@@ -119,7 +132,7 @@ def resolve_row_defaults(
 
 
 def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]:
-    """Yield the rows of a line: one for each style, in the order of the styles."""
+    """Yield the rows of a line: its variants, for each style in the order of the styles."""
     style_name = line.cells.get("style", "").strip()
     if defaults.parameters and not line.problem:
         # Kept as cells, so that a retry from the manifest of failed rows is the same row.
@@ -131,9 +144,9 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
         yield RefusedRow(row.id, line.number, line.problem, {"id": row.id})
     elif not style_name:
         for style in defaults.styles.chosen or (None,):
-            yield _make_styled_row(line, defaults, style)
+            yield from _make_variants(line, defaults, style)
     elif style_name in defaults.styles.known:
-        yield _make_styled_row(line, defaults, defaults.styles.known[style_name])
+        yield from _make_variants(line, defaults, defaults.styles.known[style_name])
     else:
         row = _make_styled_row(line, defaults, None)
         reason = f"there {describe_unknown_style(style_name, defaults.styles.known)}"
@@ -151,6 +164,7 @@ def make_row(
     version: str | None = None,
     rights: Rights = _DEFAULT_RIGHTS,
     base_url: str | None = None,
+    variant: int = 1,
 ) -> Row | RefusedRow:
     """Make a row from the cells of one line."""
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
@@ -201,11 +215,12 @@ def make_row(
         id=row_id,
         line=line,
         request=request,
-        key=compute_row_key(request),
-        name=name,
+        key=compute_row_key(request, variant=variant),
+        name=name_variant(name, variant),
         cells=row_cells,
         style=style_name,
         version=version,
+        variant=variant,
     )
 
 
@@ -255,7 +270,47 @@ def list_references(cells: Mapping[str, str]) -> list[str]:
     return _parse_references(filled)[0]
 
 
-def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> Row | RefusedRow:
+def name_variant(name: str, variant: int) -> str:
+    """Return the name of a variant. No id gives it: its tilde is followed by hexadecimals."""
+    return name if variant == 1 else f"{name}~v{variant}"
+
+
+def parse_variants(text: str) -> range:
+    """Parse a number of variants such as `3`, or a single one such as `only 2`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if only := _ONLY_VARIANT.fullmatch(text):
+        return range(int(only[1]), int(only[1]) + 1)
+    if not re.fullmatch(r"\d{1,3}", text) or not 1 <= int(text) <= MAX_VARIANTS:
+        raise ValueError(f"variants {text!r:.40} is not a number from 1 to {MAX_VARIANTS}")
+    return range(1, int(text) + 1)
+
+
+def _make_variants(
+    line: Line, defaults: RowDefaults, style: Style | None
+) -> Iterator[Row | RefusedRow]:
+    text = line.cells.get("variants", "").strip()
+    if not text and style is not None:
+        text = str(style.variants)
+    try:
+        numbers = parse_variants(text or "1")
+    except ValueError as error:
+        row = _make_styled_row(line, defaults, style)
+        yield RefusedRow(row.id, row.line, str(error), row.cells)
+        return
+    for number in numbers:
+        cells = line.cells
+        if text and (len(numbers) > 1 or number > 1):
+            # Kept as a cell, so that a retry from the manifest of failed rows is the same row.
+            cells = {**cells, "variants": f"only {number}"}
+        yield _make_styled_row(line._replace(cells=cells), defaults, style, number)
+
+
+def _make_styled_row(
+    line: Line, defaults: RowDefaults, style: Style | None, variant: int = 1
+) -> Row | RefusedRow:
     return make_row(
         line.number,
         line.cells if style is None else {**line.cells, "style": style.name},
@@ -265,6 +320,7 @@ def _make_styled_row(line: Line, defaults: RowDefaults, style: Style | None) -> 
         version=line.version,
         rights=defaults.rights,
         base_url=defaults.base_url,
+        variant=variant,
     )
 
 

@@ -25,15 +25,18 @@ _NOT_IN_KEY = {"image_urls", "callback_url", "request_type", "matched_ratio", "m
 
 
 def compute_row_key(
-    request: GenerationRequest, identities: Mapping[str, str] | None = None
+    request: GenerationRequest, identities: Mapping[str, str] | None = None, variant: int = 1
 ) -> str:
     """Compute the key of a row: 32 hexadecimal digits from references, prompt and parameters.
 
-    Files and objects need an identity, since their text is not enough.
+    Files and objects need an identity, since their text is not enough. The first variant has the
+    key of a row without variants.
     """
     known = identities or {}
     paid_for = request.model_dump(mode="json", exclude=_NOT_IN_KEY, exclude_none=True)
     paid_for["references"] = [known.get(url) or url_identity(url) for url in request.image_urls]
     paid_for["version"] = _KEY_VERSION
+    if variant > 1:
+        paid_for["variant"] = variant
     text = json.dumps(paid_for, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -12,10 +13,14 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.flow_runs import apause_flow_run
 
+from prefect_flux_kontext.batch.pilot import select_rows
 from prefect_flux_kontext.batch.planning import make_plan
+from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.row import Row
+from prefect_flux_kontext.orchestration.artifacts import read_run_sheet
+from prefect_flux_kontext.orchestration.batch_run import open_batch, run_wave
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key
 from prefect_flux_kontext.settings import FluxKontextSettings
 
@@ -35,7 +40,11 @@ _MAX_REFERENCES_SHOWN = 6
 
 
 async def plan_and_log(
-    rows: Manifest, output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
+    rows: Manifest,
+    output: OutputFolder,
+    account: FluxKontextCredentials,
+    options: RowOptions,
+    pilot: int | None = None,
 ) -> Plan:
     """Make the plan and log it, with the invalid rows that it lists.
 
@@ -46,7 +55,7 @@ async def plan_and_log(
     """
     # Without this check, a wrong output would be reported as an unreadable ledger.
     await output.check_writable()
-    plan = await build_plan(rows, output, account, options)
+    plan = await build_plan(rows, output, account, options, pilot)
     logger = get_run_logger()
     if plan.problems:
         logger.warning("Invalid rows:\n%s", "\n".join(plan.describe_problems()))
@@ -55,7 +64,11 @@ async def plan_and_log(
 
 
 async def build_plan(
-    rows: Manifest, output: OutputFolder, account: FluxKontextCredentials, options: RowOptions
+    rows: Manifest,
+    output: OutputFolder,
+    account: FluxKontextCredentials,
+    options: RowOptions,
+    pilot: int | None = None,
 ) -> Plan:
     """Make the plan, and ask for the balance of the account.
 
@@ -70,6 +83,7 @@ async def build_plan(
         prices=FluxKontextSettings().prices(),
         requests_per_minute=account.requests_per_minute,
         concurrent_tasks=account.concurrent_tasks,
+        pilot=pilot,
     )
     async with account.get_client() as client:
         plan.balance = await client.find_balance()
@@ -82,11 +96,20 @@ async def ask_for_approval(
     output: OutputFolder,
     account: FluxKontextCredentials,
     options: RowOptions,
+    sheet: str | None = None,
 ) -> bool:
     """Pause the flow run until a person resumes it to approve this plan, for a day at most.
 
     The plan is made again after the approval, because the manifest or the ledger may have changed
     in the meantime.
+
+    Args:
+        plan: The plan.
+        rows: Its rows.
+        output: Its output.
+        account: The account that pays.
+        options: The options of its rows.
+        sheet: The contact sheet of a pilot, as a `data:` URL.
 
     Returns:
         True if the flow run was resumed, False if it was cancelled.
@@ -96,8 +119,9 @@ async def ask_for_approval(
         FlowPauseTimeout: Nobody answered.
     """
     title = f"Resume to pay ${plan.price:,.2f} for {plan.to_pay:,} images; cancel to decline"
+    pictures = f"![pilot]({sheet})" if sheet else await asyncio.to_thread(_show_references, rows)
     await acreate_markdown_artifact(
-        f"# {title}\n\n```\n{plan}\n```\n\n{await asyncio.to_thread(_show_references, rows)}",
+        f"# {title}\n\n```\n{plan}\n```\n\n{pictures}",
         build_artifact_key(str(output), "plan"),
         title,
     )
@@ -125,6 +149,27 @@ async def ask_for_approval(
             "again to approve the new plan."
         )
     return True
+
+
+async def run_pilot(
+    plan: Plan,
+    rows: Manifest,
+    output: OutputFolder,
+    account: FluxKontextCredentials,
+    options: RowOptions,
+) -> str | None:
+    """Run the sample of a plan, and return its contact sheet as a `data:` URL, if there is one.
+
+    Raises:
+        BatchStoppedError: As for `run_batch`.
+        LedgerError: The ledger cannot be reached.
+    """
+    options = replace(options, deferred=False)
+    async with open_batch(output, account, options, plan) as (session, slots):
+        sample = select_rows(rows.rows(), plan.pilot)
+        summary = await run_batch(session, sample, run_wave, concurrent_tasks=slots)
+    get_run_logger().info("Pilot: %s.", summary)
+    return await read_run_sheet(output, session.ledger.owner)
 
 
 async def _wait_until_cancelled() -> None:

@@ -12,7 +12,7 @@ import html
 import logging
 import re
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from prefect.artifacts import (
@@ -25,11 +25,18 @@ from prefect.artifacts import (
 from prefect_flux_kontext.batch.spending import shorten_groups
 from prefect_flux_kontext.errors import StorageError
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key
-from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY
+from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY, draw_run_sheet
 from prefect_flux_kontext.report.thumbnails import make_thumbnail
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Coroutine,
+        Mapping,
+        Sequence,
+    )
 
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -115,7 +122,7 @@ async def publish_summary(
     stored = [name for name in _LISTED_FILES if await _is_stored(folder, name)]
     urls = {name: find_browser_url(folder.uri(name), public_urls) for name in stored}
     files = {name: urls[name] or folder.uri(name) for name in stored}
-    thumbnail = await _read_contact_sheet(folder) if CONTACT_SHEET in stored else None
+    thumbnail = await _read_sheet(folder.read(CONTACT_SHEET)) if CONTACT_SHEET in stored else None
     text = format_summary(batch, outcome, files, thumbnail)
     key, title = build_artifact_key(batch.output, "summary"), f"{outcome}: {batch.output}"
     await _try_request(acreate_markdown_artifact(text, key, title))
@@ -124,11 +131,16 @@ async def publish_summary(
         await _try_request(acreate_image_artifact(sheet, key, title))
 
 
-async def _read_contact_sheet(folder: OutputFolder) -> str | None:
-    """Return a thumbnail of the contact sheet as a `data:` URL, or None."""
+async def read_run_sheet(folder: OutputFolder, run: str) -> str | None:
+    """Return a contact sheet of what a run has stored as a `data:` URL, or None."""
+    return await _read_sheet(draw_run_sheet(folder, run))
+
+
+async def _read_sheet(reading: Coroutine[Any, Any, bytes | None]) -> str | None:
+    """Return a thumbnail of a contact sheet as a `data:` URL, or None."""
     try:
         async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-            sheet = await folder.read(CONTACT_SHEET) or b""
+            sheet = await reading or b""
             small = await asyncio.to_thread(make_thumbnail, sheet, _SHEET_PIXELS)
     except Exception as error:  # noqa: BLE001 - decoders and filesystems raise many types
         logger.debug("The summary has no contact sheet: %s", error)

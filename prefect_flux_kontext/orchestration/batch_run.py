@@ -28,6 +28,7 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.callbacks.options import resolve_callback_options
 from prefect_flux_kontext.errors import LedgerError
+from prefect_flux_kontext.images.checks import load_checks
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
 from prefect_flux_kontext.orchestration.artifacts import progress_artifact, publish_summary
@@ -36,7 +37,7 @@ from prefect_flux_kontext.report.builder import open_report
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.session import Session
@@ -72,6 +73,7 @@ def build_row_options(
     *,
     fit_references: bool = False,
     deferred: bool = False,
+    checks: Sequence[str] | None = None,
     **decided: Any,
 ) -> RowOptions:
     """Build the row options of a batch from the parameters of its flow and the environment.
@@ -82,6 +84,7 @@ def build_row_options(
         account: The account that pays.
         fit_references: Whether to shrink reference images that are too large.
         deferred: Whether results are left for a later collection.
+        checks: The user's own checks of result images, each `module:function`.
         **decided: Further fields of `RowOptions`.
     """
     settings = FluxKontextSettings()
@@ -97,6 +100,7 @@ def build_row_options(
             fit=fit_references,
         ),
         deferred=deferred,
+        checks=load_checks(checks or ()),
         **decided,
     )
 
@@ -157,6 +161,8 @@ async def open_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
             ),
         ):
+            if plan is not None:
+                await session.report.announce(plan.run_rows)
             if partition_totals is not None:
                 session.submitter.spending.add_difference(
                     partition_totals.new, partition_totals.old

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     JsonValue,
     NonNegativeFloat,
+    PositiveInt,
     WithJsonSchema,
     with_config,
 )
@@ -25,6 +26,7 @@ from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.formats import ManifestFormat
+from prefect_flux_kontext.manifest.row import MAX_VARIANTS
 from prefect_flux_kontext.models import OutputFormat, Provider
 from prefect_flux_kontext.references.identity import url_identity
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -70,6 +72,8 @@ StyleName = Annotated[
     ),
 ]
 """The parameter of a flow for one style of the package: a choice in the form."""
+
+Variants = Annotated[int, Field(ge=1, le=MAX_VARIANTS)] | None
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -209,6 +213,25 @@ class AdvancedOptions(TypedDict, total=False):
         Field(
             description="Rows without a reference are meant, though other columns look like "
             "images."
+        ),
+    ]
+    variants: Annotated[
+        Variants,
+        Field(description="Images to make of each row that names no number, each paid for."),
+    ]
+    pilot: Annotated[
+        PositiveInt | None,
+        Field(
+            description="Run a sample of this many rows first, with rows of each style, then "
+            "pause for approval of the rest, with the contact sheet of the sample beside the "
+            "price."
+        ),
+    ]
+    checks: Annotated[
+        list[str],
+        Field(
+            description="Own checks of the images, each module:function of an installed module. "
+            "It takes a Pillow image and its row, and returns flags."
         ),
     ]
     fit_references: Annotated[

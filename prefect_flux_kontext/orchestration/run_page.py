@@ -58,7 +58,8 @@ def complete(summary: BatchSummary) -> BatchSummary:
     return cast("BatchSummary", Completed(message=", ".join(parts), data=summary))
 
 
-def decline() -> BatchSummary:
+def decline(*, after_pilot: bool = False) -> BatchSummary:
     """Return the end state of a flow run that was cancelled instead of approved."""
-    message = "The plan was declined, so nothing was submitted."
+    more = " more" if after_pilot else ""
+    message = f"The plan was declined, so nothing{more} was submitted."
     return cast("BatchSummary", Cancelled(message=message))

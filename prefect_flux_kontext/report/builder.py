@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.report.gallery.builder import build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.results import (
@@ -24,8 +25,10 @@ from prefect_flux_kontext.report.results import (
     remove_parts,
     write_parquet,
     write_part,
+    write_run_plan,
 )
 from prefect_flux_kontext.report.thumbnails import ThumbnailCollector
+from prefect_flux_kontext.report.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -75,6 +78,13 @@ class Report:
         self._thumbnails = ThumbnailStore(output)
         self._is_whole = is_whole
         self._has_changes = False
+
+    async def announce(self, rows: int) -> None:
+        """Record the number of rows of the run, for those who watch it."""
+        try:
+            await write_run_plan(open_results_store(self._output), self._run, rows)
+        except LedgerError as error:
+            logger.warning("The progress of this run cannot be watched: %s", error)
 
     async def add(self, number: int, lines: Iterable[Line]) -> None:
         """Write the result lines of a wave."""
@@ -152,8 +162,11 @@ async def update_report(
             parts = await list_mergeable_parts(store, ledger, run)
             async for data in read_parts(store, parts):
                 await asyncio.to_thread(merger.add, data)
-            rows = await asyncio.to_thread(merger.write, earlier, merged)
-            if parts:
+            verdicts = {
+                key: str(found.verdict) for key, found in (await Verdicts(output).load()).items()
+            }
+            rows = await asyncio.to_thread(merger.write, earlier, merged, verdicts)
+            if parts or merger.has_new_verdicts:
                 await output.put(RESULTS_JSONL, merged)
                 if await asyncio.to_thread(write_parquet, merged, parquet, merger.custom_columns):
                     await output.put(RESULTS_PARQUET, parquet)

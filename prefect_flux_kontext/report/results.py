@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.store import RecordStore
+from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ COLUMNS: dict[str, str] = {
     "attempts": "integer",
     "stored_before": "boolean",
     "style": "string",
+    "variant_number": "integer",
+    "verdict": "string",
+    "check_flags": "strings",
     "prompt": "string",
     "reference_images": "strings",
     "mode": "string",
@@ -72,7 +76,7 @@ COLUMNS: dict[str, str] = {
 """The columns of the package and the type of their values."""
 
 _REQUEST_COLUMNS = frozenset(
-    {"id", "style", "prompt", "mode", "aspect_ratio", "output_format", "provider"}
+    {"id", "style", "prompt", "mode", "aspect_ratio", "output_format", "provider", "variants"}
 )
 """Columns of both manifests. Their result value is the one that was sent to the service."""
 
@@ -89,6 +93,10 @@ _CACHE_KIB = 2_048
 
 # Columns of the manifest that a line from the ledger does not replace.
 _KEPT_COLUMNS = ("line", "style", "source")
+
+RESULTS_JSONL = "results.jsonl"
+
+_RUN_PLAN = "plan.json"
 
 # Part files that are read or removed at a time.
 _PARALLEL_FILES = 16
@@ -170,12 +178,14 @@ def build_parquet_schema(custom_columns: Iterable[str]) -> Any:
 class LineMerger(TempDatabase):
     """New lines to merge into a result manifest, held in a private temporary database.
 
-    Custom columns are in the order of their first line.
+    Custom columns are in the order of their first line. `has_new_verdicts` says whether lines were
+    written with other verdicts than before.
     """
 
     def __init__(self) -> None:
         self.custom_columns: dict[str, None] = {}
         self._new_custom_columns: dict[str, None] = {}
+        self.has_new_verdicts = False
         super().__init__(
             "CREATE TABLE lines (number INTEGER PRIMARY KEY, name TEXT UNIQUE, line TEXT)",
             cache_kib=_CACHE_KIB,
@@ -185,7 +195,7 @@ class LineMerger(TempDatabase):
         """Add the lines of a part file."""
         for text in io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"):
             line = json.loads(text)
-            name = _identity(line)
+            name = line_identity(line)
             self._new_custom_columns.update(_custom_names(line))
             added = self._database.execute(
                 "INSERT INTO lines (name, line) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, text)
@@ -196,19 +206,31 @@ class LineMerger(TempDatabase):
                     (encode_line(merge_lines(known, line)), name),
                 )
 
-    def write(self, earlier: Path, merged: Path) -> int:
-        """Write the earlier lines, updated, and then those of new rows; return their number."""
+    def write(self, earlier: Path, merged: Path, verdicts: Mapping[str, str]) -> int:
+        """Write the earlier lines, updated, and then those of new rows; return their number.
+
+        `verdicts`, by row key, are joined to the lines.
+        """
         lines = 0
+
+        def judge(line: Line) -> Line:
+            verdict = verdicts.get(line.get("key", ""))
+            if line.get("verdict") == verdict:
+                return line
+            self.has_new_verdicts = True
+            judged = {name: value for name, value in line.items() if name != "verdict"}
+            return judged | ({"verdict": verdict} if verdict else {})
+
         with merged.open("w", encoding="ascii") as file:
             for line in read_lines(earlier):
-                new = self._find(_identity(line))
-                current = merge_lines(line, new) if new else line
+                new = self._find(line_identity(line))
+                current = judge(merge_lines(line, new) if new else line)
                 self.custom_columns.update(_custom_names(current))
                 file.write(encode_line(current))
                 lines += 1
-                self._database.execute("DELETE FROM lines WHERE name = ?", (_identity(line),))
+                self._database.execute("DELETE FROM lines WHERE name = ?", (line_identity(line),))
             for (text,) in self._database.execute("SELECT line FROM lines ORDER BY number"):
-                file.write(text)
+                file.write(encode_line(judge(json.loads(text))) if verdicts else text)
                 lines += 1
         self.custom_columns.update(self._new_custom_columns)
         return lines
@@ -219,9 +241,9 @@ class LineMerger(TempDatabase):
         return line
 
 
-def _identity(line: Line) -> str:
-    """Return what identifies a row in all runs: its id and style."""
-    return json.dumps([line["id"], line.get("style")])
+def line_identity(line: Line) -> str:
+    """Return what identifies a row in all runs: its id, style and number among its variants."""
+    return json.dumps([line["id"], line.get("style"), line.get("variant_number") or 1])
 
 
 def _custom_names(line: Line) -> dict[str, None]:
@@ -312,6 +334,26 @@ async def write_part(store: RecordStore, run: str, number: int, lines: Iterable[
     """Write the lines of a wave to a part file."""
     data = "".join(map(encode_line, lines)).encode()
     await store.replace(f"parts/{run}-{number:06}.jsonl", data)
+
+
+async def write_run_plan(store: RecordStore, run: str, rows: int) -> None:
+    """Record how many rows a run has, for those who watch it.
+
+    Raises:
+        LedgerError: The output cannot be written to.
+    """
+    plan = {"run": run, "rows": rows, "at": utc_now().isoformat()}
+    await store.replace(_RUN_PLAN, json.dumps(plan).encode())
+
+
+async def read_run_plan(store: RecordStore) -> dict[str, Any]:
+    """Return `run`, `rows` and `at` of the latest run; empty if none has recorded them.
+
+    Raises:
+        LedgerError: The output cannot be read.
+    """
+    plan: dict[str, Any] = json.loads(await store.read(_RUN_PLAN) or b"{}")
+    return plan
 
 
 async def list_mergeable_parts(store: RecordStore, ledger: RecordStore, run: str) -> list[str]:

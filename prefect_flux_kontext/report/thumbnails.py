@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image, ImageOps
 
+from prefect_flux_kontext.images.checks import Fingerprint, take_fingerprint
 from prefect_flux_kontext.images.decode import MAX_PIXELS
 from prefect_flux_kontext.images.headers import extract_image, find_slow_structure
 from prefect_flux_kontext.redaction import redact_url
@@ -123,6 +124,7 @@ class ThumbnailCollector:
         self._http = http
         self._left = most
         self._fetches_references = references
+        self._fingerprints: dict[str, Fingerprint] = {}
         self._made: deque[tuple[str, bytes]] = deque()  # several threads append to it
         self._requested: set[str] = set()
         self._fetching: set[asyncio.Task[None]] = set()
@@ -139,6 +141,10 @@ class ThumbnailCollector:
         return partial(
             self._make, image_thumbnail_name(key), partial(shrink_image, edge=RESULT_EDGE_PIXELS)
         )
+
+    def find_fingerprint(self, urls: Sequence[str]) -> Fingerprint | None:
+        """Return the fingerprint of a row's first reference, if it has been fetched."""
+        return self._fingerprints.get(reference_thumbnail_name(urls[0])) if urls else None
 
     def request_reference(self, urls: Sequence[str]) -> None:
         """Start to fetch a row's first reference while the row waits, within the limits."""
@@ -189,8 +195,14 @@ class ThumbnailCollector:
             # The message is left out: it holds the URL, which may be signed.
             logger.debug("No thumbnail of a reference for the gallery: %s", type(error).__name__)
             return
-        make = partial(make_thumbnail, edge=REFERENCE_EDGE_PIXELS)
+        make = partial(self._make_reference, name)
         await loop.run_in_executor(_THREADS, self._make, name, make, bytes(data))
+
+    def _make_reference(self, name: str, data: bytes) -> bytes:
+        thumbnail = make_thumbnail(data, REFERENCE_EDGE_PIXELS)
+        with Image.open(io.BytesIO(thumbnail)) as image:
+            self._fingerprints[name] = take_fingerprint(image)
+        return thumbnail
 
     async def _download(self, url: str) -> bytearray:
         data = bytearray()

@@ -193,6 +193,42 @@ class OutputFolder:
             lambda: bool(self.fs.exists(self._path(name))),
         )
 
+    async def read_stamp(self, name: str) -> str | None:
+        """Return text that changes when a file is replaced, or None if there is none.
+
+        Raises:
+            StorageError: The filesystem reported an error.
+        """
+        try:
+            info = await self._call(
+                f"{self.uri(name)} cannot be checked",
+                lambda: self.fs.info(self._path(name)),
+                FileNotFoundError,
+            )
+        except FileNotFoundError:
+            return None
+        return _stamp(info)
+
+    async def list_stamps(self, name: str) -> dict[str, str]:
+        """Return the names of the files in a subfolder, each with its stamp.
+
+        Raises:
+            StorageError: The filesystem reported an error.
+        """
+        try:
+            infos = await self._call(
+                f"{self.uri(name)} cannot be listed",
+                lambda: self.fs.ls(self._path(name), detail=True),
+                FileNotFoundError,
+            )
+        except FileNotFoundError:
+            return {}
+        return {
+            str(info["name"]).rpartition("/")[2]: _stamp(info)
+            for info in infos
+            if info["type"] == "file"
+        }
+
     async def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
@@ -271,3 +307,8 @@ class OutputFolder:
         if ".." in name.split("/"):
             raise StorageError(f"The name {name!r} leads out of {self}.")
         return f"{self.root.rstrip('/')}/{name}"
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    names = ("ETag", "etag", "mtime", "created", "ino", "size")
+    return repr([info.get(name) for name in names])

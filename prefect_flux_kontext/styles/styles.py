@@ -59,6 +59,9 @@ class Style(BaseModel):
     )
     output_format: OutputFormat | None = Field(default=None, description="Format of the result.")
     provider: Provider | None = Field(default=None, description="Route that the service uses.")
+    variants: int = Field(
+        default=1, ge=1, le=20, description="Images to make of each row, each paid for."
+    )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Further input, passed to the model as it is."
     )
@@ -102,7 +105,7 @@ class Style(BaseModel):
     def parameters(self) -> dict[str, Any]:
         """The request fields that the style sets, without the prompt."""
         return self.model_dump(
-            exclude={"name", "prompt"}, exclude_none=True, exclude_defaults=True
+            exclude={"name", "prompt", "variants"}, exclude_none=True, exclude_defaults=True
         )
 
     def render_prompt(self, prompt: str | None, cells: Mapping[str, str]) -> str:

@@ -74,6 +74,7 @@ class TestOnVirtualTime:
             "sha256": hashlib.sha256(JPEG).hexdigest(),
             "width": 96,
             "height": 72,
+            "flags": [],
         }
         assert (tmp_path / "cat.jpg").read_bytes() == JPEG
         assert len(host.requests) == 1

@@ -72,7 +72,9 @@ class TestApproval:
                 await asyncio.sleep(0.1)
         raise AssertionError("the flow run was not paused")
 
-    async def run_and_answer(self, account, manifest, output, name, answer, *, meanwhile=None):
+    async def run_and_answer(
+        self, account, manifest, output, name, answer, *, meanwhile=None, **options
+    ):
         """Run a batch, and resume it or, with another answer, set this state."""
         flow = style_transfer_batch.with_options(flow_run_name=name)
         running = asyncio.create_task(
@@ -80,9 +82,9 @@ class TestApproval:
                 manifest,
                 output,
                 credentials=account,
-                approve_above_usd=0.05,
                 cadence=CADENCE,
                 return_state=True,
+                **{"approve_above_usd": 0.05, **options},
             )
         )
         run_id = await self.wait_for_pause(name)
@@ -116,6 +118,27 @@ class TestApproval:
         assert state.is_cancelled()
         assert sandbox.service.bill()["accepted"] == 0
         assert "Traceback" not in caplog.text
+
+    @pytest.mark.parametrize(("answer", "stored"), [(None, 7), (Cancelling(), 2)])
+    async def test_pilot_shows_its_images_beside_the_price_of_the_rest(
+        self, answer, stored, account, sandbox, tmp_path
+    ):
+        name = f"pilot-{stored}"
+        options = {"pilot": 2, "approve_above_usd": None}
+        state = await self.run_and_answer(account, rows(7), str(tmp_path), name, answer, **options)
+        assert sandbox.service.bill()["accepted"] == stored
+        if answer is None:
+            summary = await state.aresult()
+            assert (summary.stored, summary.already_stored) == (7, 2)
+        else:
+            assert state.message == "The plan was declined, so nothing more was submitted."
+        async with get_client() as client:
+            key = build_artifact_key(f"file://{tmp_path}", "plan")
+            found = await client.read_artifacts(
+                artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+            )
+        assert "# Resume to pay $0.15 for 5 images; cancel to decline" in found[0].data
+        assert "![pilot](data:image/webp;base64," in found[0].data
 
     async def test_changed_manifest_needs_a_new_approval(self, account, sandbox, tmp_path):
         path = tmp_path / "m.csv"

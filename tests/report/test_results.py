@@ -24,7 +24,7 @@ def merge(folder, earlier, *parts):
     with LineMerger() as merger:
         for part in parts:
             merger.add("".join(map(encode_line, part)).encode())
-        number = merger.write(before, after)
+        number = merger.write(before, after, {})
         lines = list(read_lines(after))
         assert number == len(lines)
         return lines, list(merger.custom_columns)

@@ -127,6 +127,7 @@ async def style_transfer_partition(
         budget_by=partition.budget_by,
         is_share=True,
         spend_by=rare.get("spend_by") or (),
+        checks=rare.get("checks"),
     )
     output = await open_output(output, rare.get("storage_options"))
     await output.check_writable()
@@ -139,6 +140,7 @@ async def style_transfer_partition(
         "aspect_ratio": aspect_ratio,
         "output_format": rare.get("output_format"),
         "provider": rare.get("provider"),
+        "variants": str(rare["variants"]) if rare.get("variants") else None,
     }
     if rows_file is not None:
         manifest = await read_shared_rows(output, rows_file)

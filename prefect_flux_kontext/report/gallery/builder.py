@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.report.gallery.contact_sheet import draw_contact_sheet
 from prefect_flux_kontext.report.gallery.page import GalleryRows, render_page
 from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
-from prefect_flux_kontext.report.results import read_lines
+from prefect_flux_kontext.report.results import RESULTS_JSONL, read_lines
 from prefect_flux_kontext.report.statistics import Statistics
 from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thumbnail
 
@@ -87,6 +87,27 @@ async def build_gallery(
         await output.write(CONTACT_SHEET, sheet)
 
 
+async def draw_run_sheet(output: OutputFolder, run: str) -> bytes | None:
+    """Draw the first images that a run has stored; returns a PNG, or None without any.
+
+    Raises:
+        StorageError: The output cannot be read.
+        Exception: An image is invalid. Decoders raise many types of errors.
+    """
+    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as private:
+        results = Path(private, "results")
+        await output.fetch(RESULTS_JSONL, results)
+        lines = [line for line in read_lines(results) if line["run"] == run and line.get("file")][
+            :_SHEET_IMAGES
+        ]
+    cells = []
+    for line in lines:
+        if (image := await output.read(line["file"])) is not None:
+            small = await asyncio.to_thread(make_thumbnail, image, RESULT_EDGE_PIXELS)
+            cells.append((_describe_cell(line["id"], line.get("style")), io.BytesIO(small)))
+    return await asyncio.to_thread(_draw_cells, cells) if cells else None
+
+
 def _read_rows(results: Path, statistics: Statistics, max_rows: int) -> GalleryRows:
     """Read the first rows, and count the statistics of all rows."""
     rows = GalleryRows()
@@ -138,7 +159,7 @@ def _draw_contact_sheet(rows: GalleryRows, urls: dict[str, str]) -> bytes:
     """Draw the first thumbnails of results, given as data URLs; returns a PNG."""
     cells = [
         (
-            f"{row_id} · {style}" if style else row_id,
+            _describe_cell(row_id, style),
             io.BytesIO(base64.b64decode(urls[name].partition(",")[2])),
         )
         for row_id, style, name in zip(
@@ -146,6 +167,14 @@ def _draw_contact_sheet(rows: GalleryRows, urls: dict[str, str]) -> bytes:
         )
         if name in urls
     ][:_SHEET_IMAGES]
+    return _draw_cells(cells)
+
+
+def _describe_cell(row_id: str, style: str | None) -> str:
+    return f"{row_id} · {style}" if style else row_id
+
+
+def _draw_cells(cells: list[tuple[str, io.BytesIO]]) -> bytes:
     # As wide as high, so that pages which shrink it leave its captions readable.
     columns = min(_SHEET_COLUMNS, math.isqrt(len(cells) - 1) + 1)
     file = io.BytesIO()

@@ -16,6 +16,7 @@ const grid = (() => {
   let shown = [];
   let stylesOfMatrix = 0; // 0: no matrix
   let isMatrix = false;
+  let columnsBefore = 0; // 1: a matrix with a column of references
   let cardsPerLine = 1;
   let rowsPerLine = 1;
   let cardWidth = 0;
@@ -29,23 +30,27 @@ const grid = (() => {
     isMatrix = stylesOfMatrix > 1 && fits;
     rowsPerLine = Math.max(1, Math.floor((width + GAP) / (minimum + GAP)));
     if (isMatrix) rowsPerLine = stylesOfMatrix;
-    cardsPerLine = rowsPerLine + (isMatrix ? 1 : 0);
+    columnsBefore = isMatrix && shown.some((row) => thumbnailOf.before[row]) ? 1 : 0;
+    cardsPerLine = rowsPerLine + columnsBefore;
     cardWidth = (width - GAP * (cardsPerLine - 1)) / cardsPerLine;
   }
 
   const cardHeight = () => cardWidth * 0.75 + CAPTION_HEIGHT;
   const lineHeight = () => cardHeight() + GAP;
 
+  const lineOf = (row) => thumbnailOf.before[row] ?? `of ${cell("id", row)}`;
+  const columnOf = (row) => `${cell("style", row) ?? ""} ${String(cell("variant_number", row) ?? 1).padStart(3, "0")}`;
+
   // Returns the rows in the order of a matrix and its number of styles, or null if they are none.
   function arrange(rows) {
-    const names = [...new Set(rows.map((row) => thumbnailOf.before[row]))];
-    const styles = [...new Set(rows.map((row) => cell("style", row)))].sort();
-    if (styles.length < 2 || names.includes(null) || names.length * styles.length !== rows.length) return null;
+    const names = [...new Set(rows.map(lineOf))];
+    const styles = [...new Set(rows.map(columnOf))].sort();
+    if (styles.length < 2 || names.length * styles.length !== rows.length) return null;
     const line = new Map(names.map((name, at) => [name, at]));
     const column = new Map(styles.map((style, at) => [style, at]));
     const sorted = new Array(rows.length);
     for (const row of rows) {
-      const place = line.get(thumbnailOf.before[row]) * styles.length + column.get(cell("style", row));
+      const place = line.get(lineOf(row)) * styles.length + column.get(columnOf(row));
       if (sorted[place] !== undefined) return null; // twice the same style of one reference
       sorted[place] = row;
     }
@@ -66,7 +71,7 @@ const grid = (() => {
   }
 
   function place(card, at) {
-    move(card, Math.floor(at / rowsPerLine), (at % rowsPerLine) + (isMatrix ? 1 : 0));
+    move(card, Math.floor(at / rowsPerLine), (at % rowsPerLine) + columnsBefore);
     card.setAttribute("aria-posinset", at + 1);
     card.setAttribute("aria-setsize", shown.length);
   }
@@ -74,6 +79,7 @@ const grid = (() => {
   function makeImage(name, alt) {
     const image = element("img", { alt, decoding: "async", draggable: "false" });
     thumbnails.show(name, (url) => {
+      image.onerror = () => image.replaceWith(element("span", { class: "blank" }, "no thumbnail"));
       if (url) image.src = url;
       else image.replaceWith(element("span", { class: "blank" }, "no thumbnail"));
     });
@@ -109,7 +115,11 @@ const grid = (() => {
     const id = cell("id", row);
     const state = cell("state", row);
     const style = cell("style", row);
-    const label = [id, style, STATES[state] ?? state, state === "failed" && cell("reason", row)];
+    const number = cell("variant_number", row);
+    const flags = cell("check_flags", row) ?? [];
+    const kind = [style, number > 1 && `variant ${number}`, ...flags.map((flag) => `⚑ ${flag}`)].filter(Boolean).join(", ");
+    const verdict = verdicts.LABELS[cell("verdict", row)];
+    const label = [id, kind, STATES[state] ?? state, state === "failed" && cell("reason", row), verdict];
     const open = element(
       "button",
       {
@@ -136,9 +146,10 @@ const grid = (() => {
         "div",
         { class: "caption" },
         element("span", { class: "id", title: id }, id),
-        element("span", { class: "style" }, style ?? (state === "stored" ? "" : STATES[state] ?? state)),
+        element("span", { class: "style" }, kind || (state === "stored" ? "" : STATES[state] ?? state)),
       ),
     );
+    if (verdict) card.append(element("span", { class: `mark ${cell("verdict", row)}`, "aria-hidden": "true" }, verdict));
     open.addEventListener("click", () => {
       focus(at);
       viewer.open(at);
@@ -168,12 +179,12 @@ const grid = (() => {
       }
     }
     for (const [line, card] of references) {
-      if (!isMatrix || line < firstLine || line >= lastLine) {
+      if (!columnsBefore || line < firstLine || line >= lastLine) {
         card.remove();
         references.delete(line);
       }
     }
-    for (let line = firstLine; isMatrix && line < lastLine; line += 1) {
+    for (let line = firstLine; columnsBefore && line < lastLine; line += 1) {
       if (!references.has(line)) {
         references.set(line, makeReference(line));
         box.append(references.get(line));
@@ -230,6 +241,11 @@ const grid = (() => {
       redo.set(shown[current], !redo.has(shown[current]));
       return;
     }
+    const verdict = verdicts.ofKey(event);
+    if (verdict !== undefined) {
+      verdicts.set([shown[current]], verdict);
+      return;
+    }
     const by = MOVES[event.key]?.();
     if (by === undefined) return;
     event.preventDefault();
@@ -240,15 +256,24 @@ const grid = (() => {
   new ResizeObserver(() => box.clientWidth && layOut()).observe(box);
 
   return {
-    show(rows) {
+    // With `changed` rows, what is the same stays, and so do the focus and the place.
+    show(rows, changed) {
       const matrix = arrange(rows);
+      const before = shown;
+      const isFocused = box.contains(document.activeElement);
       shown = matrix?.rows ?? rows;
       stylesOfMatrix = matrix?.styles ?? 0;
-      current = 0;
-      for (const card of [...cards.values(), ...references.values()]) card.remove();
-      cards.clear();
+      current = changed ? Math.max(0, Math.min(current, shown.length - 1)) : 0;
+      for (const [at, card] of cards) {
+        if (!changed || before[at] !== shown[at] || changed.has(shown[at])) {
+          card.remove();
+          cards.delete(at);
+        }
+      }
+      for (const card of references.values()) card.remove();
       references.clear();
       layOut();
+      if (changed && isFocused) cards.get(current)?.querySelector(".open").focus({ preventScroll: true });
     },
     row: (at) => shown[at],
     length: () => shown.length,

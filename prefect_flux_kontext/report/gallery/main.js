@@ -1,23 +1,36 @@
 // Search and filters. Loaded last: it shows the first rows.
 
-(() => {
-  const hidden = new Set();
-  const all = columns.id.map((_, row) => row);
-  const ids = columns.id.map((id) => id.toLowerCase());
+const main = (() => {
+  // Rows in progress have no image yet.
+  const hidden = new Set(data.live ? ["outstanding"] : []);
+  const CHOICES = {
+    style: { all: "All styles", none: "no style", values: (row) => [columns.style[row] ?? ""] },
+    verdict: {
+      all: "All verdicts",
+      none: "no verdict",
+      values: (row) => (columns.state[row] === "stored" ? [verdicts.LABELS[columns.verdict[row]] ?? ""] : []),
+    },
+    flag: {
+      all: "With or without flag",
+      none: "no flag",
+      values: (row) => (columns.state[row] === "stored" ? (columns.check_flags[row] ?? [""]) : []),
+    },
+  };
 
-  function filter() {
+  function filter(changed) {
     const wanted = byId("search").value.trim().toLowerCase();
-    const style = byId("style").value;
-    const rows = all.filter(
+    const chosen = Object.entries(CHOICES).filter(([name]) => byId(name).value);
+    const all = columns.id;
+    const rows = all.map((_, row) => row).filter(
       (row) =>
         !hidden.has(columns.state[row]) &&
-        (style === "" || `=${columns.style[row] ?? ""}` === style) &&
-        (wanted === "" || ids[row].includes(wanted)),
+        chosen.every(([name, { values }]) => values(row).some((value) => `=${value}` === byId(name).value)) &&
+        (wanted === "" || columns.id[row].toLowerCase().includes(wanted)),
     );
     const fewer = rows.length < all.length;
     byId("shown").textContent = fewer ? `${grouped.format(rows.length)} of ${grouped.format(all.length)}` : "";
     byId("none").hidden = rows.length > 0;
-    grid.show(rows);
+    grid.show(rows, changed);
   }
 
   function count(values) {
@@ -26,35 +39,47 @@
     return counts;
   }
 
-  const states = count(columns.state);
-  for (const state of Object.keys(STATES).filter((name) => states.has(name))) {
+  function makeChip(state, number) {
     const chip = element(
       "button",
-      { type: "button", class: `chip ${state}`, "aria-pressed": "true" },
+      { type: "button", class: `chip ${state}`, "aria-pressed": String(!hidden.has(state)) },
       STATES[state],
       " ",
-      element("span", {}, grouped.format(states.get(state))),
+      element("span", {}, grouped.format(number)),
     );
     chip.addEventListener("click", () => {
       if (!hidden.delete(state)) hidden.add(state);
       chip.setAttribute("aria-pressed", String(!hidden.has(state)));
       filter();
     });
-    byId("states").append(chip);
+    return chip;
   }
-  byId("states").hidden = states.size < 2;
 
-  const styles = count(columns.style.map((style) => style ?? ""));
-  const choose = byId("style");
-  choose.append(element("option", { value: "" }, "All styles"));
-  for (const style of [...styles.keys()].sort()) {
-    const label = `${style || "no style"} (${grouped.format(styles.get(style))})`;
-    choose.append(element("option", { value: `=${style}` }, label));
+  function makeChoice(name, { all, none, values }) {
+    const choose = byId(name);
+    const { value } = choose;
+    const counts = count(columns.id.flatMap((_, row) => values(row)));
+    const options = [...counts.keys()].sort().map((each) =>
+      element("option", { value: `=${each}` }, `${each || none} (${grouped.format(counts.get(each))})`),
+    );
+    choose.replaceChildren(element("option", { value: "" }, all), ...options);
+    choose.hidden = counts.size < 2 && !value;
+    choose.value = value;
+    if (choose.selectedIndex < 0) choose.value = "";
   }
-  choose.hidden = styles.size < 2;
-  choose.addEventListener("change", filter);
 
-  byId("search").addEventListener("input", filter);
+  // Shows the rows that the filters let through; `changed` rows are drawn again.
+  function refresh(changed) {
+    const states = count(columns.state);
+    const named = Object.keys(STATES).filter((name) => states.has(name));
+    byId("states").replaceChildren(...named.map((state) => makeChip(state, states.get(state))));
+    byId("states").hidden = states.size < 2 && !hidden.has(named[0]);
+    for (const [name, choice] of Object.entries(CHOICES)) makeChoice(name, choice);
+    filter(changed);
+  }
+
+  for (const name of Object.keys(CHOICES)) byId(name).addEventListener("change", () => filter());
+  byId("search").addEventListener("input", () => filter());
   byId("search").addEventListener("keydown", (event) => {
     if (event.key === "ArrowDown" || event.key === "Enter") {
       event.preventDefault();
@@ -64,7 +89,7 @@
   byId("all").addEventListener("click", () => {
     hidden.clear();
     for (const chip of byId("states").children) chip.setAttribute("aria-pressed", "true");
-    choose.value = "";
+    for (const name of Object.keys(CHOICES)) byId(name).value = "";
     byId("search").value = "";
     filter();
   });
@@ -75,5 +100,7 @@
       byId("search").focus();
     }
   });
-  filter();
+  refresh();
+
+  return { refresh };
 })();

@@ -1,7 +1,9 @@
 // The statistics of the batch: numbers and histograms.
 
-(() => {
+function showNumbers() {
   const { states, costUsd, seconds, imagesPerSecond, recordedAt, times } = data.statistics;
+  byId("numbers").replaceChildren();
+  byId("histograms").replaceChildren();
   const all = Object.values(states).reduce((sum, number) => sum + number, 0);
 
   byId("title").textContent = data.title;
@@ -125,4 +127,6 @@
 
   if (times.generation) histogram("Generation time, as measured by the service", times.generation);
   if (times.waiting) histogram("Waiting time, from submit to result", times.waiting);
-})();
+}
+
+showNumbers();

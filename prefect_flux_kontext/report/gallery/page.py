@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN_COLUMNS = (
     *("id", "line", "state", "reason", "message", "file", "style", "prompt"),
+    *("variant_number", "verdict", "check_flags"),
     *("reference_images", "mode", "aspect_ratio", "matched_ratio", "output_format", "provider"),
     *("cost_usd", "attempts", "stored_before"),
     *("width", "height", "bytes", "format", "task_id", "submitted_at"),
@@ -28,7 +29,7 @@ _SHOWN_COLUMNS = (
 )
 
 # In the order in which they use each other.
-_SCRIPTS = ("rows", "thumbnails", "numbers", "grid", "viewer", "redo", "main")
+_SCRIPTS = ("rows", "thumbnails", "numbers", "verdicts", "grid", "viewer", "redo", "main", "live")
 
 _as_json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -96,6 +97,15 @@ class GalleryRows:
         self.before.add(reference_thumbnail_name(references[0]) if references else None)
         self._rows += 1
 
+    def to_values(self) -> dict[str, Any]:
+        """Return all columns as lists."""
+        return {
+            "columns": {name: list(column) for name, column in self.columns.items()},
+            "custom": {name: list(column) for name, column in self.custom.items()},
+            "after": list(self.after),
+            "before": list(self.before),
+        }
+
 
 def render_page(
     rows: GalleryRows,
@@ -105,6 +115,7 @@ def render_page(
     statistics: Mapping[str, Any],
     files: Mapping[str, str],
     embedded: Mapping[str, str],
+    live: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """Yield the HTML of the gallery in pieces. The page loads nothing but the files beside it.
 
@@ -115,13 +126,14 @@ def render_page(
         statistics: The result of `Statistics.summarize`.
         files: The name of the file that holds each thumbnail.
         embedded: Thumbnails that the page itself holds, as data URLs.
+        live: What a page that is served and updates itself needs; None for a file.
     """
     style = _read_file("style.css")
     script = "".join(_read_file(f"{name}.js") for name in _SCRIPTS)
 
     def fill(text: str) -> str:
         return (
-            text.replace("{policy}", _build_policy(style, script))
+            text.replace("{policy}", _build_policy(style, script, is_live=live is not None))
             .replace("{style}", style)
             .replace("{script}", script)
         )
@@ -135,6 +147,7 @@ def render_page(
         "rows": len(rows),
         "thumbnailFiles": files,
         "embedded": embedded,
+        "live": live,
     }
     yield _escape_html(_as_json(simple).removesuffix("}"))
     for name, column in (("after", rows.after), ("before", rows.before)):
@@ -154,13 +167,14 @@ def _escape_html(text: str) -> str:
     return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 
-def _build_policy(style: str, script: str) -> str:
+def _build_policy(style: str, script: str, *, is_live: bool) -> str:
     """Build the content security policy: the page's own style and script, files beside it."""
-    return (
+    policy = (
         f"default-src 'none'; style-src {_digest(style)}; "
         f"script-src {_digest(script)} 'self' file:; img-src data: 'self' file: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
+    return f"{policy}; connect-src 'self'" if is_live else policy
 
 
 def _digest(text: str) -> str:

@@ -47,6 +47,21 @@ const redo = (() => {
     update();
   });
 
+  if (data.live) {
+    for (const id of ["other", "ask", "keep-all", "reject-all", "redo-live"]) byId(id).hidden = false;
+    for (const id of ["download", "redo-file"]) byId(id).hidden = true;
+    const options = data.live.styles.map((style) => element("option", { value: style }, style));
+    byId("new-style").append(element("option", { value: "" }, "of each row"), ...options);
+  }
+  const judge = async (verdict, changes) => {
+    if (await verdicts.set([...chosen], verdict, changes)) byId("clear").click();
+  };
+  byId("ask").addEventListener("click", () =>
+    judge("redo", { prompt: byId("prompt").value.trim(), style: byId("new-style").value }),
+  );
+  byId("keep-all").addEventListener("click", () => judge("keep"));
+  byId("reject-all").addEventListener("click", () => judge("reject"));
+
   return {
     has: (row) => chosen.has(row),
     set(row, isSelected) {

@@ -26,7 +26,9 @@ const thumbnails = (() => {
     show(name, show) {
       const file = data.thumbnailFiles[name];
       if (name === null || data.embedded[name] || file === undefined) {
-        show(data.embedded[name] ?? null);
+        // The server makes the thumbnail of an image whose wave has not ended.
+        const isAfter = data.live && name !== null && !name.startsWith("r");
+        show(isAfter ? `thumbnails/${name}` : (data.embedded[name] ?? null));
         return;
       }
       if (files.has(file)) {

@@ -56,24 +56,35 @@ class ThumbnailStore:
             await self._store.replace(f"{file}.js", script)
             self._written[file] = list(block)
 
-    async def load_index(self) -> None:
+    async def load_index(self, *, save: bool = True) -> bool:
         """Load the index of all thumbnails, and complete it.
 
         A run that was killed may have written files that the index does not name.
 
+        Args:
+            save: Whether to write the completed index; else only what is new is read.
+
+        Returns:
+            Whether there are new files.
+
         Raises:
             LedgerError: The output cannot be read or written.
         """
+        files = [name[:-3] for name in await self._store.list_names("") if name.endswith(".js")]
+        if not save and self._written.keys() >= set(files):
+            return False
         index: dict[str, list[str]] = json.loads(await self._store.read(_INDEX) or b"{}")
         before = len(index)
         index.update(self._written)
-        files = [name[:-3] for name in await self._store.list_names("") if name.endswith(".js")]
         for file in files:
             if file not in index:
                 index[file] = list(await self._read_file(file))
-        if len(index) > before:
+        if not save:
+            self._written = index
+        elif len(index) > before:
             await self._store.replace(_INDEX, json.dumps(index).encode())
         self.files = {thumbnail: file for file in files for thumbnail in index[file]}
+        return True
 
     async def load(self, names: Iterable[str]) -> dict[str, str]:
         """Return the named thumbnails as data URLs; names that do not exist are left out.

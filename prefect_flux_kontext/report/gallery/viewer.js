@@ -29,6 +29,9 @@ const viewer = (() => {
     const file = cell("file", row);
     addFact("Prompt", cell("prompt", row));
     addFact("Style", cell("style", row));
+    if (cell("variant_number", row) > 1) addFact("Variant", String(cell("variant_number", row)));
+    addFact("Flags", (cell("check_flags", row) ?? []).join(", "));
+    addFact("Verdict", verdicts.LABELS[cell("verdict", row)] ?? null);
     if (file) addFact("Image", element("a", { href: encodePath(file), target: "_blank" }, file));
     if (width) addFact("Size", `${width} × ${height} px, ${size}`);
     for (const url of cell("reference_images", row) ?? []) addFact("Reference", link(url));
@@ -99,6 +102,11 @@ const viewer = (() => {
     byId("viewed").textContent = cell("id", row);
     byId("place").textContent = `${grouped.format(at + 1)} of ${grouped.format(grid.length())}`;
     byId("pick").checked = redo.has(row);
+    byId("judge").hidden = !data.live || state !== "stored";
+    for (const button of byId("judge").children) {
+      button.setAttribute("aria-pressed", String(button.dataset.verdict === cell("verdict", row)));
+      if (button.dataset.verdict === "best") button.hidden = !verdicts.isVariant(row);
+    }
     byId("previous").disabled = at === 0;
     byId("next").disabled = at === grid.length() - 1;
     const why = byId("why");
@@ -134,12 +142,25 @@ const viewer = (() => {
   byId("next").addEventListener("click", () => show(at + 1));
   byId("close").addEventListener("click", () => dialog.close());
   byId("pick").addEventListener("change", () => redo.set(grid.row(at), byId("pick").checked));
+  // The same verdict again withdraws it; after any other, the next image follows.
+  async function judge(verdict) {
+    const row = grid.row(at);
+    const isSame = cell("verdict", row) === verdict;
+    const position = at;
+    const isSet = await verdicts.set([row], isSame ? null : verdict);
+    if (isSet && verdict && !isSame && grid.row(position) === row) show(position + 1);
+  }
+  for (const button of byId("judge").children) {
+    button.addEventListener("click", () => judge(button.dataset.verdict));
+  }
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog) dialog.close();
   });
   dialog.addEventListener("close", () => grid.focus(at));
   dialog.addEventListener("keydown", (event) => {
     if (event.target === slider && event.key.startsWith("Arrow")) return;
+    const verdict = verdicts.ofKey(event);
+    if (verdict !== undefined && cell("state", grid.row(at)) === "stored") judge(verdict);
     if (event.key === "ArrowLeft") show(at - 1);
     else if (event.key === "ArrowRight") show(at + 1);
     else return;
@@ -147,6 +168,9 @@ const viewer = (() => {
   });
 
   return {
+    refresh(changed) {
+      if (dialog.open && changed.has(grid.row(at))) show(at);
+    },
     open(position) {
       show(position);
       dialog.showModal();

@@ -1,0 +1,293 @@
+"""`flux-kontext watch`: the gallery of an output as a page that updates itself and takes verdicts.
+
+The server listens on loopback. A request needs the token in its path and the name of this machine
+in its Host header, so that other web pages can neither read the page nor post a verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import signal
+import socket
+import sys
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from prefect_flux_kontext.cli.arguments import add_output_argument, parse_count
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import AsyncIterator
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp
+
+    from prefect_flux_kontext.batch.watching import WatchedOutput
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+_OWN_HOSTS = ("127.0.0.1", "localhost")
+
+_MIN_REFRESH_SECONDS = 2.0
+
+# At most a fifth of the time goes to reading, however slow the store or large the output is.
+_IDLE_SHARE = 4.0
+
+_MAX_BODY_BYTES = 2**20
+
+# About 10 MB.
+_MAX_THUMBNAILS = 500
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+_IMAGE_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    watch = commands.add_parser(
+        "watch",
+        help="Show the images of an output while a batch runs, and judge them",
+        description="Serve the gallery of OUTPUT on this machine until interrupted. Images appear "
+        "as they are stored, wherever the batch runs. Verdicts are kept in OUTPUT/_verdicts. "
+        "Sends no request to the service.",
+    )
+    add_output_argument(watch)
+    watch.add_argument("--port", type=parse_count, default=0, help="port (default: a free one)")
+    watch.set_defaults(func=lambda options: asyncio.run(_watch(options.output, options.port)))
+
+
+async def _watch(output: OutputFolder, port: int) -> int:
+    import uvicorn
+
+    from prefect_flux_kontext.errors import ConfigurationError
+    from prefect_flux_kontext.ledger.head import check_format
+    from prefect_flux_kontext.ledger.store import open_ledger_store
+
+    await check_format(open_ledger_store(output))
+    token = secrets.token_urlsafe(24)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigurationError(f"The port {port} cannot be used: {error}.") from None
+        config = uvicorn.Config(
+            create_app(output, token),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+        print(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            await uvicorn.Server(config).serve(sockets=[listener])
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def serve_beside(output: str) -> AsyncIterator[None]:
+    """Serve the page from a process of its own while the block runs."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "prefect_flux_kontext", "watch", output
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+def create_app(output: OutputFolder, token: str) -> ASGIApp:
+    """Create the app that serves the page below `/TOKEN/`.
+
+    Args:
+        output: The output to show.
+        token: The secret that a request needs.
+    """
+    from starlette.applications import Starlette
+    from starlette.routing import Route
+
+    from prefect_flux_kontext.batch.watching import WatchedOutput
+    from prefect_flux_kontext.errors import FluxKontextError
+    from prefect_flux_kontext.settings import FluxKontextSettings
+
+    page = _Page(output, WatchedOutput(output, FluxKontextSettings().gallery_images))
+    routes = [
+        Route("/", page.show),
+        Route("/changes", page.show_changes),
+        Route("/verdicts", page.judge, methods=["POST"]),
+        Route("/thumbnails/{name}", page.show_thumbnail),
+        Route("/{file:path}", page.show_file),
+    ]
+    app = Starlette(routes=routes, exception_handlers={FluxKontextError: _report})
+    return _guard(app, token)
+
+
+async def _report(_request: Request, error: Exception) -> Response:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse({"error": str(error)}, 503)
+
+
+class _Page:
+    """The handlers of the page.
+
+    Args:
+        output: The output to show.
+        watched: Its rows.
+    """
+
+    def __init__(self, output: OutputFolder, watched: WatchedOutput) -> None:
+        self._output = output
+        self._watched = watched
+        self._lock = asyncio.Lock()
+        self._next_refresh = 0.0
+        self._thumbnails: OrderedDict[str, bytes] = OrderedDict()
+
+    async def show(self, _request: Request) -> Response:
+        from starlette.responses import HTMLResponse
+
+        from prefect_flux_kontext.report.gallery.page import render_page
+        from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
+        from prefect_flux_kontext.styles.styles import builtin_styles
+
+        await self._refresh()
+        await self._watched.load_verdicts()
+        numbers = self._watched.numbers()
+        styles = {line.get("style") for line in self._watched.rows} - {None}
+        pieces = render_page(
+            self._watched.gallery_rows(),
+            title=str(self._output).rstrip("/").rpartition("/")[2],
+            folder=GALLERY_FOLDER,
+            statistics=numbers["statistics"],
+            files=self._watched.thumbnails.files,
+            embedded={},
+            live={
+                "version": self._watched.version,
+                "progress": numbers["progress"],
+                "styles": sorted(styles | set(builtin_styles())),
+            },
+        )
+        return HTMLResponse(await asyncio.to_thread("".join, pieces))
+
+    async def show_changes(self, request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        await self._refresh()
+        version = int(request.query_params.get("since", "0"))
+        return JSONResponse(self._watched.changes(version))
+
+    async def judge(self, request: Request) -> Response:
+        from pydantic import ValidationError
+        from starlette.responses import JSONResponse
+
+        from prefect_flux_kontext.errors import LedgerError
+
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _MAX_BODY_BYTES:
+                return JSONResponse({"error": "The request is too large."}, 413)
+        try:
+            asked = json.loads(body)
+            fields = {name: asked.get(name) or None for name in ("verdict", "prompt", "style")}
+            await self._watched.judge(asked["names"], fields)
+        except (ValueError, LookupError, TypeError, AttributeError, ValidationError):
+            return JSONResponse({"error": "The verdict is invalid."}, 400)
+        except LedgerError as error:
+            return JSONResponse({"error": f"The verdict was not recorded: {error}"}, 403)
+        return JSONResponse(self._watched.changes(int(asked.get("since", 0))))
+
+    async def show_thumbnail(self, request: Request) -> Response:
+        """Show the thumbnail of an image whose run has not written it yet."""
+        from starlette.responses import Response
+
+        from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thumbnail
+
+        name = request.path_params["name"]
+        if name not in self._thumbnails:
+            file = self._watched.find_file(name)
+            image = await self._output.read(file) if file else None
+            if image is None:
+                return _refuse(404)
+            try:
+                made = await asyncio.to_thread(make_thumbnail, image, RESULT_EDGE_PIXELS)
+            except Exception:  # noqa: BLE001 - decoders raise many types of errors
+                return _refuse(404)
+            self._thumbnails[name] = made
+            if len(self._thumbnails) > _MAX_THUMBNAILS:
+                self._thumbnails.popitem(last=False)
+        return Response(self._thumbnails[name], media_type="image/webp")
+
+    async def show_file(self, request: Request) -> Response:
+        from starlette.responses import Response
+
+        from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
+
+        file = request.path_params["file"]
+        media_type = _IMAGE_TYPES.get(file.rpartition(".")[2])
+        if file.startswith(f"{GALLERY_FOLDER}/"):
+            media_type = "text/javascript"
+        data = None
+        if media_type is not None and self._watched.has_file(file):
+            data = await self._output.read(file)
+        return _refuse(404) if data is None else Response(data, media_type=media_type)
+
+    async def _refresh(self) -> None:
+        """Read what is new, for all open pages at a time and not too often."""
+        loop = asyncio.get_running_loop()
+        async with self._lock:
+            began = loop.time()
+            if began >= self._next_refresh:
+                await self._watched.refresh()
+                taken = loop.time() - began
+                self._next_refresh = loop.time() + max(_MIN_REFRESH_SECONDS, _IDLE_SHARE * taken)
+
+
+def _refuse(status: int) -> Response:
+    from starlette.responses import PlainTextResponse
+
+    return PlainTextResponse("Not found." if status == 404 else "Refused.", status)  # noqa: PLR2004
+
+
+def _guard(app: ASGIApp, token: str) -> ASGIApp:
+    """Serve requests with the token that name this machine and come from the page itself."""
+    from starlette.datastructures import Headers, MutableHeaders
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        # A name that leads here is not ours (DNS rebinding). Browsers send the origin of a POST.
+        origins = {f"http://{host}"} if scope["method"] == "POST" else {f"http://{host}", None}
+        given, _, path = scope["path"].lstrip("/").partition("/")
+        if host.partition(":")[0] not in _OWN_HOSTS or origin not in origins:
+            await _refuse(403)(scope, receive, send_with_headers)
+        elif not secrets.compare_digest(given.encode(), token.encode()):
+            await _refuse(404)(scope, receive, send_with_headers)
+        else:
+            await app({**scope, "path": f"/{path}"}, receive, send_with_headers)
+
+    return guarded
