@@ -262,7 +262,8 @@ def _find_reference_problem(image: str, base_url: str | None) -> str | None:
     if parts.scheme not in ("http", "https") or not host:
         problem = find_location_problem(image)
         if problem and _WEB_URL.search(image):
-            problem = f"{shown} holds other text beside a URL; keep only the URL"
+            text = redact_text(image)[:100]
+            problem = f"image {text!r} holds other text beside a URL; keep only the URL"
         return problem
     return _find_url_problem(image, parts, host, shown, base_url)
 
@@ -278,7 +279,7 @@ def _find_url_problem(
     elif re.search(r"[\s|;,]+https?://", image, re.IGNORECASE):
         problem = f"{shown} holds several URLs; use a column `images`, or a row for each of them"
     elif image[-1] in ",;|'\"":
-        problem = f"{shown} ends with {image[-1]}; remove it"
+        problem = f"{shown} ends with {image[-1]!r}; remove it"
     elif any(entity in image.partition("?")[2].lower() for entity in _HTML_ENTITIES):
         problem = f"{shown} is written as in HTML; replace &amp; by &"
     elif any(sign.isspace() for sign in image):

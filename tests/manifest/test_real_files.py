@@ -226,8 +226,10 @@ def test_url_written_as_in_html_is_refused(entity):
     ],
 )
 def test_text_beside_a_url_is_named(text):
+    text = text.replace("/a", "/a?X-Amz-Signature=feed")
     row = make_row(2, {"image": text, "prompt": "x"})
     assert "other text beside a URL; keep only the URL" in row.reason
+    assert "feed" not in row.reason
 
 
 def test_references_of_other_formats_are_counted():

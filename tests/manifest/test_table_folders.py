@@ -9,9 +9,10 @@ import pytest
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.manifest.row import RefusedRow
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from tests.support import pictures
 from tests.support.plans import build_plan
+from tests.support.s3 import s3_server
 
 
 def csv_part(*numbers):
@@ -128,5 +129,14 @@ def test_rows_of_parts_have_the_rights_of_a_file(tmp_path):
     write(tmp_path, {"images/x.jpg": pictures.picture()})
     row = f"id,image,prompt\na,{tmp_path}/images/x.jpg,oil\n"
     write(tmp_path / "parts", {"part-0.csv": row})
-    assert ids(Manifest(f"{tmp_path}/parts")) == ["a"]
-    assert build_plan(Manifest(f"{tmp_path}/parts")).to_pay == 1
+    (made,) = Manifest(f"{tmp_path}/parts").rows()
+    assert isinstance(made, Row)
+
+
+@pytest.mark.parametrize("place", ["m.csv", "m.csv/", "m.csv/part-*"])
+def test_parts_on_s3_are_read_beside_markers(place):
+    """Consoles and Hadoop mark folders by empty objects."""
+    with s3_server() as (bucket, client):
+        for name, content in {"": "", **SPARK, "_started_1": "x"}.items():
+            client.put_object(Bucket="pictures", Key=f"run/m.csv/{name}", Body=content.encode())
+        assert ids(Manifest(f"{bucket}/run/{place}")) == ["r1", "r2", "r3"]
