@@ -19,7 +19,11 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.row_key import compute_row_key
-from prefect_flux_kontext.references.location import is_share_page, non_public_references
+from prefect_flux_kontext.references.location import (
+    has_other_format,
+    is_share_page,
+    non_public_references,
+)
 from prefect_flux_kontext.settings import find_price
 from prefect_flux_kontext.storage.temp_db import DuplicateIndex
 
@@ -140,6 +144,7 @@ class Plan:
         lines: Lines of the manifest that were read, with the header.
         with_reference: Valid rows with a reference.
         share_pages: References that are pages of Google Drive, Dropbox and the like.
+        other_formats: References that are named as files of formats not taken.
         skipped: Files of a folder that are no rows, by reason.
         refused: Invalid rows.
         problems: The first thousand refused rows.
@@ -166,6 +171,7 @@ class Plan:
     lines: int = 0
     with_reference: int = 0
     share_pages: int = 0
+    other_formats: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     problems: list[RefusedRow] = field(default_factory=list)
@@ -294,6 +300,7 @@ class Plan:
             (without, "without a reference, as text to image"),
             *((number, f"{reason} skipped") for reason, number in sorted(self.skipped.items())),
             (self.share_pages, pages),
+            (self.other_formats, "references named as no JPG, PNG or WebP file"),
             *counts,
         ]
         lines += [
@@ -424,6 +431,7 @@ def _plan_rows(
                 continue
             plan.with_reference += bool(row.request.image_urls)
             plan.share_pages += any(map(is_share_page, row.request.image_urls))
+            plan.other_formats += any(map(has_other_format, row.request.image_urls))
             if plan.run_rows:
                 continue  # after the limit, rows are only checked
             key = row.key

@@ -30,9 +30,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "plan",
         usage="%(prog)s [OPTION …] MANIFEST OUTPUT",
         help="Show what a run would do and cost, and the invalid rows",
-        description="Show what a run would do and cost, and the invalid rows. Sends no request "
-        "to the service. Exit status: 0 all rows are valid, 1 some rows are invalid, 2 the "
-        "manifest or the ledger cannot be read.",
+        description="Show what a run would do and cost, and the invalid rows. Asks the "
+        "service only for the balance of the account. Exit status: 0 all rows are valid, 1 some "
+        "rows are invalid, 2 the manifest or the ledger cannot be read.",
     )
     add_manifest_arguments(plan)
     add_display_arguments(plan)

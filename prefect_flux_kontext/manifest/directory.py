@@ -1,13 +1,15 @@
-"""Folders, prefixes and globs of images, read as manifests."""
+"""Folders, prefixes and globs of images, or of the parts of a table, read as manifests."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.core import split_protocol
@@ -33,13 +35,20 @@ _LEDGER_FOLDER = "_ledger"
 _TABLE_EXTENSIONS = frozenset(
     {".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".parquet", ".pq"}
 )
+_MAX_TABLES = 10_000
+# Folders of formats whose data files are not all current, and of jobs that have not ended.
+_NO_PLAIN_TABLES = {
+    "_delta_log": "is a Delta table, whose files hold removed rows too",
+    ".hoodie": "is a Hudi table, whose files hold removed rows too",
+    "_temporary": "is being written by a job that has not ended",
+}
 # Bounds a tree that leads back into itself.
 _MAX_DEPTH_FOLDERS = 64
 
 
 @dataclass
 class ImageFolder:
-    """Images below a folder, recognized by their names."""
+    """Images below a folder, recognized by their names; without any, the parts of a table."""
 
     url: str  # as given, for messages
     fs: Any = field(repr=False)
@@ -48,6 +57,9 @@ class ImageFolder:
     max_depth: int
     output: str | None  # real path, if it is on the same filesystem
     skipped: Counter[str] = field(default_factory=Counter)  # files that are no rows, by reason
+    has_images: bool = False
+    tables: list[str] = field(default_factory=list, repr=False)  # paths, as last read
+    folders: set[str] = field(default_factory=set, repr=False)  # names, as last read
 
     @property
     def is_local(self) -> bool:
@@ -56,6 +68,8 @@ class ImageFolder:
 
     def read_lines(self) -> Iterator[Line]:
         """Yield the images folder by folder, sorted by name and numbered from 1.
+
+        A folder without images yields nothing if it has tables, which `list_tables` then returns.
 
         The cells are `id` (path below the folder, without extension), `image` (a URL, or a
         path if the folder is local), `file` (its name) and `folder` (its subfolder).
@@ -67,10 +81,14 @@ class ImageFolder:
                 "its own results; choose another output, such as a subfolder."
             )
         self.skipped.clear()
+        self.has_images = False
+        self.tables.clear()
+        self.folders.clear()
         number = 0
         for folder, names, versions in self._walk():
             for name, image_id in zip(names, _make_ids(names), strict=True):
                 number += 1
+                self.has_images = True
                 path = f"{self.root}/{folder}{name}"
                 row_id = f"{folder}{image_id}"
                 if len(row_id) > MAX_ID_CHARACTERS or find_text_problem(row_id):
@@ -83,7 +101,7 @@ class ImageFolder:
                     "folder": folder.rstrip("/"),
                 }
                 yield Line(number, cells, find_cell_problem(cells), versions.get(name))
-        if not number:
+        if not number and not self.tables:
             count = self.skipped.total()
             files = "1 other file" if count == 1 else f"{count:,} other files"
             others = f" ({files})" if count else ""
@@ -91,6 +109,30 @@ class ImageFolder:
                 f"There are no images at {self.url}{others}; images are files named .jpg, .jpeg, "
                 ".png or .webp."
             )
+
+    def list_tables(self) -> list[tuple[str, dict[str, str]]]:
+        """Return the parts of a table, as URLs, with the columns that their folders name.
+
+        That is what Spark and the like write: `part-00000.csv`, `team=blue/part-00000.parquet`.
+
+        Raises:
+            ManifestError: The files are no plain table.
+        """
+        for name in self.folders & _NO_PLAIN_TABLES.keys():
+            raise ManifestError(
+                f"{self.url} {_NO_PLAIN_TABLES[name]}; write its rows to a CSV or Parquet file."
+            )
+        if len(self.tables) > _MAX_TABLES:
+            raise ManifestError(f"{self.url} has more than {_MAX_TABLES:,} tables; merge them.")
+        others = self.skipped.pop("non-image files") - len(self.tables)
+        self.skipped.update({"other files": others} if others else {})
+        parts = []
+        for path in sorted(self.tables):
+            place = f"{self.root}/{path}"
+            url = place if self.is_local else str(self.fs.unstrip_protocol(place))
+            pairs = (folder.split("=", 1) for folder in path.split("/")[:-1] if "=" in folder)
+            parts.append((url, {name: unquote(value) for name, value in pairs}))
+        return parts
 
     def _walk(self) -> Iterator[tuple[str, list[str], dict[str, str]]]:
         """Yield each folder with images: path below the root, names, and versions by name."""
@@ -108,6 +150,7 @@ class ImageFolder:
                     continue
                 if entry["type"] == "directory":
                     subfolders.append(f"{folder}{name}/")
+                    self.folders.add(name)
                 elif self._is_image(f"{folder}{name}", entry):
                     names.append(name)
                     if version := read_version(entry):
@@ -130,6 +173,7 @@ class ImageFolder:
                 self.skipped["files in folders without a name"] += 1
                 continue
             if name.startswith("."):
+                self.folders.add(name)
                 self.skipped["hidden files"] += 1
                 continue
             if not name or "/" in name:
@@ -151,11 +195,18 @@ class ImageFolder:
         if IMAGE_ENDING.search(path) and (entry["type"] == "file" or is_file_link):
             return True
         self.skipped["non-image files"] += 1
+        is_table = detect_format(path)[0] in _TABLE_EXTENSIONS and not path.startswith("_")
+        if is_table and "/_" not in path and len(self.tables) <= _MAX_TABLES:
+            if entry.get("size") == 0:
+                self.skipped["empty files"] += 1
+                self.skipped["non-image files"] -= 1
+            else:
+                self.tables.append(path)
         return False
 
 
 def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
-    """Return the folder, prefix or glob of images at a URL, or None if the URL is a file.
+    """Return the folder, prefix or glob at a URL, or None if the URL is a file.
 
     A glob is one only if no file has its name. The output is skipped.
     """
@@ -163,10 +214,16 @@ def find_image_folder(url: str, output: str | None) -> ImageFolder | None:
         return None
     has_glob = _GLOB.search(split_protocol(url)[1])
     extension, _ = detect_format(url)
-    if not url.endswith("/") and not has_glob and extension in _TABLE_EXTENSIONS:
-        return None
     fs, path = fsspec.core.url_to_fs(url)
     path = str(path).rstrip("/")
+    if not url.endswith("/") and not has_glob and extension in _TABLE_EXTENSIONS:
+        # Spark writes folders with the names of files. A file is found without listing.
+        with contextlib.suppress(Exception):
+            if fs.info(path)["type"] == "directory":
+                return ImageFolder(
+                    url, fs, path, None, _MAX_DEPTH_FOLDERS, _find_output_path(fs, output)
+                )
+        return None
     pattern, max_depth = None, _MAX_DEPTH_FOLDERS
     if has_glob and not fs.exists(path):
         parts = path.split("/")

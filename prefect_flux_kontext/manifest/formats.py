@@ -16,6 +16,7 @@ import fsspec.compression
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import (
+    COLUMNS,
     MAX_BLANK_ROWS,
     MAX_CELL_CHARACTERS,
     MAX_COLUMNS,
@@ -42,6 +43,11 @@ _BOMB_RATIO = 200
 _CHUNK_BYTES = 2**20
 # The first line by which a file names its delimiter to Excel.
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])", re.IGNORECASE)
+# The text of a JSON file that is looked at together.
+_PIECE_CHARACTERS = 65_536
+_JSON_VALUE = re.compile(r"[^\s,]")
+# Finds where values end. Their numbers are read later, so long ones cost no time here.
+_JSON_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 # Column lists of JSON objects that are kept, so that each shape is checked once.
 _MAX_CACHED_SHAPES = 1_000
 
@@ -90,8 +96,7 @@ def detect_kind(url: str) -> ManifestFormat:
         return "parquet"
     if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
         return "json"
-    header = head.partition(b"\n")[0]
-    return "tsv" if b"\t" in header and b"," not in header else "csv"
+    return "csv"
 
 
 def detect_format(url: str) -> tuple[str, str | None]:
@@ -129,8 +134,16 @@ def as_manifest_error(url: str) -> Iterator[None]:
         raise ManifestError(f"The manifest {url} cannot be read: {reason}") from None
 
 
-def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iterator[Line]:
+def read_delimited(
+    url: str, renames: Mapping[str, str], delimiter: str, *, is_given: bool = True
+) -> Iterator[Line]:
     """Yield the rows of a CSV or TSV file in UTF-8, reading no further than needed.
+
+    Args:
+        url: The file.
+        renames: Standard column name to the name that the file uses for it.
+        delimiter: What separates cells.
+        is_given: Whether the user said so; else the header may show another delimiter.
 
     Raises:
         ManifestError: The file is not a valid table. Raised when the invalid line is reached.
@@ -138,10 +151,12 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     blank_rows = row_characters = 0
-    lines, delimiter, lines_before = _read_preamble(url, delimiter)
+    line = ""
+    known = None if is_given else {*COLUMNS, *renames.values()}
+    lines, delimiter, lines_before = _read_preamble(url, delimiter, known)
 
     def limit_row() -> Iterator[str]:
-        nonlocal row_characters
+        nonlocal row_characters, line
         for line in lines:
             row_characters += len(line)
             if row_characters > _MAX_LINE_CHARACTERS:
@@ -163,6 +178,7 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
                 "UTF-8."
             )
         columns = Columns(url, header, renames).names
+        has_line_feeds = line.endswith("\n")
         width = max(number for number, name in enumerate(columns, start=1) if name)
         first_line = reader.line_num + 1
         for values in reader:
@@ -173,6 +189,9 @@ def read_delimited(url: str, renames: Mapping[str, str], delimiter: str) -> Iter
             if any(text.strip() for text in values):
                 cells = dict(zip(columns, values, strict=False))
                 problem = _find_width_problem(columns, width, values)
+                if has_line_feeds and line.endswith("\r"):
+                    # Another program would read one cell here, of which this is the beginning.
+                    problem = "the row ends with a carriage return alone; quote the cell with it"
                 yield Line(number, cells, problem or find_cell_problem(cells))
             else:
                 blank_rows = count_blank_row(blank_rows, url)
@@ -210,8 +229,28 @@ def _quote_text_marks(lines: Iterator[str]) -> Iterator[str]:
         yield line
 
 
-def _read_preamble(url: str, delimiter: str) -> tuple[Iterator[str], str, int]:
+def _detect_delimiter(header: str, delimiter: str, known: set[str]) -> str:
+    """Return the delimiter that gives a known column name, or else the most columns."""
+
+    def split(by: str) -> list[str]:
+        return [name.strip() for name in next(csv.reader([header], delimiter=by), [])]
+
+    try:
+        columns = {by: split(by) for by in (delimiter, *DELIMITERS.values())}
+    except csv.Error:
+        return delimiter
+    return max(columns, key=lambda by: (bool(known & set(columns[by])), len(columns[by])))
+
+
+def _read_preamble(
+    url: str, delimiter: str, known: set[str] | None
+) -> tuple[Iterator[str], str, int]:
     """Return the lines after a line that declares the delimiter, the delimiter, and their offset.
+
+    Args:
+        url: The file.
+        delimiter: The delimiter of a file that declares none.
+        known: Column names by which another delimiter is recognized; None to look for none.
 
     Raises:
         ManifestError: The file is a workbook or an archive.
@@ -228,30 +267,28 @@ def _read_preamble(url: str, delimiter: str) -> tuple[Iterator[str], str, int]:
         delimiter, lines_before = declared[1], 1
     else:
         lines = itertools.chain([first] if first else [], lines)
+        if known is not None:
+            delimiter = _detect_delimiter(first.removesuffix("\n"), delimiter, known)
     return (_quote_text_marks(lines) if delimiter == "\t" else lines), delimiter, lines_before
 
 
 def read_json_lines(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
-    """Yield the rows of a JSON Lines file in UTF-8, reading no further than needed.
+    """Yield the rows of a JSON Lines file, or of a JSON array, in UTF-8, as far as needed.
 
     A line that is not an object is yielded with its problem; the lines after it are still read.
 
     Raises:
-        ManifestError: The file is not JSON Lines.
+        ManifestError: The file is no such file.
         Exception: What the filesystem or the decoder raises.
     """
     columns: dict[tuple[str, ...], list[str]] = {}
     unseen = set(renames.values())
     blank_rows = 0
-    for number, line in enumerate(_read_json_texts(url), start=1):
+    for number, line in _read_json_texts(url):
         text = line.strip()
         if not text:
             blank_rows = count_blank_row(blank_rows, url)
             continue
-        if number == 1 and text in ("[", "{", "[{"):
-            raise ManifestError(
-                f"The manifest {url} is multi-line JSON; write one object on each line."
-            )
         if number == 1 and text.startswith(("<", "\udcff", "\udcfe")):
             raise ManifestError(
                 f"The manifest {url} is not JSON Lines in UTF-8; it starts with {text[:30]!r}."
@@ -289,22 +326,93 @@ def count_blank_row(earlier: int, url: str) -> int:
     return earlier + 1
 
 
-def _read_json_texts(url: str) -> Iterator[str]:
-    """Yield the lines of a JSON Lines file, or the objects of an array in its first line."""
-    lines = _read_text_lines(url, line_ends_at_cr=False)
-    first = next(lines, "")
-    if first.startswith("["):
-        try:
-            values = json.loads(first)
-        except (ValueError, RecursionError):
-            values = None
-        if isinstance(values, list) and all(isinstance(value, dict) for value in values):
-            if next(lines, None):
+def _read_json_texts(url: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a JSON Lines file, or the values of an array or of indented JSON.
+
+    Raises:
+        ManifestError: A line or value is too long, or the array is not complete.
+        Exception: What the filesystem or the decoder raises.
+    """
+    pieces = _read_text_lines(url, line_ends_at_cr=False, is_limited=False)
+    number, start = 1, next(pieces, "")
+    while start.isspace():
+        yield number, start
+        number, start = number + 1, next(pieces, "")
+    lines = itertools.chain([start], pieces)
+    if start.lstrip().startswith("[") or start.strip() == "{":
+        yield from _split_values(lines, url, number)
+        return
+    for place, line in enumerate(lines, number):
+        _check_line_length(line, place, url)
+        yield place, line
+
+
+def _split_values(pieces: Iterator[str], url: str, line: int) -> Iterator[tuple[int, str]]:
+    """Yield the values of a JSON array, or of JSON values one after another.
+
+    A value is numbered by the line that it ends on, or by its place if that is higher. Memory is
+    bounded by the limit for a line, which each value has to keep.
+
+    Args:
+        pieces: The text.
+        url: The manifest, for messages.
+        line: The line on which the text starts.
+    """
+    text = _take(pieces, _PIECE_CHARACTERS).lstrip()
+    is_array = text.startswith("[")
+    at, number = int(is_array), line - 1
+    while True:
+        start, found = at, _JSON_VALUE.search(text, at)
+        at = found.start() if found else len(text)
+        line += text.count("\n", start, at)
+        if is_array and text.startswith("]", at):
+            if any(map(str.strip, itertools.chain([text[at + 1 :]], pieces))):
                 raise ManifestError(f"The manifest {url} goes on after its JSON array.")
-            yield from map(json.dumps, values)
             return
-    yield first
-    yield from lines
+        end, problem = _find_value_end(text, at)
+        # The end of the text may be in the middle of a value.
+        if end in (None, len(text)) and (
+            more := _take(pieces, max(_PIECE_CHARACTERS, len(text) - at))
+        ):
+            if len(text) - at > _MAX_LINE_CHARACTERS:
+                raise ManifestError(
+                    f"The value that starts on line {line} of {url} is not valid JSON, or has "
+                    f"more than {_MAX_LINE_CHARACTERS:,} characters."
+                )
+            text, at = text[at:] + more, 0
+            continue
+        if at == len(text) and not is_array:
+            return
+        if end is None:
+            problem = (
+                problem if at < len(text) else "the array has no end; the file may be cut off"
+            )
+            raise ManifestError(f"Line {line} of {url} is not valid JSON: {problem}.")
+        line += text.count("\n", at, end)
+        number = max(number + 1, line)
+        yield number, text[at:end]
+        at = end
+
+
+def _find_value_end(text: str, at: int) -> tuple[int | None, str]:
+    """Return where the JSON value that starts at a position ends, or None and why it does not."""
+    try:
+        return _JSON_DECODER.raw_decode(text, at)[1], ""
+    except json.JSONDecodeError as error:
+        return None, error.msg
+    except RecursionError:
+        return None, "it is nested too deeply"
+
+
+def _take(pieces: Iterator[str], characters: int) -> str:
+    """Return the next pieces of a text, with at least this many characters if there are."""
+    taken, size = [], 0
+    for piece in pieces:
+        taken.append(piece)
+        size += len(piece)
+        if size >= characters:
+            break
+    return "".join(taken)
 
 
 def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
@@ -329,8 +437,8 @@ def check_renames_used(url: str, unseen: set[str]) -> None:
         )
 
 
-def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
-    """Yield the lines of a file, with their line ends.
+def _read_text_lines(url: str, *, line_ends_at_cr: bool, is_limited: bool = True) -> Iterator[str]:
+    """Yield the lines of a file, with their line ends; without a limit, long lines in pieces.
 
     Bytes that are not UTF-8 become surrogates, so that the caller can name their line.
 
@@ -354,11 +462,8 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
             while line := text.readline(_MAX_LINE_CHARACTERS + 1):
                 number += 1
                 read += len(line)
-                if len(line) > _MAX_LINE_CHARACTERS:
-                    raise ManifestError(
-                        f"Line {number} of {url} has more than {_MAX_LINE_CHARACTERS:,} "
-                        "characters; shorten it."
-                    )
+                if is_limited:
+                    _check_line_length(line, number, url)
                 if compression and read > _BOMB_MIN_CHARACTERS and read > _BOMB_RATIO * size:
                     raise ManifestError(
                         f"The manifest {url} has {size:,} bytes and decompresses to more than "
@@ -366,6 +471,14 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool) -> Iterator[str]:
                         "decompress it first."
                     )
                 yield line
+
+
+def _check_line_length(line: str, number: int, url: str) -> None:
+    if len(line) > _MAX_LINE_CHARACTERS:
+        raise ManifestError(
+            f"Line {number} of {url} has more than {_MAX_LINE_CHARACTERS:,} characters; shorten "
+            "it."
+        )
 
 
 def _measure_size(stored: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,13 +116,17 @@ class Manifest:
         with as_manifest_error(self.url), DuplicateIndex() as names:
             source = normalize_source(self.source)
             folder = self._folder
+            # What a folder holds is known after its first line.
+            lines = self._read_lines(source)
+            first = next(lines, None)
+            is_local_images = folder is not None and folder.has_images and folder.is_local
             rights = self.rights or find_rights(
-                source, folder.root if folder is not None and folder.is_local else None
+                source, folder.root if folder is not None and is_local_images else None
             )
             if self.folder is not None:
                 rights = rights._replace(folder=self.folder)
             defaults = defaults._replace(rights=rights)
-            for line in self._read_lines(source):
+            for line in itertools.chain([first] if first else [], lines):
                 self.counts["lines"] = line.number
                 if not self.text_to_image:
                     self._check_images_used(line)
@@ -173,7 +178,10 @@ class Manifest:
                 f"The manifest {source} chains several filesystems; use a single URL."
             )
         if self._folder is not None:
-            return self._read_images(self._folder)
+            return self._read_folder(self._folder)
+        return self._read_file(source)
+
+    def _read_file(self, source: str) -> Iterator[Line]:
         kind = self.format or detect_kind(source)
         if kind == "parquet":
             if detect_format(source)[1]:
@@ -183,9 +191,24 @@ class Manifest:
             return read_parquet(source, self.columns)
         if kind == "json":
             return read_json_lines(source, self.columns)
-        return read_delimited(source, self.columns, DELIMITERS[kind])
+        is_given = self.format is not None
+        return read_delimited(source, self.columns, DELIMITERS[kind], is_given=is_given)
 
-    def _read_images(self, folder: ImageFolder) -> Iterator[Line]:
+    def _read_folder(self, folder: ImageFolder) -> Iterator[Line]:
+        for line in folder.read_lines():
+            if line.number == 1:
+                self._check_images_allowed()
+            yield line
+        if folder.has_images:
+            return
+        number = 0
+        for url, columns in folder.list_tables():
+            start = number
+            for line in self._read_file(url):
+                number = start + line.number
+                yield line._replace(number=number, cells=columns | line.cells)
+
+    def _check_images_allowed(self) -> None:
         if self.columns:
             raise ManifestError(
                 f"{self.url} is a folder of images, which has no columns; remove --columns (in a "
@@ -196,7 +219,6 @@ class Manifest:
                 f"The images of {self.url} need a prompt or a style; give --prompt or --style (in "
                 "a flow, prompt or styles)."
             )
-        return folder.read_lines()
 
 
 def _check_name(row: Row, names: DuplicateIndex, number: int) -> Row | RefusedRow:

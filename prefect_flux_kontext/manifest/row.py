@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 # Between the references of a cell. A URL may hold commas itself.
 _SEPARATOR = re.compile(r"[\s|;,]*\s[\s|;,]*|[|;,]+(?=[a-z][a-z0-9]*://)", re.IGNORECASE)
 
+_WEB_URL = re.compile(r"https?://", re.IGNORECASE)
+_HTML_ENTITIES = ("&amp;", "&#38;", "&#x26;", "&#038;")
+
 # Columns that the request takes unchanged.
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
@@ -244,7 +247,17 @@ def _find_reference_problem(image: str, base_url: str | None) -> str | None:
     parts = _split_url(image)
     host = parts.hostname
     if parts.scheme not in ("http", "https") or not host:
-        return find_location_problem(image)
+        problem = find_location_problem(image)
+        if problem and _WEB_URL.search(image):
+            text = redact_text(image)[:100]
+            problem = f"image {text!r} holds other text beside a URL; keep only the URL"
+        return problem
+    return _find_url_problem(image, parts, host, shown, base_url)
+
+
+def _find_url_problem(
+    image: str, parts: SplitResult, host: str, shown: str, base_url: str | None
+) -> str | None:
     problem = None
     if parts.username is not None or parts.password is not None:
         problem = (
@@ -252,6 +265,10 @@ def _find_reference_problem(image: str, base_url: str | None) -> str | None:
         )
     elif re.search(r"[\s|;,]+https?://", image, re.IGNORECASE):
         problem = f"{shown} holds several URLs; use a column `images`, or a row for each of them"
+    elif image[-1] in ",;|'\"":
+        problem = f"{shown} ends with {image[-1]!r}; remove it"
+    elif any(entity in image.partition("?")[2].lower() for entity in _HTML_ENTITIES):
+        problem = f"{shown} is written as in HTML; replace &amp; by &"
     elif any(sign.isspace() for sign in image):
         problem = f"{shown} contains white space; write %20 for a blank"
     elif host.startswith(("169.254.", "fe80:")):
@@ -362,7 +379,7 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
         return images, ["the row has both `image` and `images`; remove one of them"]
     if not text.startswith("["):
         # A comma separates URLs only where the next one begins: paths and queries hold commas.
-        images = [part for part in _SEPARATOR.split(text) if part]
+        images = [part for part in _SEPARATOR.split(text.rstrip("|;, ")) if part]
     else:
         try:
             images = json.loads(text)

@@ -22,6 +22,10 @@ _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?=:)|([^/\\:]+)(?=://)")
 _WEB_PREFIXES = ("https://", "http://")
 _MAX_SHOWN_CHARACTERS = 100
 _PRIVATE_DOMAINS = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa")
+_OTHER_FORMAT = re.compile(
+    r"\.(?:avif|bmp|cr2|dng|gif|hei[cf]|jp2|jxl|mov|mp4|nef|pdf|psd|svgz?|tiff?|webm|zip)$",
+    re.IGNORECASE,
+)
 _SHARE_PAGE = re.compile(
     r"https?://(?:"
     r"(?:drive|docs)\.google\.com/(?:file/|open\?|drive/)"
@@ -80,6 +84,12 @@ def is_public_host(host: str | None) -> bool:
 def is_share_page(reference: str) -> bool:
     """Return whether a URL is a page that shows an image, and not the image."""
     return reference.startswith(_WEB_PREFIXES) and bool(_SHARE_PAGE.match(reference))
+
+
+def has_other_format(reference: str) -> bool:
+    """Return whether a URL is named as a file of a format that the service does not take."""
+    path = re.split(r"[?#]", reference, maxsplit=1)[0]
+    return reference.startswith(_WEB_PREFIXES) and bool(_OTHER_FORMAT.search(path))
 
 
 def non_public_references(references: Iterable[str]) -> list[str]:

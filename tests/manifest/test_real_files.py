@@ -195,3 +195,57 @@ def test_long_and_odd_names_get_ids(tmp_path):
 @pytest.mark.parametrize("key", ["#root.jpg", "?q.jpg", "a#b.jpg", "/slash.jpg"])
 def test_key_of_a_bucket_is_no_url(key):
     assert find_reference_problems(f"s3://bucket/{key}") == []
+
+
+@pytest.mark.parametrize("end", [",", ";", "|", '"', "'", ", ", " ;"])
+def test_url_with_a_trailing_separator_is_refused(end):
+    url = f"{C}/a.jpg{end}"
+    assert "remove it" in make_row(2, {"image": url, "prompt": "x"}).reason
+    if end.strip() in ",;|":
+        row = make_row(2, {"images": url, "prompt": "x"})
+        assert row.request.image_urls == [f"{C}/a.jpg"]
+
+
+@pytest.mark.parametrize("entity", ["&amp;", "&AMP;", "&#38;", "&#x26;"])
+def test_url_written_as_in_html_is_refused(entity):
+    problem = find_reference_problems(f"{C}/a.jpg?crop=1,2{entity}width=80")[0]
+    assert "replace &amp; by &" in problem
+    assert find_reference_problems(f"{C}/a&amp;b.jpg?crop=1&amplitude=2") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"photo one.jpg ({C}/v3/a?ts=1)",
+        f"a.jpg ({C}/1),b.jpg ({C}/2)",
+        f'=IMAGE("{C}/a.jpg")',
+        f'=HYPERLINK("{C}/a.jpg","a")',
+        f"![a]({C}/a.jpg)",
+        f'<img src="{C}/a.jpg">',
+        f"\u201c{C}/a.jpg\u201d",
+    ],
+)
+def test_text_beside_a_url_is_named(text):
+    text = text.replace("/a", "/a?X-Amz-Signature=feed")
+    row = make_row(2, {"image": text, "prompt": "x"})
+    assert "other text beside a URL; keep only the URL" in row.reason
+    assert "feed" not in row.reason
+
+
+def test_references_of_other_formats_are_counted():
+    """They may still be images of another format, so they are not refused."""
+    others = [f"{C}/a.{kind}" for kind in ("svg", "GIF", "heic?x=1", "tiff#a", "mp4")]
+    images = [f"{C}/a.jpg", f"{C}/a", f"{C}/a.gif/b.webp", f"{C}/a?file=b.gif"]
+    plan = build_plan(Manifest([{"image": url, "prompt": "x"} for url in others + images]))
+    assert plan.other_formats == 5
+    assert "5  references named as no JPG, PNG or WebP file" in str(plan)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_row_cut_by_a_carriage_return_is_refused(tmp_path, end):
+    """With `--skip-invalid`, its beginning would be paid for as if it were all."""
+    lines = ["id,image,prompt", f"1,{C}/a.jpg,a big\rred cat", f'2,{C}/b.jpg,"a\rcat"', ""]
+    first, second, third = read(tmp_path / "m.csv", end.join(lines))
+    assert "carriage return" in first.reason
+    assert isinstance(second, RefusedRow)
+    assert third.request.prompt == "a\rcat"
