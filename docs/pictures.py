@@ -32,13 +32,9 @@ def save(name: str, image: Image.Image) -> None:
     image.save(IMAGES / f"{name}.webp", quality=QUALITY, method=6)
 
 
-def capture(
-    browser: Browser, name: str, url: str, shown: str, *, height: int, dark: bool = False
-) -> None:
+def capture(browser: Browser, name: str, url: str, shown: str, *, height: int) -> None:
     """Save a page once it shows a text."""
-    page = browser.new_page(
-        viewport={"width": WIDTH, "height": height}, color_scheme="dark" if dark else "light"
-    )
+    page = browser.new_page(viewport={"width": WIDTH, "height": height})
     page.set_default_timeout(120_000)
     page.goto(url, wait_until="domcontentloaded")
     page.get_by_text(shown).first.wait_for()
@@ -84,7 +80,6 @@ def main() -> None:
         prefect_server(folder / "prefect") as server,
     ):
         capture(browser, "gallery", gallery, "before", height=900)
-        capture(browser, "gallery-dark", gallery, "before", height=900, dark=True)
         run = ask(server, "flow_runs/filter")[0]
         page = f"{server.url}/v2/runs/flow-run/{run['id']}"
         capture(browser, "flow-run", page, "rows stored", height=860)

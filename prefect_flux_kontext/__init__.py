@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StoredImage,
     )
     from prefect_flux_kontext.orchestration.events import announce_manifest, emit_manifest_arrived
+    from prefect_flux_kontext.orchestration.parameters import AdvancedOptions
     from prefect_flux_kontext.orchestration.suspension import resume_suspended, suspend_until_done
     from prefect_flux_kontext.tasks import (
         persist_images,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdvancedOptions",
     "BatchSummary",
     "FailurePolicy",
     "FluxKontextClient",
@@ -75,6 +77,7 @@ _MODULES = {
     "jobs": ("ImageGeneration",),
     "models": ("GenerationRequest", "GenerationResult", "GenerationTask", "StoredImage"),
     "orchestration.events": ("announce_manifest", "emit_manifest_arrived"),
+    "orchestration.parameters": ("AdvancedOptions",),
     "orchestration.suspension": ("resume_suspended", "suspend_until_done"),
     "tasks": ("persist_images", "submit_generation", "wait_for_generation"),
 }

@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     deploy = commands.add_parser(
         "deploy",
         help="Create the deployments of this package in Prefect",
-        description="Create or update the five deployments of this package in the Prefect at "
+        description="Create or update the seven deployments of this package in the Prefect at "
         "PREFECT_API_URL, for the work pool flux-kontext. Workers need the package and no "
         "checkout.",
     )

@@ -24,7 +24,7 @@ from prefect.artifacts import (
 
 from prefect_flux_kontext.batch.spending import shorten_groups
 from prefect_flux_kontext.errors import StorageError
-from prefect_flux_kontext.orchestration.run_page import build_artifact_key
+from prefect_flux_kontext.orchestration.run_page import build_artifact_key, name_output
 from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY, draw_run_sheet
 from prefect_flux_kontext.report.thumbnails import make_thumbnail
 
@@ -185,7 +185,9 @@ def format_summary(
     # Only the counts can be "0"; images, dollars and seconds are always shown.
     shown = [(name, number) for name, number in numbers if number != "0"]
     sections = [
-        f"# {_escape(outcome).capitalize()}: {_escape(batch.output)}",
+        # A whole URL as the heading would run over the column beside it.
+        f"# {_escape(outcome).capitalize()}: {_escape(name_output(batch.output))}",
+        _escape(batch.output),
         _format_table(["", ""], shown),
     ]
     if sheet:

@@ -35,6 +35,8 @@ def shown(tmp_path_factory):
         paid = sandbox.service.bill()["accepted"]
     assert paid == 2 * 3 + 1 + 1
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    printed = [output.text for output in outputs if output.output_type == "stream"]
+    assert "Warning" not in "".join(printed)
     return [
         output.data["text/html"] for output in outputs if output.output_type == "execute_result"
     ]

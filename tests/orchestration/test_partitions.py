@@ -366,7 +366,9 @@ async def test_partition_has_a_heartbeat_only_while_it_runs(workers, account, tm
     partition = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
     block = await FluxKontextCredentials.aload(account)
     with pytest.raises(ConfigurationError, match="flux-kontext limits create"):
-        await style_transfer_partition(partition, given, str(tmp_path), block, cadence=QUICK)
+        await style_transfer_partition(
+            partition, given, str(tmp_path), block, advanced={"cadence": QUICK}
+        )
     store = open_ledger_store(OutputFolder(tmp_path))
     assert await store.list_names("owners") == []
     assert not await is_alive(store, "0" * 32)

@@ -12,7 +12,9 @@ from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_pa
 UNPICKLE = """
 import sys, cloudpickle
 flow = cloudpickle.loads(sys.stdin.buffer.read())
-given = {name: "text" for name in flow.parameters.required} | {"cadence": {"interval": 1}}
+given = dict.fromkeys(flow.parameters.required or (), "text")
+rare = {"cadence": {"interval": 1}}
+given |= {"advanced": rare} if "advanced" in flow.parameters.properties else rare
 if "partition" in given:
     given["partition"] = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60}
 print(sorted(flow.validate_parameters(given)))
