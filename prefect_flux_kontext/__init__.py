@@ -6,7 +6,11 @@ Names load on first use, so that the client, the models and the command line sta
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError("prefect-flux-kontext needs Linux or macOS: on Windows, run it in WSL.")
 
 __version__ = "0.1.0"
 

@@ -88,3 +88,12 @@ def test_client_is_imported_without_prefect():
         "sys.exit('prefect' in sys.modules)"
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["", ".cli", ".flows", ".tasks"])
+def test_windows_is_refused_before_anything_else(module):
+    done = run_python(f"import sys; sys.platform = 'win32'; import prefect_flux_kontext{module}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: prefect-flux-kontext needs Linux or macOS: on Windows, run it in WSL."
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -35,13 +36,16 @@ _MEMORY_LOCK = threading.Lock()
 
 
 def create_file(fs: Any, path: str, data: bytes) -> None:
-    """Create a file, or raise FileExistsError if it exists. Each filesystem has its own errors."""
+    """Create a file, or raise FileExistsError if it exists.
+
+    A disk without hard links raises NotImplementedError. Each filesystem has errors of its own.
+    """
     if isinstance(fs, LocalFileSystem):
         folder_path, name = os.path.split(path)
         with _open_synced_folder(folder_path) as folder:
             if not _create_unnamed(folder, name, data):
                 with _temporary_file(path, data) as temporary:
-                    os.link(temporary, path)
+                    _link(temporary, path)
     elif isinstance(fs, MemoryFileSystem):
         with _MEMORY_LOCK:
             fs.pipe_file(path, data, mode="create")
@@ -123,6 +127,19 @@ def _link_unnamed(unnamed: int, folder: int, name: str) -> bool:
     except OSError:  # /proc is missing, or the filesystem allows no such link
         return False
     return True
+
+
+def _link(temporary: str, path: str) -> None:
+    """Give a whole file its name, unless that is taken."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}:
+            raise
+        # Creating the file under its name would show it before it is whole.
+        raise NotImplementedError(
+            "the disk has no hard links, as SMB and some FUSE mounts; use another disk or a bucket"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -249,14 +249,18 @@ class OutputFolder:
     async def check_writable(self) -> None:
         """Check with an empty test file that the folder can be written to.
 
-        A wrong output is thus found before anything is paid. The file is removed again where
-        possible. It always has the same name, so at most one is ever left.
+        A wrong output, or a disk on which no file can be created exclusively, is thus found before
+        anything is paid. The file is removed again where possible. It always has the same name, so
+        at most one is ever left.
 
         Raises:
             ConfigurationError: The folder cannot be written to.
         """
         try:
-            await self.write(_PROBE, b"")
+            try:
+                await self._write(create_file, _PROBE, b"", FileExistsError)
+            except FileExistsError:  # left over, or of another run
+                await self.write(_PROBE, b"")
         except StorageError as error:
             raise ConfigurationError(f"{self} cannot be written to. {error}") from None
         with contextlib.suppress(StorageError):

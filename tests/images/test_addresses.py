@@ -98,5 +98,7 @@ def test_ipv4_in_ipv6_is_classified_as_ipv4(number):
 
 @given(st.ip_addresses())
 def test_addresses_that_python_calls_local_are_not_public(address):
-    if not address.is_global or address.is_multicast:
-        assert classify_non_public(address) is not None or "::ffff:" in str(address.exploded)
+    # Those with an IPv4 address inside count as that one; newer Pythons call all of 6to4 local.
+    inside = address.version == 6 and (address.ipv4_mapped or address.sixtofour)
+    if (not address.is_global or address.is_multicast) and not inside:
+        assert classify_non_public(address) is not None

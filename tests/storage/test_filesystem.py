@@ -13,6 +13,8 @@ import fsspec
 import pytest
 
 from prefect_flux_kontext.errors import ConfigurationError, StorageError
+from prefect_flux_kontext.ledger.probe import probe_store
+from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.support.s3 import s3_server
 
@@ -119,6 +121,29 @@ async def test_check_writable_finds_unwritable_outputs(url, tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be written to"):
         await output.check_writable()
     assert file.read_text() == "in the way"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+async def test_check_writable_finds_a_disk_without_links(tmp_path, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    output = OutputFolder(str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"cannot be written to.*no hard links") as caught:
+        await output.check_writable()
+    assert "s3" not in str(caught.value).lower()
+    with pytest.raises(ConfigurationError, match=r"after 1 attempt: .*no hard links"):
+        await probe_store(open_ledger_store(output))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.anyio
+async def test_check_writable_accepts_a_left_over_probe(folder):
+    output = OutputFolder(folder)
+    await output.write(".probe", b"")
+    await output.check_writable()
 
 
 @pytest.mark.anyio
