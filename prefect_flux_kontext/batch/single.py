@@ -27,7 +27,6 @@ from prefect_flux_kontext.errors import (
 from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.heartbeat import find_budget_run
 from prefect_flux_kontext.ledger.ledger import Ledger, RowAlreadyClaimedError
-from prefect_flux_kontext.ledger.probe import probe_store
 from prefect_flux_kontext.ledger.process import register_process
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import open_ledger_store
@@ -89,9 +88,9 @@ async def submit_once(
         RefusedError: The service refused the request (4xx), which costs nothing.
     """
     store = open_ledger_store(output)
-    await probe_store(store)
+    owner = await register_process(store, settings.heartbeat)
     await bind(store, client.base_url, account)
-    ledger = Ledger(store, await register_process(store, settings.heartbeat), settings.prices())
+    ledger = Ledger(store, owner, settings.prices())
     if await find_budget_run(store):
         raise ConfigurationError(
             f"A run with a budget is paying into {output}. Wait until it has ended, or use "

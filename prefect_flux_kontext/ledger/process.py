@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
+from prefect_flux_kontext.ledger.probe import probe_store
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.store import RecordStore
@@ -22,15 +23,17 @@ _owners: dict[tuple[int, str], Future[str]] = {}
 
 
 async def register_process(store: RecordStore, beat_seconds: float) -> str:
-    """Return the name of this process as an owner of the ledger.
+    """Probe the ledger's store, and return the name of this process as an owner of the ledger.
 
-    Its heartbeat goes on until the process ends. The record stays then, and counts as dead.
+    Both is done once, however many tasks ask for it. The heartbeat goes on until the process
+    ends. The record stays then, and counts as dead.
 
     Args:
         store: The ledger's records.
         beat_seconds: Seconds between two beats.
 
     Raises:
+        ConfigurationError: The store cannot hold a ledger.
         LedgerError: The ledger cannot be written to.
     """
     key = os.getpid(), str(store)
@@ -49,6 +52,7 @@ async def register_process(store: RecordStore, beat_seconds: float) -> str:
 
 async def _beat(store: RecordStore, beat_seconds: float, registered: Future[str]) -> None:
     try:
+        await probe_store(store)
         async with keep_heartbeat(store, beat_seconds=beat_seconds) as heartbeat:
             registered.set_result(heartbeat.owner)
             await asyncio.Event().wait()

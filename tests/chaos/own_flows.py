@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import httpx
 from prefect import flow, runtime, unmapped
@@ -384,8 +385,9 @@ def open_places():
         tempfile.TemporaryDirectory() as folder,
         prefect_server(Path(folder) / "prefect") as server,
         s3_server() as (bucket, client),
+        # Set before the first process is forked, which imports Prefect.
+        mock.patch.dict(os.environ, server.environment),
     ):
-        os.environ.update(server.environment)  # before the first process is forked
         _fork.set_forkserver_preload(["tests.chaos.own_flows", "s3fs"])
         access = {
             "FSSPEC_S3_ENDPOINT_URL": client.meta.endpoint_url,

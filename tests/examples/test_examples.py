@@ -1,6 +1,7 @@
 """Each example, run with the commands of the README: what it stores and what it costs."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -108,6 +109,18 @@ def test_only_the_rejected_wish_takes_the_branch(place):
     (wish,) = json.loads(artifact["data"])
     assert wish["guest"] == "room-102"
     assert "content rules" in wish["message"]
+
+
+def test_killed_flow_is_run_again_and_pays_nothing(place):
+    before = place.count_billed()
+    output = place.run(command("seasons.py"))
+    killed, stored = re.findall(r"Exit status (-?\d+)\. Billed so far: (\d+) images", output)
+    assert killed == ("-9", str(before + 4))
+    assert stored == ("0", str(before + 4))
+    for season in ("spring", "summer", "autumn", "winter"):
+        path = place.folder / "seasons" / f"{season}.jpg"
+        assert path.as_uri() in output
+        assert inspect_image(path.read_bytes()).format == "jpeg"
 
 
 def test_posters_follow_the_fields_of_their_lines(place):

@@ -23,7 +23,7 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.flows import collect_batch, style_transfer
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
-from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -190,6 +190,42 @@ def test_mapped_submits_pay_once_each(account, sandbox, tmp_path):
     assert len(list((tmp_path / "_ledger" / "owners").iterdir())) == 1
     status = asyncio.run(read_ledger_status(open_ledger_store(OutputFolder(tmp_path))))
     assert status.states == {"stored": 10}
+
+
+def test_image_takes_four_ledger_writes(account, sandbox, tmp_path, monkeypatch):
+    written = []
+
+    def record(name):
+        original = getattr(RecordStore, name)
+
+        async def recorded(store, path, *data):
+            if str(tmp_path) in str(store):  # other ledgers have owners in this process too
+                written.append(path)
+            return await original(store, path, *data)
+
+        monkeypatch.setattr(RecordStore, name, recorded)
+
+    for name in ("create", "replace", "remove"):
+        record(name)
+    monkeypatch.setenv("FLUX_KONTEXT_HEARTBEAT", "600")
+    requests = [GenerationRequest(prompt=f"a lighthouse {n}") for n in range(8)]
+
+    @flow
+    def restyle():
+        output = unmapped(str(tmp_path))
+        submitted = submit_generation.map(requests, unmapped(account), output)
+        results = wait_for_generation.map(submitted, unmapped(account), unmapped(QUICK))
+        return persist_images.map(results, output).result()
+
+    for _ in range(2):
+        assert len(restyle()) == 8
+    by_folder = {
+        folder: [path for path in written if path.startswith(folder)]
+        for folder in ("owners/", "probe/", "format.json")
+    }
+    assert len(by_folder["owners/"]) == 1
+    assert len(set(by_folder["probe/"])) == 1
+    assert len(written) - sum(map(len, by_folder.values())) == 4 * 8
 
 
 async def test_style_transfer_uses_its_output_as_ledger(account, sandbox, tmp_path):
