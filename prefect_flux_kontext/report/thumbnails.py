@@ -190,7 +190,7 @@ class ThumbnailCollector:
                     read = partial(read_content, url, fit=False)
                     data: bytes | bytearray = await loop.run_in_executor(_THREADS, read)
                 else:
-                    data = await self._download(url)
+                    data = await download_reference(self._http, url)
         except Exception as error:  # noqa: BLE001 - invalid URLs raise more than httpx errors
             # The message is left out: it holds the URL, which may be signed.
             logger.debug("No thumbnail of a reference for the gallery: %s", type(error).__name__)
@@ -204,13 +204,19 @@ class ThumbnailCollector:
             self._fingerprints[name] = take_fingerprint(image)
         return thumbnail
 
-    async def _download(self, url: str) -> bytearray:
-        data = bytearray()
-        # Redirects are not followed: they could lead to a private address.
-        async with self._http.stream("GET", url) as response:
-            response.raise_for_status()
-            async for chunk in response.aiter_raw():
-                data += chunk
-                if len(data) > _MAX_REFERENCE_BYTES:
-                    raise ValueError("the reference is too large")
-        return data
+
+async def download_reference(http: Connections, url: str) -> bytearray:
+    """Download a reference on the web, of at most 10 MB.
+
+    Raises:
+        Exception: It cannot be downloaded; invalid URLs raise more than httpx errors.
+    """
+    data = bytearray()
+    # Redirects are not followed: they could lead to a private address.
+    async with http.stream("GET", url) as response:
+        response.raise_for_status()
+        async for chunk in response.aiter_raw():
+            data += chunk
+            if len(data) > _MAX_REFERENCE_BYTES:
+                raise ValueError("the reference is too large")
+    return data
