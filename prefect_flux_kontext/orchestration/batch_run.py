@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import threading
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +14,7 @@ from prefect.assets import Asset
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.exceptions import MissingContextError, TerminationSignal
+from prefect.utilities import engine
 from pydantic import ValidationError
 
 from prefect_flux_kontext.batch.collection import (
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _core_logger = logging.getLogger("prefect_flux_kontext")
+
+_ENGINE_HANDLER = "_prefect_sigterm_handler"
+_engine_handler = getattr(engine, _ENGINE_HANDLER, None)
 
 
 class PartitionTotals(NamedTuple):
@@ -149,7 +155,27 @@ async def open_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
             ),
         ):
-            yield session, account.concurrent_tasks
+            with _acknowledge_termination():
+                yield session, account.concurrent_tasks
+
+
+@contextmanager
+def _acknowledge_termination() -> Iterator[None]:
+    """Let Prefect's engine acknowledge a stop while the batch handles SIGTERM.
+
+    `prefect flow-run execute`, as Docker and Kubernetes pools run it, kills an engine at once
+    whose handler of SIGTERM is not Prefect's own, and the rows being submitted are then unknown.
+    The batch's handler calls Prefect's as soon as their replies are on record.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if _engine_handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    setattr(engine, _ENGINE_HANDLER, handler)
+    try:
+        yield
+    finally:
+        setattr(engine, _ENGINE_HANDLER, _engine_handler)
 
 
 @asynccontextmanager
