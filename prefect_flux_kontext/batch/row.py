@@ -30,6 +30,7 @@ from prefect_flux_kontext.ledger.records import GIVEN_UP, State, Times
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.references.location import non_public_references
+from prefect_flux_kontext.telemetry import measure_row, measure_storing
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -129,6 +130,7 @@ class RowRunner:
             running = [group.create_task(self._run(row, stored, row_ended)) for row in rows]
         return [row.result() for row in running]
 
+    @measure_row
     async def _run(
         self,
         row: Row | RefusedRow,
@@ -457,4 +459,4 @@ def create_row_storer(
             ) from None
         return images, Times(result.completed_at, result.generation_seconds, waited, downloaded)
 
-    return store
+    return measure_storing(store)
