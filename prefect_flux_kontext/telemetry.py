@@ -71,12 +71,14 @@ if IS_ENABLED:
         "time from a submit until its result was seen",
         explicit_bucket_boundaries_advisory=_DURATION_BOUNDARIES_SECONDS,
     )
-    _running = _meter.create_up_down_counter(f"{_NAME}.running", "", "tasks that are waited for")
-    _meter.create_observable_gauge(
-        f"{_NAME}.slots.used", [_observe(lambda limiter: limiter.running)]
+    _outstanding = _meter.create_up_down_counter(
+        f"{_NAME}.outstanding", "", "tasks that are paid for and not stored yet"
     )
     _meter.create_observable_gauge(
-        f"{_NAME}.slots.limit", [_observe(lambda limiter: limiter.slots)]
+        f"{_NAME}.slots.used", [_observe(lambda limiter: limiter.running)], "", "tasks with a slot"
+    )
+    _meter.create_observable_gauge(
+        f"{_NAME}.slots.limit", [_observe(lambda limiter: limiter.slots)], "", "slots there are"
     )
 
 
@@ -161,7 +163,7 @@ def measure_row(
 def measure_storing(
     function: Callable[_P, Coroutine[Any, Any, _T]],
 ) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """Decorate what waits for a row's task and stores its images: running tasks, times, bytes."""
+    """Decorate what waits for a row's task and stores its images: measure times and bytes."""
     if not IS_ENABLED:
         return function
 
@@ -169,11 +171,11 @@ def measure_storing(
     async def measured(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         row: Any = args[0]
         attributes = {"mode": row.request.mode}
-        _running.add(1, attributes)
+        _outstanding.add(1, attributes)
         try:
             stored: Any = await function(*args, **kwargs)
         finally:
-            _running.add(-1, attributes)
+            _outstanding.add(-1, attributes)
         images, times = stored
         _bytes.add(sum(image.size for image in images), attributes)
         if times.generation_seconds is not None:
