@@ -214,6 +214,10 @@ class FluxKontextSettings(BaseSettings):
         description="Public URLs of outputs, as a JSON object that maps an output prefix to an "
         "http(s) URL. Prefect artifacts use them as links.",
     )
+    asset_owners: list[str] = Field(
+        default_factory=list,
+        description="Who owns the outputs, as a JSON list. The assets in Prefect name them.",
+    )
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -44,6 +44,7 @@ NAMES = {
     "FLUX_KONTEXT_CALLBACK_SWEEP": ("callback_sweep", 90.0, 60.0),
     "FLUX_KONTEXT_CALLBACK_GRACE": ("callback_grace", 0.0, 300.0),
     "FLUX_KONTEXT_PUBLIC_URLS": ("public_urls", {"s3://b": "https://b.example.com"}, {}),
+    "FLUX_KONTEXT_ASSET_OWNERS": ("asset_owners", ["catalogue team"], []),
 }
 
 

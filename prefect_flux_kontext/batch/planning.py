@@ -47,6 +47,9 @@ _MAX_SHOWN_PROBLEMS = 20
 """Different problems that an error message names."""
 
 _MAX_SHOWN_LINES = 8
+_MAX_HOSTS = 10
+"""Hosts whose references' folders a plan keeps."""
+
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 _GENERATION_SECONDS = 30.0
@@ -143,6 +146,7 @@ class Plan:
         rows: All rows, including refused ones.
         lines: Lines of the manifest that were read, with the header.
         with_reference: Valid rows with a reference.
+        reference_folders: By host or bucket, the folder that holds its references.
         share_pages: References that are pages of Google Drive, Dropbox and the like.
         other_formats: References that are named as files of formats not taken.
         skipped: Files of a folder that are no rows, by reason.
@@ -170,6 +174,7 @@ class Plan:
     rows: int = 0
     lines: int = 0
     with_reference: int = 0
+    reference_folders: dict[str, str] = field(default_factory=dict)
     share_pages: int = 0
     other_formats: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -432,6 +437,7 @@ def _plan_rows(
             plan.with_reference += bool(row.request.image_urls)
             plan.share_pages += any(map(is_share_page, row.request.image_urls))
             plan.other_formats += any(map(has_other_format, row.request.image_urls))
+            _add_reference_folders(plan.reference_folders, row.request.image_urls)
             if plan.run_rows:
                 continue  # after the limit, rows are only checked
             key = row.key
@@ -463,6 +469,23 @@ def _check_columns_seen(plan: Plan, unseen: set[str]) -> None:
             f"No row of {plan.url} has a column {', '.join(sorted(unseen))}, by which money is to "
             "be counted. Check --by and --budget-by (in a flow, spend_by and budget_by)."
         )
+
+
+def _add_reference_folders(folders: dict[str, str], references: Iterable[str]) -> None:
+    """Widen the folder of each reference's host, so that it holds the reference too."""
+    for reference in references:
+        folder = reference.partition("?")[0].rpartition("/")[0]
+        parts = folder.split("/")
+        host = "/".join(parts[:3])
+        known = folders.get(host)
+        if known is None:
+            if len(folders) < _MAX_HOSTS:
+                folders[host] = folder
+        elif known != folder:
+            both = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(known.split("/"), parts, strict=False)
+            )
+            folders[host] = "/".join(part for part, _ in both)
 
 
 def _get_action(index: LedgerIndex, row: Row, options: RowOptions) -> PlannedAction:

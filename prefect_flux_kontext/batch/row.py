@@ -25,6 +25,7 @@ from prefect_flux_kontext.ledger.ledger import RowAlreadyClaimedError
 from prefect_flux_kontext.ledger.records import GIVEN_UP, State
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.references.location import non_public_references
+from prefect_flux_kontext.telemetry import measure_row
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -64,6 +65,7 @@ async def run_rows(
     return [row.result() for row in running]
 
 
+@measure_row
 async def _run(
     session: Session,
     row: Row | RefusedRow,

@@ -11,6 +11,7 @@ from prefect_flux_kontext.errors import DownloadError, FluxKontextError, Refused
 from prefect_flux_kontext.images.persist import persist_result
 from prefect_flux_kontext.ledger.records import Times
 from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.telemetry import measure_storing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,7 @@ EXPIRED = "expired"
 """The code of a result that the service no longer keeps."""
 
 
+@measure_storing
 async def store_result(
     session: Session, row: Row, entry: Entry
 ) -> tuple[list[StoredImage], Times]:

@@ -16,6 +16,7 @@ from prefect_flux_kontext.errors import FluxKontextError, LedgerError, ReplyLost
 from prefect_flux_kontext.ledger.records import Posted
 from prefect_flux_kontext.references.ratio import RatioMatcher
 from prefect_flux_kontext.references.resolver import References
+from prefect_flux_kontext.telemetry import COST, trace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -127,6 +128,7 @@ class Submitter:
             raise outcome.error
         return entry
 
+    @trace("slot")
     async def _next_slot(self, attempts: SubmitAttempts) -> SubmitSlot:
         """Wait for a slot at the account and for room among the POSTs under way."""
         slot = await attempts.next_slot()
@@ -227,3 +229,4 @@ class Submitter:
         if entry.intent is not None:
             self.spent += entry.intent.price
             self.spending.add(entry.columns, entry.intent.price)
+            COST.add(entry.intent.price, {"mode": entry.intent.request.mode})

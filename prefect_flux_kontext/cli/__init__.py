@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that `--help` stays fast.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from prefect_flux_kontext.cli import (
     watch,
 )
 from prefect_flux_kontext.cli.arguments import open_output_argument
-from prefect_flux_kontext.cli.display import log_details, print_json
+from prefect_flux_kontext.cli.display import configure_logging, print_json
 from prefect_flux_kontext.cli.parser import CommandParser
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from prefect_flux_kontext.errors import BatchStoppedError, FluxKontextError
 
     options = _parser().parse_args(arguments)
-    if getattr(options, "verbose", False):
-        log_details()
+    if hasattr(options, "log_format"):
+        configure_logging(verbose=options.verbose, log_format=options.log_format)
     try:
         if getattr(options, "output", None) is not None:
             options.output_text = options.output  # as given, for messages
@@ -80,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FluxKontextError as error:
         if getattr(options, "json", False):
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
-        print(f"flux-kontext: {error}", file=sys.stderr)
+        if getattr(options, "log_format", "text") == "json":
+            logging.getLogger(__name__).error(error)  # noqa: TRY400 - people read the message
+        else:
+            print(f"flux-kontext: {error}", file=sys.stderr)
         return run.SOME_ROWS_FAILED if isinstance(error, BatchStoppedError) else COULD_NOT_START
     except KeyboardInterrupt:
         print("flux-kontext: interrupted", file=sys.stderr)

@@ -97,6 +97,12 @@ def add_display_arguments(parser: argparse.ArgumentParser) -> None:
     display.add_argument(
         "-v", "--verbose", action="store_true", help="log details to standard error"
     )
+    display.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="what is logged to standard error: text, or one JSON object a line",
+    )
 
 
 def add_json_argument(parser: argparse._ActionsContainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
 JSON_VERSION = 1
@@ -26,7 +27,34 @@ def print_json(values: dict[str, Any]) -> None:
     print(json.dumps({"version": JSON_VERSION, **values}, indent=2), flush=True)
 
 
-def log_details() -> None:
-    """Log the package's details to standard error."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("prefect_flux_kontext").setLevel(logging.DEBUG)
+class _JsonFormatter(logging.Formatter):
+    """Formats a log record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure_logging(*, verbose: bool, log_format: str) -> None:
+    """Log to standard error.
+
+    Args:
+        verbose: Whether to log details.
+        log_format: `text`, or `json` for one JSON object a line.
+    """
+    handler = logging.StreamHandler()
+    if log_format == "json":
+        handler.setFormatter(_JsonFormatter())
+    elif verbose:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    else:
+        return
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("prefect_flux_kontext").setLevel(logging.DEBUG if verbose else logging.INFO)

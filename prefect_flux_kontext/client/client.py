@@ -42,6 +42,7 @@ from prefect_flux_kontext.errors import (
     UnauthorizedError,
 )
 from prefect_flux_kontext.models import GenerationTask
+from prefect_flux_kontext.telemetry import count_requests, trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -278,6 +279,7 @@ class FluxKontextClient:
                     await asyncio.sleep(jittered_backoff(rejections))
         raise AssertionError  # itertools.count() does not end
 
+    @count_requests
     async def _request(
         self,
         read: Callable[..., _Result],
@@ -394,6 +396,7 @@ class SubmitSlot:
     async def __aexit__(self, *exc_info: object) -> None:
         self.release()
 
+    @trace("submit")
     async def post(self, request: GenerationRequest) -> SubmitOutcome:
         """Send the request once. What the service or the network does is in the outcome."""
         limiter = self._client.limiter.tasks

@@ -20,6 +20,7 @@ from prefect_flux_kontext.errors import (
     UnauthorizedError,
 )
 from prefect_flux_kontext.models import GenerationResult
+from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.client.client import FluxKontextClient
@@ -72,6 +73,7 @@ class PollPauses(Protocol):
         """Wait after a status request that found the task still running."""
 
 
+@trace("wait")
 async def wait_until_ended(
     client: FluxKontextClient,
     task: GenerationTask,

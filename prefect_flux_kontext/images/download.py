@@ -15,6 +15,7 @@ from prefect_flux_kontext.client.transport import Connections, stream_response
 from prefect_flux_kontext.errors import DownloadError, InvalidImageError, RefusedUrlError
 from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport
 from prefect_flux_kontext.redaction import redact_url
+from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -74,6 +75,7 @@ class _Partial:
         self.etag = None
 
 
+@trace("download")
 async def download_image(
     url: str, http: Connections, process: Callable[[bytes], T], *, task_id: str
 ) -> T:

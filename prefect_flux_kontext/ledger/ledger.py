@@ -15,6 +15,7 @@ from prefect_flux_kontext.ledger.records import MOVES, Ended, Entry, Intent, Pos
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.redaction import redact_text, redact_url
 from prefect_flux_kontext.settings import find_price
+from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.errors import FluxKontextError
@@ -132,6 +133,7 @@ class Ledger:
                 waited += _OUTCOME_RECHECK_SECONDS
         return entry, False
 
+    @trace("claim")
     async def claim(self, row: Row, entry: Entry, columns: dict[str, str] | None = None) -> Entry:
         """Write the intent to pay for the row's next attempt, before the POST.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import sys
+import threading
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect import get_run_logger, task
-from prefect.assets import Asset
+from prefect.assets import AssetProperties
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.exceptions import MissingContextError, TerminationSignal
-from pydantic import ValidationError
+from prefect.utilities import engine
 
 from prefect_flux_kontext.batch.collection import (
     find_expiring,
@@ -31,9 +34,14 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.images.checks import load_checks
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
-from prefect_flux_kontext.orchestration.artifacts import progress_artifact, publish_summary
+from prefect_flux_kontext.orchestration.artifacts import (
+    find_browser_url,
+    progress_artifact,
+    publish_summary,
+)
 from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.report.builder import open_report
+from prefect_flux_kontext.report.gallery.builder import GALLERY
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
@@ -46,6 +54,9 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _core_logger = logging.getLogger("prefect_flux_kontext")
+
+_ENGINE_HANDLER = "_prefect_sigterm_handler"
+_engine_handler = getattr(engine, _ENGINE_HANDLER, None)
 
 
 class PartitionTotals(NamedTuple):
@@ -167,9 +178,28 @@ async def open_batch(
                 session.submitter.spending.add_difference(
                     partition_totals.new, partition_totals.old
                 )
-                yield replace(session, balance=partition_totals.balance), account.concurrent_tasks
-            else:
+                session.balance = partition_totals.balance
+            with _acknowledge_termination():
                 yield session, account.concurrent_tasks
+
+
+@contextmanager
+def _acknowledge_termination() -> Iterator[None]:
+    """Let Prefect's engine acknowledge a stop while the batch handles SIGTERM.
+
+    `prefect flow-run execute`, as Docker and Kubernetes pools run it, kills an engine at once
+    whose handler of SIGTERM is not Prefect's own, and the rows being submitted are then unknown.
+    The batch's handler calls Prefect's as soon as their replies are on record.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if _engine_handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    setattr(engine, _ENGINE_HANDLER, handler)
+    try:
+        yield
+    finally:
+        setattr(engine, _ENGINE_HANDLER, _engine_handler)
 
 
 @asynccontextmanager
@@ -226,8 +256,16 @@ async def _report_batch(
             outcome=outcome,
             outstanding="yes" if session.submitter.outstanding else "no",
         )
-        if batch.stored > batch.already_stored and (key := _find_asset_key(output)):
-            events.emit_asset(key, counts)
+        stopped = isinstance(sys.exception(), Exception)
+        added = batch.stored > batch.already_stored
+        if stopped or added or batch.failed:
+            events.emit_asset(
+                output,
+                _list_sources(plan),
+                _build_asset_properties(folder, settings),
+                counts,
+                failed=stopped or not added,
+            )
         await publish_summary(batch, folder, outcome, settings.public_urls)
 
 
@@ -299,12 +337,24 @@ async def emit_expiring_results(output: OutputFolder) -> None:
     events.emit(events.RESULTS_EXPIRING, str(output), payload, flow=_get_flow_name())
 
 
-def _find_asset_key(output: str) -> str | None:
-    """Return the output as the key of an asset, or None if Prefect does not take it as one."""
-    try:
-        return Asset(key=output).key
-    except ValidationError:
-        return None
+def _list_sources(plan: Plan | None) -> list[str]:
+    """Return the manifest and the folders of the references of a plan."""
+    if plan is None:
+        return []
+    manifest = plan.url if "://" in plan.url else str(Path(plan.url).absolute())
+    return [manifest, *plan.reference_folders.values()]
+
+
+def _build_asset_properties(
+    folder: OutputFolder, settings: FluxKontextSettings
+) -> AssetProperties:
+    """Build what Prefect shows about an output; a property that is not set keeps its value."""
+    properties: dict[str, Any] = {
+        "name": str(folder).rpartition("/")[2],
+        "url": find_browser_url(folder.uri(GALLERY), settings.public_urls),
+        "owners": settings.asset_owners,
+    }
+    return AssetProperties(**{name: value for name, value in properties.items() if value})
 
 
 def _get_flow_run_id() -> str | None:

@@ -11,14 +11,20 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefect.assets import Asset, AssetProperties
+from prefect.context import AssetContext
 from prefect.events import emit_event, get_events_client
 from prefect.events.schemas.events import Event, Resource
 from prefect.settings import PREFECT_API_URL
+from prefect.states import Completed, Failed
+from pydantic import ValidationError
 
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.redaction import redact_url
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
 
 logger = logging.getLogger(__name__)
@@ -33,7 +39,7 @@ RESULTS_EXPIRING = "flux-kontext.results.expiring"
 RESULTS_READY = "flux-kontext.results.ready"
 MANIFEST_ARRIVED = "flux-kontext.manifest.arrived"
 ASSET_STORED = "prefect.asset.materialization.succeeded"
-"""Prefect's own event, which `@materialize` emits; a task run for it is not needed."""
+ASSET_FAILED = "prefect.asset.materialization.failed"
 
 _MAX_ROWS_IN_PAYLOAD = 20
 
@@ -61,9 +67,39 @@ async def emit_and_flush(event: str, output: str, payload: dict[str, Any]) -> No
     await _send(Event(event=event, resource=resource, payload=payload), f"event {event}")
 
 
-def emit_asset(key: str, payload: dict[str, Any]) -> None:
-    """Emit that the images of an output have changed, as one asset."""
-    _emit(ASSET_STORED, {"prefect.resource.id": key, "prefect.resource.name": key}, payload)
+def emit_asset(
+    output: str,
+    made_from: Iterable[str],
+    properties: AssetProperties,
+    payload: dict[str, Any],
+    *,
+    failed: bool,
+) -> None:
+    """Emit that the images of an output were made, or could not be, as one asset.
+
+    The events are those of a task with `@materialize`, without a task run for them.
+
+    Args:
+        output: The output, which is the asset's key.
+        made_from: The manifest and folders of references, as URLs or paths.
+        properties: Name, gallery and owners.
+        payload: Details of the event, as JSON.
+        failed: Whether the images could not be made.
+    """
+    asset = _build_asset(output, properties)
+    if asset is None:
+        return
+    sources = {found for location in made_from if (found := _build_asset(location))} - {asset}
+    context = AssetContext(
+        downstream_assets={asset},
+        direct_asset_dependencies=sources,
+        materialized_by="prefect-flux-kontext",
+        materialization_metadata={asset.key: payload},
+    )
+    try:
+        context.emit_events(Failed() if failed else Completed())
+    except Exception as error:  # noqa: BLE001 - an event never fails a batch
+        logger.debug("The asset %s was not emitted: %s", asset.key, error)
 
 
 def build_counts(summary: BatchSummary) -> dict[str, Any]:
@@ -131,6 +167,15 @@ def _build_resource(output: str) -> dict[str, str]:
         "prefect.resource.name": output,
         "flux-kontext.output": output,
     }
+
+
+def _build_asset(location: str, properties: AssetProperties | None = None) -> Asset | None:
+    """Return a URL or absolute path as an asset, or None if Prefect does not take it as a key."""
+    url = redact_url(location) if "://" in location else f"file://{location}"
+    try:
+        return Asset(key=url, properties=properties)
+    except ValidationError:
+        return None
 
 
 def _emit(event: str, resource: dict[str, str], payload: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from prefect_flux_kontext.errors import ConfigurationError, StorageError
 from prefect_flux_kontext.redaction import has_password
 from prefect_flux_kontext.storage.atomic import copy_into_place, create_file, replace_file
 from prefect_flux_kontext.storage.errors import describe_error, is_transient
+from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,6 +133,7 @@ class OutputFolder:
         """Return the name of a file in this folder, given its URI."""
         return uri.removeprefix(f"{self}/")
 
+    @trace("store")
     async def write_unique(self, names: Sequence[str], data: bytes) -> str:
         """Write a file under the first name that is free or has the same bytes; return its URI.
 

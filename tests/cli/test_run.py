@@ -1,6 +1,7 @@
 """`flux-kontext run`: exit status, output streams, progress, and Ctrl-C."""
 
 import asyncio
+import json
 import os
 import pty
 import re
@@ -46,6 +47,26 @@ def test_all_stored_exits_0(sandbox, manifest, output, capsys, tmp_path):
     assert printed.out.endswith(f"{(tmp_path / 'out' / 'gallery.html').as_uri()}\n")
     assert printed.err == ""
     assert {path.name for path in (tmp_path / "out").glob("*.jpg")} == {"row-0.jpg", "row-1.jpg"}
+
+
+def test_log_format_json_logs_one_object_a_line(sandbox, manifest, output):
+    arguments = ["run", manifest("a lighthouse", "nsfw"), output, "--log-format", "json"]
+    command = [sys.executable, "-m", "prefect_flux_kontext", *arguments]
+    done = subprocess.run([*command, "-v"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all(set(line) >= {"time", "level", "logger", "message"} for line in lines)
+    assert "DEBUG" in {line["level"] for line in lines}
+
+
+def test_error_is_logged_as_json(sandbox, tmp_path, output):
+    arguments = ["run", str(tmp_path / "absent.csv"), output, "--log-format", "json"]
+    command = [sys.executable, "-m", "prefect_flux_kontext", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = [json.loads(line) for line in done.stderr.splitlines()]
+    assert line["level"] == "ERROR"
+    assert "absent.csv" in line["message"]
 
 
 def test_failed_rows_exit_1_and_are_listed(sandbox, manifest, output, capsys):

@@ -118,6 +118,55 @@ async def test_batch_without_new_images_emits_no_asset(account, tmp_path):
     assert events.ASSET_STORED not in {event["event"] for event in found}
 
 
+def manifest_with_references(folder, url):
+    """Write a manifest of two images in two folders of one host."""
+    path = folder / "manifest.csv"
+    lines = [f"{name},{url}/{name}/a.jpg,as a poster" for name in ("red", "blue")]
+    path.write_text("\n".join(["id,image,prompt", *lines, "text,,nsfw"]), encoding="utf-8")
+    return path
+
+
+async def test_asset_names_what_it_was_made_from(account, tmp_path, monkeypatch):
+    output = tmp_path / "posters"
+    monkeypatch.setenv("FLUX_KONTEXT_ASSET_OWNERS", '["catalogue team"]')
+    monkeypatch.setenv("FLUX_KONTEXT_MATCH_REFERENCES", "false")
+    urls = f'{{"file://{tmp_path}": "https://pictures.example.com"}}'
+    monkeypatch.setenv("FLUX_KONTEXT_PUBLIC_URLS", urls)
+    manifest = manifest_with_references(tmp_path, "https://shop.example.com/photos")
+    _, run_id = await run(style_transfer_batch, str(manifest), str(output), credentials=account)
+    found = await read_our_events(run_id, events.BATCH_FINISHED, events.ASSET_FAILED)
+    by_name = {event["event"]: event for event in found}
+    asset = by_name[events.ASSET_FAILED]
+    assert asset["resource"] == {
+        "prefect.resource.id": f"file://{output}",
+        "prefect.resource.name": "posters",
+        "prefect.asset.url": "https://pictures.example.com/posters/gallery.html",
+        "prefect.asset.owners": '["catalogue team"]',
+    }
+    roles = {
+        (part["prefect.resource.role"], part["prefect.resource.id"]) for part in asset["related"]
+    }
+    sources = {f"file://{manifest}", "https://shop.example.com/photos"}
+    assert {("asset", source) for source in sources} <= roles
+    assert ("asset-materialized-by", "prefect-flux-kontext") in roles
+    assert asset["payload"]["rows"] == 3
+    referenced = [
+        e["resource"]["prefect.resource.id"]
+        for e in found
+        if e["event"] == "prefect.asset.referenced"
+    ]
+    assert sorted(referenced) == sorted(sources)
+
+
+async def test_stopped_batch_emits_a_failed_asset(account, tmp_path):
+    _, run_id = await run(
+        style_transfer_batch, rows(9), str(tmp_path), credentials=account, budget_usd=0.10
+    )
+    found = await read_our_events(run_id, events.BATCH_FINISHED, events.ASSET_FAILED)
+    (asset,) = [event for event in found if event["event"].startswith("prefect.asset.")]
+    assert (asset["payload"]["stored"], asset["payload"]["spent_usd"]) == (3, 0.09)
+
+
 @pytest.mark.parametrize(("above", "times"), [(0.05, 1), (0.09, 0), (None, 0)])
 async def test_spending_above_the_limit_is_emitted_once(above, times, account, tmp_path):
     _, run_id = await run(

@@ -9,6 +9,8 @@ import threading
 import time
 
 import pytest
+from prefect.deployments import run_deployment
+from prefect.flows import EntrypointType
 
 from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.flows import style_transfer_batch
@@ -16,6 +18,7 @@ from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.orchestration.conftest import KEY, QUICK
+from tests.orchestration.deployed import read_state_names
 
 ROWS = [{"id": f"row-{n}", "prompt": f"a lighthouse {n}"} for n in range(60)]
 
@@ -44,7 +47,7 @@ def read_status(output):
 
 
 def wait_for_submits(sandbox, number):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240  # three programs start, which takes long on a busy machine
     while sandbox.active_faults.numbers["submit"] < number:
         assert time.monotonic() < end
         threading.Event().wait(0.01)
@@ -92,3 +95,42 @@ def test_time_limit_of_a_flow_discards_no_reply(sandbox, account, tmp_path):
     state = asyncio.run(run())
     assert state.name == "TimedOut"
     assert_all_recorded(sandbox, tmp_path)
+
+
+async def create_run(output):
+    """Create a flow run of a deployment that no worker runs, and return its id."""
+    deployment = await style_transfer_batch.to_deployment(
+        f"stopped-{output.name}", entrypoint_type=EntrypointType.MODULE_PATH
+    )
+    parameters = {"manifest": ROWS, "output": str(output)}
+    return (
+        await run_deployment(
+            await deployment.apply(), parameters=parameters, timeout=0, as_subflow=False
+        )
+    ).id
+
+
+@pytest.mark.parametrize("behavior", ["reschedule", "relinquish"])
+def test_stopped_container_discards_no_reply(sandbox, tmp_path, prefect_api, behavior):
+    """Kubernetes evicts the pod of a flow run, as `prefect flow-run execute` sees it."""
+    sandbox.active_faults.change(FaultPlan(faults=["submit:slow"], slow=1.5))
+    run_id = asyncio.run(create_run(tmp_path))
+    environment = {
+        **os.environ,
+        **prefect_api.environment,
+        "FLUX_KONTEXT_API_KEY": KEY,
+        "FLUX_KONTEXT_BASE_URL": sandbox.url,
+        "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": behavior,
+    }
+    command = [sys.executable, "-m", "prefect", "flow-run", "execute", str(run_id)]
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            wait_for_submits(sandbox, 8)
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        finally:
+            process.kill()
+    assert_all_recorded(sandbox, tmp_path)
+    if behavior == "reschedule":
+        states = asyncio.run(read_state_names(run_id))
+        assert states[-1] == "AwaitingRetry"

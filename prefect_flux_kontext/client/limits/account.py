@@ -18,6 +18,7 @@ from prefect_flux_kontext.client.limits.concurrency import ConcurrencyLimiter
 from prefect_flux_kontext.client.limits.latency_model import LatencyModel
 from prefect_flux_kontext.client.limits.rate import RateLimiter
 from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
+from prefect_flux_kontext.telemetry import observe_slots
 
 logger = logging.getLogger(__name__)
 
@@ -100,4 +101,5 @@ def shared_limiter(
                 requests_per_minute=requests_per_minute, concurrent_tasks=concurrent_tasks
             )
             _limiters[account] = limiter
+            observe_slots(limiter.tasks)
         return limiter
