@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
-from prefect_flux_kontext.batch.spending import Spending, clean_value
+from prefect_flux_kontext.batch.spending import STANDARD_COLUMNS, Spending, clean_value
 from prefect_flux_kontext.batch.summary import RowOutcome
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
@@ -248,7 +248,7 @@ async def _count_spending(
         seen.update(columns)
         if row.spent or row.doubtful:
             spending.add(columns, row.spent, row.doubtful)
-    if unknown := sorted(set(spending.names) - seen):
+    if unknown := sorted(set(spending.names) - seen - STANDARD_COLUMNS):
         raise ConfigurationError(
             f"No row of {output} has a value in {', '.join(unknown)}. The columns are those of "
             "its manifests."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from prefect_flux_kontext.batch.index import LedgerIndex, PlannedAction
 from prefect_flux_kontext.batch.pilot import PilotSample
 from prefect_flux_kontext.batch.progress import format_duration
-from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS, Spending, label_row
+from prefect_flux_kontext.batch.spending import STANDARD_COLUMNS, Spending, label_row
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
@@ -424,7 +424,7 @@ def _plan_rows(
         return not plan.run_rows and _get_action(index, row, options) is PlannedAction.PAY
 
     names = plan.planned.names
-    unseen = set(names) - {"id", "style", *REQUEST_COLUMNS}
+    unseen = set(names) - STANDARD_COLUMNS
     with DuplicateIndex() as keys:
         for row in with_reference_checks(manifest.rows(), options.references, is_to_be_paid):
             plan.rows += 1

@@ -19,6 +19,9 @@ OTHER = "other"
 REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 """Columns whose value is the one that was sent to the service."""
 
+STANDARD_COLUMNS = frozenset({"id", "style", *REQUEST_COLUMNS})
+"""Columns by which money can be counted whatever the manifest has."""
+
 _MAX_VALUE_CHARACTERS = 200
 _MAX_GROUPS = 100
 MAX_GROUPS_SHOWN = 20

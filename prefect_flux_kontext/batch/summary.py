@@ -185,6 +185,8 @@ class BatchSummary(BaseModel):
         if self.balance_before is None or self.balance_after is None:
             return ""
         change = round(self.balance_after - self.balance_before, 6)
+        if not change:
+            return f"the balance is ${self.balance_after:,.2f}"
         verb = "rose" if change > 0 else "fell"
         return f"the balance {verb} by ${abs(change):,.2f} to ${self.balance_after:,.2f}"
 

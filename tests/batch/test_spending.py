@@ -168,6 +168,7 @@ async def test_status_groups_runs_that_recorded_nothing(sandbox, tmp_path):
     await run(sandbox, rows("blue", "red", ""), tmp_path)
     assert await status_of(tmp_path) == pytest.approx({"blue": 0.03, "red": 0.03, "other": 0.03})
     assert await status_of(tmp_path, ("mode",)) == pytest.approx({"pro": 0.09})
+    assert await status_of(tmp_path, ("style",)) == pytest.approx({"other": 0.09})
     (tmp_path / "results.jsonl").unlink()
     with pytest.raises(ConfigurationError, match=r"No row of .* has a value in team"):
         await status_of(tmp_path)
@@ -217,6 +218,8 @@ async def test_balance_falls_by_what_was_spent(sandbox, tmp_path):
     summary = await run(sandbox, rows("blue", "red"), tmp_path)
     assert summary.balance_before - summary.balance_after == pytest.approx(summary.spent)
     assert "$0.06 spent; the balance fell by $0.06 to $" in str(summary)
+    again = await run(sandbox, rows("blue", "red"), tmp_path)
+    assert f"before this run; the balance is ${summary.balance_after:,.2f}; " in str(again)
 
 
 def test_many_groups_are_summed():

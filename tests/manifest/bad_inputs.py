@@ -195,6 +195,9 @@ BAD_INPUTS = [
         "file: in a manifest from the web", "file:///etc/passwd", "is a local file, and"
     )._replace(served=True),
     reference("gist:", "gist://1/cat.jpg", "not an http or https URL"),
+    reference("a trailing separator", f"{URL};", "ends with ';'"),
+    reference("an escaped query", f"{URL}?a=1&amp;b=2", "replace &amp; by &"),
+    reference("text beside a URL", f"cat.jpg ({URL})", "keep only the URL"),
     reference("data:", "data:image/png;base64,AAAA", "not an http or https URL"),
     reference("chained filesystems", "zip://x.jpg::s3://a/b.zip", "not an http or https URL"),
     picture_file("an empty image", b"", "is an empty file"),
