@@ -24,7 +24,7 @@ class ProgressLine:
         self._submitter = session.submitter
         self._loop = asyncio.get_running_loop()
         self._began = self._ended_at = self._loop.time()
-        self._ended = 0
+        self._ended = self._first = 0
 
     def __str__(self) -> str:
         """Return `32 submitted · 31 running · 1 stored · $0.96 · about 20 s left`."""
@@ -44,13 +44,18 @@ class ProgressLine:
         return " · ".join(parts)
 
     def _estimate_seconds_left(self) -> float:
-        """Return the seconds left if the other rows take as long; 0 until a row has ended."""
+        """Return the seconds left at the pace since the first rows ended; 0 if not known yet.
+
+        Until then, the rows have waited for the service, which says nothing about the pace.
+        """
         now, ended = self._loop.time(), self.batch.rows - self.batch.already_stored
         if ended != self._ended:
+            if not self._ended:
+                self._began, self._first = now, ended
             self._ended, self._ended_at = ended, now
-        if not ended:
+        if ended == self._first:
             return 0.0
-        seconds_a_row = (self._ended_at - self._began) / ended
+        seconds_a_row = (self._ended_at - self._began) / (ended - self._first)
         return (self.rows - self.batch.rows) * seconds_a_row - (now - self._ended_at)
 
 

@@ -100,14 +100,12 @@ class FlowWithoutRows(Flow[P, R]):
     def _group_advanced(self, parameters: dict[str, Any]) -> dict[str, Any]:
         if "advanced" not in self.parameters.properties:
             return parameters
-        rare = {
-            name: parameters[name]
-            for name in AdvancedOptions.__annotations__
-            if name in parameters
-        }
-        if not rare:
+        names = AdvancedOptions.__annotations__
+        given = {name: value for name, value in parameters.items() if name in names}
+        if not given:
             return parameters
-        others = {name: value for name, value in parameters.items() if name not in rare}
+        others = {name: value for name, value in parameters.items() if name not in given}
+        rare = {name: value for name, value in given.items() if value is not None}
         return {**others, "advanced": {**(parameters.get("advanced") or {}), **rare}}
 
     def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:

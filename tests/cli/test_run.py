@@ -153,18 +153,21 @@ def test_help_imports_nothing_heavy(arguments):
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_progress_without_terminal_is_a_line_every_10_s(capsys):
-    """The time left follows from the rows that ended so far."""
+    """The time left follows from the pace of the rows since the first ones ended."""
     batch = BatchSummary(output="out")
     submitter = SimpleNamespace(accepted=32, outstanding={"a", "b"}, spent=0.96)
     session = SimpleNamespace(rows=SimpleNamespace(progress=batch), submitter=submitter)
     async with show_progress(session, 40):
         await asyncio.sleep(15)
-        batch.rows, batch.stored, batch.failed = 32, 29, 3
+        batch.rows, batch.stored, batch.failed = 28, 25, 3
+        await asyncio.sleep(10)
+        batch.rows, batch.stored = 32, 29
         await asyncio.sleep(10)
     done = "32 of 40 rows done"
     assert capsys.readouterr().out.splitlines() == [
         "0 of 40 rows done: 32 submitted · 2 running · 0 stored · $0.96",
-        f"{done}: 32 submitted · 2 running · 29 stored · 3 failed · $0.96 · about 5 s left",
+        "28 of 40 rows done: 32 submitted · 2 running · 25 stored · 3 failed · $0.96",
+        f"{done}: 32 submitted · 2 running · 29 stored · 3 failed · $0.96 · about 20 s left",
     ]
 
 

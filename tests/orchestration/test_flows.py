@@ -261,6 +261,7 @@ class TestDeployment:
             cadence=CADENCE,
             advanced={"output_names": "x/{id}.{ext}", "output_format": "jpeg"},
             output_format="png",
+            callback_url=None,
         )
         assert summary.stored == 1
         assert (tmp_path / "x" / "a.png").exists()
