@@ -195,3 +195,20 @@ def test_long_and_odd_names_get_ids(tmp_path):
 @pytest.mark.parametrize("key", ["#root.jpg", "?q.jpg", "a#b.jpg", "/slash.jpg"])
 def test_key_of_a_bucket_is_no_url(key):
     assert find_reference_problems(f"s3://bucket/{key}") == []
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+def test_parquet_of_other_writers_is_read(encoding, tmp_path):
+    """Spark and others write texts without dictionaries, each as what differs from the last."""
+    prompts = [f"oil painting number {number}" for number in range(3_000)]
+    pq.write_table(
+        pa.table({"prompt": prompts, "tags": [["a", prompt] for prompt in prompts]}),
+        tmp_path / "m.parquet",
+        use_dictionary=False,
+        column_encoding={"prompt": encoding, "tags.list.element": encoding},
+        data_page_version="2.0",
+        row_group_size=1_000,
+    )
+    rows = list(Manifest(str(tmp_path / "m.parquet")).rows())
+    assert [row.request.prompt for row in rows] == prompts
+    assert rows[-1].cells["tags"] == '["a", "oil painting number 2999"]'
