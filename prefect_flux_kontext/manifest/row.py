@@ -12,6 +12,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import ValidationError
 
+from prefect_flux_kontext.addresses import is_public_host
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.row_key import compute_row_key
@@ -21,7 +22,6 @@ from prefect_flux_kontext.references.location import (
     LocationKind,
     classify_location,
     find_location_problem,
-    is_public_host,
     normalize_reference,
 )
 from prefect_flux_kontext.references.rights import Rights, find_rights_problem
