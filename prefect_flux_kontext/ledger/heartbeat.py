@@ -180,7 +180,7 @@ async def _read_record(store: RecordStore, owner: str) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(data)
         _is_fresh(record)  # reads every field that is needed
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         raise LedgerError(
             f"The ledger record {store}/{_get_record_name(owner)} is damaged. If no run pays into "
             "this output, remove it."

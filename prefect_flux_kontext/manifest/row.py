@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from prefect_flux_kontext.addresses import is_public_host
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.columns import find_cell_problem
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
@@ -349,7 +350,11 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
         except (ValueError, RecursionError):
             return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
         if not all(isinstance(image, str) for image in images):
-            return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
+            problem = f"images {redact_text(text)[:60]!r} must be a JSON list of strings"
+        else:
+            problem = find_cell_problem({"images": " ".join(images)})
+        if problem:
+            return [], [problem]
     if len(images) > 1:
         problem = f"the row has {len(images)} reference images and the service takes one"
         return images, [f"{problem}; give each image a row of its own"]
