@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from prefect_flux_kontext.addresses import is_loopback_host
 from prefect_flux_kontext.callbacks.tokens import create_token, validate_secret
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.references.loopback import is_loopback_host
 
 if TYPE_CHECKING:
     from pydantic import SecretStr

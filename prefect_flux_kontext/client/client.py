@@ -8,13 +8,13 @@ import itertools
 import logging
 import re
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import httpx
 from pydantic import SecretStr
 
+from prefect_flux_kontext.addresses import is_public_host
 from prefect_flux_kontext.client.limits.account import AccountLimiter, shared_limiter
 from prefect_flux_kontext.client.responses import (
     read_balance,
@@ -68,8 +68,6 @@ _STATUS_PATH = "/api/v1/statusTask/flux-kontext"
 _BALANCE_SECONDS = 5.0
 _BALANCE_PATH = "/api/v1/apikeys/current-balance"
 _OWN_PATHS = ("", "/api/v1", _SUBMIT_PATH, _STATUS_PATH, _BALANCE_PATH)
-
-_PRIVATE_DOMAINS = frozenset({"internal", "lan", "local", "localhost", "test"})
 
 # Errors after which the service cannot have received the request. A ProxyError means that the
 # proxy refused to open the tunnel.
@@ -489,16 +487,6 @@ def normalize_api_key(api_key: str | SecretStr) -> str:
     return key
 
 
-def _is_private_host(host: str) -> bool:
-    """Whether a host is this machine or in a private network, by its address or name."""
-    try:
-        return ip_address(host).is_private
-    except ValueError:
-        # Names without a dot, and domains that no public registry has, as in RFC 6761 and 8375.
-        last = host.lower().rstrip(".").rpartition(".")
-        return not last[0] or last[2] in _PRIVATE_DOMAINS or host.endswith(".home.arpa")
-
-
 def normalize_base_url(base_url: str) -> str:
     """Return the base URL without the service's own path, which its pages show with it.
 
@@ -524,7 +512,7 @@ def normalize_base_url(base_url: str) -> str:
             f"The base URL {without_password!r} is not of the form https://host[:port]. Set "
             "FLUX_KONTEXT_BASE_URL or the Block's base_url."
         )
-    if url.scheme == "http" and not _is_private_host(url.host):
+    if url.scheme == "http" and is_public_host(url.host):
         raise ConfigurationError(
             f"The base URL {base_url!r} would send the API key unencrypted over public networks. "
             "Use https; http is for this machine and private networks."

@@ -7,12 +7,12 @@ them. It is not bound to the API key, which may be replaced.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from prefect_flux_kontext.addresses import is_loopback_host
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.records import RECORD_VERSION, RecordVersion
 from prefect_flux_kontext.models import utc_now
@@ -126,9 +126,4 @@ def _encode(head: Head) -> bytes:
 
 def _find_service(base_url: str) -> str:
     url = urlsplit(base_url.lower())
-    host = url.hostname or ""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost" or host.endswith(".localhost")
-    return _THIS_MACHINE if is_loopback else f"{url.scheme}://{url.netloc}"
+    return _THIS_MACHINE if is_loopback_host(url.hostname) else f"{url.scheme}://{url.netloc}"

@@ -181,7 +181,7 @@ async def _read_record(store: RecordStore, owner: str) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(data)
         check_version(record.get("version", RECORD_VERSION))
         _is_fresh(record)  # reads every field that is needed
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise LedgerError(
             f"The ledger record {store}/{_get_record_name(owner)} is damaged. If no run pays into "
             "this output, remove it."

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -40,6 +41,9 @@ _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 # A file that exceeds both limits is a decompression bomb: no real table compresses that well.
 _BOMB_MIN_CHARACTERS = 2**26
 _BOMB_RATIO = 200
+# Reading 4,000,000 cells takes some 3 s, and a small file can have any number of empty ones.
+_MAX_CELLS = 4_000_000
+_MAX_CELLS_A_BYTE = 4
 _CHUNK_BYTES = 2**20
 # The first line by which a file names its delimiter to Excel.
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])", re.IGNORECASE)
@@ -326,6 +330,19 @@ def count_blank_row(earlier: int, url: str) -> int:
     return earlier + 1
 
 
+def check_cells(cells: int, size: int, url: str) -> None:
+    """Check that a file has no more cells than the size of a real table allows.
+
+    Raises:
+        ManifestError: There are too many.
+    """
+    if cells > _MAX_CELLS and cells > _MAX_CELLS_A_BYTE * size:
+        raise ManifestError(
+            f"The manifest {url} has {size:,} bytes and more than {_MAX_CELLS:,} cells, nearly "
+            "all of them empty or equal; leave out columns that are empty."
+        )
+
+
 def _read_json_texts(url: str) -> Iterator[tuple[int, str]]:
     """Yield the lines of a JSON Lines file, or the values of an array or of indented JSON.
 
@@ -458,7 +475,7 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool, is_limited: bool = True
                 newline="" if line_ends_at_cr else "\n",
             ) as text,
         ):
-            number = read = 0
+            number = read = cells = 0
             while line := text.readline(_MAX_LINE_CHARACTERS + 1):
                 number += 1
                 read += len(line)
@@ -470,6 +487,9 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool, is_limited: bool = True
                         f"{_BOMB_MIN_CHARACTERS:,} characters and {_BOMB_RATIO} times its size; "
                         "decompress it first."
                     )
+                if compression:
+                    cells += 1 + sum(map(line.count, DELIMITERS.values()))
+                    check_cells(cells, size, url)
                 yield line
 
 
@@ -578,8 +598,8 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"an object has {len(pairs):,} names; the limit is {MAX_COLUMNS:,}")
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(name for name, _ in pairs)
+        repeated = sorted(name for name, count in counts.items() if count > 1)
         raise ValueError(f"duplicate name {', '.join(repeated)[:100]}")
     return values
 

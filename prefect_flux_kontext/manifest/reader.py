@@ -46,6 +46,9 @@ MAX_ROWS = 1_000_000
 """Bounds the time that a small hostile file can take. At $0.03 a row, a million rows cost
 $30,000."""
 
+MAX_REFUSED_ROWS = 50_000
+"""Bounds the same for rows that are refused, unless more rows than that are valid."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -112,7 +115,7 @@ class Manifest:
             ManifestError: The manifest cannot be read, or an invalid line is reached.
         """
         defaults = self._defaults
-        count = 0
+        count = refused = 0
         with as_manifest_error(self.url), DuplicateIndex() as names:
             source = normalize_source(self.source)
             folder = self._folder
@@ -130,13 +133,21 @@ class Manifest:
                 self.counts["lines"] = line.number
                 if not self.text_to_image:
                     self._check_images_used(line)
-                for row in expand_line(line, defaults):
+                for found in expand_line(line, defaults):
                     count += 1
                     if count > MAX_ROWS:
                         raise ManifestError(
                             f"The manifest {self.url} has more than {MAX_ROWS:,} rows; split it."
                         )
-                    yield row if isinstance(row, RefusedRow) else _check_name(row, names, count)
+                    row = (
+                        found
+                        if isinstance(found, RefusedRow)
+                        else _check_name(found, names, count)
+                    )
+                    if isinstance(row, RefusedRow):
+                        refused += 1
+                        self._check_refused(row, refused, count)
+                    yield row
 
     def _check_images_used(self, line: Line) -> None:
         """Refuse a line without a reference if another column looks like one."""
@@ -151,6 +162,13 @@ class Manifest:
                     "a flow, columns). If rows without a reference are meant, give "
                     "--text-to-image (text_to_image)."
                 )
+
+    def _check_refused(self, row: RefusedRow, refused: int, count: int) -> None:
+        if refused > MAX_REFUSED_ROWS and refused > count // 2:
+            raise ManifestError(
+                f"More than {MAX_REFUSED_ROWS:,} of the first {count:,} rows of {self.url} are "
+                f"invalid, and fewer are valid. The last is on line {row.line}: {row.reason}"
+            )
 
     @cached_property
     def _defaults(self) -> RowDefaults:

@@ -12,7 +12,9 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import ValidationError
 
+from prefect_flux_kontext.addresses import is_public_host
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.manifest.columns import find_cell_problem
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
@@ -21,7 +23,6 @@ from prefect_flux_kontext.references.location import (
     LocationKind,
     classify_location,
     find_location_problem,
-    is_public_host,
     normalize_reference,
 )
 from prefect_flux_kontext.references.rights import Rights, find_rights_problem
@@ -387,6 +388,8 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
             return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
         if not all(isinstance(image, str) for image in images):
             return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
+        if problem := find_cell_problem({"images": " ".join(images)}):
+            return [], [problem]
     if len(images) > 1:
         problem = f"the row has {len(images)} reference images and the service takes one"
         return images, [f"{problem}; give each image a row of its own"]

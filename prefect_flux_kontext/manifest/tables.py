@@ -5,6 +5,9 @@ Tables in memory are read through Arrow's PyCapsule interface, and all tables in
 
 from __future__ import annotations
 
+import io
+import itertools
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -18,24 +21,36 @@ from prefect_flux_kontext.manifest.columns import (
     to_cells,
 )
 from prefect_flux_kontext.manifest.formats import (
+    check_cells,
     check_renames_used,
     count_blank_row,
     resolve_columns,
 )
+from prefect_flux_kontext.manifest.parquet_pages import (
+    DELTA_BYTE_ARRAY,
+    DELTA_LENGTH_BYTE_ARRAY,
+    check_footer,
+    read_pages,
+)
 from prefect_flux_kontext.references.remote import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 _BATCH_ROWS = 1_000
-# Encoded size. A table of a million rows, the most that a manifest may have, has a tenth of it.
-_MAX_ROW_GROUP_BYTES = 2**30
-# A row group that exceeds both is a decompression bomb: no real table compresses that well.
-_BOMB_MIN_BYTES = 2**26
-_BOMB_RATIO = 200
+# A file that exceeds both is a decompression bomb: no real table compresses that well after it was
+# encoded. Arrow may hold three times as much.
+_BOMB_MIN_BYTES = 2**25
+_BOMB_RATIO = 50
 _MAX_FIXED_BYTES = 1_024
 # A single row may hold all nested values of a row group, and is read at once.
 _MAX_NESTED_VALUES = 5_000_000
+# Many rows can have the same long text.
+_MAX_CHARACTERS = 2**28
+_MAX_CHARACTERS_A_BYTE = 1_000
+# Texts of a batch that may each have all of the one before it.
+_MAX_DELTA_BYTES = 2**23
+_MAX_DELTA_RATIO = 20
 # Nested values become Python objects, some 60 bytes each, and then text.
 _MAX_BATCH_VALUES = 1_000_000
 _MAX_BATCH_BYTES = 2**25
@@ -133,55 +148,107 @@ def read_parquet(url: str, renames: Mapping[str, str]) -> Iterator[Line]:
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
     with open_source(url) as (file, _):
+        check_footer(file)
         parquet = pq.ParquetFile(file, pre_buffer=False)
-        columns = [parquet.schema.column(at) for at in range(parquet.metadata.num_columns)]
-        _check_row_groups(parquet.metadata, columns, url)
-        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        metadata = parquet.metadata
+        columns = [parquet.schema.column(at) for at in range(metadata.num_columns)]
+        _check_columns(columns, url)
+        stored = file.seek(0, io.SEEK_END)
+        delta_pages = _check_pages(file, metadata, stored, url)
+        texts = [
+            column.path
+            for at, column in enumerate(columns)
+            if column.physical_type == "BYTE_ARRAY" and at not in delta_pages
+        ]
+        # Each text of a page can be as long as the page.
+        limit = max(_MAX_DELTA_BYTES, _MAX_DELTA_RATIO * stored)
+        batch_rows = limit // max(1, sum(delta_pages.values()))
         names = parquet.schema_arrow.names
         file.seek(0)
         parquet = pq.ParquetFile(file, read_dictionary=texts, pre_buffer=False)
-        yield from _read_batches(pa, names, parquet.iter_batches(_BATCH_ROWS), url, renames)
+        batches = parquet.iter_batches(max(1, min(_BATCH_ROWS, batch_rows)))
+        limit = max(_MAX_CHARACTERS, _MAX_CHARACTERS_A_BYTE * stored)
+        count = yield from _read_batches(pa, names, batches, url, renames, limit)
+        if count != metadata.num_rows:
+            raise ManifestError(
+                f"The manifest {url} has {count:,} rows, and its footer says "
+                f"{metadata.num_rows:,}; the file is damaged."
+            )
 
 
-def _check_row_groups(metadata: Any, columns: Sequence[Any], url: str) -> None:
-    """Refuse a file by its footer if reading it would take too much memory or time."""
+def _check_columns(columns: Sequence[Any], url: str) -> None:
     for column in columns:
         if column.physical_type == "FIXED_LEN_BYTE_ARRAY" and column.length > _MAX_FIXED_BYTES:
             raise ManifestError(
                 f"Values of column {column.path} of {url} have {column.length:,} bytes each; "
                 f"the limit is {_MAX_FIXED_BYTES:,}."
             )
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunks = [group.column(at) for at in range(len(columns))]
-        size = group.total_byte_size
-        packed = sum(chunk.total_compressed_size for chunk in chunks)
-        is_bomb = size > _BOMB_MIN_BYTES and size > _BOMB_RATIO * packed
-        if size > _MAX_ROW_GROUP_BYTES or is_bomb:
-            limit = _BOMB_MIN_BYTES if is_bomb else _MAX_ROW_GROUP_BYTES
+
+
+def _check_pages(file: Any, metadata: Any, stored: int, url: str) -> dict[int, int]:
+    """Refuse a file if reading it would take too much memory or time.
+
+    Returns:
+        The columns that Arrow cannot read as dictionaries, and for each the size of its longest
+        page if its texts repeat those before them, else 0.
+    """
+    delta_pages: dict[int, int] = {}
+    read = total = cells = 0
+    for number, at in itertools.product(
+        range(metadata.num_row_groups), range(metadata.num_columns)
+    ):
+        chunk = metadata.row_group(number).column(at)
+        values = 0
+        for page in read_pages(file, chunk):
+            read += page.stored
+            total += page.size
+            cells += page.values
+            values += page.values
+            if page.encoding in (DELTA_BYTE_ARRAY, DELTA_LENGTH_BYTE_ARRAY):
+                longest = page.size if page.encoding == DELTA_BYTE_ARRAY else 0
+                delta_pages[at] = max(delta_pages.get(at, 0), longest)
+            if read > stored:
+                raise ManifestError(f"The manifest {url} is damaged: it has pages that overlap.")
+            if total > _BOMB_MIN_BYTES and total > _BOMB_RATIO * stored:
+                raise ManifestError(
+                    f"The manifest {url} has {stored:,} bytes and unpacks to more than "
+                    f"{_BOMB_MIN_BYTES:,} bytes and {_BOMB_RATIO} times its size; write it with "
+                    "dictionaries, or without compression."
+                )
+        check_cells(cells, stored, url)
+        if "." in chunk.path_in_schema and values > _MAX_NESTED_VALUES:
             raise ManifestError(
-                f"Row group {number + 1} of {url} has {size:,} bytes; write the file with "
-                f"row groups of at most {limit:,} bytes."
+                f"Row group {number + 1} of {url} has {values:,} values in nested columns; the "
+                f"limit is {_MAX_NESTED_VALUES:,}."
             )
-        nested = [chunk.num_values for chunk in chunks if "." in chunk.path_in_schema]
-        if max(nested, default=0) > _MAX_NESTED_VALUES:
-            raise ManifestError(
-                f"Row group {number + 1} of {url} has {max(nested):,} values in nested columns; "
-                f"the limit is {_MAX_NESTED_VALUES:,}."
-            )
+    return delta_pages
 
 
 def _read_batches(
-    pa: Any, names: list[str], batches: Iterable[Any], url: str, renames: Mapping[str, str]
-) -> Iterator[Line]:
+    pa: Any,
+    names: list[str],
+    batches: Iterable[Any],
+    url: str,
+    renames: Mapping[str, str],
+    max_characters: float = math.inf,
+) -> Generator[Line, None, int]:
+    """Yield the rows of batches, and return their number."""
     columns = Columns(url, names, renames).names
-    number = blank_rows = 0
+    number = blank_rows = characters = 0
     for batch in batches:
-        rows = f"between rows {number + 1} and {number + _BATCH_ROWS}"
+        rows = f"between rows {number + 1} and {number + len(batch)}"
+        characters += _check_nested(pa, batch, rows, url)
         column_values = [
             _read_values(pa, _blank_long_cells(pa, name, column), f"{name}, {rows}", url)
             for name, column in zip(columns, batch.columns, strict=True)
         ]
+        texts = (value for values in column_values for value in values)
+        characters += sum(len(text) for text in texts if isinstance(text, str))
+        if characters > max_characters:
+            raise ManifestError(
+                f"The manifest {url} has more than {_MAX_CHARACTERS:,} characters and "
+                f"{_MAX_CHARACTERS_A_BYTE:,} times its size; leave out columns of long texts."
+            )
         for values in zip(*column_values, strict=True):
             number += 1
             cells, problem = to_cells(dict(zip(columns, values, strict=True)))
@@ -189,6 +256,7 @@ def _read_batches(
                 yield Line(number, cells, problem)
             else:
                 blank_rows = count_blank_row(blank_rows, url)
+    return number
 
 
 def _blank_long_cells(pa: Any, name: str, column: Any) -> Any:
@@ -225,23 +293,30 @@ def _read_values(pa: Any, column: Any, where: str, url: str) -> list[Any]:
 
 
 def _check_length(pa: Any, column: Any, where: str, url: str) -> None:
-    """Refuse long or many values before they are copied to Python objects."""
-    values = total = 0
-    for leaf in _find_leaves(pa, column):
-        longest, size = _measure_text(pa, leaf)
-        if longest > 4 * MAX_CELL_CHARACTERS:
-            raise ManifestError(
-                f"The manifest {url} has a cell of {longest:,} bytes in column {where}; the limit "
-                f"is {MAX_CELL_CHARACTERS:,} characters."
-            )
-        values, total = values + len(leaf), total + size
-    if pa.types.is_nested(column.type) and (
-        values > _MAX_BATCH_VALUES or total > _MAX_BATCH_BYTES
-    ):
+    """Refuse long values before they are copied to Python objects."""
+    longest = max((_measure_text(pa, leaf)[0] for leaf in _find_leaves(pa, column)), default=0)
+    if longest > 4 * MAX_CELL_CHARACTERS:
         raise ManifestError(
-            f"The manifest {url} has {values:,} nested values of {total:,} bytes in column "
-            f"{where}; the limits are {_MAX_BATCH_VALUES:,} and {_MAX_BATCH_BYTES:,}."
+            f"The manifest {url} has a cell of {longest:,} bytes in column {where}; the limit "
+            f"is {MAX_CELL_CHARACTERS:,} characters."
         )
+
+
+def _check_nested(pa: Any, batch: Any, rows: str, url: str) -> int:
+    """Refuse many nested values before they are copied, and return the bytes of their texts."""
+    leaves = [
+        leaf
+        for column in batch.columns
+        if pa.types.is_nested(column.type)
+        for leaf in _find_leaves(pa, column)
+    ]
+    values, total = sum(map(len, leaves)), sum(_measure_text(pa, leaf)[1] for leaf in leaves)
+    if values > _MAX_BATCH_VALUES or total > _MAX_BATCH_BYTES:
+        raise ManifestError(
+            f"The manifest {url} has {values:,} nested values of {total:,} bytes {rows}; the "
+            f"limits are {_MAX_BATCH_VALUES:,} and {_MAX_BATCH_BYTES:,}."
+        )
+    return total
 
 
 def _find_leaves(pa: Any, column: Any) -> Iterator[Any]:

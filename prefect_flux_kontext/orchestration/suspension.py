@@ -142,7 +142,7 @@ async def resume_suspended(output: Output, storage_options: StorageOptions = Non
         for name in await store.list_names(_WAITING_FOLDER):
             try:
                 run = await client.read_flow_run(UUID(name.removesuffix(".json")))
-                if run.state is not None and run.state.is_paused() and _was_suspended_here(run):
+                if run.state is not None and _is_suspended_here(run.state):
                     await aresume_flow_run(run.id)
                     resumed.append(run.id)
                 elif run.state is not None and not run.state.is_final():
@@ -179,10 +179,11 @@ async def log_outstanding(flow: Any, flow_run: FlowRun, state: State[Any]) -> No
     )
 
 
-def _was_suspended_here(run: FlowRun) -> bool:
-    # Anyone who can write to the output can name any flow run in it.
-    keys = run.empirical_policy.pause_keys or ()
-    return any(key.startswith((_BATCH_KEY, _TASKS_KEY)) for key in keys)
+def _is_suspended_here(state: State[Any]) -> bool:
+    # Anyone who can write to the output can name any flow run in it, also one that waits for an
+    # approval.
+    key = state.state_details.pause_key or ""
+    return state.is_paused() and key.startswith((_BATCH_KEY, _TASKS_KEY))
 
 
 def _read_pause_keys() -> set[str]:

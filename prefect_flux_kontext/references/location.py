@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?=:)|([^/\\:]+)(?=://)")
 _WEB_PREFIXES = ("https://", "http://")
 _MAX_SHOWN_CHARACTERS = 100
-_PRIVATE_DOMAINS = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa")
 _OTHER_FORMAT = re.compile(
     r"\.(?:avif|bmp|cr2|dng|gif|hei[cf]|jp2|jxl|mov|mp4|nef|pdf|psd|svgz?|tiff?|webm|zip)$",
     re.IGNORECASE,
@@ -64,21 +61,6 @@ def parse_protocol(reference: str) -> str:
 def classify_location(reference: str) -> LocationKind | None:
     """Return how the service gets a reference, or None for an unsupported protocol."""
     return _KIND_BY_PROTOCOL.get(parse_protocol(reference))
-
-
-def is_public_host(host: str | None) -> bool:
-    """Return whether a host may be reached from the internet, by its text alone."""
-    name = (host or "").rstrip(".").lower()
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        try:
-            # Forms that resolvers take for addresses too: `127.1`, `0x7f000001`, `2130706433`.
-            address = ipaddress.ip_address(socket.inet_aton(name))
-        except OSError:
-            return "." in name and not name.endswith(_PRIVATE_DOMAINS)
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_global)
 
 
 def is_share_page(reference: str) -> bool:

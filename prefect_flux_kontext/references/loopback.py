@@ -9,10 +9,10 @@ import tempfile
 import threading
 import weakref
 from contextlib import ExitStack
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from prefect_flux_kontext.addresses import is_loopback_host
 from prefect_flux_kontext.references.staging import Staging
 
 if TYPE_CHECKING:
@@ -71,14 +71,6 @@ class _FileHandler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Log nothing: the URLs grant access."""
-
-
-def is_loopback_host(host: str | None) -> bool:
-    """Whether a host name or address is this machine's, judged by its text."""
-    try:
-        return host == "localhost" or ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def is_loopback_url(url: str) -> bool:

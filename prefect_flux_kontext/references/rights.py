@@ -7,6 +7,7 @@ with this process's credentials.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,8 +80,10 @@ def find_rights_problem(reference: str, rights: Rights) -> str | None:
         )
     if rights.roots is None:
         return None
-    if _is_below(_normalize_place(normalize_reference(reference, rights.folder)), rights.roots):
-        return None
+    with contextlib.suppress(ValueError):  # a path that no filesystem takes
+        place = _normalize_place(normalize_reference(reference, rights.folder))
+        if _is_below(place, rights.roots):
+            return None
     return f"{shown} is outside of what this manifest may name; {_HINT}"
 
 

@@ -18,6 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_flux_kontext.addresses import classify_host
+from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
 from prefect_flux_kontext.callbacks.tokens import Attempt, create_token, parse_token
 from prefect_flux_kontext.client.responses import (
     read_balance,
@@ -35,7 +37,13 @@ from prefect_flux_kontext.errors import (
 )
 from prefect_flux_kontext.images.ai_metadata import add_ai_metadata
 from prefect_flux_kontext.images.decode import inspect_image
-from prefect_flux_kontext.images.headers import find_slow_structure, read_size
+from prefect_flux_kontext.images.headers import (
+    find_slow_structure,
+    read_displayed_size,
+    read_size,
+)
+from prefect_flux_kontext.ledger.head import Head, check_format
+from prefect_flux_kontext.ledger.heartbeat import Heartbeat, find_budget_run, is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import Ended, Intent, Posted
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -46,12 +54,17 @@ from prefect_flux_kontext.ledger.waves import (
     read_open_waves,
 )
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.manifest.row import RefusedRow, Row, find_reference_problems
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.redaction import make_showable, redact_text
+from prefect_flux_kontext.references.location import find_location_problem
+from prefect_flux_kontext.references.loopback import is_loopback_url
 from prefect_flux_kontext.references.metadata import remove_metadata
+from prefect_flux_kontext.references.ratio import find_nearest_ratio
+from prefect_flux_kontext.references.rights import Rights, find_rights_problem
 from prefect_flux_kontext.references.validation import check_image
 from tests.fuzz.mutations import mutated
+from tests.manifest import lying_parquet
 from tests.references.test_metadata import jpeg, png, webp
 from tests.support.pictures import animation, picture
 from tests.test_redaction import SECRET, URLS
@@ -67,7 +80,7 @@ LINES = (
 )
 
 
-def parquet():
+def parquet(**options):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     file = io.BytesIO()
     columns = {
@@ -77,7 +90,7 @@ def parquet():
         "s": [{"a": 1, "b": "x"}, None, {"a": None, "b": None}],
         "n": [1.5, None, 3.0],
     }
-    pq.write_table(pa.table(columns), file)
+    pq.write_table(pa.table(columns), file, **options)
     return file.getvalue()
 
 
@@ -85,11 +98,20 @@ def zstd(data):
     return pytest.importorskip("zstandard").compress(data)
 
 
+LYING = [
+    lying_parquet.parquet_file(pages, rows)
+    for pages, rows in (
+        (lying_parquet.long_dictionary(20, 100), 100),
+        (lying_parquet.long_texts(20, 3), 3),
+        (lying_parquet.distinct_texts(20, 200), 200),
+    )
+]
 MANIFESTS = {
     "m.csv": [TABLE, TABLE.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + TABLE],
     "m.tsv": [TABLE.replace(b",", b"\t")],
     "m.jsonl": [LINES, LINES * 3],
-    "m.parquet": [parquet()],
+    "m.json": [b"[%b]" % LINES.strip().replace(b"\n", b","), b'[{"prompt": "oil"}]\n', b"[]"],
+    "m.parquet": [parquet(), parquet(use_dictionary=False, data_page_version="2.0"), *LYING],
     "m.csv.gz": [gzip.compress(TABLE, mtime=0)],
     "m.jsonl.bz2": [bz2.compress(LINES)],
     "m.csv.xz": [lzma.compress(TABLE)],
@@ -138,6 +160,29 @@ RECORDS = {
     "posted": Posted(state="accepted", by="o", task_id="task_1"),
     "ended": ENDED,
 }
+HEARTBEATS = []
+with tempfile.TemporaryDirectory() as _folder:
+    asyncio.run(Heartbeat("o", 15.0, has_budget=True).beat(RecordStore(_folder)))
+    HEARTBEATS += [path.read_bytes() for path in Path(_folder, "owners").iterdir()]
+HEARTBEATS += [
+    b'{"machine": "m", "pid": 1, "started": "1", "beat": 1.0}',
+    HEARTBEATS[0].replace(b'"pid": ', b'"pid": 99999999999999999999'),
+    HEARTBEATS[0].replace(b'"beat": ', b'"beat": %b' % (b"9" * 400)),
+    b"[" * 100_000,
+]
+CALLBACK = Callback(owner="o", key=KEY, number=1, task_id="task_1").model_dump_json().encode()
+LOCATIONS = [
+    "/data/a.jpg",
+    "file:///etc/passwd",
+    "simplecache::s3://bucket/a.jpg",
+    "~/a.jpg",
+    "$HOME/a.jpg",
+    "s3://bucket/../other/a.jpg",
+    "//host/a.jpg",
+    "C:\\a.jpg",
+    "http://[::ffff:7f00:1]/a.jpg",
+    "http://127\u30020\u30020\u30021/a.jpg",
+]
 WAVES = {
     "waves/o-000001.jsonl": FinishedRow(
         key=KEY, row_id="a", attempt=1, spent=0.03, failures=0, ended=ENDED
@@ -160,6 +205,8 @@ def test_manifest_is_read_or_refused(name, data):
 def test_image_is_checked_or_refused(data):
     find_slow_structure(data)
     read_size(data)
+    size = read_displayed_size(data)
+    assert size is None or (size[0] and size[1] and find_nearest_ratio(*size)) or not all(size)
     add_ai_metadata(data, "trainedAlgorithmicMedia")
     with contextlib.suppress(InvalidImageError):
         inspect_image(data)
@@ -204,6 +251,44 @@ def test_ledger_record_is_read_or_is_a_ledger_error(kind, data):
         with contextlib.suppress(LedgerError):
             entry = asyncio.run(Ledger(RecordStore(folder), "o", {}).read(KEY))
             assert entry.attempt == 1
+
+
+@given(mutated([Head(service="https://a.test", account="a").model_dump_json().encode()]))
+def test_head_record_is_read_or_is_a_ledger_error(record):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "format.json").write_bytes(record)
+        with contextlib.suppress(LedgerError):
+            str(asyncio.run(check_format(RecordStore(folder))))
+
+
+@given(mutated(HEARTBEATS))
+def test_heartbeat_is_read_or_is_a_ledger_error(record):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "owners").mkdir()
+        Path(folder, "owners", "o.json").write_bytes(record)
+        for read in (is_alive(RecordStore(folder), "o"), find_budget_run(RecordStore(folder))):
+            with contextlib.suppress(LedgerError):
+                asyncio.run(read)
+
+
+@given(mutated([CALLBACK, CALLBACK + b"\n" + CALLBACK]))
+def test_callback_file_is_read_or_is_a_ledger_error(lines):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "o").mkdir()
+        Path(folder, "o", "1.jsonl").write_bytes(lines)
+        with contextlib.suppress(LedgerError):
+            callbacks = asyncio.run(Inbox(RecordStore(folder)).read("o", "1.jsonl"))
+            assert all(isinstance(each.attempt, Attempt) for each in callbacks)
+
+
+@given(mutated([url.encode() for url in [*URLS, *LOCATIONS]]))
+def test_reference_is_judged_by_any_text(data):
+    text = data.decode("utf-8", "surrogateescape")
+    find_reference_problems(text, "https://api.example.com")
+    find_location_problem(text)
+    find_rights_problem(text, Rights("/data", ("/data", "s3://bucket")))
+    is_loopback_url(text)
+    classify_host(text)
 
 
 @pytest.mark.parametrize("name", WAVES)

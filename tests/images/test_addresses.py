@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.images.ssrf import classify_non_public, parse_address
+from prefect_flux_kontext.addresses import (
+    classify_host,
+    classify_non_public,
+    is_loopback_host,
+    is_public_host,
+    parse_address,
+)
 
 NOTATIONS = {
     "127.0.0.1": [
@@ -102,3 +108,50 @@ def test_addresses_that_python_calls_local_are_not_public(address):
     inside = address.version == 6 and (address.ipv4_mapped or address.sixtofour)
     if (not address.is_global or address.is_multicast) and not inside:
         assert classify_non_public(address) is not None
+
+
+@pytest.mark.parametrize(
+    ("host", "kind"),
+    [
+        ("localhost", "loopback"),
+        ("LOCALHOST.", "loopback"),
+        ("x.localhost", "loopback"),
+        ("x.localhost.", "loopback"),
+        ("127.1", "loopback"),
+        ("127.0.0.1.", "loopback"),
+        ("2130706433", "loopback"),
+        ("0177.0.0.1", "loopback"),
+        ("0x7f.0.0.1", "loopback"),
+        ("::1", "loopback"),
+        ("[::1]", "loopback"),
+        ("::ffff:127.0.0.1", "loopback"),
+        ("::ffff:7f00:1", "loopback"),
+        ("127\u30020\u30020\uff0e1", "loopback"),
+        ("\uff11\uff12\uff17.0.0.1", "loopback"),
+        ("\uff4c\uff4f\uff43alhost", "loopback"),
+        ("0.0.0.0", "unspecified"),
+        ("::", "unspecified"),
+        ("::ffff:10.0.0.1", "private 10.0.0.0/8"),
+        ("fe80::1%eth0", "link-local"),
+        ("169.254.169.254", "cloud metadata service"),
+        ("::ffff:a9fe:a9fe", "cloud metadata service"),
+        ("sandbox", "private"),
+        ("", "private"),
+        (None, "private"),
+        ("flux.internal", "private"),
+        ("NAS.local.", "private"),
+        ("printer.home.arpa", "private"),
+        ("service.test", "private"),
+        ("home.arpa.example.com", None),
+        ("localhost.example.com", None),
+        ("127.0.0.1.example.com", None),
+        ("xlocalhost.com", None),
+        ("8.8.8.8", None),
+        ("2606:4700::1111", None),
+        ("172.32.0.1", None),
+    ],
+)
+def test_host_is_judged_by_its_text(host, kind):
+    assert classify_host(host) == kind
+    assert is_loopback_host(host) is (kind == "loopback")
+    assert is_public_host(host) is (kind is None)

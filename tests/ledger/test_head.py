@@ -39,6 +39,7 @@ async def test_other_service_or_account_is_refused(store, base_url, account):
 
 async def test_sandboxes_of_this_machine_are_one_service(store):
     urls = ["http://127.0.0.1:1", "http://127.0.0.1:2", "http://localhost:3", "http://[::1]:4"]
+    urls += ["http://x.localhost:5", "http://[::ffff:127.0.0.1]:6"]
     for url in urls:
         await bind(store, url, "default")
     with pytest.raises(ConfigurationError, match="this machine"):

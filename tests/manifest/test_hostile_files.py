@@ -18,6 +18,7 @@ import pytest
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 zstandard = pytest.importorskip("zstandard")
+from tests.manifest import lying_parquet as lying  # noqa: E402 - needs zstandard
 
 MAX_FILE_BYTES = 1_000_000
 MAX_MEMORY_MB = 200
@@ -61,8 +62,8 @@ def repeated(head, piece, number):
     file = io.BytesIO()
     with gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed:
         packed.write(head)
-        block = piece * 100_000
-        for _ in range(number // 100_000):
+        block = piece * min(100_000, 10**8 // len(piece))
+        for _ in range(number * len(piece) // len(block)):
             packed.write(block)
     return file.getvalue()
 
@@ -73,8 +74,9 @@ def parquet(columns, **options):
     return file.getvalue()
 
 
-def long_dictionary(rows, kind):
-    texts = pa.array([BIG if kind != pa.binary() else BIG.encode()], kind)
+def long_dictionary(rows, kind, length=2_000_000):
+    text = BIG[:length]
+    texts = pa.array([text if kind != pa.binary() else text.encode()], kind)
     return pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), texts)
 
 
@@ -137,6 +139,81 @@ FILES = {
         {"prompt": [BIG] * 300}, use_dictionary=False, write_statistics=False
     ),
     "2,500 columns (parquet)": lambda: parquet({f"c{n}": [n] for n in range(2_500)}),
+    "a footer that hides a long dictionary (parquet)": lambda: lying.parquet_file(
+        lying.long_dictionary(300_000_000), 1_000
+    ),
+    "a footer that hides a long text (parquet)": lambda: lying.parquet_file(
+        lying.long_texts(300_000_000), 1
+    ),
+    "a footer that hides many texts (parquet)": lambda: lying.parquet_file(
+        lying.long_texts(500_000, 600), 600
+    ),
+    "a page that says 2 GB (parquet)": lambda: lying.parquet_file(
+        [lying.page(lying.defined(1) + lying.text(1), 1, size=2**31 - 1)], 1
+    ),
+    "row groups with the same pages (parquet)": lambda: lying.parquet_file(
+        lying.long_dictionary(10_000_000, 1), 1, groups=4_000
+    ),
+    "texts that repeat each other (parquet)": lambda: lying.parquet_file(
+        lying.distinct_texts(500_000, 1_000), 1_000
+    ),
+    "long texts that repeat each other (parquet)": lambda: lying.parquet_file(
+        lying.distinct_texts(20_000_000, 200), 200
+    ),
+    "240,000 empty chunks (parquet)": lambda: lying.parquet_file(
+        lying.long_texts(1), 1, chunks=240_000
+    ),
+    "100 times 2,400 empty chunks (parquet)": lambda: lying.parquet_file(
+        lying.long_texts(1), 1, chunks=2_400, groups=100
+    ),
+    "groups in groups (parquet)": lambda: lying.parquet_file(lying.long_texts(1), 1, deep=60_000),
+    "more rows than there are (parquet)": lambda: lying.parquet_file(
+        lying.long_texts(1), 1, more_rows=2**40
+    ),
+    "a text for all rows of many columns (parquet)": lambda: parquet(
+        dict.fromkeys(map(str, range(150)), long_dictionary(5_000, pa.string(), 130_000))
+        | {"prompt": ["x"] * 5_000}
+    ),
+    "long lists in many columns (parquet)": lambda: parquet(
+        dict.fromkeys(
+            map(str, range(300)),
+            pa.ListArray.from_arrays([0, 300], long_dictionary(300, pa.string(), 100_000)),
+        )
+        | {"prompt": ["x"]}
+    ),
+    "a number without an end (parquet)": lambda: (
+        b"PAR1\x15%b%bPAR1"
+        % (
+            b"\xff" * 900_000,
+            (900_001).to_bytes(4, "little"),
+        )
+    ),
+    "1,000 columns of a million nulls (parquet)": lambda: parquet(
+        {"prompt": pa.array(["x"] * 100_000)}
+        | {f"c{n}": pa.nulls(100_000, pa.string()) for n in range(1_000)},
+        write_statistics=False,
+    ),
+    "450,000 equal rows (csv)": lambda: b"prompt\n" + b"x\n" * 450_000,
+    "200,000 invalid rows (csv)": lambda: b"prompt,mode\n" + b"x,y\n" * 200_000,
+    "200,000 empty objects (json)": lambda: b"[" + b"{}," * 200_000 + b"{}]",
+    "1,900 empty cells a row (csv.gz)": lambda: repeated(
+        b"prompt," + b",".join(b"c%d" % n for n in range(1_900)) + b"\n",
+        b"x" + b"," * 1_900 + b"\n",
+        100_000,
+    ),
+    "990 names twice in a line (jsonl.gz)": lambda: repeated(
+        b"", b"{%b}\n" % b",".join(b'"%d":0' % (n % 990) for n in range(1_980)), 100_000
+    ),
+    "lists of numbers (jsonl.gz)": lambda: repeated(
+        b"", b'{"prompt":"x","n":[%b0]}\n' % (b"0," * 1_000), 100_000
+    ),
+    "NUL characters (csv)": lambda: HEADER + b"a,\0\n" * 200_000,
+    "a field of NUL characters (csv)": lambda: HEADER + b"\0" * 900_000,
+    "quotation marks (csv)": lambda: HEADER + b'"' * 900_000,
+    "quotation marks in text (tsv)": lambda: b"id\tprompt\n" + b'"a\t"b\n' * 150_000,
+    "templates of many parts (csv)": lambda: (
+        b"prompt,a\n" + b"".join(b"%d%b,x\n" % (n, b"{{''}}" * 480) for n in range(330))
+    ),
 }
 
 
@@ -171,7 +248,7 @@ def test_hostile_file_is_refused_cheaply(name, tmp_path):
 
 
 if __name__ == "__main__":
-    for each in FILES:
+    for each in sys.argv[1:] or FILES:
         with tempfile.TemporaryDirectory() as place:
             size, used, cpu, message = measure(each, place)
         sys.stdout.write(f"| {each} | {size:,} | {used:.0f} MB | {cpu:.1f} s | {message} |\n")

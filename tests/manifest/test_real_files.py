@@ -249,3 +249,20 @@ def test_row_cut_by_a_carriage_return_is_refused(tmp_path, end):
     assert "carriage return" in first.reason
     assert isinstance(second, RefusedRow)
     assert third.request.prompt == "a\rcat"
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+def test_parquet_of_other_writers_is_read(encoding, tmp_path):
+    """Spark and others write texts without dictionaries, each as what differs from the last."""
+    prompts = [f"oil painting number {number}" for number in range(3_000)]
+    pq.write_table(
+        pa.table({"prompt": prompts, "tags": [["a", prompt] for prompt in prompts]}),
+        tmp_path / "m.parquet",
+        use_dictionary=False,
+        column_encoding={"prompt": encoding, "tags.list.element": encoding},
+        data_page_version="2.0",
+        row_group_size=1_000,
+    )
+    rows = list(Manifest(str(tmp_path / "m.parquet")).rows())
+    assert [row.request.prompt for row in rows] == prompts
+    assert rows[-1].cells["tags"] == '["a", "oil painting number 2999"]'

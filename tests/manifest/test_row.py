@@ -183,3 +183,13 @@ def test_no_cells_make_a_row_raise(cells):
     row = make_row(2, cells, prompt="x")
     assert isinstance(row, Row | RefusedRow)
     assert row.id
+
+
+@pytest.mark.parametrize("escape", ["\\u0000", "\\ud800"])
+def test_escaped_characters_of_a_list_are_refused(escape):
+    """The cell is fine as text, and the reference in its JSON list is not."""
+    row = make_row(
+        1, {"images": f'["a{escape}.jpg"]', "prompt": "oil"}, rights=Rights("/", ("/a",))
+    )
+    assert isinstance(row, RefusedRow)
+    assert row.reason.startswith("images contains ")

@@ -36,17 +36,21 @@ from tests.orchestration.deployed import read_state_names, wait_for_state
 pytestmark = pytest.mark.anyio
 
 
-async def create_suspended(output, key="submitted-0"):
-    """Create a suspended run of a deployment, as Prefect's engine leaves it; return its id."""
+async def create_suspended(output, *keys):
+    """Create a suspended run of a deployment, as Prefect's engine leaves it; return its id.
+
+    It was suspended once for each key, and waits for the last.
+    """
+    keys = keys or ("submitted-0",)
     async with get_client() as client:
         flow_id = await client.create_flow(style_transfer_batch)
         deployment_id = await client.create_deployment(flow_id, f"of-{uuid.uuid4()}")
         run = await client.create_flow_run_from_deployment(
             deployment_id, parameters={"manifest": "m.csv", "output": str(output)}
         )
-        for state in (Running(), Suspended()):
+        for state in (Running(), Suspended(pause_key=keys[-1])):
             await client.set_flow_run_state(run.id, state, force=True)
-        policy = FlowRunPolicy(pause_keys={key})
+        policy = FlowRunPolicy(pause_keys=set(keys))
         await client.update_flow_run(run.id, empirical_policy=policy)
     store = open_ledger_store(OutputFolder(str(output)))
     await store.replace(f"waiting/{run.id}.json", b"{}")
@@ -67,12 +71,13 @@ async def test_only_runs_of_the_output_are_resumed(tmp_path):
 
 
 async def test_planted_records_resume_nothing(tmp_path):
-    foreign = await create_suspended(tmp_path, key="approval")
+    foreign = await create_suspended(tmp_path, "approval")
+    asks_again = await create_suspended(tmp_path, "submitted-0", "another-approval")
     store = open_ledger_store(OutputFolder(str(tmp_path)))
     for name in ("x.json", f"{uuid.uuid4()}.json", "..json"):
         await store.replace(f"waiting/{name}", b"{}")
     assert await resume_suspended(str(tmp_path)) == []
-    assert await read_state(foreign) == "Suspended"
+    assert await read_state(foreign) == await read_state(asks_again) == "Suspended"
 
 
 async def test_complete_collection_resumes_runs(account, tmp_path):
