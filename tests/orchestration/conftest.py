@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from prefect.context import _temporary_global_settings_context, get_settings_context
+from prefect import context
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -49,9 +49,10 @@ def prefect_api(tmp_path_factory):
     with (
         prefect_server(home) as server,
         temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}),
-        # For threads that copied their context earlier, as in Prefect's own test harness.
-        _temporary_global_settings_context(get_settings_context()),
+        pytest.MonkeyPatch.context() as patch,
     ):
+        # For threads that copied their context earlier, as in Prefect's own test harness.
+        patch.setattr(context, "GLOBAL_SETTINGS_CONTEXT", context.get_settings_context())
         yield PrefectApi(home, server.environment)
         # Logs and events left over after the server has stopped are retried for a minute.
         flush_to_prefect()
@@ -64,7 +65,9 @@ def leave_sockets_to_prefect(items, folder):
     still an error.
     """
     mark = pytest.mark.filterwarnings(
-        r"ignore:Exception ignored in. <(socket\.socket|function _SelectorTransport\.__del__)"
+        # Python 3.14 writes "while finalizing socket <socket.socket …>".
+        r"ignore:Exception ignored (in.|while [a-z ]+) "
+        r"<(socket\.socket|function _SelectorTransport\.__del__)"
         ":pytest.PytestUnraisableExceptionWarning"
     )
     for item in items:
