@@ -100,7 +100,7 @@ def test_the_metadata_says_for_whom_it_is(metadata):
     # There is no public place of it yet, and a URL that leads nowhere helps nobody.
     assert metadata.get_all("Project-URL") is None
     assert metadata["Home-page"] is None
-    assert set(metadata.get_all("Provides-Extra")) == {*EXTRAS, "dev", "docs"}
+    assert set(metadata.get_all("Provides-Extra")) == {*EXTRAS, "dev", "docs", "telemetry"}
 
 
 def test_links_of_the_package_page_are_absolute(metadata):
@@ -216,7 +216,8 @@ def test_what_the_package_imports_it_names_as_a_dependency():
         if name.endswith(".py"):
             imported |= set(imports_of(ast.parse((ROOT / name).read_text())))
     outside = imported - sys.stdlib_module_names - {PACKAGE}
-    assert outside == needed | (set(EXTRAS.values()) - {"s3fs"})
+    # The API of OpenTelemetry is imported only where its SDK is, which brings it.
+    assert outside == needed | (set(EXTRAS.values()) - {"s3fs"}) | {"opentelemetry"}
 
 
 def test_images_are_opened_only_in_named_formats():

@@ -382,18 +382,24 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
         # A comma separates URLs only where the next one begins: paths and queries hold commas.
         images = [part for part in _SEPARATOR.split(text.rstrip("|;, ")) if part]
     else:
-        try:
-            images = json.loads(text)
-        except (ValueError, RecursionError):
-            return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
-        if not all(isinstance(image, str) for image in images):
-            return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
-        if problem := find_cell_problem({"images": " ".join(images)}):
-            return [], [problem]
+        images, problems = _parse_image_list(text)
+        if problems:
+            return [], problems
     if len(images) > 1:
         problem = f"the row has {len(images)} reference images and the service takes one"
         return images, [f"{problem}; give each image a row of its own"]
     return images, []
+
+
+def _parse_image_list(text: str) -> tuple[list[str], list[str]]:
+    try:
+        images = json.loads(text)
+    except (ValueError, RecursionError):
+        return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
+    if not all(isinstance(image, str) for image in images):
+        return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
+    problem = find_cell_problem({"images": " ".join(images)})
+    return images, [problem] if problem else []
 
 
 def _format_references(filled: Mapping[str, str], images: list[str]) -> dict[str, str]:

@@ -179,12 +179,12 @@ async def open_batch(
                     partition_totals.new, partition_totals.old
                 )
                 session.balance = partition_totals.balance
-            with _acknowledge_termination():
+            with acknowledge_termination():
                 yield session, account.concurrent_tasks
 
 
 @contextmanager
-def _acknowledge_termination() -> Iterator[None]:
+def acknowledge_termination() -> Iterator[None]:
     """Let Prefect's engine acknowledge a stop while the batch handles SIGTERM.
 
     `prefect flow-run execute`, as Docker and Kubernetes pools run it, kills an engine at once

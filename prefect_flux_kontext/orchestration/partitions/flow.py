@@ -22,6 +22,7 @@ from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.tables import ManifestSource
 from prefect_flux_kontext.models import Mode, RequestedRatio
 from prefect_flux_kontext.orchestration.batch_run import (
+    acknowledge_termination,
     build_row_options,
     forward_core_logs,
     run_wave,
@@ -172,12 +173,13 @@ async def style_transfer_partition(
             report_progress(store, name, session.progress),
         ):
             lease.stop_when_lost(session.submitter)
-            return await run_partition_rows(
-                session,
-                rows_for_partition(rows.rows(), partition),
-                run_wave,
-                concurrent_tasks=share.slots,
-            )
+            with acknowledge_termination():
+                return await run_partition_rows(
+                    session,
+                    rows_for_partition(rows.rows(), partition),
+                    run_wave,
+                    concurrent_tasks=share.slots,
+                )
 
 
 def rows_for_partition(rows: Iterable[Row | RefusedRow], partition: Partition) -> Iterator[Row]:
