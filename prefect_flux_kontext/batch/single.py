@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.outage import PostGate
@@ -37,7 +37,7 @@ from prefect_flux_kontext.references.ratio import open_ratio_matcher
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
 
     from prefect_flux_kontext.callbacks.options import CallbackOptions
     from prefect_flux_kontext.client.client import FluxKontextClient
@@ -104,7 +104,7 @@ async def submit_once(
         if entry.state not in {State.PLANNED, State.REJECTED}:
             return entry
         try:
-            with _mark_under_way(store, row.key):
+            async with _mark_under_way(store, row.key, settings.concurrent_submits):
                 name = f"{ledger.owner}-{row.key}-{entry.attempt + 1}"
                 await open_wave(store, OpenWave(name=name, owner=ledger.owner, keys=[row.key]))
                 gate = StopGate(settings.stop_timeout)
@@ -206,9 +206,12 @@ async def _wait_until_settled(
     return entry
 
 
-@contextmanager
-def _mark_under_way(store: object, key: str) -> Iterator[None]:
+@asynccontextmanager
+async def _mark_under_way(store: object, key: str, limit: int) -> AsyncIterator[None]:
+    """Mark a request as being submitted, once fewer than `limit` are: a crash leaves no more."""
     mark = (str(store), key)
+    while len(_under_way) >= limit and mark not in _under_way:  # noqa: ASYNC110 - of any thread
+        await asyncio.sleep(_RECHECK_SECONDS)
     if mark in _under_way:
         raise RowAlreadyClaimedError(key)
     _under_way.add(mark)

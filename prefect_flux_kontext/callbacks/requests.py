@@ -90,7 +90,8 @@ class RequestCallbacks:
         """Return the pauses between polls of an accepted task; None for the cadence's own."""
         attempt = get_attempt(entry)
         # One missed callback is enough: a single request is worth no minute of waiting.
-        if self._options.url is None or self._get_folder(attempt).has_missed:
+        is_polled = self._options.url is None or entry.intent is None
+        if is_polled or self._get_folder(attempt).has_missed:
             return None
         return CallbackPauses(self, AwaitedRequest(self, attempt), cadence, self._options.sweep)
 

@@ -31,6 +31,7 @@ from prefect.cache_policies import INPUTS
 from prefect.futures import wait
 from prefect.settings import PREFECT_FLOWS_DEFAULT_RETRIES, PREFECT_TASKS_DEFAULT_RETRIES
 from prefect.settings import temporary_settings as temporary_prefect_settings
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from prefect_flux_kontext import (
     GenerationRequest,
@@ -51,7 +52,7 @@ from tests.chaos.trials import print_now
 from tests.support.s3 import s3_server
 
 SERVICE = SandboxSettings(mean=0.5, long_edge=16, requests_per_minute=1_000_000, api_key=KEY)
-STEPS = {"create": 7, "replace": 3, "read": 8, "image": 2, "request": 6, "download": 2}
+STEPS = {"create": 9, "replace": 3, "read": 8, "image": 2, "request": 6, "download": 2}
 """Calls of a flow of two requests, at each of which it is killed once before and once after."""
 
 
@@ -101,7 +102,7 @@ def run_flow(kind, prompts, output, *, dies=False):
     with temporary_prefect_settings(by_default if kind == "default retries" else {}):
         own = flow(**retried if kind in ("retries=2", "mapped") else {})
         if kind == "mapped":
-            own(mapped)()
+            own(mapped).with_options(task_runner=ThreadPoolTaskRunner(max_workers=64))()
         else:
             asyncio.run(own(gathered)())
 

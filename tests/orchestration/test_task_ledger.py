@@ -14,7 +14,9 @@ from prefect_flux_kontext import (
     submit_generation,
     wait_for_generation,
 )
+from prefect_flux_kontext.batch import single
 from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import (
     ConfigurationError,
@@ -190,6 +192,23 @@ def test_mapped_submits_pay_once_each(account, sandbox, tmp_path):
     assert len(list((tmp_path / "_ledger" / "owners").iterdir())) == 1
     status = asyncio.run(read_ledger_status(open_ledger_store(OutputFolder(tmp_path))))
     assert status.states == {"stored": 10}
+
+
+async def test_few_submits_are_under_way(account, sandbox, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_KONTEXT_CONCURRENT_SUBMITS", "2")
+    numbers, submit = [], Submitter.submit
+
+    async def counted(*args):
+        numbers.append(len(single._under_way))
+        return await submit(*args)
+
+    monkeypatch.setattr(Submitter, "submit", counted)
+    requests = [GenerationRequest(prompt=f"a lighthouse {n}") for n in range(6)]
+    await asyncio.gather(
+        *(submit_generation(request, account, str(tmp_path)) for request in requests)
+    )
+    assert accepted(sandbox) == 6
+    assert max(numbers) == 2
 
 
 def test_image_takes_four_ledger_writes(account, sandbox, tmp_path, monkeypatch):
