@@ -249,7 +249,7 @@ def _find_reference_problem(image: str, base_url: str | None) -> str | None:
     host = parts.hostname
     if parts.scheme not in ("http", "https") or not host:
         problem = find_location_problem(image)
-        if problem and _WEB_URL.search(image):
+        if problem and _WEB_URL.search(image, 1):
             text = redact_text(image)[:100]
             problem = f"image {text!r} holds other text beside a URL; keep only the URL"
         return problem

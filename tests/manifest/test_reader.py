@@ -133,7 +133,7 @@ def test_quoted_cell_keeps_commas_and_line_ends(manifest):
         (f'id,image,prompt\n1,{URL},"oil"x\n'.encode(), "[Ll]ine 2 .*is not valid CSV"),
         (GOOD.encode("utf-16"), "[Ll]ine 1 .*not UTF-8; save the manifest as UTF-8"),
         (GOOD.encode("utf-16-be"), "NUL characters, as in UTF-16"),
-        (GOOD.replace(",", ";").encode(), "delimiter seems to be semicolons; use commas"),
+        (GOOD.replace(",", "|").encode(), "delimiter seems to be pipes; use commas"),
         (f"1,{URL},oil\n".encode(), "header seems to be missing; add a first line"),
         (b"<!DOCTYPE html>\n<html>404</html>\n", "looks like an HTML or XML page"),
         (f"id,image,prompt\n1,{URL},été\n".encode("latin-1"), "[Ll]ine 2 .*not UTF-8"),
