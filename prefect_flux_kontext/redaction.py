@@ -83,6 +83,11 @@ def redact_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, query_string, ""))
 
 
+def is_plain_url(url: str) -> bool:
+    """Whether a URL is on the web and cannot be signed: a query may be a signature."""
+    return url.startswith(("https://", "http://")) and "?" not in url and make_showable(url) == url
+
+
 def redact_text(text: str) -> str:
     """Return text with every URL in it redacted, also in JSON with escaped characters."""
     text = _CALLBACK_TOKEN.sub("…", text)
