@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from prefect_flux_kontext.redaction import is_plain_url, redact_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -57,15 +59,16 @@ def utc_now() -> datetime:
 class _RedactedRepr(BaseModel):
     """Base class of models whose repr holds no secrets.
 
-    The repr leaves out the query strings of URLs, which may be signed, and the callback URL.
+    The repr leaves out the query strings of URLs, which may be signed, passwords, and the
+    callback URL.
     """
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
             if name in ("image_urls", "result_urls"):
-                yield name, [url.partition("?")[0] for url in value]
+                yield name, [redact_text(url).partition("?")[0] for url in value]
             elif name != "callback_url" or value is None:
-                yield name, value
+                yield name, redact_text(value) if isinstance(value, str) else value
 
 
 class GenerationRequest(_RedactedRepr):
@@ -276,11 +279,7 @@ class GenerationResult(_RedactedRepr):
         ]
         return _format_figures(
             f"Task {self.task_id}",
-            [
-                (caption, url)
-                for caption, url in pictures
-                if url.startswith(("https://", "http://")) and "?" not in url
-            ],
+            [(caption, url) for caption, url in pictures if is_plain_url(url)],
         )
 
 

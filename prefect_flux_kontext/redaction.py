@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 # The lookbehind keeps the search linear: it starts once for each run of scheme characters.
 _URL_START = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+:(?:\\*/){2}")
 _WORD = re.compile(r"\S+")
-_JSON_ESCAPE = re.compile(r"\\+u00([0-9a-fA-F]{2})|\\+(/)")
+_JSON_ESCAPE = re.compile(r"\\+(?:u00|x)([0-9a-fA-F]{2})|\\+(/)")
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 )
@@ -21,7 +21,8 @@ _CONTROL = re.compile(
 # Parameters that sign or authorize, in any store or CDN: AWS, Google, Azure, Alibaba, Huawei,
 # Tencent (q-…), Akamai (hdnts), Discord (hm).
 _SECRET_PARAMETER = re.compile(
-    r"x-[a-z0-9]+-.*|q-.*|hm|hdn(?:ts|ea)|sig|sign|jwt|key|pwd|auth|.*[-_]auth|authorization|"
+    r"x-[a-z0-9]+-.*|q-.*|hm|hdn(?:ts|ea)|sig|sign|jwt|key|pwd|pass|auth|.*[-_]auth|authorization|"
+    r"code|md5|oh|otp|ticket|.*verifier|"
     r".*(?:token|signature|credential|secret|passw|hmac|session|api[-_]?key|access[-_]?(?:key|id)).*"
 )
 # Plain names, which belong to a signature only beside one of the above.
@@ -30,6 +31,12 @@ _BESIDE_SIGNATURE = re.compile(
     r"se|sp|sv|sr|ss|st|sip|spr|srt|sdd|skoid|sktid|skt|ske|sks|skv"
 )
 _USER_INFO = re.compile(r"//[^/?#]*@")
+# A password in what is nearly a URL: `https:/user:password@host`, `//user:password@host`.
+_LOOSE_PASSWORD = re.compile(
+    r"(?<=[/\\])[^/\\?#\s:%]{0,200}(?::|%3A)[^/\\?#\s]{1,1000}?(?:@|\uff20|%40)", re.IGNORECASE
+)
+# What is before `=` or `:`, also in brackets or in JSON.
+_NAME = re.compile(r"""([^;&?#,\[\]{}"'=:\s]+)["'\]]*\s*[=:]""")
 # The token at the end of a callback URL, see `callbacks.tokens`.
 _CALLBACK_TOKEN = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{32}\.\d{1,6}\.[A-Za-z0-9_-]{43}")
 _PUNCTUATION = "\"'()[]{}<>,.;:!"
@@ -76,12 +83,17 @@ def redact_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, query_string, ""))
 
 
+def is_plain_url(url: str) -> bool:
+    """Whether a URL is on the web and cannot be signed: a query may be a signature."""
+    return url.startswith(("https://", "http://")) and "?" not in url and make_showable(url) == url
+
+
 def redact_text(text: str) -> str:
     """Return text with every URL in it redacted, also in JSON with escaped characters."""
     text = _CALLBACK_TOKEN.sub("…", text)
-    if ":/" not in text and ":\\" not in text:
-        return text
-    return _WORD.sub(lambda found: _redact_word(found[0]), text)
+    if ":/" in text or ":\\" in text:
+        text = _WORD.sub(lambda found: _redact_word(found[0]), text)
+    return _LOOSE_PASSWORD.sub("", text)
 
 
 def make_showable(text: str) -> str:
@@ -112,7 +124,7 @@ def _redact_found(text: str) -> str:
 def _is_secret(name: str, value: str = "") -> bool:
     """Whether a parameter, or one nested in its value, is part of a signature or a password."""
     more = os.environ.get("FLUX_KONTEXT_SECRET_PARAMETERS", "").lower().replace(",", " ").split()
-    names = (part.partition("=")[0].lower() for part in re.split("[;&?#]", f"{name}={value}"))
+    names = _NAME.findall(f"{name}={value}".lower())
     return bool(_USER_INFO.search(value)) or any(
         _SECRET_PARAMETER.fullmatch(name) or name in more for name in names
     )

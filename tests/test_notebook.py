@@ -12,10 +12,12 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import StorageError
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.models import GenerationRequest, GenerationResult, StoredImage
+from prefect_flux_kontext.orchestration.approval import _show_references
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.support.batches import KEY, run
 from tests.support.pictures import picture
+from tests.test_redaction import SECRET, UNUSUAL, URLS
 
 MARKUP = "<script>alert(1)</script>"
 
@@ -78,6 +80,17 @@ def test_result_shows_before_and_after_without_signatures():
         ("https://x.test/b.jpg", "after"),
     ]
     assert "secret" not in page
+
+
+@pytest.mark.parametrize("url", [url for url in [*URLS, *UNUSUAL] if url.startswith("http")])
+def test_secret_of_a_url_is_not_shown(url):
+    """Signatures are not only in queries: some are in the path, and passwords before the host."""
+    result = GenerationResult(
+        task_id="t", result_urls=[url], request=GenerationRequest(prompt=f"see {url}")
+    )
+    manifest = Manifest([{"image": url, "prompt": "oil"}])
+    shown = _show_references(manifest) + result._repr_html_() + repr(result) + repr(result.request)
+    assert SECRET not in shown
 
 
 def test_markup_is_only_shown():

@@ -378,28 +378,30 @@ def _parse_references(filled: Mapping[str, str]) -> tuple[list[str], list[str]]:
         return images, []
     if images:
         return images, ["the row has both `image` and `images`; remove one of them"]
-    if not text.startswith("["):
+    problem = None
+    if text.startswith("["):
+        images, problem = _parse_list(text)
+    else:
         # A comma separates URLs only where the next one begins: paths and queries hold commas.
         images = [part for part in _SEPARATOR.split(text.rstrip("|;, ")) if part]
-    else:
-        images, problems = _parse_image_list(text)
-        if problems:
-            return [], problems
     if len(images) > 1:
-        problem = f"the row has {len(images)} reference images and the service takes one"
-        return images, [f"{problem}; give each image a row of its own"]
-    return images, []
+        problem = (
+            f"the row has {len(images)} reference images and the service takes one; give each "
+            "image a row of its own"
+        )
+    return images, [problem] if problem else []
 
 
-def _parse_image_list(text: str) -> tuple[list[str], list[str]]:
+def _parse_list(text: str) -> tuple[list[str], str | None]:
+    """Return the references in a JSON list, or why there are none."""
     try:
         images = json.loads(text)
     except (ValueError, RecursionError):
-        return [], [f"images {redact_text(text)[:60]!r} is not a valid JSON list"]
+        return [], f"images {redact_text(text)[:60]!r} is not a valid JSON list"
     if not all(isinstance(image, str) for image in images):
-        return [], [f"images {redact_text(text)[:60]!r} must be a JSON list of strings"]
+        return [], f"images {redact_text(text)[:60]!r} must be a JSON list of strings"
     problem = find_cell_problem({"images": " ".join(images)})
-    return images, [problem] if problem else []
+    return [] if problem else images, problem
 
 
 def _format_references(filled: Mapping[str, str], images: list[str]) -> dict[str, str]:

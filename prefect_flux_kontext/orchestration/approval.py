@@ -22,6 +22,7 @@ from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.orchestration.artifacts import read_run_sheet
 from prefect_flux_kontext.orchestration.batch_run import open_batch, run_wave
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key
+from prefect_flux_kontext.redaction import is_plain_url
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
@@ -188,9 +189,5 @@ def _show_references(rows: Manifest) -> str:
     """Return the first references as Markdown images, where a browser finds them."""
     first = itertools.islice(rows.rows(), _MAX_REFERENCES_SHOWN)
     urls = [url for row in first if isinstance(row, Row) for url in row.request.image_urls]
-    # A URL with a query may be signed, and Prefect would keep it.
-    return " ".join(
-        f"![]({quote(url, safe=':/%')})"
-        for url in urls
-        if url.startswith(("https://", "http://")) and "?" not in url
-    )
+    # Prefect would keep the signature of a URL.
+    return " ".join(f"![]({quote(url, safe=':/%')})" for url in urls if is_plain_url(url))
