@@ -43,7 +43,7 @@ _SHARD = re.compile(r"shard-(\d{6})\.(tar|parquet)")
 
 _DOWNLOAD_TIMEOUT_SECONDS = 30.0
 
-_ROW_GROUP_BYTES = 32 * 2**20
+_ROW_GROUP_BYTES = 8 * 2**20
 
 _TEXT_COLUMNS = ("id", "style", "prompt", "mode", "aspect_ratio", "output_format", "provider")
 _COLUMNS = (*_TEXT_COLUMNS, "verdict", "check_flags", "key")
@@ -258,7 +258,15 @@ class _ParquetShard:
         self._rows: list[dict[str, Any]] = []
         self._pa = pa
         self._schema = pa.schema(fields, metadata={"huggingface": described})
-        self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
+        # Images are compressed already, and a dictionary of them would only take memory.
+        self._writer = pq.ParquetWriter(
+            file,
+            self._schema,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            memory_pool=pa.system_memory_pool(),
+        )
 
     def add(self, sample: Sample, number: int) -> None:
         line = sample.line

@@ -200,7 +200,7 @@ class ThumbnailCollector:
 
     def _make_reference(self, name: str, data: bytes) -> bytes:
         thumbnail = make_thumbnail(data, REFERENCE_EDGE_PIXELS)
-        with Image.open(io.BytesIO(thumbnail)) as image:
+        with Image.open(io.BytesIO(thumbnail), formats=("WEBP",)) as image:
             self._fingerprints[name] = take_fingerprint(image)
         return thumbnail
 

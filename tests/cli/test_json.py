@@ -41,7 +41,7 @@ def test_json_has_the_documented_fields(sandbox, run):
     assert run("run", "MANIFEST", "OUTPUT", "--dry-run", "--json")[1] == plan
     status, summary, _ = run("run", "MANIFEST", "OUTPUT", "--json")
     assert (status, summary["stored"], summary["failed"]) == (1, 1, 1)
-    assert set(summary) == documented("run, retry-failed, collect")
+    assert set(summary) == documented("run, retry-failed, redo, collect")
     assert set(summary["failures"][0]) == documented("Rows that are not stored")
     status, ledger, _ = run("status", "OUTPUT", "--json")
     assert (status, ledger["states"]) == (0, {"stored": 1, "failed": 1})
