@@ -23,11 +23,13 @@ from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import read_finished_rows, read_open_waves
+from prefect_flux_kontext.orchestration.partitions.progress import read_progress
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
 FROZEN = Path(__file__).parent / "first_format"
 OUTSTANDING = {"task_3f32a5fc21bab70b": "a slow hill", "task_c1e5a640483ee6c8": "a single request"}
+FLOW_RUN = "7d7f1f0e-5a3b-4a7e-9c63-0b1f3c2d4e5f"
 UNKNOWN = "3f1416c1b1290e6bc6247f82ee10385b"
 RECORDS = sorted(
     path.relative_to(FROZEN / "out" / "_ledger").as_posix()
@@ -127,6 +129,10 @@ def test_gallery_merges_the_parts_of_results(folder):
     results = read_results(folder)
     assert results["part"]["state"] == "stored"
     assert results["mug"]["sku"] == "A-1"
+
+
+def test_progress_of_a_partition_is_read(store):
+    assert asyncio.run(read_progress(store, FLOW_RUN)).stored == 2
 
 
 READERS = {
