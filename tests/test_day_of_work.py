@@ -22,11 +22,11 @@ from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time, pytest.mark.timeout(1_200)]
 
 KEY = "key-of-the-tests"
 HOURS = 24
-ROWS = 10
+ROWS = 5
 WARM_UP_HOURS = 4
 
 

@@ -110,6 +110,7 @@ async def create_run(output):
     ).id
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("behavior", ["reschedule", "relinquish"])
 def test_stopped_container_discards_no_reply(sandbox, tmp_path, prefect_api, behavior):
     """Kubernetes evicts the pod of a flow run, as `prefect flow-run execute` sees it."""
