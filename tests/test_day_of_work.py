@@ -17,7 +17,7 @@ from prefect_flux_kontext.client.limits.account import AccountLimiter
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.images.download import open_download_client
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.sandbox.app import create_app
+from prefect_flux_kontext.sandbox.app import Sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -43,7 +43,7 @@ def measure(folder):
 
 async def work_an_hour(hour, output, monkeypatch):
     """Run a batch of the hour against a service of its own, and sleep until the hour is over."""
-    app = create_app(SandboxSettings(mean=20, long_edge=64, api_key=KEY))
+    app = Sandbox(SandboxSettings(mean=20, long_edge=64, api_key=KEY)).app
     transport = httpx.ASGITransport(app)
     limiter = AccountLimiter(requests_per_minute=10_000, concurrent_tasks=10)
     client = FluxKontextClient(
