@@ -145,6 +145,12 @@ class Trial:
         process.start()
         return Started(process, log)
 
+    def run(self, **options):
+        """Run the flow to its end; 1,000 requests may take long on a busy machine."""
+        running = self.start(**options)
+        running.lives_for(3_600)
+        return running.end()
+
     def stop(self, running, how):
         """Stop a process by a signal, or as Prefect's runner does after a cancellation."""
         if how == "cancel":
@@ -210,14 +216,14 @@ class Trial:
 
     def finish(self, *, collects=False):
         """Let the flow end, settle what is unknown, check, and return the line of the results."""
-        self.start().end()
+        self.run()
         self.batch.service.active_faults.change(FaultPlan())
         unknown = self.settle()
         if collects:
             ended = self.batch.command("collect")
             if ended.status not in (0, 1):
                 self.problems.append(f"collect: {ended.said[-500:]}")
-        last = self.start().end()
+        last = self.run()
         if last.status != 0:
             self.problems.append(f"the last run failed: {last.said[-800:]}")
         before = len(self.records)
