@@ -60,6 +60,11 @@ def test_api_has_every_public_name(api):
     assert missing == []
 
 
+def test_api_has_every_advanced_option(api):
+    names = prefect_flux_kontext.AdvancedOptions.__annotations__
+    assert [name for name in names if f'"{name}"' not in api] == []
+
+
 def test_command_line_page_has_every_option(site):
     page = (site / "cli.txt").read_text(encoding="utf-8")
     assert [
