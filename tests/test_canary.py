@@ -81,6 +81,9 @@ if ending == "well":
         ["run", manifest, output + "2", "--text-to-image"],
         run,
         ["status", output],
+        ["status", output, "--json"],
+        ["plan", manifest, output, "--text-to-image", "--json"],
+        run + ["--json"],
         ["gallery", output],
     ):
         main(command)
@@ -164,6 +167,9 @@ def test_no_secret_is_said_or_left_behind(ending, tmp_path):
     manifest.unlink()
     (tmp_path / "served" / "m.csv").unlink()
     for path in tmp_path.rglob("failed.csv"):
+        assert not [
+            secret for secret in SECRETS if secret != SIGNATURE and secret in path.read_text()
+        ]
         path.unlink()
     assert leaks(tmp_path) == []
     if ending == "well":
@@ -231,6 +237,7 @@ def there_is_what_was_searched(program, folder):
         assert logger in program.stderr, logger
     for there in ("4/results.jsonl", "user name or password in its URL", "no manifest at"):
         assert there in program.stdout + program.stderr or (folder / f"out{there}").exists(), there
+    assert list((folder / "out2").rglob("format.json"))
     for name in ("results.jsonl", "gallery.html", "*.intent.json"):
         files = list((folder / "out2").rglob(name))
         assert any("/references/cat.png" in path.read_text() for path in files), name
