@@ -8,7 +8,7 @@
 # 3.13.15-slim-trixie, the digest of its index of platforms
 FROM python:3.13-slim-trixie@sha256:9d2e5553305c7c7b0097999bb17187c69b921ccd6bc9d40e4bb5ebe652c00285 AS build
 WORKDIR /src
-COPY constraints.txt LICENSE README.md pyproject.toml ./
+COPY constraints.txt hatch_build.py LICENSE README.md pyproject.toml ./
 RUN python -m venv /build \
  && /build/bin/pip install --no-cache-dir --constraint constraints.txt hatchling \
  && python -m venv /opt/flux-kontext
