@@ -18,7 +18,7 @@ test: .venv/installed-dev ## run all tests, with branch coverage
 fuzz: .venv/installed-dev ## try other inputs for everything that others can write, for some minutes
 	@$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0 --numprocesses $(WORKERS)
 
-chaos: .venv/installed-dev ## 50,000 rows, every fault, hundreds of kills, 10,000 seeds, and write docs/reliability.md (an hour)
+chaos: .venv/installed-dev ## every fault, a thousand kills, 10,000 seeds, and write docs/reliability.md (hours; goes on where it ended)
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write
 
 bench: .venv/installed-dev ## measure all that docs/performance.md tells (two hours; nothing else should run)
