@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.batch.deferral import Deferral
+from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
@@ -149,7 +150,7 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
         began = loop.time()
         session: Any = SimpleNamespace(
             output="",
-            submitter=SimpleNamespace(stopped=None, spent=0.0),
+            submitter=SimpleNamespace(stopped=None, spent=0.0, spending=Spending()),
             deferral=Deferral(on=False),
         )
         rows: Any = range(images)

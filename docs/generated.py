@@ -31,7 +31,8 @@ def settings_page() -> str:
     """Return the page of the environment settings, made from the settings class."""
     lines = [_SETTINGS, "| variable | default | meaning |", "|---|---|---|"]
     for name, field in FluxKontextSettings.model_fields.items():
-        default = "" if field.default is None else f"`{field.default}`"
+        value = field.get_default(call_default_factory=True)
+        default = "" if value in (None, [], {}) else f"`{value}`"
         lines.append(
             f"| `FLUX_KONTEXT_{name.upper()}` | {default} | {_cell(field.description or '')} |"
         )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from prefect_flux_kontext.addresses import is_loopback_host
 from prefect_flux_kontext.callbacks.tokens import create_token, validate_secret
+from prefect_flux_kontext.client.addresses import is_loopback_host
 from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import httpx
 from pydantic import SecretStr
 
-from prefect_flux_kontext.addresses import is_public_host
+from prefect_flux_kontext.client.addresses import is_public_host
 from prefect_flux_kontext.client.limits.account import AccountLimiter, shared_limiter
 from prefect_flux_kontext.client.responses import (
     read_balance,

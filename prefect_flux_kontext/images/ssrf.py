@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import httpx
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from prefect_flux_kontext.addresses import (
+from prefect_flux_kontext.client.addresses import (
     METADATA_SERVICE,
     Address,
     classify_non_public,

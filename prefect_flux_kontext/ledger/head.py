@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from prefect_flux_kontext.addresses import is_loopback_host
+from prefect_flux_kontext.client.addresses import is_loopback_host
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.records import RECORD_VERSION, RecordVersion
 from prefect_flux_kontext.models import utc_now

@@ -42,7 +42,7 @@ _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 _BOMB_MIN_CHARACTERS = 2**26
 _BOMB_RATIO = 200
 # Reading 4,000,000 cells takes some 3 s, and a small file can have any number of empty ones.
-_MAX_CELLS = 4_000_000
+_MAX_CELLS = 3_000_000
 _MAX_CELLS_A_BYTE = 4
 _CHUNK_BYTES = 2**20
 # The first line by which a file names its delimiter to Excel.

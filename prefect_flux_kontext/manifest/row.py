@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import ValidationError
 
-from prefect_flux_kontext.addresses import is_public_host
+from prefect_flux_kontext.client.addresses import is_public_host
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.columns import find_cell_problem
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template

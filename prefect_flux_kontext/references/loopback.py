@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from prefect_flux_kontext.addresses import is_loopback_host
+from prefect_flux_kontext.client.addresses import is_loopback_host
 from prefect_flux_kontext.references.staging import Staging
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from prefect_flux_kontext.batch.deferral import Deferral
+from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import WAVE_ROWS, run_waves
 from prefect_flux_kontext.errors import LedgerError
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 def make_session():
-    submitter = SimpleNamespace(stopped=None, spent=0.0)
+    submitter = SimpleNamespace(stopped=None, spent=0.0, spending=Spending())
     submitter.stop = lambda why: setattr(submitter, "stopped", why)
     return SimpleNamespace(output="", submitter=submitter, deferral=Deferral(on=False))
 

@@ -156,7 +156,7 @@ async def test_progress_without_terminal_is_a_line_every_10_s(capsys):
     """The time left follows from the pace of the rows since the first ones ended."""
     batch = BatchSummary(output="out")
     submitter = SimpleNamespace(accepted=32, outstanding={"a", "b"}, spent=0.96)
-    session = SimpleNamespace(rows=SimpleNamespace(progress=batch), submitter=submitter)
+    session = SimpleNamespace(progress=batch, submitter=submitter)
     async with show_progress(session, 40):
         await asyncio.sleep(15)
         batch.rows, batch.stored, batch.failed = 28, 25, 3

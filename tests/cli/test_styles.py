@@ -15,7 +15,7 @@ PHOTO = next(iter(sorted(path.name for path in PHOTOS.iterdir() if path.suffix =
 def manifest(tmp_path):
     """Write a manifest of two photographs and return its path."""
 
-    def write(url="http://references.test", **more):
+    def write(url="http://references.example.com", **more):
         path = tmp_path / "m.csv"
         with path.open("w", newline="") as file:
             writer = csv.writer(file)

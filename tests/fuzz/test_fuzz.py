@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.addresses import classify_host
 from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
 from prefect_flux_kontext.callbacks.tokens import Attempt, create_token, parse_token
+from prefect_flux_kontext.client.addresses import classify_host
 from prefect_flux_kontext.client.responses import (
     read_balance,
     read_callback,

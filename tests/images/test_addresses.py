@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.addresses import (
+from prefect_flux_kontext.client.addresses import (
     classify_host,
     classify_non_public,
     is_loopback_host,

@@ -235,7 +235,7 @@ async def test_flow_is_deployed_from_code_with_options(place):
         parameters={
             "manifest": place.write_manifest("own.csv", "a bridge"),
             "output": str(place.folder / "own"),
-            "cadence": PollingCadence(initial_delay=0, interval=0.1).model_dump(),
+            "advanced": {"cadence": PollingCadence(initial_delay=0, interval=0.1).model_dump()},
         },
         poll_interval=0.5,
     )

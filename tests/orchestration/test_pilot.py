@@ -41,7 +41,8 @@ async def test_pilot_on_a_worker_waits_for_resume(prefect_api, tmp_path):
         prefect("deploy", entrypoint, "--name", "pilot", "--pool", "pilots")
         async with get_client() as client:
             deployment = await client.read_deployment_by_name("style-transfer-batch/pilot")
-            parameters = {"manifest": str(tmp_path / "m.csv"), "output": str(output), "pilot": 3}
+            parameters = {"manifest": str(tmp_path / "m.csv"), "output": str(output)}
+            parameters["advanced"] = {"pilot": 3}
             run = await client.create_flow_run_from_deployment(
                 deployment.id, parameters=parameters
             )

@@ -159,7 +159,7 @@ async def test_batch_runs_without_delete_permission(
     # The report is complete: a missing permission to remove files is no warning either.
     assert caplog.messages == []
     assert names(server, tmp_path.name) >= {"results.jsonl", "results.parquet", "gallery.html"}
-    assert b"b,nsfw,CONTENT_VIOLATION" in await output.read("failed.csv")
+    assert b"b,nsfw,2,CONTENT_VIOLATION" in await output.read("failed.csv")
     assert sandbox.service.bill()["accepted"] == 2
     assert (await read_ledger_status(open_ledger_store(output))).states == {
         State.STORED: 1,
