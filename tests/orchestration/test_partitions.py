@@ -30,6 +30,7 @@ from prefect_flux_kontext.orchestration.partitions.flow import style_transfer_pa
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
+from tests.orchestration.conftest import flush_to_prefect
 from tests.orchestration.deployed import wait_for_state
 from tests.orchestration.partition_workers import (
     ROOT,
@@ -52,6 +53,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def workers(prefect_api, tmp_path_factory):
+    flush_to_prefect()  # a broken connection of an earlier module is not used again
     asyncio.run(deploy("tested", pool="partitions"))
     asyncio.run(deploy("without-workers", pool="without-workers"))
     folder = tmp_path_factory.mktemp("partitions")
