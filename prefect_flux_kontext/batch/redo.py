@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import open_ledger_store
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.ledger.records import Intent
     from prefect_flux_kontext.report.verdicts import Verdict
     from prefect_flux_kontext.storage.filesystem import OutputFolder
-
-_PARAMETERS = ("mode", "aspect_ratio", "output_format", "provider")
 
 
 async def read_redo_manifest(
@@ -89,7 +88,7 @@ async def read_redo_manifest(
 def _make_cells(intent: Intent, verdict: Verdict, custom: Mapping[str, str]) -> dict[str, str]:
     request = intent.request
     cells = {name: str(text) for name, text in custom.items() if name not in MANIFEST_COLUMNS}
-    cells |= {name: getattr(request, name) for name in _PARAMETERS}
+    cells |= {name: getattr(request, name) for name in REQUEST_COLUMNS}
     if request.image_urls:
         cells["images"] = json.dumps(request.image_urls)
     if verdict.style:
