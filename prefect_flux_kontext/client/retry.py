@@ -19,7 +19,7 @@ _HIGH_SHARE = 0.4
 
 
 def jittered_backoff(attempt: int, *, base: float = 1.0, longest: float = 30.0) -> float:
-    """Return the seconds to wait after so many failed attempts.
+    """Return the seconds to wait after this number of failed attempts.
 
     The ceiling doubles with each attempt; the delay is random between a quarter of the ceiling
     and the ceiling.
