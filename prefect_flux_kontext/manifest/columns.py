@@ -35,6 +35,9 @@ MAX_CELL_CHARACTERS = 131_072
 """The default field limit of the `csv` module, applied to every format. It is thirteen times the
 longest prompt."""
 
+MAX_LINE_CHARACTERS = 1_000_000
+"""Of a line, or of a value in a JSON text; more of it is never held."""
+
 _IMAGE_COLUMN = re.compile(r"image|img|photo|foto|pic|bild", re.IGNORECASE)
 
 

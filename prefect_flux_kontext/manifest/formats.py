@@ -13,45 +13,35 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-import fsspec.compression
-
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import (
     COLUMNS,
     MAX_BLANK_ROWS,
     MAX_CELL_CHARACTERS,
     MAX_COLUMNS,
+    MAX_LINE_CHARACTERS,
     Columns,
     Line,
     find_cell_problem,
     to_cells,
 )
+from prefect_flux_kontext.manifest.compression import decompress
+from prefect_flux_kontext.manifest.json_values import split_values
 from prefect_flux_kontext.references.remote import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-_MAX_LINE_CHARACTERS = 1_000_000
-_ZSTD_BUFFER_BYTES = 65_536
-# Four bytes can make a block of 128 kB, so this bounds what one read decompresses to 16 MB.
-_ZSTD_READ_BYTES = 512
-# A larger window is refused, because zstd would hold it in memory.
-_ZSTD_MAX_WINDOW_BYTES = 2**27
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 # A file that exceeds both limits is a decompression bomb: no real table compresses that well.
 _BOMB_MIN_CHARACTERS = 2**26
 _BOMB_RATIO = 200
-# Reading 4,000,000 cells takes some 3 s, and a small file can have any number of empty ones.
+# Reading a million cells takes 0.7 to 1.4 s, and a small file can have any number of empty ones.
 _MAX_CELLS = 3_000_000
 _MAX_CELLS_A_BYTE = 4
 _CHUNK_BYTES = 2**20
 # The first line by which a file names its delimiter to Excel.
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])", re.IGNORECASE)
-# The text of a JSON file that is looked at together.
-_PIECE_CHARACTERS = 65_536
-_JSON_VALUE = re.compile(r"[^\s,]")
-# Finds where values end. Their numbers are read later, so long ones cost no time here.
-_JSON_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 # Column lists of JSON objects that are kept, so that each shape is checked once.
 _MAX_CACHED_SHAPES = 1_000
 
@@ -94,7 +84,7 @@ def detect_kind(url: str) -> ManifestFormat:
     with open_source(url) as (stored, content_type):
         if content_type in _KIND_BY_CONTENT_TYPE:
             return _KIND_BY_CONTENT_TYPE[content_type]
-        with _decompress(stored, compression, url) as data:
+        with decompress(stored, compression, url) as data:
             head = data.read(_HEAD_BYTES)
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -163,10 +153,10 @@ def read_delimited(
         nonlocal row_characters, line
         for line in lines:
             row_characters += len(line)
-            if row_characters > _MAX_LINE_CHARACTERS:
+            if row_characters > MAX_LINE_CHARACTERS:
                 raise ManifestError(
                     f"The row that starts on line {first_line + lines_before} of {url} has more "
-                    f"than {_MAX_LINE_CHARACTERS:,} characters; it may have a quote that is never "
+                    f"than {MAX_LINE_CHARACTERS:,} characters; it may have a quote that is never "
                     "closed."
                 )
             yield line
@@ -357,79 +347,11 @@ def _read_json_texts(url: str) -> Iterator[tuple[int, str]]:
         number, start = number + 1, next(pieces, "")
     lines = itertools.chain([start], pieces)
     if start.lstrip().startswith("[") or start.strip() == "{":
-        yield from _split_values(lines, url, number)
+        yield from split_values(lines, url, number)
         return
     for place, line in enumerate(lines, number):
         _check_line_length(line, place, url)
         yield place, line
-
-
-def _split_values(pieces: Iterator[str], url: str, line: int) -> Iterator[tuple[int, str]]:
-    """Yield the values of a JSON array, or of JSON values one after another.
-
-    A value is numbered by the line that it ends on, or by its place if that is higher. Memory is
-    bounded by the limit for a line, which each value has to keep.
-
-    Args:
-        pieces: The text.
-        url: The manifest, for messages.
-        line: The line on which the text starts.
-    """
-    text = _take(pieces, _PIECE_CHARACTERS).lstrip()
-    is_array = text.startswith("[")
-    at, number = int(is_array), line - 1
-    while True:
-        start, found = at, _JSON_VALUE.search(text, at)
-        at = found.start() if found else len(text)
-        line += text.count("\n", start, at)
-        if is_array and text.startswith("]", at):
-            if any(map(str.strip, itertools.chain([text[at + 1 :]], pieces))):
-                raise ManifestError(f"The manifest {url} goes on after its JSON array.")
-            return
-        end, problem = _find_value_end(text, at)
-        # The end of the text may be in the middle of a value.
-        if end in (None, len(text)) and (
-            more := _take(pieces, max(_PIECE_CHARACTERS, len(text) - at))
-        ):
-            if len(text) - at > _MAX_LINE_CHARACTERS:
-                raise ManifestError(
-                    f"The value that starts on line {line} of {url} is not valid JSON, or has "
-                    f"more than {_MAX_LINE_CHARACTERS:,} characters."
-                )
-            text, at = text[at:] + more, 0
-            continue
-        if at == len(text) and not is_array:
-            return
-        if end is None:
-            problem = (
-                problem if at < len(text) else "the array has no end; the file may be cut off"
-            )
-            raise ManifestError(f"Line {line} of {url} is not valid JSON: {problem}.")
-        line += text.count("\n", at, end)
-        number = max(number + 1, line)
-        yield number, text[at:end]
-        at = end
-
-
-def _find_value_end(text: str, at: int) -> tuple[int | None, str]:
-    """Return where the JSON value that starts at a position ends, or None and why it does not."""
-    try:
-        return _JSON_DECODER.raw_decode(text, at)[1], ""
-    except json.JSONDecodeError as error:
-        return None, error.msg
-    except RecursionError:
-        return None, "it is nested too deeply"
-
-
-def _take(pieces: Iterator[str], characters: int) -> str:
-    """Return the next pieces of a text, with at least this many characters if there are."""
-    taken, size = [], 0
-    for piece in pieces:
-        taken.append(piece)
-        size += len(piece)
-        if size >= characters:
-            break
-    return "".join(taken)
 
 
 def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
@@ -467,7 +389,7 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool, is_limited: bool = True
     with open_source(url) as (stored, _):
         size = _measure_size(stored)
         with (
-            _decompress(stored, compression, url) as data,
+            decompress(stored, compression, url) as data,
             io.TextIOWrapper(
                 data,
                 encoding="utf-8-sig",
@@ -476,7 +398,7 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool, is_limited: bool = True
             ) as text,
         ):
             number = read = cells = 0
-            while line := text.readline(_MAX_LINE_CHARACTERS + 1):
+            while line := text.readline(MAX_LINE_CHARACTERS + 1):
                 number += 1
                 read += len(line)
                 if is_limited:
@@ -494,10 +416,9 @@ def _read_text_lines(url: str, *, line_ends_at_cr: bool, is_limited: bool = True
 
 
 def _check_line_length(line: str, number: int, url: str) -> None:
-    if len(line) > _MAX_LINE_CHARACTERS:
+    if len(line) > MAX_LINE_CHARACTERS:
         raise ManifestError(
-            f"Line {number} of {url} has more than {_MAX_LINE_CHARACTERS:,} characters; shorten "
-            "it."
+            f"Line {number} of {url} has more than {MAX_LINE_CHARACTERS:,} characters; shorten it."
         )
 
 
@@ -505,58 +426,6 @@ def _measure_size(stored: Any) -> int:
     size = stored.seek(0, io.SEEK_END)
     stored.seek(0)
     return int(size)
-
-
-@contextmanager
-def _decompress(stored: Any, compression: str | None, url: str) -> Iterator[Any]:
-    if compression is None:
-        yield stored
-    elif compression == "zstd":
-        with io.BufferedReader(_ZstandardReader(stored, url), _ZSTD_BUFFER_BYTES) as data:
-            yield data
-    else:
-        with fsspec.compression.compr[compression](stored, mode="rb") as data:
-            yield data
-
-
-class _ZstandardReader(io.RawIOBase):
-    """Zstandard reader that reads all frames and raises EOFError when the last one is truncated.
-
-    The library's own reader does neither.
-    """
-
-    def __init__(self, stored: Any, url: str) -> None:
-        try:
-            import zstandard  # noqa: PLC0415 - an extra
-        except ImportError:
-            raise ManifestError(
-                f"To read {url}, install `prefect-flux-kontext[zstd]`, or decompress it first."
-            ) from None
-        self._stored = stored
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
-        self._new_frame = decompressor.decompressobj
-        self._frame = self._new_frame()
-        self._ready = memoryview(b"")
-        self._is_inside_frame = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._is_inside_frame = self._new_frame(), False
-            packed = packed or self._stored.read(_ZSTD_READ_BYTES)
-            if not packed:
-                if self._is_inside_frame:
-                    raise EOFError("the compressed file is truncated")
-                return 0
-            self._is_inside_frame = True
-            self._ready = memoryview(self._frame.decompress(packed))
-        chunk, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
-        buffer[: len(chunk)] = chunk
-        return len(chunk)
 
 
 def _find_width_problem(columns: list[str], width: int, values: list[str]) -> str | None:
