@@ -16,7 +16,6 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import find_reference_problems
 from prefect_flux_kontext.manifest.tables import ManifestSource
 from prefect_flux_kontext.models import (
@@ -47,6 +46,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     StorageOptions,
     StyleName,
     StyleNames,
+    build_manifest,
     flow_without_rows,
     open_output,
 )
@@ -266,24 +266,16 @@ async def style_transfer_batch(
         else None
     )
     output = await open_output(output, rare.get("storage_options"))
-    parameters = {
-        "mode": mode,
-        "aspect_ratio": aspect_ratio,
-        "output_format": rare.get("output_format"),
-        "provider": rare.get("provider"),
-        "variants": str(rare["variants"]) if rare.get("variants") else None,
-    }
-    rows = Manifest(
+    rows = build_manifest(
         manifest,
-        prompt,
-        columns or {},
-        styles,
-        rare.get("output_names"),
-        str(output),
-        parameters,
-        format=rare.get("manifest_format"),
-        text_to_image=rare.get("text_to_image", False),
-        base_url=account.base_url,
+        output,
+        account,
+        rare,
+        prompt=prompt,
+        columns=columns,
+        styles=styles,
+        mode=mode,
+        aspect_ratio=aspect_ratio,
     )
     plan = await plan_and_log(rows, output, account, options, rare.get("pilot"))
     plan.check(skip_invalid=skip_invalid)

@@ -1,4 +1,4 @@
-"""The parameter types of the flows, with choices for Prefect's form, and opening outputs."""
+"""The parameter types of the flows, with choices for Prefect's form, and how they are opened."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import FluxKontextCredentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.formats import ManifestFormat
+from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import MAX_VARIANTS
-from prefect_flux_kontext.models import OutputFormat, Provider
+from prefect_flux_kontext.models import Mode, OutputFormat, Provider, RequestedRatio
 from prefect_flux_kontext.references.identity import url_identity
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -291,6 +292,41 @@ class AdvancedOptions(TypedDict, total=False):
         ),
     ]
     partition_deployment: Annotated[str, Field(description="The deployment that runs partitions.")]
+
+
+def build_manifest(
+    source: Any,
+    output: OutputFolder,
+    account: FluxKontextCredentials,
+    advanced: AdvancedOptions,
+    *,
+    prompt: str | None,
+    columns: dict[str, str] | None,
+    styles: str | list[str] | None,
+    mode: Mode | None,
+    aspect_ratio: RequestedRatio | None,
+) -> Manifest:
+    """Return the rows of a batch, which are the same in its plan, its run and its partitions."""
+    variants = advanced.get("variants")
+    parameters = {
+        "mode": mode,
+        "aspect_ratio": aspect_ratio,
+        "output_format": advanced.get("output_format"),
+        "provider": advanced.get("provider"),
+        "variants": str(variants) if variants else None,
+    }
+    return Manifest(
+        source,
+        prompt,
+        columns or {},
+        styles,
+        advanced.get("output_names"),
+        str(output),
+        parameters,
+        format=advanced.get("manifest_format"),
+        text_to_image=advanced.get("text_to_image", False),
+        base_url=account.base_url,
+    )
 
 
 async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:

@@ -17,7 +17,6 @@ from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.store import open_ledger_store
-from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.tables import ManifestSource
 from prefect_flux_kontext.models import Mode, RequestedRatio
@@ -33,6 +32,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     Output,
     Prompt,
     StyleNames,
+    build_manifest,
     open_output,
 )
 from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
@@ -136,26 +136,18 @@ async def style_transfer_partition(
     callbacks = resolve_callback_options(
         settings, url=rare.get("callback_url"), secret=account.callback_secret, listens=False
     )
-    parameters = {
-        "mode": mode,
-        "aspect_ratio": aspect_ratio,
-        "output_format": rare.get("output_format"),
-        "provider": rare.get("provider"),
-        "variants": str(rare["variants"]) if rare.get("variants") else None,
-    }
     if rows_file is not None:
         manifest = await read_shared_rows(output, rows_file)
-    rows = Manifest(
+    rows = build_manifest(
         manifest,
-        prompt,
-        columns or {},
-        styles,
-        rare.get("output_names"),
-        str(output),
-        parameters,
-        format=rare.get("manifest_format"),
-        text_to_image=rare.get("text_to_image", False),
-        base_url=account.base_url,
+        output,
+        account,
+        rare,
+        prompt=prompt,
+        columns=columns,
+        styles=styles,
+        mode=mode,
+        aspect_ratio=aspect_ratio,
     )
     with forward_core_logs():
         async with (
