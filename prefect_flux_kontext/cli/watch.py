@@ -82,6 +82,8 @@ async def _watch(output: OutputFolder, port: int) -> int:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
             raise ConfigurationError(f"The port {port} cannot be used: {error}.") from None
+        # A browser may ask as soon as it has the address; the server answers when it has started.
+        listener.listen()
         config = uvicorn.Config(
             create_app(output, token),
             ws="none",
