@@ -18,6 +18,7 @@ from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
 from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
+from prefect_flux_kontext.ledger.store import LEDGER_FOLDER
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
     close_wave,
@@ -190,19 +191,25 @@ class _RowMoney(NamedTuple):
 
 
 async def read_ledger_status(
-    store: RecordStore, output: OutputFolder | None = None, by: Sequence[str] = ()
+    store: RecordStore,
+    output: OutputFolder | None = None,
+    by: Sequence[str] = (),
+    *,
+    verify: bool = False,
 ) -> LedgerStatus:
     """Read the states and costs of all rows.
 
     Args:
         store: The ledger's records.
-        output: The output, to look for images that were removed; only on a local disk.
+        output: The output, to look for images that were removed.
         by: Columns to count the money by. The values are those that were recorded with the
             payments, else those of the result manifest.
+        verify: Whether to look for images also if that means to list an object store.
 
     Raises:
         ConfigurationError: No row has one of the columns.
         LedgerError: The ledger cannot be read or is damaged.
+        StorageError: The output cannot be listed.
     """
     await check_format(store)
     status = LedgerStatus(spending=Spending(by))
@@ -220,13 +227,14 @@ async def read_ledger_status(
             entry.attempt, state, entry.spent, entry.doubtful, entry.columns
         )
     missing = 0
+    listed = await _list_remote_files(output) if verify and output is not None else None
     async for row in read_finished_rows(store):
         if output is not None and row.ended.state == "stored":
-            missing += bool(output.find_missing(row.ended.files))
+            missing += bool(output.find_missing(row.ended.files, listed))
         if row.key not in rows or row.attempt >= rows[row.key].attempt:
             state = State(row.ended.state)
             rows[row.key] = _RowMoney(row.attempt, state, row.spent, row.doubtful, row.columns)
-    if output is not None and output.is_local:
+    if output is not None and (output.is_local or verify):
         status.missing = missing
     status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
     status.states.update(row.state for row in rows.values())
@@ -235,6 +243,11 @@ async def read_ledger_status(
     if by and output is not None:
         await _count_spending(status.spending, output, rows)
     return status
+
+
+async def _list_remote_files(output: OutputFolder) -> set[str] | None:
+    """Return the files of an output on an object store; None on a local disk."""
+    return None if output.is_local else await output.list_all(leave_out=LEDGER_FOLDER)
 
 
 async def _count_spending(

@@ -34,10 +34,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_output_argument(status)
     add_by_argument(status)
-    add_json_argument(status)
-    status.set_defaults(
-        func=lambda options: asyncio.run(_status(options.output, options.by, as_json=options.json))
+    status.add_argument(
+        "--verify",
+        action="store_true",
+        help="list the output to find images that were removed; on a local disk this is always "
+        "done, on an object store a listing costs a request for each thousand files",
     )
+    add_json_argument(status)
+    status.set_defaults(func=lambda options: asyncio.run(_status(options)))
 
     resolve = commands.add_parser(
         "resolve",
@@ -90,14 +94,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gallery.set_defaults(func=lambda options: asyncio.run(_gallery(options.output)))
 
 
-async def _status(output: OutputFolder, by: list[str], *, as_json: bool) -> int:
+async def _status(options: argparse.Namespace) -> int:
     from prefect_flux_kontext.batch.collection import read_ledger_status
     from prefect_flux_kontext.batch.runner import FAILED_ROWS, read_failed_rows
     from prefect_flux_kontext.errors import ConfigurationError
     from prefect_flux_kontext.ledger.records import State
     from prefect_flux_kontext.ledger.store import open_ledger_store
 
-    status = await read_ledger_status(open_ledger_store(output), output, by)
+    output = options.output
+    status = await read_ledger_status(
+        open_ledger_store(output), output, options.by, verify=options.verify
+    )
     # As in failed.csv: it also has rows that were never submitted, and not those stored since.
     del status.states[State.FAILED]
     if await output.read(FAILED_ROWS):
@@ -106,7 +113,7 @@ async def _status(output: OutputFolder, by: list[str], *, as_json: bool) -> int:
         raise ConfigurationError(
             f"No rows on record at {output}: no run has submitted anything there."
         )
-    if as_json:
+    if options.json:
         print_json(_status_as_json(status, output))
     else:
         _print_status(status, output)
@@ -115,6 +122,7 @@ async def _status(output: OutputFolder, by: list[str], *, as_json: bool) -> int:
 
 def _print_status(status: LedgerStatus, output: OutputFolder) -> None:
     from prefect_flux_kontext.batch.spending import describe_groups
+    from prefect_flux_kontext.ledger.records import State
 
     for state, rows in sorted(status.states.items()):
         print(f"{rows:>9,}  {state}")
@@ -128,6 +136,8 @@ def _print_status(status: LedgerStatus, output: OutputFolder) -> None:
             f"{status.missing:>9,}  stored {'row has' if status.missing == 1 else 'rows have'} no "
             "image in the output any more. Run the manifest again to fetch what the service keeps."
         )
+    if status.missing is None and status.states[State.STORED]:
+        print(f"{'':>9}  Whether the images are still there was not checked: add --verify.")
     if status.outstanding:
         oldest = status.outstanding[0].task
         print(

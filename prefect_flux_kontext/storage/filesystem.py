@@ -22,7 +22,7 @@ from prefect_flux_kontext.storage.errors import describe_error, is_transient
 from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
 T = TypeVar("T")
@@ -158,17 +158,53 @@ class OutputFolder:
         except FileNotFoundError:
             return None
 
-    def find_missing(self, names: Iterable[str]) -> list[str]:
-        """Return those of the files that do not exist. Looks on local disks only; blocking.
+    def find_missing(
+        self, names: Iterable[str], listed: Collection[str] | None = None
+    ) -> list[str]:
+        """Return those of the files that do not exist; blocking.
 
         Files outside of the folder are not looked for.
+
+        Args:
+            names: The files.
+            listed: All files that exist; without it, only a local disk is looked at.
         """
         missing = []
-        for name in names if self.is_local else ():
-            with contextlib.suppress(StorageError):  # the name leads out of the folder
-                if "://" not in name and not os.path.lexists(self._path(name)):
-                    missing.append(name)
+        for name in names if self.is_local or listed is not None else ():
+            if "://" in name:
+                continue
+            if listed is not None:
+                exists = name in listed
+            else:
+                try:
+                    exists = os.path.lexists(self._path(name))
+                except StorageError:  # the name leads out of the folder
+                    continue
+            if not exists:
+                missing.append(name)
         return missing
+
+    async def list_all(self, *, leave_out: str) -> set[str]:
+        """Return the names of all files in this folder and below.
+
+        Args:
+            leave_out: A subfolder that is not listed.
+
+        Raises:
+            StorageError: The filesystem reported an error.
+        """
+        root = self.root.rstrip("/")
+
+        def walk() -> set[str]:
+            found: set[str] = set()
+            for folder, folders, files in self.fs.walk(root, on_error="raise"):
+                below = str(folder).rstrip("/")[len(root) + 1 :]
+                if not below and leave_out in folders:
+                    folders.remove(leave_out)
+                found.update(f"{below}/{file}" if below else file for file in files)
+            return found
+
+        return await self._call(f"{self} cannot be listed", walk)
 
     async def put(self, name: str, source: Path) -> str:
         """Copy a local file here, replace an older one of that name, and return its URI."""

@@ -214,7 +214,13 @@ def test_command_line_takes_options_from_the_environment(
     assert names(server, tmp_path.name) >= {"a.jpg", "failed.csv"}
     captured = capsys.readouterr()
     assert "1  stored" in captured.out
+    assert "was not checked: add --verify" in captured.out
     assert SECRET not in captured.out + captured.err
+    assert main(["status", output, "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missing_images"] == 0
+    server.delete_object(Bucket="pictures", Key=f"{tmp_path.name}/a.jpg")
+    assert main(["status", output, "--verify"]) == 0
+    assert "1  stored row has no image" in capsys.readouterr().out
 
 
 def test_command_line_ends_with_2_if_the_store_excludes_nobody(
