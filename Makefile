@@ -13,7 +13,7 @@ demo: .venv/installed ## restyle six photographs in five styles, look at demo/co
 	@$(BIN)/flux-kontext demo demo
 
 test: .venv/installed-dev ## run all tests, with branch coverage
-	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report=term
+	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 fuzz: .venv/installed-dev ## try other inputs for everything that others can write, for some minutes
 	@$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0 --numprocesses $(WORKERS)

@@ -4,11 +4,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.virtual_time import VirtualTimeLoop
+
+_TESTS = Path(__file__).parent
 
 # Before anything imports Prefect: it reads its settings once. Nothing leaves this machine, no
 # server is started behind a test's back, and no profile of the person who runs it is read.
@@ -34,10 +37,31 @@ settings.register_profile("fuzz", settings.get_profile("others"), max_examples=5
 settings.load_profile("same")
 
 
+# Their tests take longest, so they start first and no worker is left alone with one at the end.
+_SLOW_FOLDERS = ("orchestration", "examples", "chaos", "docs", "cli", "postgres")
+
+# Their tests start servers, workers and browsers and stop processes. One that fails on a busy
+# machine is run again, and the summary lists it as RERUN.
+_REAL_FOLDERS = {"orchestration", "examples", "docs", "cli", "postgres", "report"}
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "virtual_time: run the async test on a loop whose time jumps, never waits"
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(_SLOW_FOLDERS)}
+    items.sort(key=lambda item: order.get(_folder(item), len(order)))
+    for item in items:
+        if _folder(item) in _REAL_FOLDERS:
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def _folder(item):
+    return item.path.relative_to(_TESTS).parts[0]
 
 
 @pytest.fixture

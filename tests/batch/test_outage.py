@@ -109,12 +109,12 @@ def test_ten_seconds_of_outage_leave_few_rows_unknown(error):
 
         began = loop.time()
         env.hook = hook
-        lines = [(f"r{n}", f"row {n}") for n in range(600)]
+        lines = [(f"r{n}", f"row {n}") for n in range(400)]
         return await in_process(env, None, manifest(lines))
 
     summary = simulate(main, 1)
     assert summary.unknown <= 16
-    assert summary.stored == 600 - summary.unknown
+    assert summary.stored == 400 - summary.unknown
 
 
 def test_service_whose_submits_all_fail_leaves_few_rows_unknown():

@@ -3,6 +3,7 @@
 import pytest
 
 from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.client import polling
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
@@ -39,7 +40,8 @@ async def test_removed_image_is_fetched_again_at_no_cost(sandbox, tmp_path):
     assert sandbox.service.bill()["accepted"] == 3
 
 
-async def test_removed_image_that_is_gone_is_reported(sandbox, tmp_path):
+async def test_removed_image_that_is_gone_is_reported(sandbox, tmp_path, monkeypatch):
+    monkeypatch.setattr(polling, "_UNKNOWN_TASK_GRACE_SECONDS", 1)
     await run(sandbox, rows(3), tmp_path)
     (tmp_path / "0.jpg").unlink()
     sandbox.active_faults.change(FaultPlan(faults=["status:not-found"]))
