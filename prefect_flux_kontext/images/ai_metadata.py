@@ -12,7 +12,14 @@ import struct
 import zlib
 from typing import Literal
 
-from prefect_flux_kontext.images.headers import read_size
+from prefect_flux_kontext.images.headers import (
+    JPEG_SCAN,
+    PNG_SIGNATURE,
+    iter_jpeg_segments,
+    iter_png_chunks,
+    iter_webp_chunks,
+    read_size,
+)
 
 SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
 """IPTC's terms for an image made from text alone, and for one made from other images too."""
@@ -30,9 +37,7 @@ _PACKET = (
 )
 
 _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
-# JPEG markers: the first byte of each, those without content, and those that matter here.
-_MARKER, _STANDALONE_MARKERS = 0xFF, (0x01, *range(0xD0, 0xD8))
-_APP0, _APP1, _APP2, _APP11, _SCAN = 0xE0, 0xE1, 0xE2, 0xEB, 0xDA
+_APP0, _APP1, _APP2, _APP11 = 0xE0, 0xE1, 0xE2, 0xEB
 
 _PNG_XMP = b"XML:com.adobe.xmp\0"
 
@@ -52,7 +57,7 @@ def add_ai_metadata(data: bytes, source: SourceType) -> bytes:
     try:
         if data.startswith(b"\xff\xd8"):
             return _label_jpeg(data, packet)
-        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if data.startswith(PNG_SIGNATURE):
             return _label_png(data, packet)
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
             return _label_webp(data, packet)
@@ -62,17 +67,11 @@ def add_ai_metadata(data: bytes, source: SourceType) -> bytes:
 
 
 def _label_jpeg(data: bytes, packet: bytes) -> bytes:
-    at = insert_at = 2
-    marker, is_header = _APP0, True
-    while marker != _SCAN:
-        if data[at] != _MARKER:
-            raise ValueError("a JPEG marker is missing")
-        marker = data[at + 1]
-        if marker == _MARKER or marker in _STANDALONE_MARKERS:
-            at += 1 if marker == _MARKER else 2
-            continue
-        (length,) = struct.unpack_from(">H", data, at + 2)
-        content = data[at + 4 : at + 2 + length]
+    insert_at, is_header = 2, True
+    for marker, _, at, end in iter_jpeg_segments(data):
+        if marker == JPEG_SCAN:
+            break
+        content = data[at + 2 : end]
         if (
             (marker == _APP1 and content.startswith(_JPEG_XMP))
             or (marker == _APP11 and content.startswith(b"JP"))  # JUMBF, the box of C2PA
@@ -80,27 +79,25 @@ def _label_jpeg(data: bytes, packet: bytes) -> bytes:
             or (marker == _APP2 and content.startswith(b"MPF\0"))
         ):
             return data
-        at += 2 + length
         # JFIF and Exif must come first.
         is_header = is_header and marker in (_APP0, _APP1)
         if is_header:
-            insert_at = at
+            insert_at = end
+    else:
+        raise ValueError("the JPEG has no image")
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(_JPEG_XMP) + len(packet))
     return data[:insert_at] + segment + _JPEG_XMP + packet + data[insert_at:]
 
 
 def _label_png(data: bytes, packet: bytes) -> bytes:
-    at, kind = 8, b""
-    while kind != b"IEND":
-        length, kind = struct.unpack_from(">I4s", data, at)
-        content = data[at + 8 : at + 8 + min(length, 64)]
+    for kind, at, end in iter_png_chunks(data):
+        content = data[at + 8 : min(end, at + 72)]
         is_xmp = kind == b"iTXt" and content.startswith(_PNG_XMP)
         is_legacy_xmp = kind in (b"tEXt", b"zTXt", b"iTXt") and content.startswith(
             b"Raw profile type xmp"
         )
         if kind == b"caBX" or is_xmp or is_legacy_xmp:
             return data
-        at += 12 + length
     # Uncompressed, without language or translated keyword.
     chunk = b"iTXt" + _PNG_XMP + b"\0\0\0\0" + packet
     chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -108,15 +105,12 @@ def _label_png(data: bytes, packet: bytes) -> bytes:
 
 
 def _label_webp(data: bytes, packet: bytes) -> bytes:
-    (size,) = struct.unpack_from("<I", data, 4)
-    end = 8 + size
-    first, begin, at = data[12:16], 12, 12
-    while at < end:
-        kind, length = struct.unpack_from("<4sI", data, at)
+    end = 8 + int.from_bytes(data[4:8], "little")
+    first, begin, last = data[12:16], 12, 0
+    for kind, _, last in iter_webp_chunks(data):  # noqa: B007 - used after the loop
         if kind in (b"C2PA", b"XMP "):
             return data
-        at += 8 + length + length % 2
-    if at != end or end > len(data):
+    if last != end or end > len(data):
         raise ValueError("the chunks do not add up")
     if first == b"VP8X":
         head = data[12:20] + bytes([data[20] | _VP8X_XMP]) + data[21:30]

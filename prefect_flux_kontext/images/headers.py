@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # What a script or an editor may write before an image: a byte order mark, line ends, zeros.
 _LEADING_BYTES = re.compile(rb"(?:\xef\xbb\xbf)?[\s\0]{0,1024}")
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 # Less than the 1 MB of unpacked metadata that Pillow allows.
 _MAX_PROFILE_BYTES = 1_000_000
@@ -33,8 +33,8 @@ _WEBP_CHUNK = slice(12, 16)
 _JPEG_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 # JPEG markers that hold a size, those without content, and the two that matter here.
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_STANDALONE_MARKERS = frozenset({0x01, 0xD8})
-_JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
+JPEG_END, JPEG_SCAN = 0xD9, 0xDA
+_JPEG_STANDALONE_MARKERS = frozenset({0x01, 0xD8, JPEG_END})
 _MAX_SEGMENT_BYTES = 65_535
 
 # Encoders write at most some twenty scans, and chunks of 4 kB or more.
@@ -49,7 +49,7 @@ def read_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height in pixels of a JPEG, PNG or WebP; None if the header has none."""
     data = strip_leading_bytes(data)
     try:
-        if data.startswith(_PNG_SIGNATURE):
+        if data.startswith(PNG_SIGNATURE):
             width, height = struct.unpack_from(">II", data, 16)
             return width, height
         if data.startswith(b"\xff\xd8"):
@@ -71,15 +71,15 @@ def find_slow_structure(data: bytes) -> str | None:
     scans = parts = 0
     with contextlib.suppress(struct.error):
         if data.startswith(b"\xff\xd8"):
-            for marker, _ in _iter_jpeg_segments(data):
+            for marker, *_ in iter_jpeg_segments(data):
                 parts += 1
-                scans += marker == _JPEG_SCAN
+                scans += marker == JPEG_SCAN
                 if scans > _MAX_JPEG_SCANS:
                     return f"it has more than {_MAX_JPEG_SCANS} scans"
                 if parts > _MAX_PARTS:
                     return f"it has more than {_MAX_PARTS:,} segments"
-        elif data.startswith(_PNG_SIGNATURE):
-            for _ in _iter_png_chunks(data):
+        elif data.startswith(PNG_SIGNATURE):
+            for _ in iter_png_chunks(data):
                 parts += 1
                 if parts > _MAX_PARTS:
                     return f"it has more than {_MAX_PARTS:,} chunks"
@@ -115,10 +115,10 @@ def extract_image(data: bytes) -> bytes | None:
     """
     data = strip_leading_bytes(data)
     try:
-        if data.startswith(_PNG_SIGNATURE):
+        if data.startswith(PNG_SIGNATURE):
             return _extract_png(data)
         if data.startswith(b"\xff\xd8"):
-            has_end = any(marker == _JPEG_END for marker, _ in _iter_jpeg_segments(data))
+            has_end = any(marker == JPEG_END for marker, *_ in iter_jpeg_segments(data))
             return data if has_end else None
     except (struct.error, IndexError):
         return None
@@ -138,8 +138,8 @@ def read_format(data: bytes) -> ImageFormat:
 
 def _extract_png(data: bytes) -> bytes | None:
     """Return a PNG without text, which can be long, and without an unreadable profile."""
-    chunks = [_PNG_SIGNATURE]
-    for kind, at, end in _iter_png_chunks(data):
+    chunks = [PNG_SIGNATURE]
+    for kind, at, end in iter_png_chunks(data):
         if end > len(data):
             return None
         is_unreadable = kind == b"iCCP" and not _is_readable_profile(data[at + 8 : end - 4])
@@ -159,30 +159,42 @@ def _is_readable_profile(chunk: bytes) -> bool:
     return unpacking.eof
 
 
-def _iter_png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def iter_png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Yield kind, start and end of each chunk; raise struct.error if there is no last one."""
-    at, kind = len(_PNG_SIGNATURE), b""
+    at, kind = len(PNG_SIGNATURE), b""
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, at)
         yield kind, at, at + 12 + length
         at += 12 + length
 
 
-def _iter_jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield each marker and where its content begins; raise struct.error if that is cut off."""
+def iter_webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, start and end of each chunk; raise struct.error if one is cut off."""
+    at, end = 12, 8 + int.from_bytes(data[4:8], "little")
+    while at < end:
+        kind, length = struct.unpack_from("<4sI", data, at)
+        yield kind, at, at + 8 + length + length % 2
+        at += 8 + length + length % 2
+
+
+def iter_jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each marker, where its segment and its content begin, and where the segment ends.
+
+    Bytes between two segments are the data of a scan. Raises struct.error if a segment is cut off.
+    """
     at = 2
     while found := _JPEG_NEXT_MARKER.search(data, at):
-        at = found.end()
-        marker = data[at - 1]
-        yield marker, at
-        if marker == _JPEG_END:
-            return
+        content = at = found.end()
+        marker = data[content - 1]
         if marker not in _JPEG_STANDALONE_MARKERS:
-            at += struct.unpack_from(">H", data, at)[0]
+            at += struct.unpack_from(">H", data, content)[0]
+        yield marker, found.start(), content, at
+        if marker == JPEG_END:
+            return
 
 
 def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    for marker, at in _iter_jpeg_segments(data):
+    for marker, _, at, _ in iter_jpeg_segments(data):
         if marker in _JPEG_SIZE_MARKERS:
             height, width = struct.unpack_from(">HH", data, at + 3)
             return width, height
