@@ -45,6 +45,11 @@ _SLOW_FOLDERS = ("orchestration", "examples", "chaos", "docs", "cli", "postgres"
 _REAL_FOLDERS = {"orchestration", "examples", "docs", "cli", "postgres", "report"}
 
 
+# Measuring coverage doubles the time of tests that simulate hours of work or try many inputs, and
+# other tests run the same lines.
+_UNMEASURED_FOLDERS = {"chaos", "fuzz"}
+
+
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "virtual_time: run the async test on a loop whose time jumps, never waits"
@@ -58,6 +63,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if _folder(item) in _REAL_FOLDERS:
             item.add_marker(pytest.mark.flaky(reruns=1))
+        is_simulated = item.get_closest_marker("virtual_time") and _folder(item) != "client"
+        if is_simulated or _folder(item) in _UNMEASURED_FOLDERS:
+            item.add_marker(pytest.mark.no_cover)
 
 
 def _folder(item):
