@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from prefect_flux_kontext.client.addresses import is_public_host
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.manifest.columns import find_cell_problem
+from prefect_flux_kontext.manifest.columns import find_cell_problem, looks_like_image
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
@@ -32,7 +32,7 @@ from prefect_flux_kontext.storage.names import (
     find_text_problem,
 )
 from prefect_flux_kontext.styles.styles import Styles, describe_unknown_style, select_styles
-from prefect_flux_kontext.styles.templates import is_template, parse_template
+from prefect_flux_kontext.styles.templates import is_missing_value, is_template, parse_template
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -181,6 +181,7 @@ def make_row(
     images, problems = _parse_references(filled)
     row_id = filled.get("id") or _make_id(images, values)
     problems += _find_id_problems(filled.get("id", ""))
+    problems += _find_prompt_problems(filled.get("prompt", ""))
     problems += [
         problem for image in images for problem in find_reference_problems(image, base_url)
     ]
@@ -226,6 +227,15 @@ def make_row(
         version=version,
         variant=variant,
     )
+
+
+def _find_prompt_problems(prompt: str) -> list[str]:
+    """Return why the text of a row's own prompt cannot be meant as one."""
+    if is_missing_value(prompt):
+        return [f"prompt is {prompt!r}, a missing value; give the row a prompt"]
+    if _WEB_URL.match(prompt) and looks_like_image("prompt", prompt):
+        return ["prompt is the URL of an image; move it to a column `image`"]
+    return []
 
 
 def find_reference_problems(image: str, base_url: str | None = None) -> list[str]:

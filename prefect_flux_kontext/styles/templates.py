@@ -26,6 +26,12 @@ _MAX_NODES = 1_000
 _MAX_DEPTH = 50
 _MAX_COLUMN_USES = 300
 
+# What pandas, SQL, JavaScript and spreadsheets write where a value is missing or failed.
+_MISSING_VALUE = re.compile(
+    r"nan|NaN|NaT|<NA>|None|null|NULL|N/A|n/a|undefined|"
+    r"#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|ERROR!)"
+)
+
 _FILTERS = (
     "capitalize",
     "d",
@@ -129,6 +135,11 @@ class Template:
             raise ValueError(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
+def is_missing_value(text: str) -> bool:
+    """Return whether a text is what programs write for a missing value, such as `nan`."""
+    return _MISSING_VALUE.fullmatch(text) is not None
+
+
 def is_template(text: str) -> bool:
     """Return whether a text contains template markup."""
     return "{{" in text or "{%" in text
@@ -209,6 +220,8 @@ def _get_value(name: str, cells: Mapping[str, str]) -> Any:
     text = cells[column].strip()
     if not text:
         return _EmptyCell(hint=f"the column {column!r} is empty")
+    if is_missing_value(text):
+        return _EmptyCell(hint=f"the column {column!r} is {text!r}, a missing value")
     if len(text) > _MAX_VALUE_CHARACTERS:
         raise ValueError(
             f"the column {column!r} has {len(text):,} characters; a template takes "

@@ -279,6 +279,12 @@ BAD_INPUTS = [
     prompt_template(
         "a template with an empty cell", "a {{ mood }} cat", "the column 'mood' is empty"
     ),
+    BadInput(
+        "a template with a missing value",
+        "m.csv",
+        "id,colour,prompt\nx,nan,a {{ colour }} cat\n",
+        "the column 'colour' is 'nan', a missing value",
+    ),
     prompt_template("an endless loop", "{% for x in range(9**9) %}x{% endfor %}", "uses a loop"),
     prompt_template("a template that calls", "{{ lipsum() }}", "uses a call"),
     prompt_template("a template with an attribute", "{{ id.__class__ }}", "attribute access"),
@@ -289,6 +295,9 @@ BAD_INPUTS = [
     BadInput("a folder without images", "photos/", None, "There are no images at", style="oil"),
     BadInput("images without a prompt", "more/x.jpg", b"\xff\xd8", "need a prompt or a style"),
     csv_row("an empty prompt", f"x,{URL},", "prompt is missing"),
+    csv_row("a prompt that is a missing value", f"x,{URL},nan", "prompt is 'nan', a missing"),
+    csv_row("a prompt that a spreadsheet failed to make", f"x,{URL},#REF!", "prompt is '#REF!'"),
+    csv_row("a prompt that is the URL of an image", f"x,,{URL}", "move it to a column `image`"),
     csv_row(
         "a prompt of 10,001 characters", f"x,{URL},{'x' * 10_001}", "at most 10000 characters"
     ),

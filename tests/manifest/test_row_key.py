@@ -14,12 +14,13 @@ from prefect_flux_kontext.manifest.row import Row, make_row
 from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.references.identity import url_identity
+from prefect_flux_kontext.styles.templates import is_missing_value
 
 TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.strip())
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_.", min_size=1, max_size=12)
 # Not a bare word, which may be the name of a batch's own file or reserved on Windows.
 IDS = WORDS.map("row-{}-1".format)
-PLAIN = TEXT.filter(lambda text: "{" not in text)  # no template
+PLAIN = TEXT.filter(lambda text: "{" not in text and not is_missing_value(text.strip()))
 URLS = st.builds(
     lambda host, path, query: f"https://{host}.test/{path}?{query}",
     st.text("abcdef", min_size=1, max_size=8),
