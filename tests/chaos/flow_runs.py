@@ -30,15 +30,15 @@ class FlowRuns:
 
     def start(self, batch, **parameters):
         """Start a flow run of a batch; return its id."""
-        reply = self._http.post(
-            f"/deployments/{self._deployment}/create_flow_run",
-            json={
-                "parameters": {"manifest": str(batch.manifest), "output": batch.output}
-                | parameters
-            },
-        )
-        reply.raise_for_status()
-        return reply.json()["id"]
+        given = {"manifest": str(batch.manifest), "output": batch.output} | parameters
+        path = f"/deployments/{self._deployment}/create_flow_run"
+
+        def post():
+            reply = self._http.post(path, json={"parameters": given})
+            return None if reply.status_code == httpx.codes.SERVICE_UNAVAILABLE else reply
+
+        reply = _wait_for(post)  # a busy server asks to be called again
+        return reply.raise_for_status().json()["id"]
 
     def cancel(self, run_id):
         """Ask Prefect to cancel a flow run."""
@@ -163,12 +163,14 @@ def kill_partitions(factory, line, rng, _number, *, kills=2):
     """Kill processes of a batch in two partitions: a partition, or the flow run that leads it."""
     prefect = _open_flow_runs(factory)
     batch = factory.create_batch(300)
-    run_id = prefect.start(batch, partitions=2, partition_deployment=f"{_PARTITION}/{_POOL}")
+    options = {"partition_deployment": f"{_PARTITION}/{_POOL}"}
+    run_id = prefect.start(batch, partitions=2, advanced=options)
     for _ in range(kills):
         wanted = batch.accepted + rng.randrange(1, 60)
         _wait_for(lambda wanted=wanted: batch.accepted >= wanted or prefect.has_ended(run_id))
         batch.kills += prefect.kill(rng.choice(("partition-1", "partition-2", "")))
     prefect.wait(run_id)
+    assert batch.accepted, "the flow run submitted nothing"
     prefect.kill_all()
     finish(line, batch, kills)
 
