@@ -7,9 +7,11 @@ account's requests. It renews its lease while it lives; the lease of a killed ho
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -17,15 +19,22 @@ from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
     GlobalConcurrencyLimitUpdate,
 )
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.runtime import flow_run
 
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from uuid import UUID
 
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
@@ -154,12 +163,18 @@ async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimi
 async def lease_slots(account: FluxKontextCredentials, slots: int) -> AsyncIterator[Lease]:
     """Wait for a number of the account's slots, and hold them while the block runs.
 
+    The flow run gets the name of the limit as a tag, by which others see that it holds slots.
+
     Raises:
         ConfigurationError: The account has no limit, or Prefect does not grant the lease.
     """
     async with get_client() as client:
         lease = Lease(client, get_limit_name(account), slots)
         await lease.acquire()
+        if flow_run.id is not None:
+            with contextlib.suppress(httpx.HTTPError):  # the slots are leased without it too
+                tags = {*flow_run.tags, lease.name}
+                await client.update_flow_run(UUID(flow_run.id), tags=tags)
         renewing = asyncio.create_task(lease.keep_renewed())
         try:
             yield lease
@@ -180,7 +195,7 @@ class Lease:
 
     def __init__(self, client: PrefectClient, name: str, slots: int) -> None:
         self._client = client
-        self._name = name
+        self.name = name
         self._slots = slots
         self._id: UUID | None = None
         self._held_until = 0.0
@@ -200,16 +215,19 @@ class Lease:
             ConfigurationError: There is no such limit, or Prefect does not grant the lease.
         """
         clock = asyncio.get_running_loop().time
-        logged_at = -_LOG_INTERVAL_SECONDS
+        asked_at, logged_at = clock(), -_LOG_INTERVAL_SECONDS
         while not await self._try_acquire():
             if clock() - logged_at >= _LOG_INTERVAL_SECONDS:
                 logged_at = clock()
                 logger.info(
-                    "Waiting for %d slots of %s, which other runs have leased.",
+                    "Waiting for %d slots of %s: other runs have leased them, or Prefect's API "
+                    "does not answer.",
                     self._slots,
-                    self._name,
+                    self.name,
                 )
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
+            if clock() - asked_at > LEASE_SECONDS:
+                await self._free_forgotten_slots()
 
     async def keep_renewed(self) -> None:
         """Renew the lease until it is lost or this is cancelled."""
@@ -222,7 +240,7 @@ class Lease:
                     await self._renew()
                 pause = RENEWAL_INTERVAL_SECONDS
             except Exception as error:  # noqa: BLE001 - Prefect's API may come back
-                logger.debug("The lease of %s was not renewed: %s", self._name, error)
+                logger.debug("The lease of %s was not renewed: %s", self.name, error)
                 pause = RETRY_INTERVAL_SECONDS
                 # The next renewal could end after the lease does.
                 if clock() > self._held_until - RETRY_INTERVAL_SECONDS - _REQUEST_TIMEOUT_SECONDS:
@@ -238,7 +256,26 @@ class Lease:
             async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
                 await self._client.release_concurrency_slots_with_lease(self._lease_id)
         except Exception as error:  # noqa: BLE001 - the lease expires
-            logger.debug("The lease of %s was not released: %s", self._name, error)
+            logger.debug("The lease of %s was not released: %s", self.name, error)
+
+    async def _free_forgotten_slots(self) -> None:
+        """Set the count of leased slots to zero if no flow run holds any.
+
+        A server with leases in memory forgets them when it restarts, but not their count. The
+        leases of flow runs that died have expired by now.
+        """
+        holds = FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[self.name]),
+            state=FlowRunFilterState(
+                type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
+            ),
+        )
+        with contextlib.suppress(httpx.HTTPError):
+            if not await self._client.read_flow_runs(flow_run_filter=holds, limit=1):
+                logger.warning("No flow run holds slots of %s, so all are free.", self.name)
+                await self._client.update_global_concurrency_limit(
+                    self.name, GlobalConcurrencyLimitUpdate(active_slots=0)
+                )
 
     async def _renew(self) -> None:
         asked_at = asyncio.get_running_loop().time()
@@ -249,7 +286,7 @@ class Lease:
                 raise
             # The lease cannot have expired yet, so a server that keeps leases in memory has been
             # restarted. It still counts the slots, so no other run has them.
-            await self._client.release_concurrency_slots([self._name], self._slots, LEASE_SECONDS)
+            await self._client.release_concurrency_slots([self.name], self._slots, LEASE_SECONDS)
             if not await self._try_acquire():
                 raise
             return
@@ -259,18 +296,20 @@ class Lease:
         asked_at = asyncio.get_running_loop().time()
         try:
             reply = await self._client.increment_concurrency_slots_with_lease(
-                [self._name], self._slots, "concurrency", LEASE_SECONDS
+                [self.name], self._slots, "concurrency", LEASE_SECONDS
             )
+        except httpx.TransportError:
+            return False
         except httpx.HTTPStatusError as error:
             if error.response.status_code == httpx.codes.LOCKED:
                 return False
             raise ConfigurationError(
-                f"Prefect did not grant a lease of {self._slots} slots of {self._name}: {error}"
+                f"Prefect did not grant a lease of {self._slots} slots of {self.name}: {error}"
             ) from None
         granted = ConcurrencyLimitWithLeaseResponse.model_validate(reply.json())
         if not granted.limits:
             raise ConfigurationError(
-                f"Prefect has no limit {self._name}. Create it: {_CREATE_COMMAND}"
+                f"Prefect has no limit {self.name}. Create it: {_CREATE_COMMAND}"
             )
         self._id, self._held_until = granted.lease_id, asked_at + LEASE_SECONDS
         return True
@@ -282,7 +321,7 @@ class Lease:
 
     def _mark_lost(self) -> None:
         self._lost = BatchStoppedError(
-            f"The lease of {self._slots} slots of {self._name} could not be renewed, so another "
+            f"The lease of {self._slots} slots of {self.name} could not be renewed, so another "
             "run may hold them. Submitted rows are stored; a later run submits the rest."
         )
         if self._submitter is not None:
