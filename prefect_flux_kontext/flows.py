@@ -13,6 +13,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.runner import read_failed_manifest, run_batch, run_collection
 from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
@@ -26,11 +27,7 @@ from prefect_flux_kontext.models import (
     RequestedRatio,
     StoredImage,
 )
-from prefect_flux_kontext.orchestration.approval import (
-    ask_for_approval,
-    plan_and_log,
-    run_pilot,
-)
+from prefect_flux_kontext.orchestration.approval import ask_for_approval, plan_and_log, run_pilot
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     emit_expiring_results,
@@ -50,7 +47,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     flow_without_rows,
     open_output,
 )
-from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
+from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions
 from prefect_flux_kontext.orchestration.partitions.planner import (
     DEFAULT_PARTITION_DEPLOYMENT,
     plan_partitions,
@@ -68,11 +65,7 @@ from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.references.rights import find_rights, find_rights_problem
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.styles.styles import get_builtin_style
-from prefect_flux_kontext.tasks import (
-    persist_images,
-    submit_generation,
-    wait_for_generation,
-)
+from prefect_flux_kontext.tasks import persist_images, submit_generation, wait_for_generation
 
 __all__ = [
     "AdvancedOptions",
@@ -311,7 +304,8 @@ async def style_transfer_batch(
     ):
         if remaining.lease is not None:
             remaining.lease.stop_when_lost(session.submitter)
-        waves = run_wave if remaining.partition_totals is None else run_remaining
+        # Partitions leave mostly empty waves, so these are no task runs.
+        waves = run_wave if remaining.partition_totals is None else Wave.run
         summary = await run_batch(session, rows.rows(), waves, concurrent_tasks=slots)
     if remaining.partition_totals is not None:
         summary.spent += remaining.partition_totals.spent

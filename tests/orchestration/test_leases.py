@@ -140,7 +140,7 @@ class TestLease:
             lease = Lease(client, get_limit_name(account), 20)
             await lease.acquire()
             lease.stop_when_lost(submitter)
-            await client.release_concurrency_slots_with_lease(lease._lease_id)
+            await client.release_concurrency_slots_with_lease(lease._id)
             lease._held_until = 0.0
             await lease.keep_renewed()
         assert isinstance(submitter.stopped, BatchStoppedError)
@@ -152,12 +152,12 @@ class TestLease:
         async with get_client() as client:
             lease = Lease(client, get_limit_name(account), 20)
             await lease.acquire()
-            first = lease._lease_id
+            first = lease._id
             # As after a restart: the server counts the slots, but has no lease of them.
             await client.increment_concurrency_slots([get_limit_name(account)], 20, "concurrency")
             await client.release_concurrency_slots_with_lease(first)
             await lease._renew()
-            assert lease._lease_id != first
+            assert lease._id != first
             assert await count_leased(account) == 20
             await lease.release()
         assert await count_leased(account) == 0

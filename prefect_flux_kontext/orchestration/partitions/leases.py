@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import httpx
@@ -72,10 +72,7 @@ class Share(NamedTuple):
 
     def apply_to(self, account: FluxKontextCredentials) -> FluxKontextCredentials:
         """Return the account with the limits of this share."""
-        limits = {
-            "concurrent_tasks": self.slots,
-            "requests_per_minute": self.requests_per_minute,
-        }
+        limits = {"concurrent_tasks": self.slots, "requests_per_minute": self.requests_per_minute}
         return account.model_copy(update=limits)
 
 
@@ -121,7 +118,10 @@ async def read_account_limit(account: FluxKontextCredentials, partitions: int) -
         async with get_client() as client:
             limit = await _read_limit(client, name)
             if limit is None:
-                await _create_limit(client, name, account.concurrent_tasks)
+                new = GlobalConcurrencyLimitCreate(name=name, limit=account.concurrent_tasks)
+                with contextlib.suppress(ObjectAlreadyExists):  # another process has created it
+                    await client.create_global_concurrency_limit(new)
+                    logger.info("Created the limit %s in Prefect with %d slots.", name, new.limit)
                 limit = await client.read_global_concurrency_limit_by_name(name)
     except httpx.HTTPError as error:
         raise ConfigurationError(
@@ -141,15 +141,6 @@ async def read_account_limit(account: FluxKontextCredentials, partitions: int) -
             "Use fewer partitions."
         )
     return Share(slots, max(1, account.requests_per_minute * slots // account.concurrent_tasks))
-
-
-async def _create_limit(client: PrefectClient, name: str, slots: int) -> None:
-    try:
-        limit = GlobalConcurrencyLimitCreate(name=name, limit=slots)
-        await client.create_global_concurrency_limit(limit)
-    except ObjectAlreadyExists:
-        return  # another process has created it
-    logger.info("Created the limit %s in Prefect with %d slots.", name, slots)
 
 
 async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimitResponse | None:
@@ -185,19 +176,13 @@ async def lease_slots(account: FluxKontextCredentials, slots: int) -> AsyncItera
 
 
 class Lease:
-    """A lease of a block of slots.
-
-    Args:
-        client: The client of Prefect's API.
-        name: The name of the limit.
-        slots: The number of slots.
-    """
+    """A lease of a block of slots."""
 
     def __init__(self, client: PrefectClient, name: str, slots: int) -> None:
         self._client = client
         self.name = name
         self._slots = slots
-        self._id: UUID | None = None
+        self._id: Any = None
         self._held_until = 0.0
         self._lost: FluxKontextError | None = None
         self._submitter: Submitter | None = None
@@ -254,7 +239,7 @@ class Lease:
             return
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-                await self._client.release_concurrency_slots_with_lease(self._lease_id)
+                await self._client.release_concurrency_slots_with_lease(self._id)
         except Exception as error:  # noqa: BLE001 - the lease expires
             logger.debug("The lease of %s was not released: %s", self.name, error)
 
@@ -280,7 +265,7 @@ class Lease:
     async def _renew(self) -> None:
         asked_at = asyncio.get_running_loop().time()
         try:
-            await self._client.renew_concurrency_lease(self._lease_id, LEASE_SECONDS)
+            await self._client.renew_concurrency_lease(self._id, LEASE_SECONDS)
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.GONE or asked_at > self._held_until:
                 raise
@@ -313,11 +298,6 @@ class Lease:
             )
         self._id, self._held_until = granted.lease_id, asked_at + LEASE_SECONDS
         return True
-
-    @property
-    def _lease_id(self) -> UUID:
-        assert self._id is not None  # noqa: S101 - acquire comes first
-        return self._id
 
     def _mark_lost(self) -> None:
         self._lost = BatchStoppedError(
