@@ -24,10 +24,6 @@ _NAME = "flux_kontext"
 _DURATION_BOUNDARIES_SECONDS = [1, 2, 5, 10, 15, 20, 25, 30, 40, 50, 60, 90, 120, 180, 300, 600]
 
 
-def _is_sdk_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("opentelemetry", "opentelemetry.sdk"))
-
-
 class _Nothing:
     """An instrument without an SDK."""
 
@@ -36,7 +32,7 @@ class _Nothing:
 
 
 _accounts: weakref.WeakSet[Any] = weakref.WeakSet()
-IS_ENABLED = _is_sdk_installed()
+IS_ENABLED = all(map(importlib.util.find_spec, ("opentelemetry", "opentelemetry.sdk")))
 COST: Any = _Nothing()
 """Counter of the dollars of accepted rows."""
 

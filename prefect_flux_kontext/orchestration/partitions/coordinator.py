@@ -150,13 +150,11 @@ def _build_partitions(
     budget_by: dict[str, dict[str, float]] = {}
     for column, value, dollars, spent, _ in plan.list_budgets():
         budget_by.setdefault(column, {})[value] = share(dollars, spent)
-    slots, requests_per_minute = partition_plan.share
     return [
         Partition(
             number=number,
             of=count,
-            slots=slots,
-            requests_per_minute=requests_per_minute,
+            **partition_plan.share._asdict(),
             budget_usd=budget,
             budget_by=budget_by,
         )
