@@ -237,16 +237,11 @@ async def style_transfer_batch(
     suspends = wait == "suspend" and not was_resumed()
     account = await resolve_credentials(credentials)
     options = build_row_options(
-        rare.get("cadence"),
-        rare.get("failure_policy"),
+        rare,
         account,
-        resubmit_unknown=rare.get("resubmit_unknown", False),
         budget_usd=budget_usd,
         budget_by=rare.get("budget_by") or {},
-        spend_by=rare.get("spend_by") or (),
-        fit_references=rare.get("fit_references", False),
         deferred=suspends or wait == "collect",
-        checks=rare.get("checks"),
     )
     partition_plan = (
         await plan_partitions(
@@ -362,14 +357,16 @@ async def retry_failed(
     """
     account = await resolve_credentials(credentials)
     options = build_row_options(
-        cadence,
-        failure_policy,
+        {
+            "cadence": cadence,
+            "failure_policy": failure_policy,
+            "fit_references": fit_references,
+            "spend_by": spend_by or [],
+        },
         account,
         retry_failed=True,
         budget_usd=budget_usd,
         budget_by=budget_by or {},
-        spend_by=spend_by or (),
-        fit_references=fit_references,
     )
     output = await open_output(output, storage_options)
     rows = await read_failed_manifest(output, prompt, styles, account.base_url)
@@ -411,7 +408,7 @@ async def collect_batch(
         LedgerError: The ledger cannot be read.
     """
     account = await resolve_credentials(credentials)
-    options = build_row_options(cadence, None, account)
+    options = build_row_options({"cadence": cadence}, account)
     output = await open_output(output, storage_options)
     async with open_batch(output, account, options, listens=False) as (session, slots):
         summary = await run_collection(session, run_wave, concurrent_tasks=slots)

@@ -42,12 +42,12 @@ from prefect_flux_kontext.report.gallery.builder import GALLERY
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.credentials import FluxKontextCredentials
+    from prefect_flux_kontext.orchestration.parameters import AdvancedOptions
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _core_logger = logging.getLogger("prefect_flux_kontext")
@@ -75,30 +75,29 @@ class PartitionTotals(NamedTuple):
 
 
 def build_row_options(
-    cadence: PollingCadence | None,
-    policy: FailurePolicy | None,
+    advanced: AdvancedOptions,
     account: FluxKontextCredentials,
     *,
-    fit_references: bool = False,
     deferred: bool = False,
-    checks: Sequence[str] | None = None,
     **decided: Any,
 ) -> RowOptions:
     """Build the row options of a batch from the parameters of its flow and the environment."""
     settings = FluxKontextSettings()
-    cadence = cadence or settings.cadence()
+    cadence = advanced.get("cadence") or settings.cadence()
     return RowOptions(
         cadence=cadence,
-        policy=policy or FailurePolicy(),
+        policy=advanced.get("failure_policy") or FailurePolicy(),
+        resubmit_unknown=advanced.get("resubmit_unknown", False),
+        spend_by=advanced.get("spend_by") or (),
         result_days=settings.result_days,
         references=create_references(
             settings,
             None if deferred else account.base_url,
             timeout=cadence.timeout,
-            fit=fit_references,
+            fit=advanced.get("fit_references", False),
         ),
         deferred=deferred,
-        checks=load_checks(checks or ()),
+        checks=load_checks(advanced.get("checks") or ()),
         **decided,
     )
 

@@ -117,16 +117,11 @@ async def style_transfer_partition(
     share = Share(partition.slots, partition.requests_per_minute)
     account = share.apply_to(await resolve_credentials(credentials))
     options = build_row_options(
-        rare.get("cadence"),
-        rare.get("failure_policy"),
+        rare,
         account,
-        fit_references=rare.get("fit_references", False),
-        resubmit_unknown=rare.get("resubmit_unknown", False),
         budget_usd=partition.budget_usd,
         budget_by=partition.budget_by,
         is_share=True,
-        spend_by=rare.get("spend_by") or (),
-        checks=rare.get("checks"),
     )
     output = await open_output(output, rare.get("storage_options"))
     await output.check_writable()
