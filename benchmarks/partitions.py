@@ -1,7 +1,8 @@
 """A batch in partitions over two workers, seen by the service: does it keep the account's limits?
 
     python benchmarks/partitions.py                 # 600 images, two partitions
-    python benchmarks/partitions.py 1000 4 kill     # and the second worker is killed
+    python benchmarks/partitions.py 1000 4 --kill   # and the second worker is killed
+    python benchmarks/partitions.py 1000 2 --outage 120  # and the server is gone for two minutes
 
 The sandbox's account has 40 slots and 600 requests a minute, tasks take 4 s. Prefect's server,
 the workers and the partitions are processes of their own.
@@ -9,6 +10,7 @@ the workers and the partitions are processes of their own.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 SLOTS, A_MINUTE, SECONDS = 40, 600, 4
 PATIENCE = 60.0
+# In memory, as is Prefect's default, leases end when the server restarts, and with them flow runs.
+LEASES = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    )
+}
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -62,7 +70,7 @@ def kill_second(api: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def measure(rows: int, partitions: int, folder: Path, *, kill: bool) -> None:
+def measure(rows: int, partitions: int, folder: Path, *, kill: bool, outage: float) -> None:
     """One batch; prints what the service and Prefect have seen."""
     shutil.copytree(ROOT / "flows", folder / "flows")
     shutil.copy(ROOT / "prefect.yaml", folder)
@@ -73,7 +81,8 @@ def measure(rows: int, partitions: int, folder: Path, *, kill: bool) -> None:
     )
     with ExitStack() as stack:
         sandbox = stack.enter_context(running_sandbox(service))
-        server = stack.enter_context(prefect_server(folder / "prefect"))
+        serving = stack.enter_context(ExitStack())
+        server = serving.enter_context(prefect_server(folder / "prefect", settings=LEASES))
         api = f"{server.url}/api"
         environment = server.environment | {
             "FLUX_KONTEXT_API_KEY": "sandbox",
@@ -108,8 +117,15 @@ def measure(rows: int, partitions: int, folder: Path, *, kill: bool) -> None:
         while run["state"]["type"] not in FINAL:
             time.sleep(1)
             run = httpx.get(f"{api}/flow_runs/{run['id']}", timeout=PATIENCE).json()
-            if kill and sandbox.service.bill()["accepted"] > rows / 4:
-                kill, _ = False, kill_second(api)
+            if (kill or outage) and sandbox.service.bill()["accepted"] > rows / 4:
+                if kill:
+                    kill_second(api)
+                if outage:
+                    serving.close()
+                    time.sleep(outage)
+                    port = int(server.url.rpartition(":")[2])
+                    serving.enter_context(prefect_server(folder / "prefect", port, LEASES))
+                kill, outage = False, 0.0
         time.sleep(SETTLES)
         print(run["state"]["type"], f"{run['total_run_time']:.0f} s")
         print(f"limits: {SLOTS} tasks, {A_MINUTE} requests a minute")
@@ -122,6 +138,11 @@ def measure(rows: int, partitions: int, folder: Path, *, kill: bool) -> None:
 
 
 if __name__ == "__main__":
-    numbers = [int(text) for text in sys.argv[1:] if text.isdigit()] or [600, 2]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", nargs="?", type=int, default=600)
+    parser.add_argument("partitions", nargs="?", type=int, default=2)
+    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--outage", type=float, default=0.0, metavar="SECONDS")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        measure(*numbers, Path(scratch), kill="kill" in sys.argv)
+        measure(given.rows, given.partitions, Path(scratch), kill=given.kill, outage=given.outage)

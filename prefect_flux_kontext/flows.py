@@ -13,6 +13,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from prefect_flux_kontext.batch.policy import FailurePolicy
 from prefect_flux_kontext.batch.runner import read_failed_manifest, run_batch, run_collection
 from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
@@ -26,11 +27,7 @@ from prefect_flux_kontext.models import (
     RequestedRatio,
     StoredImage,
 )
-from prefect_flux_kontext.orchestration.approval import (
-    ask_for_approval,
-    plan_and_log,
-    run_pilot,
-)
+from prefect_flux_kontext.orchestration.approval import ask_for_approval, plan_and_log, run_pilot
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     emit_expiring_results,
@@ -50,7 +47,7 @@ from prefect_flux_kontext.orchestration.parameters import (
     flow_without_rows,
     open_output,
 )
-from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions, run_remaining
+from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions
 from prefect_flux_kontext.orchestration.partitions.planner import (
     DEFAULT_PARTITION_DEPLOYMENT,
     plan_partitions,
@@ -68,11 +65,7 @@ from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.references.rights import find_rights, find_rights_problem
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.styles.styles import get_builtin_style
-from prefect_flux_kontext.tasks import (
-    persist_images,
-    submit_generation,
-    wait_for_generation,
-)
+from prefect_flux_kontext.tasks import persist_images, submit_generation, wait_for_generation
 
 __all__ = [
     "AdvancedOptions",
@@ -244,16 +237,11 @@ async def style_transfer_batch(
     suspends = wait == "suspend" and not was_resumed()
     account = await resolve_credentials(credentials)
     options = build_row_options(
-        rare.get("cadence"),
-        rare.get("failure_policy"),
+        rare,
         account,
-        resubmit_unknown=rare.get("resubmit_unknown", False),
         budget_usd=budget_usd,
         budget_by=rare.get("budget_by") or {},
-        spend_by=rare.get("spend_by") or (),
-        fit_references=rare.get("fit_references", False),
         deferred=suspends or wait == "collect",
-        checks=rare.get("checks"),
     )
     partition_plan = (
         await plan_partitions(
@@ -311,7 +299,8 @@ async def style_transfer_batch(
     ):
         if remaining.lease is not None:
             remaining.lease.stop_when_lost(session.submitter)
-        waves = run_wave if remaining.partition_totals is None else run_remaining
+        # Partitions leave mostly empty waves, so these are no task runs.
+        waves = run_wave if remaining.partition_totals is None else Wave.run
         summary = await run_batch(session, rows.rows(), waves, concurrent_tasks=slots)
     if remaining.partition_totals is not None:
         summary.spent += remaining.partition_totals.spent
@@ -368,14 +357,16 @@ async def retry_failed(
     """
     account = await resolve_credentials(credentials)
     options = build_row_options(
-        cadence,
-        failure_policy,
+        {
+            "cadence": cadence,
+            "failure_policy": failure_policy,
+            "fit_references": fit_references,
+            "spend_by": spend_by or [],
+        },
         account,
         retry_failed=True,
         budget_usd=budget_usd,
         budget_by=budget_by or {},
-        spend_by=spend_by or (),
-        fit_references=fit_references,
     )
     output = await open_output(output, storage_options)
     rows = await read_failed_manifest(output, prompt, styles, account.base_url)
@@ -417,7 +408,7 @@ async def collect_batch(
         LedgerError: The ledger cannot be read.
     """
     account = await resolve_credentials(credentials)
-    options = build_row_options(cadence, None, account)
+    options = build_row_options({"cadence": cadence}, account)
     output = await open_output(output, storage_options)
     async with open_batch(output, account, options, listens=False) as (session, slots):
         summary = await run_collection(session, run_wave, concurrent_tasks=slots)

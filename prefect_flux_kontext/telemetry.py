@@ -17,17 +17,11 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import CallbackOptions, Observation
 
-__all__ = ["COST", "count_requests", "measure_row", "measure_storing", "observe_slots", "trace"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _NAME = "flux_kontext"
 _DURATION_BOUNDARIES_SECONDS = [1, 2, 5, 10, 15, 20, 25, 30, 40, 50, 60, 90, 120, 180, 300, 600]
-
-
-def _is_sdk_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("opentelemetry", "opentelemetry.sdk"))
 
 
 class _Nothing:
@@ -38,14 +32,14 @@ class _Nothing:
 
 
 _accounts: weakref.WeakSet[Any] = weakref.WeakSet()
-IS_ENABLED = _is_sdk_installed()
+IS_ENABLED = all(map(importlib.util.find_spec, ("opentelemetry", "opentelemetry.sdk")))
 COST: Any = _Nothing()
 """Counter of the dollars of accepted rows."""
 
 if IS_ENABLED:
     from opentelemetry import metrics
     from opentelemetry.metrics import Observation
-    from opentelemetry.trace import Status, StatusCode, get_tracer
+    from opentelemetry.trace import Status, StatusCode, get_current_span, get_tracer
 
     def _observe(count: Callable[[Any], float]) -> Callable[..., Iterable[Observation]]:
         def observe(_options: CallbackOptions) -> Iterable[Observation]:
@@ -147,15 +141,14 @@ def measure_row(
     if not IS_ENABLED:
         return function
 
+    @trace("row")
     @functools.wraps(function)
     async def measured(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with _tracer.start_as_current_span(
-            f"{_NAME}.row", record_exception=False, set_status_on_exception=False
-        ) as span:
-            done: Any = await function(*args, **kwargs)
-            span.set_attribute("state", done.outcome.state)
-            _rows.add(1, {"state": done.outcome.state})
-            return done  # type: ignore[no-any-return]
+        done: Any = await function(*args, **kwargs)
+        state = {"state": done.outcome.state}
+        get_current_span().set_attributes(state)
+        _rows.add(1, state)
+        return done  # type: ignore[no-any-return]
 
     return measured
 

@@ -1,12 +1,16 @@
 """Metrics and traces with OpenTelemetry's SDK, and nothing without it."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import httpx
 import pytest
 
 from prefect_flux_kontext import telemetry
@@ -14,6 +18,7 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.support.batches import KEY, run
+from tests.support.postgres import find_free_port
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "examples" / "telemetry" / "dashboard.json"
@@ -122,3 +127,73 @@ async def test_batch_is_measured_and_traced(tmp_path):
     shown = [(span.attributes, span.status.description) for row in traces.values() for span in row]
     for word in ("lighthouse", "task_", "row-", "http", KEY):
         assert word not in str(shown)
+
+
+SCRAPING = """
+scrape_configs:
+  - job_name: flux-kontext
+    scrape_interval: 1s
+    static_configs:
+      - targets: ["127.0.0.1:{}"]
+"""
+
+
+@with_sdk
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")
+def test_queries_of_the_dashboard_have_values_in_prometheus(tmp_path):
+    """As docs/telemetry.md says, with a service that refuses some of the submits."""
+    pytest.importorskip("opentelemetry.exporter.prometheus")
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("id,prompt\n" + "".join(f"r{n},a tower {n}\n" for n in range(60)))
+    exporter, port = find_free_port(), find_free_port()
+    settings = SandboxSettings(mean=2, long_edge=64, slots=8, api_key=KEY)
+    (tmp_path / "prometheus.yml").write_text(SCRAPING.format(exporter))
+    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml"]
+    command += [f"--storage.tsdb.path={tmp_path}/tsdb", f"--web.listen-address=127.0.0.1:{port}"]
+    environment = os.environ | {
+        "FLUX_KONTEXT_API_KEY": KEY,
+        "FLUX_KONTEXT_CONCURRENT_TASKS": "12",
+        "FLUX_KONTEXT_POLL_INITIAL_DELAY": "1",
+        "FLUX_KONTEXT_POLL_INTERVAL": "0.5",
+        "OTEL_METRICS_EXPORTER": "prometheus",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_LOGS_EXPORTER": "none",
+        "OTEL_TRACES_EXPORTER": "none",
+        "OTEL_EXPORTER_PROMETHEUS_PORT": str(exporter),
+    }
+    instrument = Path(sys.executable).with_name("opentelemetry-instrument")
+    batch = [sys.executable, "-m", "prefect_flux_kontext", "run", manifest, tmp_path / "out"]
+    with (
+        running_sandbox(settings) as sandbox,
+        subprocess.Popen(command, stderr=subprocess.DEVNULL) as prometheus,
+    ):
+        try:
+            began = time.time()
+            environment["FLUX_KONTEXT_BASE_URL"] = sandbox.url
+            subprocess.run([instrument, *batch], env=environment, check=True)
+            queries = list_queries()
+            assert len(queries) == 13
+            for query in queries:
+                assert read_values(port, query, began), query
+        finally:
+            prometheus.terminate()
+
+
+def list_queries():
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def read_values(port, query, began):
+    """Return the values of a query in the time since a batch began, as Grafana requests them."""
+    reply = httpx.get(
+        f"http://127.0.0.1:{port}/api/v1/query_range",
+        params={
+            "query": query.replace("$__rate_interval", "10s"),
+            "start": began,
+            "end": time.time(),
+            "step": 1,
+        },
+    )
+    series = reply.raise_for_status().json()["data"]["result"]
+    return [value for each in series for _, value in each["values"] if value != "NaN"]

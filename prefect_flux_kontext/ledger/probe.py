@@ -36,34 +36,24 @@ async def probe_store(store: RecordStore) -> None:
     async def is_listed() -> bool:
         return f"{name}.json" in await store.list_names("probe")
 
-    async def is_missing_told() -> bool:
-        return await store.read(f"probe/{name}-missing.json") is None
+    async def require(ability: str, on_s3: str, request: Awaitable[Any], expected: Any) -> None:
+        try:
+            detail = "" if await request == expected else " It does not."
+        except LedgerError as error:
+            detail = f" {error.message}"
+        if detail:
+            raise ConfigurationError(
+                f"{store} cannot hold a ledger, so nothing was paid: the store has to {ability} "
+                f"(on S3: {on_s3}).{detail}"
+            )
 
-    async def is_read_back() -> bool:
-        return await store.read(record) == b"1"
-
-    async def is_exclusive() -> bool:
-        return not await store.create(record, b"2")
-
-    await _require(
-        store, "create a record", "PutObject with If-None-Match", store.create(record, b"1")
-    )
-    await _require(store, "read a record back", "s3:GetObject", is_read_back())
-    await _require(store, "refuse to create a record twice", "If-None-Match", is_exclusive())
-    await _require(store, "tell that a record is missing", "s3:ListBucket", is_missing_told())
-    await _require(store, "list records", "s3:ListBucket", is_listed())
+    conditional, listing = "If-None-Match", "s3:ListBucket"
+    create, missing = store.create, f"probe/{name}-missing.json"
+    await require("create a record", f"PutObject with {conditional}", create(record, b"1"), True)
+    await require("read a record back", "s3:GetObject", store.read(record), b"1")
+    await require("refuse to create a record twice", conditional, create(record, b"2"), False)
+    await require("tell that a record is missing", listing, store.read(missing), None)
+    await require("list records", listing, is_listed(), True)
     with contextlib.suppress(LedgerError):
         await store.remove(record)
     passed.add(str(store))
-
-
-async def _require(store: RecordStore, ability: str, on_s3: str, test: Awaitable[bool]) -> None:
-    try:
-        detail = "" if await test else " It does not."
-    except LedgerError as error:
-        detail = f" {error.message}"
-    if detail:
-        raise ConfigurationError(
-            f"{store} cannot hold a ledger, so nothing was paid: the store has to {ability} (on "
-            f"S3: {on_s3}).{detail}"
-        )

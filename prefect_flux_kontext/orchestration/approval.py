@@ -7,11 +7,12 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
+from uuid import UUID
 
 from prefect import get_client, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
-from prefect.context import FlowRunContext
 from prefect.flow_runs import apause_flow_run
+from prefect.runtime import flow_run
 
 from prefect_flux_kontext.batch.pilot import select_rows
 from prefect_flux_kontext.batch.planning import make_plan
@@ -71,12 +72,7 @@ async def build_plan(
     options: RowOptions,
     pilot: int | None = None,
 ) -> Plan:
-    """Make the plan, and ask for the balance of the account.
-
-    Raises:
-        ManifestError: The manifest cannot be read to the end, or has no rows.
-        LedgerError: The ledger cannot be read or is damaged.
-    """
+    """Make the plan, and ask for the balance of the account."""
     plan = await make_plan(
         rows,
         open_ledger_store(output),
@@ -103,14 +99,6 @@ async def ask_for_approval(
 
     The plan is made again after the approval, because the manifest or the ledger may have changed
     in the meantime.
-
-    Args:
-        plan: The plan.
-        rows: Its rows.
-        output: Its output.
-        account: The account that pays.
-        options: The options of its rows.
-        sheet: The contact sheet of a pilot, as a `data:` URL.
 
     Returns:
         True if the flow run was resumed, False if it was cancelled.
@@ -174,13 +162,10 @@ async def run_pilot(
 
 
 async def _wait_until_cancelled() -> None:
-    context = FlowRunContext.get()
-    assert context is not None  # noqa: S101 - apause_flow_run needs it too
-    assert context.flow_run is not None  # noqa: S101
     async with get_client() as client:
         while True:
             await asyncio.sleep(APPROVAL_POLL_SECONDS)
-            run = await client.read_flow_run(context.flow_run.id)
+            run = await client.read_flow_run(UUID(flow_run.id))
             if run.state and (run.state.is_cancelling() or run.state.is_cancelled()):
                 return
 

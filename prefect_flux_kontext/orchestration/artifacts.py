@@ -64,14 +64,7 @@ _MARKDOWN_SYNTAX = re.compile(r"([\\`*\[\]|])")
 async def progress_artifact(
     batch: BatchSummary, rows: int, line: object, on_update: Callable[[], None]
 ) -> AsyncIterator[None]:
-    """Keep a progress artifact up to date while the block runs.
-
-    Args:
-        batch: The counts of the rows so far, which the batch updates.
-        rows: The number of rows in total.
-        line: Its text describes the progress.
-        on_update: Called before each update, and at the end.
-    """
+    """Keep a progress artifact up to date, and call `on_update` before, while the block runs."""
     updating = asyncio.create_task(_update_periodically(batch, rows, line, on_update))
     try:
         yield
@@ -111,14 +104,7 @@ async def _update_periodically(
 async def publish_summary(
     batch: BatchSummary, folder: OutputFolder, outcome: str, public_urls: Mapping[str, str]
 ) -> None:
-    """Write the summary of a batch as an artifact, and its contact sheet if a browser finds it.
-
-    Args:
-        batch: The counts of its rows.
-        folder: Its output.
-        outcome: How it ended, in one word.
-        public_urls: The http(s) URLs at which a browser finds outputs, by prefix of the output.
-    """
+    """Write the summary of a batch as an artifact, and its contact sheet if a browser finds it."""
     stored = [name for name in _LISTED_FILES if await _is_stored(folder, name)]
     urls = {name: find_browser_url(folder.uri(name), public_urls) for name in stored}
     files = {name: urls[name] or folder.uri(name) for name in stored}

@@ -56,54 +56,46 @@ async def create_automations(notify: str) -> list[str]:
 
 
 def _build_automations(block_id: UUID) -> list[AutomationCore]:
-    def notification(subject: str, body: str) -> SendNotification:
-        return SendNotification(block_document_id=block_id, subject=subject, body=body)
+    def automation(
+        name: str, description: str, trigger: EventTrigger, subject: str, body: str
+    ) -> AutomationCore:
+        notification = SendNotification(
+            block_document_id=block_id,
+            subject=f"Flux Kontext: {subject}",
+            body=f"{body}\n{_RUN_URL}",
+        )
+        return AutomationCore(
+            name=f"flux-kontext, {name}",
+            description=description,
+            trigger=trigger,
+            actions=[notification],
+        )
 
+    ends = {f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut")}
+    flows = {"prefect.resource.role": "flow", "prefect.resource.name": FLOW_NAMES}
     return [
-        AutomationCore(
-            name="flux-kontext, a batch failed",
-            description="A run of a Flux Kontext flow failed, crashed or timed out.",
-            trigger=EventTrigger(
-                expect={
-                    "prefect.flow-run.Failed",
-                    "prefect.flow-run.Crashed",
-                    "prefect.flow-run.TimedOut",
-                },
-                match_related={
-                    "prefect.resource.role": "flow",
-                    "prefect.resource.name": FLOW_NAMES,
-                },
-            ),
-            actions=[
-                notification(
-                    "Flux Kontext: {{ flow.name }} is {{ flow_run.state.name }}",
-                    f"{{{{ flow_run.state.message }}}}\n{_RUN_URL}",
-                )
-            ],
+        automation(
+            "a batch failed",
+            "A run of a Flux Kontext flow failed, crashed or timed out.",
+            EventTrigger(expect=ends, match_related=flows),
+            "{{ flow.name }} is {{ flow_run.state.name }}",
+            "{{ flow_run.state.message }}",
         ),
-        AutomationCore(
-            name="flux-kontext, spend above",
-            description="A batch has spent more than its alert_above_usd.",
-            trigger=EventTrigger(expect={SPEND_ABOVE}),
-            actions=[
-                notification(
-                    "Flux Kontext: ${{ event.payload.spent_usd }} spent",
-                    "The batch has spent more than ${{ event.payload.above_usd }}. Output: "
-                    f"{{{{ event.payload.output }}}}\n{_RUN_URL}",
-                )
-            ],
+        automation(
+            "spend above",
+            "A batch has spent more than its alert_above_usd.",
+            EventTrigger(expect={SPEND_ABOVE}),
+            "${{ event.payload.spent_usd }} spent",
+            "The batch has spent more than ${{ event.payload.above_usd }}. Output: "
+            "{{ event.payload.output }}",
         ),
-        AutomationCore(
-            name="flux-kontext, results close to expiry",
-            description="Results that are paid for and not stored expire in a few days.",
-            trigger=EventTrigger(expect={RESULTS_EXPIRING}),
-            actions=[
-                notification(
-                    "Flux Kontext: {{ event.payload.rows }} results expire soon",
-                    "The first expires in {{ event.payload.days_left }} days. They are paid for. "
-                    f"Store them: flux-kontext collect {{{{ event.payload.output }}}}\n{_RUN_URL}",
-                )
-            ],
+        automation(
+            "results close to expiry",
+            "Results that are paid for and not stored expire in a few days.",
+            EventTrigger(expect={RESULTS_EXPIRING}),
+            "{{ event.payload.rows }} results expire soon",
+            "The first expires in {{ event.payload.days_left }} days. They are paid for. "
+            "Store them: flux-kontext collect {{ event.payload.output }}",
         ),
     ]
 

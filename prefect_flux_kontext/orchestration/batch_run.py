@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prefect import get_run_logger, task
 from prefect.assets import AssetProperties
 from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
 from prefect.exceptions import MissingContextError, TerminationSignal
+from prefect.runtime import flow_run
 from prefect.utilities import engine
 
-from prefect_flux_kontext.batch.collection import (
-    find_expiring,
-    read_ledger_status,
-)
+from prefect_flux_kontext.batch.collection import find_expiring, read_ledger_status
 from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.progress import ProgressLine
@@ -45,12 +42,12 @@ from prefect_flux_kontext.report.gallery.builder import GALLERY
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.credentials import FluxKontextCredentials
+    from prefect_flux_kontext.orchestration.parameters import AdvancedOptions
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _core_logger = logging.getLogger("prefect_flux_kontext")
@@ -78,40 +75,29 @@ class PartitionTotals(NamedTuple):
 
 
 def build_row_options(
-    cadence: PollingCadence | None,
-    policy: FailurePolicy | None,
+    advanced: AdvancedOptions,
     account: FluxKontextCredentials,
     *,
-    fit_references: bool = False,
     deferred: bool = False,
-    checks: Sequence[str] | None = None,
     **decided: Any,
 ) -> RowOptions:
-    """Build the row options of a batch from the parameters of its flow and the environment.
-
-    Args:
-        cadence: When to poll; None for the environment's cadence.
-        policy: What to do after a failure; None for the default policy.
-        account: The account that pays.
-        fit_references: Whether to shrink reference images that are too large.
-        deferred: Whether results are left for a later collection.
-        checks: The user's own checks of result images, each `module:function`.
-        **decided: Further fields of `RowOptions`.
-    """
+    """Build the row options of a batch from the parameters of its flow and the environment."""
     settings = FluxKontextSettings()
-    cadence = cadence or settings.cadence()
+    cadence = advanced.get("cadence") or settings.cadence()
     return RowOptions(
         cadence=cadence,
-        policy=policy or FailurePolicy(),
+        policy=advanced.get("failure_policy") or FailurePolicy(),
+        resubmit_unknown=advanced.get("resubmit_unknown", False),
+        spend_by=advanced.get("spend_by") or (),
         result_days=settings.result_days,
         references=create_references(
             settings,
             None if deferred else account.base_url,
             timeout=cadence.timeout,
-            fit=fit_references,
+            fit=advanced.get("fit_references", False),
         ),
         deferred=deferred,
-        checks=load_checks(checks or ()),
+        checks=load_checks(advanced.get("checks") or ()),
         **decided,
     )
 
@@ -131,17 +117,7 @@ async def open_batch(
 ) -> AsyncIterator[tuple[Session, int]]:
     """Open a batch, and report it to Prefect in events, artifacts and logs.
 
-    Args:
-        output: Its output.
-        account: The account that pays.
-        options: The options of its rows.
-        plan: Its plan; None for a batch that only collects.
-        callback_url: The URL that the service calls; None for the environment's.
-        listens: Whether this process may receive callbacks.
-        alert_above_usd: Emit an event once this run has spent more dollars than this.
-        suspends: Whether the flow run is suspended afterwards instead of ending.
-        partition_totals: What its partitions have spent; they have also emitted the start of the
-            batch. None without partitions.
+    Without a plan, it only collects. With totals of partitions, its start was emitted before.
 
     Yields:
         The session of the batch, and how many tasks the account may run at a time.
@@ -156,17 +132,16 @@ async def open_batch(
     callbacks = resolve_callback_options(
         settings, url=callback_url, secret=account.callback_secret, listens=listens
     )
-    client = account.get_client()
     with forward_core_logs():
         async with (
             open_session(
-                client,
+                account.get_client(),
                 output,
                 options,
                 settings,
                 callbacks,
                 account=account.account,
-                flow_run_id=_get_flow_run_id(),
+                flow_run_id=flow_run.id,
             ) as session,
             _report_batch(
                 session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
@@ -294,13 +269,7 @@ def _build_start_payload(output: str, plan: Plan | None) -> dict[str, Any]:
 def create_spend_alarm(
     batch: BatchSummary, spent: Callable[[], float], above_usd: float | None
 ) -> Callable[[], None]:
-    """Create a function that updates what a batch has spent, and emits one event above a limit.
-
-    Args:
-        batch: The counts of the batch, whose `spent` is updated.
-        spent: Returns the dollars spent so far.
-        above_usd: The limit in dollars; None for no event.
-    """
+    """Create a function that updates what a batch has spent, and emits one event above a limit."""
     flow, was_emitted = _get_flow_name(), False
 
     def check_spending() -> None:
@@ -357,14 +326,8 @@ def _build_asset_properties(
     return AssetProperties(**{name: value for name, value in properties.items() if value})
 
 
-def _get_flow_run_id() -> str | None:
-    context = FlowRunContext.get()
-    return str(context.flow_run.id) if context and context.flow_run else None
-
-
 def _get_flow_name() -> str:
-    context = FlowRunContext.get()
-    return context.flow.name if context is not None and context.flow is not None else "none"
+    return flow_run.flow_name or "none"
 
 
 # One task run an image would overload the server, which records about 12 to 40 a second.

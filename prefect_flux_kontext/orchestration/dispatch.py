@@ -22,8 +22,6 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-__all__ = ["dispatched", "dispatched_task"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -45,14 +45,7 @@ _MAX_ROWS_IN_PAYLOAD = 20
 
 
 def emit(event: str, output: str, payload: dict[str, Any], **labels: str) -> None:
-    """Emit an event about an output. Failures to emit are logged and ignored.
-
-    Args:
-        event: The name of the event.
-        output: The output of the batch, as a URI.
-        payload: Details of the event, as JSON.
-        **labels: Labels of the resource, which triggers can match as `flux-kontext.<label>`.
-    """
+    """Emit an event about an output. Failures to emit are logged and ignored."""
     named = {f"flux-kontext.{name}": value for name, value in labels.items()}
     _emit(event, _build_resource(output) | named, payload)
 
@@ -78,13 +71,6 @@ def emit_asset(
     """Emit that the images of an output were made, or could not be, as one asset.
 
     The events are those of a task with `@materialize`, without a task run for them.
-
-    Args:
-        output: The output, which is the asset's key.
-        made_from: The manifest and folders of references, as URLs or paths.
-        properties: Name, gallery and owners.
-        payload: Details of the event, as JSON.
-        failed: Whether the images could not be made.
     """
     asset = _build_asset(output, properties)
     if asset is None:

@@ -365,10 +365,6 @@ async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:
 def refer_to_output(value: Any, output: OutputFolder) -> str:
     """Return text by which another task can open the same folder; it contains no options.
 
-    Args:
-        value: The parameter that names the folder.
-        output: The folder.
-
     Raises:
         ConfigurationError: It is a Block that is not saved.
     """
@@ -456,6 +452,7 @@ def _build_s3_options(credentials: Any) -> dict[str, Any]:
             "profile that assumes the role instead: botocore then renews the keys."
         )
     client = credentials.aws_client_parameters
+    certificates = client.verify_cert_path
     options = {
         "key": _get_first(credentials, "aws_access_key_id", "minio_root_user"),
         "secret": _get_first(credentials, "aws_secret_access_key", "minio_root_password"),
@@ -467,17 +464,12 @@ def _build_s3_options(credentials: Any) -> dict[str, Any]:
         "client_kwargs": _drop_empty(
             {
                 "region_name": credentials.region_name,
-                "verify": _get_verification(client),
+                "verify": str(certificates) if certificates else client.verify,
                 "api_version": client.api_version,
             }
         ),
     }
     return _drop_empty(options)
-
-
-def _get_verification(client: Any) -> Any:
-    path = client.verify_cert_path
-    return client.verify if path is None else str(path)
 
 
 def _get_first(credentials: Any, *names: str) -> Any:

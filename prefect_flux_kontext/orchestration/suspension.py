@@ -48,9 +48,6 @@ _CONCURRENT_REQUESTS = 16
 def check_can_suspend(option: str = 'wait="suspend"') -> None:
     """Check that the current flow run can be suspended, before anything is paid.
 
-    Args:
-        option: What asks for it, for the message.
-
     Raises:
         ConfigurationError: It cannot; the message says why.
     """

@@ -9,7 +9,12 @@ from pathlib import Path
 import anyio
 import pytest
 from prefect import get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowFilter,
+    FlowFilterName,
+)
 from prefect.deployments import run_deployment
 
 from prefect_flux_kontext import PollingCadence
@@ -158,6 +163,18 @@ async def test_deployments_have_triggers_and_forms(place):
     form = nightly.parameter_openapi_schema["properties"]
     assert form["wait"]["enum"] == ["poll", "suspend", "collect"]
     assert form["manifest"]["examples"]
+
+
+async def test_nightly_run_is_scheduled(place):
+    """Prefect 3.9.1 with whenever 0.10 schedules nothing on Python 3.11 and 3.12."""
+    async with get_client() as client:
+        nightly = await client.read_deployment_by_name("style-transfer-batch/nightly-prefix")
+        only = DeploymentFilter(id=DeploymentFilterId(any_=[nightly.id]))
+        for _ in range(300):
+            if runs := await client.read_flow_runs(deployment_filter=only):
+                break
+            await anyio.sleep(0.2)
+    assert {run.state_name for run in runs} == {"Scheduled"}
 
 
 async def test_announced_manifest_runs_and_failed_rows_are_retried(place):

@@ -7,7 +7,7 @@ import uuid
 import anyio
 import httpx
 import pytest
-from prefect import get_client
+from prefect import flow, get_client
 
 from prefect_flux_kontext import FluxKontextCredentials
 from prefect_flux_kontext.cli import main
@@ -23,6 +23,8 @@ from prefect_flux_kontext.orchestration.partitions.leases import (
     read_account_limit,
 )
 from tests.orchestration.conftest import KEY
+
+LIMIT = {"id": str(uuid.uuid4()), "name": "slots", "limit": 40}
 
 pytestmark = pytest.mark.anyio
 
@@ -138,7 +140,7 @@ class TestLease:
             lease = Lease(client, get_limit_name(account), 20)
             await lease.acquire()
             lease.stop_when_lost(submitter)
-            await client.release_concurrency_slots_with_lease(lease._lease_id)
+            await client.release_concurrency_slots_with_lease(lease._id)
             lease._held_until = 0.0
             await lease.keep_renewed()
         assert isinstance(submitter.stopped, BatchStoppedError)
@@ -150,14 +152,32 @@ class TestLease:
         async with get_client() as client:
             lease = Lease(client, get_limit_name(account), 20)
             await lease.acquire()
-            first = lease._lease_id
+            first = lease._id
             # As after a restart: the server counts the slots, but has no lease of them.
             await client.increment_concurrency_slots([get_limit_name(account)], 20, "concurrency")
             await client.release_concurrency_slots_with_lease(first)
             await lease._renew()
-            assert lease._lease_id != first
+            assert lease._id != first
             assert await count_leased(account) == 20
             await lease.release()
+        assert await count_leased(account) == 0
+
+    async def test_slots_that_no_flow_run_holds_are_freed(self, account):
+        """As after a restart of a server that keeps leases in memory, and the end of all runs."""
+        await create_limit(account)
+        name = get_limit_name(account)
+
+        @flow
+        async def hold_slots():
+            async with lease_slots(account, 20), get_client() as client:
+                await client.increment_concurrency_slots([name], 20, "concurrency")
+                await Lease(client, name, 20)._free_forgotten_slots()
+                return await count_leased(account)
+
+        assert await hold_slots() == 40
+        async with get_client() as client:
+            assert await count_leased(account) == 20
+            await Lease(client, name, 20)._free_forgotten_slots()
         assert await count_leased(account) == 0
 
 
@@ -173,8 +193,34 @@ class FakeClient:
             raise httpx.ConnectError("connection refused")
 
 
+class ReturningClient:
+    """A client of Prefect's API, which answers only after some seconds."""
+
+    def __init__(self, seconds):
+        self.answers_at = asyncio.get_running_loop().time() + seconds
+
+    async def increment_concurrency_slots_with_lease(self, *_args):
+        self._check()
+        granted = {"lease_id": str(uuid.uuid4()), "limits": [LIMIT]}
+        return httpx.Response(200, json=granted)
+
+    async def read_flow_runs(self, **_filters):
+        self._check()
+        return ["another flow run"]
+
+    def _check(self):
+        if asyncio.get_running_loop().time() < self.answers_at:
+            raise httpx.ConnectError("connection refused")
+
+
 @pytest.mark.virtual_time
 class TestOutage:
+    async def test_lease_waits_for_the_end_of_an_outage(self):
+        started_at = asyncio.get_running_loop().time()
+        lease = Lease(ReturningClient(600), "slots", 20)
+        await lease.acquire()
+        assert 600 <= lease._held_until - started_at - LEASE_SECONDS < 610
+
     async def hold(self, failed, seconds):
         """Hold a lease for some seconds; return whether it was lost, and the submitter's error."""
         loop = asyncio.get_running_loop()

@@ -58,7 +58,7 @@ def running_postgres():
             )
 
         run("initdb", "-U", "prefect", "-A", "scram-sha-256", f"--pwfile={secret}", "--no-sync")
-        port = _find_free_port()
+        port = find_free_port()
         options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
         run("pg_ctl", "start", "-w", "-t", "120", "-l", Path(folder, "log"), "-o", options)
         try:
@@ -67,6 +67,6 @@ def running_postgres():
             run("pg_ctl", "stop", "-w", "-m", "immediate")
 
 
-def _find_free_port():
+def find_free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
-from prefect.context import FlowRunContext
 from prefect.deployments import arun_deployment
+from prefect.runtime import flow_run
 
 from prefect_flux_kontext.batch.budget import ensure_sole_run
 from prefect_flux_kontext.batch.index import PlannedAction
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.batch.waves import Wave
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.reader import Manifest
@@ -97,15 +96,6 @@ async def run_partitions(
 ) -> AsyncIterator[RemainingWork]:
     """Run the partitions of a batch to their end, and yield what is left to the batch itself.
 
-    Args:
-        partition_plan: The plan for its partitions; None for a batch without partitions.
-        plan: The plan for its rows.
-        rows: The manifest.
-        output: Its output.
-        account: The account that pays.
-        options: The options of its rows.
-        alert_above_usd: Emit an event once the batch has spent more dollars than this.
-
     Raises:
         ConfigurationError: There is a budget, and another run is paying into the output.
         LedgerError: The ledger cannot be read or written.
@@ -148,11 +138,6 @@ async def run_partitions(
         yield remaining
 
 
-async def run_remaining(wave: Wave) -> BatchSummary:
-    """Run a wave of rows that partitions have left. Most are empty, so it is not a task run."""
-    return await wave.run()
-
-
 def _build_partitions(
     partition_plan: PartitionPlan, plan: Plan, options: RowOptions
 ) -> list[Partition]:
@@ -165,13 +150,11 @@ def _build_partitions(
     budget_by: dict[str, dict[str, float]] = {}
     for column, value, dollars, spent, _ in plan.list_budgets():
         budget_by.setdefault(column, {})[value] = share(dollars, spent)
-    slots, requests_per_minute = partition_plan.share
     return [
         Partition(
             number=number,
             of=count,
-            slots=slots,
-            requests_per_minute=requests_per_minute,
+            **partition_plan.share._asdict(),
             budget_usd=budget,
             budget_by=budget_by,
         )
@@ -189,8 +172,7 @@ async def _run_all(
     alarm: Callable[[], None],
 ) -> None:
     store = open_ledger_store(output)
-    context = FlowRunContext.get()
-    name = context.flow_run.name if context is not None and context.flow_run else "batch"
+    name = flow_run.name or "batch"
     async with keep_heartbeat(store) as heartbeat, get_client() as client:
         if options.has_budget:
             await ensure_sole_run(store, heartbeat.owner)
@@ -204,16 +186,12 @@ async def _run_all(
             async with progress_artifact(total, plan.rows, total, alarm):
                 await _watch(running, total)
         finally:
-            await asyncio.shield(_end_all(running))
+            ending = [partition.end() for partition in running]
+            await asyncio.shield(asyncio.gather(*ending))
 
 
 async def _watch(running: list[PartitionRuns], total: BatchSummary) -> None:
-    """Check partitions until all have ended, or the remaining ones were not begun in time.
-
-    Args:
-        running: The partitions.
-        total: The counts of all their rows so far, which this function updates.
-    """
+    """Check partitions until all have ended, or the remaining ones were not begun in time."""
     clock = asyncio.get_running_loop().time
     last_running_at = clock()
     while not all(partition.has_ended for partition in running):
@@ -234,20 +212,8 @@ async def _watch(running: list[PartitionRuns], total: BatchSummary) -> None:
             return
 
 
-async def _end_all(running: list[PartitionRuns]) -> None:
-    for partition in running:
-        await partition.end()
-
-
 class PartitionRuns:
     """A partition and its flow runs, of which the last one counts.
-
-    Args:
-        client: The client of Prefect's API.
-        store: The ledger, where the flow runs keep their heartbeat and progress.
-        partition: The partition.
-        partition_plan: The plan for the partitions of the batch.
-        name: The name of the batch's own flow run.
 
     Attributes:
         has_begun: Whether a worker has begun the last flow run.

@@ -4,9 +4,10 @@ Annotations are real objects here, not strings, as in `flows`.
 """
 
 from collections.abc import Iterable, Iterator
+from uuid import UUID
 
 from prefect import flow
-from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
 from pydantic import BaseModel, Field, PositiveInt
 
 from prefect_flux_kontext.batch.runner import run_partition_rows
@@ -106,10 +107,7 @@ async def style_transfer_partition(
         LedgerError: The ledger cannot be read or is damaged; nothing more was submitted.
         ManifestError: The rows are not in the output any more; nothing was submitted.
     """
-    context = FlowRunContext.get()
-    assert context is not None and context.flow_run is not None  # noqa: S101, PT018 - it is a flow
-    run = context.flow_run
-    if partition.has_budget and run.run_count > 1:
+    if partition.has_budget and flow_run.run_count > 1:
         raise ConfigurationError(
             "This partition ran before and may have spent its share of the budget. The batch, or "
             "a later run of it, finishes its rows."
@@ -119,20 +117,15 @@ async def style_transfer_partition(
     share = Share(partition.slots, partition.requests_per_minute)
     account = share.apply_to(await resolve_credentials(credentials))
     options = build_row_options(
-        rare.get("cadence"),
-        rare.get("failure_policy"),
+        rare,
         account,
-        fit_references=rare.get("fit_references", False),
-        resubmit_unknown=rare.get("resubmit_unknown", False),
         budget_usd=partition.budget_usd,
         budget_by=partition.budget_by,
         is_share=True,
-        spend_by=rare.get("spend_by") or (),
-        checks=rare.get("checks"),
     )
     output = await open_output(output, rare.get("storage_options"))
     await output.check_writable()
-    store, name = open_ledger_store(output), run.id.hex
+    store, name = open_ledger_store(output), UUID(flow_run.id).hex
     callbacks = resolve_callback_options(
         settings, url=rare.get("callback_url"), secret=account.callback_secret, listens=False
     )

@@ -7,9 +7,11 @@ account's requests. It renews its lease while it lives; the lease of a killed ho
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -17,15 +19,22 @@ from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
     GlobalConcurrencyLimitUpdate,
 )
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.runtime import flow_run
 
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from uuid import UUID
 
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
@@ -63,10 +72,7 @@ class Share(NamedTuple):
 
     def apply_to(self, account: FluxKontextCredentials) -> FluxKontextCredentials:
         """Return the account with the limits of this share."""
-        limits = {
-            "concurrent_tasks": self.slots,
-            "requests_per_minute": self.requests_per_minute,
-        }
+        limits = {"concurrent_tasks": self.slots, "requests_per_minute": self.requests_per_minute}
         return account.model_copy(update=limits)
 
 
@@ -112,7 +118,10 @@ async def read_account_limit(account: FluxKontextCredentials, partitions: int) -
         async with get_client() as client:
             limit = await _read_limit(client, name)
             if limit is None:
-                await _create_limit(client, name, account.concurrent_tasks)
+                new = GlobalConcurrencyLimitCreate(name=name, limit=account.concurrent_tasks)
+                with contextlib.suppress(ObjectAlreadyExists):  # another process has created it
+                    await client.create_global_concurrency_limit(new)
+                    logger.info("Created the limit %s in Prefect with %d slots.", name, new.limit)
                 limit = await client.read_global_concurrency_limit_by_name(name)
     except httpx.HTTPError as error:
         raise ConfigurationError(
@@ -134,15 +143,6 @@ async def read_account_limit(account: FluxKontextCredentials, partitions: int) -
     return Share(slots, max(1, account.requests_per_minute * slots // account.concurrent_tasks))
 
 
-async def _create_limit(client: PrefectClient, name: str, slots: int) -> None:
-    try:
-        limit = GlobalConcurrencyLimitCreate(name=name, limit=slots)
-        await client.create_global_concurrency_limit(limit)
-    except ObjectAlreadyExists:
-        return  # another process has created it
-    logger.info("Created the limit %s in Prefect with %d slots.", name, slots)
-
-
 async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimitResponse | None:
     try:
         return await client.read_global_concurrency_limit_by_name(name)
@@ -154,12 +154,18 @@ async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimi
 async def lease_slots(account: FluxKontextCredentials, slots: int) -> AsyncIterator[Lease]:
     """Wait for a number of the account's slots, and hold them while the block runs.
 
+    The flow run gets the name of the limit as a tag, by which others see that it holds slots.
+
     Raises:
         ConfigurationError: The account has no limit, or Prefect does not grant the lease.
     """
     async with get_client() as client:
         lease = Lease(client, get_limit_name(account), slots)
         await lease.acquire()
+        if flow_run.id is not None:
+            with contextlib.suppress(httpx.HTTPError):  # the slots are leased without it too
+                tags = {*flow_run.tags, lease.name}
+                await client.update_flow_run(UUID(flow_run.id), tags=tags)
         renewing = asyncio.create_task(lease.keep_renewed())
         try:
             yield lease
@@ -170,19 +176,13 @@ async def lease_slots(account: FluxKontextCredentials, slots: int) -> AsyncItera
 
 
 class Lease:
-    """A lease of a block of slots.
-
-    Args:
-        client: The client of Prefect's API.
-        name: The name of the limit.
-        slots: The number of slots.
-    """
+    """A lease of a block of slots."""
 
     def __init__(self, client: PrefectClient, name: str, slots: int) -> None:
         self._client = client
-        self._name = name
+        self.name = name
         self._slots = slots
-        self._id: UUID | None = None
+        self._id: Any = None
         self._held_until = 0.0
         self._lost: FluxKontextError | None = None
         self._submitter: Submitter | None = None
@@ -200,16 +200,19 @@ class Lease:
             ConfigurationError: There is no such limit, or Prefect does not grant the lease.
         """
         clock = asyncio.get_running_loop().time
-        logged_at = -_LOG_INTERVAL_SECONDS
+        asked_at, logged_at = clock(), -_LOG_INTERVAL_SECONDS
         while not await self._try_acquire():
             if clock() - logged_at >= _LOG_INTERVAL_SECONDS:
                 logged_at = clock()
                 logger.info(
-                    "Waiting for %d slots of %s, which other runs have leased.",
+                    "Waiting for %d slots of %s: other runs have leased them, or Prefect's API "
+                    "does not answer.",
                     self._slots,
-                    self._name,
+                    self.name,
                 )
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
+            if clock() - asked_at > LEASE_SECONDS:
+                await self._free_forgotten_slots()
 
     async def keep_renewed(self) -> None:
         """Renew the lease until it is lost or this is cancelled."""
@@ -222,7 +225,7 @@ class Lease:
                     await self._renew()
                 pause = RENEWAL_INTERVAL_SECONDS
             except Exception as error:  # noqa: BLE001 - Prefect's API may come back
-                logger.debug("The lease of %s was not renewed: %s", self._name, error)
+                logger.debug("The lease of %s was not renewed: %s", self.name, error)
                 pause = RETRY_INTERVAL_SECONDS
                 # The next renewal could end after the lease does.
                 if clock() > self._held_until - RETRY_INTERVAL_SECONDS - _REQUEST_TIMEOUT_SECONDS:
@@ -236,20 +239,39 @@ class Lease:
             return
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-                await self._client.release_concurrency_slots_with_lease(self._lease_id)
+                await self._client.release_concurrency_slots_with_lease(self._id)
         except Exception as error:  # noqa: BLE001 - the lease expires
-            logger.debug("The lease of %s was not released: %s", self._name, error)
+            logger.debug("The lease of %s was not released: %s", self.name, error)
+
+    async def _free_forgotten_slots(self) -> None:
+        """Set the count of leased slots to zero if no flow run holds any.
+
+        A server with leases in memory forgets them when it restarts, but not their count. The
+        leases of flow runs that died have expired by now.
+        """
+        holds = FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[self.name]),
+            state=FlowRunFilterState(
+                type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
+            ),
+        )
+        with contextlib.suppress(httpx.HTTPError):
+            if not await self._client.read_flow_runs(flow_run_filter=holds, limit=1):
+                logger.warning("No flow run holds slots of %s, so all are free.", self.name)
+                await self._client.update_global_concurrency_limit(
+                    self.name, GlobalConcurrencyLimitUpdate(active_slots=0)
+                )
 
     async def _renew(self) -> None:
         asked_at = asyncio.get_running_loop().time()
         try:
-            await self._client.renew_concurrency_lease(self._lease_id, LEASE_SECONDS)
+            await self._client.renew_concurrency_lease(self._id, LEASE_SECONDS)
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.GONE or asked_at > self._held_until:
                 raise
             # The lease cannot have expired yet, so a server that keeps leases in memory has been
             # restarted. It still counts the slots, so no other run has them.
-            await self._client.release_concurrency_slots([self._name], self._slots, LEASE_SECONDS)
+            await self._client.release_concurrency_slots([self.name], self._slots, LEASE_SECONDS)
             if not await self._try_acquire():
                 raise
             return
@@ -259,30 +281,27 @@ class Lease:
         asked_at = asyncio.get_running_loop().time()
         try:
             reply = await self._client.increment_concurrency_slots_with_lease(
-                [self._name], self._slots, "concurrency", LEASE_SECONDS
+                [self.name], self._slots, "concurrency", LEASE_SECONDS
             )
+        except httpx.TransportError:
+            return False
         except httpx.HTTPStatusError as error:
             if error.response.status_code == httpx.codes.LOCKED:
                 return False
             raise ConfigurationError(
-                f"Prefect did not grant a lease of {self._slots} slots of {self._name}: {error}"
+                f"Prefect did not grant a lease of {self._slots} slots of {self.name}: {error}"
             ) from None
         granted = ConcurrencyLimitWithLeaseResponse.model_validate(reply.json())
         if not granted.limits:
             raise ConfigurationError(
-                f"Prefect has no limit {self._name}. Create it: {_CREATE_COMMAND}"
+                f"Prefect has no limit {self.name}. Create it: {_CREATE_COMMAND}"
             )
         self._id, self._held_until = granted.lease_id, asked_at + LEASE_SECONDS
         return True
 
-    @property
-    def _lease_id(self) -> UUID:
-        assert self._id is not None  # noqa: S101 - acquire comes first
-        return self._id
-
     def _mark_lost(self) -> None:
         self._lost = BatchStoppedError(
-            f"The lease of {self._slots} slots of {self._name} could not be renewed, so another "
+            f"The lease of {self._slots} slots of {self.name} could not be renewed, so another "
             "run may hold them. Submitted rows are stored; a later run submits the rest."
         )
         if self._submitter is not None:

@@ -46,12 +46,6 @@ async def plan_partitions(
 ) -> PartitionPlan:
     """Check that the current batch can run in partitions, and plan them.
 
-    Args:
-        partitions: The number of partitions.
-        deployment: The name of the deployment that runs them.
-        account: The account that they share.
-        wait: The `wait` parameter of the batch.
-
     Raises:
         ConfigurationError: It cannot run in partitions; the message says why.
     """

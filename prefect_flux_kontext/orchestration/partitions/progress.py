@@ -34,13 +34,7 @@ WRITE_INTERVAL_SECONDS = 5.0
 async def report_progress(
     store: RecordStore, name: str, batch: BatchSummary
 ) -> AsyncIterator[None]:
-    """Keep the progress record of a partition up to date while the block runs.
-
-    Args:
-        store: The ledger.
-        name: The id of the partition's flow run.
-        batch: The counts of the partition's rows so far, which the partition updates.
-    """
+    """Keep the progress record of a partition up to date while the block runs."""
     writing = asyncio.create_task(_write_periodically(store, name, batch))
     try:
         yield
