@@ -115,16 +115,29 @@ async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
     Raises:
         LedgerError: A wave file cannot be read or is damaged.
     """
+    async for rows in read_finished_waves(store):
+        for row, _ in rows:
+            yield row
+
+
+async def read_finished_waves(
+    store: RecordStore,
+) -> AsyncIterator[list[tuple[FinishedRow, bytes]]]:
+    """Yield the rows of each wave file, with their lines.
+
+    Raises:
+        LedgerError: A wave file cannot be read or is damaged.
+    """
     names = [name for name in await store.list_names("waves") if name.endswith(".jsonl")]
     async for name, data in _read_existing(store, names):
         try:
-            for line in data.splitlines():
-                yield FinishedRow.model_validate_json(line)
+            rows = [(FinishedRow.model_validate_json(line), line) for line in data.splitlines()]
         except ValidationError:
             raise LedgerError(
                 f"The ledger's wave file {store}/waves/{name} is damaged. "
                 "Rebuild it: flux-kontext repair OUTPUT"
             ) from None
+        yield rows
 
 
 async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:
