@@ -30,9 +30,14 @@ def count_stored(
     rows = list(rows)
     stored = session.index.select_stored(row.key for row in rows if isinstance(row, Row))
     left, counts, since = [], BatchSummary(), session.options.since
+    folder = str(session.output)
     for row in rows:
         known = stored.get(row.key) if isinstance(row, Row) else None
-        if isinstance(row, RefusedRow) or known is None or not _is_complete(session, row, known):
+        if (
+            isinstance(row, RefusedRow)
+            or known is None
+            or not _is_complete(session, row, known, folder)
+        ):
             left.append(row)
             continue
         counts.stored += 1
@@ -44,12 +49,12 @@ def count_stored(
     return left, counts
 
 
-def _is_complete(session: Session, row: Row, stored: StoredRow) -> bool:
+def _is_complete(session: Session, row: Row, stored: StoredRow, folder: str) -> bool:
     for number, file in enumerate(stored.files, start=1):
         names = list_image_names(row.name, number, splitext(file)[1], row.key)
         if file not in names:
             return False
-    uris = [session.output.uri(file) for file in stored.files]
+    uris = [f"{folder}/{file}" for file in stored.files]
     return session.report.has_line(
         compute_stored_digest(row, uris)
     ) and not session.output.find_missing(stored.files)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.models import GenerationRequest
@@ -23,6 +24,7 @@ _KEY_VERSION = 1
 # `image_urls` counts by its identities, and `match` by its word: what it comes to may vary.
 _NOT_IN_KEY = {"image_urls", "callback_url", "request_type", "matched_ratio", "match_note"}
 _PARAMETERS = tuple(GenerationRequest.model_fields.keys() - {"prompt", "extra"} - _NOT_IN_KEY)
+_get_parameters = attrgetter(*_PARAMETERS)
 
 
 def compute_row_key(
@@ -36,7 +38,7 @@ def compute_row_key(
     known = identities or {}
     references = (known.get(url) or url_identity(url) for url in request.image_urls)
     before, between, after = _encode_parameters(
-        tuple(getattr(request, name) for name in _PARAMETERS),
+        _get_parameters(request),
         _encode(request.extra) if request.extra else "{}",
         variant,
     )

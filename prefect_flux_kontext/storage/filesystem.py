@@ -163,12 +163,16 @@ class OutputFolder:
 
         Files outside of the folder are not looked for.
         """
-        missing = []
-        for name in names if self.is_local else ():
-            with contextlib.suppress(StorageError):  # the name leads out of the folder
-                if "://" not in name and not os.path.lexists(self._path(name)):
-                    missing.append(name)
-        return missing
+        if not self.is_local:
+            return []
+        root = self.root.rstrip("/")
+        return [
+            name
+            for name in names
+            if "://" not in name
+            and ".." not in name.split("/")
+            and not os.path.lexists(f"{root}/{name}")
+        ]
 
     async def put(self, name: str, source: Path) -> str:
         """Copy a local file here, replace an older one of that name, and return its URI."""
