@@ -165,7 +165,7 @@ class LedgerIndex(TempDatabase):
             query = f"SELECT {columns} FROM rows WHERE key IN ({places})"  # noqa: S608
             yield from self._database.execute(query, block)
 
-    def _add_wave(self, rows: list[tuple[FinishedRow, bytes]], *, keep_records: bool) -> None:
+    def _add_wave(self, rows: Iterable[tuple[FinishedRow, bytes]], *, keep_records: bool) -> None:
         block = []
         for row, line in rows:
             indexed = _index_finished_row(row)
