@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -57,10 +56,6 @@ _WHITE_SPACE = re.compile(r"\s")
 # Columns that the request takes unchanged.
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
-
-# What differs from row to row, and the length of a prompt in bytes up to which it is valid.
-_OF_ROW = ("prompt", "image_urls")
-_MAX_PROMPT = 10_000
 
 _DEFAULT_RIGHTS = Rights()
 
@@ -212,7 +207,7 @@ def make_row(
         values["image_urls"] = located[:1]  # that there are several is a problem already
     name, style_name = "", None if style is None else style.name
     try:
-        request = _build_request(values)
+        request = GenerationRequest(**values)
         name = build_output_path(row_id, style_name, cells, names, request.output_format)
     except ValidationError as error:
         problems += [_format_error(problem) for problem in error.errors()]
@@ -237,38 +232,6 @@ def make_row(
         version=version,
         variant=variant,
     )
-
-
-def _build_request(values: dict[str, Any]) -> GenerationRequest:
-    """Validate a request; equal parameters are validated once.
-
-    Raises:
-        ValidationError: The request is invalid.
-    """
-    prompt, images = values.get("prompt"), values.get("image_urls")
-    if isinstance(prompt, str) and _is_text(prompt) and (not images or _is_text(images[0])):
-        parameters = {name: text for name, text in values.items() if name not in _OF_ROW}
-        with contextlib.suppress(ValidationError, TypeError):  # TypeError: it cannot be hashed
-            request = _validate_parameters(tuple(parameters.items()), has_image=bool(images))
-            changes = {"prompt": prompt, "image_urls": images} if images else {"prompt": prompt}
-            return request.model_copy(update=changes)
-    return GenerationRequest(**values)
-
-
-def _is_text(text: str) -> bool:
-    """Whether a prompt or reference is valid as it is."""
-    try:
-        return 0 < len(text.encode()) <= _MAX_PROMPT
-    except UnicodeEncodeError:
-        return False
-
-
-@lru_cache(1_000)
-def _validate_parameters(
-    parameters: tuple[tuple[str, Any], ...], *, has_image: bool
-) -> GenerationRequest:
-    images = {"image_urls": ["any"]} if has_image else {}
-    return GenerationRequest(prompt="any", **images, **dict(parameters))
 
 
 def find_reference_problems(image: str, base_url: str | None = None) -> list[str]:

@@ -24,6 +24,7 @@ _KEY_VERSION = 1
 # `image_urls` counts by its identities, and `match` by its word: what it comes to may vary.
 _NOT_IN_KEY = {"image_urls", "callback_url", "request_type", "matched_ratio", "match_note"}
 _PARAMETERS = tuple(GenerationRequest.model_fields.keys() - {"prompt", "extra"} - _NOT_IN_KEY)
+_encode_text = json.JSONEncoder().encode
 _get_parameters = attrgetter(*_PARAMETERS)
 
 
@@ -42,8 +43,9 @@ def compute_row_key(
         _encode(request.extra) if request.extra else "{}",
         variant,
     )
-    text = f"{before}{json.dumps(request.prompt)}{between}{','.join(map(json.dumps, references))}"
-    return hashlib.sha256(f"{text}{after}".encode()).hexdigest()[:32]
+    prompt, images = _encode_text(request.prompt), ",".join(map(_encode_text, references))
+    text = f"{before}{prompt}{between}{images}{after}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @lru_cache(1_000)
