@@ -16,7 +16,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.report.gallery.builder import GALLERY, build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.line_index import (
-    KnownLines,
+    HashSet,
     hash_verdicts,
     read_line_index,
     write_line_index,
@@ -26,7 +26,7 @@ from prefect_flux_kontext.report.results import (
     LineMerger,
     acquire_merge_lock,
     list_mergeable_parts,
-    load_known_lines,
+    load_digests,
     open_results_store,
     read_parts,
     remove_parts,
@@ -86,14 +86,14 @@ class Report:
         self._is_whole = is_whole
         self._has_changes = False
         self._has_known_rows = False
-        self._known: KnownLines | None = None
+        self._known: HashSet | None = None
 
     async def load_lines(self) -> None:
         """Load what `has_line` needs of earlier runs' lines."""
         if self._is_whole and self._known is None:
-            self._known = KnownLines()
+            self._known = HashSet()
             try:
-                self._known = await load_known_lines(self._output)
+                self._known = await load_digests(self._output)
             except Exception as error:  # noqa: BLE001 - every row gets a line instead
                 logger.warning("The results of earlier runs cannot be read: %s", error)
 

@@ -16,12 +16,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pydantic_core import from_json
+
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.report.line_index import (
-    KnownLines,
+    HashSet,
     LineIndex,
     compute_digest,
     hash_verdicts,
@@ -235,12 +237,12 @@ class LineMerger(TempDatabase):
             self.index.columns.update(known.columns)
         else:
             known = None
+        changed = HashSet(name for (name,) in self._database.execute("SELECT name FROM lines"))
         with merged.open("wb") as file:
             for number, text in enumerate(_read_texts(earlier)):
-                name = None if known is None else known.names[number]
-                if known is not None and name is not None and not self._has(name):
+                if known is not None and known.names[number] not in changed:
                     file.write(text)
-                    self.index.add(name, known.digests[number])
+                    self.index.add(known.names[number], known.digests[number])
                     continue
                 line = json.loads(text)
                 name = _hash_identity(line)
@@ -266,10 +268,6 @@ class LineMerger(TempDatabase):
         self.index.columns.update(dict.fromkeys(custom))
         self.index.add(name, compute_digest(line, custom))
         file.write(encode_line(line).encode())
-
-    def _has(self, name: int) -> bool:
-        found = self._database.execute("SELECT 1 FROM lines WHERE name = ?", (name,))
-        return found.fetchone() is not None
 
     def _find(self, name: int) -> Line | None:
         found = self._database.execute("SELECT line FROM lines WHERE name = ?", (name,)).fetchone()
@@ -335,10 +333,10 @@ def encode_line(line: Line) -> str:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """Yield the lines of a result manifest on this machine; none if the file is missing."""
-    return map(json.loads, _read_texts(path))
+    return map(from_json, _read_texts(path))  # in half the time of `json`
 
 
-async def load_known_lines(output: OutputFolder) -> KnownLines:
+async def load_digests(output: OutputFolder) -> HashSet:
     """Load the digests of the lines of an output.
 
     Raises:
@@ -348,11 +346,11 @@ async def load_known_lines(output: OutputFolder) -> KnownLines:
     """
     store, stamp = open_results_store(output), await output.read_stamp(RESULTS_JSONL)
     if (index := await read_line_index(store, stamp)) is not None:
-        return KnownLines(index.digests)
+        return HashSet(index.digests)
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
         await output.fetch(RESULTS_JSONL, Path(folder, "lines"))
         return await asyncio.to_thread(
-            lambda: KnownLines(
+            lambda: HashSet(
                 compute_digest(line, {name: line[name] for name in _custom_names(line)})
                 for line in read_lines(Path(folder, "lines"))
             )

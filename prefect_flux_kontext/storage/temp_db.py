@@ -51,12 +51,8 @@ class DuplicateIndex(TempDatabase):
     def __init__(self) -> None:
         super().__init__("CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)")
 
-    def add(self, name: bytes, number: int) -> int:
-        """Add a name and return the number it was first added with: `number` for a new name."""
-        return self.add_all([name], [number])[0]
-
     def add_all(self, names: Iterable[bytes], numbers: Sequence[int]) -> Sequence[int]:
-        """Add names, and return the numbers they were first added with."""
+        """Add names, and return the numbers they were first added with: their own if new."""
         hashes = [hash_name(name) for name in names]
         added = self._database.executemany(
             "INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING",
