@@ -176,15 +176,18 @@ async def _read_waves(
     """Yield waves of the rows that there is something to do about, and count the others."""
     source = iter(rows)
     left: list[Row | RefusedRow] = []
+    counted = 0
     while block := await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS))):
         to_run, counts = await asyncio.to_thread(count_stored, session, block)
         summary.add(counts)
         session.progress.add(counts)
+        counted += counts.rows
         left += to_run
         if len(left) >= WAVE_ROWS:
             yield left[:WAVE_ROWS]
             del left[:WAVE_ROWS]
         if session.submitter.stopped:
             return
+    await session.report.leave_out(counted)
     if left:
         yield left

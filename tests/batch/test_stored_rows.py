@@ -1,6 +1,7 @@
 """Rows that are stored already are counted in bulk, and get a result line only if it changes."""
 
 import json
+from datetime import timedelta
 
 import pytest
 
@@ -9,7 +10,8 @@ from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.client.client import FluxKontextClient
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.report.results import open_results_store
+from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.report.results import open_results_store, read_run_plan
 from prefect_flux_kontext.report.verdicts import Verdict, Verdicts
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
@@ -48,7 +50,9 @@ async def run(sandbox, rows, output, **options):
     async with open_session(
         client, OutputFolder(output), row_options, FluxKontextSettings()
     ) as session:
+        await session.report.announce(len(rows))
         summary = await run_batch(session, Manifest(rows).rows(), run_wave, concurrent_tasks=10)
+        assert (await read_run_plan(open_results_store(session.output)))["rows"] == sum(waves)
         assert session.progress.model_dump(include={"rows", "stored", "already_stored"}) == (
             summary.model_dump(include={"rows", "stored", "already_stored"})
         )
@@ -182,6 +186,14 @@ async def test_flags_of_stored_rows_are_counted(sandbox, tmp_path):
     await run(sandbox, shop(1, 2), tmp_path, checks=(dull,))
     summary, waves = await run(sandbox, shop(1, 2), tmp_path, checks=(dull,))
     assert (summary.flags["dull"], waves) == (2, [])
+
+
+@pytest.mark.parametrize(("days", "already"), [(-1, 0), (1, 2)])
+async def test_rows_stored_since_a_time_are_new(sandbox, tmp_path, days, already):
+    await run(sandbox, shop(1, 2), tmp_path)
+    since = utc_now() + timedelta(days=days)
+    summary, waves = await run(sandbox, shop(1, 2), tmp_path, since=since)
+    assert (summary.stored, summary.already_stored, waves) == (2, already, [])
 
 
 async def test_verdict_is_joined_though_nothing_is_new(sandbox, tmp_path):
