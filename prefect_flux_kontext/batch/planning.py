@@ -205,6 +205,11 @@ class Plan:
         return self.actions[PlannedAction.PAY]
 
     @property
+    def new_rows(self) -> int:
+        """Number of rows of the run that are not stored already."""
+        return self.run_rows - self.actions[PlannedAction.STORED]
+
+    @property
     def price(self) -> float:
         """Dollars for all images to be paid, if each succeeds at the first attempt."""
         return sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import datetime
 from posixpath import splitext
 from typing import TYPE_CHECKING
@@ -13,21 +14,47 @@ from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.telemetry import count_stored_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    import asyncio
+    from collections.abc import Iterable, Iterator
 
     from prefect_flux_kontext.batch.index import StoredRow
     from prefect_flux_kontext.batch.session import Session
 
+_BLOCK_ROWS = 250
+"""Rows that are looked up together."""
 
-def count_stored(
-    session: Session, rows: Iterable[Row | RefusedRow]
-) -> tuple[list[Row | RefusedRow], BatchSummary]:
-    """Return the rows that there is something to do about, and the counts of the others; blocking.
+
+def leave_out_stored(
+    session: Session,
+    rows: Iterable[Row | RefusedRow],
+    counts: BatchSummary,
+    loop: asyncio.AbstractEventLoop,
+) -> Iterator[Row | RefusedRow]:
+    """Yield the rows that there is something to do about, and count the others; blocking.
 
     A row is only counted if its images are in the output under its own name, and the results have
     the line that a run would write.
+
+    Args:
+        session: The batch.
+        rows: All its rows.
+        counts: The summary to which the counted rows are added.
+        loop: The loop of the batch, which counts its progress.
     """
-    rows = list(rows)
+    rows = iter(rows)
+    while block := list(itertools.islice(rows, _BLOCK_ROWS)):
+        left, found = _count_stored(session, block)
+        counts.add(found)
+        loop.call_soon_threadsafe(session.progress.add, found)
+        yield from left
+        if session.submitter.stopped:
+            return
+    count_stored_rows(counts.rows)
+
+
+def _count_stored(
+    session: Session, rows: list[Row | RefusedRow]
+) -> tuple[list[Row | RefusedRow], BatchSummary]:
     stored = session.index.select_stored(row.key for row in rows if isinstance(row, Row))
     left, counts, since = [], BatchSummary(), session.options.since
     folder = str(session.output)
@@ -45,7 +72,6 @@ def count_stored(
         for flag in known.flags:
             counts.flags[flag] = counts.flags.get(flag, 0) + 1
     counts.rows = counts.stored
-    count_stored_rows(counts.rows)
     return left, counts
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.result_rows import line_from_outcome
 from prefect_flux_kontext.batch.row import run_rows
-from prefect_flux_kontext.batch.stored import count_stored
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
 from prefect_flux_kontext.manifest.row import Row
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.batch.summary import DoneRow
@@ -148,14 +147,13 @@ async def run_waves(
         finally:
             wave.release_rows()
 
-    waves = _read_waves(session, rows, summary)
-    await session.report.load_lines()
+    source = iter(rows)
     try:
         async with asyncio.TaskGroup() as group:
             for number in itertools.count(first):
                 for _ in range(WAVE_ROWS):
                     await room.acquire()
-                block = await anext(waves, None)
+                block = await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS)))
                 if not block or session.submitter.stopped:
                     session.deferral.mark_all_read()
                     break
@@ -168,26 +166,3 @@ async def run_waves(
     summary.spent_by = session.submitter.spending.list_groups()
     summary.seconds = loop.time() - began
     return summary
-
-
-async def _read_waves(
-    session: Session, rows: Iterable[Row | RefusedRow], summary: BatchSummary
-) -> AsyncIterator[list[Row | RefusedRow]]:
-    """Yield waves of the rows that there is something to do about, and count the others."""
-    source = iter(rows)
-    left: list[Row | RefusedRow] = []
-    counted = 0
-    while block := await asyncio.to_thread(lambda: list(itertools.islice(source, WAVE_ROWS))):
-        to_run, counts = await asyncio.to_thread(count_stored, session, block)
-        summary.add(counts)
-        session.progress.add(counts)
-        counted += counts.rows
-        left += to_run
-        if len(left) >= WAVE_ROWS:
-            yield left[:WAVE_ROWS]
-            del left[:WAVE_ROWS]
-        if session.submitter.stopped:
-            return
-    await session.report.leave_out(counted)
-    if left:
-        yield left

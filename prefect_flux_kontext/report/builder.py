@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.report.gallery.builder import GALLERY, build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.report.line_index import (
@@ -87,8 +86,6 @@ class Report:
         self._is_whole = is_whole
         self._has_changes = False
         self._has_known_rows = False
-        self._rows = 0
-        self._began = utc_now()
         self._known: HashSet | None = None
 
     async def load_lines(self) -> None:
@@ -108,19 +105,8 @@ class Report:
 
     async def announce(self, rows: int) -> None:
         """Record the number of rows of the run, for those who watch it."""
-        self._rows, self._began = rows, utc_now()
-        await self._write_plan()
-
-    async def leave_out(self, rows: int) -> None:
-        """Record that so many of the rows are not run, because they have their lines already."""
-        if self._rows and rows:
-            self._rows -= rows
-            await self._write_plan()
-
-    async def _write_plan(self) -> None:
-        store = open_results_store(self._output)
         try:
-            await write_run_plan(store, self._run, self._rows, self._began)
+            await write_run_plan(open_results_store(self._output), self._run, rows)
         except LedgerError as error:
             logger.warning("The progress of this run cannot be watched: %s", error)
 

@@ -33,7 +33,6 @@ from prefect_flux_kontext.storage.temp_db import TempDatabase, hash_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-    from datetime import datetime
 
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
@@ -400,15 +399,13 @@ async def write_part(store: RecordStore, run: str, number: int, lines: Iterable[
     await store.replace(f"parts/{run}-{number:06}.jsonl", data)
 
 
-async def write_run_plan(
-    store: RecordStore, run: str, rows: int, at: datetime | None = None
-) -> None:
-    """Record how many rows a run has and when it began, for those who watch it.
+async def write_run_plan(store: RecordStore, run: str, rows: int) -> None:
+    """Record how many rows a run has, for those who watch it.
 
     Raises:
         LedgerError: The output cannot be written to.
     """
-    plan = {"run": run, "rows": rows, "at": (at or utc_now()).isoformat()}
+    plan = {"run": run, "rows": rows, "at": utc_now().isoformat()}
     await store.replace(_RUN_PLAN, json.dumps(plan).encode())
 
 

@@ -17,19 +17,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 def make_session():
     submitter = SimpleNamespace(stopped=None, spent=0.0, spending=Spending())
     submitter.stop = lambda why: setattr(submitter, "stopped", why)
-
-    async def do_nothing(*_):
-        pass
-
-    return SimpleNamespace(
-        output="",
-        submitter=submitter,
-        deferral=Deferral(on=False),
-        progress=BatchSummary(),
-        options=SimpleNamespace(since=None),
-        index=SimpleNamespace(select_stored=lambda _keys: {}),
-        report=SimpleNamespace(load_lines=do_nothing, leave_out=do_nothing),
-    )
+    return SimpleNamespace(output="", submitter=submitter, deferral=Deferral(on=False))
 
 
 async def run(rows, run_row, *, slots):
