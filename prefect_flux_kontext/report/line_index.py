@@ -7,6 +7,7 @@ are read instead.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import sys
 from array import array
@@ -71,13 +72,14 @@ async def read_line_index(store: RecordStore, stamp: str | None) -> LineIndex | 
         LedgerError: The output cannot be read.
     """
     head, _, data = (await store.read(_NAME) or b"").partition(b"\n")
-    found: dict[str, Any] = json.loads(head or b"{}")
-    if stamp is None or found.get("stamp") != _describe(stamp):
-        return None
-    index = LineIndex(found["columns"], found["verdicts"])
-    index.names.frombytes(data[: len(data) // 2])
-    index.digests.frombytes(data[len(data) // 2 :])
-    return index
+    with contextlib.suppress(ValueError, KeyError):  # it is damaged
+        found: dict[str, Any] = json.loads(head)
+        if stamp is not None and found["stamp"] == _describe(stamp):
+            index = LineIndex(found["columns"], found["verdicts"])
+            index.names.frombytes(data[: len(data) // 2])
+            index.digests.frombytes(data[len(data) // 2 :])
+            return index
+    return None
 
 
 async def write_line_index(store: RecordStore, index: LineIndex, stamp: str | None) -> None:

@@ -147,6 +147,16 @@ async def test_edited_results_are_completed(sandbox, tmp_path):
     assert [line["sku"] for line in lines(tmp_path).values()] == ["s1", "s2", "s3"]
 
 
+async def test_damaged_index_is_not_used(sandbox, tmp_path):
+    await run(sandbox, shop(1, 2), tmp_path)
+    index = tmp_path / "_results" / "lines.index"
+    for data in (b"no JSON", b"{}\n", index.read_bytes()[:-3]):
+        index.write_bytes(data)
+        summary, waves = await run(sandbox, shop(1, 2), tmp_path)
+        assert (summary.already_stored, waves) == (2, [])
+    assert list(lines(tmp_path)) == ["p1", "p2"]
+
+
 async def test_damaged_results_stop_no_run(sandbox, tmp_path, caplog):
     await run(sandbox, shop(1), tmp_path)
     (tmp_path / "results.jsonl").write_text("no JSON\n")
