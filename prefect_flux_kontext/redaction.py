@@ -30,6 +30,8 @@ _BESIDE_SIGNATURE = re.compile(
     r"expires|policy|key-pair-id|hash-algorithm|ex|is|"
     r"se|sp|sv|sr|ss|st|sip|spr|srt|sdd|skoid|sktid|skt|ske|sks|skv"
 )
+# A URL without any of these has neither user, parameter nor fragment, nor one that is escaped.
+_MAY_HAVE_SECRET = re.compile(r"[@?#=;\\]")
 _USER_INFO = re.compile(r"//[^/?#]*@")
 # A password in what is nearly a URL: `https:/user:password@host`, `//user:password@host`.
 _LOOSE_PASSWORD = re.compile(
@@ -57,7 +59,7 @@ def redact_url(url: str) -> str:
 
     Further names of secret parameters are read from FLUX_KONTEXT_SECRET_PARAMETERS.
     """
-    if "://" not in url:
+    if "://" not in url or not _MAY_HAVE_SECRET.search(url):
         return url
     shown = url
     if has_password(url):
@@ -91,7 +93,7 @@ def is_plain_url(url: str) -> bool:
 def redact_text(text: str) -> str:
     """Return text with every URL in it redacted, also in JSON with escaped characters."""
     text = _CALLBACK_TOKEN.sub("…", text)
-    if ":/" in text or ":\\" in text:
+    if (":/" in text or ":\\" in text) and _MAY_HAVE_SECRET.search(text):
         text = _WORD.sub(lambda found: _redact_word(found[0]), text)
     return _LOOSE_PASSWORD.sub("", text)
 

@@ -153,6 +153,12 @@ def measure_row(
     return measured
 
 
+def count_stored_rows(rows: int) -> None:
+    """Count rows that were stored before."""
+    if IS_ENABLED and rows:
+        _rows.add(rows, {"state": "stored"})
+
+
 def measure_storing(
     function: Callable[_P, Coroutine[Any, Any, _T]],
 ) -> Callable[_P, Coroutine[Any, Any, _T]]:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 import threading
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect_flux_kontext.batch.collection import read_unfinished_entries
 from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
-from prefect_flux_kontext.ledger.waves import FinishedRow, read_finished_rows
+from prefect_flux_kontext.ledger.waves import FinishedRow, read_finished_waves
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
+    from prefect_flux_kontext.manifest.row import Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-_INSERT_BLOCK_ROWS = 1_000
-"""Rows inserted at a time: few enough to hold little in memory."""
+_SELECTED_ROWS = 250
+"""Rows that one query finds."""
 
 
 class PlannedAction(StrEnum):
@@ -47,19 +49,38 @@ class _IndexedRow(NamedTuple):
     failures: int
     dollars: float
     columns: str
-    record: str | None
+    stored: str | None = None
+    record: int | None = None
+
+
+class StoredRow(NamedTuple):
+    """What the index knows of a row that is stored in a finished wave."""
+
+    files: list[str]
+    flags: list[str]
+    at: str
+    """When it was stored, as `datetime.isoformat` writes it."""
 
 
 class LedgerIndex(TempDatabase):
-    """The state and cost of each row, in a private database in a temporary file."""
+    """The state and cost of each row, in a private database in a temporary file.
+
+    The whole records of stored rows are in another one, to be read by their place in it.
+    """
 
     def __init__(self) -> None:
         super().__init__(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, state TEXT, reason TEXT, "
-            "failures INTEGER, dollars REAL, columns TEXT, record TEXT) WITHOUT ROWID"
+            "failures INTEGER, dollars REAL, columns TEXT, stored TEXT, record INTEGER) "
+            "WITHOUT ROWID"
         )
         self._empty = True
         self._lock = threading.Lock()
+        self._records = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._records.close()
+        super().__exit__(*exc_info)
 
     async def read(self, store: RecordStore) -> None:
         """Read a ledger; of several attempts of a row, the latest counts.
@@ -78,51 +99,22 @@ class LedgerIndex(TempDatabase):
 
         Args:
             store: The ledger's records.
-            keep_records: Whether `find_stored` is going to be used.
+            keep_records: Whether `select_stored` and `find_stored` are going to be used.
 
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
         """
-        block = []
-        async for row in read_finished_rows(store):
-            block.append(_index_finished_row(row, keep_record=keep_records))
-            if len(block) >= _INSERT_BLOCK_ROWS:
-                await asyncio.to_thread(self._add, block)
-                block = []
-        await asyncio.to_thread(self._add, block)
+        async for rows in read_finished_waves(store):
+            await asyncio.to_thread(self._add_wave, rows, keep_records=keep_records)
 
-    def get_action(
-        self, key: str, options: RowOptions, references: Iterable[str] = ()
-    ) -> PlannedAction:
-        """Return what a run will do about a row; a row unknown to the ledger is to be paid.
-
-        Args:
-            key: The row key.
-            options: The options of the run.
-            references: Its reference images. A row with references that we sign or stage is
-                retried for more fail codes (`FailurePolicy.serve_again`).
-        """
-        if self._empty:
-            return PlannedAction.PAY
-        state, reason, failures = self._database.execute(
-            "SELECT state, reason, failures FROM rows WHERE key = ?", (bytes.fromhex(key),)
-        ).fetchone() or (State.PLANNED, None, 0)
-        match state:
-            case State.STORED:
-                return PlannedAction.STORED
-            case State.INTENT | State.ACCEPTED:
-                return PlannedAction.OUTSTANDING
-            case State.UNKNOWN if not options.resubmit_unknown:
-                return PlannedAction.UNKNOWN
-            case State.FAILED:
-                decision = options.policy.decide(
-                    reason,
-                    failures,
-                    asked_to_retry=options.retry_failed,
-                    served=bool(non_public_references(references)),
-                )
-                return PlannedAction.PAY if decision == "retry" else PlannedAction.FAILED
-        return PlannedAction.PAY
+    def get_actions(self, rows: Sequence[Row], options: RowOptions) -> list[PlannedAction]:
+        """Return what a run will do about rows; those unknown to the ledger are to be paid."""
+        found = self._select("key, state, reason, failures", [row.key for row in rows])
+        known = {key.hex(): decided for key, *decided in found}
+        return [
+            _get_action(row, options, *known[row.key]) if row.key in known else PlannedAction.PAY
+            for row in rows
+        ]
 
     def sum_dollars(self) -> float:
         """Sum the price of everything that was or may have been accepted, over all runs."""
@@ -139,10 +131,16 @@ class LedgerIndex(TempDatabase):
             spending.add(json.loads(columns or "{}"), dollars, rows=rows)
         return spending
 
+    def select_stored(self, keys: Iterable[str]) -> dict[str, StoredRow]:
+        """Return those of the rows that are stored in finished waves, by row key; blocking."""
+        with self._lock:
+            found = list(self._select("key, stored", keys))
+        return {key.hex(): StoredRow(*json.loads(stored)) for key, stored in found if stored}
+
     async def find_stored(
         self, keys: Collection[str], output: OutputFolder
     ) -> dict[str, FinishedRow]:
-        """Return those of the rows that are stored in finished waves, by row key.
+        """Return the records of those of the rows that are stored in finished waves, by row key.
 
         Rows whose images were removed from the output are left out, to be fetched again.
         """
@@ -151,23 +149,41 @@ class LedgerIndex(TempDatabase):
     def _find_stored(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
         found = {}
         with self._lock:
-            for key in keys:
-                [record] = self._database.execute(
-                    "SELECT record FROM rows WHERE key = ?", (bytes.fromhex(key),)
-                ).fetchone() or [None]
-                if record is not None:
-                    row = FinishedRow.model_validate_json(record)
+            for key, place in self._select("key, record", keys):
+                if place is not None:
+                    self._records.seek(place)
+                    row = FinishedRow.model_validate_json(self._records.readline())
                     if not output.find_missing(row.ended.files):
-                        found[key] = row
+                        found[key.hex()] = row
         return found
+
+    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[Any]:
+        wanted = [bytes.fromhex(key) for key in keys] if not self._empty else []
+        for start in range(0, len(wanted), _SELECTED_ROWS):
+            block = wanted[start : start + _SELECTED_ROWS]
+            places = ", ".join("?" * len(block))
+            query = f"SELECT {columns} FROM rows WHERE key IN ({places})"  # noqa: S608
+            yield from self._database.execute(query, block)
+
+    def _add_wave(self, rows: Iterable[tuple[FinishedRow, bytes]], *, keep_records: bool) -> None:
+        block = []
+        for row, line in rows:
+            indexed = _index_finished_row(row)
+            # Only for stored rows: a later attempt may have changed the state of a failed one.
+            if keep_records and indexed.state is State.STORED:
+                stored = StoredRow(row.ended.files, _list_flags(row), row.ended.at.isoformat())
+                indexed = indexed._replace(stored=json.dumps(stored), record=self._records.tell())
+                self._records.write(line + b"\n")
+            block.append(indexed)
+        self._add(block)
 
     def _add(self, block: list[_IndexedRow]) -> None:
         self._empty = self._empty and not block
         self._database.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
             "attempt = excluded.attempt, state = excluded.state, reason = excluded.reason, "
             "failures = excluded.failures, dollars = excluded.dollars, "
-            "columns = excluded.columns, record = excluded.record "
+            "columns = excluded.columns, stored = excluded.stored, record = excluded.record "
             "WHERE excluded.attempt >= attempt",
             block,
         )
@@ -185,23 +201,44 @@ async def _index_entry(store: RecordStore, entry: Entry) -> _IndexedRow:
         entry.failures,
         entry.spent + entry.doubtful,
         _encode_columns(entry.columns),
-        None,
     )
 
 
-def _index_finished_row(row: FinishedRow, *, keep_record: bool) -> _IndexedRow:
-    state = State(row.ended.state)
+def _index_finished_row(row: FinishedRow) -> _IndexedRow:
     return _IndexedRow(
         bytes.fromhex(row.key),
         row.attempt,
-        state,
+        State(row.ended.state),
         row.ended.reason,
         row.failures,
         row.spent + row.doubtful,
         _encode_columns(row.columns),
-        # Only for stored rows: a later attempt may have changed the state of a failed one.
-        row.model_dump_json(exclude_none=True) if keep_record and state is State.STORED else None,
     )
+
+
+def _list_flags(row: FinishedRow) -> list[str]:
+    return row.ended.images[0].flags if row.ended.images else []
+
+
+def _get_action(
+    row: Row, options: RowOptions, state: State, reason: str | None, failures: int
+) -> PlannedAction:
+    match state:
+        case State.STORED:
+            return PlannedAction.STORED
+        case State.INTENT | State.ACCEPTED:
+            return PlannedAction.OUTSTANDING
+        case State.UNKNOWN if not options.resubmit_unknown:
+            return PlannedAction.UNKNOWN
+        case State.FAILED:
+            decision = options.policy.decide(
+                reason,
+                failures,
+                asked_to_retry=options.retry_failed,
+                served=bool(non_public_references(row.request.image_urls)),
+            )
+            return PlannedAction.PAY if decision == "retry" else PlannedAction.FAILED
+    return PlannedAction.PAY
 
 
 def _encode_columns(columns: dict[str, str] | None) -> str:

@@ -28,6 +28,8 @@ class PilotSample:
 
     def add(self, row: Row) -> None:
         """Consider a row."""
+        if not self._size:
+            return
         digest = hashlib.blake2b(row.name.encode(), digest_size=8).digest()
         drawn = self._styles.setdefault(row.style, [])
         heapq.heappush(drawn, (-int.from_bytes(digest), row.name))

@@ -88,8 +88,8 @@ def with_reference_checks(
     rows: Iterable[Row | RefusedRow],
     references: References,
     is_to_be_paid: Callable[[Row], bool],
-) -> Iterator[Row | RefusedRow]:
-    """Yield the rows as `with_row_keys`, and refuse those that the service would not accept.
+) -> Iterator[list[Row | RefusedRow]]:
+    """Yield blocks of rows as `with_row_keys`, and refuse those the service would not accept.
 
     Args:
         rows: Rows of a manifest.
@@ -102,15 +102,14 @@ def with_reference_checks(
             for number, row in enumerate(block)
             if (own := _list_own_references(row)) and isinstance(row, Row) and is_to_be_paid(row)
         }
-        if not read:
-            yield from block
-            continue
-        flaws = references.find_content_problems(
-            sorted({image for own in read.values() for image in own})
-        )
-        for number, row in enumerate(block):
-            problems = [flaws[image] for image in read.get(number, ()) if image in flaws]
-            yield _refuse_if_invalid(row, problems)
+        if read:
+            flaws = references.find_content_problems(
+                sorted({image for own in read.values() for image in own})
+            )
+            for number, own in read.items():
+                problems = [flaws[image] for image in own if image in flaws]
+                block[number] = _refuse_if_invalid(block[number], problems)
+        yield block
 
 
 def _split_into_blocks(rows: Iterable[Row | RefusedRow]) -> Iterator[list[Row | RefusedRow]]:
@@ -204,6 +203,11 @@ class Plan:
     def to_pay(self) -> int:
         """Number of images to be paid."""
         return self.actions[PlannedAction.PAY]
+
+    @property
+    def new_rows(self) -> int:
+        """Number of rows of the run that are not stored already."""
+        return self.run_rows - self.actions[PlannedAction.STORED]
 
     @property
     def price(self) -> float:
@@ -421,12 +425,17 @@ def _plan_rows(
     digest = hashlib.sha256(repr(sorted(plan.prices.items())).encode())
 
     def is_to_be_paid(row: Row) -> bool:
-        return not plan.run_rows and _get_action(index, row, options) is PlannedAction.PAY
+        return not plan.run_rows and index.get_actions([row], options) == [PlannedAction.PAY]
 
     names = plan.planned.names
     unseen = set(names) - STANDARD_COLUMNS
     with DuplicateIndex() as keys:
-        for row in with_reference_checks(manifest.rows(), options.references, is_to_be_paid):
+        for row, is_first, action in _decide(
+            with_reference_checks(manifest.rows(), options.references, is_to_be_paid),
+            keys,
+            index,
+            options,
+        ):
             plan.rows += 1
             unseen.difference_update(row.cells)
             if isinstance(row, RefusedRow):
@@ -434,23 +443,18 @@ def _plan_rows(
                 if len(plan.problems) < _MAX_PROBLEMS:
                     plan.problems.append(row)
                 continue
-            plan.with_reference += bool(row.request.image_urls)
-            plan.share_pages += any(map(is_share_page, row.request.image_urls))
-            plan.other_formats += any(map(has_other_format, row.request.image_urls))
-            _add_reference_folders(plan.reference_folders, row.request.image_urls)
+            _count_references(plan, row.request.image_urls)
             if plan.run_rows:
                 continue  # after the limit, rows are only checked
-            key = row.key
-            if keys.add(key.encode(), plan.rows) != plan.rows:
+            if not is_first:
                 plan.duplicates += 1
                 continue
-            action = _get_action(index, row, options)
             plan.actions[action] += 1
             if action is PlannedAction.PAY:
                 plan.routes[row.request.mode, row.request.provider] += 1
                 price = find_price(plan.prices, row.request.mode, row.request.provider)
                 plan.planned.add(label_row(row, names), price)
-                digest.update(key.encode())
+                digest.update(row.key.encode())
                 sample.add(row)
                 if plan.to_pay == limit:
                     plan.run_rows = plan.rows
@@ -463,12 +467,42 @@ def _plan_rows(
     plan.digest = digest.hexdigest()
 
 
+def _decide(
+    blocks: Iterable[list[Row | RefusedRow]],
+    keys: DuplicateIndex,
+    index: LedgerIndex,
+    options: RowOptions,
+) -> Iterator[tuple[Row | RefusedRow, bool, PlannedAction]]:
+    """Yield each row, whether it is the first of its key, and its action if it is valid."""
+    number = 0
+    for block in blocks:
+        valid = [row for row in block if isinstance(row, Row)]
+        numbers = range(number, number + len(valid))
+        number += len(valid)
+        firsts = keys.add_all((row.key.encode() for row in valid), numbers)
+        actions = zip(index.get_actions(valid, options), firsts, numbers, strict=True)
+        for row in block:
+            if isinstance(row, Row):
+                action, first, own = next(actions)
+                yield row, first == own, action
+            else:
+                yield row, True, PlannedAction.FAILED
+
+
 def _check_columns_seen(plan: Plan, unseen: set[str]) -> None:
     if unseen and plan.refused < plan.rows:
         raise ManifestError(
             f"No row of {plan.url} has a column {', '.join(sorted(unseen))}, by which money is to "
             "be counted. Check --by and --budget-by (in a flow, spend_by and budget_by)."
         )
+
+
+def _count_references(plan: Plan, references: list[str]) -> None:
+    if references:
+        plan.with_reference += 1
+        plan.share_pages += any(map(is_share_page, references))
+        plan.other_formats += any(map(has_other_format, references))
+        _add_reference_folders(plan.reference_folders, references)
 
 
 def _add_reference_folders(folders: dict[str, str], references: Iterable[str]) -> None:
@@ -478,18 +512,16 @@ def _add_reference_folders(folders: dict[str, str], references: Iterable[str]) -
         parts = folder.split("/")
         host = "/".join(parts[:3])
         known = folders.get(host)
+        if known is not None and f"{folder}/".startswith(f"{known}/"):
+            continue
         if known is None:
             if len(folders) < _MAX_HOSTS:
                 folders[host] = folder
-        elif known != folder:
+        else:
             both = itertools.takewhile(
                 lambda pair: pair[0] == pair[1], zip(known.split("/"), parts, strict=False)
             )
             folders[host] = "/".join(part for part, _ in both)
-
-
-def _get_action(index: LedgerIndex, row: Row, options: RowOptions) -> PlannedAction:
-    return index.get_action(row.key, options, row.request.image_urls)
 
 
 def _format_lines(rows: Sequence[RefusedRow]) -> str:

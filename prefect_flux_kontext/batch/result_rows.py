@@ -11,6 +11,7 @@ from prefect_flux_kontext.ledger.waves import FinishedRow
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.redaction import redact_text, redact_url
+from prefect_flux_kontext.report.line_index import compute_digest
 from prefect_flux_kontext.report.results import COLUMNS, extract_custom_columns
 from prefect_flux_kontext.storage.names import make_safe_name
 
@@ -83,6 +84,25 @@ def _build_line(
         line["reference_images"] = [redact_url(url) for url in row.request.image_urls] or None
     line = {name: line.get(name) for name in COLUMNS} | extract_custom_columns(row.cells)
     return {name: _sanitize(value) for name, value in line.items() if value not in (None, "")}
+
+
+def compute_stored_digest(row: Row, uris: list[str]) -> int:
+    """Return the digest of the line of a stored row, without making the line."""
+    line = {
+        "state": "stored",
+        "source": "manifest" if row.cells else "ledger",
+        "id": _sanitize(row.id),
+        "style": _sanitize(row.style),
+        "variant_number": row.variant,
+        "key": row.key,
+        "uris": uris,
+    }
+    custom = {
+        name: _sanitize(text)
+        for name, text in extract_custom_columns(row.cells).items()
+        if text not in (None, "")
+    }
+    return compute_digest(line, custom)
 
 
 def row_from_entry(entry: Entry) -> Row:

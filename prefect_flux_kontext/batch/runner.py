@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import csv
 import io
@@ -13,7 +14,13 @@ from typing import TYPE_CHECKING, TypeAlias
 from prefect_flux_kontext.batch.collection import collect_outstanding
 from prefect_flux_kontext.batch.planning import with_row_keys
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
-from prefect_flux_kontext.batch.summary import RowName, RowOutcome, get_row_name
+from prefect_flux_kontext.batch.stored import leave_out_stored
+from prefect_flux_kontext.batch.summary import (
+    BatchSummary,
+    RowName,
+    RowOutcome,
+    get_row_name,
+)
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
@@ -33,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.batch.waves import RunWave
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
@@ -84,7 +90,7 @@ async def run_batch(
     keyed_rows = _find_rows(
         with_row_keys(rows, session.options.references), set(map(_name, earlier)), run_again
     )
-    summary = await run_waves(session, keyed_rows, run_wave, concurrent_tasks=concurrent_tasks)
+    summary = await _run_rows(session, keyed_rows, run_wave, concurrent_tasks)
     if session.submitter.stopped is not None:
         # A stopped run keeps all old failures, because they may be the rows that were to be run.
         run_again.clear()
@@ -141,11 +147,25 @@ async def run_partition_rows(
         LedgerError: The ledger cannot be reached.
     """
     keyed_rows = with_row_keys(rows, session.options.references)
-    summary = await run_waves(session, keyed_rows, run_wave, concurrent_tasks=concurrent_tasks)
+    summary = await _run_rows(session, keyed_rows, run_wave, concurrent_tasks)
     stopped = session.submitter.stopped
     if stopped is not None and not isinstance(stopped, BudgetReachedError):
         raise BatchStoppedError(f"{stopped} Until then: {summary}.")
     return summary
+
+
+async def _run_rows(
+    session: Session,
+    rows: Iterable[Row | RefusedRow],
+    run_wave: RunWave,
+    concurrent_tasks: int,
+) -> BatchSummary:
+    """Count the rows that are stored already, and run the others."""
+    await session.report.load_lines()
+    counts = BatchSummary()
+    rows_to_run = leave_out_stored(session, rows, counts, asyncio.get_running_loop())
+    summary = await run_waves(session, rows_to_run, run_wave, concurrent_tasks=concurrent_tasks)
+    return summary.add(counts)
 
 
 async def read_failed_rows(output: OutputFolder) -> list[dict[str, str]]:

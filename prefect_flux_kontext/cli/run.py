@@ -243,24 +243,26 @@ async def _run_manifest(
     plan.check(skip_invalid=options.skip_invalid)
     url = getattr(options, "callback_url", None)
 
-    async def run(rows: Iterable[Row | RefusedRow], number: int) -> BatchSummary:
+    async def run(rows: Iterable[Row | RefusedRow], number: int, new: int) -> BatchSummary:
         async with (
             _open_session(output, row_options, callback_url=url) as (session, slots),
             show_progress(session, number) if is_shown else nullcontext(),
         ):
-            await session.report.announce(number)
+            await session.report.announce(new)
             return await run_batch(session, rows, lambda wave: wave.run(), concurrent_tasks=slots)
 
     is_watched = getattr(options, "watch", False)
     async with serve_beside(options.output_text) if is_watched else nullcontext():
         if plan.pilot:
-            sample = await run(select_rows(manifest.rows(), plan.pilot), len(plan.pilot))
+            number = len(plan.pilot)
+            sample = await run(select_rows(manifest.rows(), plan.pilot), number, number)
             rest = await build_plan(manifest, output, row_options, None)
             if not await _confirm_rest(sample, rest, options):
                 sample.rows += rest.to_pay
                 sample.not_submitted += rest.to_pay
                 return sample
-        return await run(itertools.islice(manifest.rows(), plan.run_rows), plan.run_rows)
+        rows = itertools.islice(manifest.rows(), plan.run_rows)
+        return await run(rows, plan.run_rows, plan.new_rows)
 
 
 async def _confirm_rest(sample: BatchSummary, rest: Plan, options: argparse.Namespace) -> bool:

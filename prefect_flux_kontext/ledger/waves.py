@@ -23,7 +23,7 @@ from prefect_flux_kontext.ledger.records import (
 from prefect_flux_kontext.models import AspectRatio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
@@ -115,16 +115,32 @@ async def read_finished_rows(store: RecordStore) -> AsyncIterator[FinishedRow]:
     Raises:
         LedgerError: A wave file cannot be read or is damaged.
     """
+    async for rows in read_finished_waves(store):
+        for row, _ in rows:
+            yield row
+
+
+async def read_finished_waves(
+    store: RecordStore,
+) -> AsyncIterator[Iterator[tuple[FinishedRow, bytes]]]:
+    """Yield for each wave file an iterator over its rows and their lines.
+
+    Raises:
+        LedgerError: A wave file cannot be read or, by the iterator, is damaged.
+    """
     names = [name for name in await store.list_names("waves") if name.endswith(".jsonl")]
     async for name, data in _read_existing(store, names):
-        try:
-            for line in data.splitlines():
-                yield FinishedRow.model_validate_json(line)
-        except ValidationError:
-            raise LedgerError(
-                f"The ledger's wave file {store}/waves/{name} is damaged. "
-                "Rebuild it: flux-kontext repair OUTPUT"
-            ) from None
+        yield _parse_finished_rows(f"{store}/waves/{name}", data)
+
+
+def _parse_finished_rows(name: str, data: bytes) -> Iterator[tuple[FinishedRow, bytes]]:
+    try:
+        for line in data.splitlines():
+            yield FinishedRow.model_validate_json(line), line
+    except ValidationError:
+        raise LedgerError(
+            f"The ledger's wave file {name} is damaged. Rebuild it: flux-kontext repair OUTPUT"
+        ) from None
 
 
 async def read_open_waves(store: RecordStore) -> AsyncIterator[OpenWave]:

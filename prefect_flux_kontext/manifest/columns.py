@@ -117,7 +117,7 @@ def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
         )
     for name, value in values.items():
         try:
-            cells[name] = to_text(value)
+            cells[name] = value if type(value) is str else to_text(value)
         except (ValueError, RecursionError) as error:
             cells[name] = ""
             if name in COLUMNS:
@@ -130,6 +130,8 @@ def find_cell_problem(cells: dict[str, str]) -> str | None:
 
     Text of other columns that cannot be used is emptied: it must not refuse the row.
     """
+    if not _find_text_problem("".join(cells.values())):
+        return None
     for name, text in cells.items():
         if problem := _find_text_problem(text):
             if name in COLUMNS:

@@ -177,16 +177,18 @@ def read_delimited(
         first_line = reader.line_num + 1
         for values in reader:
             number = reader.line_num + lines_before
-            _check_encoding(values, number, url)
+            text = _check_encoding(values, number, url)
             row_characters = 0
             # Spreadsheets end a table with empty rows and columns.
-            if any(text.strip() for text in values):
+            if text.strip():
                 cells = dict(zip(columns, values, strict=False))
                 problem = _find_width_problem(columns, width, values)
                 if has_line_feeds and line.endswith("\r"):
                     # Another program would read one cell here, of which this is the beginning.
                     problem = "the row ends with a carriage return alone; quote the cell with it"
-                yield Line(number, cells, problem or find_cell_problem(cells))
+                if len(text) > MAX_CELL_CHARACTERS or "\0" in text:
+                    problem = problem or find_cell_problem(cells)
+                yield Line(number, cells, problem)
             else:
                 blank_rows = count_blank_row(blank_rows, url)
             first_line = reader.line_num + 1
@@ -429,6 +431,8 @@ def _measure_size(stored: Any) -> int:
 
 
 def _find_width_problem(columns: list[str], width: int, values: list[str]) -> str | None:
+    if len(values) == len(columns):
+        return None
     surplus = sum(1 for text in values[len(columns) :] if text.strip())
     if surplus:
         cells = "1 more cell" if surplus == 1 else f"{surplus:,} more cells"
@@ -438,7 +442,8 @@ def _find_width_problem(columns: list[str], width: int, values: list[str]) -> st
     return None
 
 
-def _check_encoding(values: list[str], line: int, url: str) -> None:
+def _check_encoding(values: list[str], line: int, url: str) -> str:
+    """Return the text of a row's cells, in which no character is half of one."""
     text = "".join(values)
     if not text.isascii():
         try:
@@ -448,6 +453,7 @@ def _check_encoding(values: list[str], line: int, url: str) -> None:
                 f"Line {line} of {url} is not UTF-8; save the manifest as UTF-8 (it may be in "
                 "UTF-16 or Windows-1252)."
             ) from None
+    return text
 
 
 def _parse_object(text: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from prefect_flux_kontext.manifest.formats import (
 )
 from prefect_flux_kontext.manifest.row import (
     RefusedRow,
+    Row,
     RowDefaults,
     expand_line,
     resolve_row_defaults,
@@ -35,16 +36,18 @@ from prefect_flux_kontext.references.rights import find_rights
 from prefect_flux_kontext.storage.temp_db import DuplicateIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from prefect_flux_kontext.manifest.columns import Line
     from prefect_flux_kontext.manifest.formats import ManifestFormat
-    from prefect_flux_kontext.manifest.row import Row
     from prefect_flux_kontext.references.rights import Rights
 
 MAX_ROWS = 1_000_000
 """Bounds the time that a small hostile file can take. At $0.03 a row, a million rows cost
 $30,000."""
+
+_BLOCK_ROWS = 250
+"""Rows whose names are checked together."""
 
 MAX_REFUSED_ROWS = 50_000
 """Bounds the same for rows that are refused, unless more rows than that are valid."""
@@ -114,7 +117,6 @@ class Manifest:
                 are invalid.
             ManifestError: The manifest cannot be read, or an invalid line is reached.
         """
-        defaults = self._defaults
         count = refused = 0
         with as_manifest_error(self.url), DuplicateIndex() as names:
             source = normalize_source(self.source)
@@ -128,26 +130,26 @@ class Manifest:
             )
             if self.folder is not None:
                 rights = rights._replace(folder=self.folder)
-            defaults = defaults._replace(rights=rights)
-            for line in itertools.chain([first] if first else [], lines):
-                self.counts["lines"] = line.number
-                if not self.text_to_image:
-                    self._check_images_used(line)
-                for found in expand_line(line, defaults):
+            defaults = self._defaults._replace(rights=rights)
+            lines = itertools.chain([first] if first else [], lines)
+            for block in _split_into_blocks(self._expand(lines, defaults)):
+                for row in _check_names(block, names, count):
                     count += 1
                     if count > MAX_ROWS:
                         raise ManifestError(
                             f"The manifest {self.url} has more than {MAX_ROWS:,} rows; split it."
                         )
-                    row = (
-                        found
-                        if isinstance(found, RefusedRow)
-                        else _check_name(found, names, count)
-                    )
                     if isinstance(row, RefusedRow):
                         refused += 1
                         self._check_refused(row, refused, count)
                     yield row
+
+    def _expand(self, lines: Iterable[Line], defaults: RowDefaults) -> Iterator[Row | RefusedRow]:
+        for line in lines:
+            self.counts["lines"] = line.number
+            if not self.text_to_image:
+                self._check_images_used(line)
+            yield from expand_line(line, defaults)
 
     def _check_images_used(self, line: Line) -> None:
         """Refuse a line without a reference if another column looks like one."""
@@ -239,14 +241,43 @@ class Manifest:
             )
 
 
-def _check_name(row: Row, names: DuplicateIndex, number: int) -> Row | RefusedRow:
-    """Return the row, or refuse it if an earlier row has the same output name."""
+def _split_into_blocks(
+    rows: Iterable[Row | RefusedRow],
+) -> Iterator[list[Row | RefusedRow]]:
+    """Yield blocks of rows, at the end the rows before an error too."""
+    block: list[Row | RefusedRow] = []
+    try:
+        for row in rows:
+            block.append(row)
+            if len(block) == _BLOCK_ROWS:
+                yield block
+                block = []
+    except Exception:
+        yield block
+        raise
+    yield block
+
+
+def _check_names(
+    rows: list[Row | RefusedRow], names: DuplicateIndex, before: int
+) -> Iterator[Row | RefusedRow]:
+    """Yield the rows, and refuse those that have the output name of an earlier row."""
     # One line can give several rows. The number tells them apart; messages name the line.
-    position = row.line << 32 | number
-    first = names.add(row.name.casefold().encode(), position)
-    if first == position:
-        return row
-    first_line = first >> 32
+    positions = {
+        number: row.line << 32 | number
+        for number, row in enumerate(rows, start=before + 1)
+        if isinstance(row, Row)
+    }
+    texts = [row.name.casefold().encode() for row in rows if isinstance(row, Row)]
+    found = dict(zip(positions, names.add_all(texts, list(positions.values())), strict=True))
+    for number, row in enumerate(rows, start=before + 1):
+        if isinstance(row, Row) and found[number] != positions[number]:
+            yield _refuse_name(row, found[number] >> 32)
+        else:
+            yield row
+
+
+def _refuse_name(row: Row, first_line: int) -> RefusedRow:
     if row.style is None and "output" not in row.cells:
         reason = f"duplicate id {row.id!r:.80}, first used on line {first_line}; ids name files"
     elif first_line == row.line:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -20,6 +21,7 @@ from prefect_flux_kontext.manifest.row_key import compute_row_key
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.redaction import make_showable, redact_text, redact_url
 from prefect_flux_kontext.references.location import (
+    PLAIN_URL,
     LocationKind,
     classify_location,
     find_location_problem,
@@ -44,8 +46,12 @@ if TYPE_CHECKING:
 # Between the references of a cell. A URL may hold commas itself.
 _SEPARATOR = re.compile(r"[\s|;,]*\s[\s|;,]*|[|;,]+(?=[a-z][a-z0-9]*://)", re.IGNORECASE)
 
+_LINK_LOCAL = ("169.254.", "fe80:")
 _WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 _HTML_ENTITIES = ("&amp;", "&#38;", "&#x26;", "&#038;")
+
+_SEVERAL_URLS = re.compile(r"[\s|;,]+https?://", re.IGNORECASE)
+_WHITE_SPACE = re.compile(r"\s")
 
 # Columns that the request takes unchanged.
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
@@ -143,7 +149,7 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
         own = {name: text for name, text in line.cells.items() if text and text.strip()}
         line = line._replace(cells={**line.cells, **defaults.parameters, **own})
     if line.problem:
-        row = _make_styled_row(line, defaults, None)
+        row = _make_styled_row(line, line.cells, defaults, None)
         # Keep only the id: a retry must not pay for the readable rest of an invalid line.
         yield RefusedRow(row.id, line.number, line.problem, {"id": row.id})
     elif not style_name:
@@ -152,7 +158,7 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
     elif style_name in defaults.styles.known:
         yield from _make_variants(line, defaults, defaults.styles.known[style_name])
     else:
-        row = _make_styled_row(line, defaults, None)
+        row = _make_styled_row(line, line.cells, defaults, None)
         reason = f"there {describe_unknown_style(style_name, defaults.styles.known)}"
         cells = row.cells if isinstance(row, RefusedRow) else line.cells
         yield RefusedRow(row.id, line.number, reason, cells)
@@ -250,6 +256,9 @@ def find_reference_problems(image: str, base_url: str | None = None) -> list[str
 
 
 def _find_reference_problem(image: str, base_url: str | None) -> str | None:
+    plain = PLAIN_URL.fullmatch(image)
+    if plain and _is_reachable(plain[1], base_url):
+        return None
     shown = f"image {redact_url(image)[:100]!r}"
     is_own = classify_location(image) in (LocationKind.LOCAL, LocationKind.PRIVATE)
     if not is_own and INVISIBLE_CHARACTERS.search(image):
@@ -274,22 +283,32 @@ def _find_url_problem(
         problem = (
             f"image at {host} has a user name or password in its URL; use a signed URL instead"
         )
-    elif re.search(r"[\s|;,]+https?://", image, re.IGNORECASE):
+    elif _SEVERAL_URLS.search(image):
         problem = f"{shown} holds several URLs; use a column `images`, or a row for each of them"
     elif image[-1] in ",;|'\"":
         problem = f"{shown} ends with {image[-1]!r}; remove it"
     elif any(entity in image.partition("?")[2].lower() for entity in _HTML_ENTITIES):
         problem = f"{shown} is written as in HTML; replace &amp; by &"
-    elif any(sign.isspace() for sign in image):
+    elif _WHITE_SPACE.search(image):
         problem = f"{shown} contains white space; write %20 for a blank"
-    elif host.startswith(("169.254.", "fe80:")):
+    elif host.startswith(_LINK_LOCAL):
         problem = f"{shown} is at a link-local address, which the service cannot reach"
-    elif base_url and not is_public_host(host) and is_public_host(_split_url(base_url).hostname):
+    elif not _is_reachable(host, base_url):
         problem = (
             f"{shown} is on this machine or a private network, which the service cannot reach; "
             "give a public URL, or the file itself with a staging location"
         )
     return problem
+
+
+@lru_cache(1_000)
+def _is_reachable(host: str, base_url: str | None) -> bool:
+    """Whether the service can reach a host, judged by its text; None for no check of its own."""
+    if host.startswith(_LINK_LOCAL):
+        return False
+    return (
+        not base_url or is_public_host(host) or not is_public_host(_split_url(base_url).hostname)
+    )
 
 
 def list_references(cells: Mapping[str, str]) -> list[str]:
@@ -323,9 +342,9 @@ def _make_variants(
     if not text and style is not None:
         text = str(style.variants)
     try:
-        numbers = parse_variants(text or "1")
+        numbers = parse_variants(text) if text else range(1, 2)
     except ValueError as error:
-        row = _make_styled_row(line, defaults, style)
+        row = _make_styled_row(line, line.cells, defaults, style)
         yield RefusedRow(row.id, row.line, str(error), row.cells)
         return
     for number in numbers:
@@ -333,15 +352,19 @@ def _make_variants(
         if text and (len(numbers) > 1 or number > 1):
             # Kept as a cell, so that a retry from the manifest of failed rows is the same row.
             cells = {**cells, "variants": f"only {number}"}
-        yield _make_styled_row(line._replace(cells=cells), defaults, style, number)
+        yield _make_styled_row(line, cells, defaults, style, number)
 
 
 def _make_styled_row(
-    line: Line, defaults: RowDefaults, style: Style | None, variant: int = 1
+    line: Line,
+    cells: Mapping[str, str],
+    defaults: RowDefaults,
+    style: Style | None,
+    variant: int = 1,
 ) -> Row | RefusedRow:
     return make_row(
         line.number,
-        line.cells if style is None else {**line.cells, "style": style.name},
+        cells if style is None else {**cells, "style": style.name},
         prompt=defaults.prompt,
         style=style,
         names=defaults.names,

@@ -148,7 +148,7 @@ async def open_batch(
             ),
         ):
             if plan is not None:
-                await session.report.announce(plan.run_rows)
+                await session.report.announce(plan.new_rows)
             if partition_totals is not None:
                 session.submitter.spending.add_difference(
                     partition_totals.new, partition_totals.old

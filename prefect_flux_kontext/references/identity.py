@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from prefect_flux_kontext.errors import FluxKontextError, ReferenceImageError
 from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.location import (
+    PLAIN_URL,
     LocationKind,
     classify_location,
     open_filesystem,
@@ -105,7 +106,8 @@ def url_identity(url: str) -> str:
 
     Other references are returned unchanged: there, `#`, `?` and `@` have no such meaning.
     """
-    if not url.lower().startswith(("http:", "https:")):
+    plain = PLAIN_URL.fullmatch(url)
+    if (plain and plain[2] is None) or not url.lower().startswith(("http:", "https:")):
         return url
     parts = urlsplit(url)
     query = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # Before `://`, fsspec takes anything as a protocol, such as `arrow_hdfs`.
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?=:)|([^/\\:]+)(?=://)")
 _WEB_PREFIXES = ("https://", "http://")
+PLAIN_URL = re.compile(
+    r"https?://((?:[a-z0-9-]+\.)+[a-z]{2,})(?:/[A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~=&%-]*)?"
+)
+"""A URL that needs no parser: its host and its query are the groups. Most references are such."""
 _MAX_SHOWN_CHARACTERS = 100
 _OTHER_FORMAT = re.compile(
     r"\.(?:avif|bmp|cr2|dng|gif|hei[cf]|jp2|jxl|mov|mp4|nef|pdf|psd|svgz?|tiff?|webm|zip)$",
@@ -60,6 +64,8 @@ def parse_protocol(reference: str) -> str:
 
 def classify_location(reference: str) -> LocationKind | None:
     """Return how the service gets a reference, or None for an unsupported protocol."""
+    if reference.startswith(_WEB_PREFIXES):
+        return LocationKind.WEB
     return _KIND_BY_PROTOCOL.get(parse_protocol(reference))
 
 
@@ -70,7 +76,7 @@ def is_share_page(reference: str) -> bool:
 
 def has_other_format(reference: str) -> bool:
     """Return whether a URL is named as a file of a format that the service does not take."""
-    path = re.split(r"[?#]", reference, maxsplit=1)[0]
+    path = reference.partition("?")[0].partition("#")[0]
     return reference.startswith(_WEB_PREFIXES) and bool(_OTHER_FORMAT.search(path))
 
 

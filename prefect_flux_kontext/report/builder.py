@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import LedgerError
-from prefect_flux_kontext.report.gallery.builder import build_gallery
+from prefect_flux_kontext.report.gallery.builder import GALLERY, build_gallery
 from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
+from prefect_flux_kontext.report.line_index import (
+    HashSet,
+    hash_verdicts,
+    read_line_index,
+    write_line_index,
+)
 from prefect_flux_kontext.report.results import (
     RESULTS_JSONL,
     LineMerger,
     acquire_merge_lock,
     list_mergeable_parts,
+    load_digests,
     open_results_store,
     read_parts,
     remove_parts,
@@ -78,6 +85,23 @@ class Report:
         self._thumbnails = ThumbnailStore(output)
         self._is_whole = is_whole
         self._has_changes = False
+        self._has_known_rows = False
+        self._known: HashSet | None = None
+
+    async def load_lines(self) -> None:
+        """Load what `has_line` needs of earlier runs' lines."""
+        if self._is_whole and self._known is None:
+            self._known = HashSet()
+            try:
+                self._known = await load_digests(self._output)
+            except Exception as error:  # noqa: BLE001 - every row gets a line instead
+                logger.warning("The results of earlier runs cannot be read: %s", error)
+
+    def has_line(self, digest: int) -> bool:
+        """Whether the results have a line with this digest; a partition writes none."""
+        known = not self._is_whole or (self._known is not None and digest in self._known)
+        self._has_known_rows = self._has_known_rows or known
+        return known
 
     async def announce(self, rows: int) -> None:
         """Record the number of rows of the run, for those who watch it."""
@@ -97,10 +121,11 @@ class Report:
             logger.warning("Wave %d is not in the report: %s", number, error)
 
     async def finish(self) -> None:
-        """Update result manifest and gallery, if a wave was added."""
+        """Update result manifest and gallery, if a wave was added or lines were left behind."""
         try:
-            if self._has_changes:
-                self._has_changes = False
+            if self._has_changes or self._has_known_rows:
+                has_changes, self._has_changes = self._has_changes, False
+                self._has_known_rows = False
                 await self.pictures.wait(_REFERENCE_WAIT_SECONDS)
                 await self._save_thumbnails("last")
                 if self._is_whole:
@@ -111,6 +136,7 @@ class Report:
                         self._thumbnails,
                         max_rows=self._max_rows,
                         max_new_thumbnails=_MAX_THUMBNAILS_AT_END,
+                        only_changes=not has_changes,
                     )
         except Exception as error:  # noqa: BLE001 - the images are worth more than the report
             logger.warning(
@@ -146,10 +172,12 @@ async def update_report(
     *,
     max_rows: int,
     max_new_thumbnails: int,
+    only_changes: bool = False,
 ) -> int:
     """Merge the lines of ended runs into the result manifest, then rebuild the gallery.
 
     Returns the number of rows in the result manifest. With `max_rows` of 0 no gallery is written.
+    With `only_changes`, nothing is written if there are no new lines and no new verdicts.
     Raises LedgerError or StorageError if the output cannot be read or written.
     """
     store = open_results_store(output)
@@ -158,22 +186,35 @@ async def update_report(
             Path(folder, name) for name in ("earlier", "merged", "parquet")
         )
         async with acquire_merge_lock(store, ledger, run):
-            await output.fetch(RESULTS_JSONL, earlier)
             parts = await list_mergeable_parts(store, ledger, run)
-            async for data in read_parts(store, parts):
-                await asyncio.to_thread(merger.add, data)
             verdicts = {
                 key: str(found.verdict) for key, found in (await Verdicts(output).load()).items()
             }
-            rows = await asyncio.to_thread(merger.write, earlier, merged, verdicts)
+            known = await read_line_index(store, await output.read_stamp(RESULTS_JSONL))
+            if (
+                only_changes
+                and known is not None
+                and not parts
+                and known.verdicts == hash_verdicts(verdicts)
+                and (not max_rows or await output.exists(GALLERY))
+            ):
+                return len(known)
+            await output.fetch(RESULTS_JSONL, earlier)
+            async for data in read_parts(store, parts):
+                await asyncio.to_thread(merger.add, data)
+            rows = await asyncio.to_thread(merger.write, earlier, merged, verdicts, known)
             if parts or merger.has_new_verdicts:
                 await output.put(RESULTS_JSONL, merged)
-                if await asyncio.to_thread(write_parquet, merged, parquet, merger.custom_columns):
+                if await asyncio.to_thread(write_parquet, merged, parquet, merger.index.columns):
                     await output.put(RESULTS_PARQUET, parquet)
                 else:
                     # The file of an earlier run would contradict results.jsonl.
                     await output.discard(RESULTS_PARQUET)
-                await remove_parts(store, parts)
+                known = None
+            if known is None and rows:
+                stamp = await output.read_stamp(RESULTS_JSONL)
+                await write_line_index(store, merger.index, stamp)
+            await remove_parts(store, parts)
             if max_rows and rows:
                 await build_gallery(
                     output,

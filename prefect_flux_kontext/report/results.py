@@ -14,13 +14,22 @@ import json
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from pydantic_core import from_json
 
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.storage.temp_db import TempDatabase
+from prefect_flux_kontext.report.line_index import (
+    HashSet,
+    LineIndex,
+    compute_digest,
+    hash_verdicts,
+    read_line_index,
+)
+from prefect_flux_kontext.storage.temp_db import TempDatabase, hash_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -178,16 +187,18 @@ def build_parquet_schema(custom_columns: Iterable[str]) -> Any:
 class LineMerger(TempDatabase):
     """New lines to merge into a result manifest, held in a private temporary database.
 
-    Custom columns are in the order of their first line. `has_new_verdicts` says whether lines were
-    written with other verdicts than before.
+    Attributes:
+        index: The index of the merged lines, after `write`. Custom columns are in the order of
+            their first line.
+        has_new_verdicts: Whether lines were written with other verdicts than before.
     """
 
     def __init__(self) -> None:
-        self.custom_columns: dict[str, None] = {}
-        self._new_custom_columns: dict[str, None] = {}
+        self.index = LineIndex()
         self.has_new_verdicts = False
+        self._new_custom_columns: dict[str, None] = {}
         super().__init__(
-            "CREATE TABLE lines (number INTEGER PRIMARY KEY, name TEXT UNIQUE, line TEXT)",
+            "CREATE TABLE lines (number INTEGER PRIMARY KEY, name INTEGER UNIQUE, line TEXT)",
             cache_kib=_CACHE_KIB,
         )
 
@@ -195,7 +206,7 @@ class LineMerger(TempDatabase):
         """Add the lines of a part file."""
         for text in io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"):
             line = json.loads(text)
-            name = line_identity(line)
+            name = _hash_identity(line)
             self._new_custom_columns.update(_custom_names(line))
             added = self._database.execute(
                 "INSERT INTO lines (name, line) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, text)
@@ -206,36 +217,59 @@ class LineMerger(TempDatabase):
                     (encode_line(merge_lines(known, line)), name),
                 )
 
-    def write(self, earlier: Path, merged: Path, verdicts: Mapping[str, str]) -> int:
+    def write(
+        self,
+        earlier: Path,
+        merged: Path,
+        verdicts: Mapping[str, str],
+        known: LineIndex | None = None,
+    ) -> int:
         """Write the earlier lines, updated, and then those of new rows; return their number.
 
-        `verdicts`, by row key, are joined to the lines.
+        Args:
+            earlier: The earlier lines.
+            merged: The file to write.
+            verdicts: By row key; joined to the lines.
+            known: The index of the earlier lines, if there is one.
         """
-        lines = 0
+        self.index = LineIndex(verdicts=hash_verdicts(verdicts))
+        if known is not None and known.verdicts == self.index.verdicts:
+            self.index.columns.update(known.columns)
+        else:
+            known = None
+        changed = HashSet(name for (name,) in self._database.execute("SELECT name FROM lines"))
+        with merged.open("wb") as file:
+            for number, text in enumerate(_read_texts(earlier)):
+                if known is not None and known.names[number] not in changed:
+                    file.write(text)
+                    self.index.add(known.names[number], known.digests[number])
+                    continue
+                line = json.loads(text)
+                name = _hash_identity(line)
+                new = self._find(name)
+                self._write_line(file, merge_lines(line, new) if new else line, name, verdicts)
+                self._database.execute("DELETE FROM lines WHERE name = ?", (name,))
+            for name, text in self._database.execute(
+                "SELECT name, line FROM lines ORDER BY number"
+            ):
+                self._write_line(file, json.loads(text), name, verdicts)
+        self.index.columns.update(self._new_custom_columns)
+        return len(self.index)
 
-        def judge(line: Line) -> Line:
-            verdict = verdicts.get(line.get("key", ""))
-            if line.get("verdict") == verdict:
-                return line
+    def _write_line(
+        self, file: IO[bytes], line: Line, name: int, verdicts: Mapping[str, str]
+    ) -> None:
+        verdict = verdicts.get(line.get("key", ""))
+        if line.get("verdict") != verdict:
             self.has_new_verdicts = True
-            judged = {name: value for name, value in line.items() if name != "verdict"}
-            return judged | ({"verdict": verdict} if verdict else {})
+            line = {column: value for column, value in line.items() if column != "verdict"}
+            line |= {"verdict": verdict} if verdict else {}
+        custom = {column: line[column] for column in _custom_names(line)}
+        self.index.columns.update(dict.fromkeys(custom))
+        self.index.add(name, compute_digest(line, custom))
+        file.write(encode_line(line).encode())
 
-        with merged.open("w", encoding="ascii") as file:
-            for line in read_lines(earlier):
-                new = self._find(line_identity(line))
-                current = judge(merge_lines(line, new) if new else line)
-                self.custom_columns.update(_custom_names(current))
-                file.write(encode_line(current))
-                lines += 1
-                self._database.execute("DELETE FROM lines WHERE name = ?", (line_identity(line),))
-            for (text,) in self._database.execute("SELECT line FROM lines ORDER BY number"):
-                file.write(encode_line(judge(json.loads(text))) if verdicts else text)
-                lines += 1
-        self.custom_columns.update(self._new_custom_columns)
-        return lines
-
-    def _find(self, name: str) -> Line | None:
+    def _find(self, name: int) -> Line | None:
         found = self._database.execute("SELECT line FROM lines WHERE name = ?", (name,)).fetchone()
         line: Line | None = json.loads(found[0]) if found else None
         return line
@@ -244,6 +278,10 @@ class LineMerger(TempDatabase):
 def line_identity(line: Line) -> str:
     """Return what identifies a row in all runs: its id, style and number among its variants."""
     return json.dumps([line["id"], line.get("style"), line.get("variant_number") or 1])
+
+
+def _hash_identity(line: Line) -> int:
+    return hash_name(line_identity(line).encode())
 
 
 def _custom_names(line: Line) -> dict[str, None]:
@@ -295,9 +333,34 @@ def encode_line(line: Line) -> str:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """Yield the lines of a result manifest on this machine; none if the file is missing."""
+    return map(from_json, _read_texts(path))  # in half the time of `json`
+
+
+async def load_digests(output: OutputFolder) -> HashSet:
+    """Load the digests of the lines of an output.
+
+    Raises:
+        LedgerError: The output cannot be read.
+        StorageError: The output cannot be read.
+        ValueError: The result manifest is damaged.
+    """
+    store, stamp = open_results_store(output), await output.read_stamp(RESULTS_JSONL)
+    if (index := await read_line_index(store, stamp)) is not None:
+        return HashSet(index.digests)
+    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
+        await output.fetch(RESULTS_JSONL, Path(folder, "lines"))
+        return await asyncio.to_thread(
+            lambda: HashSet(
+                compute_digest(line, {name: line[name] for name in _custom_names(line)})
+                for line in read_lines(Path(folder, "lines"))
+            )
+        )
+
+
+def _read_texts(path: Path) -> Iterator[bytes]:
     if path.exists():
         with path.open("rb") as file:
-            yield from map(json.loads, file)
+            yield from file
 
 
 def write_parquet(lines: Path, parquet: Path, custom_columns: Iterable[str]) -> bool:

@@ -169,20 +169,18 @@ class OutputFolder:
             names: The files.
             listed: All files that exist; without it, only a local disk is looked at.
         """
-        missing = []
-        for name in names if self.is_local or listed is not None else ():
-            if "://" in name:
-                continue
-            if listed is not None:
-                exists = name in listed
-            else:
-                try:
-                    exists = os.path.lexists(self._path(name))
-                except StorageError:  # the name leads out of the folder
-                    continue
-            if not exists:
-                missing.append(name)
-        return missing
+        if listed is None and not self.is_local:
+            return []
+        root = self.root.rstrip("/")
+
+        def exists(name: str) -> bool:
+            return name in listed if listed is not None else os.path.lexists(f"{root}/{name}")
+
+        return [
+            name
+            for name in names
+            if "://" not in name and ".." not in name.split("/") and not exists(name)
+        ]
 
     async def list_all(self, *, leave_out: str) -> set[str]:
         """Return the names of all files in this folder and below.

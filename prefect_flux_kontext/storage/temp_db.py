@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from contextlib import closing
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 # Memory for the database's pages. With random access, the pages of a million rows fit.
 _CACHE_KIB = 16_384
@@ -49,16 +51,19 @@ class DuplicateIndex(TempDatabase):
     def __init__(self) -> None:
         super().__init__("CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)")
 
-    def add(self, name: bytes, number: int) -> int:
-        """Add a name and return the number it was first added with: `number` for a new name."""
-        digest = hashlib.blake2b(name, digest_size=8).digest()
-        name_hash = int.from_bytes(digest, signed=True)
-        added = self._database.execute(
-            "INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING", (name_hash, number)
+    def add_all(self, names: Iterable[bytes], numbers: Sequence[int]) -> Sequence[int]:
+        """Add names, and return the numbers they were first added with: their own if new."""
+        hashes = [hash_name(name) for name in names]
+        added = self._database.executemany(
+            "INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING",
+            zip(hashes, numbers, strict=True),
         )
-        if added.rowcount:
-            return number
-        with closing(
-            self._database.execute("SELECT number FROM seen WHERE name = ?", (name_hash,))
-        ) as rows:
-            return int(rows.fetchone()[0])
+        if added.rowcount == len(hashes):
+            return numbers
+        found = "SELECT number FROM seen WHERE name = ?"
+        return [self._database.execute(found, (each,)).fetchone()[0] for each in hashes]
+
+
+def hash_name(name: bytes) -> int:
+    """Return 8 bytes of a name's hash, as SQLite stores integers."""
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), signed=True)

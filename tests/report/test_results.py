@@ -27,7 +27,7 @@ def merge(folder, earlier, *parts):
         number = merger.write(before, after, {})
         lines = list(read_lines(after))
         assert number == len(lines)
-        return lines, list(merger.custom_columns)
+        return lines, list(merger.index.columns)
 
 
 def test_later_line_replaces_the_earlier_in_place(tmp_path):

@@ -1,0 +1,86 @@
+"""Rows that earlier runs stored and that a run has nothing to do about: they are only counted."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import datetime
+from posixpath import splitext
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.batch.result_rows import compute_stored_digest
+from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.images.persist import list_image_names
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.telemetry import count_stored_rows
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable, Iterator
+
+    from prefect_flux_kontext.batch.index import StoredRow
+    from prefect_flux_kontext.batch.session import Session
+
+_BLOCK_ROWS = 250
+"""Rows that are looked up together."""
+
+
+def leave_out_stored(
+    session: Session,
+    rows: Iterable[Row | RefusedRow],
+    counts: BatchSummary,
+    loop: asyncio.AbstractEventLoop,
+) -> Iterator[Row | RefusedRow]:
+    """Yield the rows that there is something to do about, and count the others; blocking.
+
+    A row is only counted if its images are in the output under its own name, and the results have
+    the line that a run would write.
+
+    Args:
+        session: The batch.
+        rows: All its rows.
+        counts: The summary to which the counted rows are added.
+        loop: The loop of the batch, which counts its progress.
+    """
+    rows = iter(rows)
+    while block := list(itertools.islice(rows, _BLOCK_ROWS)):
+        left, found = _count_stored(session, block)
+        counts.add(found)
+        loop.call_soon_threadsafe(session.progress.add, found)
+        yield from left
+        if session.submitter.stopped:
+            return
+    count_stored_rows(counts.rows)
+
+
+def _count_stored(
+    session: Session, rows: list[Row | RefusedRow]
+) -> tuple[list[Row | RefusedRow], BatchSummary]:
+    stored = session.index.select_stored(row.key for row in rows if isinstance(row, Row))
+    left, counts, since = [], BatchSummary(), session.options.since
+    folder = str(session.output)
+    for row in rows:
+        known = stored.get(row.key) if isinstance(row, Row) else None
+        if (
+            isinstance(row, RefusedRow)
+            or known is None
+            or not _is_complete(session, row, known, folder)
+        ):
+            left.append(row)
+            continue
+        counts.stored += 1
+        counts.already_stored += since is None or datetime.fromisoformat(known.at) < since
+        for flag in known.flags:
+            counts.flags[flag] = counts.flags.get(flag, 0) + 1
+    counts.rows = counts.stored
+    return left, counts
+
+
+def _is_complete(session: Session, row: Row, stored: StoredRow, folder: str) -> bool:
+    for number, file in enumerate(stored.files, start=1):
+        names = list_image_names(row.name, number, splitext(file)[1], row.key)
+        if file not in names:
+            return False
+    uris = [f"{folder}/{file}" for file in stored.files]
+    return session.report.has_line(
+        compute_stored_digest(row, uris)
+    ) and not session.output.find_missing(stored.files)

@@ -1,0 +1,114 @@
+"""The index of a result manifest: which rows have which line, without reading the lines.
+
+It is valid only for the `results.jsonl` that it was written with. Without a valid one, the lines
+are read instead.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+import sys
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from prefect_flux_kontext.storage.temp_db import hash_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from prefect_flux_kontext.ledger.store import RecordStore
+    from prefect_flux_kontext.report.results import Line
+
+_NAME = "lines.index"
+
+
+class LineIndex:
+    """Two numbers for each line, in order: a hash of the row's name, and one of its content.
+
+    Attributes:
+        names: The hashes of the rows' names.
+        digests: The hashes of what the lines say of their rows.
+        columns: The custom columns, in order.
+        verdicts: A hash of the verdicts that the lines have.
+    """
+
+    def __init__(self, columns: Iterable[str] = (), verdicts: int = 0) -> None:
+        self.names = array("q")
+        self.digests = array("q")
+        self.columns = dict.fromkeys(columns)
+        self.verdicts = verdicts
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, name: int, digest: int) -> None:
+        """Add the next line."""
+        self.names.append(name)
+        self.digests.append(digest)
+
+
+class HashSet:
+    """Hashes to look up, in 8 bytes each; a set would need ten times as many."""
+
+    def __init__(self, hashes: Iterable[int] = ()) -> None:
+        self._hashes = array("q", sorted(hashes))
+
+    def __contains__(self, found: int) -> bool:
+        at = bisect.bisect_left(self._hashes, found)
+        return at < len(self._hashes) and self._hashes[at] == found
+
+
+def hash_verdicts(verdicts: Mapping[str, str]) -> int:
+    """Return a hash of all verdicts by row key."""
+    return hash_name(repr(sorted(verdicts.items())).encode())
+
+
+async def read_line_index(store: RecordStore, stamp: str | None) -> LineIndex | None:
+    """Return the index of the result manifest with this stamp, or None without a valid one.
+
+    Raises:
+        LedgerError: The output cannot be read.
+    """
+    head, _, data = (await store.read(_NAME) or b"").partition(b"\n")
+    with contextlib.suppress(ValueError, KeyError):  # it is damaged
+        found: dict[str, Any] = json.loads(head)
+        if stamp is not None and found["stamp"] == _describe(stamp):
+            index = LineIndex(found["columns"], found["verdicts"])
+            index.names.frombytes(data[: len(data) // 2])
+            index.digests.frombytes(data[len(data) // 2 :])
+            return index
+    return None
+
+
+async def write_line_index(store: RecordStore, index: LineIndex, stamp: str | None) -> None:
+    """Write the index of the result manifest with this stamp.
+
+    Raises:
+        LedgerError: The output cannot be written to.
+    """
+    head = {
+        "stamp": _describe(stamp),
+        "columns": list(index.columns),
+        "verdicts": index.verdicts,
+    }
+    data = index.names.tobytes() + index.digests.tobytes()
+    await store.replace(_NAME, json.dumps(head).encode() + b"\n" + data)
+
+
+def _describe(stamp: str | None) -> list[str | None]:
+    # The version of the digests, and how the numbers are written.
+    return ["1", sys.byteorder, stamp]
+
+
+def compute_digest(line: Line, custom: Mapping[str, Any]) -> int:
+    """Return a hash of what a line says of its row, and not of when it was written or by whom.
+
+    Args:
+        line: The line.
+        custom: Its custom columns.
+    """
+    said = [line.get(name) for name in ("state", "source", "id", "style", "variant_number")]
+    said += [line.get("key"), line.get("uris"), sorted(custom.items())]
+    return hash_name(repr(said).encode())
