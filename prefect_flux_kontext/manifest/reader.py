@@ -117,6 +117,7 @@ class Manifest:
                 are invalid.
             ManifestError: The manifest cannot be read, or an invalid line is reached.
         """
+        defaults = self._defaults
         count = refused = 0
         with as_manifest_error(self.url), DuplicateIndex() as names:
             source = normalize_source(self.source)
@@ -130,7 +131,7 @@ class Manifest:
             )
             if self.folder is not None:
                 rights = rights._replace(folder=self.folder)
-            defaults = self._defaults._replace(rights=rights)
+            defaults = defaults._replace(rights=rights)
             lines = itertools.chain([first] if first else [], lines)
             for block in _split_into_blocks(self._expand(lines, defaults)):
                 for row in _check_names(block, names, count):
