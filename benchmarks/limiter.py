@@ -187,6 +187,8 @@ def sizes(seeds: int) -> list[dict[str, Any]]:
                 {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 | {
                     "account": name,
+                    "slots": scenario.slots,
+                    "requests a minute": scenario.account["requests_per_minute"],
                     "submits refused %": statistics.mean(run["submits refused %"] for run in runs),
                     "called back": called["slots used"],
                     "clairvoyant": knowing,
@@ -338,7 +340,11 @@ def main() -> None:
             "submits refused %": "{:.3f}",
             "requests an image": "{:.2f}",
         }
-        print_table(columns, sizes(options.seeds))
+        rows = sizes(options.seeds)
+        if options.json:
+            print("\n".join(map(json.dumps, rows)))
+        else:
+            print_table(columns, rows)
         return
     columns = {
         "scenario": "{}",
