@@ -89,6 +89,7 @@ class Scenario:
     images: int | None = None
     others: int = 0  # slots that another client of the account keeps busy
     knows_limits: bool = False  # the client's settings are the account's limits
+    partitions: int = 1  # clients with an equal share of the limits and the images each
     line: tuple[float, float] = (0.05, 0.25)
 
     @property
@@ -108,7 +109,14 @@ class Scenario:
         return PollingCadence(initial_delay=20 * pace, interval=3 * pace, timeout=86_400)
 
 
-SCENARIOS = {
+PARTITIONS = {
+    f"{number} partitions" if number > 1 else "1 partition": Scenario(
+        partitions=number, knows_limits=True, images=8_000
+    )
+    for number in (1, 2, 4, 8)
+}
+
+SCENARIOS = PARTITIONS | {
     "steady": Scenario(),
     "called back": Scenario(called=True),
     "fixed 0.5 s": Scenario(interval=0.5),
@@ -235,29 +243,35 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
         others = group.create_task(other_client(account, scenario.others))
         limits = {}
         if scenario.knows_limits:
-            limits = {"tasks": scenario.slots, "requests": account.settings.requests_per_minute}
-        client = account.client(**limits)
+            tasks, requests = scenario.slots, account.settings.requests_per_minute
+            parts = scenario.partitions
+            limits = {"tasks": tasks // parts, "requests": requests // parts}
 
-        async def wave(wave: Wave) -> BatchSummary:
-            async def row(number: int) -> None:
-                await image(client, number)
-                wave._release_row()  # noqa: SLF001
+        async def partition(first: int) -> None:
+            client = account.client(**limits)
 
-            await asyncio.gather(*map(row, wave._rows))  # type: ignore[arg-type]  # noqa: SLF001
-            return BatchSummary()
+            async def wave(wave: Wave) -> BatchSummary:
+                async def row(number: int) -> None:
+                    await image(client, number)
+                    wave._release_row()  # noqa: SLF001
+
+                await asyncio.gather(*map(row, wave._rows))  # type: ignore[arg-type]  # noqa: SLF001
+                return BatchSummary()
+
+            session: Any = SimpleNamespace(
+                output="",
+                submitter=SimpleNamespace(stopped=None, spent=0.0, spending=Spending()),
+                deferral=Deferral(on=False),
+            )
+            rows: Any = range(first, images, scenario.partitions)
+            await run_waves(session, rows, wave, concurrent_tasks=client.limiter.tasks.slots)
 
         began = loop.time()
-        session: Any = SimpleNamespace(
-            output="",
-            submitter=SimpleNamespace(stopped=None, spent=0.0, spending=Spending()),
-            deferral=Deferral(on=False),
-        )
-        rows: Any = range(images)
-        await run_waves(session, rows, wave, concurrent_tasks=client.limiter.tasks.slots)
+        await asyncio.gather(*map(partition, range(scenario.partitions)))
         took = loop.time() - began
         others.cancel()
-    tasks = [task for task in account.tasks if task.task_id in ours]
-    return figures(account, scenario, tasks, delays) | {"seconds": took}
+    accepted = [task for task in account.tasks if task.task_id in ours]
+    return figures(account, scenario, accepted, delays) | {"seconds": took}
 
 
 def figures(
