@@ -135,6 +135,26 @@ def test_task_seen_running_frees_no_slot():
     run_in_virtual_time(main())
 
 
+def test_rejection_on_estimated_room_pauses_the_estimate(monkeypatch):
+    monkeypatch.setattr(concurrency, "jittered_backoff", lambda _attempt: 0.25)
+
+    async def main():
+        limiter, model = ConcurrencyLimiter(100), known_model()
+        await fill_watched(limiter, model, 100)
+        await asyncio.sleep(40)
+        for number in range(10):
+            await limiter.acquire()
+            limiter.record_acceptance(f"more_{number}")
+            limiter.watch(f"more_{number}")
+        await reject(limiter, 1)
+        await asyncio.sleep(0.5)
+        assert await fill(limiter, "none") == 0
+        await asyncio.sleep(1)
+        assert await fill(limiter, "more") > 0
+
+    run_in_virtual_time(main())
+
+
 def test_task_accepted_after_a_rejection_raises_the_limit():
     async def main():
         limiter = ConcurrencyLimiter(100)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 # An unwatched task is assumed to hold its slot for this long: twice the mean of 30 s.
 _UNWATCHED_TASK_SECONDS = 60.0
 
-# Time without growth after a rejected submit. It doubles with each rejection that follows
-# another within ten times as long, and halves with each later one, within these bounds.
+# Time without growth, or without submits on an estimate, after a rejected submit. It doubles with
+# each rejection that follows another within ten times as long, and halves with each later one,
+# within these bounds.
 _MIN_HOLD_SECONDS = 1.0
 _MAX_HOLD_SECONDS = 120.0
 _HOLDS_BETWEEN_RARE_REJECTIONS = 10.0
@@ -115,7 +116,8 @@ class ConcurrencyLimiter:
         self._limit = slots
         self._ceiling = math.inf  # tasks that ran when a limit was last met
         self._rejection_rate = RejectionRate()
-        self._rejected_at = self._grow_from = self._closed_until = -math.inf
+        self._rejected_at = self._closed_until = -math.inf
+        self._grow_from = self._estimate_from = -math.inf
         self._hold = _MIN_HOLD_SECONDS
         self._submit_duration = 0.0  # running mean of the seconds from slot to accepted task
         self._submits = 0  # in flight
@@ -244,16 +246,17 @@ class ConcurrencyLimiter:
         self._max_submits = _INITIAL_SUBMITS
         self._estimate.refresh(self._watched.values(), now, self._submit_duration)
         likely_running = self._count_likely_running()
-        # If the estimate made the room, it was wrong by chance, and the limit may be right.
         if not is_overbooked:
             self._ceiling = max(1.0, likely_running)
             self._limit = min(self._limit, math.floor(self._ceiling))
-            if is_another:
-                is_frequent = now < self._rejected_at + _HOLDS_BETWEEN_RARE_REJECTIONS * self._hold
-                hold = 2 * self._hold if is_frequent else self._hold / 2
-                self._hold = min(_MAX_HOLD_SECONDS, max(_MIN_HOLD_SECONDS, hold))
-                self._grow_from = now + self._hold
         if is_another:
+            is_frequent = now < self._rejected_at + _HOLDS_BETWEEN_RARE_REJECTIONS * self._hold
+            hold = 2 * self._hold if is_frequent else self._hold / 2
+            self._hold = min(_MAX_HOLD_SECONDS, max(_MIN_HOLD_SECONDS, hold))
+            if is_overbooked:  # the estimate is wrong, or the limit: doubt the estimate first
+                self._estimate_from = now + self._hold
+            else:
+                self._grow_from = now + self._hold
             self._rejected_at = now
             self._closed_until = now + jittered_backoff(1)
 
@@ -261,7 +264,7 @@ class ConcurrencyLimiter:
         if now < self._closed_until:
             return 0
         free, max_submits = self._limit - self.running, self._max_submits
-        if free <= 0 and self._watched:
+        if free <= 0 and self._watched and now >= self._estimate_from:
             self._estimate.refresh(self._watched.values(), now, self._submit_duration)
             likely_running = self._estimate.mean + _MARGIN_DEVIATIONS * self._estimate.deviation
             free += max(0, len(self._watched) - math.ceil(likely_running))
