@@ -48,9 +48,6 @@ _MAX_SUBMIT_SECONDS = 1.0
 # Two task counts that differ by less than this share are taken as the same limit.
 _SAME_LIMIT_SHARE = 0.1
 
-# Tasks of a model that must have ended before its estimate makes room for submits.
-_MIN_ENDED_TASKS = 30
-
 # An estimate is reused for this long.
 _ESTIMATE_LIFETIME_SECONDS = 0.2
 
@@ -86,7 +83,7 @@ class RunningEstimate:
         mean = variance = 0.0
         ended: defaultdict[LatencyModel, float] = defaultdict(float)
         for task in watched:  # a thousand tasks, several times a second: keep this loop fast
-            if task.model is None or task.model.ended_count < _MIN_ENDED_TASKS:
+            if task.model is None or not task.model.is_known:
                 mean += 1
                 continue
             share = task.model.running_share(at - task.started_at, of=task.last_running_age)
