@@ -41,7 +41,7 @@ def about(seconds, off=0.5):
 
 
 async def test_configured_cadence_applies_while_little_is_known():
-    limiter = make_limiter(takes=30, tasks=19)
+    limiter = make_limiter(takes=30, tasks=29)
     scheduler = schedule(limiter)
     assert scheduler.pause() == about(20)
     await asyncio.sleep(20)

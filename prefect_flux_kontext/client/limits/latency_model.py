@@ -27,7 +27,7 @@ _PRIOR_TASKS = 0.05
 _MIN_SURVIVING_SHARE = 0.01
 
 # Tasks that must have ended before the model is used.
-_MIN_ENDED_TASKS = 20
+_MIN_ENDED_TASKS = 30
 
 # Observations after which the model is rebuilt; fewer while few tasks have ended.
 _REBUILD_AFTER_POLLS = 25
