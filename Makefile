@@ -21,8 +21,7 @@ fuzz: .venv/installed-dev ## try other inputs for everything that others can wri
 chaos: .venv/installed-dev ## every fault, a thousand kills, 10,000 seeds, and write docs/reliability.md (hours; goes on where it ended)
 	@PYTHONHASHSEED=0 $(BIN)/python -m tests.chaos.large --write
 
-bench: .venv/installed-dev ## measure all that docs/performance.md tells (two hours; nothing else should run)
-	@$(BIN)/python -m benchmarks.limiter
+bench: .venv/installed-dev ## measure all that docs/performance.md tells, small, in about 15 minutes (BENCH=--whole: hours; nothing else should run)
 	@$(BIN)/python benchmarks/run.py --page docs/performance.md $(BENCH)
 
 check: .venv/installed-dev ## linters, layers and types

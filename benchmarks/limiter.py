@@ -2,9 +2,11 @@
 
     python -m benchmarks.limiter
     python -m benchmarks.limiter --images 1000 --only steady drift
+    python -m benchmarks.limiter --sizes --seeds 8    # accounts of 10 to 1,000 slots
 
 The client's own code talks to the sandbox's service in memory, over a line that takes 0.05 to
-0.25 s each way, on an event loop whose clock jumps: seconds of CPU, the same figures each time.
+0.25 s each way (with `--sizes` 2 to 6 ms), on an event loop whose clock jumps: seconds of CPU,
+the same figures each time.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +34,7 @@ from tests.support.simulated_account import CallbackPauses, SimulatedAccount, re
 from tests.support.virtual_time import VirtualTimeLoop
 
 if TYPE_CHECKING:
-    import random
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from prefect_flux_kontext.batch.waves import Wave
     from prefect_flux_kontext.client.client import FluxKontextClient
@@ -84,14 +88,35 @@ class Scenario:
     called: bool = False
     images: int | None = None
     others: int = 0  # slots that another client of the account keeps busy
+    knows_limits: bool = False  # the client's settings are the account's limits
+    partitions: int = 1  # clients with an equal share of the limits and the images each
+    line: tuple[float, float] = (0.05, 0.25)
 
     @property
     def slots(self) -> int:
         """Slots that are ours."""
         return self.account.get("slots", 1_000) - self.others
 
+    @property
+    def mean(self) -> float:
+        """Mean seconds of a task."""
+        return self.account.get("mean", MEAN)
 
-SCENARIOS = {
+    @property
+    def cadence(self) -> PollingCadence:
+        """The published cadence, 20 s and 3 s for tasks of 30 s, in proportion."""
+        pace = self.mean / 30
+        return PollingCadence(initial_delay=20 * pace, interval=3 * pace, timeout=86_400)
+
+
+PARTITIONS = {
+    f"{number} partitions" if number > 1 else "1 partition": Scenario(
+        partitions=number, knows_limits=True, images=8_000
+    )
+    for number in (1, 2, 4, 8)
+}
+
+SCENARIOS = PARTITIONS | {
     "steady": Scenario(),
     "called back": Scenario(called=True),
     "fixed 0.5 s": Scenario(interval=0.5),
@@ -111,17 +136,96 @@ SCENARIOS = {
 }
 
 
+NEAR = (0.002, 0.006)
+FLOOR_OF_MEAN = 0.1  # the interval, as a share of the mean
+
+
+def sized(slots: int, images: int, mean: float, requests: int = 10_000) -> Scenario:
+    """An account whose limits are known, on a short line."""
+    account = {"slots": slots, "mean": mean, "requests_per_minute": requests}
+    return Scenario(account, images=images, knows_limits=True, line=NEAR)
+
+
+SIZES = {
+    "10 slots": sized(10, 500, 10),
+    "30 slots": sized(30, 900, 10),
+    "100 slots": sized(100, 2_000, 10),
+    "300 slots": sized(300, 4_500, 10),
+    "1,000 slots": sized(1_000, 5_000, 30),
+    "10 slots, 60 requests a minute": sized(10, 300, 30, 60),
+}
+"""Tasks of 10 s and a floor of 1 s; at 1,000 slots 30 s and 3 s, since 1,000 tasks of 10 s would
+need 6,000 submits a minute."""
+
+
+def limits_of(scenario: Scenario) -> tuple[float, float]:
+    """The slots that a clairvoyant uses, and that polling at the floor with free requests does.
+
+    A clairvoyant submits as early as no task can arrive before a slot is free. Polling sees an
+    end at the next interval, hears of it one way later, and the next task arrives one more later.
+    """
+    rng = random.Random(0)
+    curve = LatencyModel(scenario.mean, SPREAD)
+    busy = knowing = polling = 0.0
+    for _ in range(100_000):
+        busy += curve.draw(rng)
+        knowing += rng.uniform(*scenario.line) - scenario.line[0]
+        polling += FLOOR_OF_MEAN * scenario.mean * rng.random()
+        polling += rng.uniform(*scenario.line) + rng.uniform(*scenario.line)
+    return busy / (busy + knowing), busy / (busy + polling)
+
+
+def simulated(scenario: Scenario, seed: int, images: int | None = None) -> dict[str, float]:
+    """Run a scenario in virtual time; returns its figures, and the seconds of CPU it took."""
+    began = time.process_time()
+    with repeatable_simulation(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        measured = runner.run(run(scenario, images or scenario.images or 4_000, seed))
+    return measured | {"CPU": time.process_time() - began}
+
+
+def sizes(seeds: int) -> list[dict[str, Any]]:
+    """Medians of all sizes over seeds, with what a clairvoyant and what the floor reach."""
+    found = []
+    with ProcessPoolExecutor() as pool:
+        for name, scenario in SIZES.items():
+            runs = list(pool.map(partial(simulated, scenario), range(seeds)))
+            called = simulated(replace(scenario, called=True), 0)
+            knowing, polling = limits_of(scenario)
+            found.append(
+                {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                | {
+                    "account": name,
+                    "slots": scenario.slots,
+                    "requests a minute": scenario.account["requests_per_minute"],
+                    "submits refused %": statistics.mean(run["submits refused %"] for run in runs),
+                    "called back": called["slots used"],
+                    "clairvoyant": knowing,
+                    "floor": polling,
+                }
+            )
+    return found
+
+
+def print_table(columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> None:
+    """Print rows as a Markdown table; each column has its format."""
+    print("|", " | ".join(columns), "|")
+    print("|---|" + "---:|" * (len(columns) - 1))
+    for row in rows:
+        cells = (form.format(row[column]) for column, form in columns.items())
+        print("|", " | ".join(cells), "|", flush=True)
+
+
 async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
     """Run a scenario; returns its figures."""
     loop = asyncio.get_running_loop()
-    account = SimulatedAccount(**scenario.account, seed=seed)
+    account = SimulatedAccount(**scenario.account, line=scenario.line, seed=seed)
     posts = asyncio.Semaphore(POSTS_AT_ONCE)
     delays, ours = [], set()
 
     def wait(client: FluxKontextClient, task: GenerationTask) -> Awaitable[object]:
         if scenario.interval is None:
             pauses = CallbackPauses(account, task.task_id) if scenario.called else None
-            return wait_until_ended(client, task, PollingCadence(timeout=86_400), pauses)
+            return wait_until_ended(client, task, scenario.cadence, pauses)
         return fixed(client, task, scenario.interval)
 
     async def image(client: FluxKontextClient, number: int) -> None:
@@ -137,35 +241,44 @@ async def run(scenario: Scenario, images: int, seed: int) -> dict[str, float]:
 
     async with asyncio.TaskGroup() as group:
         others = group.create_task(other_client(account, scenario.others))
-        client = account.client()
+        limits = {}
+        if scenario.knows_limits:
+            tasks, requests = scenario.slots, account.settings.requests_per_minute
+            parts = scenario.partitions
+            limits = {"tasks": tasks // parts, "requests": requests // parts}
 
-        async def wave(wave: Wave) -> BatchSummary:
-            async def row(number: int) -> None:
-                await image(client, number)
-                wave._release_row()  # noqa: SLF001
+        async def partition(first: int) -> None:
+            client = account.client(**limits)
 
-            await asyncio.gather(*map(row, wave._rows))  # type: ignore[arg-type]  # noqa: SLF001
-            return BatchSummary()
+            async def wave(wave: Wave) -> BatchSummary:
+                async def row(number: int) -> None:
+                    await image(client, number)
+                    wave._release_row()  # noqa: SLF001
+
+                await asyncio.gather(*map(row, wave._rows))  # type: ignore[arg-type]  # noqa: SLF001
+                return BatchSummary()
+
+            session: Any = SimpleNamespace(
+                output="",
+                submitter=SimpleNamespace(stopped=None, spent=0.0, spending=Spending()),
+                deferral=Deferral(on=False),
+            )
+            rows: Any = range(first, images, scenario.partitions)
+            await run_waves(session, rows, wave, concurrent_tasks=client.limiter.tasks.slots)
 
         began = loop.time()
-        session: Any = SimpleNamespace(
-            output="",
-            submitter=SimpleNamespace(stopped=None, spent=0.0, spending=Spending()),
-            deferral=Deferral(on=False),
-        )
-        rows: Any = range(images)
-        await run_waves(session, rows, wave, concurrent_tasks=1_000)
+        await asyncio.gather(*map(partition, range(scenario.partitions)))
         took = loop.time() - began
         others.cancel()
-    tasks = [task for task in account.tasks if task.task_id in ours]
-    return figures(account, scenario, tasks, delays) | {"seconds": took}
+    accepted = [task for task in account.tasks if task.task_id in ours]
+    return figures(account, scenario, accepted, delays) | {"seconds": took}
 
 
 def figures(
     account: SimulatedAccount, scenario: Scenario, tasks: list[Any], delays: list[float]
 ) -> dict[str, float]:
-    """What the service saw, after each slot was filled twice and before they ran empty."""
-    first = tasks[min(2 * scenario.slots, len(tasks) // 2)].accepted_at
+    """What the service saw, from the first filling of the slots to the last acceptance."""
+    first = tasks[min(scenario.slots, len(tasks) // 2)].accepted_at
     last = tasks[-1].accepted_at
     busy = sum(
         min(task.ready_at, last) - max(task.accepted_at, first)
@@ -228,8 +341,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="other rng")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names")
     parser.add_argument("--json", action="store_true", help="all figures, one line a scenario")
+    parser.add_argument("--sizes", action="store_true", help="accounts of all sizes instead")
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each size")
     options = parser.parse_args()
+    if options.sizes:
+        columns = {
+            "account": "{}",
+            "slots used": "{:.1%}",
+            "floor": "{:.1%}",
+            "clairvoyant": "{:.1%}",
+            "called back": "{:.1%}",
+            "submits refused %": "{:.3f}",
+            "requests an image": "{:.2f}",
+        }
+        rows = sizes(options.seeds)
+        if options.json:
+            print("\n".join(map(json.dumps, rows)))
+        else:
+            print_table(columns, rows)
+        return
     columns = {
+        "scenario": "{}",
         "slots used": "{:.1%}",
         "images a second": "{:.1f}",
         "requests an image": "{:.2f}",
@@ -242,21 +374,16 @@ def main() -> None:
         "seconds": "{:.0f}",
         "CPU": "{:.1f}",
     }
-    if not options.json:
-        print("| scenario |", " | ".join(columns), "|")
-        print("|---|" + "---:|" * len(columns))
-    for name, scenario in SCENARIOS.items():
-        if not name.startswith(tuple(options.only)):
-            continue
-        began = time.process_time()
-        with repeatable_simulation(), asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            measured = runner.run(run(scenario, scenario.images or options.images, options.seed))
-        measured["CPU"] = time.process_time() - began
-        if options.json:
-            print(json.dumps({"scenario": name, **measured}), flush=True)
-        else:
-            cells = (form.format(measured[column]) for column, form in columns.items())
-            print(f"| {name} |", " | ".join(cells), "|", flush=True)
+    measured = (
+        {"scenario": name, **simulated(scenario, options.seed, scenario.images or options.images)}
+        for name, scenario in SCENARIOS.items()
+        if name.startswith(tuple(options.only))
+    )
+    if options.json:
+        for row in measured:
+            print(json.dumps(row), flush=True)
+    else:
+        print_table(columns, measured)
 
 
 if __name__ == "__main__":

@@ -121,14 +121,14 @@ def recorded(url: str) -> dict[str, float]:
 
 
 def seen_by_the_service(url: str, account: Account, images: int) -> dict[str, float]:
-    """What the sandbox's bill says, and what its slots did from when each was filled twice."""
+    """What the sandbox's bill says, and what its slots did from the first filling on."""
     bill = httpx.get(f"{url}/sandbox/bill").json()
     lines = httpx.get(f"{url}/sandbox/tasks", timeout=60).text.splitlines()
     tasks = [
         (measured["accepted_at"], measured["ended_at"]) for measured in map(json.loads, lines)
     ]
     tasks = sorted((accepted / 1000, ended / 1000) for accepted, ended in tasks)
-    first, last = tasks[min(2 * account.slots, images // 2)][0], tasks[-1][0]
+    first, last = tasks[min(account.slots, images // 2)][0], tasks[-1][0]
     seconds = max(0.001, last - first)
     busy = sum(min(end, last) - max(began, first) for began, end in tasks if end > first)
     submits_refused = sum(bill["submits_refused"].values())

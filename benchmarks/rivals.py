@@ -12,21 +12,20 @@ import io
 import json
 import os
 import time
-from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import httpx
 from PIL import Image
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Callable
     from pathlib import Path
 
     Noticed = Callable[[float], None]
 
 SUBMIT, STATUS = "/api/v1/generateTask/flux-kontext", "/api/v1/statusTask/flux-kontext"
-REQUESTS_AT_ONCE = 64
+CONNECTIONS = 128
 
 
 class Script:
@@ -46,13 +45,8 @@ class Script:
         self.interval = float(os.environ["FLUX_KONTEXT_POLL_INTERVAL"])
         self.slots = int(os.environ["FLUX_KONTEXT_CONCURRENT_TASKS"])
         self.noticed = noticed
-        self.http = {
-            "base_url": os.environ["FLUX_KONTEXT_BASE_URL"],
-            "headers": {"Authorization": f"Bearer {os.environ['FLUX_KONTEXT_API_KEY']}"},
-            "timeout": 60,
-            "trust_env": False,
-            "verify": False,
-        }
+        self.base_url = os.environ["FLUX_KONTEXT_BASE_URL"]
+        self.headers = {"Authorization": f"Bearer {os.environ['FLUX_KONTEXT_API_KEY']}"}
 
     def body(self, row: dict[str, str]) -> dict[str, Any]:
         """The body of a submit."""
@@ -65,14 +59,9 @@ class Script:
         }
         return {"provider": "auto", "input": request}
 
-    def task_id(self, reply: httpx.Response) -> str:
-        """The task that was accepted."""
-        task_id: str = reply.raise_for_status().json()["data"]["taskId"]
-        return task_id
-
-    def result(self, reply: httpx.Response) -> str | None:
+    def result(self, reply: dict[str, Any]) -> str | None:
         """The result's URL, once there is one."""
-        status = reply.raise_for_status().json()["data"]
+        status = reply["data"]
         if status["state"] != "success":
             return None
         self.noticed(status["completeTime"] / 1000)
@@ -94,65 +83,33 @@ class Script:
 
 
 async def bare(folder: Path, noticed: Noticed) -> int:
-    """On 64 connections.
-
-    httpcore looks through all connections of a pool for each request: pools of one are fastest.
-    """
+    """One session of aiohttp, all rows within the slots, images in threads."""
     script = Script(folder, noticed)
-    one = httpx.Limits(max_connections=1, max_keepalive_connections=1)
-    idle: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
-    pools = [httpx.AsyncClient(**script.http, limits=one) for _ in range(REQUESTS_AT_ONCE)]
-    for pool in pools:
-        idle.put_nowait(pool)
-
-    @asynccontextmanager
-    async def connection() -> AsyncIterator[httpx.AsyncClient]:
-        http = await idle.get()
-        try:
-            yield http
-        finally:
-            idle.put_nowait(http)
-
-    await side_by_side(script, connection)
-    for pool in pools:
-        await pool.aclose()
-    return len(script.rows)
-
-
-async def one_client(folder: Path, noticed: Noticed) -> int:
-    """On one client, as one writes it, with a connection for each slot.
-
-    With httpx's usual 100 connections for 1,000 slots it ends in a PoolTimeout.
-    """
-    script = Script(folder, noticed)
-    limits = httpx.Limits(max_connections=script.slots)
-    async with httpx.AsyncClient(**script.http, limits=limits) as http:
-        await side_by_side(script, lambda: nullcontext(http))
-    return len(script.rows)
-
-
-async def side_by_side(
-    script: Script, connection: Callable[[], AbstractAsyncContextManager[httpx.AsyncClient]]
-) -> None:
-    """All rows within the slots; images in threads."""
     slots = asyncio.Semaphore(script.slots)
 
     async def run(row: dict[str, str]) -> None:
         async with slots:
-            async with connection() as http:
-                task_id = script.task_id(await http.post(SUBMIT, json=script.body(row)))
+            async with http.post(SUBMIT, json=script.body(row)) as reply:
+                task_id = (await reply.json())["data"]["taskId"]
             await asyncio.sleep(script.delay)
             while True:
-                async with connection() as http:
-                    url = script.result(await http.get(STATUS, params={"taskId": task_id}))
+                async with http.get(STATUS, params={"taskId": task_id}) as reply:
+                    url = script.result(await reply.json())
                 if url is not None:
                     break
                 await asyncio.sleep(script.interval)
-        async with connection() as http:
-            data = (await http.get(url)).raise_for_status().content
+        async with http.get(url) as reply:
+            data = await reply.read()
         await asyncio.to_thread(script.store, row, data)
 
-    await asyncio.gather(*map(run, script.rows))
+    async with aiohttp.ClientSession(
+        script.base_url,
+        headers=script.headers,
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+        raise_for_status=True,
+    ) as http:
+        await asyncio.gather(*map(run, script.rows))
+    return len(script.rows)
 
 
 async def mapped(folder: Path, noticed: Noticed) -> int:
@@ -161,18 +118,24 @@ async def mapped(folder: Path, noticed: Noticed) -> int:
 
     script = Script(folder, noticed)
     # Prefect runs mapped tasks in threads, each of its own event loop: no async client is shared.
-    http = httpx.Client(**script.http)
+    http = httpx.Client(
+        base_url=script.base_url, headers=script.headers, timeout=60, trust_env=False
+    )
 
     @task
     def submit(row: dict[str, str]) -> str:
-        return script.task_id(http.post(SUBMIT, json=script.body(row)))
+        reply = http.post(SUBMIT, json=script.body(row)).raise_for_status()
+        task_id: str = reply.json()["data"]["taskId"]
+        return task_id
 
     @task
     def wait(task_id: str) -> str:
         time.sleep(script.delay)
-        while (url := script.result(http.get(STATUS, params={"taskId": task_id}))) is None:
+        while True:
+            reply = http.get(STATUS, params={"taskId": task_id}).raise_for_status()
+            if url := script.result(reply.json()):
+                return url
             time.sleep(script.interval)
-        return url
 
     @task
     def store(row: dict[str, str], url: str) -> str:

@@ -1,16 +1,18 @@
 """Everything that docs/performance.md tells, measured side by side: `make bench`.
 
-    python benchmarks/run.py --quick                # all of it in a few minutes, to try it out
+    python benchmarks/run.py                        # all of it, small, in about 15 minutes
+    python benchmarks/run.py --whole                # at full size, in about three hours
     python benchmarks/run.py --only limits start    # parts
     python benchmarks/run.py --page docs/performance.md
 
 Sandbox and Prefect server run in processes of their own, and so does each piece of work. Each
-figure is the median of several runs, unless it says otherwise.
+figure is the median of its runs. Targets come first on the page, with the figures of the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from chart import bars, table, write_between_markers
@@ -26,7 +28,10 @@ from measuring import UNLIMITED, Account, Runs
 
 CEILING = (("96 px JPEG", "jpeg", 96, 4_000, 1_000), ("1 MB PNG", "png", 1_024, 2_000, 200))
 """What the images are called; their format and long edge; how many, and how many for what is
-slow, or if quick."""
+slow, or if small."""
+
+ROOT = Path(__file__).parents[1]
+ALL_SLOTS, PUBLISHED_REQUESTS = 1_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,65 @@ class Bench:
     quick: bool
     runs: Runs
     plots: Path
+    targets: list[list[str]] = field(default_factory=list)
+
+    def target(
+        self,
+        what: str,
+        figure: float,
+        form: str,
+        *,
+        least: float | None = None,
+        most: float | None = None,
+    ) -> None:
+        """Put a target and its figure into the page's first table."""
+        limit = most if least is None else least
+        assert limit is not None
+        is_met = figure <= limit if least is None else figure >= limit
+        wanted = f"{'at most' if least is None else 'at least'} {form.format(limit)}"
+        mark = "met" if is_met else "**missed**"
+        self.targets.append([what, wanted, form.format(figure), mark])
+
+    def sizes(self) -> str:
+        """Accounts of all sizes, simulated, and the small ones in real time."""
+        seeds = "2" if self.quick else "8"
+        command = ["-m", "benchmarks.limiter", "--sizes", "--json", "--seeds", seeds]
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        rows = []
+        for one in map(json.loads, done.stdout.splitlines()):
+            name, slots, used = one["account"], one["slots"], one["slots used"]
+            refused = one["submits refused %"]
+            real = ""
+            if one["requests a minute"] == PUBLISHED_REQUESTS and slots in (10, 30, 100):
+                mean = 2 if self.quick else 10
+                account = Account(mean=mean, slots=slots)
+                measured = self.runs.medians("batch", account, 20 * slots, most=1)
+                real = f"{measured['slots_used']:.1%}"
+            if one["requests a minute"] == PUBLISHED_REQUESTS:
+                what = f"{name}: slots used, of polling at the floor"
+                self.target(what, used / one["floor"], "{:.1%}", least=0.98)
+                most = 0.1 if slots == ALL_SLOTS else 0.2
+                self.target(f"{name}: submits refused", refused, "{:.2f} %", most=most)
+                self.target(f"{name}, called back", one["called back"], "{:.1%}", least=0.99)
+            else:
+                self.target(f"{name}: slots used", used, "{:.1%}", least=0.85)
+            rows.append(
+                [
+                    name,
+                    f"{used:.1%}",
+                    f"{one['floor']:.1%}",
+                    f"{one['clairvoyant']:.1%}",
+                    f"{one['called back']:.1%}",
+                    f"{refused:.3f} %",
+                    f"{one['requests an image']:.2f}",
+                    real,
+                ]
+            )
+        columns = ["", "slots used", "at the floor", "clairvoyant", "called back"]
+        columns += ["submits refused", "requests/image", "in real time"]
+        return table(columns, rows)
 
     def limits(self) -> str:
         """At the account's real limits, beside the fixed cadences of the known SDKs."""
@@ -53,6 +117,9 @@ class Bench:
             label: self.runs.medians(name, account, images, most=most)
             for label, (name, most) in works.items()
         }
+        polled, called = (one["slots_used"] for one in list(figures.values())[:2])
+        self.target("In real time: slots used, polled", polled, "{:.1%}", least=0.93)
+        self.target("In real time: slots used, called back", called, "{:.1%}", least=0.99)
         values = [(label, limit * one["slots_used"]) for label, one in figures.items()]
         plot = bars("Images a second at the account's limits", "/s", values, limit=limit)
         (self.plots / "limits.svg").write_text(plot)
@@ -89,13 +156,19 @@ class Bench:
             works = {
                 "this package": ("batch", account, images),
                 "this package, no gallery": ("batch", bare, images),
-                "asyncio and httpx, 64 pools of one": ("bare", bare, images),
-                "asyncio and httpx, one client": ("one-client", bare, few),
+                "asyncio and aiohttp": ("bare", bare, images),
                 "Prefect, `.map` of three tasks": ("mapped", bare, 30 if self.quick else few),
             }
             figures = {
                 name: (self.runs.medians(*how, kind=kind), how[2]) for name, how in works.items()
             }
+            ours, script = (figures[name][0] for name in ("this package", "asyncio and aiohttp"))
+            what = f"{label}: images a second, of a bare script"
+            least = {"jpeg": 0.5, "png": 0.85}[kind]
+            self.target(what, script["seconds"] / ours["seconds"], "{:.2f}", least=least)
+            if kind == "jpeg":
+                what = f"{label}: CPU an image"
+                self.target(what, ours["cpu"] / images * 1000, "{:.1f} ms", most=4.5)
             speeds = [(name, n / one["seconds"]) for name, (one, n) in figures.items()]
             plot = bars(f"The client's own ceiling, {label}: images a second", "/s", speeds)
             (self.plots / f"ceiling-{kind}.svg").write_text(plot)
@@ -148,6 +221,13 @@ class Bench:
                     f"{one['events'] / images:.3f}",
                 ]
             )
+        if not self.quick:
+            few, many = figures[10_000], figures[100_000]
+            peak = many["peak_mb"] - figures[1_000]["peak_mb"]
+            self.target("Memory of 100,000 rows, over 1,000", peak, "{:.0f} MB", most=50)
+            more = (many["cpu"] - few["cpu"]) / 90_000 / (few["cpu"] - first["cpu"]) * 9_999
+            what = "CPU of a further image with 100,000 rows, of that with 10,000"
+            self.target(what, more, "{:.2f}", most=1.1)
         columns = (
             "rows, runs, time, a further image, CPU time, a further image, peak memory, "
             "its end phase, memory for that, ledger objects an image, task runs, events an image"
@@ -155,6 +235,26 @@ class Bench:
         plot = bars("Peak memory of a batch as a flow", " MB", peaks)
         (self.plots / "growth.svg").write_text(plot)
         return table(columns.split(", "), rows)
+
+    def plans(self) -> str:
+        """Plans, and runs with little new, beside reading the same file with pyarrow."""
+        rows = 20_000 if self.quick else 1_000_000
+        command = [sys.executable, str(ROOT / "benchmarks/plan.py"), "--rows", str(rows)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
+        columns = lines[0]
+        seconds = {}
+        for line in lines[2:]:
+            one = dict(zip(columns, line, strict=False))
+            seconds[one["file"], one["what"]] = float(one["of CPU"])
+        for file in ("csv", "parquet"):
+            plan = seconds[file, "plan"]
+            what = f"Plan of {rows:,} rows in {file}: CPU a row"
+            self.target(what, plan / rows * 1e6, "{:.0f} µs", most=25)
+            if again := seconds.get((file, "nothing new")):
+                what = f"Run of {rows:,} stored rows in {file}, of its plan"
+                self.target(what, again / plan, "{:.1f}", most=1.5)
+        return done.stdout.strip()
 
     def start(self) -> str:
         """Seconds until something has started."""
@@ -179,10 +279,10 @@ class Bench:
 
 def main() -> None:
     """Measure, print the tables, and write them into the page."""
-    parts = ["limits", "ceiling", "growth", "start"]
+    parts = ["sizes", "limits", "ceiling", "growth", "plans", "start"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, one run of each")
-    parser.add_argument("--repeats", type=int, help="runs of each (3, with --quick 1)")
+    parser.add_argument("--whole", action="store_true", help="full sizes, three runs of each")
+    parser.add_argument("--repeats", type=int, help="runs of each (1, with --whole 3)")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--page", type=Path, help="write tables and plots into this page")
     parser.add_argument("--runs", type=Path, help="keep runs there; go on where they end")
@@ -191,19 +291,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         plots = page.with_name("performance") if page else Path(place)
         plots.mkdir(exist_ok=True)
-        repeats = options.repeats or (1 if options.quick else 3)
-        bench = Bench(options.quick, Runs(repeats, options.runs), plots)
+        repeats = options.repeats or (3 if options.whole else 1)
+        bench = Bench(not options.whole, Runs(repeats, options.runs), plots)
+        size = "full size" if options.whole else "small, `make bench` without `BENCH=--whole`"
         machine = f"{os.cpu_count()} cores, {platform.system()}"
+        made = f"{size}; {machine}, Python {platform.python_version()}"
+
+        def show(part: str, text: str) -> None:
+            print(f"## {part}\n\n{text}\n", flush=True)
+            if page:
+                write_between_markers(page, part, text)
+
         for part in options.only:
-            text = getattr(bench, part)()
-            text += f"\n\nMedians; {machine}, Python {platform.python_version()}."
+            text = f"{getattr(bench, part)()}\n\nMedians, {made}."
             text += "".join(
                 f"\n\n![{plot.stem}]({plots.name}/{plot.name})"
                 for plot in sorted(plots.glob(f"{part}*.svg"))
             )
-            print(f"## {part}\n\n{text}\n", flush=True)
-            if page:
-                write_between_markers(page, part, text)
+            show(part, text)
+        if options.only == parts:
+            columns = ["target", "wanted", "measured", ""]
+            load = f"load {os.getloadavg()[2]:.1f} over the last 15 minutes"
+            show(
+                "targets",
+                f"{table(columns, bench.targets)}\n\nMeasured in one run: {made}, {load}.",
+            )
 
 
 if __name__ == "__main__":

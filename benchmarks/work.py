@@ -4,8 +4,7 @@
     python benchmarks/work.py flow FOLDER      # this package as a flow
     python benchmarks/work.py called FOLDER    # like `batch`, but called back
     python benchmarks/work.py fixed:5 FOLDER   # like `batch`, but asks every 5 s
-    python benchmarks/work.py bare FOLDER      # asyncio and httpx alone, no ledger
-    python benchmarks/work.py one-client FOLDER  # the same on one client of httpx
+    python benchmarks/work.py bare FOLDER      # asyncio and aiohttp alone, no ledger
     python benchmarks/work.py mapped FOLDER    # a Prefect flow, three tasks, `.map`
 
 The account and the cadence come from the environment. FOLDER holds `manifest.csv`; images go to
@@ -57,7 +56,6 @@ def main() -> None:
         "called": lambda: called(folder),
         "fixed": lambda: batch(folder, fixed=float(seconds)),
         "bare": lambda: rivals.bare(folder, noticed),
-        "one-client": lambda: rivals.one_client(folder, noticed),
         "mapped": lambda: rivals.mapped(folder, noticed),
     }
     began = time.perf_counter()

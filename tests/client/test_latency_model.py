@@ -64,17 +64,6 @@ def test_time_to_poll_is_positive_and_grows_with_the_tolerance(polls, age, unnot
     assert model.time_to_poll(age, unnoticed * factor) >= pause * (1 - 1e-9)
 
 
-@given(POLLS)
-def test_survival_table_matches_the_model(polls):
-    model = create_model(polls)
-    shares, variances, cells_per_second = model.survival_table()
-    assert shares == sorted(shares, reverse=True)
-    assert min(variances) >= 0
-    for cell, share in enumerate(shares[:: len(shares) // 10]):
-        age = (cell * (len(shares) // 10) + 0.5) / cells_per_second if cells_per_second else 0.0
-        assert share == pytest.approx(model.running_share(age), abs=1e-9)
-
-
 @pytest.mark.parametrize("has_times", [True, False])
 def test_lognormal_latency_is_learned(has_times):
     model = observe(create_lognormal(), 1_500, has_times=has_times)
@@ -82,21 +71,9 @@ def test_lognormal_latency_is_learned(has_times):
         assert model.running_share(age) == pytest.approx(true_share(age), abs=0.08)
 
 
-def test_survival_table_ends_at_the_oldest_observed_age():
-    model = LatencyModel()
-    for _ in range(100):
-        model.record_running(0, 20)
-    shares, _, cells_per_second = model.survival_table()
-    assert len(shares) / cells_per_second == pytest.approx(20, rel=0.07)
-    assert min(shares) > 0.95
-
-
-def test_variance_falls_with_the_number_of_tasks():
-    def variance_at_30(number):
-        _, variances, cells_per_second = observe(create_lognormal(), number).survival_table()
-        return sum(variances[: int(30 * cells_per_second)])
-
-    assert 0 < variance_at_30(300) < variance_at_30(30) / 3
+def test_error_falls_with_the_number_of_tasks():
+    few, many = observe(create_lognormal(), 40), observe(create_lognormal(), 1_000)
+    assert many.relative_error == pytest.approx(few.relative_error / 5)
 
 
 def test_bimodal_latency_is_learned():

@@ -32,7 +32,8 @@ def test_tasks_without_a_known_model_count_as_running():
 def test_tasks_count_by_their_probability():
     result = estimate(*[WatchedTask(0.0, known_model(2_000))] * 100)
     assert result.mean == pytest.approx(50, abs=2)
-    assert result.deviation == pytest.approx(math.sqrt(100 / 4), rel=0.1)
+    by_chance, by_the_model = math.sqrt(100 / 4), 50 * 2 / math.sqrt(1_500)
+    assert result.deviation == pytest.approx(math.hypot(by_chance, by_the_model), rel=0.05)
 
 
 def test_task_seen_running_counts_as_running():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
-from typing import NamedTuple
 
 # Bins of age: from 0.02 s to an hour in steps of 6 %, so 1.8 s wide at 30 s.
 _FIRST_EDGE_SECONDS = 0.02
@@ -28,24 +26,11 @@ _PRIOR_TASKS = 0.05
 # At least this share of tasks survives each bin, so that some are left for later ages.
 _MIN_SURVIVING_SHARE = 0.01
 
-# The survival table ends at the age that this share of tasks reaches, or at twice the age that
-# the second share reaches, if that is earlier.
-_TABLE_END_SHARE = 0.002
-_FEW_LEFT_SHARE = 0.1
-_TABLE_CELLS = 400
+# Tasks that must have ended before the model is used.
+_MIN_ENDED_TASKS = 30
 
 # Observations after which the model is rebuilt; fewer while few tasks have ended.
 _REBUILD_AFTER_POLLS = 25
-
-
-class SurvivalTable(NamedTuple):
-    """The survival function in cells of equal width. Nothing is known beyond the last cell."""
-
-    shares: list[float]  # of all tasks that reach the middle of each cell
-    variances: list[
-        float
-    ]  # of the relative error of the ratio of the next cell's share to its own
-    cells_per_second: float  # of age
 
 
 class LatencyModel:
@@ -64,8 +49,17 @@ class LatencyModel:
         self._ended = [0.0] * _BINS
         # Tasks observed from a bin on, less those observed until it.
         self._entered = [0.0] * _BINS
-        self._table: SurvivalTable | None = None
         self._rebuild()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether enough tasks have ended to use the model."""
+        return self.ended_count >= _MIN_ENDED_TASKS
+
+    @property
+    def relative_error(self) -> float:
+        """Error of the share of tasks that have ended, relative to it: two standard errors."""
+        return 2 / math.sqrt(min(self.ended_count, _MEMORY_POLLS))
 
     def record_running(self, since: float, age: float) -> None:
         """Record that a task which ran at age `since` still ran at `age`, both in seconds."""
@@ -108,24 +102,6 @@ class LatencyModel:
         after = expected_lateness(index)
         return low - age + (high - low) * (unnoticed - before) / (after - before)
 
-    def survival_table(self) -> SurvivalTable:
-        """Return the survival function up to the age where few tasks are left or were seen."""
-        self._refresh()
-        if self._table is None:
-            end = min(
-                self._age_reached_by(_TABLE_END_SHARE),
-                2 * self._age_reached_by(_FEW_LEFT_SHARE),
-                self._oldest,
-            )
-            middles = [(cell + 0.5) * end / _TABLE_CELLS for cell in range(_TABLE_CELLS)]
-            variances = [_interpolate(self._variance, age) for age in middles]
-            self._table = SurvivalTable(
-                shares=[self._survival_at(age) for age in middles],
-                variances=[after - before for before, after in itertools.pairwise(variances)],
-                cells_per_second=_TABLE_CELLS / end if end else 0.0,
-            )
-        return self._table
-
     def _record_poll(self, since: float, age: float) -> None:
         weight, first, last = self._weight, _bin_of(since), _bin_of(age)
         self._entered[first] += weight
@@ -144,9 +120,8 @@ class LatencyModel:
                 values[:] = [value / self._weight for value in values]
             self._weight = 1.0
         prior = _PRIOR_TASKS * self._weight
-        running, reached, area, variance = 1.0, 0.0, 0.0, 0.0
-        survival, areas, variances = [1.0], [0.0], [0.0]
-        self._oldest = 0.0
+        running, reached, area = 1.0, 0.0, 0.0
+        survival, areas = [1.0], [0.0]
         for index in range(_BINS - 1):
             width = _EDGES[index + 1] - _EDGES[index]
             entered, ended = self._entered[index], self._ended[index]
@@ -156,21 +131,11 @@ class LatencyModel:
             share = (ended + prior * width / _EDGES[index + 1]) / (at_risk + prior)
             share = min(share, 1 - _MIN_SURVIVING_SHARE)
             left = running * (1 - share)
-            variance += share / (1 - share) / (at_risk / self._weight + _PRIOR_TASKS)
-            if at_risk >= self._weight:
-                self._oldest = _EDGES[index + 1]
             area += (running + left) / 2 * width
             running = left
             survival.append(running)
             areas.append(area)
-            variances.append(variance)
-        self._survival, self._area, self._variance = survival, areas, variances
-        self._table = None
-
-    def _age_reached_by(self, share: float) -> float:
-        """Return the age that no more than this share of tasks reaches."""
-        index = bisect.bisect_left(self._survival, -share, hi=_BINS - 1, key=lambda left: -left)
-        return _EDGES[index]
+        self._survival, self._area = survival, areas
 
     def _survival_at(self, age: float) -> float:
         return _interpolate(self._survival, age)

@@ -12,16 +12,14 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
-# Tasks of a mode that must have ended before the latency model replaces the configured cadence.
-_MIN_ENDED_TASKS = 20
-
 # A poll is due when the expected time for which the task has been over unnoticed reaches this
-# many intervals.
-_UNNOTICED_INTERVALS = 0.7
+# share of a round: the time in which each running task could be polled once if all requests were
+# polls, 6 s at the account's limits. Few tasks are then polled at every interval, and many when
+# they have likely ended. A larger share needs fewer requests; a smaller one lets polls queue.
+_UNNOTICED_ROUNDS = 0.12
 
-# The same where requests are scarce, in rounds. A round is the time in which each running task
-# could be polled once if all requests were polls: 6 to 7 s at the account's limits.
-_UNNOTICED_ROUNDS = 0.39
+# The least such time, in intervals: no poll is sent at ages at which tasks hardly ever end.
+_MIN_UNNOTICED_INTERVALS = 0.05
 
 # Longest pause between polls, as a share of the task's age: slow tasks are not forgotten.
 _MAX_PAUSE_SHARE_OF_AGE = 1 / 3
@@ -31,8 +29,8 @@ class PollScheduler:
     """Schedules the polls of one task, and teaches the latency model what they show.
 
     Until enough tasks of the mode have ended, polls follow the configured cadence. From then on,
-    a poll is due when the task is expected to have been over, unnoticed, for most of an interval,
-    or for longer if requests are scarce. The interval stays the shortest pause between two polls.
+    each task is polled at every interval once its end is likely, and more rarely if requests are
+    scarce. The interval stays the shortest time between two polls.
     The first poll may come before `initial_delay` if tasks are known to end sooner, and later if
     that was learned during the first pause.
 
@@ -70,13 +68,16 @@ class PollScheduler:
         """Return the seconds to wait before the next poll."""
         cadence, age = self._cadence, self.age
         was_polled = bool(self._last_running_age)
-        shortest = cadence.interval
+        # The interval is counted from one request to the next.
+        shortest = max(0.0, cadence.interval - self._slots.round_trip)
         if not was_polled:
             shortest = max(0.0, min(cadence.interval, cadence.initial_delay) - age)
-        if self._model.ended_count < _MIN_ENDED_TASKS:
+        if not self._model.is_known:
             return cadence.interval if was_polled else max(0.0, cadence.initial_delay - age)
         round_seconds = self._slots.running * self._requests.spacing
-        unnoticed = max(_UNNOTICED_INTERVALS * cadence.interval, _UNNOTICED_ROUNDS * round_seconds)
+        unnoticed = max(
+            _UNNOTICED_ROUNDS * round_seconds, _MIN_UNNOTICED_INTERVALS * cadence.interval
+        )
         due_at_age = self._last_running_age + self._model.time_to_poll(
             self._last_running_age, unnoticed
         )
