@@ -6,6 +6,7 @@ import asyncio
 import json
 import tempfile
 import threading
+import weakref
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,7 +77,8 @@ class LedgerIndex(TempDatabase):
         )
         self._empty = True
         self._lock = threading.Lock()
-        self._records = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
+        self._records = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the index
+        weakref.finalize(self, self._records.close)
 
     def __exit__(self, *exc_info: object) -> None:
         self._records.close()

@@ -16,8 +16,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pydantic_core import from_json
-
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.store import RecordStore
@@ -333,7 +331,7 @@ def encode_line(line: Line) -> str:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """Yield the lines of a result manifest on this machine; none if the file is missing."""
-    return map(from_json, _read_texts(path))  # in half the time of `json`
+    return map(json.loads, _read_texts(path))
 
 
 async def load_digests(output: OutputFolder) -> HashSet:
