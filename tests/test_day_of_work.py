@@ -82,6 +82,6 @@ async def test_day_of_batches_leaves_nothing_behind(tmp_path, monkeypatch):
     assert asyncio.get_running_loop().time() - began > HOURS * 3_600
     # A leak would be one an hour; another thread of the tests may open a file meanwhile.
     assert after["files"] < before["files"] + HOURS // 4
-    assert after["tasks"] == before["tasks"]
+    assert after["tasks"] <= before["tasks"]
     assert after["temporary"] == 0
     assert after["memory"] < before["memory"] + 500_000
