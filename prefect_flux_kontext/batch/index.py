@@ -173,7 +173,7 @@ class LedgerIndex(TempDatabase):
             indexed = _index_finished_row(row)
             # Only for stored rows: a later attempt may have changed the state of a failed one.
             if keep_records and indexed.state is State.STORED:
-                stored = StoredRow(row.ended.files, _list_flags(row), row.ended.at.isoformat())
+                stored = StoredRow(row.ended.files, row.ended.flags, row.ended.at.isoformat())
                 indexed = indexed._replace(stored=json.dumps(stored), record=self._records.tell())
                 self._records.write(line + b"\n")
             block.append(indexed)
@@ -216,10 +216,6 @@ def _index_finished_row(row: FinishedRow) -> _IndexedRow:
         row.spent + row.doubtful,
         _encode_columns(row.columns),
     )
-
-
-def _list_flags(row: FinishedRow) -> list[str]:
-    return row.ended.images[0].flags if row.ended.images else []
 
 
 def _get_action(

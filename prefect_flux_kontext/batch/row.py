@@ -262,7 +262,7 @@ async def _deliver(
         state="stored",
         task_id=stored.task_id,
         uris=uris,
-        flags=stored.images[0].flags if stored.images else [],
+        flags=stored.flags,
         already=not in_run and (since is None or stored.at < since),
     )
 

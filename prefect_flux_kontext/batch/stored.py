@@ -45,11 +45,11 @@ def leave_out_stored(
     while block := list(itertools.islice(rows, _BLOCK_ROWS)):
         left, found = _count_stored(session, block)
         counts.add(found)
+        count_stored_rows(found.rows)
         loop.call_soon_threadsafe(session.progress.add, found)
         yield from left
         if session.submitter.stopped:
             return
-    count_stored_rows(counts.rows)
 
 
 def _count_stored(

@@ -141,6 +141,11 @@ class Ended(_Record):
         default=None, description="To download, check and store the images."
     )
 
+    @property
+    def flags(self) -> list[str]:
+        """What the checks found about its first image."""
+        return self.images[0].flags if self.images else []
+
 
 class Entry(BaseModel):
     """A row as read from its records: the latest attempt, and the totals of earlier ones.

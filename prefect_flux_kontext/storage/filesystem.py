@@ -179,7 +179,7 @@ class OutputFolder:
         return [
             name
             for name in names
-            if "://" not in name and ".." not in name.split("/") and not exists(name)
+            if "://" not in name and not _leads_out(name) and not exists(name)
         ]
 
     async def list_all(self, *, leave_out: str) -> set[str]:
@@ -344,9 +344,13 @@ class OutputFolder:
 
     def _path(self, name: str) -> str:
         # Names may come from files in the output, such as the ledger's.
-        if ".." in name.split("/"):
+        if _leads_out(name):
             raise StorageError(f"The name {name!r} leads out of {self}.")
         return f"{self.root.rstrip('/')}/{name}"
+
+
+def _leads_out(name: str) -> bool:
+    return ".." in name.split("/")
 
 
 def _stamp(info: Mapping[str, Any]) -> str:
