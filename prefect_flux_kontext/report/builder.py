@@ -211,16 +211,17 @@ async def update_report(
                     # The file of an earlier run would contradict results.jsonl.
                     await output.discard(RESULTS_PARQUET)
                 known = None
-            if known is None and rows:
-                stamp = await output.read_stamp(RESULTS_JSONL)
-                await write_line_index(store, merger.index, stamp)
             await remove_parts(store, parts)
+            index = merger.index
             if max_rows and rows:
-                await build_gallery(
+                index.statistics = await build_gallery(
                     output,
                     merged,
                     thumbnails,
                     max_rows=max_rows,
                     max_new_thumbnails=max_new_thumbnails,
+                    statistics=index.statistics,
                 )
+            if known is None and rows:
+                await write_line_index(store, index, await output.read_stamp(RESULTS_JSONL))
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import logging
 import math
 import secrets
@@ -48,8 +49,9 @@ async def build_gallery(
     *,
     max_rows: int,
     max_new_thumbnails: int,
-) -> None:
-    """Write gallery and contact sheet.
+    statistics: Statistics | None = None,
+) -> Statistics:
+    """Write gallery and contact sheet, and return the statistics of the results.
 
     Args:
         output: The batch's output.
@@ -57,13 +59,13 @@ async def build_gallery(
         thumbnails: The gallery's thumbnails.
         max_rows: The most rows on the page.
         max_new_thumbnails: The most thumbnails to make from images in the output.
+        statistics: Those of the results; None to count them.
 
     Raises:
         LedgerError: The thumbnails cannot be read or written.
         StorageError: The output cannot be written to.
     """
-    statistics = Statistics()
-    rows = await asyncio.to_thread(_read_rows, results, statistics, max_rows)
+    rows, counted = await asyncio.to_thread(_read_rows, results, statistics, max_rows)
     await thumbnails.load_index()
     await _make_missing(output, rows, thumbnails, max_new_thumbnails)
     results_shown = [name for name in rows.after if name in thumbnails.files]
@@ -74,7 +76,7 @@ async def build_gallery(
         rows,
         title=str(output).rstrip("/").rpartition("/")[2],
         folder=GALLERY_FOLDER,
-        statistics=statistics.summarize(),
+        statistics=counted.summarize(),
         files={} if is_embedded else {name: thumbnails.files[name] for name in all_shown},
         embedded=urls if is_embedded else {},
     )
@@ -85,6 +87,7 @@ async def build_gallery(
     if results_shown:
         sheet = await asyncio.to_thread(_draw_contact_sheet, rows, urls)
         await output.write(CONTACT_SHEET, sheet)
+    return counted
 
 
 async def draw_run_sheet(output: OutputFolder, run: str) -> bytes | None:
@@ -108,13 +111,20 @@ async def draw_run_sheet(output: OutputFolder, run: str) -> bytes | None:
     return await asyncio.to_thread(_draw_cells, cells) if cells else None
 
 
-def _read_rows(results: Path, statistics: Statistics, max_rows: int) -> GalleryRows:
-    """Read the first rows, and count the statistics of all rows."""
-    rows = GalleryRows()
-    for line in statistics.count(read_lines(results)):
+def _read_rows(
+    results: Path, statistics: Statistics | None, max_rows: int
+) -> tuple[GalleryRows, Statistics]:
+    """Read the first rows, and all of them if the statistics are still to be counted."""
+    rows, lines = GalleryRows(), read_lines(results)
+    if statistics is None:
+        statistics = Statistics()
+        lines = statistics.count(lines)
+    else:
+        lines = itertools.islice(lines, max_rows)
+    for line in lines:
         if len(rows) < max_rows:
             rows.add(line)
-    return rows
+    return rows, statistics
 
 
 def _write(pieces: Iterable[str], file: Path) -> None:
