@@ -88,11 +88,11 @@ async def read_line_index(store: RecordStore, stamp: str | None) -> LineIndex | 
             index = LineIndex(found["columns"], found["verdicts"])
             if found["statistics"]:
                 index.statistics = _STATISTICS.validate_python(found["statistics"])
-            third = len(data) // 3
-            index.names.frombytes(data[:third])
-            index.digests.frombytes(data[third : 2 * third])
-            index.payments.frombytes(data[2 * third :])
-            return index
+            size = found["lines"] * index.names.itemsize
+            for start, numbers in enumerate((index.names, index.digests, index.payments)):
+                numbers.frombytes(data[start * size : (start + 1) * size])
+            if len(data) == 3 * size:
+                return index
     return None
 
 
@@ -104,6 +104,7 @@ async def write_line_index(store: RecordStore, index: LineIndex, stamp: str | No
     """
     head = {
         "stamp": _describe(stamp),
+        "lines": len(index),
         "columns": list(index.columns),
         "verdicts": index.verdicts,
         "statistics": index.statistics and _STATISTICS.dump_python(index.statistics),
