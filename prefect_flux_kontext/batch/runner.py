@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
-from prefect_flux_kontext.batch.planning import with_row_keys
+from prefect_flux_kontext.batch.reference_checks import with_row_keys
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
 from prefect_flux_kontext.batch.stored import leave_out_stored
 from prefect_flux_kontext.batch.summary import (
