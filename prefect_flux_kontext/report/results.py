@@ -248,10 +248,10 @@ class LineMerger(TempDatabase):
                 self.index = known
                 with earlier.open("rb") as source:
                     shutil.copyfileobj(source, file)
-            statistics = self.index.statistics
-            new = map(json.loads, self._select_texts())
-            paid = HashSet(self.index.payments)
-            for line in statistics.count(new, paid) if statistics else new:
+            new = self._select_new()
+            if statistics := self.index.statistics:
+                new = statistics.count(new, HashSet(self.index.payments))
+            for line in new:
                 self._write_line(file, line, _hash_identity(line), verdicts)
         self.index.columns.update(self._new_custom_columns)
         return len(self.index)
@@ -276,9 +276,9 @@ class LineMerger(TempDatabase):
             self._write_line(file, merge_lines(line, new) if new else line, name, verdicts)
             self._database.execute("DELETE FROM lines WHERE name = ?", (name,))
 
-    def _select_texts(self) -> Iterator[str]:
+    def _select_new(self) -> Iterator[Line]:
         found = self._database.execute("SELECT line FROM lines ORDER BY number")
-        return (text for (text,) in found)
+        return (json.loads(text) for (text,) in found)
 
     def _write_line(
         self, file: IO[bytes], line: Line, name: int, verdicts: Mapping[str, str]
