@@ -81,7 +81,9 @@ async def read_line_index(store: RecordStore, stamp: str | None) -> LineIndex | 
     Raises:
         LedgerError: The output cannot be read.
     """
-    head, _, data = (await store.read(_NAME) or b"").partition(b"\n")
+    content = await store.read(_NAME) or b""
+    head = content[: content.find(b"\n") + 1]
+    data = memoryview(content)[len(head) :]
     with contextlib.suppress(ValueError, KeyError):  # it is damaged
         found: dict[str, Any] = json.loads(head)
         if stamp is not None and found["stamp"] == _describe(stamp):
@@ -109,8 +111,8 @@ async def write_line_index(store: RecordStore, index: LineIndex, stamp: str | No
         "verdicts": index.verdicts,
         "statistics": index.statistics and _STATISTICS.dump_python(index.statistics),
     }
-    data = index.names.tobytes() + index.digests.tobytes() + index.payments.tobytes()
-    await store.replace(_NAME, json.dumps(head).encode() + b"\n" + data)
+    text = f"{json.dumps(head)}\n".encode()
+    await store.replace(_NAME, b"".join((text, index.names, index.digests, index.payments)))
 
 
 def _describe(stamp: str | None) -> list[str | None]:

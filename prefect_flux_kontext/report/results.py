@@ -250,7 +250,8 @@ class LineMerger(TempDatabase):
                     shutil.copyfileobj(source, file)
             new = self._select_new()
             if statistics := self.index.statistics:
-                new = statistics.count(new, HashSet(self.index.payments))
+                payments = set(map(hash_payment, self._select_new()))
+                new = statistics.count(new, payments.intersection(self.index.payments))
             for line in new:
                 self._write_line(file, line, _hash_identity(line), verdicts)
         self.index.columns.update(self._new_custom_columns)
