@@ -20,12 +20,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from prefect_flux_kontext.sandbox.contract import MODEL, Refusal, failure, success
-from prefect_flux_kontext.sandbox.faults.injector import (
+from prefect_flux_kontext.sandbox.faults.plan import (
     ActiveFaults,
-    FaultMiddleware,
+    FaultPlan,
     faults_endpoint,
+    inject_faults,
 )
-from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.lifecycle import CallbackSender, Lifecycle
 from prefect_flux_kontext.sandbox.painting import choose_style, paint
 from prefect_flux_kontext.sandbox.references import BadReferenceError, References, SharedCache
@@ -72,7 +72,7 @@ class Sandbox:
                 Route("/sandbox/reset", self._reset, methods=["POST"]),
                 faults_endpoint(self.active_faults),
             ],
-            middleware=[Middleware(FaultMiddleware, self.active_faults)],
+            middleware=[Middleware(inject_faults, self.active_faults)],
             exception_handlers=dict.fromkeys(
                 (Refusal, HTTPException, ClientDisconnect), _answer_error
             ),

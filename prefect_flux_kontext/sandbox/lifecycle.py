@@ -16,7 +16,7 @@ from prefect_flux_kontext.sandbox.references import outbound_client
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.sandbox.contract import JsonObject
-    from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
+    from prefect_flux_kontext.sandbox.faults.plan import ActiveFaults
     from prefect_flux_kontext.sandbox.references import References
     from prefect_flux_kontext.sandbox.service import Service
     from prefect_flux_kontext.sandbox.tasks import Task
