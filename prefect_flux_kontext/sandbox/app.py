@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from prefect_flux_kontext.sandbox.service import Task
     from prefect_flux_kontext.sandbox.settings import SandboxSettings
-    from prefect_flux_kontext.sandbox.tasks import Task
 
 _RECORDS_PER_CHUNK = 500
 _PICTURE_CACHE_BYTES = 64 * 1024 * 1024
