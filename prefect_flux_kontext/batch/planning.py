@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.polling import PollingCadence
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.reader import Manifest
-    from prefect_flux_kontext.references.cache import ReferenceInfo
-    from prefect_flux_kontext.references.resolver import References
+    from prefect_flux_kontext.references.resolver import ReferenceInfo, References
 
 _REFERENCE_BLOCK_ROWS = 250
 """Rows whose references are inspected together, so that many are read in parallel."""

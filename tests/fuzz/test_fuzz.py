@@ -58,10 +58,10 @@ from prefect_flux_kontext.manifest.row import RefusedRow, Row, find_reference_pr
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.redaction import make_showable, redact_text
 from prefect_flux_kontext.references.location import find_location_problem
-from prefect_flux_kontext.references.loopback import is_loopback_url
 from prefect_flux_kontext.references.metadata import remove_metadata
 from prefect_flux_kontext.references.ratio import find_nearest_ratio
 from prefect_flux_kontext.references.rights import Rights, find_rights_problem
+from prefect_flux_kontext.references.staging import is_loopback_url
 from prefect_flux_kontext.references.validation import check_image
 from tests.fuzz.mutations import mutated
 from tests.manifest import lying_parquet
