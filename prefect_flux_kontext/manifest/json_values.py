@@ -21,15 +21,10 @@ _JSON_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def split_values(pieces: Iterator[str], url: str, line: int) -> Iterator[tuple[int, str]]:
-    """Yield the values of a JSON array, or of JSON values one after another.
+    """Yield the values of a JSON array, or of JSON values one after another, from a text's pieces.
 
-    A value is numbered by the line that it ends on, or by its place if that is higher. Memory is
-    bounded by the limit for a line, which each value has to keep.
-
-    Args:
-        pieces: The text.
-        url: The manifest, for messages.
-        line: The line on which the text starts.
+    The text starts on `line`. A value is numbered by the line that it ends on, or by its place if
+    that is higher. Memory is bounded by the limit for a line, which each value has to keep.
     """
     text = _take(pieces, _PIECE_CHARACTERS).lstrip()
     is_array = text.startswith("[")

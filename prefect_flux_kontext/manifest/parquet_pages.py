@@ -34,19 +34,12 @@ DELTA_BYTE_ARRAY = 7
 
 
 class Page(NamedTuple):
-    """A page of a column.
+    """A page of a column."""
 
-    Attributes:
-        stored: Bytes in the file, with its header.
-        size: Bytes that it is unpacked to.
-        values: Number of values. A dictionary page has none.
-        encoding: Number of the encoding.
-    """
-
-    stored: int
-    size: int
-    values: int
-    encoding: int
+    stored: int  # bytes in the file, with its header
+    size: int  # bytes that it is unpacked to
+    values: int  # number of values, 0 for a dictionary page
+    encoding: int  # number of the encoding
 
 
 def check_footer(file: Any) -> None:
@@ -69,11 +62,7 @@ def check_footer(file: Any) -> None:
 
 
 def read_pages(file: Any, chunk: Any) -> Iterator[Page]:
-    """Yield the pages that Arrow reads for a column chunk.
-
-    Args:
-        file: The file.
-        chunk: The chunk's metadata, as of pyarrow.
+    """Yield the pages that Arrow reads for a column chunk, given pyarrow's metadata of it.
 
     Raises:
         ValueError: A header is damaged.

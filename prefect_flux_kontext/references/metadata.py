@@ -78,14 +78,12 @@ def _clean_jpeg(data: bytes, exif: bytes) -> bytes:
         if not is_extra or any(
             marker == kept and segment[4:].startswith(name) for kept, name in _JPEG_KEPT
         ):
-            parts.append(_drop_jfif_thumbnail(segment) if marker == _JPEG_KEPT[0][0] else segment)
+            # JFIF without its thumbnail.
+            is_jfif = marker == _JPEG_KEPT[0][0]
+            parts.append(b"\xff\xe0\x00\x10" + segment[4:16] + b"\0\0" if is_jfif else segment)
         if marker == JPEG_END:
             return b"".join(parts)
     raise ValueError("the end is missing")
-
-
-def _drop_jfif_thumbnail(segment: bytes) -> bytes:
-    return b"\xff\xe0\x00\x10" + segment[4:16] + b"\0\0"
 
 
 def _clean_png(data: bytes, exif: bytes) -> bytes:

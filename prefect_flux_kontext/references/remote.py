@@ -31,13 +31,6 @@ _ERRORS: dict[int, type[OSError]] = {
 
 
 @contextmanager
-def open_file(url: str) -> Iterator[Any]:
-    """Open a file for reading bytes; see `open_source`."""
-    with open_source(url) as (file, _):
-        yield file
-
-
-@contextmanager
 def open_source(url: str) -> Iterator[tuple[Any, str]]:
     """Open a file for reading bytes, and give its content type if it is on the web.
 

@@ -19,7 +19,7 @@ from prefect_flux_kontext.models import (
     Provider,
     RequestedRatio,
 )
-from prefect_flux_kontext.references.remote import open_file
+from prefect_flux_kontext.references.remote import open_source
 from prefect_flux_kontext.storage.names import find_text_problem
 from prefect_flux_kontext.styles.templates import Template, parse_template
 
@@ -197,7 +197,7 @@ def read_styles(url: str) -> list[Style]:
     if "::" in url:
         raise ConfigurationError(f"The styles {url} chain several filesystems; use a single URL.")
     try:
-        with open_file(url) as file:
+        with open_source(url) as (file, _):
             data = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigurationError(f"There are no styles at {url}.") from None
