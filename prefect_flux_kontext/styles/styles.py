@@ -43,28 +43,25 @@ class Style(BaseModel):
         ValidationError: A field is invalid; the error lists every problem.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: str = Field(
-        min_length=1, max_length=_MAX_NAME_LENGTH, description="Part of the names of its images."
-    )
-    prompt: str = Field(
-        min_length=1,
-        description="A template over the row's columns. `{{ prompt }}` inserts the row's own "
-        "prompt; without it, the row's prompt is appended.",
-    )
-    mode: Mode | None = Field(default=None, description="`pro` or `max`.")
-    aspect_ratio: RequestedRatio | None = Field(
-        default=None, description="Ratio of width to height."
-    )
-    output_format: OutputFormat | None = Field(default=None, description="Format of the result.")
-    provider: Provider | None = Field(default=None, description="Route that the service uses.")
-    variants: int = Field(
-        default=1, ge=1, le=20, description="Images to make of each row, each paid for."
-    )
-    extra: dict[str, Any] = Field(
-        default_factory=dict, description="Further input, passed to the model as it is."
-    )
+    name: str = Field(min_length=1, max_length=_MAX_NAME_LENGTH)
+    """Part of the names of its images."""
+    prompt: str = Field(min_length=1)
+    """A template over the row's columns. `{{ prompt }}` inserts the row's own prompt; without it,
+    the row's prompt is appended."""
+    mode: Mode | None = None
+    """`pro` or `max`."""
+    aspect_ratio: RequestedRatio | None = None
+    """Ratio of width to height."""
+    output_format: OutputFormat | None = None
+    """Format of the result."""
+    provider: Provider | None = None
+    """Route that the service uses."""
+    variants: int = Field(default=1, ge=1, le=20)
+    """Images to make of each row, each paid for."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further input, passed to the model as it is."""
 
     @field_validator("name")
     @classmethod
