@@ -25,8 +25,7 @@ from prefect_flux_kontext.manifest.columns import (
     find_cell_problem,
     to_cells,
 )
-from prefect_flux_kontext.manifest.compression import decompress
-from prefect_flux_kontext.manifest.json_values import split_values
+from prefect_flux_kontext.manifest.text_io import decompress, split_values
 from prefect_flux_kontext.references.remote import open_source
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.headers import read_format
+from prefect_flux_kontext.images.metadata import remove_metadata
 from prefect_flux_kontext.references.identity import (
     identify_private_object,
     identify_reference,
@@ -24,7 +25,6 @@ from prefect_flux_kontext.references.location import (
     non_public_references,
     open_filesystem,
 )
-from prefect_flux_kontext.references.metadata import remove_metadata
 from prefect_flux_kontext.references.staging import (
     STAGING_HINT,
     Locks,
