@@ -173,8 +173,6 @@ def to_text(value: Any) -> str:
             return "true" if value else "false"
         case float() if not math.isfinite(value):
             raise ValueError(f"{value} is not a valid number")
-        case int() | float():
-            return str(value)
         case list() | dict():
             return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
         case bytes() | bytearray() | memoryview():

@@ -96,9 +96,7 @@ def find_manifest_folder(manifest: Any) -> str | None:
     A local manifest usually lies beside its images. A remote manifest must not read files of
     this machine. Rows given directly are relative to the working directory.
     """
-    if not isinstance(manifest, str):
-        return str(Path.cwd())
-    if parse_protocol(manifest) == "memory":
+    if not isinstance(manifest, str) or parse_protocol(manifest) == "memory":
         return str(Path.cwd())
     if classify_location(manifest) is not LocationKind.LOCAL:
         return None

@@ -43,12 +43,10 @@ class SharedCache(Generic[T]):
         value = self.peek(key)
         if value is not None:
             return value
-        making = self._making.get(key)
-        if making is None:
-            making = asyncio.ensure_future(self._make(key, make))
-            self._making[key] = making
+        if key not in self._making:
+            self._making[key] = asyncio.ensure_future(self._make(key, make))
         # Shielded: a client that disconnects must not cancel the value of the others.
-        return await asyncio.shield(making)
+        return await asyncio.shield(self._making[key])
 
     async def _make(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
         try:

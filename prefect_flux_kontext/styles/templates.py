@@ -32,17 +32,7 @@ _MISSING_VALUE = re.compile(
     r"#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|ERROR!)"
 )
 
-_FILTERS = (
-    "capitalize",
-    "d",
-    "default",
-    "length",
-    "lower",
-    "title",
-    "trim",
-    "truncate",
-    "upper",
-)
+_FILTERS = ("capitalize", "d", "default", "length", "lower", "title", "trim", "truncate", "upper")
 _TESTS = ("defined", "undefined")
 _ALLOWED_NODES = (
     nodes.Template,
