@@ -10,9 +10,10 @@ import base64
 import html
 import io
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,9 +25,6 @@ from pydantic import (
 )
 
 from prefect_flux_kontext.redaction import is_plain_url, redact_text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = [
     "AspectRatio",

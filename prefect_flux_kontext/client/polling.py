@@ -19,12 +19,11 @@ from prefect_flux_kontext.errors import (
     NotFoundError,
     UnauthorizedError,
 )
-from prefect_flux_kontext.models import GenerationResult
+from prefect_flux_kontext.models import GenerationResult, GenerationTask, TaskStatus
 from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.client.client import FluxKontextClient
-    from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
 __all__ = ["PollPauses", "PollingCadence", "wait_until_ended"]
 

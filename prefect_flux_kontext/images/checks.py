@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -13,7 +13,6 @@ from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import TypeAlias
 
     Check: TypeAlias = "Callable[[Image.Image, Mapping[str, Any]], Iterable[str]]"
     """A user's own check: takes the decoded image and its row, returns flags."""

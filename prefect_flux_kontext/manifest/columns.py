@@ -6,13 +6,11 @@ import json
 import math
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.storage.names import IMAGE_ENDING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 COLUMNS = frozenset(
     {

@@ -6,10 +6,8 @@ Footer and headers are in Thrift's compact protocol.
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 # A header has some 50 bytes, unless it holds statistics of long texts.
 _HEADER_BYTES = (256, 2**13, 2**20)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -33,9 +34,6 @@ from prefect_flux_kontext.manifest.parquet_pages import (
     read_pages,
 )
 from prefect_flux_kontext.references.remote import open_source
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 _BATCH_ROWS = 1_000
 # A file that exceeds both is a decompression bomb: no real table compresses that well after it was

@@ -6,16 +6,14 @@ import io
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec.compression
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import MAX_LINE_CHARACTERS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _ZSTD_BUFFER_BYTES = 65_536
 # Four bytes can make a block of 128 kB, so this bounds what one read decompresses to 16 MB.

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 
 from prefect_flux_kontext.redaction import redact_url
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 # A single letter and a colon are a Windows drive, which is not a supported kind either.
 # Before `://`, fsspec takes anything as a protocol, such as `arrow_hdfs`.

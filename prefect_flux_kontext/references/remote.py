@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import fsspec
 import fsspec.asyn
@@ -16,9 +17,6 @@ from prefect_flux_kontext.client.transport import stream_response
 from prefect_flux_kontext.images.download import follow_redirects, open_download_client
 from prefect_flux_kontext.references.location import LocationKind, classify_location
 from prefect_flux_kontext.settings import FluxKontextSettings
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _MAX_BYTES = 2**30
 _TIMEOUT_SECONDS = 600.0

@@ -24,7 +24,7 @@ from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.references.identity import read_content
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights, find_rights_problem
-from prefect_flux_kontext.report.results import RESULTS_JSONL, encode_line, read_lines
+from prefect_flux_kontext.report.results import RESULTS_JSONL, Line, encode_line, read_lines
 from prefect_flux_kontext.report.thumbnails import download_reference
 from prefect_flux_kontext.report.verdicts import Verdicts
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from prefect_flux_kontext.client.transport import Connections
-    from prefect_flux_kontext.report.results import Line
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 ExportFormat = Literal["files", "webdataset", "parquet"]

@@ -7,7 +7,7 @@ import json
 import os
 from contextlib import asynccontextmanager
 from itertools import islice
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -15,7 +15,7 @@ import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -29,15 +29,11 @@ from prefect_flux_kontext.sandbox.faults.plan import (
 from prefect_flux_kontext.sandbox.lifecycle import CallbackSender, Lifecycle
 from prefect_flux_kontext.sandbox.painting import choose_style, paint
 from prefect_flux_kontext.sandbox.references import BadReferenceError, References, SharedCache
-from prefect_flux_kontext.sandbox.service import Service
+from prefect_flux_kontext.sandbox.service import Service, Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
-    from starlette.requests import Request
-
-    from prefect_flux_kontext.sandbox.service import Task
     from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
 _RECORDS_PER_CHUNK = 500

@@ -11,13 +11,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
-from prefect_flux_kontext.sandbox.contract import success
-from prefect_flux_kontext.sandbox.references import outbound_client
+from prefect_flux_kontext.sandbox.contract import JsonObject, success
+from prefect_flux_kontext.sandbox.references import References, outbound_client
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.sandbox.contract import JsonObject
     from prefect_flux_kontext.sandbox.faults.plan import ActiveFaults
-    from prefect_flux_kontext.sandbox.references import References
     from prefect_flux_kontext.sandbox.service import Service, Task
 
 _REDELIVERY_DELAYS_SECONDS = (5.0, 15.0, 60.0)

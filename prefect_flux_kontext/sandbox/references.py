@@ -6,13 +6,11 @@ import asyncio
 import hashlib
 import io
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import httpx
 from PIL import Image, ImageOps
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 T = TypeVar("T")
 

@@ -12,17 +12,21 @@ import re
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from prefect_flux_kontext.sandbox.contract import Refusal, read_submission
+from prefect_flux_kontext.sandbox.contract import (
+    GenerationInput,
+    JsonObject,
+    Refusal,
+    Submission,
+    read_submission,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from decimal import Decimal
-    from typing import Any
 
-    from prefect_flux_kontext.sandbox.contract import GenerationInput, JsonObject, Submission
     from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
 State = Literal["pending", "processing", "success", "failed"]

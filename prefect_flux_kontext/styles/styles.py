@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -22,9 +23,6 @@ from prefect_flux_kontext.models import (
 from prefect_flux_kontext.references.remote import open_source
 from prefect_flux_kontext.storage.names import find_text_problem
 from prefect_flux_kontext.styles.templates import Template, parse_template
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
 
 _BUILTIN_FILE = Path(__file__).with_name("builtin.yaml")
 # A style's name is a part of its images' file names.

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from prefect_flux_kontext.report.gallery.page import GalleryRows, render_page
-from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
+from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER, ThumbnailStore
 from prefect_flux_kontext.report.results import RESULTS_JSONL, read_lines
 from prefect_flux_kontext.report.statistics import Statistics
 from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thumbnail
@@ -24,7 +24,6 @@ from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thum
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)

@@ -12,13 +12,12 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
-from prefect_flux_kontext.report.results import COLUMNS, original_column_name
+from prefect_flux_kontext.report.results import COLUMNS, Line, original_column_name
 from prefect_flux_kontext.report.thumbnails import image_thumbnail_name, reference_thumbnail_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from prefect_flux_kontext.report.results import Line
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _SHOWN_COLUMNS = (
