@@ -17,8 +17,8 @@ from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import (
     COLUMNS,
     MAX_CELL_CHARACTERS,
-    Columns,
     Line,
+    standardize_columns,
     to_cells,
 )
 from prefect_flux_kontext.manifest.formats import (
@@ -231,7 +231,7 @@ def _read_batches(
     max_characters: float = math.inf,
 ) -> Generator[Line, None, int]:
     """Yield the rows of batches, and return their number."""
-    columns = Columns(url, names, renames).names
+    columns = standardize_columns(url, names, renames)
     number = blank_rows = characters = 0
     for batch in batches:
         rows = f"between rows {number + 1} and {number + len(batch)}"
