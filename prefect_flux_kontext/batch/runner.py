@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, TypeAlias
 
 from prefect_flux_kontext.batch.collection import collect_outstanding
-from prefect_flux_kontext.batch.planning import with_row_keys
+from prefect_flux_kontext.batch.reference_checks import with_row_keys
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
 from prefect_flux_kontext.batch.stored import leave_out_stored
 from prefect_flux_kontext.batch.summary import (
@@ -87,9 +87,9 @@ async def run_batch(
     """
     earlier = await _read_failures(session.output)
     run_again = session.run_again
-    keyed_rows = _find_rows(
-        with_row_keys(rows, session.options.references), set(map(_name, earlier)), run_again
-    )
+    keyed_rows = with_row_keys(rows, session.options.references)
+    if earlier:
+        keyed_rows = _find_rows(keyed_rows, set(map(_name, earlier)), run_again)
     summary = await _run_rows(session, keyed_rows, run_wave, concurrent_tasks)
     if session.submitter.stopped is not None:
         # A stopped run keeps all old failures, because they may be the rows that were to be run.

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.outage import PostGate
-from prefect_flux_kontext.batch.planning import with_row_keys
+from prefect_flux_kontext.batch.reference_checks import with_row_keys
 from prefect_flux_kontext.batch.stopping import StopGate
 from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.callbacks.requests import RequestCallbacks

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from datetime import datetime
 from posixpath import splitext
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.batch.reference_checks import split_into_blocks
 from prefect_flux_kontext.batch.result_rows import compute_stored_digest
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.images.persist import list_image_names
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
     from prefect_flux_kontext.batch.index import StoredRow
     from prefect_flux_kontext.batch.session import Session
-
-_BLOCK_ROWS = 250
-"""Rows that are looked up together."""
 
 
 def leave_out_stored(
@@ -41,8 +38,7 @@ def leave_out_stored(
         counts: The summary to which the counted rows are added.
         loop: The loop of the batch, which counts its progress.
     """
-    rows = iter(rows)
-    while block := list(itertools.islice(rows, _BLOCK_ROWS)):
+    for block in split_into_blocks(rows):
         left, found = _count_stored(session, block)
         counts.add(found)
         count_stored_rows(found.rows)

@@ -49,7 +49,7 @@ class Fingerprint(NamedTuple):
 
 def take_fingerprint(image: Image.Image) -> Fingerprint:
     """Return the fingerprint of a decoded image; equal sizes are not needed."""
-    small = image.convert("RGB").resize((_SAMPLE_PIXELS, _SAMPLE_PIXELS), Image.Resampling.BOX)
+    small = _take_sample(image)
     grey = small.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()
     bits = 0
     for at in range(72):
@@ -71,9 +71,13 @@ def is_nearly_same(one: Fingerprint, other: Fingerprint) -> bool:
 
 def is_blank(image: Image.Image) -> bool:
     """Whether an image has one colour."""
-    small = image.convert("RGB").resize((_SAMPLE_PIXELS, _SAMPLE_PIXELS), Image.Resampling.BOX)
-    extrema: Any = small.getextrema()
+    extrema: Any = _take_sample(image).getextrema()
     return all(high - low <= _MAX_BLANK_RANGE for low, high in extrema)
+
+
+def _take_sample(image: Image.Image) -> Image.Image:
+    """Return 64 x 64 pixels of an image; of a sample, itself."""
+    return image.convert("RGB").resize((_SAMPLE_PIXELS, _SAMPLE_PIXELS), Image.Resampling.BOX)
 
 
 def is_padded(image: Image.Image) -> bool:
@@ -158,12 +162,13 @@ class ResultChecks:
         asked = width / height
         if abs(image.width / image.height / asked - 1) > _MAX_RATIO_DIFFERENCE:
             flags.append("ratio")
-        if is_blank(image):
+        sample = _take_sample(image)
+        if is_blank(sample):
             flags.append("blank")
         else:
             if is_padded(image):
                 flags.append("border")
-            fingerprint = take_fingerprint(image)
+            fingerprint = take_fingerprint(sample)
             if reference is not None and is_nearly_same(reference, fingerprint):
                 flags.append("unchanged")
             if self._was_seen(fingerprint):

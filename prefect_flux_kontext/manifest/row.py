@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -57,8 +58,6 @@ _WHITE_SPACE = re.compile(r"\s")
 _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider")
 
 
-_DEFAULT_RIGHTS = Rights()
-
 MAX_VARIANTS = 20
 """A typing error must not multiply the price of a manifest."""
 
@@ -100,12 +99,15 @@ class RowDefaults(NamedTuple):
     The service at the base URL must reach references on the web; None for no check.
     """
 
-    prompt: str | None
-    styles: Styles
-    names: PathTemplate | None
-    parameters: Mapping[str, str]
-    rights: Rights = _DEFAULT_RIGHTS
+    prompt: str | None = None
+    styles: Styles = Styles({}, ())
+    names: PathTemplate | None = None
+    parameters: Mapping[str, str] = MappingProxyType({})
+    rights: Rights = Rights()
     base_url: str | None = None
+
+
+_NO_DEFAULTS = RowDefaults()
 
 
 def resolve_row_defaults(
@@ -149,7 +151,7 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
         own = {name: text for name, text in line.cells.items() if text and text.strip()}
         line = line._replace(cells={**line.cells, **defaults.parameters, **own})
     if line.problem:
-        row = _make_styled_row(line, line.cells, defaults, None)
+        row = make_row(line.number, line.cells, defaults)
         # Keep only the id: a retry must not pay for the readable rest of an invalid line.
         yield RefusedRow(row.id, line.number, line.problem, {"id": row.id})
     elif not style_name:
@@ -158,7 +160,7 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
     elif style_name in defaults.styles.known:
         yield from _make_variants(line, defaults, defaults.styles.known[style_name])
     else:
-        row = _make_styled_row(line, line.cells, defaults, None)
+        row = make_row(line.number, line.cells, defaults)
         reason = f"there {describe_unknown_style(style_name, defaults.styles.known)}"
         cells = row.cells if isinstance(row, RefusedRow) else line.cells
         yield RefusedRow(row.id, line.number, reason, cells)
@@ -167,16 +169,14 @@ def expand_line(line: Line, defaults: RowDefaults) -> Iterator[Row | RefusedRow]
 def make_row(
     line: int,
     cells: Mapping[str, str],
-    *,
-    prompt: str | None = None,
+    defaults: RowDefaults = _NO_DEFAULTS,
     style: Style | None = None,
-    names: PathTemplate | None = None,
+    *,
     version: str | None = None,
-    rights: Rights = _DEFAULT_RIGHTS,
-    base_url: str | None = None,
     variant: int = 1,
 ) -> Row | RefusedRow:
-    """Make a row from the cells of one line."""
+    """Make a row from the cells of one line, which name the style if there is one."""
+    prompt, rights = defaults.prompt, defaults.rights
     filled = {name: text.strip() for name, text in cells.items() if text and text.strip()}
     values: dict[str, Any] = {name: filled[name] for name in _REQUEST_COLUMNS if name in filled}
     row_cells = cells
@@ -189,7 +189,9 @@ def make_row(
     problems += _find_id_problems(filled.get("id", ""))
     problems += _find_prompt_problems(filled.get("prompt", ""))
     problems += [
-        problem for image in images for problem in find_reference_problems(image, base_url)
+        problem
+        for image in images
+        for problem in find_reference_problems(image, defaults.base_url)
     ]
     denied = [problem for image in images if (problem := find_rights_problem(image, rights))]
     problems += denied
@@ -209,7 +211,7 @@ def make_row(
     name, style_name = "", None if style is None else style.name
     try:
         request = GenerationRequest(**values)
-        name = build_output_path(row_id, style_name, cells, names, request.output_format)
+        name = build_output_path(row_id, style_name, cells, defaults.names, request.output_format)
     except ValidationError as error:
         problems += [_format_error(problem) for problem in error.errors()]
     except ValueError as error:
@@ -220,7 +222,7 @@ def make_row(
         # The manifest of failed rows may be local, and must not give a row more rights.
         kept_cells = {"id": row_id} if denied else row_cells
         return RefusedRow(row_id, line, "; ".join(problems), kept_cells)
-    if names is not None and "output" not in filled:
+    if defaults.names is not None and "output" not in filled:
         row_cells = {**row_cells, "output": name}
     return Row(
         id=row_id,
@@ -338,41 +340,22 @@ def parse_variants(text: str) -> range:
 def _make_variants(
     line: Line, defaults: RowDefaults, style: Style | None
 ) -> Iterator[Row | RefusedRow]:
-    text = line.cells.get("variants", "").strip()
+    styled = line.cells if style is None else {**line.cells, "style": style.name}
+    text = styled.get("variants", "").strip()
     if not text and style is not None:
         text = str(style.variants)
     try:
         numbers = parse_variants(text) if text else range(1, 2)
     except ValueError as error:
-        row = _make_styled_row(line, line.cells, defaults, style)
+        row = make_row(line.number, styled, defaults, style)
         yield RefusedRow(row.id, row.line, str(error), row.cells)
         return
     for number in numbers:
-        cells = line.cells
+        cells = styled
         if text and (len(numbers) > 1 or number > 1):
             # Kept as a cell, so that a retry from the manifest of failed rows is the same row.
             cells = {**cells, "variants": f"only {number}"}
-        yield _make_styled_row(line, cells, defaults, style, number)
-
-
-def _make_styled_row(
-    line: Line,
-    cells: Mapping[str, str],
-    defaults: RowDefaults,
-    style: Style | None,
-    variant: int = 1,
-) -> Row | RefusedRow:
-    return make_row(
-        line.number,
-        cells if style is None else {**cells, "style": style.name},
-        prompt=defaults.prompt,
-        style=style,
-        names=defaults.names,
-        version=line.version,
-        rights=defaults.rights,
-        base_url=defaults.base_url,
-        variant=variant,
-    )
+        yield make_row(line.number, cells, defaults, style, version=line.version, variant=number)
 
 
 def _apply_style(

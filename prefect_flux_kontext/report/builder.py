@@ -203,24 +203,25 @@ async def update_report(
             async for data in read_parts(store, parts):
                 await asyncio.to_thread(merger.add, data)
             rows = await asyncio.to_thread(merger.write, earlier, merged, verdicts, known)
-            if parts or merger.has_new_verdicts:
+            has_changes = bool(parts) or merger.has_new_verdicts
+            if has_changes:
                 await output.put(RESULTS_JSONL, merged)
                 if await asyncio.to_thread(write_parquet, merged, parquet, merger.index.columns):
                     await output.put(RESULTS_PARQUET, parquet)
                 else:
                     # The file of an earlier run would contradict results.jsonl.
                     await output.discard(RESULTS_PARQUET)
-                known = None
-            if known is None and rows:
-                stamp = await output.read_stamp(RESULTS_JSONL)
-                await write_line_index(store, merger.index, stamp)
             await remove_parts(store, parts)
+            index = merger.index
             if max_rows and rows:
-                await build_gallery(
+                index.statistics = await build_gallery(
                     output,
                     merged,
                     thumbnails,
                     max_rows=max_rows,
                     max_new_thumbnails=max_new_thumbnails,
+                    statistics=index.statistics,
                 )
+            if rows and (has_changes or index is not known):
+                await write_line_index(store, index, await output.read_stamp(RESULTS_JSONL))
     return rows

@@ -13,6 +13,9 @@ import sys
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
+from prefect_flux_kontext.report.statistics import Statistics
 from prefect_flux_kontext.storage.temp_db import hash_name
 
 if TYPE_CHECKING:
@@ -23,30 +26,37 @@ if TYPE_CHECKING:
 
 _NAME = "lines.index"
 
+_STATISTICS = TypeAdapter(Statistics)
+
 
 class LineIndex:
-    """Two numbers for each line, in order: a hash of the row's name, and one of its content.
+    """Three numbers for each line, in order.
 
     Attributes:
         names: The hashes of the rows' names.
         digests: The hashes of what the lines say of their rows.
+        payments: The hashes of the keys of rows that cost something; 0 for others.
         columns: The custom columns, in order.
         verdicts: A hash of the verdicts that the lines have.
+        statistics: The statistics of the lines; None if they were not counted.
     """
 
     def __init__(self, columns: Iterable[str] = (), verdicts: int = 0) -> None:
         self.names = array("q")
         self.digests = array("q")
+        self.payments = array("q")
         self.columns = dict.fromkeys(columns)
         self.verdicts = verdicts
+        self.statistics: Statistics | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def add(self, name: int, digest: int) -> None:
+    def add(self, name: int, digest: int, payment: int) -> None:
         """Add the next line."""
         self.names.append(name)
         self.digests.append(digest)
+        self.payments.append(payment)
 
 
 class HashSet:
@@ -55,7 +65,7 @@ class HashSet:
     def __init__(self, hashes: Iterable[int] = ()) -> None:
         self._hashes = array("q", sorted(hashes))
 
-    def __contains__(self, found: int) -> bool:
+    def __contains__(self, found: Any) -> bool:
         at = bisect.bisect_left(self._hashes, found)
         return at < len(self._hashes) and self._hashes[at] == found
 
@@ -71,14 +81,20 @@ async def read_line_index(store: RecordStore, stamp: str | None) -> LineIndex | 
     Raises:
         LedgerError: The output cannot be read.
     """
-    head, _, data = (await store.read(_NAME) or b"").partition(b"\n")
+    content = await store.read(_NAME) or b""
+    head = content[: content.find(b"\n") + 1]
+    data = memoryview(content)[len(head) :]
     with contextlib.suppress(ValueError, KeyError):  # it is damaged
         found: dict[str, Any] = json.loads(head)
         if stamp is not None and found["stamp"] == _describe(stamp):
             index = LineIndex(found["columns"], found["verdicts"])
-            index.names.frombytes(data[: len(data) // 2])
-            index.digests.frombytes(data[len(data) // 2 :])
-            return index
+            if found["statistics"]:
+                index.statistics = _STATISTICS.validate_python(found["statistics"])
+            size = found["lines"] * index.names.itemsize
+            for start, numbers in enumerate((index.names, index.digests, index.payments)):
+                numbers.frombytes(data[start * size : (start + 1) * size])
+            if len(data) == 3 * size:
+                return index
     return None
 
 
@@ -90,16 +106,18 @@ async def write_line_index(store: RecordStore, index: LineIndex, stamp: str | No
     """
     head = {
         "stamp": _describe(stamp),
+        "lines": len(index),
         "columns": list(index.columns),
         "verdicts": index.verdicts,
+        "statistics": index.statistics and _STATISTICS.dump_python(index.statistics),
     }
-    data = index.names.tobytes() + index.digests.tobytes()
-    await store.replace(_NAME, json.dumps(head).encode() + b"\n" + data)
+    text = f"{json.dumps(head)}\n".encode()
+    await store.replace(_NAME, b"".join((text, index.names, index.digests, index.payments)))
 
 
 def _describe(stamp: str | None) -> list[str | None]:
-    # The version of the digests, and how the numbers are written.
-    return ["1", sys.byteorder, stamp]
+    # The version of the file, and how the numbers are written.
+    return ["2", sys.byteorder, stamp]
 
 
 def compute_digest(line: Line, custom: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import io
 import json
+import shutil
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from prefect_flux_kontext.report.line_index import (
     hash_verdicts,
     read_line_index,
 )
+from prefect_flux_kontext.report.statistics import hash_payment
 from prefect_flux_kontext.storage.temp_db import TempDatabase, hash_name
 
 if TYPE_CHECKING:
@@ -224,6 +226,9 @@ class LineMerger(TempDatabase):
     ) -> int:
         """Write the earlier lines, updated, and then those of new rows; return their number.
 
+        With an index, only lines that change are read, and the statistics of the earlier lines
+        are kept if none does.
+
         Args:
             earlier: The earlier lines.
             merged: The file to write.
@@ -237,22 +242,44 @@ class LineMerger(TempDatabase):
             known = None
         changed = HashSet(name for (name,) in self._database.execute("SELECT name FROM lines"))
         with merged.open("wb") as file:
-            for number, text in enumerate(_read_texts(earlier)):
-                if known is not None and known.names[number] not in changed:
-                    file.write(text)
-                    self.index.add(known.names[number], known.digests[number])
-                    continue
-                line = json.loads(text)
-                name = _hash_identity(line)
-                new = self._find(name)
-                self._write_line(file, merge_lines(line, new) if new else line, name, verdicts)
-                self._database.execute("DELETE FROM lines WHERE name = ?", (name,))
-            for name, text in self._database.execute(
-                "SELECT name, line FROM lines ORDER BY number"
-            ):
-                self._write_line(file, json.loads(text), name, verdicts)
+            if known is None or any(name in changed for name in known.names):
+                self._write_earlier(file, earlier, verdicts, known, changed)
+            else:
+                self.index = known
+                with earlier.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+            new = self._select_new()
+            if statistics := self.index.statistics:
+                payments = set(map(hash_payment, self._select_new()))
+                new = statistics.count(new, payments.intersection(self.index.payments))
+            for line in new:
+                self._write_line(file, line, _hash_identity(line), verdicts)
         self.index.columns.update(self._new_custom_columns)
         return len(self.index)
+
+    def _write_earlier(
+        self,
+        file: IO[bytes],
+        earlier: Path,
+        verdicts: Mapping[str, str],
+        known: LineIndex | None,
+        changed: HashSet,
+    ) -> None:
+        """Write the earlier lines, merged with the new lines of the same rows."""
+        for number, text in enumerate(_read_texts(earlier)):
+            if known is not None and known.names[number] not in changed:
+                file.write(text)
+                self.index.add(known.names[number], known.digests[number], known.payments[number])
+                continue
+            line = json.loads(text)
+            name = _hash_identity(line)
+            new = self._find(name)
+            self._write_line(file, merge_lines(line, new) if new else line, name, verdicts)
+            self._database.execute("DELETE FROM lines WHERE name = ?", (name,))
+
+    def _select_new(self) -> Iterator[Line]:
+        found = self._database.execute("SELECT line FROM lines ORDER BY number")
+        return (json.loads(text) for (text,) in found)
 
     def _write_line(
         self, file: IO[bytes], line: Line, name: int, verdicts: Mapping[str, str]
@@ -264,7 +291,7 @@ class LineMerger(TempDatabase):
             line |= {"verdict": verdict} if verdict else {}
         custom = {column: line[column] for column in _custom_names(line)}
         self.index.columns.update(dict.fromkeys(custom))
-        self.index.add(name, compute_digest(line, custom))
+        self.index.add(name, compute_digest(line, custom), hash_payment(line))
         file.write(encode_line(line).encode())
 
     def _find(self, name: int) -> Line | None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.storage.temp_db import DuplicateIndex
+from prefect_flux_kontext.storage.temp_db import DuplicateIndex, hash_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator
 
     from prefect_flux_kontext.report.results import Line
 
@@ -44,11 +44,16 @@ class Statistics:
     tenths: dict[str, Counter[int]] = field(
         default_factory=lambda: {"waiting": Counter(), "generation": Counter()}
     )
-    _runs: dict[str, _Run] = field(default_factory=dict)
-    _latest: tuple[str, str] = ("", "")
+    runs: dict[str, _Run] = field(default_factory=dict)
+    latest: tuple[str, str] = ("", "")
 
-    def count(self, lines: Iterable[Line]) -> Iterator[Line]:
-        """Count lines and yield them unchanged."""
+    def count(self, lines: Iterable[Line], paid_before: Container[object] = ()) -> Iterator[Line]:
+        """Count lines and yield them unchanged.
+
+        Args:
+            lines: The lines.
+            paid_before: What `hash_payment` gives for lines that are counted already.
+        """
         lines, number = iter(lines), 0
         with DuplicateIndex() as paid:
             while block := list(itertools.islice(lines, _BLOCK_LINES)):
@@ -57,37 +62,43 @@ class Statistics:
                 number += len(costly)
                 firsts = paid.add_all((str(line.get("key")).encode() for line in costly), numbers)
                 for line, first, own in zip(costly, firsts, numbers, strict=True):
-                    self.cost_usd += line["cost_usd"] if first == own else 0.0
+                    if first == own and hash_payment(line) not in paid_before:
+                        self.cost_usd += line["cost_usd"]
                 for line in block:
                     self._count_line(line)
                     yield line
 
     def summarize(self) -> dict[str, Any]:
         """Return the statistics as the gallery's page takes them, ready for JSON."""
-        run = self._runs.get(self._latest[1])
+        run = self.runs.get(self.latest[1])
         seconds = _seconds_between(run.first_submitted_at, run.last_finished_at) if run else None
         return {
             "states": dict(self.states),
             "costUsd": round(self.cost_usd, 6),
             "seconds": seconds,
             "imagesPerSecond": run.images / seconds if run and seconds else None,
-            "recordedAt": self._latest[0] or None,
+            "recordedAt": self.latest[0] or None,
             "times": {name: _build_histogram(tenths) for name, tenths in self.tenths.items()},
         }
 
     def _count_line(self, line: Line) -> None:
         self.states[line["state"]] += 1
-        self._latest = max(self._latest, (line["recorded_at"], line["run"]))
+        self.latest = max(self.latest, (line["recorded_at"], line["run"]))
         if line["state"] != "stored" or line.get("stored_before"):
             return
         for name, tenths in self.tenths.items():
             if (seconds := line.get(f"{name}_seconds")) is not None:
                 tenths[round(seconds * 10)] += 1
         if "submitted_at" in line and "finished_at" in line:
-            run = self._runs.setdefault(line["run"], _Run())
+            run = self.runs.setdefault(line["run"], _Run())
             run.images += 1
             run.first_submitted_at = min(run.first_submitted_at, line["submitted_at"])
             run.last_finished_at = max(run.last_finished_at, line["finished_at"])
+
+
+def hash_payment(line: Line) -> int:
+    """Return a hash of the row key of a line that cost something, and 0 for another line."""
+    return hash_name(str(line.get("key")).encode()) if line.get("cost_usd") else 0
 
 
 def _seconds_between(first: str, last: str) -> float:

@@ -150,7 +150,7 @@ async def test_edited_results_are_completed(sandbox, tmp_path):
 async def test_damaged_index_is_not_used(sandbox, tmp_path):
     await run(sandbox, shop(1, 2), tmp_path)
     index = tmp_path / "_results" / "lines.index"
-    for data in (b"no JSON", b"{}\n", index.read_bytes()[:-3]):
+    for data in (b"no JSON", b"{}\n", index.read_bytes()[:-3], index.read_bytes()[:-24]):
         index.write_bytes(data)
         summary, waves = await run(sandbox, shop(1, 2), tmp_path)
         assert (summary.already_stored, waves) == (2, [])

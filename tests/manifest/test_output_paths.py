@@ -208,7 +208,7 @@ ANY = st.text(max_size=30)
 
 @given(ANY, st.none() | ANY, ANY, st.sampled_from([None, "{style}/{a}-{id}.{ext}", "x/{a}.{ext}"]))
 def test_no_cells_lead_out_of_the_output(row_id, style, cell, template):
-    row = make_row(2, {"id": row_id, "prompt": "x", "output": cell, "a": cell}, names=None)
+    row = make_row(2, {"id": row_id, "prompt": "x", "output": cell, "a": cell})
     names = [] if isinstance(row, RefusedRow) else [row.name]
     with contextlib.suppress(ValueError):
         names.append(build_path(template, row_id, style, a=cell))

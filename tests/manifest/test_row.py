@@ -6,22 +6,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_flux_kontext.manifest.row import RefusedRow, Row, find_reference_problems, make_row
+from prefect_flux_kontext.manifest.row import (
+    RefusedRow,
+    Row,
+    RowDefaults,
+    find_reference_problems,
+    make_row,
+)
 from prefect_flux_kontext.references.rights import Rights
 
 URL = "http://references.test/cat.jpg"
 
 
 def reason(prompt=None, **cells):
-    row = make_row(7, cells, prompt=prompt)
+    row = make_row(7, cells, RowDefaults(prompt=prompt))
     assert isinstance(row, RefusedRow)
     assert row.line == 7
     return row.reason
 
 
 def test_default_prompt_fills_in_for_rows_without_one():
-    own = make_row(2, {"image": URL, "prompt": "oil"}, prompt="pencil")
-    none = make_row(2, {"image": URL, "prompt": "  "}, prompt="pencil")
+    own = make_row(2, {"image": URL, "prompt": "oil"}, RowDefaults(prompt="pencil"))
+    none = make_row(2, {"image": URL, "prompt": "  "}, RowDefaults(prompt="pencil"))
     assert (own.request.prompt, none.request.prompt) == ("oil", "pencil")
 
 
@@ -104,19 +110,26 @@ def test_local_file_needs_a_local_manifest(image):
     assert f"image {image!r} is a local file, and the manifest is not" in reason(
         image=image, prompt="x"
     )
-    assert isinstance(make_row(2, {"image": image, "prompt": "x"}, rights=Rights("/data")), Row)
+    assert isinstance(
+        make_row(2, {"image": image, "prompt": "x"}, RowDefaults(rights=Rights("/data"))), Row
+    )
 
 
 def test_relative_path_becomes_absolute_in_the_cells():
-    row = make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, rights=Rights("/data"))
+    row = make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, RowDefaults(rights=Rights("/data")))
     assert row.request.image_urls == ["/data/a/cat.jpg"]
     assert row.cells["image"] == "/data/a/cat.jpg"
     several = make_row(
-        2, {"images": f"{URL} file://cat.jpg", "prompt": "x"}, rights=Rights("/data")
+        2, {"images": f"{URL} file://cat.jpg", "prompt": "x"}, RowDefaults(rights=Rights("/data"))
     )
     assert json.loads(several.cells["images"]) == [URL, "/data/cat.jpg"]
     # Otherwise moving the manifest to another folder would rename its images.
-    assert row.id == make_row(2, {"image": "a/cat.jpg", "prompt": "x"}, rights=Rights("/other")).id
+    assert (
+        row.id
+        == make_row(
+            2, {"image": "a/cat.jpg", "prompt": "x"}, RowDefaults(rights=Rights("/other"))
+        ).id
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +193,7 @@ def test_public_reference_is_accepted(image):
 
 @given(st.dictionaries(st.sampled_from(["id", "image", "prompt", "mode", "other"]), st.text()))
 def test_no_cells_make_a_row_raise(cells):
-    row = make_row(2, cells, prompt="x")
+    row = make_row(2, cells, RowDefaults(prompt="x"))
     assert isinstance(row, Row | RefusedRow)
     assert row.id
 
@@ -189,7 +202,9 @@ def test_no_cells_make_a_row_raise(cells):
 def test_escaped_characters_of_a_list_are_refused(escape):
     """The cell is fine as text, and the reference in its JSON list is not."""
     row = make_row(
-        1, {"images": f'["a{escape}.jpg"]', "prompt": "oil"}, rights=Rights("/", ("/a",))
+        1,
+        {"images": f'["a{escape}.jpg"]', "prompt": "oil"},
+        RowDefaults(rights=Rights("/", ("/a",))),
     )
     assert isinstance(row, RefusedRow)
     assert row.reason.startswith("images contains ")

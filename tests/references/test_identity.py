@@ -6,7 +6,7 @@ import fsspec
 import pytest
 from fsspec.registry import _registry, known_implementations
 
-from prefect_flux_kontext.batch.planning import with_reference_checks, with_row_keys
+from prefect_flux_kontext.batch.reference_checks import with_reference_checks, with_row_keys
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.manifest.row_key import compute_row_key

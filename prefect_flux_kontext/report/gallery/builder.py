@@ -56,18 +56,18 @@ async def build_gallery(
     *,
     max_rows: int,
     max_new_thumbnails: int,
-) -> None:
+    statistics: Statistics | None = None,
+) -> Statistics:
     """Write gallery and contact sheet of an output, whose result manifest is on this machine.
 
     The page has at most `max_rows` rows. At most `max_new_thumbnails` are made from images in the
-    output.
+    output. Without the `statistics` of the results, they are counted; they are returned.
 
     Raises:
         LedgerError: The thumbnails cannot be read or written.
         StorageError: The output cannot be written to.
     """
-    statistics = Statistics()
-    rows = await asyncio.to_thread(_read_rows, results, statistics, max_rows)
+    rows, counted = await asyncio.to_thread(_read_rows, results, statistics, max_rows)
     await thumbnails.load_index()
     await _make_missing(output, rows, thumbnails, max_new_thumbnails)
     results_shown = [name for name in rows.after if name in thumbnails.files]
@@ -77,7 +77,7 @@ async def build_gallery(
     pieces = render_page(
         rows,
         output,
-        statistics=statistics.summarize(),
+        statistics=counted.summarize(),
         files={} if is_embedded else {name: thumbnails.files[name] for name in all_shown},
         embedded=urls if is_embedded else {},
     )
@@ -88,6 +88,7 @@ async def build_gallery(
     if results_shown:
         sheet = await asyncio.to_thread(_draw_sheet_of_rows, rows, urls)
         await output.write(CONTACT_SHEET, sheet)
+    return counted
 
 
 async def draw_run_sheet(output: OutputFolder, run: str) -> bytes | None:
@@ -110,13 +111,20 @@ async def draw_run_sheet(output: OutputFolder, run: str) -> bytes | None:
     return await asyncio.to_thread(_draw_cells, cells) if cells else None
 
 
-def _read_rows(results: Path, statistics: Statistics, max_rows: int) -> GalleryRows:
-    """Read the first rows, and count the statistics of all rows."""
-    rows = GalleryRows()
-    for line in statistics.count(read_lines(results)):
+def _read_rows(
+    results: Path, statistics: Statistics | None, max_rows: int
+) -> tuple[GalleryRows, Statistics]:
+    """Read the first rows, and all of them if the statistics are still to be counted."""
+    rows, lines = GalleryRows(), read_lines(results)
+    if statistics is None:
+        statistics = Statistics()
+        lines = statistics.count(lines)
+    else:
+        lines = itertools.islice(lines, max_rows)
+    for line in lines:
         if len(rows) < max_rows:
             rows.add(line)
-    return rows
+    return rows, statistics
 
 
 def _write(pieces: Iterable[str], file: Path) -> None:

@@ -1,0 +1,100 @@
+"""Keys and checks of rows that depend on the content of their references."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from prefect_flux_kontext.manifest.row import RefusedRow, Row
+from prefect_flux_kontext.manifest.row_key import compute_row_key
+from prefect_flux_kontext.references.location import non_public_references
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prefect_flux_kontext.references.resolver import ReferenceInfo, References
+
+_BLOCK_ROWS = 250
+"""Rows that are looked at together, so that many references are read in parallel."""
+
+
+def with_row_keys(
+    rows: Iterable[Row | RefusedRow], references: References
+) -> Iterator[Row | RefusedRow]:
+    """Yield the rows in order, with keys that depend on the content of their references.
+
+    A row is refused if one of its references cannot be inspected. References on the web are not
+    inspected.
+
+    Args:
+        rows: Rows of a manifest, whose keys depend only on the references' text.
+        references: Inspects references, many at a time.
+    """
+    for block in split_into_blocks(rows):
+        own = {image for row in block for image in _list_own_references(row)}
+        if not own:
+            yield from block
+            continue
+        versions = {
+            image: row.version
+            for row in block
+            if isinstance(row, Row) and row.version
+            for image in _list_own_references(row)
+        }
+        infos = references.identify(sorted(own), versions)
+        for row in block:
+            yield _set_row_key(row, infos)
+
+
+def with_reference_checks(
+    rows: Iterable[Row | RefusedRow],
+    references: References,
+    is_to_be_paid: Callable[[Row], bool],
+) -> Iterator[list[Row | RefusedRow]]:
+    """Yield blocks of rows as `with_row_keys`, and refuse those the service would not accept.
+
+    Args:
+        rows: Rows of a manifest.
+        references: Reads references, many at a time.
+        is_to_be_paid: Whether a row is to be paid; the references of other rows are not read.
+    """
+    for block in split_into_blocks(with_row_keys(rows, references)):
+        read = {
+            number: own
+            for number, row in enumerate(block)
+            if (own := _list_own_references(row)) and isinstance(row, Row) and is_to_be_paid(row)
+        }
+        if read:
+            flaws = references.find_content_problems(
+                sorted({image for own in read.values() for image in own})
+            )
+            for number, own in read.items():
+                problems = [flaws[image] for image in own if image in flaws]
+                block[number] = _refuse_if_invalid(block[number], problems)
+        yield block
+
+
+def split_into_blocks(rows: Iterable[Row | RefusedRow]) -> Iterator[list[Row | RefusedRow]]:
+    """Yield the rows in lists of at most 250."""
+    rows = iter(rows)
+    while block := list(itertools.islice(rows, _BLOCK_ROWS)):
+        yield block
+
+
+def _list_own_references(row: Row | RefusedRow) -> list[str]:
+    return non_public_references(row.request.image_urls) if isinstance(row, Row) else []
+
+
+def _set_row_key(row: Row | RefusedRow, infos: Mapping[str, ReferenceInfo]) -> Row | RefusedRow:
+    own = _list_own_references(row)
+    if not isinstance(row, Row) or not own:
+        return row
+    problems = [problem for image in own if (problem := infos[image].problem)]
+    identities = {image: infos[image].identity for image in own}
+    keyed_row = replace(row, key=compute_row_key(row.request, identities, row.variant))
+    return _refuse_if_invalid(keyed_row, problems)
+
+
+def _refuse_if_invalid(row: Row | RefusedRow, problems: list[str]) -> Row | RefusedRow:
+    return RefusedRow(row.id, row.line, "; ".join(problems), row.cells) if problems else row
