@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.images.decode import EXTENSIONS
 from prefect_flux_kontext.images.download import open_download_client
-from prefect_flux_kontext.images.headers import extract_image, read_format
+from prefect_flux_kontext.images.headers import extract_image, read_format, read_size
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.references.identity import read_content
@@ -151,7 +151,7 @@ async def _read_before(line: Line, ledger: Ledger, http: Connections) -> bytes |
             data = await asyncio.to_thread(read_content, url, fit=False)
     except Exception:  # noqa: BLE001 - each filesystem and client has errors of its own
         return None
-    return data if extract_image(data) else None
+    return data if read_size(data) and extract_image(data) else None
 
 
 async def _write_files(samples: AsyncIterator[Sample], target: OutputFolder, lines: Path) -> None:
