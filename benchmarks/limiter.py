@@ -29,7 +29,7 @@ from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import run_waves
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.models import GenerationRequest
-from prefect_flux_kontext.sandbox.tasks import LatencyModel
+from prefect_flux_kontext.sandbox.service import LatencyModel
 from tests.support.simulated_account import CallbackPauses, SimulatedAccount, repeatable_simulation
 from tests.support.virtual_time import VirtualTimeLoop
 

@@ -177,7 +177,8 @@ def list_types(
             default = ""
             if info.default is not PydanticUndefined and info.default is not None:
                 default = f" Default: ``{info.default!r}``."
-            lines.append(f":param {field}: {as_code(info.description or '')}{default}")
+            description = " ".join((info.description or "").split())
+            lines.append(f":param {field}: {as_code(description)}{default}")
             lines.append(f":type {field}: {type_name(info.annotation)}")
         lines.append("")
 

@@ -10,9 +10,10 @@ import base64
 import html
 import io
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,9 +25,6 @@ from pydantic import (
 )
 
 from prefect_flux_kontext.redaction import is_plain_url, redact_text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = [
     "AspectRatio",
@@ -77,54 +75,40 @@ class GenerationRequest(_RedactedRepr):
     Limits and defaults are those of the service's API reference.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    prompt: str = Field(
-        min_length=1, max_length=10_000, description="Prompt, 1 to 10,000 characters."
-    )
-    image_urls: list[str] = Field(
-        default_factory=list,
-        description="URL of the reference image, which the service can fetch: the service takes "
-        "one. Empty: text to image.",
-    )
-    mode: Mode = Field(
-        default="pro", description="`pro`: higher quality, slower. `max`: balanced."
-    )
-    aspect_ratio: RequestedRatio = Field(
-        default="16:9",
-        description="Ratio of width to height. `match`, the default with a reference image: the "
-        "one nearest to the reference's own.",
-    )
-    matched_ratio: AspectRatio | None = Field(
-        default=None,
-        description="What `match` came to. Set before the submit; `match` without it sends 16:9.",
-    )
-    match_note: str | None = Field(
-        default=None, description="Why `match` came to 16:9 without knowing the reference's ratio."
-    )
-    output_format: OutputFormat = Field(default="jpeg", description="Image format of the result.")
-    provider: Provider = Field(default="auto", description="Route of the task at the service.")
-    callback_url: str | None = Field(
-        default=None, description="Public HTTPS URL that the service calls when the task ends."
-    )
-    request_type: Literal["async", "callback"] = Field(
-        default="async", description="`callback` if, and only if, there is a `callback_url`."
-    )
-    prompt_upsampling: bool | None = Field(
-        default=None, description="Whether the service elaborates the prompt. Unset: not sent."
-    )
-    enable_translation: bool | None = Field(
-        default=None,
-        description="Whether the service translates the prompt to English. Unset: not sent.",
-    )
-    safety_tolerance: int | None = Field(
-        default=None, ge=0, le=2, description="Safety tolerance from 0 (strict) to 2 (tolerant)."
-    )
-    watermark: str | None = Field(default=None, description="Text of a watermark on the image.")
-    extra: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Additional model input, merged into the request unchanged.",
-    )
+    prompt: str = Field(min_length=1, max_length=10_000)
+    """Prompt, 1 to 10,000 characters."""
+    image_urls: list[str] = Field(default_factory=list)
+    """URL of the reference image, which the service can fetch: the service takes one. Empty: text
+    to image."""
+    mode: Mode = "pro"
+    """`pro`: higher quality, slower. `max`: balanced."""
+    aspect_ratio: RequestedRatio = "16:9"
+    """Ratio of width to height. `match`, the default with a reference image: the one nearest to
+    the reference's own."""
+    matched_ratio: AspectRatio | None = None
+    """What `match` came to. Set before the submit; `match` without it sends 16:9."""
+    match_note: str | None = None
+    """Why `match` came to 16:9 without knowing the reference's ratio."""
+    output_format: OutputFormat = "jpeg"
+    """Image format of the result."""
+    provider: Provider = "auto"
+    """Route of the task at the service."""
+    callback_url: str | None = None
+    """Public HTTPS URL that the service calls when the task ends."""
+    request_type: Literal["async", "callback"] = "async"
+    """`callback` if, and only if, there is a `callback_url`."""
+    prompt_upsampling: bool | None = None
+    """Whether the service elaborates the prompt. Unset: not sent."""
+    enable_translation: bool | None = None
+    """Whether the service translates the prompt to English. Unset: not sent."""
+    safety_tolerance: int | None = Field(default=None, ge=0, le=2)
+    """Safety tolerance from 0 (strict) to 2 (tolerant)."""
+    watermark: str | None = None
+    """Text of a watermark on the image."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Additional model input, merged into the request unchanged."""
 
     @field_validator("extra")
     @classmethod
@@ -203,22 +187,19 @@ class GenerationRequest(_RedactedRepr):
 class GenerationTask(BaseModel):
     """A task that the service accepted and bills. Its id is enough to wait for it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    task_id: str = Field(min_length=1, description="The task's id at the service.")
-    request: GenerationRequest | None = Field(
-        default=None, description="The request, if it is known."
-    )
-    submitted_at: datetime = Field(
-        default_factory=utc_now,
-        description="When the task was accepted. Polling delays count from it.",
-    )
-    ledger: str | None = Field(
-        default=None,
-        description="The folder with the ledger that records the task: a URL, or `block:` and the "
-        "reference of a saved Block.",
-    )
-    key: str | None = Field(default=None, description="The request's key in the ledger.")
+    task_id: str = Field(min_length=1)
+    """The task's id at the service."""
+    request: GenerationRequest | None = None
+    """The request, if it is known."""
+    submitted_at: datetime = Field(default_factory=utc_now)
+    """When the task was accepted. Polling delays count from it."""
+    ledger: str | None = None
+    """The folder with the ledger that records the task: a URL, or `block:` and the reference of a
+    saved Block."""
+    key: str | None = None
+    """The request's key in the ledger."""
 
     @field_validator("submitted_at")
     @classmethod
@@ -229,12 +210,11 @@ class GenerationTask(BaseModel):
 class TaskStatus(_RedactedRepr):
     """The reply to a status request. Unknown states are kept."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     task_id: str
-    state: str = Field(
-        description="`pending`, `processing`, `success`, `failed` or an unknown state, unchanged."
-    )
+    state: str
+    """`pending`, `processing`, `success`, `failed` or an unknown state, unchanged."""
     result_urls: list[str] = Field(default_factory=list)
     fail_code: str | None = None
     fail_message: str | None = None
@@ -251,25 +231,23 @@ class TaskStatus(_RedactedRepr):
 class GenerationResult(_RedactedRepr):
     """The result of a successful task. Its URLs expire after days, so persist the images."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     task_id: str
-    result_urls: list[str] = Field(min_length=1, description="URLs of the images.")
+    result_urls: list[str] = Field(min_length=1)
+    """URLs of the images."""
     request: GenerationRequest | None = None
     submitted_at: datetime | None = None
     completed_at: datetime | None = None
-    generation_seconds: float | None = Field(
-        default=None, description="Seconds of generation, as reported by the service."
-    )
-    base_url: str | None = Field(
-        default=None,
-        description="Base URL of the service that reported the result. Downloads from its "
-        "private network are allowed.",
-    )
-    ledger: str | None = Field(
-        default=None, description="The folder with the ledger that records the task."
-    )
-    key: str | None = Field(default=None, description="The request's key in the ledger.")
+    generation_seconds: float | None = None
+    """Seconds of generation, as reported by the service."""
+    base_url: str | None = None
+    """Base URL of the service that reported the result. Downloads from its private network are
+    allowed."""
+    ledger: str | None = None
+    """The folder with the ledger that records the task."""
+    key: str | None = None
+    """The request's key in the ledger."""
 
     def _repr_html_(self) -> str:
         """Show the reference and the result in a notebook, unless their URLs may be signed."""
@@ -286,20 +264,23 @@ class GenerationResult(_RedactedRepr):
 class StoredImage(BaseModel):
     """An image that was validated and stored completely."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    uri: str = Field(description="Location, as an fsspec URL or a local path.")
+    uri: str
+    """Location, as an fsspec URL or a local path."""
     task_id: str
-    format: OutputFormat | Literal["webp"] = Field(
-        description="Image format, detected from the content."
-    )
-    size: int = Field(description="Size in bytes.")
-    sha256: str = Field(description="SHA-256 of the bytes, in hexadecimal.")
-    width: int = Field(description="Width in pixels.")
-    height: int = Field(description="Height in pixels.")
-    flags: list[str] = Field(
-        default_factory=list, description="What checks found, such as `blank`; see docs."
-    )
+    format: OutputFormat | Literal["webp"]
+    """Image format, detected from the content."""
+    size: int
+    """Size in bytes."""
+    sha256: str
+    """SHA-256 of the bytes, in hexadecimal."""
+    width: int
+    """Width in pixels."""
+    height: int
+    """Height in pixels."""
+    flags: list[str] = Field(default_factory=list)
+    """What checks found, such as `blank`; see docs."""
 
     def _repr_html_(self) -> str:
         """Show a thumbnail in a notebook, if the image is on this machine."""

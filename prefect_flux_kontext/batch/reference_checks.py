@@ -13,8 +13,7 @@ from prefect_flux_kontext.references.location import non_public_references
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from prefect_flux_kontext.references.cache import ReferenceInfo
-    from prefect_flux_kontext.references.resolver import References
+    from prefect_flux_kontext.references.resolver import ReferenceInfo, References
 
 _BLOCK_ROWS = 250
 """Rows that are looked at together, so that many references are read in parallel."""

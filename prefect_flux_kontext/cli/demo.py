@@ -179,6 +179,6 @@ def _paths_by_caption(photo: Path, pictures: Path) -> dict[str, Path]:
 
 
 def _draw_sheet(rows: Sequence[dict[str, Path]], path: Path) -> None:
-    from prefect_flux_kontext.report.gallery.contact_sheet import draw_contact_sheet
+    from prefect_flux_kontext.report.gallery.builder import draw_contact_sheet
 
     draw_contact_sheet([list(row.items()) for row in rows]).save(path)

@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
         0 after a clean stop, 2 if the sandbox could not start.
     """
     # Imported here because they are slow to import.
+    from prefect_flux_kontext.sandbox.faults.handlers import describe_faults
     from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, load_plan
-    from prefect_flux_kontext.sandbox.faults.registry import describe_faults
     from prefect_flux_kontext.sandbox.server import serve
 
     if "help" in args.fault:

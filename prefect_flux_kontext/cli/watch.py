@@ -164,7 +164,6 @@ class _Page:
         from starlette.responses import HTMLResponse
 
         from prefect_flux_kontext.report.gallery.page import render_page
-        from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
         from prefect_flux_kontext.styles.styles import builtin_styles
 
         await self._refresh()
@@ -173,8 +172,7 @@ class _Page:
         styles = {line.get("style") for line in self._watched.rows} - {None}
         pieces = render_page(
             self._watched.gallery_rows(),
-            title=str(self._output).rstrip("/").rpartition("/")[2],
-            folder=GALLERY_FOLDER,
+            self._output,
             statistics=numbers["statistics"],
             files=self._watched.thumbnails.files,
             embedded={},

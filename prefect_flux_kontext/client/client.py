@@ -7,8 +7,9 @@ import functools
 import itertools
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode
 
 import httpx
@@ -35,20 +36,15 @@ from prefect_flux_kontext.client.transport import (
 from prefect_flux_kontext.errors import (
     ApiError,
     ConfigurationError,
+    FluxKontextError,
     NotConnectedError,
     RateLimitedError,
     RefusedError,
     ReplyLostError,
     UnauthorizedError,
 )
-from prefect_flux_kontext.models import GenerationTask
+from prefect_flux_kontext.models import GenerationRequest, GenerationTask, TaskStatus
 from prefect_flux_kontext.telemetry import count_requests, trace
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from prefect_flux_kontext.errors import FluxKontextError
-    from prefect_flux_kontext.models import GenerationRequest, TaskStatus
 
 __all__ = [
     "FluxKontextClient",

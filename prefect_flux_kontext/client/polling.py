@@ -19,12 +19,11 @@ from prefect_flux_kontext.errors import (
     NotFoundError,
     UnauthorizedError,
 )
-from prefect_flux_kontext.models import GenerationResult
+from prefect_flux_kontext.models import GenerationResult, GenerationTask, TaskStatus
 from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.client.client import FluxKontextClient
-    from prefect_flux_kontext.models import GenerationTask, TaskStatus
 
 __all__ = ["PollPauses", "PollingCadence", "wait_until_ended"]
 
@@ -44,15 +43,14 @@ class PollingCadence(BaseModel):
     takes about 30 s, so wait 20 s, then poll every 3 s.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    initial_delay: float = Field(
-        default=20.0, ge=0, description="Seconds from the submit to the first status request."
-    )
-    interval: float = Field(
-        default=3.0, gt=0, description="Seconds between later status requests."
-    )
-    timeout: float = Field(default=900.0, gt=0, description="Seconds to wait in total.")
+    initial_delay: float = Field(default=20.0, ge=0)
+    """Seconds from the submit to the first status request."""
+    interval: float = Field(default=3.0, gt=0)
+    """Seconds between later status requests."""
+    timeout: float = Field(default=900.0, gt=0)
+    """Seconds to wait in total."""
 
     @model_validator(mode="after")
     def _validate_timeout(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
@@ -13,7 +13,6 @@ from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import TypeAlias
 
     Check: TypeAlias = "Callable[[Image.Image, Mapping[str, Any]], Iterable[str]]"
     """A user's own check: takes the decoded image and its row, returns flags."""
@@ -114,10 +113,7 @@ def _measure_band(image: Image.Image) -> int:
 
 
 def load_checks(names: Sequence[str]) -> tuple[Check, ...]:
-    """Import a user's own checks.
-
-    Args:
-        names: Each `module:function`.
+    """Import a user's own checks, each named as `module:function`.
 
     Raises:
         ConfigurationError: A check cannot be imported; the message lists all of them.
@@ -143,11 +139,7 @@ def load_checks(names: Sequence[str]) -> tuple[Check, ...]:
 
 
 class ResultChecks:
-    """Flags result images. Threads share it.
-
-    Args:
-        own: A user's own checks.
-    """
+    """Flags result images, also by a user's own checks. Threads share it."""
 
     def __init__(self, own: Sequence[Check] = ()) -> None:
         self._own = own
@@ -163,11 +155,7 @@ class ResultChecks:
     ) -> list[str]:
         """Return the flags of a decoded image; never raises.
 
-        Args:
-            image: The image.
-            row: Its row, for own checks.
-            ratio: The ratio that was asked for, such as `4:3`.
-            reference: The fingerprint of its reference, if known.
+        Own checks get its `row`. The `ratio` is the one that was asked for, such as `4:3`.
         """
         flags = []
         width, height = (int(side) for side in ratio.split(":"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import httpx
 
@@ -16,9 +17,6 @@ from prefect_flux_kontext.errors import DownloadError, InvalidImageError, Refuse
 from prefect_flux_kontext.images.ssrf import AddressGuard, GuardedTransport
 from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.telemetry import trace
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
 
 T = TypeVar("T")
 

@@ -68,20 +68,18 @@ def find_slow_structure(data: bytes) -> str | None:
     however few bytes it has.
     """
     data = strip_leading_bytes(data)
-    scans = parts = 0
+    scans = 0
     with contextlib.suppress(struct.error):
         if data.startswith(b"\xff\xd8"):
-            for marker, *_ in iter_jpeg_segments(data):
-                parts += 1
+            for number, (marker, *_) in enumerate(iter_jpeg_segments(data), start=1):
                 scans += marker == JPEG_SCAN
                 if scans > _MAX_JPEG_SCANS:
                     return f"it has more than {_MAX_JPEG_SCANS} scans"
-                if parts > _MAX_PARTS:
+                if number > _MAX_PARTS:
                     return f"it has more than {_MAX_PARTS:,} segments"
         elif data.startswith(PNG_SIGNATURE):
-            for _ in iter_png_chunks(data):
-                parts += 1
-                if parts > _MAX_PARTS:
+            for number, _ in enumerate(iter_png_chunks(data), start=1):
+                if number > _MAX_PARTS:
                     return f"it has more than {_MAX_PARTS:,} chunks"
     return None
 

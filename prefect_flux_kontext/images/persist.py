@@ -9,9 +9,9 @@ from posixpath import splitext
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import StorageError
-from prefect_flux_kontext.images.ai_metadata import add_ai_metadata
 from prefect_flux_kontext.images.decode import EXTENSIONS, decode_image
 from prefect_flux_kontext.images.download import download_image
+from prefect_flux_kontext.images.metadata import add_ai_metadata
 from prefect_flux_kontext.models import StoredImage
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from prefect_flux_kontext.client.transport import Connections
-    from prefect_flux_kontext.images.ai_metadata import SourceType
     from prefect_flux_kontext.images.decode import ImageInfo
+    from prefect_flux_kontext.images.metadata import SourceType
     from prefect_flux_kontext.models import GenerationResult
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 

@@ -131,12 +131,16 @@ class GuardedTransport(AiohttpTransport):
             raise RefusedUrlError(
                 f"The URL has the scheme {url.scheme[:20]!r}; only http and https are allowed."
             )
-        if proxy := _find_proxy(url):
-            return await self._get_proxy_transport(proxy).handle_async_request(request)
+        address = parse_address(url.host)
+        is_private = address is not None and classify_non_public(address)
+        proxy = None if is_private else find_proxy(url)
+        if proxy is not None:
+            if proxy not in self._proxy_transports:
+                self._proxy_transports[proxy] = create_proxy_transport(proxy)
+            return await self._proxy_transports[proxy].handle_async_request(request)
         host = url.raw_host.decode()
-        if ":" in host or not any(
-            map(str.isalpha, host)
-        ):  # aiohttp passes only names to the resolver
+        # aiohttp passes only names to the resolver.
+        if ":" in host or not any(map(str.isalpha, host)):
             try:
                 await self._guard.resolve_allowed(host, url.port or _DEFAULT_PORTS[url.scheme])
             except OSError as error:
@@ -148,19 +152,6 @@ class GuardedTransport(AiohttpTransport):
         await super().aclose()
         for transport in self._proxy_transports.values():
             await transport.aclose()
-
-    def _get_proxy_transport(self, proxy: str) -> httpx.AsyncHTTPTransport:
-        if proxy not in self._proxy_transports:
-            self._proxy_transports[proxy] = create_proxy_transport(proxy)
-        return self._proxy_transports[proxy]
-
-
-def _find_proxy(url: httpx.URL) -> str | None:
-    """Return the environment's proxy for a URL; None for a private address, which is guarded."""
-    address = parse_address(url.host)
-    if address is not None and classify_non_public(address):
-        return None
-    return find_proxy(url)
 
 
 class _GuardedResolver(AbstractResolver):

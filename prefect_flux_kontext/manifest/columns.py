@@ -6,13 +6,11 @@ import json
 import math
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.storage.names import IMAGE_ENDING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 COLUMNS = frozenset(
     {
@@ -56,55 +54,56 @@ class Line(NamedTuple):
     version: str | None = None  # ETag of the image, if the folder listing has one
 
 
-class Columns:
-    """The columns of a manifest, checked and renamed: standard name to the manifest's name.
+def standardize_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) -> list[str]:
+    """Check the columns of a manifest, and return their names with those of `renames` replaced.
+
+    `renames` maps a standard name to the manifest's name.
 
     Raises:
         ManifestError: A standard column is missing, appears twice, or differs from its name
             only in case, spaces or dashes.
     """
+    if len(names) > MAX_COLUMNS:
+        raise ManifestError(
+            f"The manifest {url} has {len(names):,} columns; the limit is {MAX_COLUMNS:,}."
+        )
+    columns = _apply_renames(url, [name.strip() for name in names], renames)
+    repeated = {name for name, count in Counter(columns).items() if name and count > 1}
+    if repeated:
+        raise ManifestError(
+            f"The manifest {url} has duplicate columns: {', '.join(sorted(repeated))}. "
+            "Rename or remove one of each."
+        )
+    for name in columns:
+        standard = re.sub(r"[\s-]+", "_", name.casefold())
+        if standard in COLUMNS and standard not in columns:
+            # Otherwise it counts as user data, and the rows are paid for with the default.
+            raise ManifestError(
+                f"The manifest {url} has a column {name!r}; rename it to `{standard}`."
+            )
+    if {"image", "images", "prompt"} & set(columns):
+        return columns
+    if not any(name.strip() for name in names):
+        raise ManifestError(
+            f"The manifest {url} has no column names; it needs a column `image` or `prompt`."
+        )
+    raise ManifestError(
+        f"The manifest {url} has no column `image` or `prompt`; its columns are: "
+        f"{_show_names(url, names)}.{_suggest_fix(names)}"
+    )
 
-    def __init__(self, url: str, names: Sequence[str], renames: Mapping[str, str]) -> None:
-        if len(names) > MAX_COLUMNS:
-            raise ManifestError(
-                f"The manifest {url} has {len(names):,} columns; the limit is {MAX_COLUMNS:,}."
-            )
-        self.names = self._apply_renames(url, [name.strip() for name in names], renames)
-        repeated = {name for name, count in Counter(self.names).items() if name and count > 1}
-        if repeated:
-            raise ManifestError(
-                f"The manifest {url} has duplicate columns: {', '.join(sorted(repeated))}. "
-                "Rename or remove one of each."
-            )
-        for name in self.names:
-            standard = re.sub(r"[\s-]+", "_", name.casefold())
-            if standard in COLUMNS and standard not in self.names:
-                # Otherwise it counts as user data, and the rows are paid for with the default.
-                raise ManifestError(
-                    f"The manifest {url} has a column {name!r}; rename it to `{standard}`."
-                )
-        if not {"image", "images", "prompt"} & set(self.names):
-            if not any(name.strip() for name in names):
-                raise ManifestError(
-                    f"The manifest {url} has no column names; it needs a column `image` or "
-                    "`prompt`."
-                )
-            raise ManifestError(
-                f"The manifest {url} has no column `image` or `prompt`; its columns are: "
-                f"{_show_names(url, names)}.{_suggest_fix(names)}"
-            )
 
-    def _apply_renames(self, url: str, names: list[str], renames: Mapping[str, str]) -> list[str]:
-        for standard, name in renames.items():
-            if name not in names:
-                raise ManifestError(
-                    f"The manifest {url} has no column {name!r} to use as {standard!r}; its "
-                    f"columns are {_show_names(url, names)}."
-                )
-        standard_names = {name: standard for standard, name in renames.items()}
-        # A column whose standard name another column takes is the user's own.
-        own_names = {standard: f"{standard} (own)" for standard in renames}
-        return [standard_names.get(name, own_names.get(name, name)) for name in names]
+def _apply_renames(url: str, names: list[str], renames: Mapping[str, str]) -> list[str]:
+    for standard, name in renames.items():
+        if name not in names:
+            raise ManifestError(
+                f"The manifest {url} has no column {name!r} to use as {standard!r}; its "
+                f"columns are {_show_names(url, names)}."
+            )
+    standard_names = {name: standard for standard, name in renames.items()}
+    # A column whose standard name another column takes is the user's own.
+    own_names = {standard: f"{standard} (own)" for standard in renames}
+    return [standard_names.get(name, own_names.get(name, name)) for name in names]
 
 
 def to_cells(values: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
@@ -173,8 +172,6 @@ def to_text(value: Any) -> str:
             return "true" if value else "false"
         case float() if not math.isfinite(value):
             raise ValueError(f"{value} is not a valid number")
-        case int() | float():
-            return str(value)
         case list() | dict():
             return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
         case bytes() | bytearray() | memoryview():

@@ -7,8 +7,9 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec
@@ -26,9 +27,6 @@ from prefect_flux_kontext.storage.names import (
     find_text_problem,
     make_safe_name,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
 
 _GLOB = re.compile(r"[*?\[]")
 _LEDGER_FOLDER = "_ledger"

@@ -20,13 +20,12 @@ from prefect_flux_kontext.manifest.columns import (
     MAX_CELL_CHARACTERS,
     MAX_COLUMNS,
     MAX_LINE_CHARACTERS,
-    Columns,
     Line,
     find_cell_problem,
+    standardize_columns,
     to_cells,
 )
-from prefect_flux_kontext.manifest.compression import decompress
-from prefect_flux_kontext.manifest.json_values import split_values
+from prefect_flux_kontext.manifest.text_io import decompress, split_values
 from prefect_flux_kontext.references.remote import open_source
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ def read_delimited(
                 f"Line 1 of {url} contains NUL characters, as in UTF-16; save the manifest as "
                 "UTF-8."
             )
-        columns = Columns(url, header, renames).names
+        columns = standardize_columns(url, header, renames)
         has_line_feeds = line.endswith("\n")
         width = max(number for number, name in enumerate(columns, start=1) if name)
         first_line = reader.line_num + 1
@@ -363,7 +362,7 @@ def resolve_columns(url: str, names: Sequence[str], renames: Mapping[str, str]) 
         ManifestError: The columns are invalid.
     """
     present = {standard: name for standard, name in renames.items() if name in names}
-    return Columns(url, names, present).names
+    return standardize_columns(url, names, present)
 
 
 def check_renames_used(url: str, unseen: set[str]) -> None:

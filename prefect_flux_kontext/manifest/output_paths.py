@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from string import Formatter
-from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.storage.names import (
@@ -15,9 +15,6 @@ from prefect_flux_kontext.storage.names import (
     make_safe_component,
     make_safe_path,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PathTemplate = tuple[tuple[str, str | None], ...]
 """A parsed template: literal texts, each with the column that follows it or None."""

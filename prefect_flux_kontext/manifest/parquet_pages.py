@@ -6,10 +6,8 @@ Footer and headers are in Thrift's compact protocol.
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 # A header has some 50 bytes, unless it holds statistics of long texts.
 _HEADER_BYTES = (256, 2**13, 2**20)
@@ -34,19 +32,12 @@ DELTA_BYTE_ARRAY = 7
 
 
 class Page(NamedTuple):
-    """A page of a column.
+    """A page of a column."""
 
-    Attributes:
-        stored: Bytes in the file, with its header.
-        size: Bytes that it is unpacked to.
-        values: Number of values. A dictionary page has none.
-        encoding: Number of the encoding.
-    """
-
-    stored: int
-    size: int
-    values: int
-    encoding: int
+    stored: int  # bytes in the file, with its header
+    size: int  # bytes that it is unpacked to
+    values: int  # number of values, 0 for a dictionary page
+    encoding: int  # number of the encoding
 
 
 def check_footer(file: Any) -> None:
@@ -69,11 +60,7 @@ def check_footer(file: Any) -> None:
 
 
 def read_pages(file: Any, chunk: Any) -> Iterator[Page]:
-    """Yield the pages that Arrow reads for a column chunk.
-
-    Args:
-        file: The file.
-        chunk: The chunk's metadata, as of pyarrow.
+    """Yield the pages that Arrow reads for a column chunk, given pyarrow's metadata of it.
 
     Raises:
         ValueError: A header is damaged.

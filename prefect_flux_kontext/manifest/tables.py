@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -16,8 +17,8 @@ from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.columns import (
     COLUMNS,
     MAX_CELL_CHARACTERS,
-    Columns,
     Line,
+    standardize_columns,
     to_cells,
 )
 from prefect_flux_kontext.manifest.formats import (
@@ -33,9 +34,6 @@ from prefect_flux_kontext.manifest.parquet_pages import (
     read_pages,
 )
 from prefect_flux_kontext.references.remote import open_source
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 _BATCH_ROWS = 1_000
 # A file that exceeds both is a decompression bomb: no real table compresses that well after it was
@@ -233,7 +231,7 @@ def _read_batches(
     max_characters: float = math.inf,
 ) -> Generator[Line, None, int]:
     """Yield the rows of batches, and return their number."""
-    columns = Columns(url, names, renames).names
+    columns = standardize_columns(url, names, renames)
     number = blank_rows = characters = 0
     for batch in batches:
         rows = f"between rows {number + 1} and {number + len(batch)}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from prefect_flux_kontext.errors import FluxKontextError, ReferenceImageError
@@ -17,9 +18,6 @@ from prefect_flux_kontext.references.location import (
     open_filesystem,
 )
 from prefect_flux_kontext.references.validation import MAX_SHRINKABLE_BYTES, check_size
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 _CHUNK_BYTES = 2**20
 _MAX_SHOWN_CHARACTERS = 200

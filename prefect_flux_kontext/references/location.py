@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 
 from prefect_flux_kontext.redaction import redact_url
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 # A single letter and a colon are a Windows drive, which is not a supported kind either.
 # Before `://`, fsspec takes anything as a protocol, such as `arrow_hdfs`.
@@ -96,9 +94,7 @@ def find_manifest_folder(manifest: Any) -> str | None:
     A local manifest usually lies beside its images. A remote manifest must not read files of
     this machine. Rows given directly are relative to the working directory.
     """
-    if not isinstance(manifest, str):
-        return str(Path.cwd())
-    if parse_protocol(manifest) == "memory":
+    if not isinstance(manifest, str) or parse_protocol(manifest) == "memory":
         return str(Path.cwd())
     if classify_location(manifest) is not LocationKind.LOCAL:
         return None

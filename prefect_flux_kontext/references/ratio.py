@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
-from prefect_flux_kontext.client.transport import stream_response
+from prefect_flux_kontext.client.transport import Connections, stream_response
 from prefect_flux_kontext.images.download import follow_redirects, open_download_client
 from prefect_flux_kontext.images.headers import read_displayed_size
 from prefect_flux_kontext.references.location import non_public_references, open_filesystem
@@ -18,7 +18,6 @@ from prefect_flux_kontext.references.location import non_public_references, open
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from prefect_flux_kontext.client.transport import Connections
     from prefect_flux_kontext.models import AspectRatio, GenerationRequest
 
 _RATIOS: dict[AspectRatio, float] = {

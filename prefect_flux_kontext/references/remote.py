@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import fsspec
 import fsspec.asyn
@@ -17,9 +18,6 @@ from prefect_flux_kontext.images.download import follow_redirects, open_download
 from prefect_flux_kontext.references.location import LocationKind, classify_location
 from prefect_flux_kontext.settings import FluxKontextSettings
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 _MAX_BYTES = 2**30
 _TIMEOUT_SECONDS = 600.0
 _ERRORS: dict[int, type[OSError]] = {
@@ -28,13 +26,6 @@ _ERRORS: dict[int, type[OSError]] = {
     404: FileNotFoundError,
     410: FileNotFoundError,
 }
-
-
-@contextmanager
-def open_file(url: str) -> Iterator[Any]:
-    """Open a file for reading bytes; see `open_source`."""
-    with open_source(url) as (file, _):
-        yield file
 
 
 @contextmanager

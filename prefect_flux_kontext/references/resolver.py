@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from prefect_flux_kontext.errors import ReferenceImageError
 from prefect_flux_kontext.images.headers import read_format
-from prefect_flux_kontext.references.cache import Locks, ReferenceCache, ReferenceInfo
+from prefect_flux_kontext.images.metadata import remove_metadata
 from prefect_flux_kontext.references.identity import (
     identify_private_object,
     identify_reference,
@@ -24,23 +25,26 @@ from prefect_flux_kontext.references.location import (
     non_public_references,
     open_filesystem,
 )
-from prefect_flux_kontext.references.loopback import LoopbackStaging, is_loopback_url
-from prefect_flux_kontext.references.metadata import remove_metadata
-from prefect_flux_kontext.references.resizing import shrink_to_fit
 from prefect_flux_kontext.references.staging import (
     STAGING_HINT,
+    Locks,
+    LoopbackStaging,
     Staging,
     choose_signature_lifetime,
     create_staging,
+    is_loopback_url,
     sign_url,
 )
 from prefect_flux_kontext.references.validation import (
     MAX_REFERENCE_BYTES,
     check_image,
     needs_shrinking,
+    shrink_to_fit,
 )
+from prefect_flux_kontext.storage.temp_db import open_temp_database
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from prefect_flux_kontext.models import GenerationRequest
@@ -51,6 +55,58 @@ _MAX_THREADS = 16
 
 RequestFactory: TypeAlias = "Callable[[], Awaitable[GenerationRequest]]"
 """Makes the request to send now. Its URLs may grant access, so the result is never stored."""
+
+
+class ReferenceInfo(NamedTuple):
+    """What is known about a reference that is not on the web."""
+
+    identity: str = ""  # of its content; empty if it could not be read
+    problem: str | None = None  # why it could not be read
+    checked: bool = False
+    flaw: str | None = None  # why its content is invalid
+    large: bool = False  # its content must be shrunk
+    staged: str | None = None  # name of the staged copy
+
+
+class ReferenceCache:
+    """Maps references to `ReferenceInfo` in a private temporary database. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def get(self, reference: str) -> ReferenceInfo | None:
+        """Return what is known about a reference, or None."""
+        if self._connection is None:
+            return None
+        with self._lock:
+            found = self._connection.execute(
+                "SELECT identity, problem, checked, flaw, large, staged FROM infos "
+                "WHERE reference = ?",
+                (_cache_key(reference),),
+            ).fetchone()
+        return ReferenceInfo(*found) if found else None
+
+    def put(self, reference: str, info: ReferenceInfo) -> None:
+        """Store what is known about a reference; replaces an earlier entry."""
+        with self._lock:
+            self._database().execute(
+                "INSERT OR REPLACE INTO infos VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (_cache_key(reference), *info),
+            )
+
+    def _database(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = open_temp_database(
+                "CREATE TABLE infos (reference BLOB PRIMARY KEY, identity TEXT, problem TEXT, "
+                "checked INTEGER, flaw TEXT, large INTEGER, staged TEXT) WITHOUT ROWID"
+            )
+            weakref.finalize(self, self._connection.close)
+        return self._connection
+
+
+def _cache_key(reference: str) -> bytes:
+    return hashlib.sha256(reference.encode(errors="surrogatepass")).digest()[:16]
 
 
 class References:

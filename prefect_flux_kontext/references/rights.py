@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from prefect_flux_kontext.redaction import redact_url
 from prefect_flux_kontext.references.location import (
@@ -20,9 +21,6 @@ from prefect_flux_kontext.references.location import (
     parse_protocol,
 )
 from prefect_flux_kontext.settings import FluxKontextSettings
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _MAX_SHOWN_CHARACTERS = 100
 _ALIASES = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}

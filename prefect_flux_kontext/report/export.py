@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.images.decode import EXTENSIONS
 from prefect_flux_kontext.images.download import open_download_client
-from prefect_flux_kontext.images.headers import extract_image
+from prefect_flux_kontext.images.headers import extract_image, read_format, read_size
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.references.identity import read_content
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights, find_rights_problem
-from prefect_flux_kontext.report.results import RESULTS_JSONL, encode_line, read_lines
+from prefect_flux_kontext.report.results import RESULTS_JSONL, Line, encode_line, read_lines
 from prefect_flux_kontext.report.thumbnails import download_reference
 from prefect_flux_kontext.report.verdicts import Verdicts
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from prefect_flux_kontext.client.transport import Connections
-    from prefect_flux_kontext.report.results import Line
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 ExportFormat = Literal["files", "webdataset", "parquet"]
@@ -50,17 +50,11 @@ _COLUMNS = (*_TEXT_COLUMNS, "verdict", "check_flags", "key")
 
 
 class Sample(NamedTuple):
-    """A row with its images.
+    """A row with the bytes of its images."""
 
-    Attributes:
-        line: Its line of the result manifest, with its verdict.
-        after: The bytes of its image.
-        before: The bytes of its reference; None if it has none or it cannot be read.
-    """
-
-    line: Line
+    line: Line  # of the result manifest, with its verdict
     after: bytes
-    before: bytes | None
+    before: bytes | None  # None if it has no reference, or it cannot be read
 
 
 async def export_output(
@@ -72,19 +66,14 @@ async def export_output(
     shard_bytes: int,
     base_url: str,
 ) -> Counter[str]:
-    """Copy the stored images of an output.
+    """Copy the stored images of an output, replacing those of an earlier export.
 
-    Args:
-        output: The output.
-        target: Where the files go; those of an earlier export are replaced.
-        kind: `files` copies images and their lines; the others write shards.
-        only_kept: Only images whose verdict is keep.
-        shard_bytes: Bytes of images in a shard.
-        base_url: The service, which says whether references may be at private addresses.
+    The kind `files` copies images and their lines; the others write shards, each with about
+    `shard_bytes` of images. The service's `base_url` says whether references may be at private
+    addresses.
 
-    Returns:
-        Counts of `rows` and `shards`, of rows `without_before` although they have a reference,
-        and of `missing` images.
+    Returns counts of `rows` and `shards`, of rows `without_before` although they have a reference,
+    and of `missing` images.
 
     Raises:
         ConfigurationError: The output has no results, or the target is the output.
@@ -162,7 +151,7 @@ async def _read_before(line: Line, ledger: Ledger, http: Connections) -> bytes |
             data = await asyncio.to_thread(read_content, url, fit=False)
     except Exception:  # noqa: BLE001 - each filesystem and client has errors of its own
         return None
-    return data if extract_image(data) else None
+    return data if read_size(data) and extract_image(data) else None
 
 
 async def _write_files(samples: AsyncIterator[Sample], target: OutputFolder, lines: Path) -> None:
@@ -294,6 +283,4 @@ class _ParquetShard:
 
 
 def _extension(data: bytes) -> str:
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    return "webp" if data[8:12] == b"WEBP" else "jpg"
+    return EXTENSIONS[read_format(data)]

@@ -30,12 +30,14 @@ class Verdict(BaseModel):
 
     version: int = 1
     key: str = Field(pattern="^[0-9a-f]{32}$")
-    verdict: Literal["keep", "reject", "redo"] | None = Field(description="None withdraws it.")
-    prompt: str | None = Field(default=None, max_length=10_000, description="For a redo.")
-    style: str | None = Field(default=None, max_length=60, description="For a redo.")
-    variant: int | None = Field(
-        default=None, description="The variant to pay for, if a redo changes nothing else."
-    )
+    verdict: Literal["keep", "reject", "redo"] | None
+    """None withdraws it."""
+    prompt: str | None = Field(default=None, max_length=10_000)
+    """For a redo."""
+    style: str | None = Field(default=None, max_length=60)
+    """For a redo."""
+    variant: int | None = None
+    """The variant to pay for, if a redo changes nothing else."""
     at: datetime = Field(default_factory=utc_now)
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from contextlib import asynccontextmanager
 from itertools import islice
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -15,30 +15,26 @@ import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from prefect_flux_kontext.sandbox.contract import MODEL, Refusal, failure, success
-from prefect_flux_kontext.sandbox.faults.injector import (
+from prefect_flux_kontext.sandbox.faults.plan import (
     ActiveFaults,
-    FaultMiddleware,
+    FaultPlan,
     faults_endpoint,
+    inject_faults,
 )
-from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.lifecycle import CallbackSender, Lifecycle
 from prefect_flux_kontext.sandbox.painting import choose_style, paint
 from prefect_flux_kontext.sandbox.references import BadReferenceError, References, SharedCache
-from prefect_flux_kontext.sandbox.service import Service
+from prefect_flux_kontext.sandbox.service import Service, Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
-
-    from starlette.requests import Request
 
     from prefect_flux_kontext.sandbox.settings import SandboxSettings
-    from prefect_flux_kontext.sandbox.tasks import Task
 
 _RECORDS_PER_CHUNK = 500
 _PICTURE_CACHE_BYTES = 64 * 1024 * 1024
@@ -72,7 +68,7 @@ class Sandbox:
                 Route("/sandbox/reset", self._reset, methods=["POST"]),
                 faults_endpoint(self.active_faults),
             ],
-            middleware=[Middleware(FaultMiddleware, self.active_faults)],
+            middleware=[Middleware(inject_faults, self.active_faults)],
             exception_handlers=dict.fromkeys(
                 (Refusal, HTTPException, ClientDisconnect), _answer_error
             ),

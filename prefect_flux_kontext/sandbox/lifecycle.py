@@ -11,15 +11,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
-from prefect_flux_kontext.sandbox.contract import success
-from prefect_flux_kontext.sandbox.references import outbound_client
+from prefect_flux_kontext.sandbox.contract import JsonObject, success
+from prefect_flux_kontext.sandbox.references import References, outbound_client
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.sandbox.contract import JsonObject
-    from prefect_flux_kontext.sandbox.faults.injector import ActiveFaults
-    from prefect_flux_kontext.sandbox.references import References
-    from prefect_flux_kontext.sandbox.service import Service
-    from prefect_flux_kontext.sandbox.tasks import Task
+    from prefect_flux_kontext.sandbox.faults.plan import ActiveFaults
+    from prefect_flux_kontext.sandbox.service import Service, Task
 
 _REDELIVERY_DELAYS_SECONDS = (5.0, 15.0, 60.0)
 # A loop may wake a sleeper this much too early.
@@ -107,32 +104,29 @@ class Lifecycle:
             if self._faults.task_fault(task.task_id) == "never-ends":
                 return
             envelope = success(task.status(self._service.now(), self._service.epoch))
-            delivered = await _deliver(
-                self._faults, self._callback_sender, submission.callback_url, envelope
-            )
+            delivered = await self._deliver(submission.callback_url, envelope)
             self._service.callback_ended(delivered=delivered)
 
-
-async def _deliver(
-    faults: ActiveFaults, sender: CallbackSender, url: str, envelope: JsonObject
-) -> bool:
-    """Deliver a callback under the active faults; return whether it arrived."""
-    arrived = False
-    fault, _ = faults.applies("callback")
-    match fault:
-        case "lost":
-            return False
-        case "doubled":
-            arrived = await sender.deliver(url, envelope)
-        case "late":
-            await asyncio.sleep(faults.plan.late)
-        case "overtaken":
-            # Seeded with the URL, which no other callback has.
-            await asyncio.sleep(random.Random(url).uniform(0, faults.plan.late))
-        case "forged":
-            await sender.deliver(url, _FORGED_ENVELOPE)
-        case "misdirected":
-            where = urlsplit(url)
-            guessed = where.path.rpartition("/")[0] + "/guessed"
-            await sender.deliver(urlunsplit(where._replace(path=guessed)), _FORGED_ENVELOPE)
-    return await sender.deliver(url, envelope) or arrived
+    async def _deliver(self, url: str, envelope: JsonObject) -> bool:
+        """Deliver a callback under the active faults; return whether it arrived."""
+        arrived = False
+        fault, _ = self._faults.applies("callback")
+        match fault:
+            case "lost":
+                return False
+            case "doubled":
+                arrived = await self._callback_sender.deliver(url, envelope)
+            case "late":
+                await asyncio.sleep(self._faults.plan.late)
+            case "overtaken":
+                # Seeded with the URL, which no other callback has.
+                await asyncio.sleep(random.Random(url).uniform(0, self._faults.plan.late))
+            case "forged":
+                await self._callback_sender.deliver(url, _FORGED_ENVELOPE)
+            case "misdirected":
+                where = urlsplit(url)
+                guessed = where.path.rpartition("/")[0] + "/guessed"
+                await self._callback_sender.deliver(
+                    urlunsplit(where._replace(path=guessed)), _FORGED_ENVELOPE
+                )
+        return await self._callback_sender.deliver(url, envelope) or arrived

@@ -7,15 +7,13 @@ import io
 import math
 import random
 import re
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from prefect_flux_kontext.sandbox.references import open_image
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class Style(NamedTuple):

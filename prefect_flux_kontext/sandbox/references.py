@@ -6,13 +6,11 @@ import asyncio
 import hashlib
 import io
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import httpx
 from PIL import Image, ImageOps
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 T = TypeVar("T")
 
@@ -43,12 +41,10 @@ class SharedCache(Generic[T]):
         value = self.peek(key)
         if value is not None:
             return value
-        making = self._making.get(key)
-        if making is None:
-            making = asyncio.ensure_future(self._make(key, make))
-            self._making[key] = making
+        if key not in self._making:
+            self._making[key] = asyncio.ensure_future(self._make(key, make))
         # Shielded: a client that disconnects must not cancel the value of the others.
-        return await asyncio.shield(making)
+        return await asyncio.shield(self._making[key])
 
     async def _make(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
         try:

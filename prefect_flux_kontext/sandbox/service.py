@@ -1,28 +1,143 @@
-"""The state of the sandbox: accounts with their limits, tasks and the bill."""
+"""The state of the sandbox: tasks, accounts with their limits, and the bill."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import heapq
+import json
 import math
 import random
+import re
 import time
 from collections import Counter, deque
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
-from prefect_flux_kontext.sandbox.contract import Refusal, read_submission
-from prefect_flux_kontext.sandbox.tasks import LatencyModel, Task, dollars, fingerprint
+from prefect_flux_kontext.sandbox.contract import (
+    GenerationInput,
+    JsonObject,
+    Refusal,
+    Submission,
+    read_submission,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from decimal import Decimal
-    from typing import Any
 
-    from prefect_flux_kontext.sandbox.contract import JsonObject, Submission
     from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
+State = Literal["pending", "processing", "success", "failed"]
+
+_PENDING_SHARE = 0.1
+_NSFW = re.compile(r"\bnsfw\b", re.IGNORECASE)
 _MINUTE = 60.0
+
+
+class LatencyModel:
+    """A lognormal distribution, with the long tail of generation services, in seconds."""
+
+    def __init__(self, mean: float, spread: float) -> None:
+        variance = math.log1p(spread**2)
+        self._sigma = math.sqrt(variance)
+        self._mu = math.log(mean) - variance / 2 if mean else -math.inf
+
+    def draw(self, rng: random.Random) -> float:
+        """Draw the seconds of one task."""
+        return rng.lognormvariate(self._mu, self._sigma)
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """An accepted, and so billed, task. Times are of the loop, in seconds.
+
+    `ready_at` is when the latency is over, `references_at` when the references were checked.
+    """
+
+    task_id: str
+    key: str
+    submission: Submission
+    base_url: str
+    price: int  # micro-dollars
+    accepted_at: float
+    ready_at: float
+    is_failing: bool
+    references_at: float | None
+    reference_error: str | None = None
+
+    @property
+    def input(self) -> GenerationInput:
+        """The `input` of the submit body."""
+        return self.submission.input
+
+    @property
+    def result_path(self) -> str:
+        """The path of the result image."""
+        kind = "jpg" if self.input.output_format == "jpeg" else "png"
+        return f"/results/{self.task_id}/1.{kind}"
+
+    def ended_at(self, now: float) -> float | None:
+        """Return the loop time at which it ended, or None while it runs."""
+        if now < self.ready_at or self.references_at is None:
+            return None
+        return max(self.ready_at, self.references_at)
+
+    def state(self, now: float) -> State:
+        """Return the state at a loop time."""
+        if self.ended_at(now) is not None:
+            return "failed" if self.failure() else "success"
+        pending = _PENDING_SHARE * (self.ready_at - self.accepted_at)
+        return "pending" if now - self.accepted_at < pending else "processing"
+
+    def failure(self) -> tuple[str, str] | None:
+        """Return fail code and message of a task that fails, or None."""
+        if _NSFW.search(self.input.prompt):
+            return "CONTENT_VIOLATION", "The prompt breaks the content rules."
+        if self.reference_error:
+            return "INVALID_IMAGE_URL", self.reference_error
+        if self.is_failing:
+            return "GENERATION_FAILED", "The picture could not be generated."
+        return None
+
+    def status(self, now: float, epoch: float) -> JsonObject:
+        """Return the `data` of a status envelope; `epoch` added to loop time is Unix time."""
+        created = _milliseconds(self.accepted_at + epoch)
+        data: JsonObject = {
+            "taskId": self.task_id,
+            "state": self.state(now),
+            "createTime": created,
+        }
+        ended_at = self.ended_at(now)
+        if ended_at is None:
+            return data
+        # From the duration alone, so that rounding of the start does not change a repeated run.
+        data["costTime"] = _milliseconds(ended_at - self.accepted_at)
+        data["completeTime"] = created + data["costTime"]
+        if failure := self.failure():
+            data["failCode"], data["failMsg"] = failure
+        else:
+            data["resultJson"] = json.dumps({"resultUrls": [self.base_url + self.result_path]})
+        return data
+
+    def record(self, now: float, epoch: float) -> JsonObject:
+        """Return the task's entry of `GET /sandbox/tasks`."""
+        ended_at = self.ended_at(now)
+        return {
+            "taskId": self.task_id,
+            "prompt": self.input.prompt,
+            "image_urls": self.input.image_urls,
+            "mode": self.input.mode,
+            "aspect_ratio": self.input.aspect_ratio,
+            "output_format": self.input.output_format,
+            "provider": self.submission.provider,
+            "callback_url": self.submission.callback_url,
+            "accepted_at": _milliseconds(self.accepted_at + epoch),
+            "ended_at": None if ended_at is None else _milliseconds(ended_at + epoch),
+            "state": self.state(now),
+            "price": _dollars(self.price),
+        }
 
 
 class RequestWindow:
@@ -132,9 +247,9 @@ class Service:
         is_official = submission.provider == "official"
         price = (self._official_prices if is_official else self._prices)[submission.input.mode]
         if account.balance < price:
-            raise Refusal(402, "insufficient balance", f"{dollars(account.balance)} dollars left")
+            raise Refusal(402, "insufficient balance", f"{_dollars(account.balance)} dollars left")
         account.balance -= price
-        task = self._new_task(key, submission, fingerprint(payload), base_url, price, now)
+        task = self._new_task(key, submission, _fingerprint(payload), base_url, price, now)
         self._tasks[task.task_id] = task
         self._counters[f"accepted_{submission.input.mode}"] += 1
         self._counters["charged"] += price
@@ -184,7 +299,7 @@ class Service:
         numbers, accounts = self._counters, list(self._accounts.values())
         return {
             "accepted": len(self._tasks),
-            "dollars": dollars(numbers["charged"]),
+            "dollars": _dollars(numbers["charged"]),
             "by_mode": {mode: numbers[f"accepted_{mode}"] for mode in self._prices},
             "submits_refused": {
                 "requests": numbers["submits_refused_requests"],
@@ -241,6 +356,34 @@ class Service:
             is_failing=is_failing,
             references_at=None if submission.input.image_urls else now,
         )
+
+
+def _fingerprint(payload: Mapping[str, JsonObject]) -> bytes:
+    """Hash a valid submit body, so that a run repeats.
+
+    The hash excludes what differs between two rehearsals of the same batch: the callback URL
+    with its token, and the host and port of the references.
+    """
+    wanted = payload["input"]
+    paths = [_path(url) for url in wanted.get("image_urls", [])]
+    identity = {**payload, "callback_url": None, "input": {**wanted, "image_urls": paths}}
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _dollars(micro_dollars: int) -> str:
+    """Format micro-dollars as an exact decimal number of dollars."""
+    return f"{micro_dollars // 1_000_000}.{micro_dollars % 1_000_000:06d}"
+
+
+def _path(url: str) -> str:
+    try:
+        return urlsplit(url)._replace(scheme="", netloc="").geturl()
+    except ValueError:
+        return url
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1_000)
 
 
 def _micro_dollars(amount: Decimal) -> int:

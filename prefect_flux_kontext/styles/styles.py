@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -19,12 +20,9 @@ from prefect_flux_kontext.models import (
     Provider,
     RequestedRatio,
 )
-from prefect_flux_kontext.references.remote import open_file
+from prefect_flux_kontext.references.remote import open_source
 from prefect_flux_kontext.storage.names import find_text_problem
 from prefect_flux_kontext.styles.templates import Template, parse_template
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
 
 _BUILTIN_FILE = Path(__file__).with_name("builtin.yaml")
 # A style's name is a part of its images' file names.
@@ -43,28 +41,25 @@ class Style(BaseModel):
         ValidationError: A field is invalid; the error lists every problem.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: str = Field(
-        min_length=1, max_length=_MAX_NAME_LENGTH, description="Part of the names of its images."
-    )
-    prompt: str = Field(
-        min_length=1,
-        description="A template over the row's columns. `{{ prompt }}` inserts the row's own "
-        "prompt; without it, the row's prompt is appended.",
-    )
-    mode: Mode | None = Field(default=None, description="`pro` or `max`.")
-    aspect_ratio: RequestedRatio | None = Field(
-        default=None, description="Ratio of width to height."
-    )
-    output_format: OutputFormat | None = Field(default=None, description="Format of the result.")
-    provider: Provider | None = Field(default=None, description="Route that the service uses.")
-    variants: int = Field(
-        default=1, ge=1, le=20, description="Images to make of each row, each paid for."
-    )
-    extra: dict[str, Any] = Field(
-        default_factory=dict, description="Further input, passed to the model as it is."
-    )
+    name: str = Field(min_length=1, max_length=_MAX_NAME_LENGTH)
+    """Part of the names of its images."""
+    prompt: str = Field(min_length=1)
+    """A template over the row's columns. `{{ prompt }}` inserts the row's own prompt; without it,
+    the row's prompt is appended."""
+    mode: Mode | None = None
+    """`pro` or `max`."""
+    aspect_ratio: RequestedRatio | None = None
+    """Ratio of width to height."""
+    output_format: OutputFormat | None = None
+    """Format of the result."""
+    provider: Provider | None = None
+    """Route that the service uses."""
+    variants: int = Field(default=1, ge=1, le=20)
+    """Images to make of each row, each paid for."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further input, passed to the model as it is."""
 
     @field_validator("name")
     @classmethod
@@ -197,7 +192,7 @@ def read_styles(url: str) -> list[Style]:
     if "::" in url:
         raise ConfigurationError(f"The styles {url} chain several filesystems; use a single URL.")
     try:
-        with open_file(url) as file:
+        with open_source(url) as (file, _):
             data = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigurationError(f"There are no styles at {url}.") from None

@@ -7,16 +7,14 @@ filters. Loops, calls and access to attributes or items are not on it.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from jinja2 import StrictUndefined, Undefined, nodes
 from jinja2.sandbox import SandboxedEnvironment
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # Together these limits keep the text that a template makes for one row below 10 MB: a character
 # in upper case can be three.
@@ -32,17 +30,7 @@ _MISSING_VALUE = re.compile(
     r"#(N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|ERROR!)"
 )
 
-_FILTERS = (
-    "capitalize",
-    "d",
-    "default",
-    "length",
-    "lower",
-    "title",
-    "trim",
-    "truncate",
-    "upper",
-)
+_FILTERS = ("capitalize", "d", "default", "length", "lower", "title", "trim", "truncate", "upper")
 _TESTS = ("defined", "undefined")
 _ALLOWED_NODES = (
     nodes.Template,

@@ -3,7 +3,7 @@
 import socket
 from contextlib import contextmanager
 
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS
+from prefect_flux_kontext.sandbox.faults.handlers import FAULTS
 from tests.chaos.fault_sets import ALL, STOPPING, plan_fault_shares
 from tests.chaos.processes import KEY
 from tests.chaos.trials import finish

@@ -1,6 +1,6 @@
 """Sets of the sandbox's faults, by whether they stop a batch or leave a row unknown."""
 
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS
+from prefect_flux_kontext.sandbox.faults.handlers import FAULTS
 
 # No client can detect that the service names another task than the one it has accepted.
 _UNDETECTABLE = {"submit:wrong-task-id"}

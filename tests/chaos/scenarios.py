@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from prefect_flux_kontext.sandbox.faults.handlers import FAULTS
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.chaos.callback_batches import all_callback_faults, each_callback_fault
 from tests.chaos.clocks import CLOCK_CASES, wrong_clocks

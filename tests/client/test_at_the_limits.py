@@ -6,7 +6,7 @@ import pytest
 
 from prefect_flux_kontext.client.polling import PollingCadence, wait_until_ended
 from prefect_flux_kontext.models import GenerationRequest
-from prefect_flux_kontext.sandbox.tasks import LatencyModel
+from prefect_flux_kontext.sandbox.service import LatencyModel
 from tests.support.simulated_account import CallbackPauses, SimulatedAccount, repeatable_simulation
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]

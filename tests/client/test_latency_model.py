@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_flux_kontext.client.limits.latency_model import LatencyModel
-from prefect_flux_kontext.sandbox import tasks as latency
+from prefect_flux_kontext.sandbox import service as latency
 
 AGES = st.floats(0, 5_000)
 POLLS = st.lists(st.tuples(AGES, AGES, st.booleans()), max_size=60)

@@ -35,13 +35,13 @@ from prefect_flux_kontext.errors import (
     ManifestError,
     ReferenceImageError,
 )
-from prefect_flux_kontext.images.ai_metadata import add_ai_metadata
 from prefect_flux_kontext.images.decode import inspect_image
 from prefect_flux_kontext.images.headers import (
     find_slow_structure,
     read_displayed_size,
     read_size,
 )
+from prefect_flux_kontext.images.metadata import add_ai_metadata, remove_metadata
 from prefect_flux_kontext.ledger.head import Head, check_format
 from prefect_flux_kontext.ledger.heartbeat import Heartbeat, find_budget_run, is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
@@ -58,14 +58,13 @@ from prefect_flux_kontext.manifest.row import RefusedRow, Row, find_reference_pr
 from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.redaction import make_showable, redact_text
 from prefect_flux_kontext.references.location import find_location_problem
-from prefect_flux_kontext.references.loopback import is_loopback_url
-from prefect_flux_kontext.references.metadata import remove_metadata
 from prefect_flux_kontext.references.ratio import find_nearest_ratio
 from prefect_flux_kontext.references.rights import Rights, find_rights_problem
+from prefect_flux_kontext.references.staging import is_loopback_url
 from prefect_flux_kontext.references.validation import check_image
 from tests.fuzz.mutations import mutated
+from tests.images.test_metadata import jpeg, png, webp
 from tests.manifest import lying_parquet
-from tests.references.test_metadata import jpeg, png, webp
 from tests.support.pictures import animation, picture
 from tests.test_redaction import SECRET, URLS
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from prefect_flux_kontext.images.ai_metadata import add_ai_metadata
 from prefect_flux_kontext.images.decode import inspect_image
+from prefect_flux_kontext.images.metadata import add_ai_metadata
 from tests.support.pictures import animation, picture
 
 TEXT, RESTYLED = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"

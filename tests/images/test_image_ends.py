@@ -8,8 +8,7 @@ from PIL import Image, PngImagePlugin
 
 from prefect_flux_kontext.errors import InvalidImageError
 from prefect_flux_kontext.images.decode import decode_image, inspect_image
-from prefect_flux_kontext.references.resizing import shrink_to_fit
-from prefect_flux_kontext.references.validation import check_image
+from prefect_flux_kontext.references.validation import check_image, shrink_to_fit
 from tests.support.pictures import picture
 
 KINDS = ["jpeg", "png", "webp"]

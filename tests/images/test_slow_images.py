@@ -11,8 +11,7 @@ from PIL import Image
 from prefect_flux_kontext.errors import InvalidImageError, ReferenceImageError
 from prefect_flux_kontext.images.decode import inspect_image
 from prefect_flux_kontext.images.headers import find_slow_structure
-from prefect_flux_kontext.references.resizing import check_can_shrink
-from prefect_flux_kontext.references.validation import check_image
+from prefect_flux_kontext.references.validation import check_can_shrink, check_image
 from prefect_flux_kontext.report.thumbnails import make_thumbnail
 from tests.support.pictures import animation, picture
 

@@ -8,8 +8,8 @@ import pytest
 
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import ConfigurationError
-from prefect_flux_kontext.references.loopback import LoopbackStaging, is_loopback_url
 from prefect_flux_kontext.references.resolver import create_references
+from prefect_flux_kontext.references.staging import LoopbackStaging, is_loopback_url
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.settings import FluxKontextSettings

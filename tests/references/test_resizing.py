@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from prefect_flux_kontext.errors import ReferenceImageError
-from prefect_flux_kontext.references.resizing import shrink_to_fit
+from prefect_flux_kontext.references.validation import shrink_to_fit
 from tests.references.test_validation import jpeg_that_claims
 from tests.support.pictures import picture, png_that_claims
 

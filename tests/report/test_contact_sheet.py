@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from prefect_flux_kontext.report.gallery.contact_sheet import draw_contact_sheet
+from prefect_flux_kontext.report.gallery.builder import draw_contact_sheet
 from tests.support.pictures import picture
 
 BACKGROUND = (250, 249, 246)

@@ -124,6 +124,15 @@ def test_planted_reference_is_not_read(output, tmp_path, capsys):
     assert "1 without their reference" in capsys.readouterr().out
 
 
+def test_reference_that_is_no_image_is_left_out(output, sandbox, tmp_path, capsys):  # noqa: F811
+    """A host may answer with a page long after the row was paid."""
+    results = (output / "results.jsonl").read_text()
+    page = results.replace(f"{sandbox.url}/references/cat.png", f"{sandbox.url}/sandbox/bill")
+    (output / "results.jsonl").write_text(page)
+    assert main(["export", str(output), str(tmp_path / "to"), "--format", "webdataset"]) == 0
+    assert "1 without their reference" in capsys.readouterr().out
+
+
 def test_missing_images_are_counted(output, tmp_path, capsys):
     (output / "own.jpg").unlink()
     assert main(["export", str(output), str(tmp_path / "target")]) == 1

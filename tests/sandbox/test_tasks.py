@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from prefect_flux_kontext.sandbox.tasks import LatencyModel
+from prefect_flux_kontext.sandbox.service import LatencyModel
 from tests.sandbox.helpers import result_url, sandbox_client
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]

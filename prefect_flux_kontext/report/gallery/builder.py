@@ -11,19 +11,19 @@ import math
 import secrets
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from prefect_flux_kontext.report.gallery.contact_sheet import draw_contact_sheet
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
 from prefect_flux_kontext.report.gallery.page import GalleryRows, render_page
-from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
+from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER, ThumbnailStore
 from prefect_flux_kontext.report.results import RESULTS_JSONL, read_lines
 from prefect_flux_kontext.report.statistics import Statistics
 from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thumbnail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,13 @@ _MAX_EMBEDDED_ROWS = 150
 _SHEET_IMAGES = 48
 _SHEET_COLUMNS = 6
 
+# Pixels of the contact sheet.
+_CELL_SIZE = (256, 192)
+_CAPTION_HEIGHT = 24
+_CAPTION_MARGIN = 12
+_BACKGROUND = (250, 249, 246)
+_TEXT_COLOR = (40, 40, 48)
+
 # Images that are read from the output at a time, each of up to 50 MB.
 _PARALLEL_IMAGES = 8
 
@@ -51,15 +58,10 @@ async def build_gallery(
     max_new_thumbnails: int,
     statistics: Statistics | None = None,
 ) -> Statistics:
-    """Write gallery and contact sheet, and return the statistics of the results.
+    """Write gallery and contact sheet of an output, whose result manifest is on this machine.
 
-    Args:
-        output: The batch's output.
-        results: The result manifest of the output, on this machine.
-        thumbnails: The gallery's thumbnails.
-        max_rows: The most rows on the page.
-        max_new_thumbnails: The most thumbnails to make from images in the output.
-        statistics: Those of the results; None to count them.
+    The page has at most `max_rows` rows. At most `max_new_thumbnails` are made from images in the
+    output. Without the `statistics` of the results, they are counted; they are returned.
 
     Raises:
         LedgerError: The thumbnails cannot be read or written.
@@ -74,8 +76,7 @@ async def build_gallery(
     urls = await thumbnails.load(all_shown if is_embedded else results_shown[:_SHEET_IMAGES])
     pieces = render_page(
         rows,
-        title=str(output).rstrip("/").rpartition("/")[2],
-        folder=GALLERY_FOLDER,
+        output,
         statistics=counted.summarize(),
         files={} if is_embedded else {name: thumbnails.files[name] for name in all_shown},
         embedded=urls if is_embedded else {},
@@ -85,7 +86,7 @@ async def build_gallery(
         await asyncio.to_thread(_write, pieces, file)
         await output.put(GALLERY, file)
     if results_shown:
-        sheet = await asyncio.to_thread(_draw_contact_sheet, rows, urls)
+        sheet = await asyncio.to_thread(_draw_sheet_of_rows, rows, urls)
         await output.write(CONTACT_SHEET, sheet)
     return counted
 
@@ -100,9 +101,8 @@ async def draw_run_sheet(output: OutputFolder, run: str) -> bytes | None:
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as private:
         results = Path(private, "results")
         await output.fetch(RESULTS_JSONL, results)
-        lines = [line for line in read_lines(results) if line["run"] == run and line.get("file")][
-            :_SHEET_IMAGES
-        ]
+        own = (line for line in read_lines(results) if line["run"] == run and line.get("file"))
+        lines = list(itertools.islice(own, _SHEET_IMAGES))
     cells = []
     for line in lines:
         if (image := await output.read(line["file"])) is not None:
@@ -165,19 +165,15 @@ async def _make_missing(
         )
 
 
-def _draw_contact_sheet(rows: GalleryRows, urls: dict[str, str]) -> bytes:
-    """Draw the first thumbnails of results, given as data URLs; returns a PNG."""
+def _draw_sheet_of_rows(rows: GalleryRows, urls: dict[str, str]) -> bytes:
+    """Draw the first thumbnails of results, given as data URLs."""
+    columns = rows.columns["id"], rows.columns["style"], rows.after
     cells = [
-        (
-            _describe_cell(row_id, style),
-            io.BytesIO(base64.b64decode(urls[name].partition(",")[2])),
-        )
-        for row_id, style, name in zip(
-            rows.columns["id"], rows.columns["style"], rows.after, strict=True
-        )
+        (_describe_cell(row_id, style), io.BytesIO(base64.b64decode(urls[name].partition(",")[2])))
+        for row_id, style, name in zip(*columns, strict=True)
         if name in urls
-    ][:_SHEET_IMAGES]
-    return _draw_cells(cells)
+    ]
+    return _draw_cells(cells[:_SHEET_IMAGES])
 
 
 def _describe_cell(row_id: str, style: str | None) -> str:
@@ -185,10 +181,43 @@ def _describe_cell(row_id: str, style: str | None) -> str:
 
 
 def _draw_cells(cells: list[tuple[str, io.BytesIO]]) -> bytes:
+    """Draw a contact sheet as a PNG."""
     # As wide as high, so that pages which shrink it leave its captions readable.
     columns = min(_SHEET_COLUMNS, math.isqrt(len(cells) - 1) + 1)
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     file = io.BytesIO()
-    draw_contact_sheet(
-        [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    ).save(file, "PNG", compress_level=4)
+    draw_contact_sheet(rows).save(file, "PNG", compress_level=4)
     return file.getvalue()
+
+
+def draw_contact_sheet(rows: Sequence[Sequence[tuple[str, Path | IO[bytes]]]]) -> Image.Image:
+    """Draw captions and images in rows, in RGB, with 256 x 216 pixels for each image."""
+    width, height = _CELL_SIZE[0], _CELL_SIZE[1] + _CAPTION_HEIGHT
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * width, len(rows) * height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for top, row in enumerate(rows):
+        for left, (caption, file) in enumerate(row):
+            with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
+                # A JPEG decodes several times faster at a reduced size.
+                image.draft("RGB", _CELL_SIZE)
+                cell = ImageOps.pad(image.convert("RGB"), _CELL_SIZE, color=_BACKGROUND)
+            sheet.paste(cell, (left * width, top * height))
+            center = (
+                left * width + width // 2,
+                top * height + _CELL_SIZE[1] + _CAPTION_HEIGHT // 2,
+            )
+            text = _shorten(caption, font)
+            draw.text(center, text, fill=_TEXT_COLOR, font=font, anchor="mm")
+    return sheet
+
+
+def _shorten(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Replace the middle of a caption by an ellipsis if it is wider than its image."""
+    kept = len(caption)
+    text = caption
+    while kept > 1 and font.getlength(text) > _CELL_SIZE[0] - _CAPTION_MARGIN:
+        kept -= 1
+        text = f"{caption[: (kept + 1) // 2]}…{caption[len(caption) - kept // 2 :]}"
+    return text

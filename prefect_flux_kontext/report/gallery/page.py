@@ -11,13 +11,14 @@ import json
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.report.results import COLUMNS, original_column_name
+from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
+from prefect_flux_kontext.report.results import COLUMNS, Line, original_column_name
 from prefect_flux_kontext.report.thumbnails import image_thumbnail_name, reference_thumbnail_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from prefect_flux_kontext.report.results import Line
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _SHOWN_COLUMNS = (
     *("id", "line", "state", "reason", "message", "file", "style", "prompt"),
@@ -35,11 +36,7 @@ _as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Column:
-    """The values of one column, each held as a line of JSON.
-
-    Args:
-        empty: The number of rows before the first that have no value.
-    """
+    """The values of one column, each held as a line of JSON; the first `empty` rows have none."""
 
     def __init__(self, empty: int = 0) -> None:
         self._lines = bytearray(b"null\n" * empty)
@@ -63,20 +60,13 @@ class Column:
 
 
 class GalleryRows:
-    """The rows of a gallery.
-
-    Attributes:
-        columns: The shown columns of the package, by name.
-        custom: The custom columns, by their name in the manifest.
-        after: The name of the thumbnail of each row's image; None for rows without one.
-        before: The name of the thumbnail of each row's reference; None for rows without one.
-    """
+    """The rows of a gallery."""
 
     def __init__(self) -> None:
         self.columns = {name: Column() for name in _SHOWN_COLUMNS}
-        self.custom: dict[str, Column] = {}
-        self.after = Column()
-        self.before = Column()
+        self.custom: dict[str, Column] = {}  # by their names in the manifest
+        self.after = Column()  # names of the thumbnails of images, None for rows without one
+        self.before = Column()  # likewise of references
         self._rows = 0
 
     def __len__(self) -> int:
@@ -109,9 +99,8 @@ class GalleryRows:
 
 def render_page(
     rows: GalleryRows,
+    output: OutputFolder,
     *,
-    title: str,
-    folder: str,
     statistics: Mapping[str, Any],
     files: Mapping[str, str],
     embedded: Mapping[str, str],
@@ -121,8 +110,7 @@ def render_page(
 
     Args:
         rows: The rows of the page.
-        title: The title of the page.
-        folder: The folder of the thumbnail files, relative to the page.
+        output: The output, whose name is the title.
         statistics: The result of `Statistics.summarize`.
         files: The name of the file that holds each thumbnail.
         embedded: Thumbnails that the page itself holds, as data URLs.
@@ -131,18 +119,14 @@ def render_page(
     style = _read_file("style.css")
     script = "".join(_read_file(f"{name}.js") for name in _SCRIPTS)
 
-    def fill(text: str) -> str:
-        return (
-            text.replace("{policy}", _build_policy(style, script, is_live=live is not None))
-            .replace("{style}", style)
-            .replace("{script}", script)
-        )
-
-    above, _, below = _read_file("page.html").partition("{data}")
-    yield fill(above)
+    page = _read_file("page.html")
+    page = page.replace("{policy}", _build_policy(style, script, is_live=live is not None))
+    page = page.replace("{style}", style).replace("{script}", script)
+    above, _, below = page.partition("{data}")
+    yield above
     simple = {
-        "title": title,
-        "folder": folder,
+        "title": str(output).rstrip("/").rpartition("/")[2],
+        "folder": GALLERY_FOLDER,
         "statistics": statistics,
         "rows": len(rows),
         "thumbnailFiles": files,
@@ -159,7 +143,7 @@ def render_page(
             yield _escape_html(f"{comma}{_as_json(column_name)}:{column.to_json()}")
         yield "}"
     yield "}"
-    yield fill(below)
+    yield below
 
 
 def _escape_html(text: str) -> str:

@@ -29,16 +29,10 @@ class ThumbnailStore:
     """The thumbnails of a gallery, in script files that the page loads on demand.
 
     The files are scripts because a page opened from the disk may not read other files.
-
-    Args:
-        output: The batch's output.
-
-    Attributes:
-        files: The name of the file that holds each thumbnail, after `load_index`.
     """
 
     def __init__(self, output: OutputFolder) -> None:
-        self.files: dict[str, str] = {}
+        self.files: dict[str, str] = {}  # by thumbnail, the file that holds it; see `load_index`
         self._store = RecordStore(output.below(GALLERY_FOLDER))
         self._written: dict[str, list[str]] = {}
 
@@ -57,15 +51,10 @@ class ThumbnailStore:
             self._written[file] = list(block)
 
     async def load_index(self, *, save: bool = True) -> bool:
-        """Load the index of all thumbnails, and complete it.
+        """Load the index of all thumbnails and complete it; return whether there are new files.
 
-        A run that was killed may have written files that the index does not name.
-
-        Args:
-            save: Whether to write the completed index; else only what is new is read.
-
-        Returns:
-            Whether there are new files.
+        A run that was killed may have written files that the index does not name. Without `save`,
+        only what is new is read, and the completed index is not written.
 
         Raises:
             LedgerError: The output cannot be read or written.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.sandbox.contract import success
+from starlette.datastructures import Headers
+from starlette.responses import Response
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,22 +15,6 @@ if TYPE_CHECKING:
 
 CONNECTION = "sandbox.connection"
 """Name of the server's ASGI extension whose `reset` and `close` end a request's connection."""
-
-JSON = "application/json"
-
-
-@dataclass
-class Reply:
-    """The service's reply."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-    @property
-    def media_type(self) -> str:
-        """The Content-Type header."""
-        return dict(self.headers).get(b"content-type", b"").decode()
 
 
 @dataclass(frozen=True)
@@ -48,47 +31,35 @@ class Exchange:
     plan: FaultPlan
     number: int
 
-    async def call_service(self) -> Reply:
+    async def call_service(self) -> Response:
         """Pass the request to the service and return its reply without sending it."""
-        reply = Reply(500, [], b"")
+        head: Message = {}
+        body = bytearray()
 
         async def keep(message: Message) -> None:
             if message["type"] == "http.response.start":
-                reply.status, reply.headers = message["status"], list(message["headers"])
+                head.update(message)
             else:
-                reply.body += message.get("body", b"")
+                body.extend(message.get("body", b""))
 
         await self.app(self.scope, self.receive, keep)
-        return reply
+        return Response(bytes(body), head["status"], Headers(raw=head["headers"]))
 
     async def discard_request(self) -> None:
         """Read the request without passing it to the service."""
         while (await self.receive()).get("more_body"):
             pass
 
-    async def answer(
-        self, status: int, body: bytes, media_type: str = JSON, **headers: str
-    ) -> None:
-        """Send a complete response."""
-        await self.send_head(status, media_type, content_length=str(len(body)), **headers)
-        await self.send_body(body, last=True)
+    async def answer(self, reply: Response) -> None:
+        """Send a complete reply."""
+        await reply(self.scope, self.receive, self.send)
 
-    async def answer_success(self, data: Any) -> None:
-        """Send the envelope of a success."""
-        await self.answer(200, json.dumps(success(data)).encode())
+    async def send_head(self, reply: Response) -> None:
+        """Send status and headers of a reply. Without a Content-Length the body is chunked."""
+        status, headers = reply.status_code, reply.raw_headers
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def pass_on(self, reply: Reply) -> None:
-        """Send the service's reply unchanged."""
-        await self._start(reply.status, reply.headers)
-        await self.send_body(reply.body, last=True)
-
-    async def send_head(self, status: int, media_type: str, **headers: str) -> None:
-        """Send status and headers. Without a Content-Length the body is chunked."""
-        named = {"content-type": media_type, **headers}
-        pairs = [(k.replace("_", "-").encode(), v.encode()) for k, v in named.items()]
-        await self._start(status, pairs)
-
-    async def send_body(self, body: bytes, *, last: bool = False) -> None:
+    async def send_body(self, body: bytes | memoryview, *, last: bool = False) -> None:
         """Send a chunk of the body."""
         await self.send({"type": "http.response.body", "body": body, "more_body": not last})
 
@@ -104,14 +75,3 @@ class Exchange:
             raise ConnectionResetError("The sandbox broke the connection.")
         control[how]()
         await self.wait_for_disconnect()
-
-    async def hang(self) -> None:
-        """Close the connection after the plan's seconds, unless the client disconnects first."""
-        try:
-            async with asyncio.timeout(self.plan.hang):
-                await self.wait_for_disconnect()
-        except TimeoutError:
-            await self.end_connection("close")
-
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})

@@ -1,11 +1,14 @@
-"""Plans of faults: which faults apply, how often and to which requests."""
+"""Plans of faults: which apply, how often and to which requests; and applying them."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import parse_qs
 
 from pydantic import (
     BaseModel,
@@ -15,13 +18,27 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
 )
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS
+from prefect_flux_kontext.sandbox.contract import Refusal
+from prefect_flux_kontext.sandbox.faults.exchange import Exchange
+from prefect_flux_kontext.sandbox.faults.handlers import FAULTS, HANDLERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+_PATHS = {
+    "/api/v1/generateTask/": "submit",
+    "/api/v1/statusTask/": "status",
+    "/results/": "download",
+}
+_LASTING = {"status": "never-ends", "download": "lost-result"}
+"""By kind of request, the fault of a task that shows in it."""
 _FAULT_PATTERN = re.compile(
     r"(?P<kind>[a-z]+):(?P<name>[a-z0-9-]+)"
     r"(=(?P<share>[0-9]*\.?[0-9]+))?"
@@ -132,3 +149,93 @@ def load_plan(file: Path | None, faults: Sequence[str], seed: int) -> FaultPlan:
         if not isinstance(given.get("faults", []), list):
             raise BadPlanError(f"{file}: `faults` must be a list")
     return read_plan({"seed": seed, **given, "faults": [*faults, *given.get("faults", [])]})
+
+
+class ActiveFaults:
+    """Decides which fault applies to each request, task and callback.
+
+    Assigning another plan keeps the counters: of each kind, and of each applied `kind:fault`.
+    """
+
+    def __init__(self, plan: FaultPlan) -> None:
+        self.change(plan)
+
+    def change(self, plan: FaultPlan) -> None:
+        """Set a plan and reset the counters."""
+        self.plan = plan
+        self.numbers: Counter[str] = Counter()
+        self.applied: Counter[str] = Counter()
+        self._task_faults: dict[str, str] = {}
+
+    def applies(self, kind: str) -> tuple[str | None, int]:
+        """Count the next of a kind; return its fault, or None, and its number."""
+        self.numbers[kind] += 1
+        fault = self.plan.fault(kind, self.numbers[kind])
+        if fault is not None:
+            self.applied[f"{kind}:{fault}"] += 1
+        return fault, self.numbers[kind]
+
+    def accepted(self, task_id: str) -> None:
+        """Choose the fault of a task that was just accepted."""
+        fault, _ = self.applies("task")
+        if fault is not None:
+            self._task_faults[task_id] = fault
+
+    def task_fault(self, task_id: str) -> str | None:
+        """Return the fault of a task, or None."""
+        return self._task_faults.get(task_id) if self.plan.faults else None
+
+    def report(self) -> dict[str, Any]:
+        """Return the plan and the counters, as `/sandbox/faults` shows them."""
+        return {
+            "plan": self.plan.model_dump(mode="json"),
+            "seen": dict(self.numbers),
+            "applied": dict(self.applied),
+        }
+
+
+def inject_faults(app: ASGIApp, faults: ActiveFaults) -> ASGIApp:
+    """Apply faults to the requests of an application."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"] if scope["type"] == "http" else ""
+        kind = next((kind for start, kind in _PATHS.items() if path.startswith(start)), None)
+        if kind is None:
+            await app(scope, receive, send)
+            return
+        fault, number = faults.applies(kind)
+        lasting = _LASTING.get(kind)
+        if fault is not None:
+            handler = HANDLERS[kind, fault]
+        elif lasting and faults.task_fault(_task_id(kind, scope)) == lasting:
+            handler = HANDLERS["task", lasting]
+        else:
+            await app(scope, receive, send)
+            return
+        await handler(Exchange(app, scope, receive, send, faults.plan, number))
+
+    return serve
+
+
+def _task_id(kind: str, scope: Scope) -> str:
+    if kind == "download":
+        return str(scope["path"]).split("/")[2]
+    query = parse_qs(scope["query_string"].decode("latin-1"))
+    return str(query.get("taskId", [""])[0])
+
+
+def faults_endpoint(faults: ActiveFaults) -> Route:
+    """Make the route: GET shows plan and counters, PUT sets a plan, DELETE removes it."""
+
+    async def handle(request: Request) -> Response:
+        if request.method == "PUT":
+            body = await request.body()
+            try:
+                faults.change(read_plan(json.loads(body)))
+            except (BadPlanError, ValueError, RecursionError) as error:
+                raise Refusal(400, "invalid plan of faults", str(error)) from None
+        elif request.method == "DELETE":
+            faults.change(FaultPlan())
+        return JSONResponse(faults.report())
+
+    return Route("/sandbox/faults", handle, methods=["GET", "PUT", "DELETE"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS
+from prefect_flux_kontext.sandbox.faults.handlers import FAULTS
 from tests.sandbox.helpers import STATUS, SUBMIT
 
 BODY = {"input": {"mode": "pro", "prompt": "a cat"}}

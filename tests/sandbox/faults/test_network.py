@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS
+from prefect_flux_kontext.sandbox.faults.handlers import FAULTS
 from tests.sandbox.faults.asking import BODY, accepted, ask, ended, kinds_of, plan, status, submit
 from tests.sandbox.faults.test_responses import DATA
 from tests.sandbox.helpers import STATUS, SUBMIT

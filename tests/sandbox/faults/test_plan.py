@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_flux_kontext.sandbox.faults.handlers import FAULTS, describe_faults
 from prefect_flux_kontext.sandbox.faults.plan import (
     BadPlanError,
     FaultPlan,
@@ -14,7 +15,6 @@ from prefect_flux_kontext.sandbox.faults.plan import (
     read_fault,
     read_plan,
 )
-from prefect_flux_kontext.sandbox.faults.registry import FAULTS, describe_faults
 
 ALL = [(kind, name) for kind, faults in FAULTS.items() for name in faults]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 
 from prefect_flux_kontext.errors import ReferenceImageError
-from prefect_flux_kontext.references.metadata import remove_metadata
+from prefect_flux_kontext.images.metadata import remove_metadata
 from prefect_flux_kontext.references.resolver import References
 from prefect_flux_kontext.references.staging import Staging
 from tests.support.pictures import animation, picture
