@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # share of a round: the time in which each running task could be polled once if all requests were
 # polls, 6 s at the account's limits. Few tasks are then polled at every interval, and many when
 # they have likely ended. A larger share needs fewer requests; a smaller one lets polls queue.
-_UNNOTICED_ROUNDS = 0.12
+_UNNOTICED_ROUNDS = 0.09
 
 # The least such time, in intervals: no poll is sent at ages at which tasks hardly ever end.
 _MIN_UNNOTICED_INTERVALS = 0.05
