@@ -31,21 +31,13 @@ _DOUBT_SECONDS = 10.0
 # deviations one submit in 400 is refused at 300 slots, with 3 one in 2,000.
 _MARGIN_DEVIATIONS = 3.0
 
-# Interval at which the first waiter checks whether watched tasks have likely ended.
-_LIKELY_END_CHECK_SECONDS = 0.2
-
 # Submits in flight: at first, while they count on tasks that have likely ended, and at most. If
 # the limit is lower than configured, all of them are rejected.
 _INITIAL_SUBMITS = 8
 _MAX_SUBMITS_ON_ESTIMATE = 16
 _MAX_SUBMITS = 32
 
-# Weight of one submit in the running mean of submit durations, and the longest duration that
-# counts: a submit that a pause delayed says nothing about the next one.
-_SUBMIT_DURATION_WEIGHT = 0.05
-_MAX_SUBMIT_SECONDS = 1.0
-
-# An estimate is reused for this long.
+# An estimate is reused for this long, and then the first waiter checks again.
 _ESTIMATE_LIFETIME_SECONDS = 0.2
 
 
@@ -113,7 +105,6 @@ class ConcurrencyLimiter:
         self._limit = LearnedLimit(slots)
         self._rejection_rate = RejectionRate()
         self._doubted_at = -math.inf
-        self._submit_duration = 0.0  # running mean of the seconds from slot to accepted task
         self._submits = 0  # in flight
         self._max_submits = _INITIAL_SUBMITS
         self._estimate = RunningEstimate()
@@ -164,11 +155,6 @@ class ConcurrencyLimiter:
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
-            if acquired_at is not None:
-                seconds = min(now - acquired_at, _MAX_SUBMIT_SECONDS)
-                self._submit_duration += _SUBMIT_DURATION_WEIGHT * (
-                    seconds - self._submit_duration
-                )
             self._rejection_rate.record_success()
             self._submits -= 1
             self._max_submits = min(_MAX_SUBMITS, self._max_submits + 1)
@@ -189,7 +175,7 @@ class ConcurrencyLimiter:
         with self._lock:
             self._submits -= 1
             self._rejection_rate.record_rejection()
-            self._estimate.refresh(self._watched.values(), now, self._submit_duration)
+            self._estimate.refresh(self._watched.values(), now, self.round_trip)
             likely_running = self._count_likely_running()
             sent_at = now if acquired_at is None else acquired_at
             if sent_at <= self._doubted_at:
@@ -237,7 +223,7 @@ class ConcurrencyLimiter:
     def _count_free(self, now: float) -> int:
         free, max_submits = self._limit.value - self.running, self._max_submits
         if free <= 0 and self._watched and now >= self._doubted_at + _DOUBT_SECONDS:
-            self._estimate.refresh(self._watched.values(), now, self._submit_duration)
+            self._estimate.refresh(self._watched.values(), now, self.round_trip)
             likely_running = self._estimate.mean + _MARGIN_DEVIATIONS * self._estimate.deviation
             free += max(0, len(self._watched) - math.ceil(likely_running))
             max_submits = min(max_submits, _MAX_SUBMITS_ON_ESTIMATE)
@@ -249,7 +235,7 @@ class ConcurrencyLimiter:
     def _seconds_until_check(self, now: float) -> float:
         """Return the seconds after which a slot may be free without a call that frees it."""
         if self._estimate.mean < len(self._watched):
-            return _LIKELY_END_CHECK_SECONDS
+            return _ESTIMATE_LIFETIME_SECONDS
         if self._unwatched:
             return next(iter(self._unwatched.values())) - now
         return _UNWATCHED_TASK_SECONDS
