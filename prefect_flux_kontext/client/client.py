@@ -401,7 +401,9 @@ class SubmitSlot:
             )
         except ApiError as error:
             outcome = SubmitOutcome(error=error)
-            if isinstance(error, RateLimitedError):
+            if isinstance(error, RateLimitedError) and not (
+                self._client.limiter.is_request_limit(error.retry_after)
+            ):
                 self._is_open = False
                 limiter.record_rejection(acquired_at=self._acquired_at)
         except Exception as error:  # noqa: BLE001 - nobody knows whether it was sent

@@ -161,8 +161,7 @@ async def _poll_until_ended(
 ) -> TaskStatus:
     """Return the first status that says that the task has ended."""
     if pauses is None:
-        for _ in range(2):  # other tasks may have ended meanwhile, which changes the pause
-            await asyncio.sleep(scheduler.pause())
+        await asyncio.sleep(scheduler.pause())
     else:
         await pauses.before_first_poll(scheduler.age)
     while True:

@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 @pytest.fixture
 def fixed_backoff(monkeypatch):
-    """Replace the random backoff by one second, doubled each time."""
+    """Replace the random backoff by one second, doubled each time, and keep the request limit."""
+    monkeypatch.setattr(RateLimiter, "meet_limit", lambda _self, **_sent: None)
     monkeypatch.setattr(account_module, "jittered_backoff", lambda attempt: 2.0 ** (attempt - 1))
 
 
@@ -25,7 +26,7 @@ def make_limiter():
 
 async def measure_wait(limiter):
     began = asyncio.get_running_loop().time()
-    await limiter.requests.acquire()
+    await limiter.requests.acquire(has_priority=True)
     return asyncio.get_running_loop().time() - began
 
 
@@ -35,7 +36,6 @@ async def reject_repeatedly(limiter):
         limiter.record_rejection(None)
     await asyncio.sleep(100)
     limiter._pauses_in_a_row = 0
-    limiter.requests = RateLimiter(10_000)  # at full speed again
 
 
 @pytest.mark.usefixtures("fixed_backoff")
@@ -94,27 +94,40 @@ async def test_pause_holds_back_all_requests():
     assert first_after
 
 
-async def test_rejected_polls_slow_requests_down_but_submits_do_not():
+async def test_rejected_polls_lower_the_limit_but_submits_do_not():
     limiter = make_limiter()
     spacing = limiter.requests.spacing
     for _ in range(50):
+        limiter.record_success(round_trip=0.3)
         limiter.record_rejection(None, is_submit=True)
-        await asyncio.sleep(100)
+        await asyncio.sleep(1)
     assert limiter.requests.spacing == spacing
     for _ in range(5):
         limiter.record_rejection(None)
-        await asyncio.sleep(100)
-    assert limiter.requests.spacing == 2 * spacing
+    assert limiter.requests.spacing > 1
 
 
-async def test_two_rejections_with_retry_after_slow_requests_down():
+async def test_one_rejected_poll_with_retry_after_lowers_the_limit():
     limiter = make_limiter()
-    spacing = limiter.requests.spacing
+    for _ in range(30):
+        limiter.record_success(round_trip=0.3)
+    await asyncio.sleep(1)
     limiter.record_rejection(5.0)
-    await asyncio.sleep(100)
-    assert limiter.requests.spacing == spacing
+    assert limiter.requests.spacing == pytest.approx(2, abs=0.2)
+
+
+async def test_rejected_submit_at_a_known_limit_is_about_requests():
+    limiter = make_limiter()
+    for _ in range(60):
+        limiter.record_success(round_trip=0.3)
+    await asyncio.sleep(1)
+    assert not limiter.is_request_limit(5.0)  # there may be too many tasks
     limiter.record_rejection(5.0)
-    assert limiter.requests.spacing == 2 * spacing
+    assert limiter.is_request_limit(5.0)
+    assert not limiter.is_request_limit(None)
+    await asyncio.sleep(60)
+    limiter.record_success(round_trip=0.3)
+    assert not limiter.is_request_limit(5.0)
 
 
 async def test_one_random_rejection_in_twenty_causes_no_pause():

@@ -32,8 +32,8 @@ STEPS = st.lists(
         st.tuples(st.just("sleep"), st.floats(0, 100)),
         st.tuples(st.just("pause"), st.floats(0, 400)),
         st.tuples(st.just("cancel"), st.integers(0, 300)),
-        st.tuples(st.just("slow down"), st.just(0)),
-        st.tuples(st.just("speed up"), st.integers(1, 300)),
+        st.tuples(st.just("reject"), st.just(0)),
+        st.tuples(st.just("answer"), st.integers(1, 300)),
     ),
     min_size=1,
     max_size=12,
@@ -45,13 +45,13 @@ async def play(limit, steps):
     loop, limiter = asyncio.get_running_loop(), RateLimiter(limit)
     through, pauses, waiting = [], [], []
 
-    async def take():
-        await limiter.acquire()
+    async def take(number):
+        await limiter.acquire(has_priority=number % 3 > 0)
         through.append(loop.time())
 
     for what, how in steps:
         if what == "arrive":
-            waiting += [asyncio.create_task(take()) for _ in range(how)]
+            waiting += [asyncio.create_task(take(number)) for number in range(how)]
             await asyncio.sleep(0)
         elif what == "sleep":
             await asyncio.sleep(how)
@@ -61,11 +61,11 @@ async def play(limit, steps):
         elif what == "cancel":
             for task in waiting[::3][:how]:
                 task.cancel()
-        elif what == "slow down":
-            limiter.slow_down()
+        elif what == "reject":
+            limiter.meet_limit(sent_at=loop.time())
         else:
             for _ in range(how):
-                limiter.speed_up()
+                limiter.record_answer()
     ended = await asyncio.gather(*waiting, return_exceptions=True)
     cancelled = sum(isinstance(error, asyncio.CancelledError) for error in ended)
     assert len(through) == len(waiting) - cancelled, "a waiter never got through"
@@ -74,7 +74,7 @@ async def play(limit, steps):
 
 @settings(max_examples=100)
 @given(LIMITS, STEPS)
-@example(103, [("slow down", 0), ("pause", 1.0), ("speed up", 100), ("arrive", 1)])
+@example(103, [("reject", 0), ("pause", 1.0), ("answer", 100), ("arrive", 3)])
 def test_no_sliding_minute_exceeds_the_limit(limit, steps):
     through, pauses = run_in_virtual_time(play(limit, steps))
     assert fullest_minute(through) <= limit
@@ -95,10 +95,41 @@ def test_limit_is_used_when_there_is_demand(limit):
     assert max(through) - min(through) <= ideal / 0.9
 
 
-def test_burst_is_small_and_immediate():
-    through, _ = run_in_virtual_time(play(10_000, [("arrive", 1_000)]))
-    immediate = sum(time == through[0] for time in through)
-    assert 100 <= immediate <= 200
+@pytest.mark.parametrize(("limit", "burst"), [(1, 1), (2, 2), (60, 2), (1_000, 20), (10_000, 200)])
+def test_only_submits_may_use_a_small_burst(limit, burst):
+    async def count_immediate(*, is_submit):
+        limiter, counted = RateLimiter(limit), 0
+        async with asyncio.TaskGroup() as group:
+
+            async def take():
+                nonlocal counted
+                await limiter.acquire(has_priority=is_submit)
+                counted += 1
+
+            tasks = [group.create_task(take()) for _ in range(burst + 5)]
+            await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+        return counted
+
+    assert run_in_virtual_time(count_immediate(is_submit=True)) in (burst - 1, burst)  # rounding
+    assert run_in_virtual_time(count_immediate(is_submit=False)) == 1
+
+
+def test_submit_after_a_poll_is_not_delayed():
+    async def main():
+        loop, limiter, waits = asyncio.get_running_loop(), RateLimiter(60), []
+        polls = [asyncio.create_task(limiter.acquire()) for _ in range(20)]
+        for poll in polls[:5]:
+            await poll  # it found that its task has ended
+            began = loop.time()
+            await limiter.acquire(has_priority=True)
+            waits.append(loop.time() - began)
+        for poll in polls:
+            poll.cancel()
+        return waits
+
+    assert run_in_virtual_time(main()) == [0] * 5
 
 
 def test_no_burst_follows_a_pause():
@@ -154,30 +185,47 @@ def test_short_pause_does_not_end_a_long_one():
     assert min(through) >= 1_000_060 - CLOCK_TOLERANCE_SECONDS
 
 
-def test_halved_rate_recovers_within_minutes():
+async def use_up(limiter, number):
+    """Send this number of requests, all of which are answered; return the seconds it took."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    for _ in range(number):
+        await limiter.acquire()
+        limiter.record_answer()
+    return loop.time() - began
+
+
+def test_rejection_lowers_the_limit_to_the_last_minute():
     async def main():
         loop, limiter = asyncio.get_running_loop(), RateLimiter(6_000)
-        limiter.slow_down()
-        limiter.slow_down()
-        rates = []
-        for _ in range(8):
-            began = loop.time()
-            for _ in range(1_500):
-                await limiter.acquire()
-                limiter.speed_up()
-            rates.append(1_500 / (loop.time() - began))
-        return rates
+        await use_up(limiter, 60)
+        limiter.meet_limit(sent_at=loop.time())
+        for _ in range(5):  # in flight at the rejection
+            limiter.meet_limit(sent_at=loop.time() - 1)
+        return limiter.spacing
 
-    rates = run_in_virtual_time(main())
-    assert rates[0] < 40
-    assert rates[-1] > 90
+    assert run_in_virtual_time(main()) == pytest.approx(1.04, abs=0.01)
+
+
+def test_lowered_limit_grows_again_while_it_is_used():
+    async def main():
+        limiter = RateLimiter(6_000)
+        await use_up(limiter, 60)
+        limiter.meet_limit(sent_at=asyncio.get_running_loop().time())
+        held = await use_up(limiter, 9)
+        await use_up(limiter, 1_000)
+        return held, await use_up(limiter, 1_000)
+
+    held, grown = run_in_virtual_time(main())
+    assert held > 8
+    assert grown < 100
 
 
 @pytest.mark.parametrize("limit", [1, 7, 60, 10_000])
-def test_slowed_limiter_never_stops(limit):
-    steps = [("slow down", 0)] * 50 + [("arrive", 5)]
+def test_rejected_limiter_never_stops(limit):
+    steps = [("reject", 0)] * 50 + [("arrive", 5)]
     through, _ = run_in_virtual_time(play(limit, steps))
-    assert max(through) - min(through) <= 4 * 60 + CLOCK_TOLERANCE_SECONDS
+    assert max(through) - min(through) <= 5 * 62
 
 
 def test_one_limiter_serves_several_threads():

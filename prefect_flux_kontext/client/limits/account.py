@@ -56,19 +56,17 @@ class AccountLimiter:
         Rejections of requests that were in flight at the first rejection count as one.
         """
         now = asyncio.get_running_loop().time()
-        if not is_submit:
+        sent_at = now if sent_at is None else sent_at
+        if not is_submit or self.is_request_limit(retry_after):
             self._rejection_rate.record_rejection()
-        if (now if sent_at is None else sent_at) < self._paused_until:
+            if retry_after or self._rejection_rate.high:
+                self.requests.meet_limit(sent_at=sent_at)
+        if sent_at < self._paused_until:
             seconds = retry_after or 0.0
         elif retry_after or (self._rejection_rate.high and not is_submit):
             self._pauses_in_a_row += 1
             # A Retry-After of 0 is ignored: a request sent immediately is rejected again.
             seconds = retry_after or jittered_backoff(self._pauses_in_a_row)
-            # A service that sends Retry-After counts requests and does not reject at random, so
-            # fewer rejections are evidence enough.
-            is_limit = self._rejection_rate.elevated if retry_after else self._rejection_rate.high
-            if is_limit and not is_submit:
-                self.requests.slow_down()
         else:
             return
         if now + seconds > self._paused_until:
@@ -76,11 +74,15 @@ class AccountLimiter:
             self.requests.pause(seconds)
             logger.info("Rate limited by the service (429): requests pause for %.1f s.", seconds)
 
+    def is_request_limit(self, retry_after: float | None) -> bool:
+        """Return whether the 429 of a submit is about requests, and so not about slots."""
+        return bool(retry_after) and self.requests.is_at_limit()
+
     def record_success(self, *, round_trip: float) -> None:
         """Record a reply other than 429, after seconds. The next backoff starts small again."""
         self._pauses_in_a_row = 0
         self._rejection_rate.record_success()
-        self.requests.speed_up()
+        self.requests.record_answer()
         self.tasks.round_trip += _ROUND_TRIP_WEIGHT * (round_trip - self.tasks.round_trip)
 
 

@@ -9,8 +9,9 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prefect_flux_kontext.client.limits.learned_limit import LearnedLimit
 from prefect_flux_kontext.client.limits.waiters import Waiter
-from prefect_flux_kontext.client.retry import RejectionRate, jittered_backoff
+from prefect_flux_kontext.client.retry import RejectionRate
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -20,19 +21,15 @@ if TYPE_CHECKING:
 # An unwatched task is assumed to hold its slot for this long: twice the mean of 30 s.
 _UNWATCHED_TASK_SECONDS = 60.0
 
-# Time without growth, or without submits on an estimate, after a rejected submit. It doubles with
-# each rejection that follows another within ten times as long, and halves with each later one,
-# within these bounds.
-_MIN_HOLD_SECONDS = 1.0
-_MAX_HOLD_SECONDS = 120.0
-_HOLDS_BETWEEN_RARE_REJECTIONS = 10.0
+# A lowered limit grows with each accepted task while this share of it, less one, is in use.
+_USED_SHARE = 0.95
+
+# Time without submits on an estimate, after one was rejected.
+_DOUBT_SECONDS = 10.0
 
 # The estimate of running tasks must stay this many standard deviations below the limit. With 2.5
 # deviations one submit in 400 is refused at 300 slots, with 3 one in 2,000.
 _MARGIN_DEVIATIONS = 3.0
-
-# Interval at which the first waiter checks whether watched tasks have likely ended.
-_LIKELY_END_CHECK_SECONDS = 0.2
 
 # Submits in flight: at first, while they count on tasks that have likely ended, and at most. If
 # the limit is lower than configured, all of them are rejected.
@@ -40,15 +37,7 @@ _INITIAL_SUBMITS = 8
 _MAX_SUBMITS_ON_ESTIMATE = 16
 _MAX_SUBMITS = 32
 
-# Weight of one submit in the running mean of submit durations, and the longest duration that
-# counts: a submit that a pause delayed says nothing about the next one.
-_SUBMIT_DURATION_WEIGHT = 0.05
-_MAX_SUBMIT_SECONDS = 1.0
-
-# Two task counts that differ by less than this share are taken as the same limit.
-_SAME_LIMIT_SHARE = 0.1
-
-# An estimate is reused for this long.
+# An estimate is reused for this long, and then the first waiter checks again.
 _ESTIMATE_LIFETIME_SECONDS = 0.2
 
 
@@ -113,13 +102,9 @@ class ConcurrencyLimiter:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.round_trip = 0.0  # running mean of the seconds from a request to its reply
-        self._limit = slots
-        self._ceiling = math.inf  # tasks that ran when a limit was last met
+        self._limit = LearnedLimit(slots)
         self._rejection_rate = RejectionRate()
-        self._rejected_at = self._closed_until = -math.inf
-        self._grow_from = self._estimate_from = -math.inf
-        self._hold = _MIN_HOLD_SECONDS
-        self._submit_duration = 0.0  # running mean of the seconds from slot to accepted task
+        self._doubted_at = -math.inf
         self._submits = 0  # in flight
         self._max_submits = _INITIAL_SUBMITS
         self._estimate = RunningEstimate()
@@ -170,21 +155,15 @@ class ConcurrencyLimiter:
         """
         now = asyncio.get_running_loop().time()
         with self._lock:
-            if acquired_at is not None:
-                seconds = min(now - acquired_at, _MAX_SUBMIT_SECONDS)
-                self._submit_duration += _SUBMIT_DURATION_WEIGHT * (
-                    seconds - self._submit_duration
-                )
             self._rejection_rate.record_success()
             self._submits -= 1
             self._max_submits = min(_MAX_SUBMITS, self._max_submits + 1)
             if task_id not in self._watched:
                 self._unwatched.setdefault(task_id, now + _UNWATCHED_TASK_SECONDS)
             likely_running = self._count_likely_running()
-            if likely_running > (1 + _SAME_LIMIT_SHARE) * self._ceiling + 1:
-                self._ceiling = math.inf
-            grown = self._limit + 1 if now >= self._grow_from else self._limit
-            self._limit = min(self.slots, max(grown, math.floor(likely_running)))
+            self._limit.accept(likely_running, sent_at=acquired_at or now)
+            if likely_running >= _USED_SHARE * self._limit.value - 1:
+                self._limit.grow(1, now)
         self._wake_waiters(now)
 
     def record_rejection(self, *, acquired_at: float | None = None) -> None:
@@ -196,20 +175,19 @@ class ConcurrencyLimiter:
         with self._lock:
             self._submits -= 1
             self._rejection_rate.record_rejection()
-            is_overbooked = self.running - self._submits > self._limit
-            # Submits in flight at the last rejection do not count as another one.
-            is_another = acquired_at is None or acquired_at > self._rejected_at
-            has_grown = now >= self._grow_from or not is_another
-            is_known_limit = (
-                has_grown
-                and self._rejection_rate.elevated
-                and self._count_likely_running() >= (1 - _SAME_LIMIT_SHARE) * self._ceiling
-            )
-            if is_overbooked or is_known_limit or self._rejection_rate.high:
-                self._shrink(now, is_overbooked=is_overbooked, is_another=is_another)
-            elif not has_grown:
-                # No more tasks run than were accepted before, so it was no limit then either.
-                self._grow_from = now
+            self._estimate.refresh(self._watched.values(), now, self.round_trip)
+            likely_running = self._count_likely_running()
+            sent_at = now if acquired_at is None else acquired_at
+            if sent_at <= self._doubted_at:
+                pass  # it was in flight then, so it says nothing new
+            elif self.running - self._submits > self._limit.value:
+                # The estimate made room. It is wrong, or the limit: doubt the estimate first.
+                self._doubted_at = now
+            elif self._rejection_rate.high or (
+                self._rejection_rate.elevated and self._limit.is_near(likely_running)
+            ):
+                self._limit.meet(likely_running, now, sent_at=sent_at)
+                self._max_submits = _INITIAL_SUBMITS
         self._wake_waiters(now)
 
     def release(self) -> None:
@@ -242,30 +220,10 @@ class ConcurrencyLimiter:
             self._unwatched.pop(task_id, None)
         self._wake_waiters(asyncio.get_running_loop().time())
 
-    def _shrink(self, now: float, *, is_overbooked: bool, is_another: bool) -> None:
-        self._max_submits = _INITIAL_SUBMITS
-        self._estimate.refresh(self._watched.values(), now, self._submit_duration)
-        likely_running = self._count_likely_running()
-        if not is_overbooked:
-            self._ceiling = max(1.0, likely_running)
-            self._limit = min(self._limit, math.floor(self._ceiling))
-        if is_another:
-            is_frequent = now < self._rejected_at + _HOLDS_BETWEEN_RARE_REJECTIONS * self._hold
-            hold = 2 * self._hold if is_frequent else self._hold / 2
-            self._hold = min(_MAX_HOLD_SECONDS, max(_MIN_HOLD_SECONDS, hold))
-            if is_overbooked:  # the estimate is wrong, or the limit: doubt the estimate first
-                self._estimate_from = now + self._hold
-            else:
-                self._grow_from = now + self._hold
-            self._rejected_at = now
-            self._closed_until = now + jittered_backoff(1)
-
     def _count_free(self, now: float) -> int:
-        if now < self._closed_until:
-            return 0
-        free, max_submits = self._limit - self.running, self._max_submits
-        if free <= 0 and self._watched and now >= self._estimate_from:
-            self._estimate.refresh(self._watched.values(), now, self._submit_duration)
+        free, max_submits = self._limit.value - self.running, self._max_submits
+        if free <= 0 and self._watched and now >= self._doubted_at + _DOUBT_SECONDS:
+            self._estimate.refresh(self._watched.values(), now, self.round_trip)
             likely_running = self._estimate.mean + _MARGIN_DEVIATIONS * self._estimate.deviation
             free += max(0, len(self._watched) - math.ceil(likely_running))
             max_submits = min(max_submits, _MAX_SUBMITS_ON_ESTIMATE)
@@ -276,10 +234,8 @@ class ConcurrencyLimiter:
 
     def _seconds_until_check(self, now: float) -> float:
         """Return the seconds after which a slot may be free without a call that frees it."""
-        if now < self._closed_until:
-            return self._closed_until - now
         if self._estimate.mean < len(self._watched):
-            return _LIKELY_END_CHECK_SECONDS
+            return _ESTIMATE_LIFETIME_SECONDS
         if self._unwatched:
             return next(iter(self._unwatched.values())) - now
         return _UNWATCHED_TASK_SECONDS

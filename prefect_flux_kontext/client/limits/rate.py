@@ -5,39 +5,40 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
+from prefect_flux_kontext.client.limits.learned_limit import LearnedLimit
 from prefect_flux_kontext.client.limits.waiters import Waiter
 
-# Share of the limit that is used, because requests bunch up a little on their way to the service.
-_USED_SHARE_OF_LIMIT = 0.98
+# Requests bunch up on their way to the service, so the limit is kept in a longer window.
+_WINDOW_SECONDS = 61.2
 
-# Seconds in which a request rate that was halved grows by a factor of e.
-_RECOVERY_SECONDS = 120.0
+# Requests that may be sent at once, as a share of the limit, and at least.
+_BURST_SHARE = 0.02
+_MIN_BURST = 2
 
-# Requests are at least one a minute, however often the rate was halved.
-_MAX_SPACING_SECONDS = 60.0
+# A lowered limit grows by this with each answer: by a factor of e in two minutes.
+_GROWTH_PER_ANSWER = 0.5
 
 # A waiter that is not the first checks at this interval whether those before it still exist.
 _QUEUE_CHECK_SECONDS = 60.0
 
 
 class RateLimiter:
-    """Allows at most `per_minute` requests in any 60 seconds.
+    """Allows at most `per_minute` requests in any 60 seconds, or fewer if the service does.
 
     It is a generic cell rate algorithm: requests are evenly spaced after a small burst. With a
-    burst of b and a spacing of i seconds, no window of 60 s contains more than b - 1 + 60 / i
-    requests; i is chosen so that this is the limit. Waiting submits go first, because each of
-    them holds a slot at the service that is idle until the submit is sent.
+    burst of b and a spacing of i seconds, no window of w seconds contains more than b + w / i
+    requests; i is chosen so that this is the limit. Only submits may use the burst, and they go
+    first, because each of them holds a slot at the service that is idle until the submit is sent.
+    So a poll leaves room for the submit that follows if it finds that the task has ended.
 
     One limiter serves several threads and event loops.
     """
 
     def __init__(self, per_minute: int) -> None:
-        usable = max(1, math.floor(per_minute * _USED_SHARE_OF_LIMIT))
-        burst = max(1, usable // 50)
-        self._min_spacing = self._spacing = 60.0 / (usable - burst + 1)
-        self._max_tolerance = self._tolerance = (burst - 1) * self._spacing
+        self._limit = LearnedLimit(per_minute)
+        self._answered: deque[float] = deque()  # loop times of the last minute
         self._next = -math.inf
         self._paused_until = -math.inf
         self._submits: OrderedDict[Waiter, None] = OrderedDict()
@@ -47,7 +48,8 @@ class RateLimiter:
     @property
     def spacing(self) -> float:
         """Current number of seconds between two requests."""
-        return self._spacing
+        limit = self._limit.value
+        return _WINDOW_SECONDS / (limit - _burst_of(limit) + 1)
 
     async def acquire(self, *, has_priority: bool = False) -> None:
         """Wait until one more request may be sent, with priority before those without."""
@@ -55,7 +57,7 @@ class RateLimiter:
         with self._lock:
             now = loop.time()
             is_first = not self._submits and (has_priority or not self._others)
-            if is_first and self._seconds_until_next(now) <= 0:
+            if is_first and self._seconds_until_next(now, has_priority) <= 0:
                 self._count_request(now)
                 return
             waiter, queue = Waiter(), self._submits if has_priority else self._others
@@ -65,7 +67,11 @@ class RateLimiter:
                 with self._lock:
                     now = loop.time()
                     is_first = self._first_in_line() is waiter
-                    seconds = self._seconds_until_next(now) if is_first else _QUEUE_CHECK_SECONDS
+                    seconds = (
+                        self._seconds_until_next(now, has_priority)
+                        if is_first
+                        else _QUEUE_CHECK_SECONDS
+                    )
                     if seconds <= 0:
                         self._count_request(now)
                         return
@@ -84,29 +90,40 @@ class RateLimiter:
             self._paused_until = max(self._paused_until, now + seconds)
             self._next = max(self._next, self._paused_until + self._tolerance)
 
-    def slow_down(self) -> None:
-        """Halve the rate: the account's limit is lower than configured, or is shared."""
+    def record_answer(self) -> None:
+        """Count a request that the service did not reject."""
+        now = asyncio.get_running_loop().time()
         with self._lock:
-            self._spacing = min(_MAX_SPACING_SECONDS, 2 * self._spacing)
-            self._tolerance = 0.0
+            self._answered.append(now)
+            self._drop_answered(now)
+            self._limit.grow(_GROWTH_PER_ANSWER, now)
 
-    def speed_up(self) -> None:
-        """Let a halved rate recover a little, at a pace that does not depend on the rate.
-
-        Call it once for each request that was answered.
-        """
+    def meet_limit(self, *, sent_at: float) -> None:
+        """Lower the limit to the requests of the last minute, because more were rejected."""
+        now = asyncio.get_running_loop().time()
         with self._lock:
-            if self._spacing > self._min_spacing:
-                smaller = self._spacing * (1 - self._spacing / _RECOVERY_SECONDS)
-                self._spacing = max(self._min_spacing, smaller)
-            else:
-                self._tolerance = self._max_tolerance
+            self._drop_answered(now)
+            if self._answered:  # otherwise nothing is known
+                self._limit.meet(len(self._answered), now, sent_at=sent_at)
 
-    def _seconds_until_next(self, now: float) -> float:
-        return max(self._next - self._tolerance, self._paused_until) - now
+    def is_at_limit(self) -> bool:
+        """Return whether a limit was met, by about as many requests as in the last minute."""
+        return self._limit.is_near(len(self._answered))
+
+    def _drop_answered(self, now: float) -> None:
+        while self._answered and self._answered[0] <= now - 60:
+            self._answered.popleft()
+
+    @property
+    def _tolerance(self) -> float:
+        return (_burst_of(self._limit.value) - 1) * self.spacing
+
+    def _seconds_until_next(self, now: float, has_priority: bool) -> float:
+        earliest = self._next - self._tolerance if has_priority else self._next
+        return max(earliest, self._paused_until) - now
 
     def _count_request(self, now: float) -> None:
-        self._next = max(self._next, now) + self._spacing
+        self._next = max(self._next, now) + self.spacing
 
     def _first_in_line(self) -> Waiter | None:
         for queue in (self._submits, self._others):
@@ -116,3 +133,7 @@ class RateLimiter:
                     return waiter
                 del queue[waiter]
         return None
+
+
+def _burst_of(limit: int) -> int:
+    return min(limit, max(_MIN_BURST, int(_BURST_SHARE * limit)))
