@@ -98,7 +98,7 @@ def _arguments(command: argparse.ArgumentParser) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

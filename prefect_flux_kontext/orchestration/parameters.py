@@ -188,110 +188,53 @@ StorageOptions = Annotated[
 _CLOSED: dict[str, JsonValue] = {"default": None}
 
 
-@with_config(ConfigDict(extra="forbid", title="options"))
+@with_config(ConfigDict(extra="forbid", title="options", use_attribute_docstrings=True))
 class AdvancedOptions(TypedDict, total=False):
     """Options of a batch that are rarely set; a call may give each as a keyword."""
 
-    output_names: Annotated[
-        str,
-        Field(
-            description="Template of the image names, such as {style}/{id}.{ext}, with any "
-            "column. Default: {id}/{style}.{ext}, or {id}.{ext} for rows without a style."
-        ),
-    ]
-    output_format: Annotated[OutputFormat, Field(description="As mode, format of the results.")]
-    provider: Annotated[Provider, Field(description="As mode, how the service routes the tasks.")]
-    manifest_format: Annotated[
-        ManifestFormat,
-        Field(
-            description="Format of the manifest. Default: by its name, content type or content."
-        ),
-    ]
-    text_to_image: Annotated[
-        bool,
-        Field(
-            description="Rows without a reference are meant, though other columns look like "
-            "images."
-        ),
-    ]
-    variants: Annotated[
-        Variants,
-        Field(description="Images to make of each row that names no number, each paid for."),
-    ]
-    pilot: Annotated[
-        PositiveInt | None,
-        Field(
-            description="Run a sample of this many rows first, with rows of each style, then "
-            "pause for approval of the rest, with the contact sheet of the sample beside the "
-            "price."
-        ),
-    ]
-    checks: Annotated[
-        list[str],
-        Field(
-            description="Own checks of the images, each module:function of an installed module. "
-            "It takes a Pillow image and its row, and returns flags."
-        ),
-    ]
-    fit_references: Annotated[
-        bool,
-        Field(description="Shrink local and private reference images of more than 10 MB."),
-    ]
-    resubmit_unknown: Annotated[
-        bool,
-        Field(
-            description="Pay again for rows whose submit reply was lost. They may have been "
-            "billed already."
-        ),
-    ]
-    failure_policy: Annotated[
-        FailurePolicy | None,
-        Field(
-            description="What to do for each fail code. Default: the default policy.",
-            json_schema_extra=_CLOSED,
-        ),
-    ]
-    cadence: Annotated[
-        PollingCadence | None,
-        Field(
-            description="When to poll for results. Default: the environment.",
-            json_schema_extra=_CLOSED,
-        ),
-    ]
-    callback_url: Annotated[
-        str,
-        Field(
-            description="URL that the service calls when an image is ready, in place of polling. "
-            "Default: FLUX_KONTEXT_CALLBACK_URL."
-        ),
-    ]
-    budget_by: Annotated[
-        GroupBudgets,
-        Field(
-            description="Most dollars for the rows with a value in a column, such as "
-            '{"team": {"blue": 20}}. When it is reached, these rows are not submitted, and the '
-            "others go on."
-        ),
-    ]
-    spend_by: Annotated[
-        list[str],
-        Field(description="Columns by whose values the summary shows what was spent."),
-    ]
-    alert_above_usd: Annotated[
-        NonNegativeFloat,
-        Field(
-            description="Emit the event flux-kontext.batch.spend-above once this run has spent "
-            "more dollars than this."
-        ),
-    ]
-    storage_options: Annotated[
-        StorageOptions,
-        Field(
-            description="Options of the output's filesystem, or block:aws-credentials/NAME. "
-            "Prefect stores parameters in plain text, so keep keys in a Block."
-        ),
-    ]
-    partition_deployment: Annotated[str, Field(description="The deployment that runs partitions.")]
+    output_names: str
+    """Template of the image names, such as {style}/{id}.{ext}, with any column. Default:
+    {id}/{style}.{ext}, or {id}.{ext} for rows without a style."""
+    output_format: OutputFormat
+    """As mode, format of the results."""
+    provider: Provider
+    """As mode, how the service routes the tasks."""
+    manifest_format: ManifestFormat
+    """Format of the manifest. Default: by its name, content type or content."""
+    text_to_image: bool
+    """Rows without a reference are meant, though other columns look like images."""
+    variants: Variants
+    """Images to make of each row that names no number, each paid for."""
+    pilot: PositiveInt | None
+    """Run a sample of this many rows first, with rows of each style, then pause for approval of
+    the rest, with the contact sheet of the sample beside the price."""
+    checks: list[str]
+    """Own checks of the images, each module:function of an installed module. It takes a Pillow
+    image and its row, and returns flags."""
+    fit_references: bool
+    """Shrink local and private reference images of more than 10 MB."""
+    resubmit_unknown: bool
+    """Pay again for rows whose submit reply was lost. They may have been billed already."""
+    failure_policy: Annotated[FailurePolicy | None, Field(json_schema_extra=_CLOSED)]
+    """What to do for each fail code. Default: the default policy."""
+    cadence: Annotated[PollingCadence | None, Field(json_schema_extra=_CLOSED)]
+    """When to poll for results. Default: the environment."""
+    callback_url: str
+    """URL that the service calls when an image is ready, in place of polling. Default:
+    FLUX_KONTEXT_CALLBACK_URL."""
+    budget_by: GroupBudgets
+    """Most dollars for the rows with a value in a column, such as {"team": {"blue": 20}}. When it
+    is reached, these rows are not submitted, and the others go on."""
+    spend_by: list[str]
+    """Columns by whose values the summary shows what was spent."""
+    alert_above_usd: NonNegativeFloat
+    """Emit the event flux-kontext.batch.spend-above once this run has spent more dollars than
+    this."""
+    storage_options: StorageOptions
+    """Options of the output's filesystem, or block:aws-credentials/NAME. Prefect stores parameters
+    in plain text, so keep keys in a Block."""
+    partition_deployment: str
+    """The deployment that runs partitions."""
 
 
 def build_manifest(
