@@ -13,7 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefect_flux_kontext.cli.prefect_server import prefect_server
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
+from prefect_flux_kontext.report.gallery.contact_sheet import draw_contact_sheet
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
 
 if TYPE_CHECKING:
     import argparse
@@ -27,24 +31,6 @@ _MEAN_GENERATION_SECONDS = 2.0
 
 _FLOW_PROGRAM = "from prefect_flux_kontext.cli.demo import run_flow; run_flow()"
 """Not `python -m`: the package has imported this module before it would run it again."""
-
-
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "demo",
-        help="Restyle six photographs in five styles through Prefect, for $0",
-        description="Start the sandbox and a Prefect server on this machine, restyle six "
-        "photographs in five styles as a flow run, stop both, and print where the results are.",
-    )
-    parser.add_argument(
-        "folder",
-        metavar="FOLDER",
-        nargs="?",
-        default="demo",
-        help="folder for the results (default: %(default)s)",
-    )
-    parser.set_defaults(func=run)
 
 
 @contextmanager
@@ -63,17 +49,13 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 @_exit_on_signals()
-def run(options: argparse.Namespace) -> int:
-    """Run the demo and return its exit status: 0 if every picture was stored, otherwise 1.
+def run_demo(options: argparse.Namespace) -> int:
+    """Run `demo` and return its exit status: 0 if every picture was stored, otherwise 1.
 
     Raises:
         ConfigurationError: The folder cannot be used, or the Prefect server does not start.
         BatchStoppedError: The flow run did not complete.
     """
-    from prefect_flux_kontext.cli.prefect_server import prefect_server
-    from prefect_flux_kontext.sandbox.server import running_sandbox
-    from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
-
     began = time.monotonic()
     folder = Path(options.folder).resolve()
     pictures, sheet = folder / "pictures", folder / "contact-sheet.png"
@@ -179,6 +161,5 @@ def _paths_by_caption(photo: Path, pictures: Path) -> dict[str, Path]:
 
 
 def _draw_sheet(rows: Sequence[dict[str, Path]], path: Path) -> None:
-    from prefect_flux_kontext.report.gallery.contact_sheet import draw_contact_sheet
 
     draw_contact_sheet([list(row.items()) for row in rows]).save(path)
