@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
     from starlette.requests import Request
+    from starlette.types import ASGIApp
 
     from prefect_flux_kontext.callbacks.tokens import Attempt
 
@@ -156,7 +157,7 @@ def _response_and_close(status: int) -> Response:
 
 
 def serve(
-    app: Starlette,
+    app: ASGIApp,
     host: str,
     port: int,
     announce: Callable[[str], None],
@@ -183,7 +184,7 @@ def serve(
 
 
 @asynccontextmanager
-async def serve_in_background(app: Starlette, host: str, port: int) -> AsyncIterator[str]:
+async def serve_in_background(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
     """Serve on the running loop while the block runs, and yield the URL; see `serve`."""
     with _open_listener(host, port) as listener:
         server = _Server(
@@ -261,8 +262,8 @@ def _open_listener(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(_BACKLOG)
         except (OSError, OverflowError) as error:
             raise ConfigurationError(
-                f"The callback receiver cannot listen on {host}:{port}: {error}. Choose another "
-                "port, or use a receiver that already runs there."
+                f"Cannot listen on {host}:{port}: {error}. Choose another port, or use what "
+                "already runs there."
             ) from None
         yield listener
 

@@ -7,14 +7,11 @@ in its Host header, so that other web pages can neither read the page nor post a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
-import socket
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +19,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from prefect_flux_kontext.batch.watching import WatchedOutput
-from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError, LedgerError
+from prefect_flux_kontext.callbacks.receiver import serve
+from prefect_flux_kontext.errors import FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.report.gallery.page import render_page
@@ -62,33 +60,15 @@ _HEADERS = {
 _IMAGE_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
-async def watch(options: argparse.Namespace) -> int:
+def watch(options: argparse.Namespace) -> int:
     """Run `watch`."""
-    output, port = options.output, options.port
-
-    await check_format(open_ledger_store(output))
+    asyncio.run(check_format(open_ledger_store(options.output)))
     token = secrets.token_urlsafe(24)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ConfigurationError(f"The port {port} cannot be used: {error}.") from None
-        # A browser may ask as soon as it has the address; the server answers when it has started.
-        listener.listen()
-        config = uvicorn.Config(
-            create_app(output, token),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-        )
-        print(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            await uvicorn.Server(config).serve(sockets=[listener])
+
+    def announce(url: str) -> None:
+        print(f"{url}/{token}/", flush=True)
+
+    serve(create_app(options.output, token), "127.0.0.1", options.port, announce)
     return 0
 
 
