@@ -81,7 +81,7 @@ def run_demo(options: argparse.Namespace) -> int:
         bill = sandbox.service.bill()
     complete = all(path.exists() for row in rows for path in row.values())
     if complete:
-        _draw_sheet(rows, sheet)
+        draw_contact_sheet([list(row.items()) for row in rows]).save(sheet)
     print(f"""
 {report["summary"]}
 Sandbox bill: {bill["accepted"]} tasks, ${float(bill["dollars"]):.2f} (not real money)
@@ -158,8 +158,3 @@ def _paths_by_caption(photo: Path, pictures: Path) -> dict[str, Path]:
     """Return a row of the contact sheet: the photograph and its picture in each style."""
     styled = {style: pictures / photo.stem / f"{style}.jpg" for style in STYLES}
     return {f"{photo.stem}, before": photo, **styled}
-
-
-def _draw_sheet(rows: Sequence[dict[str, Path]], path: Path) -> None:
-
-    draw_contact_sheet([list(row.items()) for row in rows]).save(path)

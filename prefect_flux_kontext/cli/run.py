@@ -52,9 +52,8 @@ TERMINATED = 128 + signal.SIGTERM
 async def show_plan(options: argparse.Namespace) -> int:
     """Run `plan`."""
     row_options = row_options_from_options(options)
-    plan = await build_plan(
-        manifest_from_options(options), options.output, row_options, options.limit
-    )
+    manifest = manifest_from_options(options)
+    plan = await build_plan(manifest, options.output, row_options, limit=options.limit)
     if options.json:
         print_json(plan_as_json(plan, options.output))
     else:
@@ -66,18 +65,9 @@ async def show_plan(options: argparse.Namespace) -> int:
 
 
 async def build_plan(
-    manifest: Manifest,
-    output: OutputFolder,
-    options: RowOptions,
-    limit: int | None,
-    pilot: int | None = None,
+    manifest: Manifest, output: OutputFolder, options: RowOptions, **selected: int | None
 ) -> Plan:
-    """Make the plan with the account of the environment, and ask for its balance.
-
-    Raises:
-        ManifestError: The manifest cannot be read to its end, or has no rows.
-        LedgerError: The ledger cannot be read or is damaged.
-    """
+    """Make the plan with the account of the environment, and ask for its balance."""
     settings = FluxKontextSettings()
     plan = await make_plan(
         manifest,
@@ -86,8 +76,7 @@ async def build_plan(
         prices=settings.prices(),
         requests_per_minute=settings.requests_per_minute,
         concurrent_tasks=settings.concurrent_tasks,
-        limit=limit,
-        pilot=pilot,
+        **selected,
     )
     if settings.api_key is not None:
         async with create_client() as client:
@@ -202,7 +191,7 @@ def _plan_or_run(manifest: Manifest, options: argparse.Namespace) -> int:
         return _report(_run_manifest(manifest, options), options)
     row_options = row_options_from_options(options)
     limit = getattr(options, "limit", None)
-    plan = asyncio.run(build_plan(manifest, options.output, row_options, limit))
+    plan = asyncio.run(build_plan(manifest, options.output, row_options, limit=limit))
     if options.json:
         print_json(plan_as_json(plan, options.output))
     elif not options.quiet:
@@ -218,7 +207,7 @@ async def _run_manifest(manifest: Manifest, options: argparse.Namespace) -> Batc
     pilot, limit = getattr(options, "pilot", None), getattr(options, "limit", None)
     if pilot and limit:
         raise ConfigurationError("Give either --pilot or --limit, not both.")
-    plan = await build_plan(manifest, output, row_options, limit, pilot)
+    plan = await build_plan(manifest, output, row_options, limit=limit, pilot=pilot)
     is_shown = not (options.json or options.quiet)
     if is_shown:
         print_text(str(plan))
@@ -227,7 +216,7 @@ async def _run_manifest(manifest: Manifest, options: argparse.Namespace) -> Batc
 
     async def run(rows: Iterable[Row | RefusedRow], number: int, new: int) -> BatchSummary:
         async with (
-            _open_session(output, row_options, callback_url=url) as (session, slots),
+            _open_session(output, row_options, url=url) as (session, slots),
             show_progress(session, number) if is_shown else nullcontext(),
         ):
             await session.report.announce(new)
@@ -238,7 +227,7 @@ async def _run_manifest(manifest: Manifest, options: argparse.Namespace) -> Batc
         if plan.pilot:
             number = len(plan.pilot)
             sample = await run(select_rows(manifest.rows(), plan.pilot), number, number)
-            rest = await build_plan(manifest, output, row_options, None)
+            rest = await build_plan(manifest, output, row_options)
             if not await _confirm_rest(sample, rest, options):
                 sample.rows += rest.to_pay
                 sample.not_submitted += rest.to_pay
@@ -279,7 +268,6 @@ def collect(options: argparse.Namespace) -> int:
 
 
 async def _collect(options: argparse.Namespace) -> BatchSummary:
-
     row_options = row_options_from_options(options)
     if options.resume:
         from prefect_flux_kontext.orchestration.events import require_api_url
@@ -296,15 +284,11 @@ async def _collect(options: argparse.Namespace) -> BatchSummary:
 
 @asynccontextmanager
 async def _open_session(
-    output: OutputFolder,
-    options: RowOptions,
-    *,
-    callback_url: str | None = None,
-    listens: bool = True,
+    output: OutputFolder, options: RowOptions, *, url: str | None = None, listens: bool = True
 ) -> AsyncIterator[tuple[Session, int]]:
     """Open a session with the account of the environment; yield it with its number of slots."""
     settings = FluxKontextSettings()
-    callbacks = resolve_callback_options(settings, url=callback_url, listens=listens)
+    callbacks = resolve_callback_options(settings, url=url, listens=listens)
     client = create_client()
     await output.check_writable()
     async with open_session(client, output, options, settings, callbacks) as session:

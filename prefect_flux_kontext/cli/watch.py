@@ -73,13 +73,8 @@ def watch(options: argparse.Namespace) -> int:
 
 
 def create_app(output: OutputFolder, token: str) -> ASGIApp:
-    """Create the app that serves the page below `/TOKEN/`.
-
-    Args:
-        output: The output to show.
-        token: The secret that a request needs.
-    """
-    page = _Page(output, WatchedOutput(output, FluxKontextSettings().gallery_images))
+    """Create the app that serves the page of an output below `/TOKEN/`."""
+    page = _Page(output)
     routes = [
         Route("/", page.show),
         Route("/changes", page.show_changes),
@@ -96,22 +91,16 @@ async def _report(_request: Request, error: Exception) -> Response:
 
 
 class _Page:
-    """The handlers of the page.
+    """The handlers of the page."""
 
-    Args:
-        output: The output to show.
-        watched: Its rows.
-    """
-
-    def __init__(self, output: OutputFolder, watched: WatchedOutput) -> None:
+    def __init__(self, output: OutputFolder) -> None:
         self._output = output
-        self._watched = watched
+        self._watched = WatchedOutput(output, FluxKontextSettings().gallery_images)
         self._lock = asyncio.Lock()
         self._next_refresh = 0.0
         self._thumbnails: OrderedDict[str, bytes] = OrderedDict()
 
     async def show(self, _request: Request) -> Response:
-
         await self._refresh()
         await self._watched.load_verdicts()
         numbers = self._watched.numbers()
@@ -137,7 +126,6 @@ class _Page:
         return JSONResponse(self._watched.changes(version))
 
     async def judge(self, request: Request) -> Response:
-
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
@@ -171,7 +159,6 @@ class _Page:
         return Response(self._thumbnails[name], media_type="image/webp")
 
     async def show_file(self, request: Request) -> Response:
-
         file = request.path_params["file"]
         media_type = _IMAGE_TYPES.get(file.rpartition(".")[2])
         if file.startswith(f"{GALLERY_FOLDER}/"):
