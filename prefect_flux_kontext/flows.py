@@ -47,10 +47,9 @@ from prefect_flux_kontext.orchestration.parameters import (
     flow_without_rows,
     open_output,
 )
-from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions
-from prefect_flux_kontext.orchestration.partitions.planner import (
-    DEFAULT_PARTITION_DEPLOYMENT,
+from prefect_flux_kontext.orchestration.partitions.coordinator import (
     plan_partitions,
+    run_partitions,
 )
 from prefect_flux_kontext.orchestration.run_page import complete, decline, name_run
 from prefect_flux_kontext.orchestration.suspension import (
@@ -243,15 +242,8 @@ async def style_transfer_batch(
         budget_by=rare.get("budget_by") or {},
         deferred=suspends or wait == "collect",
     )
-    partition_plan = (
-        await plan_partitions(
-            partitions,
-            rare.get("partition_deployment", DEFAULT_PARTITION_DEPLOYMENT),
-            account,
-            wait,
-        )
-        if partitions > 1
-        else None
+    partition_plan = await plan_partitions(
+        partitions, rare.get("partition_deployment"), account, wait
     )
     output = await open_output(output, rare.get("storage_options"))
     rows = build_manifest(

@@ -141,15 +141,7 @@ def _warn_of_expiry(outstanding: Sequence[Entry], result_days: float) -> None:
 def find_expiring(
     outstanding: Sequence[Entry], result_days: float
 ) -> list[tuple[Entry, timedelta]]:
-    """Find the rows whose results expire within three days.
-
-    Args:
-        outstanding: Rows that are paid for and not stored.
-        result_days: Days for which the service keeps a result.
-
-    Returns:
-        Each such row, and the time until its result expires.
-    """
+    """Return the rows whose results expire within three days, each with the time until then."""
     lifetime = timedelta(days=result_days)
     remaining = [
         (entry, entry.task.submitted_at + lifetime - utc_now())
@@ -199,12 +191,9 @@ async def read_ledger_status(
 ) -> LedgerStatus:
     """Read the states and costs of all rows.
 
-    Args:
-        store: The ledger's records.
-        output: The output, to look for images that were removed.
-        by: Columns to count the money by. The values are those that were recorded with the
-            payments, else those of the result manifest.
-        verify: Whether to look for images also if that means to list an object store.
+    With an output, it looks for images that were removed; on an object store only to `verify`,
+    because that lists it. Money is counted by columns with the values that were recorded with the
+    payments, else those of the result manifest.
 
     Raises:
         ConfigurationError: No row has one of the columns.

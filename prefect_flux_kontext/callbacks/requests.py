@@ -69,9 +69,7 @@ class AwaitedRequest(NamedTuple):
 class RequestCallbacks:
     """Adds callbacks to single requests: to submits, to polling and to lost replies.
 
-    Args:
-        options: How callbacks are received. The receiver runs in another process.
-        ledger: The records of the ledger.
+    The receiver runs in another process.
     """
 
     is_reliable = True
@@ -105,12 +103,8 @@ class RequestCallbacks:
     ) -> Entry | None:
         """Return the request with the task that its callback names, or None without one.
 
-        A callback is waited for until the grace period after the submit is over.
-
-        Args:
-            client: The client that confirms the task.
-            ledger: The ledger that records it.
-            entry: A request whose latest attempt has no outcome on record.
+        Its latest attempt has no outcome on record. A callback is waited for until the grace
+        period after the submit is over.
 
         Raises:
             LedgerError: The task cannot be recorded.

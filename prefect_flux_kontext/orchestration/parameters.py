@@ -275,12 +275,9 @@ def build_manifest(
 async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:
     """Open the folder that the parameters of a flow name.
 
-    Args:
-        output: A path or URL, `block:` and a reference, a Block, or Prefect's own reference to
-            one (`{"$ref": …}`).
-        storage_options: Options of the filesystem, or an AWS credentials Block. They take
-            precedence over those of an output Block. None uses those of the environment for a
-            path or URL.
+    The output is a path or URL, `block:` and a reference, a Block, or Prefect's own reference to
+    one (`{"$ref": …}`). Storage options take precedence over those of an output Block; without
+    any, a path or URL has those of the environment.
 
     Raises:
         ConfigurationError: The Block does not exist or names no location, or the filesystem

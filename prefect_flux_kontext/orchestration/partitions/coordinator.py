@@ -1,4 +1,4 @@
-"""Running the partitions of a batch: start their flow runs, watch them, restart those that died.
+"""The partitions of a batch: plan them, start their flow runs, and restart those that died.
 
 There is no scheduler here. What partitions leave, the batch itself runs afterwards.
 """
@@ -10,17 +10,23 @@ import logging
 import math
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger
+from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
+from prefect.context import FlowRunContext
 from prefect.deployments import arun_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
+from pydantic import BaseModel
 
 from prefect_flux_kontext.batch.budget import ensure_sole_run
 from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import is_alive, keep_heartbeat
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.models import utc_now
@@ -31,10 +37,15 @@ from prefect_flux_kontext.orchestration.batch_run import (
     create_spend_alarm,
     emit_started,
 )
-from prefect_flux_kontext.orchestration.partitions.flow import Partition
-from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
-from prefect_flux_kontext.orchestration.partitions.progress import read_progress, remove_progress
-from prefect_flux_kontext.orchestration.partitions.rows import share_rows
+from prefect_flux_kontext.orchestration.partitions.files import (
+    read_progress,
+    remove_progress,
+    share_rows,
+)
+from prefect_flux_kontext.orchestration.partitions.flow import Partition, style_transfer_partition
+from prefect_flux_kontext.orchestration.partitions.leases import lease_slots, read_account_limit
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.styles.styles import is_style_file
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -48,9 +59,10 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.reader import Manifest
-    from prefect_flux_kontext.orchestration.partitions.leases import Lease
-    from prefect_flux_kontext.orchestration.partitions.planner import PartitionPlan
+    from prefect_flux_kontext.orchestration.partitions.leases import Lease, Share
     from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+DEFAULT_PARTITION_DEPLOYMENT = "style-transfer-partition/partition-of-batch"
 
 CHECK_INTERVAL_SECONDS = 5.0
 """Between two checks of all partitions."""
@@ -63,6 +75,100 @@ START_TIMEOUT_SECONDS = 300.0
 
 _MAX_STARTS = 2
 """A partition that dies is started once more; after that, the batch itself runs its rows."""
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """How to run a batch in partitions, each with a share of the account and these parameters."""
+
+    partitions: int
+    share: Share
+    deployment: str
+    parameters: dict[str, Any]
+
+
+async def plan_partitions(
+    partitions: int, deployment: str | None, account: FluxKontextCredentials, wait: str
+) -> PartitionPlan | None:
+    """Check that the current batch can run in partitions, and plan them; None for one partition.
+
+    Raises:
+        ConfigurationError: It cannot run in partitions; the message says why.
+    """
+    if partitions == 1:
+        return None
+    deployment = deployment or DEFAULT_PARTITION_DEPLOYMENT
+    if wait != "poll":
+        raise ConfigurationError(
+            f'wait="{wait}" is not possible with partitions. Use wait="poll", or partitions=1.'
+        )
+    if FluxKontextSettings().callback_listen is not None:
+        raise ConfigurationError(
+            "Partitions cannot receive callbacks themselves. Unset FLUX_KONTEXT_CALLBACK_LISTEN "
+            "and run a receiver: flux-kontext receive OUTPUT"
+        )
+    parameters = _collect_parameters()
+    async with get_client() as client:
+        try:
+            await client.read_deployment_by_name(deployment)
+        except (ObjectNotFound, ValueError):
+            raise ConfigurationError(
+                f"There is no deployment {deployment!r} to run partitions. Create it with "
+                "`flux-kontext deploy MANIFEST --output OUTPUT`, or set "
+                "partition_deployment to one of yours. Nothing was submitted."
+            ) from None
+    share = await read_account_limit(account, partitions)
+    return PartitionPlan(partitions, share, deployment, parameters)
+
+
+def _collect_parameters() -> dict[str, Any]:
+    """Return the parameters of the current flow run that its partitions get too, as JSON."""
+    context = FlowRunContext.get()
+    own = (context.parameters if context is not None else None) or {}
+    names: Any = style_transfer_partition.parameters.properties
+    passed = {
+        name: _convert_to_json(name, own[name])
+        for name in names
+        if name in own and name != "manifest"
+    }
+    passed["output"] = _make_absolute(passed["output"])
+    if isinstance(own["manifest"], str):  # else `share_rows` adds what names it
+        passed["manifest"] = _make_absolute(own["manifest"])
+    styles = passed.get("styles")
+    if styles is not None:
+        named = [styles] if isinstance(styles, str) else styles
+        passed["styles"] = [
+            _make_absolute(name) if is_style_file(name) else name for name in named
+        ]
+    return passed
+
+
+def _convert_to_json(name: str, value: Any) -> Any:
+    if isinstance(value, Block):
+        document = value._block_document_id  # noqa: SLF001 - Prefect has no public name
+        if document is None:
+            raise ConfigurationError(
+                f"The {name} of a batch in partitions cannot be an unsaved Block, because each "
+                "partition loads the Block. Save it and give its name."
+            )
+        return {"$ref": {"block_document_id": str(document)}}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _convert_to_json(key, item) for key, item in value.items()}
+    if not isinstance(value, str | int | float | list | dict | None):
+        raise ConfigurationError(
+            f"The {name} of a batch in partitions cannot be {value!r:.80}, because it is sent to "
+            "other machines. Give it as text."
+        )
+    return value
+
+
+def _make_absolute(location: Any) -> Any:
+    # The worker that runs a partition has another working directory.
+    if not isinstance(location, str) or "://" in location or location.startswith("block:"):
+        return location
+    return str(Path(location).expanduser().absolute())
 
 
 @dataclass(frozen=True)

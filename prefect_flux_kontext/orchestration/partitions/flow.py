@@ -36,9 +36,8 @@ from prefect_flux_kontext.orchestration.parameters import (
     build_manifest,
     open_output,
 )
+from prefect_flux_kontext.orchestration.partitions.files import read_shared_rows, report_progress
 from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
-from prefect_flux_kontext.orchestration.partitions.progress import report_progress
-from prefect_flux_kontext.orchestration.partitions.rows import read_shared_rows
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
 from prefect_flux_kontext.settings import FluxKontextSettings
 

@@ -60,12 +60,7 @@ _CREATE_COMMAND = "flux-kontext limits create"
 
 
 class Share(NamedTuple):
-    """A share of an account's limits.
-
-    Attributes:
-        slots: Tasks that the holder may run at a time.
-        requests_per_minute: Requests that the holder may send a minute.
-    """
+    """A share of an account's limits: tasks at a time, and requests a minute."""
 
     slots: int
     requests_per_minute: int
