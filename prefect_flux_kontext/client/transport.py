@@ -285,10 +285,7 @@ async def send_request(
         TimeoutError: The request and its reply took longer than 120 s.
     """
     body = bytearray()
-    async with (
-        _limit_request(),
-        connections.stream(method, url, json=json) as response,
-    ):
+    async with _limit_request(), connections.stream(method, url, json=json) as response:
         try:
             async for chunk in stream_response(response):
                 body += chunk

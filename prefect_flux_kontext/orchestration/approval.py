@@ -117,9 +117,7 @@ async def ask_for_approval(
     get_run_logger().warning("%s.", title)
     resuming = asyncio.create_task(
         apause_flow_run(
-            timeout=APPROVAL_TIMEOUT_SECONDS,
-            poll_interval=APPROVAL_POLL_SECONDS,
-            key=plan.digest,
+            timeout=APPROVAL_TIMEOUT_SECONDS, poll_interval=APPROVAL_POLL_SECONDS, key=plan.digest
         )
     )
     # Prefect's own wait does not end when the flow run is cancelled.

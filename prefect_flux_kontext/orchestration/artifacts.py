@@ -29,14 +29,7 @@ from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY, 
 from prefect_flux_kontext.report.thumbnails import make_thumbnail
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        Coroutine,
-        Mapping,
-        Sequence,
-    )
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.storage.filesystem import OutputFolder

@@ -277,11 +277,7 @@ def create_spend_alarm(
         batch.spent = spent()
         if above_usd is not None and batch.spent > above_usd and not was_emitted:
             was_emitted = True
-            payload = {
-                "output": batch.output,
-                "spent_usd": batch.spent,
-                "above_usd": above_usd,
-            }
+            payload = {"output": batch.output, "spent_usd": batch.spent, "above_usd": above_usd}
             events.emit(events.SPEND_ABOVE, batch.output, payload, flow=flow)
 
     return check_spending
