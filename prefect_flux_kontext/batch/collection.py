@@ -153,16 +153,11 @@ def find_expiring(
 
 @dataclass
 class LedgerStatus:
-    """The states and costs of an output's rows.
+    """The states and costs of an output's rows. Money is in dollars.
 
-    Attributes:
-        states: Number of rows in each state.
-        spent: Dollars for all accepted attempts.
-        doubtful: Dollars that unknown submits, also those given up, may have cost in addition.
-        outstanding: Rows paid for and not stored, the oldest first.
-        unknown: Rows that may or may not have been billed, and whose run is dead.
-        missing: Stored rows whose images were removed from the output; None if not looked for.
-        spending: The money by the columns that were asked for.
+    Unknown submits, also those given up, may have cost the doubtful sum in addition. Outstanding
+    rows are the oldest first; the run of unknown rows is dead. The images of `missing` stored rows
+    were removed; None if not looked for.
     """
 
     states: Counter[State] = field(default_factory=Counter)
@@ -216,7 +211,8 @@ async def read_ledger_status(
             entry.attempt, state, entry.spent, entry.doubtful, entry.columns
         )
     missing = 0
-    listed = await _list_remote_files(output) if verify and output is not None else None
+    remote = None if output is None or output.is_local else output
+    listed = await remote.list_all(leave_out=LEDGER_FOLDER) if verify and remote else None
     async for row in read_finished_rows(store):
         if output is not None and row.ended.state == "stored":
             missing += bool(output.find_missing(row.ended.files, listed))
@@ -232,11 +228,6 @@ async def read_ledger_status(
     if by and output is not None:
         await _count_spending(status.spending, output, rows)
     return status
-
-
-async def _list_remote_files(output: OutputFolder) -> set[str] | None:
-    """Return the files of an output on an object store; None on a local disk."""
-    return None if output.is_local else await output.list_all(leave_out=LEDGER_FOLDER)
 
 
 async def _count_spending(

@@ -80,16 +80,24 @@ class AwaitedAttempt:
                 self._has_news.clear()
 
 
-class CallbackNotifications:
-    """The attempts whose callbacks count: those in progress, and those that have just ended.
+class InboxWatcher:
+    """Passes callbacks from the inbox to the rows, and removes files whose rows have ended.
 
-    Rows need not be polled while callbacks are reliable.
+    Callbacks count for attempts in progress, and for those that have just ended; those of other
+    runs than `owner` only for attempts that were claimed. Rows need not be polled while callbacks
+    are reliable.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inbox: Inbox, owner: str) -> None:
         self.is_reliable = True
+        self._inbox = inbox
+        self._owner = owner
         self._missed_share = 0.0
         self._rows: dict[str, AwaitedAttempt] = {}
+        self._files: defaultdict[str, dict[str, set[Attempt]]] = defaultdict(dict)
+        self._unclaimed: defaultdict[Attempt, list[str | None]] = defaultdict(list)
+        self._claimed: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._damaged: set[str] = set()
 
     def expect(self, attempt: Attempt, age: float = 0.0) -> AwaitedAttempt:
         """Accept callbacks of an attempt, whose submit is `age` seconds old."""
@@ -129,22 +137,6 @@ class CallbackNotifications:
                 "again. Check that the receiver can be reached from outside at its public URL."
             )
 
-
-class InboxWatcher:
-    """Passes callbacks from the inbox to the rows, and removes files whose rows have ended.
-
-    Callbacks of other runs than `owner` count only for attempts that were claimed.
-    """
-
-    def __init__(self, inbox: Inbox, notifications: CallbackNotifications, owner: str) -> None:
-        self._inbox = inbox
-        self._notifications = notifications
-        self._owner = owner
-        self._files: defaultdict[str, dict[str, set[Attempt]]] = defaultdict(dict)
-        self._unclaimed: defaultdict[Attempt, list[str | None]] = defaultdict(list)
-        self._claimed: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._damaged: set[str] = set()
-
     async def watch(self) -> None:
         """Read new files every 2 s and remove those of ended rows, until cancelled."""
         while True:
@@ -161,7 +153,7 @@ class InboxWatcher:
             if attempt.owner not in self._files:
                 self._files[attempt.owner] = {}
                 await self._read_new_files(attempt.owner)
-        row = self._notifications.find(attempt)
+        row = self.find(attempt)
         for task_id in self._unclaimed.pop(attempt, ()):
             if row is not None:
                 row.record_callback(task_id)
@@ -170,7 +162,7 @@ class InboxWatcher:
         """Add a file of callbacks that was just written or read."""
         self._files[owner][name] = {callback.attempt for callback in callbacks}
         for callback in callbacks:
-            row = self._notifications.find(callback.attempt)
+            row = self.find(callback.attempt)
             if row is not None:
                 row.record_callback(callback.task_id)
             elif owner != self._owner:
@@ -188,7 +180,7 @@ class InboxWatcher:
             del files[name]
 
     def _is_over(self, attempt: Attempt) -> bool:
-        row = self._notifications.find(attempt)
+        row = self.find(attempt)
         return row is None or row.has_ended
 
     async def clear(self, owners: Iterable[str]) -> None:
@@ -232,9 +224,9 @@ async def open_callback_session(
     Without a URL, rows are polled, but callbacks of ended runs still settle unknown rows.
     """
     store = RecordStore(options.inbox) if options.inbox else ledger.store.below(INBOX_FOLDER)
-    inbox, notifications = Inbox(store), CallbackNotifications()
-    watcher = InboxWatcher(inbox, notifications, ledger.owner)
-    session = CallbackSession(options, client, ledger, notifications, watcher)
+    inbox = Inbox(store)
+    watcher = InboxWatcher(inbox, ledger.owner)
+    session = CallbackSession(options, client, ledger, watcher)
     if options.url is None:
         yield session
         return
@@ -267,13 +259,11 @@ class CallbackSession:
         options: CallbackOptions,
         client: FluxKontextClient,
         ledger: Ledger,
-        notifications: CallbackNotifications,
         watcher: InboxWatcher,
     ) -> None:
         self._options = options
         self._client = client
         self._ledger = ledger
-        self._notifications = notifications
         self._watcher = watcher
         self._unknown: set[Attempt] = set()
         self._tasks: deque[str] = deque(maxlen=_REMEMBERED_TASKS)
@@ -285,22 +275,22 @@ class CallbackSession:
         """
         attempt = get_attempt(entry)
         if self._options.url is not None:
-            self._notifications.expect(attempt)
+            self._watcher.expect(attempt)
         return self._options.add_url(request, attempt)
 
     def pauses(self, entry: Entry, cadence: PollingCadence) -> PollPauses | None:
         """Return the pauses between polls of an accepted task; None for the cadence's own."""
         attempt = get_attempt(entry)
         self._tasks.append(entry.task.task_id)
-        row = self._notifications.find(attempt)
+        row = self._watcher.find(attempt)
         if row is None:
             return None
-        return CallbackPauses(self._notifications, row, cadence, self._options.sweep)
+        return CallbackPauses(self._watcher, row, cadence, self._options.sweep)
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the row's task has ended, and report callbacks that name other tasks."""
         attempt = get_attempt(entry)
-        row = self._notifications.find(attempt)
+        row = self._watcher.find(attempt)
         others = sorted(row.task_ids - {entry.task.task_id}) if row else ()
         if others:
             logger.error(
@@ -310,13 +300,13 @@ class CallbackSession:
                 entry.task.task_id,
                 ", ".join(others),
             )
-        self._notifications.record_end(attempt)
+        self._watcher.record_end(attempt)
 
     async def recover(self, entry: Entry) -> Entry | None:
         """Recover the task of an unknown row from its callback, if there is one by now."""
         attempt = get_attempt(entry)
         age = (utc_now() - entry.intent.at).total_seconds() if entry.intent else 0.0
-        row = self._notifications.expect(attempt, max(0.0, age))
+        row = self._watcher.expect(attempt, max(0.0, age))
         await self._watcher.claim(attempt)
         self._unknown.add(attempt)
         named = sorted(row.task_ids)
@@ -331,7 +321,7 @@ class CallbackSession:
 
     async def wait_for_news(self, key: str) -> None:
         """Wait for the next callback of an unknown row, at most until its grace period ends."""
-        row = self._notifications.find_latest(key)
+        row = self._watcher.find_latest(key)
         if row is not None:
             await row.wait(self._remaining_seconds(key))
 
@@ -340,7 +330,7 @@ class CallbackSession:
         await self._watcher.clear(set(owners) - {attempt.owner for attempt in self._unknown})
 
     def _remaining_seconds(self, key: str) -> float:
-        row = self._notifications.find_latest(key)
+        row = self._watcher.find_latest(key)
         if self._options.url is None or row is None:
             return 0.0
         return max(0.0, self._options.grace - row.age)
@@ -350,7 +340,7 @@ class CallbackSession:
 class CallbackPauses:
     """Pauses that a callback ends. While callbacks are reliable, polls without one are rare."""
 
-    notifications: CallbackNotifications | RequestCallbacks
+    notifications: InboxWatcher | RequestCallbacks
     row: AwaitedAttempt | AwaitedRequest
     cadence: PollingCadence
     sweep: float

@@ -23,7 +23,6 @@ from prefect.artifacts import (
 )
 
 from prefect_flux_kontext.batch.spending import shorten_groups
-from prefect_flux_kontext.errors import StorageError
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key, name_output
 from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY, draw_run_sheet
 from prefect_flux_kontext.report.thumbnails import make_thumbnail
@@ -45,7 +44,7 @@ _MAX_UPDATES = 5
 _ROWS_PER_UPDATE = 250
 """Each update is also an event: a batch has `_MAX_UPDATES` at most, or one for this many rows."""
 
-_REQUEST_TIMEOUT_SECONDS = 5.0
+_STEP_TIMEOUT_SECONDS = 5.0
 _MAX_ROWS_SHOWN = 20
 _SHEET_PIXELS = 960
 _MAX_CELL_LENGTH = 200
@@ -64,7 +63,7 @@ async def progress_artifact(
     finally:
         on_update()
         updating.cancel()
-        await asyncio.wait({updating}, timeout=2 * _REQUEST_TIMEOUT_SECONDS)
+        await asyncio.wait({updating}, timeout=2 * _STEP_TIMEOUT_SECONDS)
 
 
 async def _update_periodically(
@@ -72,7 +71,7 @@ async def _update_periodically(
 ) -> None:
     title = f"{rows:,} rows to {batch.output}"
     key = build_artifact_key(batch.output, "progress")
-    creating = asyncio.create_task(_try_request(acreate_progress_artifact(0, key, title)))
+    creating = asyncio.create_task(_try(acreate_progress_artifact(0, key, title)))
     shown_rows = 0
     step = min(rows / _MAX_UPDATES, _ROWS_PER_UPDATE)
 
@@ -83,7 +82,7 @@ async def _update_periodically(
             shown_rows = batch.rows
             percent = 100 * min(1, batch.rows / max(rows, 1))
             text = f"{batch.rows:,} of {rows:,} rows done: {line}"
-            await _try_request(aupdate_progress_artifact(artifact, percent, text))
+            await _try(aupdate_progress_artifact(artifact, percent, text))
 
     try:
         while True:
@@ -98,16 +97,16 @@ async def publish_summary(
     batch: BatchSummary, folder: OutputFolder, outcome: str, public_urls: Mapping[str, str]
 ) -> None:
     """Write the summary of a batch as an artifact, and its contact sheet if a browser finds it."""
-    stored = [name for name in _LISTED_FILES if await _is_stored(folder, name)]
+    stored = [name for name in _LISTED_FILES if await _try(folder.exists(name))]
     urls = {name: find_browser_url(folder.uri(name), public_urls) for name in stored}
     files = {name: urls[name] or folder.uri(name) for name in stored}
     thumbnail = await _read_sheet(folder.read(CONTACT_SHEET)) if CONTACT_SHEET in stored else None
     text = format_summary(batch, outcome, files, thumbnail)
     key, title = build_artifact_key(batch.output, "summary"), f"{outcome}: {batch.output}"
-    await _try_request(acreate_markdown_artifact(text, key, title))
+    await _try(acreate_markdown_artifact(text, key, title))
     if sheet := urls.get(CONTACT_SHEET):
         key, title = build_artifact_key(batch.output, "sheet"), f"The images of {batch.output}"
-        await _try_request(acreate_image_artifact(sheet, key, title))
+        await _try(acreate_image_artifact(sheet, key, title))
 
 
 async def read_run_sheet(folder: OutputFolder, run: str) -> str | None:
@@ -117,22 +116,12 @@ async def read_run_sheet(folder: OutputFolder, run: str) -> str | None:
 
 async def _read_sheet(reading: Coroutine[Any, Any, bytes | None]) -> str | None:
     """Return a thumbnail of a contact sheet as a `data:` URL, or None."""
-    try:
-        async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-            sheet = await reading or b""
-            small = await asyncio.to_thread(make_thumbnail, sheet, _SHEET_PIXELS)
-    except Exception as error:  # noqa: BLE001 - decoders and filesystems raise many types
-        logger.debug("The summary has no contact sheet: %s", error)
-        return None
-    return f"data:image/webp;base64,{base64.b64encode(small).decode()}"
 
+    async def shrink() -> bytes:
+        return await asyncio.to_thread(make_thumbnail, await reading or b"", _SHEET_PIXELS)
 
-async def _is_stored(folder: OutputFolder, name: str) -> bool:
-    try:
-        async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-            return await folder.exists(name)
-    except (StorageError, TimeoutError):
-        return False
+    small = await _try(shrink())
+    return f"data:image/webp;base64,{base64.b64encode(small).decode()}" if small else None
 
 
 def find_browser_url(uri: str, public_urls: Mapping[str, str]) -> str | None:
@@ -216,11 +205,11 @@ def _escape(text: str) -> str:
     return _MARKDOWN_SYNTAX.sub(r"\\\1", html.escape(short, quote=False))
 
 
-async def _try_request(request: Awaitable[_T]) -> _T | None:
-    """Await a request to Prefect; return None if it fails or takes too long."""
+async def _try(step: Awaitable[_T]) -> _T | None:
+    """Await a step of an artifact; return None if it fails or takes too long."""
     try:
-        async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-            return await request
+        async with asyncio.timeout(_STEP_TIMEOUT_SECONDS):
+            return await step
     except Exception as error:  # noqa: BLE001 - an artifact never fails a batch
         logger.debug("An artifact was not written: %s", error)
         return None

@@ -57,21 +57,13 @@ _engine_handler = getattr(engine, _ENGINE_HANDLER, None)
 
 
 class PartitionTotals(NamedTuple):
-    """What the partitions of a batch have spent before the batch itself runs.
-
-    Attributes:
-        spent: Dollars.
-        seconds: Time from their start to their end.
-        new: What the output has cost after them, by columns.
-        old: The same before them.
-        balance: Dollars of the account before them, where known.
-    """
+    """What the partitions of a batch have spent before the batch itself runs, in dollars."""
 
     spent: float = 0.0
-    seconds: float = 0.0
-    new: Spending = Spending()
-    old: Spending = Spending()
-    balance: float | None = None
+    seconds: float = 0.0  # from their start to their end
+    new: Spending = Spending()  # what the output has cost after them, by columns
+    old: Spending = Spending()  # the same before them
+    balance: float | None = None  # of the account before them, where known
 
 
 def build_row_options(
@@ -355,13 +347,9 @@ async def run_wave(wave: Wave) -> BatchSummary:
 
 
 class _RunLogHandler(logging.Handler):
-    """Passes records of the core to the logger of the run in whose context they were made.
+    """Passes records of the core to the logger of the run in whose context they were made."""
 
-    Attributes:
-        batches: How many batches in this process use the handler.
-    """
-
-    batches = 0
+    batches = 0  # of this process that use the handler
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

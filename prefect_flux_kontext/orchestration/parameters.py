@@ -42,37 +42,21 @@ Prompt = Annotated[str | None, Field(examples=["Turn it into a loose watercolour
 GroupBudgets = Annotated[
     dict[str, dict[str, NonNegativeFloat]] | None, Field(examples=[{"team": {"blue": 20}}])
 ]
-StyleNames = Annotated[
-    str | list[str] | None,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {
-                    "type": "array",
-                    "title": "built-in styles",
-                    "items": {"type": "string", "enum": sorted(builtin_styles())},
-                },
-                {
-                    "type": "array",
-                    "title": "styles and files of styles",
-                    "items": {"type": "string"},
-                    "examples": [["watercolour", "my-styles.yaml"]],
-                },
-                {"type": "string", "title": "one style"},
-                {"type": "null"},
-            ]
-        }
-    ),
+_BuiltinStyle = Annotated[
+    str, WithJsonSchema({"type": "string", "enum": sorted(builtin_styles())})
 ]
-"""The parameter of a flow for styles: a choice in the form, or names and files as text."""
-
-StyleName = Annotated[
-    str | None,
-    WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": sorted(builtin_styles())}, {"type": "null"}]}
-    ),
-]
+StyleName = _BuiltinStyle | None
 """The parameter of a flow for one style of the package: a choice in the form."""
+StyleNames = (
+    Annotated[list[_BuiltinStyle], Field(title="built-in styles")]
+    | Annotated[
+        list[str],
+        Field(title="styles and files of styles", examples=[["watercolour", "my-styles.yaml"]]),
+    ]
+    | Annotated[str, Field(title="one style")]
+    | None
+)
+"""The parameter of a flow for styles: a choice in the form, or names and files as text."""
 
 Variants = Annotated[int, Field(ge=1, le=MAX_VARIANTS)] | None
 

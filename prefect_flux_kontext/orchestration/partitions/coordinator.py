@@ -173,21 +173,13 @@ def _make_absolute(location: Any) -> Any:
 
 @dataclass(frozen=True)
 class RemainingWork:
-    """What is left to the batch itself when its partitions have ended.
+    """What is left to the batch itself when its partitions have ended."""
 
-    Attributes:
-        account: The account, with the limits that the batch may use.
-        options: The options of its rows.
-        alert_above_usd: Emit an event above this many dollars; None if it was emitted already.
-        partition_totals: What the partitions have spent; None without partitions.
-        lease: The lease of the slots that the batch uses, if it has rows to run.
-    """
-
-    account: FluxKontextCredentials
+    account: FluxKontextCredentials  # with the limits that the batch may use
     options: RowOptions
-    alert_above_usd: float | None
-    partition_totals: PartitionTotals | None = None
-    lease: Lease | None = None
+    alert_above_usd: float | None  # None also if the event was emitted already
+    partition_totals: PartitionTotals | None = None  # None without partitions
+    lease: Lease | None = None  # of the slots that the batch uses, if it has rows to run
 
 
 @asynccontextmanager
@@ -321,9 +313,7 @@ async def _watch(running: list[PartitionRuns], total: BatchSummary) -> None:
 class PartitionRuns:
     """A partition and its flow runs, of which the last one counts.
 
-    Attributes:
-        has_begun: Whether a worker has begun the last flow run.
-        has_ended: Whether no further flow run of the partition will run.
+    It has begun once a worker has begun that one, and ended when no further one will run.
     """
 
     def __init__(
