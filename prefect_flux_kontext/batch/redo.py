@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
@@ -16,12 +14,7 @@ from prefect_flux_kontext.manifest.columns import COLUMNS as MANIFEST_COLUMNS
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
-from prefect_flux_kontext.report.results import (
-    COLUMNS,
-    RESULTS_JSONL,
-    original_column_name,
-    read_lines,
-)
+from prefect_flux_kontext.report.results import COLUMNS, original_column_name, read_all_lines
 from prefect_flux_kontext.report.verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -103,19 +96,12 @@ def _make_cells(intent: Intent, verdict: Verdict, custom: Mapping[str, str]) -> 
 
 async def _read_custom_columns(output: OutputFolder, keys: set[str]) -> dict[str, dict[str, str]]:
     """Return the custom columns of rows, which templates of styles may use, by row key."""
-    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
-        results = Path(folder, "results")
-        await output.fetch(RESULTS_JSONL, results)
-
-        def read() -> dict[str, dict[str, str]]:
-            return {
-                line["key"]: {
-                    original_column_name(name): value
-                    for name, value in line.items()
-                    if name not in COLUMNS
-                }
-                for line in read_lines(results)
-                if line.get("key") in keys
-            }
-
-        return await asyncio.to_thread(read)
+    return {
+        line["key"]: {
+            original_column_name(name): value
+            for name, value in line.items()
+            if name not in COLUMNS
+        }
+        async for line in read_all_lines(output)
+        if line.get("key") in keys
+    }

@@ -20,9 +20,8 @@ from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.row import Row
-from prefect_flux_kontext.orchestration.artifacts import read_run_sheet
 from prefect_flux_kontext.orchestration.batch_run import open_batch, run_wave
-from prefect_flux_kontext.orchestration.run_page import build_artifact_key
+from prefect_flux_kontext.orchestration.run_page import build_artifact_key, read_run_sheet
 from prefect_flux_kontext.redaction import is_plain_url
 from prefect_flux_kontext.settings import FluxKontextSettings
 

@@ -31,7 +31,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.images.checks import load_checks
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
-from prefect_flux_kontext.orchestration.artifacts import (
+from prefect_flux_kontext.orchestration.run_page import (
     find_browser_url,
     progress_artifact,
     publish_summary,

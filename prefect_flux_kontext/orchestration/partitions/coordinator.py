@@ -31,7 +31,6 @@ from prefect_flux_kontext.ledger.heartbeat import is_alive, keep_heartbeat
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.orchestration.approval import build_plan
-from prefect_flux_kontext.orchestration.artifacts import progress_artifact
 from prefect_flux_kontext.orchestration.batch_run import (
     PartitionTotals,
     create_spend_alarm,
@@ -44,6 +43,7 @@ from prefect_flux_kontext.orchestration.partitions.files import (
 )
 from prefect_flux_kontext.orchestration.partitions.flow import Partition, style_transfer_partition
 from prefect_flux_kontext.orchestration.partitions.leases import lease_slots, read_account_limit
+from prefect_flux_kontext.orchestration.run_page import progress_artifact
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.styles.styles import is_style_file
 
