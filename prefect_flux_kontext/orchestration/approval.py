@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 from uuid import UUID
 
@@ -40,13 +40,16 @@ APPROVAL_POLL_SECONDS = 5
 _MAX_REFERENCES_SHOWN = 6
 
 
-async def plan_and_log(
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    pilot: int | None = None,
-) -> Plan:
+class Batch(NamedTuple):
+    """What a flow run makes, where it stores the images, and who pays."""
+
+    rows: Manifest
+    output: OutputFolder
+    account: FluxKontextCredentials
+    options: RowOptions
+
+
+async def plan_and_log(batch: Batch, pilot: int | None = None) -> Plan:
     """Make the plan and log it, with the invalid rows that it lists.
 
     Raises:
@@ -55,8 +58,8 @@ async def plan_and_log(
         LedgerError: The ledger cannot be read or is damaged.
     """
     # Without this check, a wrong output would be reported as an unreadable ledger.
-    await output.check_writable()
-    plan = await build_plan(rows, output, account, options, pilot)
+    await batch.output.check_writable()
+    plan = await build_plan(batch, pilot)
     logger = get_run_logger()
     if plan.problems:
         logger.warning("Invalid rows:\n%s", "\n".join(plan.describe_problems()))
@@ -64,18 +67,13 @@ async def plan_and_log(
     return plan
 
 
-async def build_plan(
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    pilot: int | None = None,
-) -> Plan:
+async def build_plan(batch: Batch, pilot: int | None = None) -> Plan:
     """Make the plan, and ask for the balance of the account."""
+    account = batch.account
     plan = await make_plan(
-        rows,
-        open_ledger_store(output),
-        options,
+        batch.rows,
+        open_ledger_store(batch.output),
+        batch.options,
         prices=FluxKontextSettings().prices(),
         requests_per_minute=account.requests_per_minute,
         concurrent_tasks=account.concurrent_tasks,
@@ -86,14 +84,7 @@ async def build_plan(
     return plan
 
 
-async def ask_for_approval(
-    plan: Plan,
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    sheet: str | None = None,
-) -> bool:
+async def ask_for_approval(plan: Plan, batch: Batch, sheet: str | None = None) -> bool:
     """Pause the flow run until a person resumes it to approve this plan, for a day at most.
 
     The plan is made again after the approval, because the manifest or the ledger may have changed
@@ -107,10 +98,12 @@ async def ask_for_approval(
         FlowPauseTimeout: Nobody answered.
     """
     title = f"Resume to pay ${plan.price:,.2f} for {plan.to_pay:,} images; cancel to decline"
-    pictures = f"![pilot]({sheet})" if sheet else await asyncio.to_thread(_show_references, rows)
+    shown = (
+        f"![pilot]({sheet})" if sheet else await asyncio.to_thread(_show_references, batch.rows)
+    )
     await acreate_markdown_artifact(
-        f"# {title}\n\n```\n{plan}\n```\n\n{pictures}",
-        build_artifact_key(str(output), "plan"),
+        f"# {title}\n\n```\n{plan}\n```\n\n{shown}",
+        build_artifact_key(str(batch.output), "plan"),
         title,
     )
     get_run_logger().warning("%s.", title)
@@ -129,7 +122,7 @@ async def ask_for_approval(
     finally:
         resuming.cancel()
         cancelled.cancel()
-    if (await plan_and_log(rows, output, account, options)).digest != plan.digest:
+    if (await plan_and_log(batch)).digest != plan.digest:
         raise BatchStoppedError(
             "The plan has changed since it was approved, so nothing was submitted. Run the batch "
             "again to approve the new plan."
@@ -137,25 +130,19 @@ async def ask_for_approval(
     return True
 
 
-async def run_pilot(
-    plan: Plan,
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-) -> str | None:
+async def run_pilot(plan: Plan, batch: Batch) -> str | None:
     """Run the sample of a plan, and return its contact sheet as a `data:` URL, if there is one.
 
     Raises:
         BatchStoppedError: As for `run_batch`.
         LedgerError: The ledger cannot be reached.
     """
-    options = replace(options, deferred=False)
-    async with open_batch(output, account, options, plan) as (session, slots):
-        sample = select_rows(rows.rows(), plan.pilot)
+    options = replace(batch.options, deferred=False)
+    async with open_batch(batch.output, batch.account, options, plan) as (session, slots):
+        sample = select_rows(batch.rows.rows(), plan.pilot)
         summary = await run_batch(session, sample, run_wave, concurrent_tasks=slots)
     get_run_logger().info("Pilot: %s.", summary)
-    return await read_run_sheet(output, session.ledger.owner)
+    return await read_run_sheet(batch.output, session.ledger.owner)
 
 
 async def _wait_until_cancelled() -> None:

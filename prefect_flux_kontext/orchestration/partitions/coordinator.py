@@ -58,9 +58,8 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.ledger.store import RecordStore
-    from prefect_flux_kontext.manifest.reader import Manifest
+    from prefect_flux_kontext.orchestration.approval import Batch
     from prefect_flux_kontext.orchestration.partitions.leases import Lease, Share
-    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 DEFAULT_PARTITION_DEPLOYMENT = "style-transfer-partition/partition-of-batch"
 
@@ -184,13 +183,7 @@ class RemainingWork:
 
 @asynccontextmanager
 async def run_partitions(
-    partition_plan: PartitionPlan | None,
-    plan: Plan,
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    alert_above_usd: float | None,
+    partition_plan: PartitionPlan | None, plan: Plan, batch: Batch, alert_above_usd: float | None
 ) -> AsyncIterator[RemainingWork]:
     """Run the partitions of a batch to their end, and yield what is left to the batch itself.
 
@@ -200,27 +193,26 @@ async def run_partitions(
         StorageError: The rows cannot be written for the partitions.
     """
     if partition_plan is None:
-        yield RemainingWork(account, options, alert_above_usd)
+        yield RemainingWork(batch.account, batch.options, alert_above_usd)
         return
     started_at, since = asyncio.get_running_loop().time(), utc_now()
-    emit_started(str(output), plan)
-    total = BatchSummary(output=str(output))
+    emit_started(str(batch.output), plan)
+    total = BatchSummary(output=str(batch.output))
     alarm = create_spend_alarm(total, lambda: total.spent, alert_above_usd)
     if plan.to_pay:
-        partitions = _build_partitions(partition_plan, plan, options)
-        async with share_rows(rows, output) as shared:
+        async with share_rows(batch.rows, batch.output) as shared:
             parameters = partition_plan.parameters | shared
             partition_plan = replace(partition_plan, parameters=parameters)
-            await _run_all(partitions, partition_plan, output, options, total, plan, alarm)
-    new_plan = await build_plan(rows, output, account, options)
+            await _run_all(partition_plan, plan, batch, total, alarm)
+    new_plan = await build_plan(batch)
     # The ledger, not the records of the partitions, says what was spent.
     total.spent = round(new_plan.spent - plan.spent, 6)
     alarm()
     was_alerted = alert_above_usd is not None and total.spent > alert_above_usd
     seconds = asyncio.get_running_loop().time() - started_at
     remaining = RemainingWork(
-        partition_plan.share.apply_to(account),
-        replace(options, since=since),
+        partition_plan.share.apply_to(batch.account),
+        replace(batch.options, since=since),
         None if was_alerted else alert_above_usd,
         PartitionTotals(total.spent, seconds, new_plan.spending, plan.spending, plan.balance),
     )
@@ -230,7 +222,7 @@ async def run_partitions(
         or new_plan.actions[PlannedAction.UNKNOWN]
     ):
         get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
-        async with lease_slots(account, partition_plan.share.slots) as lease:
+        async with lease_slots(batch.account, partition_plan.share.slots) as lease:
             yield replace(remaining, lease=lease)
     else:
         yield remaining
@@ -261,22 +253,20 @@ def _build_partitions(
 
 
 async def _run_all(
-    partitions: list[Partition],
     partition_plan: PartitionPlan,
-    output: OutputFolder,
-    options: RowOptions,
-    total: BatchSummary,
     plan: Plan,
+    batch: Batch,
+    total: BatchSummary,
     alarm: Callable[[], None],
 ) -> None:
-    store = open_ledger_store(output)
+    store = open_ledger_store(batch.output)
     name = flow_run.name or "batch"
     async with keep_heartbeat(store) as heartbeat, get_client() as client:
-        if options.has_budget:
+        if batch.options.has_budget:
             await ensure_sole_run(store, heartbeat.owner)
         running = [
             PartitionRuns(client, store, partition, partition_plan, name)
-            for partition in partitions
+            for partition in _build_partitions(partition_plan, plan, batch.options)
         ]
         try:
             for partition in running:
