@@ -232,16 +232,12 @@ async def open_callback_session(
         return
     async with AsyncExitStack() as stack:
         if options.listen is not None:
-            # Imported here because the server is slow to import.
-            from prefect_flux_kontext.callbacks.receiver import (  # noqa: PLC0415
-                create_receiver,
-                serve_in_background,
-            )
+            from prefect_flux_kontext.callbacks import receiver  # noqa: PLC0415 - slow to import
 
             inbox.on_kept = watcher.add_file
-            receiver = create_receiver(inbox, options.secret)
-            url = await stack.enter_async_context(serve_in_background(receiver, *options.listen))
-            logger.info("Receiving callbacks on %s.", url)
+            app = receiver.create_receiver(inbox, options.secret)
+            serving = receiver.serve_in_background(app, *options.listen)
+            logger.info("Receiving callbacks on %s.", await stack.enter_async_context(serving))
         watching = asyncio.create_task(watcher.watch())
         try:
             yield session

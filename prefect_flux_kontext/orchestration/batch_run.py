@@ -43,6 +43,7 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.session import Session
@@ -120,24 +121,13 @@ async def open_batch(
     """
     await output.check_writable()
     logging.getLogger("asyncio").addFilter(is_no_termination)
-    settings = FluxKontextSettings()
-    callbacks = resolve_callback_options(
-        settings, url=callback_url, secret=account.callback_secret, listens=listens
+    opening = open_account_session(
+        output, account, options, callback_url, listens=listens, flow_run_id=flow_run.id
     )
     with forward_core_logs():
         async with (
-            open_session(
-                account.get_client(),
-                output,
-                options,
-                settings,
-                callbacks,
-                account=account.account,
-                flow_run_id=flow_run.id,
-            ) as session,
-            _report_batch(
-                session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
-            ),
+            opening as session,
+            _report_batch(session, plan, alert_above_usd, partition_totals, suspends=suspends),
         ):
             if plan is not None:
                 await session.report.announce(plan.new_rows)
@@ -148,6 +138,26 @@ async def open_batch(
                 session.balance = partition_totals.balance
             with acknowledge_termination():
                 yield session, account.concurrent_tasks
+
+
+def open_account_session(
+    output: OutputFolder,
+    account: FluxKontextCredentials,
+    options: RowOptions,
+    callback_url: str | None,
+    *,
+    listens: bool,
+    **session: Any,
+) -> AbstractAsyncContextManager[Session]:
+    """Open a session that an account pays for, by the settings of the environment."""
+    settings, secret = FluxKontextSettings(), account.callback_secret
+    callbacks = resolve_callback_options(
+        settings, url=callback_url, secret=secret, listens=listens
+    )
+    client = account.get_client()
+    return open_session(
+        client, output, options, settings, callbacks, account=account.account, **session
+    )
 
 
 @contextmanager
@@ -172,7 +182,6 @@ def acknowledge_termination() -> Iterator[None]:
 @asynccontextmanager
 async def _report_batch(
     session: Session,
-    settings: FluxKontextSettings,
     plan: Plan | None,
     alert_above_usd: float | None,
     partition_totals: PartitionTotals | None,
@@ -180,7 +189,7 @@ async def _report_batch(
     suspends: bool,
 ) -> AsyncIterator[None]:
     """Write the report of a batch, and its events and artifacts, while the block runs."""
-    folder, batch = session.output, session.progress
+    folder, batch, settings = session.output, session.progress, FluxKontextSettings()
     output, flow = str(folder), _get_flow_name()
     if partition_totals is None:
         emit_started(output, plan)
