@@ -21,10 +21,7 @@ _QUOTED = re.compile(r"^(['\"])(.*)\1$", re.DOTALL)
 def find_price(prices: Mapping[str, float], mode: str, provider: str) -> float:
     """Return the price of an image in US dollars: that of the dearest route it may take.
 
-    Args:
-        prices: Prices by mode, and by mode and route where that is known (`pro official`).
-        mode: The mode of the image.
-        provider: Its route; `auto` may take any.
+    Prices are by mode, and by mode and route where known (`pro official`); `auto` may take any.
     """
     price = prices[mode]
     official = prices.get(f"{mode} official", price)

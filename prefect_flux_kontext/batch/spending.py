@@ -43,11 +43,7 @@ class GroupSpend(BaseModel):
 
 
 class Spending:
-    """Dollars and rows by the values of columns.
-
-    Args:
-        names: The columns.
-    """
+    """Dollars and rows by the values of the named columns."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names = tuple(names)

@@ -20,12 +20,9 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status.
+    """Run the command of the arguments, by default of `sys.argv`, and return its exit status.
 
     0: all rows stored. 1: some rows not stored. 2: the run could not start. 130: interrupted.
-
-    Args:
-        arguments: The words after the program's name; None takes them from `sys.argv`.
     """
     options = create_parser().parse_args(arguments)
     # Imported here to keep --help fast.

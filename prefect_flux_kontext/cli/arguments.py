@@ -176,16 +176,13 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="folder or prefix for the images")
     rows = parser.add_argument_group("what to make")
     add_arguments(rows, "-p/--prompt", "-s/--style")
-    rows.add_argument("--mode", metavar="MODE", help="pro or max, for rows that name none")
-    rows.add_argument(
-        "--aspect-ratio", metavar="W:H", help="such as 1:1 or 16:9, for rows that name none"
-    )
-    rows.add_argument(
-        "--output-format", metavar="FORMAT", help="jpeg or png, for rows that name none"
-    )
-    rows.add_argument(
-        "--provider", metavar="ROUTE", help="auto, value or official, for rows that name none"
-    )
+    for option, metavar, values in (
+        ("--mode", "MODE", "pro or max"),
+        ("--aspect-ratio", "W:H", "such as 1:1 or 16:9"),
+        ("--output-format", "FORMAT", "jpeg or png"),
+        ("--provider", "ROUTE", "auto, value or official"),
+    ):
+        rows.add_argument(option, metavar=metavar, help=f"{values}, for rows that name none")
     rows.add_argument(
         "--variants",
         metavar="N",

@@ -50,12 +50,7 @@ def _exit_on_signals() -> Iterator[None]:
 
 @_exit_on_signals()
 def run_demo(options: argparse.Namespace) -> int:
-    """Run `demo` and return its exit status: 0 if every picture was stored, otherwise 1.
-
-    Raises:
-        ConfigurationError: The folder cannot be used, or the Prefect server does not start.
-        BatchStoppedError: The flow run did not complete.
-    """
+    """Run `demo` and return its exit status: 0 if every picture was stored, otherwise 1."""
     began = time.monotonic()
     folder = Path(options.folder).resolve()
     pictures, sheet = folder / "pictures", folder / "contact-sheet.png"

@@ -85,13 +85,10 @@ async def build_plan(batch: Batch, pilot: int | None = None) -> Plan:
 
 
 async def ask_for_approval(plan: Plan, batch: Batch, sheet: str | None = None) -> bool:
-    """Pause the flow run until a person resumes it to approve this plan, for a day at most.
+    """Pause the flow run for a day at most; return False if a person cancels, True if one resumes.
 
     The plan is made again after the approval, because the manifest or the ledger may have changed
     in the meantime.
-
-    Returns:
-        True if the flow run was resumed, False if it was cancelled.
 
     Raises:
         BatchStoppedError: The plan has changed; nothing was submitted.
@@ -131,12 +128,7 @@ async def ask_for_approval(plan: Plan, batch: Batch, sheet: str | None = None) -
 
 
 async def run_pilot(plan: Plan, batch: Batch) -> str | None:
-    """Run the sample of a plan, and return its contact sheet as a `data:` URL, if there is one.
-
-    Raises:
-        BatchStoppedError: As for `run_batch`.
-        LedgerError: The ledger cannot be reached.
-    """
+    """Run the sample of a plan, and return its contact sheet as a `data:` URL, if there is one."""
     options = replace(batch.options, deferred=False)
     async with open_batch(batch.output, batch.account, options, plan) as (session, slots):
         sample = select_rows(batch.rows.rows(), plan.pilot)
