@@ -11,7 +11,8 @@ import logging
 import math
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
 from prefect_flux_kontext.callbacks.recovery import recover_task
@@ -50,22 +51,6 @@ class _Folder:
 _folders: dict[tuple[str, str], _Folder] = {}
 
 
-class AwaitedRequest(NamedTuple):
-    """A request whose callback is awaited."""
-
-    callbacks: RequestCallbacks
-    attempt: Attempt
-
-    @property
-    def has_callback(self) -> bool:
-        """Whether a callback has arrived."""
-        return self.callbacks.has_callback(self.attempt)
-
-    async def wait(self, seconds: float) -> None:
-        """Wait for the first callback, at most this long."""
-        await self.callbacks.wait(self.attempt, seconds)
-
-
 class RequestCallbacks:
     """Adds callbacks to single requests: to submits, to polling and to lost replies.
 
@@ -91,7 +76,8 @@ class RequestCallbacks:
         is_polled = self._options.url is None or entry.intent is None
         if is_polled or self._get_folder(attempt).has_missed:
             return None
-        return CallbackPauses(self, AwaitedRequest(self, attempt), cadence, self._options.sweep)
+        has_callback, wait = partial(self.has_callback, attempt), partial(self.wait, attempt)
+        return CallbackPauses(self, has_callback, wait, cadence, self._options.sweep)
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the task has ended: without a callback, later ones are polled."""

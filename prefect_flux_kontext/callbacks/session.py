@@ -18,11 +18,11 @@ from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from prefect_flux_kontext.callbacks.inbox import Callback
     from prefect_flux_kontext.callbacks.options import CallbackOptions
-    from prefect_flux_kontext.callbacks.requests import AwaitedRequest, RequestCallbacks
+    from prefect_flux_kontext.callbacks.requests import RequestCallbacks
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.client.polling import PollingCadence, PollPauses
     from prefect_flux_kontext.ledger.ledger import Ledger
@@ -281,7 +281,8 @@ class CallbackSession:
         row = self._watcher.find(attempt)
         if row is None:
             return None
-        return CallbackPauses(self._watcher, row, cadence, self._options.sweep)
+        sweep = self._options.sweep
+        return CallbackPauses(self._watcher, lambda: row.has_callback, row.wait, cadence, sweep)
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the row's task has ended, and report callbacks that name other tasks."""
@@ -336,26 +337,27 @@ class CallbackSession:
 class CallbackPauses:
     """Pauses that a callback ends. While callbacks are reliable, polls without one are rare."""
 
-    notifications: InboxWatcher | RequestCallbacks
-    row: AwaitedAttempt | AwaitedRequest
+    source: InboxWatcher | RequestCallbacks
+    has_callback: Callable[[], bool]
+    wait: Callable[[float], Awaitable[object]]  # for the next callback, at most so long
     cadence: PollingCadence
     sweep: float
     unconfirmed: int = 0
 
     async def before_first_poll(self, age: float) -> None:
         """Wait for a callback, at most until the first poll or sweep is due."""
-        longest = self.sweep if self.notifications.is_reliable else self.cadence.initial_delay
-        if self.row.has_callback:
+        longest = self.sweep if self.source.is_reliable else self.cadence.initial_delay
+        if self.has_callback():
             longest = 0.0
-        await self.row.wait(longest - age)
+        await self.wait(longest - age)
 
     async def before_next_poll(self) -> None:
         """Wait for a callback; after one that was too early, poll soon, then less often."""
-        longest = self.sweep if self.notifications.is_reliable else self.cadence.interval
-        if self.row.has_callback:
+        longest = self.sweep if self.source.is_reliable else self.cadence.interval
+        if self.has_callback():
             longest = min(longest, self.cadence.interval * 2**self.unconfirmed)
             self.unconfirmed = min(self.unconfirmed + 1, 16)
-        await self.row.wait(longest)
+        await self.wait(longest)
 
 
 def get_attempt(entry: Entry) -> Attempt:
