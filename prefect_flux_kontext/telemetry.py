@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import weakref
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
-
     from opentelemetry.metrics import CallbackOptions, Observation
 
     _Function = Callable[_P, Coroutine[Any, Any, _T]]

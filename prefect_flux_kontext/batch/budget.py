@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,14 +15,11 @@ from prefect_flux_kontext.errors import (
     ConfigurationError,
     GroupBudgetReachedError,
 )
-from prefect_flux_kontext.ledger.heartbeat import wait_for_dead
+from prefect_flux_kontext.ledger.heartbeat import Heartbeat, wait_for_dead
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.batch.spending import Spending
-    from prefect_flux_kontext.ledger.heartbeat import Heartbeat
     from prefect_flux_kontext.ledger.store import RecordStore
 
 logger = logging.getLogger(__name__)

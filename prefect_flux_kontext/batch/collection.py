@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
 from prefect_flux_kontext.batch.spending import STANDARD_COLUMNS, Spending, clean_value
-from prefect_flux_kontext.batch.summary import RowOutcome
-from prefect_flux_kontext.batch.waves import run_waves
+from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
+from prefect_flux_kontext.batch.waves import RunWave, run_waves
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
-from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
-from prefect_flux_kontext.ledger.store import LEDGER_FOLDER
+from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, Entry, State
+from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, RecordStore
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
     close_wave,
@@ -31,13 +32,7 @@ from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.report.results import get_manifest_value, read_all_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.batch.summary import BatchSummary
-    from prefect_flux_kontext.batch.waves import RunWave
-    from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
@@ -15,13 +16,10 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
 from prefect_flux_kontext.report.results import COLUMNS, original_column_name, read_all_lines
-from prefect_flux_kontext.report.verdicts import Verdicts
+from prefect_flux_kontext.report.verdicts import Verdict, Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from prefect_flux_kontext.ledger.records import Intent
-    from prefect_flux_kontext.report.verdicts import Verdict
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
@@ -9,8 +10,6 @@ from pydantic import BaseModel, Field
 from prefect_flux_kontext.redaction import make_showable, redact_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from prefect_flux_kontext.manifest.row import Row
 
 OTHER = "other"

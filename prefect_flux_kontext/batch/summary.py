@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, Field
@@ -13,8 +14,6 @@ from prefect_flux_kontext.batch.spending import GroupSpend
 from prefect_flux_kontext.redaction import make_showable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.waves import FinishedRow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from prefect_flux_kontext.report.gallery.page import GalleryRows
 from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER, ThumbnailStore
 from prefect_flux_kontext.report.results import (
     RESULTS_JSONL,
+    Line,
     line_identity,
     merge_lines,
     open_results_store,
@@ -33,9 +35,6 @@ from prefect_flux_kontext.report.thumbnails import image_thumbnail_name
 from prefect_flux_kontext.report.verdicts import Verdict, Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from prefect_flux_kontext.report.results import Line
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 # A row in progress takes up to four small reads; the others wait for the next refresh.

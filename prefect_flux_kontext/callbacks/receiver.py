@@ -11,31 +11,32 @@ import logging
 import signal
 import socket
 from collections import OrderedDict
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-from prefect_flux_kontext.callbacks.tokens import parse_token, validate_secret
+from prefect_flux_kontext.callbacks.tokens import Attempt, parse_token, validate_secret
 from prefect_flux_kontext.client.responses import read_callback
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-    from contextlib import AbstractAsyncContextManager
-
     from pydantic import SecretStr
-    from starlette.requests import Request
     from starlette.types import ASGIApp
 
-    from prefect_flux_kontext.callbacks.tokens import Attempt
 
 logger = logging.getLogger(__name__)
 

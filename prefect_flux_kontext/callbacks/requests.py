@@ -23,7 +23,7 @@ from prefect_flux_kontext.callbacks.session import (
 )
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.models import GenerationRequest, utc_now
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.callbacks.options import CallbackOptions
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.polling import PollingCadence, PollPauses
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.models import GenerationRequest
 
 logger = logging.getLogger(__name__)
 

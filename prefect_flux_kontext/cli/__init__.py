@@ -7,12 +7,9 @@ import inspect
 import logging
 import pkgutil
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from prefect_flux_kontext.cli.commands import create_parser
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 SOME_ROWS_NOT_STORED = 1
 COULD_NOT_START = 2

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import textwrap
-from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.cli.display import print_json
 from prefect_flux_kontext.cli.options import create_client
 from prefect_flux_kontext.styles.styles import builtin_styles, read_styles
-
-if TYPE_CHECKING:
-    import argparse
 
 _WIDTH = 96
 

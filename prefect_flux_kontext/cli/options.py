@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.policy import RowOptions
 from prefect_flux_kontext.client.client import FluxKontextClient
@@ -12,9 +12,6 @@ from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.references.resolver import create_references
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
-
-if TYPE_CHECKING:
-    import argparse
 
 _BLOCK_PREFIX = "block:"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.collection import LedgerStatus, read_ledger_status
 from prefect_flux_kontext.batch.repair import rebuild_waves
 from prefect_flux_kontext.batch.runner import FAILED_ROWS, read_failed_rows
 from prefect_flux_kontext.batch.spending import describe_groups
@@ -16,7 +17,7 @@ from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError
 from prefect_flux_kontext.ledger import head
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
-from prefect_flux_kontext.ledger.records import State
+from prefect_flux_kontext.ledger.records import Entry, State
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.report.builder import update_report
 from prefect_flux_kontext.report.export import export_output
@@ -25,10 +26,6 @@ from prefect_flux_kontext.report.gallery.thumbnails import ThumbnailStore
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    import argparse
-
-    from prefect_flux_kontext.batch.collection import LedgerStatus
-    from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 # More would scroll the counts off a terminal.

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.orchestration.automations import create_automations
 from prefect_flux_kontext.orchestration.events import announce_manifest, require_api_url
 from prefect_flux_kontext.orchestration.partitions.leases import create_limit
-
-if TYPE_CHECKING:
-    import argparse
 
 
 def deploy(options: argparse.Namespace) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
 from prefect_flux_kontext.callbacks.receiver import create_receiver, serve
@@ -11,9 +11,6 @@ from prefect_flux_kontext.cli.options import open_output
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, RecordStore
 from prefect_flux_kontext.settings import FluxKontextSettings
-
-if TYPE_CHECKING:
-    import argparse
 
 _GREETING = """\
 Receiving callbacks on {url} and storing them in {inbox}

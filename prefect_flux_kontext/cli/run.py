@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import itertools
 import shlex
 import signal
 import sys
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.batch.pilot import select_rows
-from prefect_flux_kontext.batch.planning import make_plan
+from prefect_flux_kontext.batch.planning import Plan, make_plan
 from prefect_flux_kontext.batch.redo import read_redo_manifest
 from prefect_flux_kontext.batch.runner import read_failed_manifest, run_batch, run_collection
-from prefect_flux_kontext.batch.session import open_session
+from prefect_flux_kontext.batch.session import Session, open_session
 from prefect_flux_kontext.batch.spending import describe_groups
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
@@ -34,12 +36,7 @@ from prefect_flux_kontext.report.gallery.builder import GALLERY
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import AsyncIterator, Coroutine, Iterable
-
-    from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.manifest.reader import Manifest
     from prefect_flux_kontext.manifest.row import RefusedRow, Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -11,9 +11,6 @@ from prefect_flux_kontext.sandbox.faults.plan import BadPlanError, load_plan
 from prefect_flux_kontext.sandbox.faults.registry import describe_faults
 from prefect_flux_kontext.sandbox.server import serve
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
-
-if TYPE_CHECKING:
-    import argparse
 
 _GREETING = """\
 Flux Kontext sandbox: {url}

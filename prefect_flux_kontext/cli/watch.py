@@ -6,6 +6,7 @@ in its Host header, so that other web pages can neither read the page nor post a
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import secrets
@@ -30,8 +31,6 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.styles.styles import builtin_styles
 
 if TYPE_CHECKING:
-    import argparse
-
     from starlette.requests import Request
     from starlette.types import ASGIApp
 

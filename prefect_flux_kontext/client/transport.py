@@ -10,6 +10,7 @@ import asyncio
 import functools
 import urllib.request
 import zlib
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -19,7 +20,6 @@ from yarl import URL
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Iterator, Mapping
 
     from aiohttp.abc import AbstractResolver
     from aiohttp.connector import Connection

@@ -15,7 +15,7 @@ from prefect.flow_runs import apause_flow_run
 from prefect.runtime import flow_run
 
 from prefect_flux_kontext.batch.pilot import select_rows
-from prefect_flux_kontext.batch.planning import make_plan
+from prefect_flux_kontext.batch.planning import Plan, make_plan
 from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.store import open_ledger_store
@@ -26,7 +26,6 @@ from prefect_flux_kontext.redaction import is_plain_url
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.manifest.reader import Manifest

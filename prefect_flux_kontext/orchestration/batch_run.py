@@ -7,7 +7,8 @@ import logging
 import signal
 import sys
 import threading
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from prefect_flux_kontext.batch.collection import find_expiring, read_ledger_sta
 from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.progress import ProgressLine
-from prefect_flux_kontext.batch.session import open_session
+from prefect_flux_kontext.batch.session import Session, open_session
 from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
@@ -42,11 +43,7 @@ from prefect_flux_kontext.report.gallery.builder import GALLERY
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-    from contextlib import AbstractAsyncContextManager
-
     from prefect_flux_kontext.batch.planning import Plan
-    from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.orchestration.parameters import AdvancedOptions
     from prefect_flux_kontext.storage.filesystem import OutputFolder

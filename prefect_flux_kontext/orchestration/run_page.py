@@ -12,6 +12,7 @@ import hashlib
 import html
 import logging
 import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -31,8 +32,6 @@ from prefect_flux_kontext.report.gallery.builder import CONTACT_SHEET, GALLERY, 
 from prefect_flux_kontext.report.thumbnails import make_thumbnail
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-
     from prefect_flux_kontext.batch.summary import BatchSummary
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 

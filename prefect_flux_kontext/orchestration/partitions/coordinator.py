@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger
 from prefect.blocks.core import Block
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import FlowRunContext
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound
@@ -28,9 +29,9 @@ from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import is_alive, keep_heartbeat
-from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.orchestration.approval import build_plan
+from prefect_flux_kontext.orchestration.approval import Batch, build_plan
 from prefect_flux_kontext.orchestration.batch_run import (
     PartitionTotals,
     create_spend_alarm,
@@ -42,24 +43,22 @@ from prefect_flux_kontext.orchestration.partitions.files import (
     share_rows,
 )
 from prefect_flux_kontext.orchestration.partitions.flow import Partition, style_transfer_partition
-from prefect_flux_kontext.orchestration.partitions.leases import lease_slots, read_account_limit
+from prefect_flux_kontext.orchestration.partitions.leases import (
+    Lease,
+    Share,
+    lease_slots,
+    read_account_limit,
+)
 from prefect_flux_kontext.orchestration.run_page import progress_artifact
 from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.styles.styles import is_style_file
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
     from uuid import UUID
-
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import FlowRun
 
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
-    from prefect_flux_kontext.ledger.store import RecordStore
-    from prefect_flux_kontext.orchestration.approval import Batch
-    from prefect_flux_kontext.orchestration.partitions.leases import Lease, Share
 
 DEFAULT_PARTITION_DEPLOYMENT = "style-transfer-partition/partition-of-batch"
 

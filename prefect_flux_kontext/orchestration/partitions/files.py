@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import secrets
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,6 @@ from prefect_flux_kontext.manifest.tables import normalize_source, read_in_memor
 from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
-
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.reader import Manifest
     from prefect_flux_kontext.storage.filesystem import OutputFolder
