@@ -181,8 +181,8 @@ async def read_ledger_status(
 ) -> LedgerStatus:
     """Read the states and costs of all rows.
 
-    With an output, it looks for images that were removed; on an object store only to `verify`,
-    because that lists it. Money is counted by columns with the values that were recorded with the
+    With an output, it looks for images that were removed; on an object store only with `verify`,
+    because this lists it. Money is counted by columns with the values that were recorded with the
     payments, else those of the result manifest.
 
     Raises:

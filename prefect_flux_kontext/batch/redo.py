@@ -29,8 +29,8 @@ async def read_redo_manifest(
     """Read the images to make again as a manifest; None without any.
 
     Its rows are those of the gallery's `redo.csv`. They may name the references that the ledger
-    records for them, and have the rights of a remote manifest otherwise. The verdicts may name
-    the styles of files. The service at `base_url` must reach references on the web.
+    records for them, and have the rights of a remote manifest otherwise. Verdicts may name the
+    styles of the files `styles`. The service at `base_url` must reach references on the web.
 
     Raises:
         LedgerError: A verdict or a record of the ledger cannot be read.
