@@ -51,11 +51,7 @@ class _DispatchedTask(Task[P, R]):
 
 def dispatched_task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Decorate an async function as `prefect.task` does, for sync and async callers."""
-
-    def decorate(function: Callable[P, R]) -> Task[P, R]:
-        return _DispatchedTask(fn=function, **options)
-
-    return decorate
+    return lambda function: _DispatchedTask(fn=function, **options)
 
 
 def dispatched(function: Callable[P, R]) -> Callable[P, Any]:
