@@ -66,6 +66,8 @@ def _without_metadata(annotation: Any) -> Any:
         return _without_metadata(annotation.__origin__)
     if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
         return Union[tuple(map(_without_metadata, get_args(annotation)))]  # noqa: UP007
+    if get_origin(annotation) is list:
+        return list[_without_metadata(*get_args(annotation))]
     return annotation
 
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.cli import _parser
+from prefect_flux_kontext.cli.commands import create_parser
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def settings_page() -> str:
 
 def command_line() -> str:
     """Return the commands with their arguments and options, from the command line's parser."""
-    parser = _parser()
+    parser = create_parser()
     parts = [parser.description, parser.epilog]
     for name, command in _commands(parser):
         parts += [f"## {name}", command.description, f"```text\n{_usage(command)}\n```"]
@@ -98,7 +98,7 @@ def _arguments(command: argparse.ArgumentParser) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,12 @@ from prefect_flux_kontext.models import (
     RequestedRatio,
     StoredImage,
 )
-from prefect_flux_kontext.orchestration.approval import ask_for_approval, plan_and_log, run_pilot
+from prefect_flux_kontext.orchestration.approval import (
+    Batch,
+    ask_for_approval,
+    plan_and_log,
+    run_pilot,
+)
 from prefect_flux_kontext.orchestration.batch_run import (
     build_row_options,
     emit_expiring_results,
@@ -47,10 +52,9 @@ from prefect_flux_kontext.orchestration.parameters import (
     flow_without_rows,
     open_output,
 )
-from prefect_flux_kontext.orchestration.partitions.coordinator import run_partitions
-from prefect_flux_kontext.orchestration.partitions.planner import (
-    DEFAULT_PARTITION_DEPLOYMENT,
+from prefect_flux_kontext.orchestration.partitions.coordinator import (
     plan_partitions,
+    run_partitions,
 )
 from prefect_flux_kontext.orchestration.run_page import complete, decline, name_run
 from prefect_flux_kontext.orchestration.suspension import (
@@ -243,15 +247,8 @@ async def style_transfer_batch(
         budget_by=rare.get("budget_by") or {},
         deferred=suspends or wait == "collect",
     )
-    partition_plan = (
-        await plan_partitions(
-            partitions,
-            rare.get("partition_deployment", DEFAULT_PARTITION_DEPLOYMENT),
-            account,
-            wait,
-        )
-        if partitions > 1
-        else None
+    partition_plan = await plan_partitions(
+        partitions, rare.get("partition_deployment"), account, wait
     )
     output = await open_output(output, rare.get("storage_options"))
     rows = build_manifest(
@@ -265,27 +262,24 @@ async def style_transfer_batch(
         mode=mode,
         aspect_ratio=aspect_ratio,
     )
-    plan = await plan_and_log(rows, output, account, options, rare.get("pilot"))
+    batch = Batch(rows, output, account, options)
+    plan = await plan_and_log(batch, rare.get("pilot"))
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
         return complete(plan.to_summary(str(output)))
     if plan.pilot:
-        sheet = await run_pilot(plan, rows, output, account, options)
-        plan = await plan_and_log(rows, output, account, options)
-        if not await ask_for_approval(plan, rows, output, account, options, sheet):
+        sheet = await run_pilot(plan, batch)
+        plan = await plan_and_log(batch)
+        if not await ask_for_approval(plan, batch, sheet):
             return decline(after_pilot=True)
-        options = plan.with_budget_cap(options, 0)
+        batch = batch._replace(options=plan.with_budget_cap(options, 0))
     elif approve_above_usd is not None:
-        if plan.price > approve_above_usd and not await ask_for_approval(
-            plan, rows, output, account, options
-        ):
+        if plan.price > approve_above_usd and not await ask_for_approval(plan, batch):
             return decline()
-        options = plan.with_budget_cap(options, approve_above_usd)
+        batch = batch._replace(options=plan.with_budget_cap(options, approve_above_usd))
     alert_above_usd = rare.get("alert_above_usd")
     async with (
-        run_partitions(
-            partition_plan, plan, rows, output, account, options, alert_above_usd
-        ) as remaining,
+        run_partitions(partition_plan, plan, batch, alert_above_usd) as remaining,
         open_batch(
             output,
             remaining.account,
@@ -373,7 +367,7 @@ async def retry_failed(
     if rows is None:
         return complete(BatchSummary(output=str(output)))
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
-    plan = await plan_and_log(rows, output, account, options)
+    plan = await plan_and_log(Batch(rows, output, account, options))
     plan.check(skip_invalid=True)
     async with open_batch(output, account, options, plan) as (session, slots):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -12,19 +13,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from prefect_flux_kontext.client.polling import PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 _QUOTED = re.compile(r"^(['\"])(.*)\1$", re.DOTALL)
 
 
 def find_price(prices: Mapping[str, float], mode: str, provider: str) -> float:
     """Return the price of an image in US dollars: that of the dearest route it may take.
 
-    Args:
-        prices: Prices by mode, and by mode and route where that is known (`pro official`).
-        mode: The mode of the image.
-        provider: Its route; `auto` may take any.
+    Prices are by mode, and by mode and route where known (`pro official`); `auto` may take any.
     """
     price = prices[mode]
     official = prices.get(f"{mode} official", price)
@@ -43,181 +38,104 @@ class FluxKontextSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="FLUX_KONTEXT_", extra="ignore", env_ignore_empty=True
+        env_prefix="FLUX_KONTEXT_",
+        extra="ignore",
+        env_ignore_empty=True,
+        use_attribute_docstrings=True,
     )
 
-    api_key: SecretStr | None = Field(default=None, description="API key of the account.")
-    base_url: str = Field(
-        default="https://api.apixo.ai",
-        description="Base URL of the service, in the form `https://host[:port]`. The path "
-        "`/api/v1` may follow.",
-    )
-    account: str = Field(
-        default="default", description="Label of the account. It may appear in logs."
-    )
-    requests_per_minute: int = Field(
-        default=10_000,
-        ge=1,
-        description="Request limit of the account, in requests per minute. Submits and status "
-        "requests count together.",
-    )
-    concurrent_tasks: int = Field(
-        default=1_000,
-        ge=1,
-        description="Concurrency limit of the account: tasks that may run at the same time.",
-    )
-    poll_initial_delay: float = Field(
-        default=20.0, ge=0, description="Seconds from the submit to the first status request."
-    )
-    poll_interval: float = Field(
-        default=3.0, gt=0, description="Seconds between later status requests for a task."
-    )
-    poll_timeout: float = Field(
-        default=900.0,
-        gt=0,
-        description="Seconds to wait for a task. A task that is still running then stays "
-        "outstanding and can be collected later.",
-    )
+    api_key: SecretStr | None = None
+    """API key of the account."""
+    base_url: str = "https://api.apixo.ai"
+    """Base URL of the service, in the form `https://host[:port]`. The path `/api/v1` may
+    follow."""
+    account: str = "default"
+    """Label of the account. It may appear in logs."""
+    requests_per_minute: int = Field(default=10_000, ge=1)
+    """Request limit of the account, in requests per minute. Submits and status requests count
+    together."""
+    concurrent_tasks: int = Field(default=1_000, ge=1)
+    """Concurrency limit of the account: tasks that may run at the same time."""
+    poll_initial_delay: float = Field(default=20.0, ge=0)
+    """Seconds from the submit to the first status request."""
+    poll_interval: float = Field(default=3.0, gt=0)
+    """Seconds between later status requests for a task."""
+    poll_timeout: float = Field(default=900.0, gt=0)
+    """Seconds to wait for a task. A task that is still running then stays outstanding and can be
+    collected later."""
 
-    concurrent_submits: int = Field(
-        default=16,
-        ge=1,
-        description="Maximum number of submits in flight. A crash leaves at most this many rows "
-        "unknown.",
-    )
-    outage_timeout: float = Field(
-        default=600.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Seconds for which submitting pauses while the service gives no usable "
-        "replies. After that the batch stops.",
-    )
-    stop_timeout: float = Field(
-        default=60.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Seconds for which a run that is stopped waits for replies to submits under "
-        "way. Rows without a reply stay unknown.",
-    )
-    heartbeat: float = Field(
-        default=15.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Seconds between two heartbeats of a run. A run on another machine counts as "
-        "dead after four missed ones.",
-    )
-    ledger: str | None = Field(
-        default=None,
-        description="Folder with the ledger of the tasks `submit_generation`, "
-        "`wait_for_generation` and `persist_images`. Unset: they keep none.",
-    )
-    staging_url: str | None = Field(
-        default=None,
-        description="Folder or bucket to which local reference images are copied, so that the "
-        "service can fetch them.",
-    )
-    staging_public_url: str | None = Field(
-        default=None,
-        description="Public URL of the staging folder. Unset: staged images get signed URLs.",
-    )
-    reference_roots: list[str] | None = Field(
-        default=None,
-        description="Folders and bucket prefixes below which reference images must be, as a JSON "
-        "list. References on the web are not affected. Unset: a local manifest may name all, a "
-        "folder of images what is in it, a remote manifest its own bucket.",
-    )
-    match_references: bool = Field(
-        default=True,
-        description="Read the headers of reference images on the web, to send the aspect ratio "
-        "nearest to theirs where it is `match`. Off: 16:9 is sent.",
-    )
-    price_pro: float = Field(
-        default=0.03, ge=0, description="Price of an image in mode `pro`, in US dollars."
-    )
-    price_pro_official: float | None = Field(
-        default=None,
-        ge=0,
-        description="Likewise on the official route, which provider `auto` may take.",
-    )
-    price_max: float = Field(
-        default=0.06, ge=0, description="Price of an image in mode `max`, in US dollars."
-    )
-    price_max_official: float | None = Field(
-        default=None,
-        ge=0,
-        description="Likewise on the official route, which provider `auto` may take.",
-    )
-    result_days: float = Field(
-        default=15.0,
-        gt=0,
-        description="Days for which the service keeps a result. Outstanding rows whose results "
-        "expire soon are reported.",
-    )
-    storage_options: SecretStr | None = Field(
-        default=None,
-        description="Options of the output's fsspec filesystem, such as keys and endpoints, as "
-        "a JSON object.",
-    )
-    ai_mark: bool = Field(
-        default=True,
-        description="Mark stored images as made by AI, in XMP metadata. The pixels do not change.",
-    )
+    concurrent_submits: int = Field(default=16, ge=1)
+    """Maximum number of submits in flight. A crash leaves at most this many rows unknown."""
+    outage_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """Seconds for which submitting pauses while the service gives no usable replies. After that
+    the batch stops."""
+    stop_timeout: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    """Seconds for which a run that is stopped waits for replies to submits under way. Rows without
+    a reply stay unknown."""
+    heartbeat: float = Field(default=15.0, gt=0, allow_inf_nan=False)
+    """Seconds between two heartbeats of a run. A run on another machine counts as dead after four
+    missed ones."""
+    ledger: str | None = None
+    """Folder with the ledger of the tasks `submit_generation`, `wait_for_generation` and
+    `persist_images`. Unset: they keep none."""
+    staging_url: str | None = None
+    """Folder or bucket to which local reference images are copied, so that the service can fetch
+    them."""
+    staging_public_url: str | None = None
+    """Public URL of the staging folder. Unset: staged images get signed URLs."""
+    reference_roots: list[str] | None = None
+    """Folders and bucket prefixes below which reference images must be, as a JSON list. References
+    on the web are not affected. Unset: a local manifest may name all, a folder of images what is
+    in it, a remote manifest its own bucket."""
+    match_references: bool = True
+    """Read the headers of reference images on the web, to send the aspect ratio nearest to theirs
+    where it is `match`. Off: 16:9 is sent."""
+    price_pro: float = Field(default=0.03, ge=0)
+    """Price of an image in mode `pro`, in US dollars."""
+    price_pro_official: float | None = Field(default=None, ge=0)
+    """Likewise on the official route, which provider `auto` may take."""
+    price_max: float = Field(default=0.06, ge=0)
+    """Price of an image in mode `max`, in US dollars."""
+    price_max_official: float | None = Field(default=None, ge=0)
+    """Likewise on the official route, which provider `auto` may take."""
+    result_days: float = Field(default=15.0, gt=0)
+    """Days for which the service keeps a result. Outstanding rows whose results expire soon are
+    reported."""
+    storage_options: SecretStr | None = None
+    """Options of the output's fsspec filesystem, such as keys and endpoints, as a JSON object."""
+    ai_mark: bool = True
+    """Mark stored images as made by AI, in XMP metadata. The pixels do not change."""
 
-    gallery_images: int = Field(
-        default=10_000,
-        ge=0,
-        description="Maximum number of rows in the HTML gallery. 0: no gallery.",
-    )
-    gallery_references: bool = Field(
-        default=True,
-        description="Fetch the reference images and show each one as `before` in the gallery.",
-    )
+    gallery_images: int = Field(default=10_000, ge=0)
+    """Maximum number of rows in the HTML gallery. 0: no gallery."""
+    gallery_references: bool = True
+    """Fetch the reference images and show each one as `before` in the gallery."""
 
-    callback_url: str | None = Field(
-        default=None,
-        description="Public URL of the callback receiver. Unset: completion is found by polling.",
-    )
-    callback_secret: SecretStr | None = Field(
-        default=None,
-        description="Secret that signs the tokens in callback URLs. Batches and their receiver "
-        "need the same value.",
-    )
-    callback_listen: str | None = Field(
-        default=None,
-        description="Address (`host:port`) on which the batch itself receives callbacks. Unset: "
-        "a separate receiver is expected.",
-    )
-    callback_inbox: str | None = Field(
-        default=None,
-        description="Folder in which receivers store callbacks. Unset: the output's own ledger.",
-    )
-    callback_sweep: float = Field(
-        default=60.0,
-        gt=0,
-        description="Seconds between status requests for a task whose callback has not arrived.",
-    )
-    callback_grace: float = Field(
-        default=300.0,
-        ge=0,
-        description="Seconds to wait for a callback after the reply to a submit was lost, before "
-        "the row is reported as unknown.",
-    )
+    callback_url: str | None = None
+    """Public URL of the callback receiver. Unset: completion is found by polling."""
+    callback_secret: SecretStr | None = None
+    """Secret that signs the tokens in callback URLs. Batches and their receiver need the same
+    value."""
+    callback_listen: str | None = None
+    """Address (`host:port`) on which the batch itself receives callbacks. Unset: a separate
+    receiver is expected."""
+    callback_inbox: str | None = None
+    """Folder in which receivers store callbacks. Unset: the output's own ledger."""
+    callback_sweep: float = Field(default=60.0, gt=0)
+    """Seconds between status requests for a task whose callback has not arrived."""
+    callback_grace: float = Field(default=300.0, ge=0)
+    """Seconds to wait for a callback after the reply to a submit was lost, before the row is
+    reported as unknown."""
 
-    secret_parameters: str = Field(
-        default="",
-        description="Further query parameters that sign URLs, separated by commas. Like those of "
-        "the known stores, they are removed from every URL that is shown or stored.",
-    )
+    secret_parameters: str = ""
+    """Further query parameters that sign URLs, separated by commas. Like those of the known
+    stores, they are removed from every URL that is shown or stored."""
 
-    public_urls: dict[str, str] = Field(
-        default_factory=dict,
-        description="Public URLs of outputs, as a JSON object that maps an output prefix to an "
-        "http(s) URL. Prefect artifacts use them as links.",
-    )
-    asset_owners: list[str] = Field(
-        default_factory=list,
-        description="Who owns the outputs, as a JSON list. The assets in Prefect name them.",
-    )
+    public_urls: dict[str, str] = Field(default_factory=dict)
+    """Public URLs of outputs, as a JSON object that maps an output prefix to an http(s) URL.
+    Prefect artifacts use them as links."""
+    asset_owners: list[str] = Field(default_factory=list)
+    """Who owns the outputs, as a JSON list. The assets in Prefect name them."""
 
     def __init__(self, **values: Any) -> None:
         try:

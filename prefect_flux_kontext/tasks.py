@@ -48,24 +48,14 @@ if TYPE_CHECKING:
 
 async def _is_transient(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
     """Whether a retry may succeed: not after a failed generation, a refusal or a wrong setting."""
-    try:
-        await state.aresult()
-    except FluxKontextError as error:
-        return error.retryable
-    except Exception:  # noqa: BLE001 - not one of our errors, so not retryable
-        return False
-    return False
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, FluxKontextError) and error.retryable
 
 
 async def _was_not_accepted(task: Any, task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
     """Whether a submit may be repeated: only if it is known that it was not accepted."""
-    try:
-        await state.aresult()
-    except FluxKontextError as error:
-        return error.not_accepted and error.retryable
-    except Exception:  # noqa: BLE001 - whether it was sent is unknown
-        return False
-    return False
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, FluxKontextError) and error.not_accepted and error.retryable
 
 
 @dispatched_task(

@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import weakref
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
-
-    from opentelemetry.metrics import CallbackOptions, Observation
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import CallbackOptions, Observation
+
+    _Function = Callable[_P, Coroutine[Any, Any, _T]]
 
 _NAME = "flux_kontext"
 _DURATION_BOUNDARIES_SECONDS = [1, 2, 5, 10, 15, 20, 25, 30, 40, 50, 60, 90, 120, 180, 300, 600]
@@ -81,14 +82,10 @@ def observe_slots(limiter: object) -> None:
     _accounts.add(limiter)
 
 
-def trace(
-    name: str,
-) -> Callable[[Callable[_P, Coroutine[Any, Any, _T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
+def trace(name: str) -> Callable[[_Function[_P, _T]], _Function[_P, _T]]:
     """Decorate a coroutine function so that its calls are spans of the row's trace."""
 
-    def decorate(
-        function: Callable[_P, Coroutine[Any, Any, _T]],
-    ) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    def decorate(function: _Function[_P, _T]) -> _Function[_P, _T]:
         if not IS_ENABLED:
             return function
 
@@ -109,9 +106,7 @@ def trace(
     return decorate
 
 
-def count_requests(
-    function: Callable[_P, Coroutine[Any, Any, _T]],
-) -> Callable[_P, Coroutine[Any, Any, _T]]:
+def count_requests(function: _Function[_P, _T]) -> _Function[_P, _T]:
     """Decorate `FluxKontextClient._request`: count its requests by kind and outcome."""
     if not IS_ENABLED:
         return function
@@ -134,9 +129,7 @@ def count_requests(
     return counted
 
 
-def measure_row(
-    function: Callable[_P, Coroutine[Any, Any, _T]],
-) -> Callable[_P, Coroutine[Any, Any, _T]]:
+def measure_row(function: _Function[_P, _T]) -> _Function[_P, _T]:
     """Decorate the run of a row: trace each row, and count it by its state at the end."""
     if not IS_ENABLED:
         return function
@@ -159,9 +152,7 @@ def count_stored_rows(rows: int) -> None:
         _rows.add(rows, {"state": "stored"})
 
 
-def measure_storing(
-    function: Callable[_P, Coroutine[Any, Any, _T]],
-) -> Callable[_P, Coroutine[Any, Any, _T]]:
+def measure_storing(function: _Function[_P, _T]) -> _Function[_P, _T]:
     """Decorate what waits for a row's task and stores its images: measure times and bytes."""
     if not IS_ENABLED:
         return function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,14 +15,11 @@ from prefect_flux_kontext.errors import (
     ConfigurationError,
     GroupBudgetReachedError,
 )
-from prefect_flux_kontext.ledger.heartbeat import wait_for_dead
+from prefect_flux_kontext.ledger.heartbeat import Heartbeat, wait_for_dead
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.batch.spending import Spending
-    from prefect_flux_kontext.ledger.heartbeat import Heartbeat
     from prefect_flux_kontext.ledger.store import RecordStore
 
 logger = logging.getLogger(__name__)
@@ -42,7 +40,8 @@ class Budget:
     """Dollars that may still be committed, counted in whole millionths to avoid rounding errors.
 
     Each POST's price is reserved before its intent is written, and returned only when the POST is
-    known not to have been accepted. What may have been accepted stays counted.
+    known not to have been accepted. What may have been accepted stays counted. Prices are in
+    dollars; `columns` are the values by which a row is counted.
 
     Args:
         dollars: The cap; None for no cap.
@@ -74,10 +73,6 @@ class Budget:
     def check(self, price: float, columns: Mapping[str, str]) -> None:
         """Check that a POST may still be possible, before anything is prepared for it.
 
-        Args:
-            price: Its price, in dollars.
-            columns: The values by which its row is counted.
-
         Raises:
             BudgetReachedError: As for `reserve`.
         """
@@ -87,10 +82,6 @@ class Budget:
 
     async def reserve(self, price: float, columns: Mapping[str, str]) -> None:
         """Reserve the price of a POST; wait while POSTs in flight may still return theirs.
-
-        Args:
-            price: Its price, in dollars.
-            columns: The values by which its row is counted.
 
         Raises:
             BudgetReachedError: The cap would be exceeded.
@@ -123,13 +114,7 @@ class Budget:
             )
 
     async def settle(self, price: float, columns: Mapping[str, str], *, refunded: bool) -> None:
-        """Settle a reservation when the outcome of its POST is known.
-
-        Args:
-            price: The reserved price, in dollars.
-            columns: The values by which the row is counted.
-            refunded: Whether the POST is known not to have been accepted; else it stays counted.
-        """
+        """Settle a reservation: refunded if the POST is known not to have been accepted."""
         caps = self._find_caps(columns)
         if not caps:
             return

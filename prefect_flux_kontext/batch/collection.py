@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
 from prefect_flux_kontext.batch.spending import STANDARD_COLUMNS, Spending, clean_value
-from prefect_flux_kontext.batch.summary import RowOutcome
-from prefect_flux_kontext.batch.waves import run_waves
+from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
+from prefect_flux_kontext.batch.waves import RunWave, run_waves
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
-from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, State
-from prefect_flux_kontext.ledger.store import LEDGER_FOLDER
+from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, Entry, State
+from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, RecordStore
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
     close_wave,
@@ -31,13 +32,7 @@ from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.report.results import get_manifest_value, read_all_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.batch.summary import BatchSummary
-    from prefect_flux_kontext.batch.waves import RunWave
-    from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -141,15 +136,7 @@ def _warn_of_expiry(outstanding: Sequence[Entry], result_days: float) -> None:
 def find_expiring(
     outstanding: Sequence[Entry], result_days: float
 ) -> list[tuple[Entry, timedelta]]:
-    """Find the rows whose results expire within three days.
-
-    Args:
-        outstanding: Rows that are paid for and not stored.
-        result_days: Days for which the service keeps a result.
-
-    Returns:
-        Each such row, and the time until its result expires.
-    """
+    """Return the rows whose results expire within three days, each with the time until then."""
     lifetime = timedelta(days=result_days)
     remaining = [
         (entry, entry.task.submitted_at + lifetime - utc_now())
@@ -161,16 +148,11 @@ def find_expiring(
 
 @dataclass
 class LedgerStatus:
-    """The states and costs of an output's rows.
+    """The states and costs of an output's rows. Money is in dollars.
 
-    Attributes:
-        states: Number of rows in each state.
-        spent: Dollars for all accepted attempts.
-        doubtful: Dollars that unknown submits, also those given up, may have cost in addition.
-        outstanding: Rows paid for and not stored, the oldest first.
-        unknown: Rows that may or may not have been billed, and whose run is dead.
-        missing: Stored rows whose images were removed from the output; None if not looked for.
-        spending: The money by the columns that were asked for.
+    Unknown submits, also those given up, may have cost the doubtful sum in addition. Outstanding
+    rows are the oldest first; the run of unknown rows is dead. The images of `missing` stored rows
+    were removed; None if not looked for.
     """
 
     states: Counter[State] = field(default_factory=Counter)
@@ -199,12 +181,9 @@ async def read_ledger_status(
 ) -> LedgerStatus:
     """Read the states and costs of all rows.
 
-    Args:
-        store: The ledger's records.
-        output: The output, to look for images that were removed.
-        by: Columns to count the money by. The values are those that were recorded with the
-            payments, else those of the result manifest.
-        verify: Whether to look for images also if that means to list an object store.
+    With an output, it looks for images that were removed; on an object store only with `verify`,
+    because this lists it. Money is counted by columns with the values that were recorded with the
+    payments, else those of the result manifest.
 
     Raises:
         ConfigurationError: No row has one of the columns.
@@ -227,7 +206,8 @@ async def read_ledger_status(
             entry.attempt, state, entry.spent, entry.doubtful, entry.columns
         )
     missing = 0
-    listed = await _list_remote_files(output) if verify and output is not None else None
+    remote = None if output is None or output.is_local else output
+    listed = await remote.list_all(leave_out=LEDGER_FOLDER) if verify and remote else None
     async for row in read_finished_rows(store):
         if output is not None and row.ended.state == "stored":
             missing += bool(output.find_missing(row.ended.files, listed))
@@ -243,11 +223,6 @@ async def read_ledger_status(
     if by and output is not None:
         await _count_spending(status.spending, output, rows)
     return status
-
-
-async def _list_remote_files(output: OutputFolder) -> set[str] | None:
-    """Return the files of an output on an object store; None on a local disk."""
-    return None if output.is_local else await output.list_all(leave_out=LEDGER_FOLDER)
 
 
 async def _count_spending(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.spending import REQUEST_COLUMNS
@@ -16,19 +15,11 @@ from prefect_flux_kontext.manifest.columns import COLUMNS as MANIFEST_COLUMNS
 from prefect_flux_kontext.manifest.reader import Manifest
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.references.rights import find_retry_rights
-from prefect_flux_kontext.report.results import (
-    COLUMNS,
-    RESULTS_JSONL,
-    original_column_name,
-    read_lines,
-)
-from prefect_flux_kontext.report.verdicts import Verdicts
+from prefect_flux_kontext.report.results import COLUMNS, original_column_name, read_all_lines
+from prefect_flux_kontext.report.verdicts import Verdict, Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from prefect_flux_kontext.ledger.records import Intent
-    from prefect_flux_kontext.report.verdicts import Verdict
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 
@@ -38,12 +29,8 @@ async def read_redo_manifest(
     """Read the images to make again as a manifest; None without any.
 
     Its rows are those of the gallery's `redo.csv`. They may name the references that the ledger
-    records for them, and have the rights of a remote manifest otherwise.
-
-    Args:
-        output: The output of the batch.
-        styles: Files of styles that verdicts name.
-        base_url: The service, which must reach references on the web.
+    records for them, and have the rights of a remote manifest otherwise. Verdicts may name the
+    styles of the files `styles`. The service at `base_url` must reach references on the web.
 
     Raises:
         LedgerError: A verdict or a record of the ledger cannot be read.
@@ -107,19 +94,12 @@ def _make_cells(intent: Intent, verdict: Verdict, custom: Mapping[str, str]) -> 
 
 async def _read_custom_columns(output: OutputFolder, keys: set[str]) -> dict[str, dict[str, str]]:
     """Return the custom columns of rows, which templates of styles may use, by row key."""
-    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
-        results = Path(folder, "results")
-        await output.fetch(RESULTS_JSONL, results)
-
-        def read() -> dict[str, dict[str, str]]:
-            return {
-                line["key"]: {
-                    original_column_name(name): value
-                    for name, value in line.items()
-                    if name not in COLUMNS
-                }
-                for line in read_lines(results)
-                if line.get("key") in keys
-            }
-
-        return await asyncio.to_thread(read)
+    return {
+        line["key"]: {
+            original_column_name(name): value
+            for name, value in line.items()
+            if name not in COLUMNS
+        }
+        async for line in read_all_lines(output)
+        if line.get("key") in keys
+    }

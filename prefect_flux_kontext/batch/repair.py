@@ -19,19 +19,12 @@ _OPEN_SUFFIX = ".open.json"
 
 
 class Repair(NamedTuple):
-    """What a repair found and did.
+    """What a repair found and did."""
 
-    Attributes:
-        rows: Rows with records.
-        finished: Rows that are stored or failed.
-        unfinished: The other rows, which open waves name now.
-        removed: Wave files that were replaced.
-    """
-
-    rows: int
-    finished: int
-    unfinished: int
-    removed: int
+    rows: int  # with records
+    finished: int  # stored or failed
+    unfinished: int  # the others, which open waves name now
+    removed: int  # wave files that were replaced
 
 
 async def rebuild_waves(store: RecordStore) -> Repair:
@@ -39,9 +32,6 @@ async def rebuild_waves(store: RecordStore) -> Repair:
 
     A wave file is removed only after all rows are in new ones, so a repair that is interrupted
     loses nothing and can be run again.
-
-    Args:
-        store: The ledger's records.
 
     Raises:
         ConfigurationError: A run is using the output.

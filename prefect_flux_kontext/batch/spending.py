@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
@@ -9,8 +10,6 @@ from pydantic import BaseModel, Field
 from prefect_flux_kontext.redaction import make_showable, redact_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from prefect_flux_kontext.manifest.row import Row
 
 OTHER = "other"
@@ -43,11 +42,7 @@ class GroupSpend(BaseModel):
 
 
 class Spending:
-    """Dollars and rows by the values of columns.
-
-    Args:
-        names: The columns.
-    """
+    """Dollars and rows by the values of the named columns."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names = tuple(names)

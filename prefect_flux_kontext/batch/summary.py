@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import importlib
 import json
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, Field
 
@@ -13,8 +14,6 @@ from prefect_flux_kontext.batch.spending import GroupSpend
 from prefect_flux_kontext.redaction import make_showable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.waves import FinishedRow
@@ -164,15 +163,7 @@ class BatchSummary(BaseModel):
 
     def add(self, other: BatchSummary) -> Self:
         """Add the counts, reasons and failures of another summary."""
-        for name in (
-            "rows",
-            "stored",
-            "already_stored",
-            "failed",
-            "unknown",
-            "outstanding",
-            "not_submitted",
-        ):
+        for name in ("rows", "already_stored", *get_args(RowState)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for counts, others in ((self.reasons, other.reasons), (self.flags, other.flags)):
             for name, number in others.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from prefect_flux_kontext.report.gallery.page import GalleryRows
 from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER, ThumbnailStore
 from prefect_flux_kontext.report.results import (
     RESULTS_JSONL,
+    Line,
     line_identity,
     merge_lines,
     open_results_store,
@@ -33,9 +35,6 @@ from prefect_flux_kontext.report.thumbnails import image_thumbnail_name
 from prefect_flux_kontext.report.verdicts import Verdict, Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from prefect_flux_kontext.report.results import Line
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 # A row in progress takes up to four small reads; the others wait for the next refresh.
@@ -47,15 +46,8 @@ _RATE_SECONDS = 60.0
 class WatchedOutput:
     """The rows of an output, in the order in which they were first seen.
 
-    Args:
-        output: The output.
-        max_rows: The most rows to hold; further ones are counted.
-
-    Attributes:
-        rows: The lines of the rows.
-        version: Number of the latest refresh.
-        thumbnails: The gallery's thumbnails.
-        verdicts: The verdicts by row key.
+    It holds at most `max_rows`, and counts further ones. Each refresh has a number, `version`.
+    The verdicts are by row key.
     """
 
     def __init__(self, output: OutputFolder, max_rows: int) -> None:
@@ -107,23 +99,15 @@ class WatchedOutput:
         await asyncio.to_thread(self._summarize, plan, is_running=is_running)
 
     async def load_verdicts(self) -> None:
-        """Read the verdicts that changed, of any writer.
-
-        Raises:
-            LedgerError: A record cannot be read or is damaged.
-            StorageError: The output cannot be read.
-        """
+        """Read the verdicts that changed, of any writer; with the errors of `refresh`."""
         before, self.verdicts = self.verdicts, await self._verdict_store.load()
         for key in {key for key, _ in before.items() ^ self.verdicts.items()}:
             self._mark_judged(key)
 
     async def judge(self, names: Iterable[str], asked: dict[str, Any]) -> None:
-        """Record a verdict on images.
+        """Record a verdict on the images whose thumbnails have these names, where known.
 
-        Args:
-            names: The names of their thumbnails; unknown ones are ignored.
-            asked: The other fields of the verdict. `best` keeps the image and rejects the other
-                variants of its row.
+        The verdict `best` keeps an image and rejects the other variants of its row.
 
         Raises:
             LedgerError: The output cannot be written to.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.tokens import Attempt
@@ -19,8 +20,6 @@ from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.waves import read_open_waves
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
     from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
     from prefect_flux_kontext.ledger.store import RecordStore
 

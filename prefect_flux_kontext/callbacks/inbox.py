@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,8 +20,6 @@ from prefect_flux_kontext.ledger.records import RECORD_VERSION, RecordVersion
 from prefect_flux_kontext.models import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from prefect_flux_kontext.ledger.store import RecordStore
 
 INBOX_FOLDER = "callbacks"

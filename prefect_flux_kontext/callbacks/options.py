@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from prefect_flux_kontext.callbacks.tokens import create_token, validate_secret
+from prefect_flux_kontext.callbacks.tokens import Attempt, create_token, validate_secret
 from prefect_flux_kontext.client.addresses import is_loopback_host
 from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-    from prefect_flux_kontext.callbacks.tokens import Attempt
     from prefect_flux_kontext.models import GenerationRequest
     from prefect_flux_kontext.settings import FluxKontextSettings
 

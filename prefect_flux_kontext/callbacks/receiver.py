@@ -11,30 +11,32 @@ import logging
 import signal
 import socket
 from collections import OrderedDict
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-from prefect_flux_kontext.callbacks.tokens import parse_token, validate_secret
+from prefect_flux_kontext.callbacks.tokens import Attempt, parse_token, validate_secret
 from prefect_flux_kontext.client.responses import read_callback
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-    from contextlib import AbstractAsyncContextManager
-
     from pydantic import SecretStr
-    from starlette.requests import Request
+    from starlette.types import ASGIApp
 
-    from prefect_flux_kontext.callbacks.tokens import Attempt
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ def _response_and_close(status: int) -> Response:
 
 
 def serve(
-    app: Starlette,
+    app: ASGIApp,
     host: str,
     port: int,
     announce: Callable[[str], None],
@@ -183,7 +185,7 @@ def serve(
 
 
 @asynccontextmanager
-async def serve_in_background(app: Starlette, host: str, port: int) -> AsyncIterator[str]:
+async def serve_in_background(app: ASGIApp, host: str, port: int) -> AsyncIterator[str]:
     """Serve on the running loop while the block runs, and yield the URL; see `serve`."""
     with _open_listener(host, port) as listener:
         server = _Server(
@@ -261,8 +263,8 @@ def _open_listener(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(_BACKLOG)
         except (OSError, OverflowError) as error:
             raise ConfigurationError(
-                f"The callback receiver cannot listen on {host}:{port}: {error}. Choose another "
-                "port, or use a receiver that already runs there."
+                f"Cannot listen on {host}:{port}: {error}. Choose another port, or use what "
+                "already runs there."
             ) from None
         yield listener
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Container, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,6 @@ from prefect_flux_kontext.errors import ApiError, NotFoundError
 from prefect_flux_kontext.ledger.waves import read_finished_rows, read_open_waves
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
-
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry

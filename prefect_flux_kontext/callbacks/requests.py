@@ -11,7 +11,8 @@ import logging
 import math
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
 from prefect_flux_kontext.callbacks.recovery import recover_task
@@ -22,7 +23,7 @@ from prefect_flux_kontext.callbacks.session import (
 )
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.models import GenerationRequest, utc_now
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.callbacks.options import CallbackOptions
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.client.polling import PollingCadence, PollPauses
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.models import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -50,28 +50,10 @@ class _Folder:
 _folders: dict[tuple[str, str], _Folder] = {}
 
 
-class AwaitedRequest(NamedTuple):
-    """A request whose callback is awaited."""
-
-    callbacks: RequestCallbacks
-    attempt: Attempt
-
-    @property
-    def has_callback(self) -> bool:
-        """Whether a callback has arrived."""
-        return self.callbacks.has_callback(self.attempt)
-
-    async def wait(self, seconds: float) -> None:
-        """Wait for the first callback, at most this long."""
-        await self.callbacks.wait(self.attempt, seconds)
-
-
 class RequestCallbacks:
     """Adds callbacks to single requests: to submits, to polling and to lost replies.
 
-    Args:
-        options: How callbacks are received. The receiver runs in another process.
-        ledger: The records of the ledger.
+    The receiver runs in another process.
     """
 
     is_reliable = True
@@ -93,7 +75,8 @@ class RequestCallbacks:
         is_polled = self._options.url is None or entry.intent is None
         if is_polled or self._get_folder(attempt).has_missed:
             return None
-        return CallbackPauses(self, AwaitedRequest(self, attempt), cadence, self._options.sweep)
+        has_callback, wait = partial(self.has_callback, attempt), partial(self.wait, attempt)
+        return CallbackPauses(self, has_callback, wait, cadence, self._options.sweep)
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the task has ended: without a callback, later ones are polled."""
@@ -105,12 +88,8 @@ class RequestCallbacks:
     ) -> Entry | None:
         """Return the request with the task that its callback names, or None without one.
 
-        A callback is waited for until the grace period after the submit is over.
-
-        Args:
-            client: The client that confirms the task.
-            ledger: The ledger that records it.
-            entry: A request whose latest attempt has no outcome on record.
+        Its latest attempt has no outcome on record. A callback is waited for until the grace
+        period after the submit is over.
 
         Raises:
             LedgerError: The task cannot be recorded.

@@ -6,28 +6,25 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
+from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Callback, Inbox
 from prefect_flux_kontext.callbacks.recovery import recover_task
 from prefect_flux_kontext.callbacks.tokens import Attempt
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
-from prefect_flux_kontext.models import utc_now
+from prefect_flux_kontext.models import GenerationRequest, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
-
-    from prefect_flux_kontext.callbacks.inbox import Callback
     from prefect_flux_kontext.callbacks.options import CallbackOptions
-    from prefect_flux_kontext.callbacks.requests import AwaitedRequest, RequestCallbacks
+    from prefect_flux_kontext.callbacks.requests import RequestCallbacks
     from prefect_flux_kontext.client.client import FluxKontextClient
     from prefect_flux_kontext.client.polling import PollingCadence, PollPauses
     from prefect_flux_kontext.ledger.ledger import Ledger
     from prefect_flux_kontext.ledger.records import Entry
-    from prefect_flux_kontext.models import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +77,24 @@ class AwaitedAttempt:
                 self._has_news.clear()
 
 
-class CallbackNotifications:
-    """The attempts whose callbacks count: those in progress, and those that have just ended.
+class InboxWatcher:
+    """Passes callbacks from the inbox to the rows, and removes files whose rows have ended.
 
-    Rows need not be polled while callbacks are reliable.
+    Callbacks count for attempts in progress, and for those that have just ended; those of other
+    runs than `owner` only for attempts that were claimed. Rows need not be polled while callbacks
+    are reliable.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inbox: Inbox, owner: str) -> None:
         self.is_reliable = True
+        self._inbox = inbox
+        self._owner = owner
         self._missed_share = 0.0
         self._rows: dict[str, AwaitedAttempt] = {}
+        self._files: defaultdict[str, dict[str, set[Attempt]]] = defaultdict(dict)
+        self._unclaimed: defaultdict[Attempt, list[str | None]] = defaultdict(list)
+        self._claimed: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._damaged: set[str] = set()
 
     def expect(self, attempt: Attempt, age: float = 0.0) -> AwaitedAttempt:
         """Accept callbacks of an attempt, whose submit is `age` seconds old."""
@@ -129,22 +134,6 @@ class CallbackNotifications:
                 "again. Check that the receiver can be reached from outside at its public URL."
             )
 
-
-class InboxWatcher:
-    """Passes callbacks from the inbox to the rows, and removes files whose rows have ended.
-
-    Callbacks of other runs than `owner` count only for attempts that were claimed.
-    """
-
-    def __init__(self, inbox: Inbox, notifications: CallbackNotifications, owner: str) -> None:
-        self._inbox = inbox
-        self._notifications = notifications
-        self._owner = owner
-        self._files: defaultdict[str, dict[str, set[Attempt]]] = defaultdict(dict)
-        self._unclaimed: defaultdict[Attempt, list[str | None]] = defaultdict(list)
-        self._claimed: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._damaged: set[str] = set()
-
     async def watch(self) -> None:
         """Read new files every 2 s and remove those of ended rows, until cancelled."""
         while True:
@@ -161,7 +150,7 @@ class InboxWatcher:
             if attempt.owner not in self._files:
                 self._files[attempt.owner] = {}
                 await self._read_new_files(attempt.owner)
-        row = self._notifications.find(attempt)
+        row = self.find(attempt)
         for task_id in self._unclaimed.pop(attempt, ()):
             if row is not None:
                 row.record_callback(task_id)
@@ -170,7 +159,7 @@ class InboxWatcher:
         """Add a file of callbacks that was just written or read."""
         self._files[owner][name] = {callback.attempt for callback in callbacks}
         for callback in callbacks:
-            row = self._notifications.find(callback.attempt)
+            row = self.find(callback.attempt)
             if row is not None:
                 row.record_callback(callback.task_id)
             elif owner != self._owner:
@@ -188,7 +177,7 @@ class InboxWatcher:
             del files[name]
 
     def _is_over(self, attempt: Attempt) -> bool:
-        row = self._notifications.find(attempt)
+        row = self.find(attempt)
         return row is None or row.has_ended
 
     async def clear(self, owners: Iterable[str]) -> None:
@@ -232,24 +221,20 @@ async def open_callback_session(
     Without a URL, rows are polled, but callbacks of ended runs still settle unknown rows.
     """
     store = RecordStore(options.inbox) if options.inbox else ledger.store.below(INBOX_FOLDER)
-    inbox, notifications = Inbox(store), CallbackNotifications()
-    watcher = InboxWatcher(inbox, notifications, ledger.owner)
-    session = CallbackSession(options, client, ledger, notifications, watcher)
+    inbox = Inbox(store)
+    watcher = InboxWatcher(inbox, ledger.owner)
+    session = CallbackSession(options, client, ledger, watcher)
     if options.url is None:
         yield session
         return
     async with AsyncExitStack() as stack:
         if options.listen is not None:
-            # Imported here because the server is slow to import.
-            from prefect_flux_kontext.callbacks.receiver import (  # noqa: PLC0415
-                create_receiver,
-                serve_in_background,
-            )
+            from prefect_flux_kontext.callbacks import receiver  # noqa: PLC0415 - slow to import
 
             inbox.on_kept = watcher.add_file
-            receiver = create_receiver(inbox, options.secret)
-            url = await stack.enter_async_context(serve_in_background(receiver, *options.listen))
-            logger.info("Receiving callbacks on %s.", url)
+            app = receiver.create_receiver(inbox, options.secret)
+            serving = receiver.serve_in_background(app, *options.listen)
+            logger.info("Receiving callbacks on %s.", await stack.enter_async_context(serving))
         watching = asyncio.create_task(watcher.watch())
         try:
             yield session
@@ -267,13 +252,11 @@ class CallbackSession:
         options: CallbackOptions,
         client: FluxKontextClient,
         ledger: Ledger,
-        notifications: CallbackNotifications,
         watcher: InboxWatcher,
     ) -> None:
         self._options = options
         self._client = client
         self._ledger = ledger
-        self._notifications = notifications
         self._watcher = watcher
         self._unknown: set[Attempt] = set()
         self._tasks: deque[str] = deque(maxlen=_REMEMBERED_TASKS)
@@ -285,22 +268,23 @@ class CallbackSession:
         """
         attempt = get_attempt(entry)
         if self._options.url is not None:
-            self._notifications.expect(attempt)
+            self._watcher.expect(attempt)
         return self._options.add_url(request, attempt)
 
     def pauses(self, entry: Entry, cadence: PollingCadence) -> PollPauses | None:
         """Return the pauses between polls of an accepted task; None for the cadence's own."""
         attempt = get_attempt(entry)
         self._tasks.append(entry.task.task_id)
-        row = self._notifications.find(attempt)
+        row = self._watcher.find(attempt)
         if row is None:
             return None
-        return CallbackPauses(self._notifications, row, cadence, self._options.sweep)
+        sweep = self._options.sweep
+        return CallbackPauses(self._watcher, lambda: row.has_callback, row.wait, cadence, sweep)
 
     def mark_ended(self, entry: Entry) -> None:
         """Note that the row's task has ended, and report callbacks that name other tasks."""
         attempt = get_attempt(entry)
-        row = self._notifications.find(attempt)
+        row = self._watcher.find(attempt)
         others = sorted(row.task_ids - {entry.task.task_id}) if row else ()
         if others:
             logger.error(
@@ -310,13 +294,13 @@ class CallbackSession:
                 entry.task.task_id,
                 ", ".join(others),
             )
-        self._notifications.record_end(attempt)
+        self._watcher.record_end(attempt)
 
     async def recover(self, entry: Entry) -> Entry | None:
         """Recover the task of an unknown row from its callback, if there is one by now."""
         attempt = get_attempt(entry)
         age = (utc_now() - entry.intent.at).total_seconds() if entry.intent else 0.0
-        row = self._notifications.expect(attempt, max(0.0, age))
+        row = self._watcher.expect(attempt, max(0.0, age))
         await self._watcher.claim(attempt)
         self._unknown.add(attempt)
         named = sorted(row.task_ids)
@@ -331,7 +315,7 @@ class CallbackSession:
 
     async def wait_for_news(self, key: str) -> None:
         """Wait for the next callback of an unknown row, at most until its grace period ends."""
-        row = self._notifications.find_latest(key)
+        row = self._watcher.find_latest(key)
         if row is not None:
             await row.wait(self._remaining_seconds(key))
 
@@ -340,7 +324,7 @@ class CallbackSession:
         await self._watcher.clear(set(owners) - {attempt.owner for attempt in self._unknown})
 
     def _remaining_seconds(self, key: str) -> float:
-        row = self._notifications.find_latest(key)
+        row = self._watcher.find_latest(key)
         if self._options.url is None or row is None:
             return 0.0
         return max(0.0, self._options.grace - row.age)
@@ -350,26 +334,27 @@ class CallbackSession:
 class CallbackPauses:
     """Pauses that a callback ends. While callbacks are reliable, polls without one are rare."""
 
-    notifications: CallbackNotifications | RequestCallbacks
-    row: AwaitedAttempt | AwaitedRequest
+    source: InboxWatcher | RequestCallbacks
+    has_callback: Callable[[], bool]
+    wait: Callable[[float], Awaitable[object]]  # for the next callback, at most so long
     cadence: PollingCadence
     sweep: float
     unconfirmed: int = 0
 
     async def before_first_poll(self, age: float) -> None:
         """Wait for a callback, at most until the first poll or sweep is due."""
-        longest = self.sweep if self.notifications.is_reliable else self.cadence.initial_delay
-        if self.row.has_callback:
+        longest = self.sweep if self.source.is_reliable else self.cadence.initial_delay
+        if self.has_callback():
             longest = 0.0
-        await self.row.wait(longest - age)
+        await self.wait(longest - age)
 
     async def before_next_poll(self) -> None:
         """Wait for a callback; after one that was too early, poll soon, then less often."""
-        longest = self.sweep if self.notifications.is_reliable else self.cadence.interval
-        if self.row.has_callback:
+        longest = self.sweep if self.source.is_reliable else self.cadence.interval
+        if self.has_callback():
             longest = min(longest, self.cadence.interval * 2**self.unconfirmed)
             self.unconfirmed = min(self.unconfirmed + 1, 16)
-        await self.row.wait(longest)
+        await self.wait(longest)
 
 
 def get_attempt(entry: Entry) -> Attempt:

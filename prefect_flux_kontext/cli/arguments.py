@@ -1,21 +1,168 @@
-"""Arguments that several commands share, and the objects that they stand for."""
+"""The strict argument parser, the arguments that several commands share, and their types."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.manifest.reader import Manifest
-    from prefect_flux_kontext.storage.filesystem import OutputFolder
-
-_BLOCK_PREFIX = "block:"
+from typing import Any
 
 
-ROW_PARAMETERS = ("mode", "aspect_ratio", "output_format", "provider", "variants")
-"""Columns of a manifest that are also options, for rows that leave them empty."""
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that takes each option once, by its whole name, and no empty value.
+
+    It is strict because a misread option may cost money: an abbreviation or a repeated option
+    could silently replace what was meant, and an empty value is mostly an unset variable of the
+    shell.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
+        self.register("action", "append", _AppendValue)
+
+
+class _StoreOnce(argparse._StoreAction):  # noqa: SLF001 - argparse has no public base for it
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        _check_not_empty(self, values)
+        given = namespace.__dict__.setdefault("_given", set())
+        if option is not None and self.dest in given:
+            raise argparse.ArgumentError(self, "given more than once")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option)
+
+
+class _AppendValue(argparse._AppendAction):  # noqa: SLF001 - as above
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        _check_not_empty(self, values)
+        super().__call__(parser, namespace, values, option)
+
+
+def _check_not_empty(action: argparse.Action, value: Any) -> None:
+    if isinstance(value, str) and not value.strip():
+        raise argparse.ArgumentError(action, "the value is empty; is a shell variable unset?")
+
+
+class _AddColumns(argparse.Action):
+    """Adds up repeated `--columns`; refuses two names for one column."""
+
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
+        names = dict(getattr(namespace, self.dest))
+        for column, name in values.items():
+            if names.setdefault(column, name) != name:
+                raise argparse.ArgumentError(
+                    self, f"{column} is both {names[column]!r} and {name!r}"
+                )
+        setattr(namespace, self.dest, names)
+
+
+def parse_column_names(text: str) -> dict[str, str]:
+    """Parse `image=photo_url,prompt=text` into the manifest's names by our column names."""
+    parted = [pair.partition("=") for pair in text.split(",")]
+    pairs = [(ours.strip(), theirs.strip()) for ours, _, theirs in parted]
+    if not all(ours and theirs for ours, theirs in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must have the form image=photo_url,prompt=text"
+        )
+    columns = [ours for ours, _ in pairs]
+    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+        raise argparse.ArgumentTypeError(f"{', '.join(repeated)} is repeated in {text!r}")
+    return dict(pairs)
+
+
+def parse_dollars(text: str) -> float:
+    """Parse an amount such as `25.00` or `$25`."""
+    try:
+        amount = float(text.removeprefix("$"))
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount in US dollars")
+    return amount
+
+
+def parse_group_budget(text: str) -> tuple[str, str, float]:
+    """Parse `team:blue=20` into column, value and dollars."""
+    group, _, amount = text.rpartition("=")
+    column, _, value = (part.strip() for part in group.partition(":"))
+    if not column or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form team:blue=20")
+    return column, value, parse_dollars(amount.strip())
+
+
+def parse_names(text: str) -> list[str]:
+    """Parse `style,team` into names."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no column")
+    return names
+
+
+def parse_count(text: str) -> int:
+    """Parse a number of 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def parse_pair(text: str) -> tuple[str, str]:
+    """Parse `NAME=VALUE`."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        # argparse turns this into its own message, with the option and the text.
+        raise ValueError
+    return name, value
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "output": {"metavar": "OUTPUT", "help": "the batch's output folder or prefix"},
+    "--output": {
+        # Another name than `output`: Prefect gets the text, and nothing opens the folder.
+        "dest": "output_url",
+        "metavar": "OUTPUT",
+        "required": True,
+        "help": "folder or prefix for the images",
+    },
+    "-p/--prompt": {"metavar": "TEXT", "help": "prompt for rows that have none"},
+    "-s/--style": {
+        "action": "append",
+        "default": [],
+        "dest": "styles",
+        "metavar": "NAME|FILE",
+        "help": "style, or YAML or JSON file of styles, for rows that name none (see "
+        "`flux-kontext styles`); repeat it to make each row in several styles",
+    },
+    "--fit-references": {
+        "action": "store_true",
+        "help": "shrink and stage local and private reference images that are over 10 MB",
+    },
+    "--budget": {
+        "type": parse_dollars,
+        "metavar": "USD",
+        "help": "limit on what OUTPUT costs in total, including earlier runs and unknown rows",
+    },
+    "--budget-by": {
+        "type": parse_group_budget,
+        "action": "append",
+        "default": [],
+        "metavar": "COLUMN:VALUE=USD",
+        "help": "the same for the rows with a value in a column, such as team:blue=20; the other "
+        "rows go on. Repeat it for several",
+    },
+    "--by": {
+        "type": parse_names,
+        "default": [],
+        "metavar": "COLUMN,…",
+        "help": "show what was spent by the values of these columns, such as style,team",
+    },
+    "-n/--dry-run": {"action": "store_true", "help": "stop after the plan"},
+    "--json": {"action": "store_true", "help": "print one JSON object and nothing else"},
+}
+
+
+def add_arguments(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add arguments that several commands have."""
+    for name in names:
+        parser.add_argument(*name.split("/"), **_SHARED[name])
 
 
 def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,18 +175,14 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder or prefix for the images")
     rows = parser.add_argument_group("what to make")
-    add_prompt_argument(rows)
-    add_style_argument(rows)
-    rows.add_argument("--mode", metavar="MODE", help="pro or max, for rows that name none")
-    rows.add_argument(
-        "--aspect-ratio", metavar="W:H", help="such as 1:1 or 16:9, for rows that name none"
-    )
-    rows.add_argument(
-        "--output-format", metavar="FORMAT", help="jpeg or png, for rows that name none"
-    )
-    rows.add_argument(
-        "--provider", metavar="ROUTE", help="auto, value or official, for rows that name none"
-    )
+    add_arguments(rows, "-p/--prompt", "-s/--style")
+    for option, metavar, values in (
+        ("--mode", "MODE", "pro or max"),
+        ("--aspect-ratio", "W:H", "such as 1:1 or 16:9"),
+        ("--output-format", "FORMAT", "jpeg or png"),
+        ("--provider", "ROUTE", "auto, value or official"),
+    ):
+        rows.add_argument(option, metavar=metavar, help=f"{values}, for rows that name none")
     rows.add_argument(
         "--variants",
         metavar="N",
@@ -60,9 +203,9 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
         help="template for image names; may use any column (default: {id}/{style}.{ext}, or "
         "{id}.{ext} for rows without a style)",
     )
-    add_fit_argument(table)
+    add_arguments(table, "--fit-references")
     money = parser.add_argument_group("what to pay for")
-    add_budget_argument(money)
+    add_arguments(money, "--budget", "--budget-by")
     money.add_argument(
         "-l",
         "--limit",
@@ -90,7 +233,7 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
 def add_display_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a command prints."""
     display = parser.add_argument_group("what to print")
-    add_json_argument(display)
+    add_arguments(display, "--json")
     display.add_argument(
         "-q", "--quiet", action="store_true", help="print only rows with problems, and errors"
     )
@@ -102,227 +245,4 @@ def add_display_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("text", "json"),
         default="text",
         help="what is logged to standard error: text, or one JSON object a line",
-    )
-
-
-def add_json_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the option for output that programs read."""
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
-
-
-def add_output_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the output of a batch that has run."""
-    parser.add_argument("output", metavar="OUTPUT", help="the batch's output folder or prefix")
-
-
-def add_prompt_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the prompt for rows that have none."""
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="prompt for rows that have none")
-
-
-def add_style_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the styles for rows that name none."""
-    parser.add_argument(
-        "-s",
-        "--style",
-        action="append",
-        default=[],
-        dest="styles",
-        metavar="NAME|FILE",
-        help="style, or YAML or JSON file of styles, for rows that name none (see "
-        "`flux-kontext styles`); repeat it to make each row in several styles",
-    )
-
-
-def add_fit_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the option that shrinks reference images that are too large."""
-    parser.add_argument(
-        "--fit-references",
-        action="store_true",
-        help="shrink and stage local and private reference images that are over 10 MB",
-    )
-
-
-def add_budget_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the limit on what the output may cost."""
-    parser.add_argument(
-        "--budget",
-        type=parse_dollars,
-        metavar="USD",
-        help="limit on what OUTPUT costs in total, including earlier runs and unknown rows",
-    )
-    parser.add_argument(
-        "--budget-by",
-        type=parse_group_budget,
-        action="append",
-        default=[],
-        metavar="COLUMN:VALUE=USD",
-        help="the same for the rows with a value in a column, such as team:blue=20; the other "
-        "rows go on. Repeat it for several",
-    )
-
-
-def add_by_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the columns by which money is counted."""
-    parser.add_argument(
-        "--by",
-        type=parse_names,
-        default=[],
-        metavar="COLUMN,…",
-        help="show what was spent by the values of these columns, such as style,team",
-    )
-
-
-class _AddColumns(argparse.Action):
-    """Adds up repeated `--columns`; refuses two names for one column."""
-
-    def __call__(
-        self,
-        _parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        _option_string: str | None = None,
-    ) -> None:
-        names = dict(getattr(namespace, self.dest))
-        for column, name in values.items():
-            if names.setdefault(column, name) != name:
-                raise argparse.ArgumentError(
-                    self, f"{column} is both {names[column]!r} and {name!r}"
-                )
-        setattr(namespace, self.dest, names)
-
-
-def parse_column_names(text: str) -> dict[str, str]:
-    """Parse `image=photo_url,prompt=text` into the manifest's names by our column names.
-
-    Raises:
-        ArgumentTypeError: The text does not have that form, or names a column twice.
-    """
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(ours.strip() and theirs.strip() for ours, _, theirs in pairs):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must have the form image=photo_url,prompt=text"
-        )
-    columns = [ours.strip() for ours, _, _ in pairs]
-    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
-        raise argparse.ArgumentTypeError(f"{', '.join(repeated)} is repeated in {text!r}")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-
-
-def parse_dollars(text: str) -> float:
-    """Parse an amount such as `25.00` or `$25`.
-
-    Raises:
-        ArgumentTypeError: The text is not a finite amount of 0 or more.
-    """
-    try:
-        amount = float(text.removeprefix("$"))
-    except ValueError:
-        amount = -1.0
-    if not 0 <= amount < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount in US dollars")
-    return amount
-
-
-def parse_group_budget(text: str) -> tuple[str, str, float]:
-    """Parse `team:blue=20` into column, value and dollars.
-
-    Raises:
-        ArgumentTypeError: The text does not have that form.
-    """
-    group, _, amount = text.rpartition("=")
-    column, _, value = (part.strip() for part in group.partition(":"))
-    if not column or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} must have the form team:blue=20")
-    return column, value, parse_dollars(amount.strip())
-
-
-def parse_names(text: str) -> list[str]:
-    """Parse `style,team` into names.
-
-    Raises:
-        ArgumentTypeError: There is no name.
-    """
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise argparse.ArgumentTypeError(f"{text!r} names no column")
-    return names
-
-
-def parse_count(text: str) -> int:
-    """Parse a number of 1 or more.
-
-    Raises:
-        ArgumentTypeError: The text is no such number.
-    """
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
-def open_output_argument(text: str) -> OutputFolder:
-    """Open the folder, URL or saved Block (`block:…`) that a command was given.
-
-    The filesystem's options come from the environment or the Block.
-
-    Raises:
-        ConfigurationError: The Block does not exist, or the filesystem cannot be used.
-    """
-    if text.startswith(_BLOCK_PREFIX):
-        from prefect_flux_kontext.orchestration.parameters import open_output  # loads Prefect
-
-        return asyncio.run(open_output(text))
-    from prefect_flux_kontext.settings import FluxKontextSettings
-    from prefect_flux_kontext.storage.filesystem import OutputFolder
-
-    return OutputFolder(text, FluxKontextSettings().fsspec_options())
-
-
-def manifest_from_options(options: argparse.Namespace) -> Manifest:
-    """Return the manifest that the command line names."""
-    from prefect_flux_kontext.manifest.reader import Manifest
-    from prefect_flux_kontext.settings import FluxKontextSettings
-
-    return Manifest(
-        options.manifest,
-        options.prompt,
-        options.columns,
-        styles=options.styles,
-        names=options.names,
-        output=str(options.output),
-        parameters={name: getattr(options, name) for name in ROW_PARAMETERS},
-        format=options.format,
-        text_to_image=options.text_to_image,
-        base_url=FluxKontextSettings().base_url,
-    )
-
-
-def row_options_from_options(options: argparse.Namespace) -> RowOptions:
-    """Return how rows are handled, by the settings and those options that the command has."""
-    from prefect_flux_kontext.batch.policy import RowOptions
-    from prefect_flux_kontext.images.checks import load_checks
-    from prefect_flux_kontext.references.resolver import create_references
-    from prefect_flux_kontext.settings import FluxKontextSettings
-
-    settings = FluxKontextSettings()
-    budget_by: dict[str, dict[str, float]] = {}
-    for column, value, dollars in getattr(options, "budget_by", ()):
-        budget_by.setdefault(column, {})[value] = dollars
-    return RowOptions(
-        cadence=settings.cadence(),
-        resubmit_unknown=getattr(options, "resubmit_unknown", False),
-        retry_failed=getattr(options, "retry_failed", False),
-        result_days=settings.result_days,
-        budget_usd=getattr(options, "budget", None),
-        budget_by=budget_by,
-        spend_by=getattr(options, "by", ()),
-        checks=load_checks(getattr(options, "checks", ())),
-        references=create_references(
-            settings,
-            settings.base_url,
-            timeout=settings.poll_timeout,
-            fit=getattr(options, "fit_references", False),
-        ),
     )

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import argparse
+import argparse
 
 _BASH = """\
 _flux_kontext() {{
@@ -23,24 +19,11 @@ complete -o default -F _flux_kontext flux-kontext
 _ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    completion = commands.add_parser(
-        "completion",
-        help="Print a script that completes commands in a shell",
-        description="Print a script that completes commands, options and files. For bash and zsh: "
-        'eval "$(flux-kontext completion bash)". For fish: flux-kontext completion fish | source.',
-    )
-    completion.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish"))
-    completion.set_defaults(func=functools.partial(_print_script, commands))
-
-
-def _print_script(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], options: argparse.Namespace
-) -> int:
+def print_script(options: argparse.Namespace) -> int:
+    """Run `completion`."""
     words = {
         name: [word for action in parser._actions for word in action.option_strings]  # noqa: SLF001
-        for name, parser in commands.choices.items()
+        for name, parser in options.parsers.items()
     }
     if options.shell == "fish":
         print("complete -c flux-kontext -n __fish_use_subcommand -f -a", repr(" ".join(words)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import csv
 import json
@@ -9,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
+from prefect_flux_kontext.cli.prefect_server import prefect_server
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Iterator, Sequence
-    from types import FrameType
+from prefect_flux_kontext.report.gallery.builder import draw_contact_sheet
+from prefect_flux_kontext.sandbox.server import running_sandbox
+from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
 
 STYLES = ("watercolour", "pencil", "oil", "poster", "noir")
 
@@ -27,24 +29,6 @@ _MEAN_GENERATION_SECONDS = 2.0
 
 _FLOW_PROGRAM = "from prefect_flux_kontext.cli.demo import run_flow; run_flow()"
 """Not `python -m`: the package has imported this module before it would run it again."""
-
-
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "demo",
-        help="Restyle six photographs in five styles through Prefect, for $0",
-        description="Start the sandbox and a Prefect server on this machine, restyle six "
-        "photographs in five styles as a flow run, stop both, and print where the results are.",
-    )
-    parser.add_argument(
-        "folder",
-        metavar="FOLDER",
-        nargs="?",
-        default="demo",
-        help="folder for the results (default: %(default)s)",
-    )
-    parser.set_defaults(func=run)
 
 
 @contextmanager
@@ -63,17 +47,8 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 @_exit_on_signals()
-def run(options: argparse.Namespace) -> int:
-    """Run the demo and return its exit status: 0 if every picture was stored, otherwise 1.
-
-    Raises:
-        ConfigurationError: The folder cannot be used, or the Prefect server does not start.
-        BatchStoppedError: The flow run did not complete.
-    """
-    from prefect_flux_kontext.cli.prefect_server import prefect_server
-    from prefect_flux_kontext.sandbox.server import running_sandbox
-    from prefect_flux_kontext.sandbox.settings import PHOTOS, SandboxSettings
-
+def run_demo(options: argparse.Namespace) -> int:
+    """Run `demo` and return its exit status: 0 if every picture was stored, otherwise 1."""
     began = time.monotonic()
     folder = Path(options.folder).resolve()
     pictures, sheet = folder / "pictures", folder / "contact-sheet.png"
@@ -99,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         bill = sandbox.service.bill()
     complete = all(path.exists() for row in rows for path in row.values())
     if complete:
-        _draw_sheet(rows, sheet)
+        draw_contact_sheet([list(row.items()) for row in rows]).save(sheet)
     print(f"""
 {report["summary"]}
 Sandbox bill: {bill["accepted"]} tasks, ${float(bill["dollars"]):.2f} (not real money)
@@ -176,9 +151,3 @@ def _paths_by_caption(photo: Path, pictures: Path) -> dict[str, Path]:
     """Return a row of the contact sheet: the photograph and its picture in each style."""
     styled = {style: pictures / photo.stem / f"{style}.jpg" for style in STYLES}
     return {f"{photo.stem}, before": photo, **styled}
-
-
-def _draw_sheet(rows: Sequence[dict[str, Path]], path: Path) -> None:
-    from prefect_flux_kontext.report.gallery.builder import draw_contact_sheet
-
-    draw_contact_sheet([list(row.items()) for row in rows]).save(path)

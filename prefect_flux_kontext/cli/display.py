@@ -43,12 +43,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure_logging(*, verbose: bool, log_format: str) -> None:
-    """Log to standard error.
-
-    Args:
-        verbose: Whether to log details.
-        log_format: `text`, or `json` for one JSON object a line.
-    """
+    """Log to standard error as `text`, or as `json`: one JSON object a line."""
     handler = logging.StreamHandler()
     if log_format == "json":
         handler.setFormatter(_JsonFormatter())

@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ import httpx
 from prefect_flux_kontext.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 _LOOPBACK = "127.0.0.1"
@@ -29,17 +29,11 @@ _STOP_TIMEOUT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class PrefectServer:
-    """A running server.
+    """A running server."""
 
-    Attributes:
-        url: Address of its pages.
-        environment: The complete environment for processes that talk to this server only.
-        command: Shell command that starts it again with the same database.
-    """
-
-    url: str
-    environment: dict[str, str]
-    command: str
+    url: str  # of its pages
+    environment: dict[str, str]  # all of it, for processes that talk to this server only
+    command: str  # starts it again in a shell, with the same database
 
 
 @contextmanager
@@ -48,10 +42,8 @@ def prefect_server(
 ) -> Iterator[PrefectServer]:
     """Run `prefect server start` on loopback while the block runs.
 
-    Args:
-        home: Folder for its database and its log (`server.log`).
-        port: Port to listen on; None takes a free one.
-        settings: Further settings of Prefect for the server, such as another database.
+    Its database and its log (`server.log`) are in the folder `home`. Without a port, it takes a
+    free one. The settings are further ones of Prefect, such as another database.
 
     Raises:
         ConfigurationError: The server does not start; the message names its log.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from prefect_flux_kontext.batch.progress import ProgressLine
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-
     from prefect_flux_kontext.batch.session import Session
 
 # A log needs a sign of life, a terminal a bar that moves smoothly.
@@ -23,33 +22,16 @@ _BAR_INTERVAL_SECONDS = 0.2
 
 @asynccontextmanager
 async def show_progress(session: Session, rows: int) -> AsyncIterator[None]:
-    """Show a batch's progress on standard output while the block runs.
-
-    Args:
-        session: The batch.
-        rows: Rows in total.
-    """
+    """Show the progress of a batch with so many rows on standard output while the block runs."""
     line = ProgressLine(session, rows)
-    if sys.stdout.isatty():
-        open_display, seconds = _open_bar, _BAR_INTERVAL_SECONDS
-    else:
-        open_display, seconds = _open_lines, _LINE_INTERVAL_SECONDS
-    with open_display(line) as update:
-        updating = asyncio.create_task(_repeat(update, seconds))
-        try:
+
+    def print_line() -> None:
+        print(f"{line.batch.rows:,} of {rows:,} rows done: {line}", flush=True)
+
+    if not sys.stdout.isatty():
+        with _repeat(print_line, _LINE_INTERVAL_SECONDS):
             yield
-        finally:
-            updating.cancel()
-
-
-async def _repeat(update: Callable[[], None], seconds: float) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        update()
-
-
-@contextmanager
-def _open_bar(line: ProgressLine) -> Iterator[Callable[[], None]]:
+        return
     columns = (
         BarColumn(20),
         MofNCompleteColumn(),
@@ -57,18 +39,25 @@ def _open_bar(line: ProgressLine) -> Iterator[Callable[[], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task("", total=line.rows)
+        task = bar.add_task("", total=rows)
 
         def update() -> None:
             bar.update(task, completed=line.batch.rows, description=str(line))
 
-        yield update
+        with _repeat(update, _BAR_INTERVAL_SECONDS):
+            yield
         update()
 
 
 @contextmanager
-def _open_lines(line: ProgressLine) -> Iterator[Callable[[], None]]:
-    def update() -> None:
-        print(f"{line.batch.rows:,} of {line.rows:,} rows done: {line}", flush=True)
+def _repeat(update: Callable[[], None], seconds: float) -> Iterator[None]:
+    async def repeat() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            update()
 
-    yield update
+    repeating = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        repeating.cancel()

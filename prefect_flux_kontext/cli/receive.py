@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-from typing import TYPE_CHECKING
 
-from prefect_flux_kontext.cli.arguments import open_output_argument
-
-if TYPE_CHECKING:
-    import argparse
+from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
+from prefect_flux_kontext.callbacks.receiver import create_receiver, serve
+from prefect_flux_kontext.cli.options import open_output
+from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, RecordStore
+from prefect_flux_kontext.settings import FluxKontextSettings
 
 _GREETING = """\
 Receiving callbacks on {url} and storing them in {inbox}
@@ -19,50 +21,8 @@ Stop with Ctrl-C.
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    receive = commands.add_parser(
-        "receive",
-        help="Receive callbacks for batches that run elsewhere or later",
-        description="Receive callbacks and answer each one once it is stored: in the ledger of "
-        "one batch, or in an inbox for any number of batches. Needs FLUX_KONTEXT_CALLBACK_SECRET, "
-        "but no API key and no running batch.",
-    )
-    where = receive.add_mutually_exclusive_group(required=True)
-    where.add_argument(
-        "output", metavar="OUTPUT", nargs="?", help="the batch's output folder or prefix"
-    )
-    where.add_argument(
-        "--inbox",
-        metavar="FOLDER",
-        help="folder or prefix for the callbacks of all batches that name it as their "
-        "FLUX_KONTEXT_CALLBACK_INBOX",
-    )
-    receive.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
-    )
-    receive.add_argument(
-        "--port",
-        type=int,
-        default=8780,
-        help="port to listen on; 0 takes a free one (default: %(default)s)",
-    )
-    receive.add_argument(
-        "--resume",
-        action="store_true",
-        help="once every outstanding result of OUTPUT has a callback, resume its suspended flow "
-        "runs in the Prefect at PREFECT_API_URL",
-    )
-    receive.set_defaults(func=_receive)
-
-
-def _receive(options: argparse.Namespace) -> int:
-    from prefect_flux_kontext.callbacks.inbox import INBOX_FOLDER, Inbox
-    from prefect_flux_kontext.callbacks.receiver import create_receiver, serve
-    from prefect_flux_kontext.errors import ConfigurationError
-    from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, RecordStore
-    from prefect_flux_kontext.settings import FluxKontextSettings
-
+def receive(options: argparse.Namespace) -> int:
+    """Run `receive`."""
     if options.inbox is None:
         folder = options.output.below(f"{LEDGER_FOLDER}/{INBOX_FOLDER}")
     elif options.resume:
@@ -70,7 +30,7 @@ def _receive(options: argparse.Namespace) -> int:
             "--resume reads the ledger of one output: name OUTPUT in place of --inbox."
         )
     else:
-        folder = open_output_argument(options.inbox)
+        folder = open_output(options.inbox)
     asyncio.run(folder.check_writable())
     inbox = Inbox(RecordStore(folder))
     receiver = create_receiver(inbox, FluxKontextSettings().callback_secret)

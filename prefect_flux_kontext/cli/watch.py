@@ -6,27 +6,34 @@ in its Host header, so that other web pages can neither read the page nor post a
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import contextlib
 import json
 import secrets
-import signal
-import socket
-import sys
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from prefect_flux_kontext.cli.arguments import add_output_argument, parse_count
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from prefect_flux_kontext.batch.watching import WatchedOutput
+from prefect_flux_kontext.callbacks.receiver import serve
+from prefect_flux_kontext.errors import FluxKontextError, LedgerError
+from prefect_flux_kontext.ledger.head import check_format
+from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.report.gallery.page import render_page
+from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
+from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thumbnail
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.styles.styles import builtin_styles
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import AsyncIterator
-
     from starlette.requests import Request
-    from starlette.responses import Response
     from starlette.types import ASGIApp
 
-    from prefect_flux_kontext.batch.watching import WatchedOutput
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _OWN_HOSTS = ("127.0.0.1", "localhost")
@@ -52,82 +59,21 @@ _HEADERS = {
 _IMAGE_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    watch = commands.add_parser(
-        "watch",
-        help="Show the images of an output while a batch runs, and judge them",
-        description="Serve the gallery of OUTPUT on this machine until interrupted. Images appear "
-        "as they are stored, wherever the batch runs. Verdicts are kept in OUTPUT/_verdicts. "
-        "Sends no request to the service.",
-    )
-    add_output_argument(watch)
-    watch.add_argument("--port", type=parse_count, default=0, help="port (default: a free one)")
-    watch.set_defaults(func=lambda options: asyncio.run(_watch(options.output, options.port)))
-
-
-async def _watch(output: OutputFolder, port: int) -> int:
-    import uvicorn
-
-    from prefect_flux_kontext.errors import ConfigurationError
-    from prefect_flux_kontext.ledger.head import check_format
-    from prefect_flux_kontext.ledger.store import open_ledger_store
-
-    await check_format(open_ledger_store(output))
+def watch(options: argparse.Namespace) -> int:
+    """Run `watch`."""
+    asyncio.run(check_format(open_ledger_store(options.output)))
     token = secrets.token_urlsafe(24)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ConfigurationError(f"The port {port} cannot be used: {error}.") from None
-        # A browser may ask as soon as it has the address; the server answers when it has started.
-        listener.listen()
-        config = uvicorn.Config(
-            create_app(output, token),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-        )
-        print(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            await uvicorn.Server(config).serve(sockets=[listener])
+
+    def announce(url: str) -> None:
+        print(f"{url}/{token}/", flush=True)
+
+    serve(create_app(options.output, token), "127.0.0.1", options.port, announce)
     return 0
 
 
-@contextlib.asynccontextmanager
-async def serve_beside(output: str) -> AsyncIterator[None]:
-    """Serve the page from a process of its own while the block runs."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "prefect_flux_kontext", "watch", output
-    )
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        await process.wait()
-
-
 def create_app(output: OutputFolder, token: str) -> ASGIApp:
-    """Create the app that serves the page below `/TOKEN/`.
-
-    Args:
-        output: The output to show.
-        token: The secret that a request needs.
-    """
-    from starlette.applications import Starlette
-    from starlette.routing import Route
-
-    from prefect_flux_kontext.batch.watching import WatchedOutput
-    from prefect_flux_kontext.errors import FluxKontextError
-    from prefect_flux_kontext.settings import FluxKontextSettings
-
-    page = _Page(output, WatchedOutput(output, FluxKontextSettings().gallery_images))
+    """Create the app that serves the page of an output below `/TOKEN/`."""
+    page = _Page(output)
     routes = [
         Route("/", page.show),
         Route("/changes", page.show_changes),
@@ -140,32 +86,20 @@ def create_app(output: OutputFolder, token: str) -> ASGIApp:
 
 
 async def _report(_request: Request, error: Exception) -> Response:
-    from starlette.responses import JSONResponse
-
     return JSONResponse({"error": str(error)}, 503)
 
 
 class _Page:
-    """The handlers of the page.
+    """The handlers of the page."""
 
-    Args:
-        output: The output to show.
-        watched: Its rows.
-    """
-
-    def __init__(self, output: OutputFolder, watched: WatchedOutput) -> None:
+    def __init__(self, output: OutputFolder) -> None:
         self._output = output
-        self._watched = watched
+        self._watched = WatchedOutput(output, FluxKontextSettings().gallery_images)
         self._lock = asyncio.Lock()
         self._next_refresh = 0.0
         self._thumbnails: OrderedDict[str, bytes] = OrderedDict()
 
     async def show(self, _request: Request) -> Response:
-        from starlette.responses import HTMLResponse
-
-        from prefect_flux_kontext.report.gallery.page import render_page
-        from prefect_flux_kontext.styles.styles import builtin_styles
-
         await self._refresh()
         await self._watched.load_verdicts()
         numbers = self._watched.numbers()
@@ -185,18 +119,11 @@ class _Page:
         return HTMLResponse(await asyncio.to_thread("".join, pieces))
 
     async def show_changes(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
         await self._refresh()
         version = int(request.query_params.get("since", "0"))
         return JSONResponse(self._watched.changes(version))
 
     async def judge(self, request: Request) -> Response:
-        from pydantic import ValidationError
-        from starlette.responses import JSONResponse
-
-        from prefect_flux_kontext.errors import LedgerError
-
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
@@ -214,10 +141,6 @@ class _Page:
 
     async def show_thumbnail(self, request: Request) -> Response:
         """Show the thumbnail of an image whose run has not written it yet."""
-        from starlette.responses import Response
-
-        from prefect_flux_kontext.report.thumbnails import RESULT_EDGE_PIXELS, make_thumbnail
-
         name = request.path_params["name"]
         if name not in self._thumbnails:
             file = self._watched.find_file(name)
@@ -234,10 +157,6 @@ class _Page:
         return Response(self._thumbnails[name], media_type="image/webp")
 
     async def show_file(self, request: Request) -> Response:
-        from starlette.responses import Response
-
-        from prefect_flux_kontext.report.gallery.thumbnails import GALLERY_FOLDER
-
         file = request.path_params["file"]
         media_type = _IMAGE_TYPES.get(file.rpartition(".")[2])
         if file.startswith(f"{GALLERY_FOLDER}/"):
@@ -259,14 +178,11 @@ class _Page:
 
 
 def _refuse(status: int) -> Response:
-    from starlette.responses import PlainTextResponse
-
     return PlainTextResponse("Not found." if status == 404 else "Refused.", status)  # noqa: PLR2004
 
 
 def _guard(app: ASGIApp, token: str) -> ASGIApp:
     """Serve requests with the token that name this machine and come from the page itself."""
-    from starlette.datastructures import Headers, MutableHeaders
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

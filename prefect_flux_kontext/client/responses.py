@@ -292,11 +292,7 @@ def _as_moment(milliseconds: Any) -> datetime | None:
 
 
 def _create_error(
-    code: int,
-    message: str,
-    retry_after: float | None,
-    task_id: str | None,
-    fail_code: str | None,
+    code: int, message: str, retry_after: float | None, task_id: str | None, fail_code: str | None
 ) -> ApiError:
     if code == _RATE_LIMITED:
         return RateLimitedError(

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import urllib.request
 import zlib
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -19,7 +20,6 @@ from yarl import URL
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Iterator, Mapping
 
     from aiohttp.abc import AbstractResolver
     from aiohttp.connector import Connection
@@ -285,10 +285,7 @@ async def send_request(
         TimeoutError: The request and its reply took longer than 120 s.
     """
     body = bytearray()
-    async with (
-        _limit_request(),
-        connections.stream(method, url, json=json) as response,
-    ):
+    async with _limit_request(), connections.stream(method, url, json=json) as response:
         try:
             async for chunk in stream_response(response):
                 body += chunk

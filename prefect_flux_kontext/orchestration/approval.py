@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 from uuid import UUID
 
@@ -15,19 +15,17 @@ from prefect.flow_runs import apause_flow_run
 from prefect.runtime import flow_run
 
 from prefect_flux_kontext.batch.pilot import select_rows
-from prefect_flux_kontext.batch.planning import make_plan
+from prefect_flux_kontext.batch.planning import Plan, make_plan
 from prefect_flux_kontext.batch.runner import run_batch
 from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.row import Row
-from prefect_flux_kontext.orchestration.artifacts import read_run_sheet
 from prefect_flux_kontext.orchestration.batch_run import open_batch, run_wave
-from prefect_flux_kontext.orchestration.run_page import build_artifact_key
+from prefect_flux_kontext.orchestration.run_page import build_artifact_key, read_run_sheet
 from prefect_flux_kontext.redaction import is_plain_url
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.manifest.reader import Manifest
@@ -41,13 +39,16 @@ APPROVAL_POLL_SECONDS = 5
 _MAX_REFERENCES_SHOWN = 6
 
 
-async def plan_and_log(
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    pilot: int | None = None,
-) -> Plan:
+class Batch(NamedTuple):
+    """What a flow run makes, where it stores the images, and who pays."""
+
+    rows: Manifest
+    output: OutputFolder
+    account: FluxKontextCredentials
+    options: RowOptions
+
+
+async def plan_and_log(batch: Batch, pilot: int | None = None) -> Plan:
     """Make the plan and log it, with the invalid rows that it lists.
 
     Raises:
@@ -56,8 +57,8 @@ async def plan_and_log(
         LedgerError: The ledger cannot be read or is damaged.
     """
     # Without this check, a wrong output would be reported as an unreadable ledger.
-    await output.check_writable()
-    plan = await build_plan(rows, output, account, options, pilot)
+    await batch.output.check_writable()
+    plan = await build_plan(batch, pilot)
     logger = get_run_logger()
     if plan.problems:
         logger.warning("Invalid rows:\n%s", "\n".join(plan.describe_problems()))
@@ -65,18 +66,13 @@ async def plan_and_log(
     return plan
 
 
-async def build_plan(
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    pilot: int | None = None,
-) -> Plan:
+async def build_plan(batch: Batch, pilot: int | None = None) -> Plan:
     """Make the plan, and ask for the balance of the account."""
+    account = batch.account
     plan = await make_plan(
-        rows,
-        open_ledger_store(output),
-        options,
+        batch.rows,
+        open_ledger_store(batch.output),
+        batch.options,
         prices=FluxKontextSettings().prices(),
         requests_per_minute=account.requests_per_minute,
         concurrent_tasks=account.concurrent_tasks,
@@ -87,39 +83,29 @@ async def build_plan(
     return plan
 
 
-async def ask_for_approval(
-    plan: Plan,
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    sheet: str | None = None,
-) -> bool:
-    """Pause the flow run until a person resumes it to approve this plan, for a day at most.
+async def ask_for_approval(plan: Plan, batch: Batch, sheet: str | None = None) -> bool:
+    """Pause the flow run for a day at most; return False if a person cancels, True if one resumes.
 
     The plan is made again after the approval, because the manifest or the ledger may have changed
     in the meantime.
-
-    Returns:
-        True if the flow run was resumed, False if it was cancelled.
 
     Raises:
         BatchStoppedError: The plan has changed; nothing was submitted.
         FlowPauseTimeout: Nobody answered.
     """
     title = f"Resume to pay ${plan.price:,.2f} for {plan.to_pay:,} images; cancel to decline"
-    pictures = f"![pilot]({sheet})" if sheet else await asyncio.to_thread(_show_references, rows)
+    shown = (
+        f"![pilot]({sheet})" if sheet else await asyncio.to_thread(_show_references, batch.rows)
+    )
     await acreate_markdown_artifact(
-        f"# {title}\n\n```\n{plan}\n```\n\n{pictures}",
-        build_artifact_key(str(output), "plan"),
+        f"# {title}\n\n```\n{plan}\n```\n\n{shown}",
+        build_artifact_key(str(batch.output), "plan"),
         title,
     )
     get_run_logger().warning("%s.", title)
     resuming = asyncio.create_task(
         apause_flow_run(
-            timeout=APPROVAL_TIMEOUT_SECONDS,
-            poll_interval=APPROVAL_POLL_SECONDS,
-            key=plan.digest,
+            timeout=APPROVAL_TIMEOUT_SECONDS, poll_interval=APPROVAL_POLL_SECONDS, key=plan.digest
         )
     )
     # Prefect's own wait does not end when the flow run is cancelled.
@@ -132,7 +118,7 @@ async def ask_for_approval(
     finally:
         resuming.cancel()
         cancelled.cancel()
-    if (await plan_and_log(rows, output, account, options)).digest != plan.digest:
+    if (await plan_and_log(batch)).digest != plan.digest:
         raise BatchStoppedError(
             "The plan has changed since it was approved, so nothing was submitted. Run the batch "
             "again to approve the new plan."
@@ -140,25 +126,14 @@ async def ask_for_approval(
     return True
 
 
-async def run_pilot(
-    plan: Plan,
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-) -> str | None:
-    """Run the sample of a plan, and return its contact sheet as a `data:` URL, if there is one.
-
-    Raises:
-        BatchStoppedError: As for `run_batch`.
-        LedgerError: The ledger cannot be reached.
-    """
-    options = replace(options, deferred=False)
-    async with open_batch(output, account, options, plan) as (session, slots):
-        sample = select_rows(rows.rows(), plan.pilot)
+async def run_pilot(plan: Plan, batch: Batch) -> str | None:
+    """Run the sample of a plan, and return its contact sheet as a `data:` URL, if there is one."""
+    options = replace(batch.options, deferred=False)
+    async with open_batch(batch.output, batch.account, options, plan) as (session, slots):
+        sample = select_rows(batch.rows.rows(), plan.pilot)
         summary = await run_batch(session, sample, run_wave, concurrent_tasks=slots)
     get_run_logger().info("Pilot: %s.", summary)
-    return await read_run_sheet(output, session.ledger.owner)
+    return await read_run_sheet(batch.output, session.ledger.owner)
 
 
 async def _wait_until_cancelled() -> None:

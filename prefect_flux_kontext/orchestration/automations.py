@@ -29,13 +29,8 @@ _RUN_URL = "{{ flow_run|ui_url }}"
 async def create_automations(notify: str) -> list[str]:
     """Create the automations that notify people, or update them if they exist.
 
-    An automation that a person has switched off stays off.
-
-    Args:
-        notify: A saved notification Block, such as `slack-webhook/alerts`.
-
-    Returns:
-        The names of the automations.
+    An automation that a person has switched off stays off. Notifications go to the saved Block
+    `notify`, such as `slack-webhook/alerts`. The names of the automations are returned.
 
     Raises:
         ConfigurationError: The Block does not exist or cannot send notifications.

@@ -7,7 +7,8 @@ import logging
 import signal
 import sys
 import threading
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from prefect_flux_kontext.batch.collection import find_expiring, read_ledger_sta
 from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.progress import ProgressLine
-from prefect_flux_kontext.batch.session import open_session
+from prefect_flux_kontext.batch.session import Session, open_session
 from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
@@ -31,7 +32,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.images.checks import load_checks
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
-from prefect_flux_kontext.orchestration.artifacts import (
+from prefect_flux_kontext.orchestration.run_page import (
     find_browser_url,
     progress_artifact,
     publish_summary,
@@ -42,10 +43,7 @@ from prefect_flux_kontext.report.gallery.builder import GALLERY
 from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-
     from prefect_flux_kontext.batch.planning import Plan
-    from prefect_flux_kontext.batch.session import Session
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.orchestration.parameters import AdvancedOptions
     from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -57,21 +55,13 @@ _engine_handler = getattr(engine, _ENGINE_HANDLER, None)
 
 
 class PartitionTotals(NamedTuple):
-    """What the partitions of a batch have spent before the batch itself runs.
-
-    Attributes:
-        spent: Dollars.
-        seconds: Time from their start to their end.
-        new: What the output has cost after them, by columns.
-        old: The same before them.
-        balance: Dollars of the account before them, where known.
-    """
+    """What the partitions of a batch have spent before the batch itself runs, in dollars."""
 
     spent: float = 0.0
-    seconds: float = 0.0
-    new: Spending = Spending()
-    old: Spending = Spending()
-    balance: float | None = None
+    seconds: float = 0.0  # from their start to their end
+    new: Spending = Spending()  # what the output has cost after them, by columns
+    old: Spending = Spending()  # the same before them
+    balance: float | None = None  # of the account before them, where known
 
 
 def build_row_options(
@@ -128,24 +118,13 @@ async def open_batch(
     """
     await output.check_writable()
     logging.getLogger("asyncio").addFilter(is_no_termination)
-    settings = FluxKontextSettings()
-    callbacks = resolve_callback_options(
-        settings, url=callback_url, secret=account.callback_secret, listens=listens
+    opening = open_account_session(
+        output, account, options, callback_url, listens=listens, flow_run_id=flow_run.id
     )
     with forward_core_logs():
         async with (
-            open_session(
-                account.get_client(),
-                output,
-                options,
-                settings,
-                callbacks,
-                account=account.account,
-                flow_run_id=flow_run.id,
-            ) as session,
-            _report_batch(
-                session, settings, plan, alert_above_usd, partition_totals, suspends=suspends
-            ),
+            opening as session,
+            _report_batch(session, plan, alert_above_usd, partition_totals, suspends=suspends),
         ):
             if plan is not None:
                 await session.report.announce(plan.new_rows)
@@ -156,6 +135,26 @@ async def open_batch(
                 session.balance = partition_totals.balance
             with acknowledge_termination():
                 yield session, account.concurrent_tasks
+
+
+def open_account_session(
+    output: OutputFolder,
+    account: FluxKontextCredentials,
+    options: RowOptions,
+    callback_url: str | None,
+    *,
+    listens: bool,
+    **session: Any,
+) -> AbstractAsyncContextManager[Session]:
+    """Open a session that an account pays for, by the settings of the environment."""
+    settings, secret = FluxKontextSettings(), account.callback_secret
+    callbacks = resolve_callback_options(
+        settings, url=callback_url, secret=secret, listens=listens
+    )
+    client = account.get_client()
+    return open_session(
+        client, output, options, settings, callbacks, account=account.account, **session
+    )
 
 
 @contextmanager
@@ -180,7 +179,6 @@ def acknowledge_termination() -> Iterator[None]:
 @asynccontextmanager
 async def _report_batch(
     session: Session,
-    settings: FluxKontextSettings,
     plan: Plan | None,
     alert_above_usd: float | None,
     partition_totals: PartitionTotals | None,
@@ -188,7 +186,7 @@ async def _report_batch(
     suspends: bool,
 ) -> AsyncIterator[None]:
     """Write the report of a batch, and its events and artifacts, while the block runs."""
-    folder, batch = session.output, session.progress
+    folder, batch, settings = session.output, session.progress, FluxKontextSettings()
     output, flow = str(folder), _get_flow_name()
     if partition_totals is None:
         emit_started(output, plan)
@@ -277,11 +275,7 @@ def create_spend_alarm(
         batch.spent = spent()
         if above_usd is not None and batch.spent > above_usd and not was_emitted:
             was_emitted = True
-            payload = {
-                "output": batch.output,
-                "spent_usd": batch.spent,
-                "above_usd": above_usd,
-            }
+            payload = {"output": batch.output, "spent_usd": batch.spent, "above_usd": above_usd}
             events.emit(events.SPEND_ABOVE, batch.output, payload, flow=flow)
 
     return check_spending
@@ -359,13 +353,9 @@ async def run_wave(wave: Wave) -> BatchSummary:
 
 
 class _RunLogHandler(logging.Handler):
-    """Passes records of the core to the logger of the run in whose context they were made.
+    """Passes records of the core to the logger of the run in whose context they were made."""
 
-    Attributes:
-        batches: How many batches in this process use the handler.
-    """
-
-    batches = 0
+    batches = 0  # of this process that use the handler
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -11,16 +11,14 @@ import contextlib
 import functools
 import inspect
 import threading
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.asyncutils import run_coro_as_sync
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,11 +51,7 @@ class _DispatchedTask(Task[P, R]):
 
 def dispatched_task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Decorate an async function as `prefect.task` does, for sync and async callers."""
-
-    def decorate(function: Callable[P, R]) -> Task[P, R]:
-        return _DispatchedTask(fn=function, **options)
-
-    return decorate
+    return lambda function: _DispatchedTask(fn=function, **options)
 
 
 def dispatched(function: Callable[P, R]) -> Callable[P, Any]:

@@ -8,6 +8,7 @@ as related resources. `emit` never fails or delays a batch.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,6 @@ from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.redaction import redact_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from prefect import Flow
 from prefect.blocks.core import Block
@@ -34,45 +34,26 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 from prefect_flux_kontext.styles.styles import builtin_styles
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 Account = Annotated[FluxKontextCredentials | str | None, Field(examples=["my-account"])]
 Prompt = Annotated[str | None, Field(examples=["Turn it into a loose watercolour"])]
 GroupBudgets = Annotated[
     dict[str, dict[str, NonNegativeFloat]] | None, Field(examples=[{"team": {"blue": 20}}])
 ]
-StyleNames = Annotated[
-    str | list[str] | None,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {
-                    "type": "array",
-                    "title": "built-in styles",
-                    "items": {"type": "string", "enum": sorted(builtin_styles())},
-                },
-                {
-                    "type": "array",
-                    "title": "styles and files of styles",
-                    "items": {"type": "string"},
-                    "examples": [["watercolour", "my-styles.yaml"]],
-                },
-                {"type": "string", "title": "one style"},
-                {"type": "null"},
-            ]
-        }
-    ),
+_BuiltinStyle = Annotated[
+    str, WithJsonSchema({"type": "string", "enum": sorted(builtin_styles())})
 ]
-"""The parameter of a flow for styles: a choice in the form, or names and files as text."""
-
-StyleName = Annotated[
-    str | None,
-    WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": sorted(builtin_styles())}, {"type": "null"}]}
-    ),
-]
+StyleName = _BuiltinStyle | None
 """The parameter of a flow for one style of the package: a choice in the form."""
+StyleNames = (
+    Annotated[list[_BuiltinStyle], Field(title="built-in styles")]
+    | Annotated[
+        list[str],
+        Field(title="styles and files of styles", examples=[["watercolour", "my-styles.yaml"]]),
+    ]
+    | Annotated[str, Field(title="one style")]
+    | None
+)
+"""The parameter of a flow for styles: a choice in the form, or names and files as text."""
 
 Variants = Annotated[int, Field(ge=1, le=MAX_VARIANTS)] | None
 
@@ -188,110 +169,53 @@ StorageOptions = Annotated[
 _CLOSED: dict[str, JsonValue] = {"default": None}
 
 
-@with_config(ConfigDict(extra="forbid", title="options"))
+@with_config(ConfigDict(extra="forbid", title="options", use_attribute_docstrings=True))
 class AdvancedOptions(TypedDict, total=False):
     """Options of a batch that are rarely set; a call may give each as a keyword."""
 
-    output_names: Annotated[
-        str,
-        Field(
-            description="Template of the image names, such as {style}/{id}.{ext}, with any "
-            "column. Default: {id}/{style}.{ext}, or {id}.{ext} for rows without a style."
-        ),
-    ]
-    output_format: Annotated[OutputFormat, Field(description="As mode, format of the results.")]
-    provider: Annotated[Provider, Field(description="As mode, how the service routes the tasks.")]
-    manifest_format: Annotated[
-        ManifestFormat,
-        Field(
-            description="Format of the manifest. Default: by its name, content type or content."
-        ),
-    ]
-    text_to_image: Annotated[
-        bool,
-        Field(
-            description="Rows without a reference are meant, though other columns look like "
-            "images."
-        ),
-    ]
-    variants: Annotated[
-        Variants,
-        Field(description="Images to make of each row that names no number, each paid for."),
-    ]
-    pilot: Annotated[
-        PositiveInt | None,
-        Field(
-            description="Run a sample of this many rows first, with rows of each style, then "
-            "pause for approval of the rest, with the contact sheet of the sample beside the "
-            "price."
-        ),
-    ]
-    checks: Annotated[
-        list[str],
-        Field(
-            description="Own checks of the images, each module:function of an installed module. "
-            "It takes a Pillow image and its row, and returns flags."
-        ),
-    ]
-    fit_references: Annotated[
-        bool,
-        Field(description="Shrink local and private reference images of more than 10 MB."),
-    ]
-    resubmit_unknown: Annotated[
-        bool,
-        Field(
-            description="Pay again for rows whose submit reply was lost. They may have been "
-            "billed already."
-        ),
-    ]
-    failure_policy: Annotated[
-        FailurePolicy | None,
-        Field(
-            description="What to do for each fail code. Default: the default policy.",
-            json_schema_extra=_CLOSED,
-        ),
-    ]
-    cadence: Annotated[
-        PollingCadence | None,
-        Field(
-            description="When to poll for results. Default: the environment.",
-            json_schema_extra=_CLOSED,
-        ),
-    ]
-    callback_url: Annotated[
-        str,
-        Field(
-            description="URL that the service calls when an image is ready, in place of polling. "
-            "Default: FLUX_KONTEXT_CALLBACK_URL."
-        ),
-    ]
-    budget_by: Annotated[
-        GroupBudgets,
-        Field(
-            description="Most dollars for the rows with a value in a column, such as "
-            '{"team": {"blue": 20}}. When it is reached, these rows are not submitted, and the '
-            "others go on."
-        ),
-    ]
-    spend_by: Annotated[
-        list[str],
-        Field(description="Columns by whose values the summary shows what was spent."),
-    ]
-    alert_above_usd: Annotated[
-        NonNegativeFloat,
-        Field(
-            description="Emit the event flux-kontext.batch.spend-above once this run has spent "
-            "more dollars than this."
-        ),
-    ]
-    storage_options: Annotated[
-        StorageOptions,
-        Field(
-            description="Options of the output's filesystem, or block:aws-credentials/NAME. "
-            "Prefect stores parameters in plain text, so keep keys in a Block."
-        ),
-    ]
-    partition_deployment: Annotated[str, Field(description="The deployment that runs partitions.")]
+    output_names: str
+    """Template of the image names, such as {style}/{id}.{ext}, with any column. Default:
+    {id}/{style}.{ext}, or {id}.{ext} for rows without a style."""
+    output_format: OutputFormat
+    """As mode, format of the results."""
+    provider: Provider
+    """As mode, how the service routes the tasks."""
+    manifest_format: ManifestFormat
+    """Format of the manifest. Default: by its name, content type or content."""
+    text_to_image: bool
+    """Rows without a reference are meant, though other columns look like images."""
+    variants: Variants
+    """Images to make of each row that names no number, each paid for."""
+    pilot: PositiveInt | None
+    """Run a sample of this many rows first, with rows of each style, then pause for approval of
+    the rest, with the contact sheet of the sample beside the price."""
+    checks: list[str]
+    """Own checks of the images, each module:function of an installed module. It takes a Pillow
+    image and its row, and returns flags."""
+    fit_references: bool
+    """Shrink local and private reference images of more than 10 MB."""
+    resubmit_unknown: bool
+    """Pay again for rows whose submit reply was lost. They may have been billed already."""
+    failure_policy: Annotated[FailurePolicy | None, Field(json_schema_extra=_CLOSED)]
+    """What to do for each fail code. Default: the default policy."""
+    cadence: Annotated[PollingCadence | None, Field(json_schema_extra=_CLOSED)]
+    """When to poll for results. Default: the environment."""
+    callback_url: str
+    """URL that the service calls when an image is ready, in place of polling. Default:
+    FLUX_KONTEXT_CALLBACK_URL."""
+    budget_by: GroupBudgets
+    """Most dollars for the rows with a value in a column, such as {"team": {"blue": 20}}. When it
+    is reached, these rows are not submitted, and the others go on."""
+    spend_by: list[str]
+    """Columns by whose values the summary shows what was spent."""
+    alert_above_usd: NonNegativeFloat
+    """Emit the event flux-kontext.batch.spend-above once this run has spent more dollars than
+    this."""
+    storage_options: StorageOptions
+    """Options of the output's filesystem, or block:aws-credentials/NAME. Prefect stores parameters
+    in plain text, so keep keys in a Block."""
+    partition_deployment: str
+    """The deployment that runs partitions."""
 
 
 def build_manifest(
@@ -332,12 +256,9 @@ def build_manifest(
 async def open_output(output: Any, storage_options: Any = None) -> OutputFolder:
     """Open the folder that the parameters of a flow name.
 
-    Args:
-        output: A path or URL, `block:` and a reference, a Block, or Prefect's own reference to
-            one (`{"$ref": …}`).
-        storage_options: Options of the filesystem, or an AWS credentials Block. They take
-            precedence over those of an output Block. None uses those of the environment for a
-            path or URL.
+    The output is a path or URL, `block:` and a reference, a Block, or Prefect's own reference to
+    one (`{"$ref": …}`). Storage options take precedence over those of an output Block; without
+    any, a path or URL has those of the environment.
 
     Raises:
         ConfigurationError: The Block does not exist or names no location, or the filesystem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,6 @@ from prefect_flux_kontext.orchestration import events
 from prefect_flux_kontext.orchestration.suspension import resume_suspended
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from prefect_flux_kontext.callbacks.inbox import Inbox
     from prefect_flux_kontext.callbacks.tokens import Attempt
     from prefect_flux_kontext.storage.filesystem import OutputFolder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -19,20 +20,16 @@ from prefect.logging import get_logger
 
 from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.batch.single import read_entry
-from prefect_flux_kontext.credentials import resolve_credentials
+from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.records import RECORD_VERSION
 from prefect_flux_kontext.ledger.store import open_ledger_store
-from prefect_flux_kontext.orchestration.parameters import open_output
+from prefect_flux_kontext.orchestration.parameters import Output, StorageOptions, open_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from prefect.client.schemas.objects import FlowRun, State
 
-    from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.models import GenerationTask
-    from prefect_flux_kontext.orchestration.parameters import Output, StorageOptions
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 _BATCH_KEY = "submitted"

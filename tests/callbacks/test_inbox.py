@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.callbacks.inbox import Callback, Inbox
-from prefect_flux_kontext.callbacks.session import CallbackNotifications, InboxWatcher
+from prefect_flux_kontext.callbacks.session import InboxWatcher
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.store import RecordStore
 from tests.support.s3 import s3_server
@@ -74,9 +74,9 @@ async def test_damaged_file_is_logged_once_and_skipped(tmp_path, caplog):
     inbox = Inbox(RecordStore(str(tmp_path)))
     await inbox.keep(callback(1))
     (tmp_path / OWNER / "0.jsonl").write_bytes(b"{")
-    notifications = CallbackNotifications()
-    row = notifications.expect(callback(1).attempt)
-    watching = asyncio.create_task(InboxWatcher(inbox, notifications, OWNER).watch())
+    watcher = InboxWatcher(inbox, OWNER)
+    row = watcher.expect(callback(1).attempt)
+    watching = asyncio.create_task(watcher.watch())
     await asyncio.sleep(10)
     watching.cancel()
     assert row.task_ids == {"t1"}
@@ -86,16 +86,16 @@ async def test_damaged_file_is_logged_once_and_skipped(tmp_path, caplog):
 @pytest.mark.virtual_time
 async def test_files_are_removed_when_their_rows_have_ended(tmp_path):
     inbox = Inbox(RecordStore(str(tmp_path)))
-    notifications = CallbackNotifications()
+    watcher = InboxWatcher(inbox, OWNER)
     for number in (1, 2):
-        notifications.expect(callback(number).attempt)
+        watcher.expect(callback(number).attempt)
     await asyncio.gather(*(inbox.keep(callback(number)) for number in (1, 1, 2, 3)))
-    watching = asyncio.create_task(InboxWatcher(inbox, notifications, OWNER).watch())
+    watching = asyncio.create_task(watcher.watch())
     await asyncio.sleep(10)
-    notifications.record_end(callback(1).attempt)
+    watcher.record_end(callback(1).attempt)
     await asyncio.sleep(10)
     assert await read_all(inbox) != []
-    notifications.record_end(callback(2).attempt)
+    watcher.record_end(callback(2).attempt)
     await asyncio.sleep(10)
     watching.cancel()
     assert await read_all(inbox) == []

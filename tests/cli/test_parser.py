@@ -1,10 +1,19 @@
 """The command line takes nothing that could be misread."""
 
+import pkgutil
+
 import pytest
 
-from prefect_flux_kontext.cli import _parser, main
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.cli.commands import create_parser
 
 RUN = ["run", "manifest.csv", "out"]
+COMMANDS = {
+    name: command
+    for action in create_parser()._actions
+    for name, command in (action.choices or {}).items()
+    if name != "limits"
+}
 
 
 def refusal(arguments, capsys):
@@ -15,7 +24,9 @@ def refusal(arguments, capsys):
 
 
 def test_repeated_columns_add_up():
-    options = _parser().parse_args([*RUN, "--columns", "image=photo", "--columns", "prompt=text"])
+    options = create_parser().parse_args(
+        [*RUN, "--columns", "image=photo", "--columns", "prompt=text"]
+    )
     assert options.columns == {"image": "photo", "prompt": "text"}
 
 
@@ -49,7 +60,7 @@ def test_repeated_options_are_refused(repeated, capsys):
 
 
 def test_styles_may_be_repeated():
-    options = _parser().parse_args([*RUN, "--style", "oil", "--style", "noir"])
+    options = create_parser().parse_args([*RUN, "--style", "oil", "--style", "noir"])
     assert options.styles == ["oil", "noir"]
 
 
@@ -69,3 +80,9 @@ def test_styles_may_be_repeated():
 def test_empty_values_are_refused(arguments, capsys):
     """They are mostly unset variables of the shell, and "" would mean the current folder."""
     assert "the value is empty" in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_handler(name):
+    handler = COMMANDS[name].get_default("handler")
+    assert callable(pkgutil.resolve_name(f"prefect_flux_kontext.cli.{handler}"))

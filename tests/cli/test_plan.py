@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from prefect_flux_kontext.cli import _parser, main
-from prefect_flux_kontext.cli.arguments import manifest_from_options
+from prefect_flux_kontext.cli import main
+from prefect_flux_kontext.cli.commands import create_parser
+from prefect_flux_kontext.cli.options import manifest_from_options
 from prefect_flux_kontext.manifest.reader import Manifest
 
 MIXED = "name,text,mode\na,oil,\nb,,\nc,ink,turbo\nd,oil,\n"
@@ -111,7 +112,7 @@ def test_parameters_are_for_rows_that_name_none(option, value, field, tmp_path, 
     own = {"mode": "pro", "aspect_ratio": "9:16", "output_format": "jpeg", "provider": "auto"}
     path = tmp_path / "m.csv"
     path.write_text(f"id,prompt,{field}\na,oil,\nb,oil,{own[field]}\n")
-    options = _parser().parse_args(
+    options = create_parser().parse_args(
         ["run", str(path), "out", "--style", str(styles), option, value]
     )
     rows = list(manifest_from_options(options).rows())

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from prefect_flux_kontext.cli import _parser
+from prefect_flux_kontext.cli.commands import create_parser
 from prefect_flux_kontext.settings import FluxKontextSettings
 from tests.docs.blocks import PAGES
 
@@ -23,7 +23,7 @@ def options_of(parser):
 
 @pytest.fixture(scope="module")
 def options():
-    return options_of(_parser())
+    return options_of(create_parser())
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import prefect_flux_kontext
-from prefect_flux_kontext.cli import _parser
+from prefect_flux_kontext.cli.commands import create_parser
 from tests.docs.blocks import ROOT
 from tests.docs.test_names import options_of
 
@@ -69,7 +69,7 @@ def test_command_line_page_has_every_option(site):
     page = (site / "cli.txt").read_text(encoding="utf-8")
     assert [
         option
-        for option in sorted(options_of(_parser()) - {"--help", "--version"})
+        for option in sorted(options_of(create_parser()) - {"--help", "--version"})
         if option not in page
     ] == []
 

@@ -23,7 +23,7 @@ from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import read_finished_rows, read_open_waves
-from prefect_flux_kontext.orchestration.partitions.progress import read_progress
+from prefect_flux_kontext.orchestration.partitions.files import read_progress
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 

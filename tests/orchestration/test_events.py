@@ -10,8 +10,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.errors import BudgetReachedError
 from prefect_flux_kontext.flows import collect_batch, retry_failed, style_transfer_batch
-from prefect_flux_kontext.orchestration import artifacts, events
-from prefect_flux_kontext.orchestration.artifacts import (
+from prefect_flux_kontext.orchestration import events, run_page
+from prefect_flux_kontext.orchestration.run_page import (
     find_browser_url,
     progress_artifact,
     publish_summary,
@@ -298,13 +298,13 @@ class TestWithoutPrefectApi:
         async def updated(_artifact, percent, _text):
             shown.append(percent)
 
-        monkeypatch.setattr(artifacts, "acreate_progress_artifact", created)
-        monkeypatch.setattr(artifacts, "aupdate_progress_artifact", updated)
+        monkeypatch.setattr(run_page, "acreate_progress_artifact", created)
+        monkeypatch.setattr(run_page, "aupdate_progress_artifact", updated)
         batch = BatchSummary()
         async with progress_artifact(batch, number, "", lambda: None):
             for _ in range(number):
                 batch.rows += 1
-                await asyncio.sleep(2 * artifacts.UPDATE_INTERVAL_SECONDS)
+                await asyncio.sleep(2 * run_page.UPDATE_INTERVAL_SECONDS)
         assert len(shown) <= most
         assert shown[-1] == 100
 

@@ -10,7 +10,7 @@ import pytest
 
 from prefect_flux_kontext.errors import ManifestError
 from prefect_flux_kontext.manifest.reader import Manifest
-from prefect_flux_kontext.orchestration.partitions.rows import read_shared_rows, share_rows
+from prefect_flux_kontext.orchestration.partitions.files import read_shared_rows, share_rows
 from prefect_flux_kontext.storage.filesystem import OutputFolder
 
 pytestmark = pytest.mark.anyio

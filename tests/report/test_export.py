@@ -106,7 +106,7 @@ def test_parquet_holds_images_and_names_them_as_such(output, target):
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 def test_shards_have_a_size_and_replace_a_larger_export(output, target, monkeypatch, kind):
-    monkeypatch.setattr("prefect_flux_kontext.cli.export.parse_count", int)
+    monkeypatch.setattr("prefect_flux_kontext.cli.commands.parse_count", int)
     export = ["export", str(output), str(target), "--format", kind, "--shard-mb"]
     assert main([*export, "0"]) == 0
     assert len(names(target)) == 3

@@ -1,4 +1,3 @@
-import argparse
 import os
 import signal
 import socket
@@ -8,26 +7,18 @@ import sys
 import httpx
 import pytest
 
-from prefect_flux_kontext.cli import sandbox as command
+from prefect_flux_kontext.cli.commands import create_parser
+from prefect_flux_kontext.cli.sandbox import serve_sandbox
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from tests.sandbox.helpers import KEY, STATUS, SUBMIT
 
-RUN = """
-import argparse, sys
-from prefect_flux_kontext.cli.sandbox import add_parser
-parser = argparse.ArgumentParser()
-add_parser(parser.add_subparsers())
-args = parser.parse_args(sys.argv[1:])
-sys.exit(args.func(args))
-"""
+RUN = "import sys; from prefect_flux_kontext.cli import main; sys.exit(main())"
 
 
 def parsed(*words):
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["sandbox", *words])
+    return create_parser().parse_args(["sandbox", *words])
 
 
 def test_a_running_sandbox_serves_the_whole_way_over_http():
@@ -97,7 +88,7 @@ def test_command_prints_exports_and_stops_cleanly(number):
 def test_the_command_says_in_one_line_that_the_port_is_taken(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         args = parsed("--port", str(taken.getsockname()[1]))
-        assert args.func(args) == 2
+        assert serve_sandbox(args) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
@@ -115,7 +106,7 @@ def test_the_command_says_in_one_line_that_the_port_is_taken(capsys):
 )
 def test_the_command_names_an_option_it_cannot_use(words, option, capsys):
     args = parsed(*words)
-    assert args.func(args) == 2
+    assert serve_sandbox(args) == 2
     assert option in capsys.readouterr().err
 
 
@@ -130,7 +121,7 @@ def test_every_setting_is_an_option_with_a_help_text(capsys):
 
 def test_the_command_lists_the_faults_and_starts_nothing(capsys):
     args = parsed("--fault", "help")
-    assert args.func(args) == 0
+    assert serve_sandbox(args) == 0
     out = capsys.readouterr().out
     assert "\nsubmit: " in f"\n{out}"
     assert "lost-reply " in out
@@ -140,7 +131,7 @@ def test_the_command_lists_the_faults_and_starts_nothing(capsys):
 @pytest.mark.parametrize("words", [["--fault", "submit:rain"], ["--faults", "/no/such/plan"]])
 def test_the_command_refuses_a_plan_of_faults_it_cannot_use(words, capsys):
     args = parsed(*words)
-    assert args.func(args) == 2
+    assert serve_sandbox(args) == 2
     assert words[1] in capsys.readouterr().err
 
 
@@ -175,7 +166,7 @@ def test_the_sandbox_shares_no_code_with_the_client_side():
 
 def test_the_help_of_the_command_imports_nothing_heavy():
     script = (
-        "import sys, prefect_flux_kontext.cli.sandbox as _\n"
+        "import sys, prefect_flux_kontext.cli.commands as _\n"
         "print({'starlette', 'uvicorn', 'PIL', 'httpx'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Running the partitions of a batch: start their flow runs, watch them, restart those that died.
+"""The partitions of a batch: plan them, start their flow runs, and restart those that died.
 
 There is no scheduler here. What partitions leave, the batch itself runs afterwards.
 """
@@ -8,49 +8,59 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State, StateType
+from prefect.blocks.core import Block
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.context import FlowRunContext
 from prefect.deployments import arun_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
+from pydantic import BaseModel
 
 from prefect_flux_kontext.batch.budget import ensure_sole_run
 from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import is_alive, keep_heartbeat
-from prefect_flux_kontext.ledger.store import open_ledger_store
+from prefect_flux_kontext.ledger.store import RecordStore, open_ledger_store
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.orchestration.approval import build_plan
-from prefect_flux_kontext.orchestration.artifacts import progress_artifact
+from prefect_flux_kontext.orchestration.approval import Batch, build_plan
 from prefect_flux_kontext.orchestration.batch_run import (
     PartitionTotals,
     create_spend_alarm,
     emit_started,
 )
-from prefect_flux_kontext.orchestration.partitions.flow import Partition
-from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
-from prefect_flux_kontext.orchestration.partitions.progress import read_progress, remove_progress
-from prefect_flux_kontext.orchestration.partitions.rows import share_rows
+from prefect_flux_kontext.orchestration.partitions.files import (
+    read_progress,
+    remove_progress,
+    share_rows,
+)
+from prefect_flux_kontext.orchestration.partitions.flow import Partition, style_transfer_partition
+from prefect_flux_kontext.orchestration.partitions.leases import (
+    Lease,
+    Share,
+    lease_slots,
+    read_account_limit,
+)
+from prefect_flux_kontext.orchestration.run_page import progress_artifact
+from prefect_flux_kontext.settings import FluxKontextSettings
+from prefect_flux_kontext.styles.styles import is_style_file
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
     from uuid import UUID
-
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import FlowRun
 
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
-    from prefect_flux_kontext.ledger.store import RecordStore
-    from prefect_flux_kontext.manifest.reader import Manifest
-    from prefect_flux_kontext.orchestration.partitions.leases import Lease
-    from prefect_flux_kontext.orchestration.partitions.planner import PartitionPlan
-    from prefect_flux_kontext.storage.filesystem import OutputFolder
+
+DEFAULT_PARTITION_DEPLOYMENT = "style-transfer-partition/partition-of-batch"
 
 CHECK_INTERVAL_SECONDS = 5.0
 """Between two checks of all partitions."""
@@ -66,33 +76,113 @@ _MAX_STARTS = 2
 
 
 @dataclass(frozen=True)
-class RemainingWork:
-    """What is left to the batch itself when its partitions have ended.
+class PartitionPlan:
+    """How to run a batch in partitions, each with a share of the account and these parameters."""
 
-    Attributes:
-        account: The account, with the limits that the batch may use.
-        options: The options of its rows.
-        alert_above_usd: Emit an event above this many dollars; None if it was emitted already.
-        partition_totals: What the partitions have spent; None without partitions.
-        lease: The lease of the slots that the batch uses, if it has rows to run.
+    partitions: int
+    share: Share
+    deployment: str
+    parameters: dict[str, Any]
+
+
+async def plan_partitions(
+    partitions: int, deployment: str | None, account: FluxKontextCredentials, wait: str
+) -> PartitionPlan | None:
+    """Check that the current batch can run in partitions, and plan them; None for one partition.
+
+    Raises:
+        ConfigurationError: It cannot run in partitions; the message says why.
     """
+    if partitions == 1:
+        return None
+    deployment = deployment or DEFAULT_PARTITION_DEPLOYMENT
+    if wait != "poll":
+        raise ConfigurationError(
+            f'wait="{wait}" is not possible with partitions. Use wait="poll", or partitions=1.'
+        )
+    if FluxKontextSettings().callback_listen is not None:
+        raise ConfigurationError(
+            "Partitions cannot receive callbacks themselves. Unset FLUX_KONTEXT_CALLBACK_LISTEN "
+            "and run a receiver: flux-kontext receive OUTPUT"
+        )
+    parameters = _collect_parameters()
+    async with get_client() as client:
+        try:
+            await client.read_deployment_by_name(deployment)
+        except (ObjectNotFound, ValueError):
+            raise ConfigurationError(
+                f"There is no deployment {deployment!r} to run partitions. Create it with "
+                "`flux-kontext deploy MANIFEST --output OUTPUT`, or set "
+                "partition_deployment to one of yours. Nothing was submitted."
+            ) from None
+    share = await read_account_limit(account, partitions)
+    return PartitionPlan(partitions, share, deployment, parameters)
 
-    account: FluxKontextCredentials
+
+def _collect_parameters() -> dict[str, Any]:
+    """Return the parameters of the current flow run that its partitions get too, as JSON."""
+    context = FlowRunContext.get()
+    own = (context.parameters if context is not None else None) or {}
+    names: Any = style_transfer_partition.parameters.properties
+    passed = {
+        name: _convert_to_json(name, own[name])
+        for name in names
+        if name in own and name != "manifest"
+    }
+    passed["output"] = _make_absolute(passed["output"])
+    if isinstance(own["manifest"], str):  # else `share_rows` adds what names it
+        passed["manifest"] = _make_absolute(own["manifest"])
+    styles = passed.get("styles")
+    if styles is not None:
+        named = [styles] if isinstance(styles, str) else styles
+        passed["styles"] = [
+            _make_absolute(name) if is_style_file(name) else name for name in named
+        ]
+    return passed
+
+
+def _convert_to_json(name: str, value: Any) -> Any:
+    if isinstance(value, Block):
+        document = value._block_document_id  # noqa: SLF001 - Prefect has no public name
+        if document is None:
+            raise ConfigurationError(
+                f"The {name} of a batch in partitions cannot be an unsaved Block, because each "
+                "partition loads the Block. Save it and give its name."
+            )
+        return {"$ref": {"block_document_id": str(document)}}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _convert_to_json(key, item) for key, item in value.items()}
+    if not isinstance(value, str | int | float | list | dict | None):
+        raise ConfigurationError(
+            f"The {name} of a batch in partitions cannot be {value!r:.80}, because it is sent to "
+            "other machines. Give it as text."
+        )
+    return value
+
+
+def _make_absolute(location: Any) -> Any:
+    # The worker that runs a partition has another working directory.
+    if not isinstance(location, str) or "://" in location or location.startswith("block:"):
+        return location
+    return str(Path(location).expanduser().absolute())
+
+
+@dataclass(frozen=True)
+class RemainingWork:
+    """What is left to the batch itself when its partitions have ended."""
+
+    account: FluxKontextCredentials  # with the limits that the batch may use
     options: RowOptions
-    alert_above_usd: float | None
-    partition_totals: PartitionTotals | None = None
-    lease: Lease | None = None
+    alert_above_usd: float | None  # None also if the event was emitted already
+    partition_totals: PartitionTotals | None = None  # None without partitions
+    lease: Lease | None = None  # of the slots that the batch uses, if it has rows to run
 
 
 @asynccontextmanager
 async def run_partitions(
-    partition_plan: PartitionPlan | None,
-    plan: Plan,
-    rows: Manifest,
-    output: OutputFolder,
-    account: FluxKontextCredentials,
-    options: RowOptions,
-    alert_above_usd: float | None,
+    partition_plan: PartitionPlan | None, plan: Plan, batch: Batch, alert_above_usd: float | None
 ) -> AsyncIterator[RemainingWork]:
     """Run the partitions of a batch to their end, and yield what is left to the batch itself.
 
@@ -102,27 +192,26 @@ async def run_partitions(
         StorageError: The rows cannot be written for the partitions.
     """
     if partition_plan is None:
-        yield RemainingWork(account, options, alert_above_usd)
+        yield RemainingWork(batch.account, batch.options, alert_above_usd)
         return
     started_at, since = asyncio.get_running_loop().time(), utc_now()
-    emit_started(str(output), plan)
-    total = BatchSummary(output=str(output))
+    emit_started(str(batch.output), plan)
+    total = BatchSummary(output=str(batch.output))
     alarm = create_spend_alarm(total, lambda: total.spent, alert_above_usd)
     if plan.to_pay:
-        partitions = _build_partitions(partition_plan, plan, options)
-        async with share_rows(rows, output) as shared:
+        async with share_rows(batch.rows, batch.output) as shared:
             parameters = partition_plan.parameters | shared
             partition_plan = replace(partition_plan, parameters=parameters)
-            await _run_all(partitions, partition_plan, output, options, total, plan, alarm)
-    new_plan = await build_plan(rows, output, account, options)
+            await _run_all(partition_plan, plan, batch, total, alarm)
+    new_plan = await build_plan(batch)
     # The ledger, not the records of the partitions, says what was spent.
     total.spent = round(new_plan.spent - plan.spent, 6)
     alarm()
     was_alerted = alert_above_usd is not None and total.spent > alert_above_usd
     seconds = asyncio.get_running_loop().time() - started_at
     remaining = RemainingWork(
-        partition_plan.share.apply_to(account),
-        replace(options, since=since),
+        partition_plan.share.apply_to(batch.account),
+        replace(batch.options, since=since),
         None if was_alerted else alert_above_usd,
         PartitionTotals(total.spent, seconds, new_plan.spending, plan.spending, plan.balance),
     )
@@ -132,7 +221,7 @@ async def run_partitions(
         or new_plan.actions[PlannedAction.UNKNOWN]
     ):
         get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
-        async with lease_slots(account, partition_plan.share.slots) as lease:
+        async with lease_slots(batch.account, partition_plan.share.slots) as lease:
             yield replace(remaining, lease=lease)
     else:
         yield remaining
@@ -163,22 +252,20 @@ def _build_partitions(
 
 
 async def _run_all(
-    partitions: list[Partition],
     partition_plan: PartitionPlan,
-    output: OutputFolder,
-    options: RowOptions,
-    total: BatchSummary,
     plan: Plan,
+    batch: Batch,
+    total: BatchSummary,
     alarm: Callable[[], None],
 ) -> None:
-    store = open_ledger_store(output)
+    store = open_ledger_store(batch.output)
     name = flow_run.name or "batch"
     async with keep_heartbeat(store) as heartbeat, get_client() as client:
-        if options.has_budget:
+        if batch.options.has_budget:
             await ensure_sole_run(store, heartbeat.owner)
         running = [
             PartitionRuns(client, store, partition, partition_plan, name)
-            for partition in partitions
+            for partition in _build_partitions(partition_plan, plan, batch.options)
         ]
         try:
             for partition in running:
@@ -215,9 +302,7 @@ async def _watch(running: list[PartitionRuns], total: BatchSummary) -> None:
 class PartitionRuns:
     """A partition and its flow runs, of which the last one counts.
 
-    Attributes:
-        has_begun: Whether a worker has begun the last flow run.
-        has_ended: Whether no further flow run of the partition will run.
+    It has begun once a worker has begun that one, and ended when no further one will run.
     """
 
     def __init__(

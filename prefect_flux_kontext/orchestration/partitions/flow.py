@@ -11,9 +11,7 @@ from prefect.runtime import flow_run
 from pydantic import BaseModel, Field, PositiveInt
 
 from prefect_flux_kontext.batch.runner import run_partition_rows
-from prefect_flux_kontext.batch.session import open_session
 from prefect_flux_kontext.batch.summary import BatchSummary
-from prefect_flux_kontext.callbacks.options import resolve_callback_options
 from prefect_flux_kontext.credentials import resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
@@ -25,6 +23,7 @@ from prefect_flux_kontext.orchestration.batch_run import (
     acknowledge_termination,
     build_row_options,
     forward_core_logs,
+    open_account_session,
     run_wave,
 )
 from prefect_flux_kontext.orchestration.parameters import (
@@ -36,11 +35,9 @@ from prefect_flux_kontext.orchestration.parameters import (
     build_manifest,
     open_output,
 )
+from prefect_flux_kontext.orchestration.partitions.files import read_shared_rows, report_progress
 from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
-from prefect_flux_kontext.orchestration.partitions.progress import report_progress
-from prefect_flux_kontext.orchestration.partitions.rows import read_shared_rows
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
-from prefect_flux_kontext.settings import FluxKontextSettings
 
 
 class Partition(BaseModel):
@@ -113,7 +110,6 @@ async def style_transfer_partition(
             "a later run of it, finishes its rows."
         )
     rare = advanced or {}
-    settings = FluxKontextSettings()
     share = Share(partition.slots, partition.requests_per_minute)
     account = share.apply_to(await resolve_credentials(credentials))
     options = build_row_options(
@@ -126,8 +122,8 @@ async def style_transfer_partition(
     output = await open_output(output, rare.get("storage_options"))
     await output.check_writable()
     store, name = open_ledger_store(output), UUID(flow_run.id).hex
-    callbacks = resolve_callback_options(
-        settings, url=rare.get("callback_url"), secret=account.callback_secret, listens=False
+    opening = open_account_session(
+        output, account, options, rare.get("callback_url"), listens=False, is_whole=False
     )
     if rows_file is not None:
         manifest = await read_shared_rows(output, rows_file)
@@ -146,15 +142,7 @@ async def style_transfer_partition(
         async with (
             keep_heartbeat(store, name),
             lease_slots(account, share.slots) as lease,
-            open_session(
-                account.get_client(),
-                output,
-                options,
-                settings,
-                callbacks,
-                account=account.account,
-                is_whole=False,
-            ) as session,
+            opening as session,
             report_progress(store, name, session.progress),
         ):
             lease.stop_when_lost(session.submitter)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import (
     GlobalConcurrencyLimitCreate,
     GlobalConcurrencyLimitUpdate,
@@ -26,22 +27,19 @@ from prefect.client.schemas.filters import (
     FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import StateType
-from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
+from prefect.client.schemas.responses import (
+    ConcurrencyLimitWithLeaseResponse,
+    GlobalConcurrencyLimitResponse,
+)
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run
 
-from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError
+from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError, FluxKontextError
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
-
     from prefect_flux_kontext.batch.submission import Submitter
     from prefect_flux_kontext.credentials import FluxKontextCredentials
-    from prefect_flux_kontext.errors import FluxKontextError
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +58,7 @@ _CREATE_COMMAND = "flux-kontext limits create"
 
 
 class Share(NamedTuple):
-    """A share of an account's limits.
-
-    Attributes:
-        slots: Tasks that the holder may run at a time.
-        requests_per_minute: Requests that the holder may send a minute.
-    """
+    """A share of an account's limits: tasks at a time, and requests a minute."""
 
     slots: int
     requests_per_minute: int
