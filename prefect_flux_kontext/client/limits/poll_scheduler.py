@@ -21,6 +21,9 @@ _UNNOTICED_ROUNDS = 0.09
 # The least such time, in intervals: no poll is sent at ages at which tasks hardly ever end.
 _MIN_UNNOTICED_INTERVALS = 0.05
 
+# Longest pause between polls, as a share of the task's age: slow tasks are not forgotten.
+_MAX_PAUSE_SHARE_OF_AGE = 1 / 3
+
 
 class PollScheduler:
     """Schedules the polls of one task, and teaches the latency model what they show.
@@ -81,6 +84,8 @@ class PollScheduler:
         # The task started half a round trip before its submit was answered, and a poll takes
         # half of one to arrive.
         pause = due_at_age - age - self._slots.round_trip
+        if was_polled:
+            pause = min(pause, _MAX_PAUSE_SHARE_OF_AGE * age)
         # Send the last poll an interval before the deadline.
         left = self._deadline - self._loop.time() - cadence.interval
         return max(shortest, min(pause, left))

@@ -104,7 +104,10 @@ class RateLimiter:
         with self._lock:
             self._drop_answered(now)
             if self._answered:  # otherwise nothing is known
+                before = self._tolerance
                 self._limit.meet(len(self._answered), now, sent_at=sent_at)
+                # Fewer requests have a wider burst in seconds, which must not begin earlier.
+                self._next += max(0.0, self._tolerance - before)
 
     def is_at_limit(self) -> bool:
         """Return whether a limit was met, by about as many requests as in the last minute."""
