@@ -22,7 +22,7 @@ _BAR_INTERVAL_SECONDS = 0.2
 
 @asynccontextmanager
 async def show_progress(session: Session, rows: int) -> AsyncIterator[None]:
-    """Show the progress of a batch with so many rows on standard output while the block runs."""
+    """Show the progress of a batch of `rows` rows on standard output while the block runs."""
     line = ProgressLine(session, rows)
 
     def print_line() -> None:

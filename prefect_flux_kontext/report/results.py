@@ -199,7 +199,8 @@ class LineMerger(TempDatabase):
         self.has_new_verdicts = False
         self._new_custom_columns: dict[str, None] = {}
         super().__init__(
-            "CREATE TABLE lines (number INTEGER PRIMARY KEY, name INTEGER UNIQUE, line TEXT)",
+            "CREATE TABLE lines (number INTEGER PRIMARY KEY, name INTEGER UNIQUE, "
+            "payment INTEGER, line TEXT)",
             cache_kib=_CACHE_KIB,
         )
 
@@ -210,12 +211,14 @@ class LineMerger(TempDatabase):
             name = _hash_identity(line)
             self._new_custom_columns.update(_custom_names(line))
             added = self._database.execute(
-                "INSERT INTO lines (name, line) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, text)
+                "INSERT INTO lines (name, payment, line) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+                (name, hash_payment(line), text),
             )
             if not added.rowcount and (known := self._find(name)):
+                merged = merge_lines(known, line)
                 self._database.execute(
-                    "UPDATE lines SET line = ? WHERE name = ?",
-                    (encode_line(merge_lines(known, line)), name),
+                    "UPDATE lines SET payment = ?, line = ? WHERE name = ?",
+                    (hash_payment(merged), encode_line(merged), name),
                 )
 
     def write(
@@ -241,7 +244,7 @@ class LineMerger(TempDatabase):
             self.index.columns.update(known.columns)
         else:
             known = None
-        changed = HashSet(name for (name,) in self._database.execute("SELECT name FROM lines"))
+        changed = HashSet(self._select("name"))
         with merged.open("wb") as file:
             if known is None or any(name in changed for name in known.names):
                 self._write_earlier(file, earlier, verdicts, known, changed)
@@ -249,12 +252,12 @@ class LineMerger(TempDatabase):
                 self.index = known
                 with earlier.open("rb") as source:
                     shutil.copyfileobj(source, file)
-            new = self._select_new()
+            new: Iterator[Line] = map(json.loads, self._select("line"))
             if statistics := self.index.statistics:
-                payments = set(map(hash_payment, self._select_new()))
+                payments = set(self._select("payment"))
                 new = statistics.count(new, payments.intersection(self.index.payments))
-            for line in new:
-                self._write_line(file, line, _hash_identity(line), verdicts)
+            for name, line in zip(self._select("name"), new, strict=True):
+                self._write_line(file, line, name, verdicts)
         self.index.columns.update(self._new_custom_columns)
         return len(self.index)
 
@@ -278,9 +281,9 @@ class LineMerger(TempDatabase):
             self._write_line(file, merge_lines(line, new) if new else line, name, verdicts)
             self._database.execute("DELETE FROM lines WHERE name = ?", (name,))
 
-    def _select_new(self) -> Iterator[Line]:
-        found = self._database.execute("SELECT line FROM lines ORDER BY number")
-        return (json.loads(text) for (text,) in found)
+    def _select(self, column: str) -> Iterator[Any]:
+        found = self._database.execute(f"SELECT {column} FROM lines ORDER BY number")  # noqa: S608
+        return (value for (value,) in found)
 
     def _write_line(
         self, file: IO[bytes], line: Line, name: int, verdicts: Mapping[str, str]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prefect_flux_kontext.storage.temp_db import DuplicateIndex, hash_name
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from prefect_flux_kontext.report.results import Line
 
@@ -47,7 +47,7 @@ class Statistics:
     runs: dict[str, _Run] = field(default_factory=dict)
     latest: tuple[str, str] = ("", "")
 
-    def count(self, lines: Iterable[Line], paid_before: Container[object] = ()) -> Iterator[Line]:
+    def count(self, lines: Iterable[Line], paid_before: Collection[int] = ()) -> Iterator[Line]:
         """Count lines and yield them unchanged.
 
         Args:
@@ -62,7 +62,7 @@ class Statistics:
                 number += len(costly)
                 firsts = paid.add_all((str(line.get("key")).encode() for line in costly), numbers)
                 for line, first, own in zip(costly, firsts, numbers, strict=True):
-                    if first == own and hash_payment(line) not in paid_before:
+                    if first == own and not (paid_before and hash_payment(line) in paid_before):
                         self.cost_usd += line["cost_usd"]
                 for line in block:
                     self._count_line(line)
