@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
+from prefect_flux_kontext.ledger.packs import Packs
 from prefect_flux_kontext.ledger.records import MOVES, Ended, Entry, Intent, Posted, State, Times
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.redaction import redact_text, redact_url
@@ -18,6 +19,8 @@ from prefect_flux_kontext.settings import find_price
 from prefect_flux_kontext.telemetry import trace
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prefect_flux_kontext.errors import FluxKontextError
     from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.manifest.row import Row
@@ -60,6 +63,7 @@ class Ledger:
         self.store = store
         self.owner = owner
         self._prices = prices
+        self._packs = Packs(store)
 
     def price_of(self, request: GenerationRequest) -> float:
         """Return the price of one image of the request, in dollars."""
@@ -71,10 +75,24 @@ class Ledger:
         Raises:
             LedgerError: A record cannot be read or is damaged; the row must not be paid for.
         """
+        packed = await self._packs.find(key)
+        entry = await self.parse(key, packed)
+        if packed is None and entry.attempt and entry.ended is None:
+            # Its other records may just have been packed and removed.
+            packed = await self._packs.find(key, refresh=True)
+            entry = entry if packed is None else await self.parse(key, packed)
+        return entry
+
+    async def parse(self, key: str, packed: Mapping[str, bytes] | None) -> Entry:
+        """Return a row from its packed records, or from its own where these are None.
+
+        Raises:
+            LedgerError: A record cannot be read or is damaged; the row must not be paid for.
+        """
         entry = Entry(key=key)
         while True:
             number = entry.attempt + 1
-            intent = await self._read(Intent, _record_name(key, number, "intent"))
+            intent = await self._read(Intent, key, number, "intent", packed)
             if intent is None:
                 return entry
             if (intent.key, intent.attempt) != (key, number):
@@ -84,8 +102,8 @@ class Ledger:
                     "Fix or remove it."
                 )
             posted, ended = await asyncio.gather(
-                self._read(Posted, _record_name(key, number, "posted")),
-                self._read(Ended, _record_name(key, number, "ended")),
+                self._read(Posted, key, number, "posted", packed),
+                self._read(Ended, key, number, "ended", packed),
             )
             entry = entry.next_attempt(intent).model_copy(
                 update={"posted": posted, "ended": ended}
@@ -100,8 +118,9 @@ class Ledger:
             LedgerError: A record cannot be read or is damaged.
         """
         task_ids = []
+        packed = await self._packs.find(key)
         for number in itertools.count(1):
-            posted = await self._read(Posted, _record_name(key, number, "posted"))
+            posted = await self._read(Posted, key, number, "posted", packed)
             if posted is None:
                 break
             if posted.task_id is not None:
@@ -163,6 +182,9 @@ class Ledger:
         )
         claimed = entry.next_attempt(intent)
         if not await self._create(claimed, "intent", intent):
+            raise RowAlreadyClaimedError(entry.key)
+        # The intent may have the place of one that was packed and removed since the row was read.
+        if await self._packs.find(entry.key, refresh=True) is not None:
             raise RowAlreadyClaimedError(entry.key)
         return claimed
 
@@ -228,8 +250,19 @@ class Ledger:
         data = record.model_dump_json(exclude_none=True).encode()
         return await self.store.create(_record_name(entry.key, entry.attempt, step), data)
 
-    async def _read(self, kind: type[R], name: str) -> R | None:
-        data = await self.store.read(name)
+    async def _read(
+        self,
+        kind: type[R],
+        key: str,
+        attempt: int,
+        step: str,
+        packed: Mapping[str, bytes] | None,
+    ) -> R | None:
+        name = _record_name(key, attempt, step)
+        if packed is None:
+            data = await self.store.read(name)
+        else:
+            data = packed.get(f"{attempt}.{step}")
         if data is None:
             return None
         try:

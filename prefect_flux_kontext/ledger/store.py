@@ -77,15 +77,19 @@ class RecordStore:
             return await self.read(name) == data
         return True
 
-    async def read(self, name: str) -> bytes | None:
-        """Return the bytes of a record, or None if there is none.
+    async def read(
+        self, name: str, start: int | None = None, end: int | None = None
+    ) -> bytes | None:
+        """Return the bytes of a record, or those from `start` to `end`; None if there is none.
 
         Raises:
             LedgerError: The store could not be read.
         """
         try:
             data: bytes = await self._run(
-                name, lambda: self._fs.cat_file(self._path(name)), FileNotFoundError
+                name,
+                lambda: self._fs.cat_file(self._path(name), start=start, end=end),
+                FileNotFoundError,
             )
         except FileNotFoundError:
             return None
