@@ -164,7 +164,7 @@ async def open_budget(store: RecordStore, heartbeat: Heartbeat, options: RowOpti
         return Budget(None)
     if options.is_share:
         return Budget(options.budget_usd, heartbeat=heartbeat, by=options.budget_by)
-    await ensure_sole_run(store, heartbeat.owner)
+    await ensure_sole_run(store, heartbeat.owner, "a budget cannot be kept")
     with LedgerIndex() as index:
         await index.read(store)
         spending = index.sum_by(options.budget_by)
@@ -173,10 +173,15 @@ async def open_budget(store: RecordStore, heartbeat: Heartbeat, options: RowOpti
         )
 
 
-async def ensure_sole_run(store: RecordStore, owner: str) -> None:
+async def ensure_sole_run(store: RecordStore, owner: str, consequence: str) -> None:
     """Check that no other run is paying into the output.
 
     Whether a run on another machine has died is known after a minute; this waits for it.
+
+    Args:
+        store: The ledger's records.
+        owner: The name of this run.
+        consequence: What cannot be done while another run is alive, for the message.
 
     Raises:
         ConfigurationError: Another run is alive.
@@ -186,8 +191,8 @@ async def ensure_sole_run(store: RecordStore, owner: str) -> None:
         other = name.removesuffix(".json")
         if other != owner and not await wait_for_dead(store, other):
             raise ConfigurationError(
-                "Another run is paying into this output, so a budget cannot be kept. Wait until "
-                "it has ended."
+                f"Another run is paying into this output, so {consequence}. Wait until it has "
+                "ended."
             )
 
 

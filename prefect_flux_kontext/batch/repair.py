@@ -9,6 +9,7 @@ from prefect_flux_kontext.batch.budget import ensure_sole_run
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
+from prefect_flux_kontext.ledger.packs import Packs, list_prefixes
 from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, delete_wave, open_wave
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ async def rebuild_waves(store: RecordStore) -> Repair:
     await check_format(store)
     async with keep_heartbeat(store) as heartbeat:
         owner = heartbeat.owner
-        await ensure_sole_run(store, owner)
+        await ensure_sole_run(store, owner, "its ledger cannot be rebuilt")
         ledger = Ledger(store, owner, prices={})
         old = await store.list_names("waves")
         rows = finished = 0
@@ -69,4 +70,6 @@ async def _remove(store: RecordStore, name: str) -> None:
 async def _list_keys(store: RecordStore) -> list[str]:
     folders = await store.list_names("rows")
     names = await asyncio.gather(*(store.list_names(f"rows/{folder}") for folder in folders))
-    return sorted({name.partition(".")[0] for folder in names for name in folder})
+    packs = Packs(store)
+    packed = await asyncio.gather(*map(packs.list_keys, await list_prefixes(store)))
+    return sorted({name.partition(".")[0] for folder in names for name in folder}.union(*packed))

@@ -250,6 +250,17 @@ def _add_output_commands(commands: _Commands) -> None:
     repair.set_defaults(handler="output:repair")
     add_arguments(repair, "output")
 
+    compact = commands.add_parser(
+        "compact",
+        help="Pack the ledger's records of stored rows into fewer files",
+        description="Move the records of stored rows from three files a row into a few hundred "
+        "files in all; of use with 10,000 images and more. Rows that are not stored, or that a "
+        "run left behind when it was interrupted, keep their files: collect them first. No run "
+        "may use the output meanwhile, and files in it may have to be removed.",
+    )
+    compact.set_defaults(handler="output:compact")
+    add_arguments(compact, "output")
+
     gallery = commands.add_parser(
         "gallery",
         help="Rebuild the gallery",

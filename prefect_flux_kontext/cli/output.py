@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import Progress
+
 from prefect_flux_kontext.batch.collection import LedgerStatus, read_ledger_status
+from prefect_flux_kontext.batch.compaction import Compaction, compact_ledger
 from prefect_flux_kontext.batch.repair import rebuild_waves
 from prefect_flux_kontext.batch.runner import FAILED_ROWS, read_failed_rows
 from prefect_flux_kontext.batch.spending import describe_groups
@@ -177,6 +181,23 @@ async def repair(options: argparse.Namespace) -> int:
         f"Read the records of {done.rows:,} rows: {done.finished:,} are stored or failed, "
         f"{done.unfinished:,} are not. Replaced {done.removed:,} wave files."
     )
+    return 0
+
+
+async def compact(options: argparse.Namespace) -> int:
+    """Run `compact`."""
+    counts = Compaction()
+    with Progress(transient=True) as bar:
+        task = bar.add_task("Packing")
+        async with aclosing(compact_ledger(open_ledger_store(options.output))) as steps:
+            async for counts in steps:
+                bar.update(task, completed=counts.steps_done, total=counts.steps)
+    print(
+        f"Packed the records of {counts.rows:,} rows into {counts.packs:,} files, and removed "
+        f"{counts.removed:,} files."
+    )
+    if counts.left:
+        print(f"{counts.left:,} rows keep their files: not stored, interrupted, or too few.")
     return 0
 
 

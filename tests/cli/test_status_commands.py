@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from prefect_flux_kontext.batch import compaction
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.ledger.head import bind
 from prefect_flux_kontext.ledger.ledger import Ledger
@@ -64,3 +65,28 @@ def test_repair_says_what_it_did(store, tmp_path, capsys):
     )
     assert main(["status", output]) == 0
     assert "$0.03  spent" in capsys.readouterr().out
+
+
+def test_compacted_output_is_used_as_before(sandbox, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compaction, "_MIN_ROWS", 1)
+    output, manifest = tmp_path / "out", tmp_path / "m.csv"
+    manifest.write_text("id,prompt\n" + "".join(f"{n},a lighthouse {n}\n" for n in range(6)))
+    run = ["run", str(manifest), str(output)]
+    assert main(run) == 0
+    assert main(["status", str(output)]) == 0
+    status = capsys.readouterr().out.split("gallery.html\n")[-1]
+    assert main(["compact", str(output)]) == 0
+    assert "records of 6 rows into" in capsys.readouterr().out
+    assert not list((output / "_ledger" / "rows").rglob("*.json"))
+    assert main(["status", str(output)]) == 0
+    assert capsys.readouterr().out in status
+    (output / "3.jpg").unlink()
+    with manifest.open("a") as file:
+        file.write("new,a harbour\n")
+    assert main(run) == 0
+    assert (output / "3.jpg").exists()
+    assert sandbox.service.bill()["accepted"] == 7
+    assert main(["export", str(output), str(tmp_path / "set"), "--format", "files"]) == 0
+    assert main(["collect", str(output)]) == 0
+    assert main(["repair", str(output)]) == 0
+    assert "Read the records of 7 rows: 7 are stored or failed" in capsys.readouterr().out

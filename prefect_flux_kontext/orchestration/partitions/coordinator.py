@@ -262,7 +262,7 @@ async def _run_all(
     name = flow_run.name or "batch"
     async with keep_heartbeat(store) as heartbeat, get_client() as client:
         if batch.options.has_budget:
-            await ensure_sole_run(store, heartbeat.owner)
+            await ensure_sole_run(store, heartbeat.owner, "a budget cannot be kept")
         running = [
             PartitionRuns(client, store, partition, partition_plan, name)
             for partition in _build_partitions(partition_plan, plan, batch.options)
