@@ -187,17 +187,21 @@ async def repair(options: argparse.Namespace) -> int:
 async def compact(options: argparse.Namespace) -> int:
     """Run `compact`."""
     counts = Compaction()
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("Packing")
         async with aclosing(compact_ledger(open_ledger_store(options.output))) as steps:
             async for counts in steps:
                 bar.update(task, completed=counts.steps_done, total=counts.steps)
     print(
-        f"Packed the records of {counts.rows:,} rows into {counts.packs:,} files, and removed "
-        f"{counts.removed:,} files."
+        f"Rows packed: {counts.rows:,}, into {counts.packs:,} packs. "
+        f"Files removed: {counts.removed:,}."
     )
     if counts.left:
-        print(f"{counts.left:,} rows keep their files: not stored, interrupted, or too few.")
+        print(
+            f"Rows that keep their files: {counts.left:,}. They are not stored, too few for a "
+            "pack, or in a wave that is not finished, which "
+            f"`flux-kontext collect {options.output}` finishes."
+        )
     return 0
 
 

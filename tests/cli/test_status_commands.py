@@ -76,7 +76,7 @@ def test_compacted_output_is_used_as_before(sandbox, tmp_path, capsys, monkeypat
     assert main(["status", str(output)]) == 0
     status = capsys.readouterr().out.split("gallery.html\n")[-1]
     assert main(["compact", str(output)]) == 0
-    assert "records of 6 rows into" in capsys.readouterr().out
+    assert "Rows packed: 6, into" in capsys.readouterr().out
     assert not list((output / "_ledger" / "rows").rglob("*.json"))
     assert main(["status", str(output)]) == 0
     assert capsys.readouterr().out in status
