@@ -1,8 +1,8 @@
 """Ledger and results of the first release, frozen: every later release reads them.
 
 `first_format/` is what release 0.1 left of `manifest.csv` in `out`: rows that are stored, failed,
-rejected, unknown and outstanding, a single request, a part of results that is not merged, a
-callback, a suspended flow run and a partition. Its files are never changed.
+rejected, unknown and outstanding, one in a pack, a single request, a part of results that is not
+merged, a callback, a suspended flow run and a partition. Its files are never changed.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.ledger import Ledger
+from prefect_flux_kontext.ledger.packs import Packs
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import read_finished_rows, read_open_waves
 from prefect_flux_kontext.orchestration.partitions.files import read_progress
@@ -88,6 +89,7 @@ def test_each_record_has_a_version():
         "failed.json",
         "format.json",
         "owners",
+        "packs",
         "partitions",
         "rows",
         "waiting",
@@ -139,6 +141,7 @@ READERS = {
     "rows/*/*.intent.json": lambda store, key, _: Ledger(store, "us", {}).read(key),
     "rows/*/*.posted.json": lambda store, key, _: Ledger(store, "us", {}).read(key),
     "rows/*/*.ended.json": lambda store, key, _: Ledger(store, "us", {}).read(key),
+    "packs/*/*.jsonl": lambda store, _, path: Packs(store).list_keys(path.parent.name),
     "waves/*.jsonl": lambda store, *_: read_all(read_finished_rows(store)),
     "waves/*.open.json": lambda store, *_: read_all(read_open_waves(store)),
     "owners/*.json": lambda store, owner, _: is_alive(store, owner),
