@@ -182,8 +182,8 @@ async def update_report(
     """
     store = open_results_store(output)
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder, LineMerger() as merger:
-        earlier, merged, parquet = (
-            Path(folder, name) for name in ("earlier", "merged", "parquet")
+        earlier, merged, kept, parquet = (
+            Path(folder, name) for name in ("earlier", "merged", "kept", "parquet")
         )
         async with acquire_merge_lock(store, ledger, run):
             parts = await list_mergeable_parts(store, ledger, run)
@@ -206,7 +206,12 @@ async def update_report(
             has_changes = bool(parts) or merger.has_new_verdicts
             if has_changes:
                 await output.put(RESULTS_JSONL, merged)
-                if await asyncio.to_thread(write_parquet, merged, parquet, merger.index.columns):
+                if merger.kept[0]:
+                    await output.fetch(RESULTS_PARQUET, kept)
+                columns = merger.index.columns
+                if await asyncio.to_thread(
+                    write_parquet, merged, parquet, columns, kept, merger.kept
+                ):
                     await output.put(RESULTS_PARQUET, parquet)
                 else:
                     # The file of an earlier run would contradict results.jsonl.

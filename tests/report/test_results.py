@@ -149,6 +149,44 @@ def test_parquet_has_the_same_rows_and_fixed_types(tmp_path):
     assert table["recorded_at"][0].as_py().isoformat() == "2026-01-02T03:05:06+00:00"
 
 
+def add_rows(folder, kept, rows, columns):
+    """Write rows after the kept lines; returns the number and bytes of all, and the row groups."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    lines, parquet, new = (folder / name for name in ("lines", "parquet", "new"))
+    with lines.open("a") as file:
+        file.writelines(map(encode_line, rows))
+    assert write_parquet(lines, new, columns, parquet, kept)
+    new.replace(parquet)
+    assert write_parquet(lines, folder / "whole", columns)
+    assert pq.read_table(parquet).equals(pq.read_table(folder / "whole"), check_metadata=True)
+    kept = kept[0] + len(rows), lines.stat().st_size
+    return kept, pq.read_metadata(parquet).num_row_groups
+
+
+def test_parquet_goes_on_with_the_rows_that_it_has(tmp_path):
+    """Its row groups are copied until there are many small ones."""
+    kept, groups = add_rows(tmp_path, (0, 0), [line(0), failed(1)], {"sku": None})
+    assert groups == 1
+    for number in range(2, 52):
+        kept, groups = add_rows(tmp_path, kept, [line(number, sku=str(number))], {"sku": None})
+        assert groups == number
+    assert add_rows(tmp_path, kept, [failed(53)], {"sku": None})[1] == 1
+
+
+@pytest.mark.parametrize("change", ["damaged", "rows", "columns"])
+def test_parquet_of_other_rows_is_written_as_a_whole(tmp_path, change):
+    kept, _ = add_rows(tmp_path, (0, 0), [line(0), failed(1)], {"sku": None})
+    if change == "damaged":
+        (tmp_path / "parquet").write_bytes(b"PAR1 PAR1")
+    if change == "rows":
+        assert write_parquet(tmp_path / "lines", tmp_path / "parquet", {"sku": None})
+        with (tmp_path / "lines").open("a") as file:
+            file.write(encode_line(line(2)))
+        kept = 3, kept[1]
+    columns = {"sku": None, "shop": None} if change == "columns" else {"sku": None}
+    assert add_rows(tmp_path, kept, [line(3, shop="a")], columns)[1] == 1
+
+
 @pytest.mark.parametrize(
     ("cost", "total"), [(0.03, "0.330000"), (1e-06, "0.000011"), (1_234.567891, "13580.246801")]
 )
