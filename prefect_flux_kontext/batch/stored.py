@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import math
 from posixpath import splitext
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,7 @@ def _count_stored(
 ) -> tuple[list[Row | RefusedRow], BatchSummary]:
     stored = session.index.select_stored(row.key for row in rows if isinstance(row, Row))
     left, counts, since = [], BatchSummary(), session.options.since
+    since_seconds = math.inf if since is None else since.timestamp()
     folder = str(session.output)
     for row in rows:
         known = stored.get(row.key) if isinstance(row, Row) else None
@@ -64,7 +65,7 @@ def _count_stored(
             left.append(row)
             continue
         counts.stored += 1
-        counts.already_stored += since is None or datetime.fromisoformat(known.at) < since
+        counts.already_stored += known.at < since_seconds
         for flag in known.flags:
             counts.flags[flag] = counts.flags.get(flag, 0) + 1
     counts.rows = counts.stored
