@@ -23,7 +23,7 @@ from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
@@ -101,6 +101,8 @@ class LedgerIndex(TempDatabase):
         """Return what a run will do about rows; those unknown to the ledger are to be paid."""
         found = self._select("key, state, reason, failures", [row.key for row in rows])
         known = {key.hex(): decided for key, *decided in found}
+        if not known:
+            return [PlannedAction.PAY] * len(rows)
         return [
             _get_action(row, options, *known[row.key]) if row.key in known else PlannedAction.PAY
             for row in rows
@@ -124,7 +126,7 @@ class LedgerIndex(TempDatabase):
     def select_stored(self, keys: Iterable[str]) -> dict[str, StoredRow]:
         """Return those of the rows that are stored in finished waves, by row key; blocking."""
         with self._lock:
-            found = list(self._select("key, files, flags, at", keys))
+            found = self._select("key, files, flags, at", keys)
         return {
             key.hex(): StoredRow(files.split("\n"), json.loads(flags) if flags else [], at)
             for key, files, flags, at in found
@@ -159,16 +161,18 @@ class LedgerIndex(TempDatabase):
 
     def _find_lines(self, keys: Iterable[str]) -> list[tuple[int, int]]:
         with self._lock:
-            found = list(self._select("wave, line", keys))
+            found = self._select("wave, line", keys)
         return [(wave, line) for wave, line in found if wave is not None]
 
-    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[Any]:
+    def _select(self, columns: str, keys: Iterable[str]) -> list[Any]:
         wanted = [bytes.fromhex(key) for key in keys] if not self._empty else []
+        found = []
         for start in range(0, len(wanted), _SELECTED_ROWS):
             block = wanted[start : start + _SELECTED_ROWS]
             places = ", ".join("?" * len(block))
             query = f"SELECT {columns} FROM rows WHERE key IN ({places})"  # noqa: S608
-            yield from self._database.execute(query, block)
+            found += self._database.execute(query, block).fetchall()
+        return found
 
     def _add_wave(self, rows: Iterable[IndexedRow]) -> None:
         wave = len(self._waves) - 1

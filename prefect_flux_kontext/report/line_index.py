@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _NAME = "lines.index"
 
+DIGESTED_COLUMNS = ("state", "source", "id", "style", "variant_number", "key", "uris")
+
 _STATISTICS = TypeAdapter(Statistics)
 
 
@@ -127,6 +129,10 @@ def compute_digest(line: Line, custom: Mapping[str, Any]) -> int:
         line: The line.
         custom: Its custom columns.
     """
-    said = [line.get(name) for name in ("state", "source", "id", "style", "variant_number")]
-    said += [line.get("key"), line.get("uris"), sorted(custom.items())]
-    return hash_name(repr(said).encode())
+    return hash_content(*map(line.get, DIGESTED_COLUMNS), custom)
+
+
+def hash_content(*content: Any) -> int:
+    """Return the digest of the values of `DIGESTED_COLUMNS`, and of the custom columns."""
+    *values, custom = content
+    return hash_name(repr([*values, sorted(custom.items())]).encode())

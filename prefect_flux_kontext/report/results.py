@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -125,12 +126,15 @@ def extract_custom_columns(cells: Mapping[str, str]) -> Line:
     A column with the name of one of `COLUMNS`, in any case, gets the prefix `manifest_`, and so
     does one that has such a name after the prefix.
     """
-    custom: Line = {}
-    for name, text in cells.items():
-        if name in _REQUEST_COLUMNS or not name:
-            continue
-        custom[f"{_CUSTOM_PREFIX}{name}" if _is_known_name(name) else name] = text
-    return custom
+    return {column: text for name, text in cells.items() if (column := _find_column(name))}
+
+
+@lru_cache(2_000)
+def _find_column(name: str) -> str | None:
+    """Return the custom column for a column of the manifest, or None if it is of the request."""
+    if name in _REQUEST_COLUMNS or not name:
+        return None
+    return f"{_CUSTOM_PREFIX}{name}" if _is_known_name(name) else name
 
 
 def original_column_name(name: str) -> str:
