@@ -190,7 +190,7 @@ async def update_report(
             verdicts = {
                 key: str(found.verdict) for key, found in (await Verdicts(output).load()).items()
             }
-            known = await read_line_index(store, await output.read_stamp(RESULTS_JSONL))
+            known = await read_line_index(output, await output.read_stamp(RESULTS_JSONL))
             if (
                 only_changes
                 and known is not None
@@ -228,5 +228,5 @@ async def update_report(
                     statistics=index.statistics,
                 )
             if rows and (has_changes or index is not known):
-                await write_line_index(store, index, await output.read_stamp(RESULTS_JSONL))
+                await write_line_index(output, index, await output.read_stamp(RESULTS_JSONL))
     return rows

@@ -380,12 +380,11 @@ async def load_digests(output: OutputFolder) -> HashSet:
     """Load the digests of the lines of an output.
 
     Raises:
-        LedgerError: The output cannot be read.
         StorageError: The output cannot be read.
         ValueError: The result manifest is damaged.
     """
-    store, stamp = open_results_store(output), await output.read_stamp(RESULTS_JSONL)
-    if (index := await read_line_index(store, stamp)) is not None:
+    stamp = await output.read_stamp(RESULTS_JSONL)
+    if (index := await read_line_index(output, stamp)) is not None:
         return HashSet(index.digests)
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
         await output.fetch(RESULTS_JSONL, Path(folder, "lines"))

@@ -5,7 +5,6 @@ from decimal import Decimal
 
 import pytest
 
-from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.report.line_index import read_line_index, write_line_index
 from prefect_flux_kontext.report.results import (
     LineMerger,
@@ -15,6 +14,7 @@ from prefect_flux_kontext.report.results import (
     write_parquet,
 )
 from prefect_flux_kontext.report.statistics import Statistics
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.support.galleries import failed, line
 
 EARLY, LATE = "2026-01-02T03:05:06.000Z", "2026-01-03T00:00:00.000Z"
@@ -86,18 +86,18 @@ def test_line_of_an_older_request_changes_nothing():
 @pytest.mark.parametrize("changed", [False, True])
 async def test_statistics_go_on_while_lines_are_added(tmp_path, changed):
     """Equal rows are paid for once, also if a later run adds the second."""
-    store, lines = RecordStore(str(tmp_path / "store")), [line(0, key="k"), failed(1, key="j")]
+    output, lines = OutputFolder(str(tmp_path / "output")), [line(0, key="k"), failed(1, key="j")]
     added = [line(2, key="k", run="b"), line(3, key="new", recorded_at=LATE), failed(4)]
     with LineMerger() as merger:
         merger.add("".join(map(encode_line, lines)).encode())
         merger.write(tmp_path / "none", tmp_path / "one", {})
         merger.index.statistics = count_all(tmp_path / "one")
-        await write_line_index(store, merger.index, "stamp")
+        await write_line_index(output, merger.index, "stamp")
     if changed:
         added.append(line(0, key="k", recorded_at=LATE))
     with LineMerger() as merger:
         merger.add("".join(map(encode_line, added)).encode())
-        known = await read_line_index(store, "stamp")
+        known = await read_line_index(output, "stamp")
         assert merger.write(tmp_path / "one", tmp_path / "two", {}, known) == 5
         if changed:
             assert merger.index.statistics is None
