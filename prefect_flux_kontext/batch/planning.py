@@ -387,7 +387,7 @@ def _decide(
         valid = [row for row in block if isinstance(row, Row)]
         numbers = range(number, number + len(valid))
         number += len(valid)
-        firsts = keys.add_all((row.key.encode() for row in valid), numbers)
+        firsts = keys.add_all((row.key for row in valid), numbers)
         actions = zip(index.get_actions(valid, options), firsts, numbers, strict=True)
         for row in block:
             if isinstance(row, Row):

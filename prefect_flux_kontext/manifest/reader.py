@@ -266,7 +266,7 @@ def _check_names(
     valid = [(number, row) for number, row in enumerate(rows) if isinstance(row, Row)]
     # One line can give several rows. The number tells them apart; messages name the line.
     positions = [row.line << 32 | before + number for number, row in valid]
-    found = names.add_all([row.name.casefold().encode() for _, row in valid], positions)
+    found = names.add_all([row.name.casefold() for _, row in valid], positions)
     if found is positions:
         return rows
     checked = rows.copy()
