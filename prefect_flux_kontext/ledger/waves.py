@@ -58,6 +58,7 @@ class _IndexedImage(TypedDict):
 
 
 class _IndexedEnd(TypedDict):
+    version: NotRequired[RecordVersion]
     state: Literal["stored", "failed"]
     at: datetime
     reason: NotRequired[str | None]
