@@ -41,6 +41,7 @@ _LOOSE_PASSWORD = re.compile(
 _NAME = re.compile(r"""([^;&?#,\[\]{}"'=:\s]+)["'\]]*\s*[=:]""")
 # The token at the end of a callback URL, see `callbacks.tokens`.
 _CALLBACK_TOKEN = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{32}\.\d{1,6}\.[A-Za-z0-9_-]{43}")
+_TOKEN_CHARACTERS = 95
 _PUNCTUATION = "\"'()[]{}<>,.;:!"
 _PARAMETER = re.compile(r"([?&;]|\\+u0026)([^=&?#;\\]{1,100})=[^&\\]*")
 _PATH_PARAMETER = re.compile(r"(?<=[/;~])([^/;~=]+)=[^/;]*")
@@ -92,10 +93,14 @@ def is_plain_url(url: str) -> bool:
 
 def redact_text(text: str) -> str:
     """Return text with every URL in it redacted, also in JSON with escaped characters."""
-    text = _CALLBACK_TOKEN.sub("…", text)
+    # The searches are slow: each is left out where it cannot find anything.
+    if len(text) >= _TOKEN_CHARACTERS:
+        text = _CALLBACK_TOKEN.sub("…", text)
     if (":/" in text or ":\\" in text) and _MAY_HAVE_SECRET.search(text):
         text = _WORD.sub(lambda found: _redact_word(found[0]), text)
-    return _LOOSE_PASSWORD.sub("", text)
+    if "@" in text or "\uff20" in text or "%40" in text:
+        text = _LOOSE_PASSWORD.sub("", text)
+    return text
 
 
 def make_showable(text: str) -> str:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import threading
-import weakref
+from collections import defaultdict
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from prefect_flux_kontext.batch.collection import read_unfinished_entries
 from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import is_alive
 from prefect_flux_kontext.ledger.records import State
-from prefect_flux_kontext.ledger.waves import FinishedRow, read_finished_waves
+from prefect_flux_kontext.ledger.waves import (
+    parse_indexed_rows,
+    read_finished_waves,
+    read_lines_of_wave,
+)
 from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
     from prefect_flux_kontext.ledger.store import RecordStore
+    from prefect_flux_kontext.ledger.waves import FinishedRow, IndexedRow
     from prefect_flux_kontext.manifest.row import Row
     from prefect_flux_kontext.storage.filesystem import OutputFolder
 
@@ -42,16 +46,8 @@ class PlannedAction(StrEnum):
     FAILED = "failed before, not retried"
 
 
-class _IndexedRow(NamedTuple):
-    key: bytes
-    attempt: int
-    state: State
-    reason: str | None
-    failures: int
-    dollars: float
-    columns: str
-    stored: str | None = None
-    record: int | None = None
+_Values: TypeAlias = tuple[Any, ...]
+"""The values of a row of the database."""
 
 
 class StoredRow(NamedTuple):
@@ -59,30 +55,25 @@ class StoredRow(NamedTuple):
 
     files: list[str]
     flags: list[str]
-    at: str
-    """When it was stored, as `datetime.isoformat` writes it."""
+    at: float
+    """When it was stored, in seconds since 1970."""
 
 
 class LedgerIndex(TempDatabase):
     """The state and cost of each row, in a private database in a temporary file.
 
-    The whole records of stored rows are in another one, to be read by their place in it.
+    Of a stored row it has what `StoredRow` has and its place in the wave files.
     """
 
     def __init__(self) -> None:
         super().__init__(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, state TEXT, reason TEXT, "
-            "failures INTEGER, dollars REAL, columns TEXT, stored TEXT, record INTEGER) "
-            "WITHOUT ROWID"
+            "failures INTEGER, dollars REAL, columns TEXT, files TEXT, flags TEXT, at REAL, "
+            "wave INTEGER, line INTEGER) WITHOUT ROWID"
         )
         self._empty = True
         self._lock = threading.Lock()
-        self._records = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the index
-        weakref.finalize(self, self._records.close)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._records.close()
-        super().__exit__(*exc_info)
+        self._waves: list[tuple[RecordStore, str]] = []
 
     async def read(self, store: RecordStore) -> None:
         """Read a ledger; of several attempts of a row, the latest counts.
@@ -96,23 +87,22 @@ class LedgerIndex(TempDatabase):
         await asyncio.to_thread(self._add, [await _index_entry(store, entry) for entry in entries])
         await self.read_finished(store)
 
-    async def read_finished(self, store: RecordStore, *, keep_records: bool = False) -> None:
+    async def read_finished(self, store: RecordStore) -> None:
         """Read the rows of finished waves only.
-
-        Args:
-            store: The ledger's records.
-            keep_records: Whether `select_stored` and `find_stored` are going to be used.
 
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
         """
-        async for rows in read_finished_waves(store):
-            await asyncio.to_thread(self._add_wave, rows, keep_records=keep_records)
+        async for name, data in read_finished_waves(store):
+            self._waves.append((store, name))
+            await asyncio.to_thread(self._add_wave, parse_indexed_rows(store, name, data))
 
     def get_actions(self, rows: Sequence[Row], options: RowOptions) -> list[PlannedAction]:
         """Return what a run will do about rows; those unknown to the ledger are to be paid."""
         found = self._select("key, state, reason, failures", [row.key for row in rows])
         known = {key.hex(): decided for key, *decided in found}
+        if not known:
+            return [PlannedAction.PAY] * len(rows)
         return [
             _get_action(row, options, *known[row.key]) if row.key in known else PlannedAction.PAY
             for row in rows
@@ -136,8 +126,12 @@ class LedgerIndex(TempDatabase):
     def select_stored(self, keys: Iterable[str]) -> dict[str, StoredRow]:
         """Return those of the rows that are stored in finished waves, by row key; blocking."""
         with self._lock:
-            found = list(self._select("key, stored", keys))
-        return {key.hex(): StoredRow(*json.loads(stored)) for key, stored in found if stored}
+            found = self._select("key, files, flags, at", keys)
+        return {
+            key.hex(): StoredRow(files.split("\n"), json.loads(flags) if flags else [], at)
+            for key, files, flags, at in found
+            if files is not None
+        }
 
     async def find_stored(
         self, keys: Collection[str], output: OutputFolder
@@ -145,76 +139,92 @@ class LedgerIndex(TempDatabase):
         """Return the records of those of the rows that are stored in finished waves, by row key.
 
         Rows whose images were removed from the output are left out, to be fetched again.
+
+        Raises:
+            LedgerError: A wave file cannot be read or is damaged.
         """
-        return await asyncio.to_thread(self._find_stored, keys, output)
+        lines = defaultdict(list)
+        for wave, line in await asyncio.to_thread(self._find_lines, keys):
+            lines[wave].append(line)
+        rows = [
+            row
+            for wave, numbers in lines.items()
+            for row in await read_lines_of_wave(*self._waves[wave], numbers)
+        ]
+        return await asyncio.to_thread(
+            lambda: {
+                row.key: row
+                for row in rows
+                if row.key in keys and not output.find_missing(row.ended.files)
+            }
+        )
 
-    def _find_stored(self, keys: Collection[str], output: OutputFolder) -> dict[str, FinishedRow]:
-        found = {}
+    def _find_lines(self, keys: Iterable[str]) -> list[tuple[int, int]]:
         with self._lock:
-            for key, place in self._select("key, record", keys):
-                if place is not None:
-                    self._records.seek(place)
-                    row = FinishedRow.model_validate_json(self._records.readline())
-                    if not output.find_missing(row.ended.files):
-                        found[key.hex()] = row
-        return found
+            found = self._select("wave, line", keys)
+        return [(wave, line) for wave, line in found if wave is not None]
 
-    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[Any]:
+    def _select(self, columns: str, keys: Iterable[str]) -> list[Any]:
         wanted = [bytes.fromhex(key) for key in keys] if not self._empty else []
+        found = []
         for start in range(0, len(wanted), _SELECTED_ROWS):
             block = wanted[start : start + _SELECTED_ROWS]
             places = ", ".join("?" * len(block))
             query = f"SELECT {columns} FROM rows WHERE key IN ({places})"  # noqa: S608
-            yield from self._database.execute(query, block)
+            found += self._database.execute(query, block).fetchall()
+        return found
 
-    def _add_wave(self, rows: Iterable[tuple[FinishedRow, bytes]], *, keep_records: bool) -> None:
-        block = []
-        for row, line in rows:
-            indexed = _index_finished_row(row)
-            # Only for stored rows: a later attempt may have changed the state of a failed one.
-            if keep_records and indexed.state is State.STORED:
-                stored = StoredRow(row.ended.files, row.ended.flags, row.ended.at.isoformat())
-                indexed = indexed._replace(stored=json.dumps(stored), record=self._records.tell())
-                self._records.write(line + b"\n")
-            block.append(indexed)
-        self._add(block)
+    def _add_wave(self, rows: Iterable[IndexedRow]) -> None:
+        wave = len(self._waves) - 1
+        self._add([_index_finished_row(row, wave, line) for line, row in enumerate(rows)])
 
-    def _add(self, block: list[_IndexedRow]) -> None:
+    def _add(self, block: list[_Values]) -> None:
         self._empty = self._empty and not block
         self._database.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "attempt = excluded.attempt, state = excluded.state, reason = excluded.reason, "
+            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+            "SET attempt = excluded.attempt, state = excluded.state, reason = excluded.reason, "
             "failures = excluded.failures, dollars = excluded.dollars, "
-            "columns = excluded.columns, stored = excluded.stored, record = excluded.record "
+            "columns = excluded.columns, files = excluded.files, flags = excluded.flags, "
+            "at = excluded.at, wave = excluded.wave, line = excluded.line "
             "WHERE excluded.attempt >= attempt",
             block,
         )
 
 
-async def _index_entry(store: RecordStore, entry: Entry) -> _IndexedRow:
+async def _index_entry(store: RecordStore, entry: Entry) -> _Values:
     state = entry.state
     if state is State.INTENT and entry.intent is not None:
         state = State.INTENT if await is_alive(store, entry.intent.owner) else State.UNKNOWN
-    return _IndexedRow(
+    return (
         bytes.fromhex(entry.key),
         entry.attempt,
-        state,
+        str(state),
         entry.ended.reason if entry.ended else None,
         entry.failures,
         entry.spent + entry.doubtful,
         _encode_columns(entry.columns),
+        *(None, None, None, None, None),
     )
 
 
-def _index_finished_row(row: FinishedRow) -> _IndexedRow:
-    return _IndexedRow(
-        bytes.fromhex(row.key),
-        row.attempt,
-        State(row.ended.state),
-        row.ended.reason,
-        row.failures,
-        row.spent + row.doubtful,
-        _encode_columns(row.columns),
+def _index_finished_row(row: IndexedRow, wave: int, line: int) -> _Values:
+    ended = row["ended"]
+    # Only for stored rows: a later attempt may have changed the state of a failed one.
+    stored: _Values = (None, None, None, None, None)
+    if ended["state"] == "stored":
+        images = ended.get("images")
+        flags = images[0].get("flags") if images else None
+        files = "\n".join(ended.get("files", ()))
+        stored = (files, json.dumps(flags) if flags else None, ended["at"].timestamp(), wave, line)
+    return (
+        bytes.fromhex(row["key"]),
+        row["attempt"],
+        ended["state"],
+        ended.get("reason"),
+        row["failures"],
+        row["spent"] + row.get("doubtful", 0.0),
+        _encode_columns(row.get("columns")),
+        *stored,
     )
 
 

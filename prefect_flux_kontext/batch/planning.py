@@ -338,8 +338,7 @@ def _plan_rows(
     def is_to_be_paid(row: Row) -> bool:
         return not plan.run_rows and index.get_actions([row], options) == [PlannedAction.PAY]
 
-    names = plan.planned.names
-    unseen = set(names) - STANDARD_COLUMNS
+    unseen = set(plan.planned.names) - STANDARD_COLUMNS
     with DuplicateIndex() as keys:
         for row, is_first, action in _decide(
             with_reference_checks(manifest.rows(), options.references, is_to_be_paid),
@@ -348,7 +347,7 @@ def _plan_rows(
             options,
         ):
             plan.rows += 1
-            unseen.difference_update(row.cells)
+            unseen.difference_update(row.cells if unseen else ())
             if isinstance(row, RefusedRow):
                 plan.refused += 1
                 if len(plan.problems) < _MAX_PROBLEMS:
@@ -362,9 +361,7 @@ def _plan_rows(
                 continue
             plan.actions[action] += 1
             if action is PlannedAction.PAY:
-                plan.routes[row.request.mode, row.request.provider] += 1
-                price = find_price(plan.prices, row.request.mode, row.request.provider)
-                plan.planned.add(label_row(row, names), price)
+                _count_price(plan, row)
                 digest.update(row.key.encode())
                 sample.add(row)
                 if plan.to_pay == limit:
@@ -390,7 +387,7 @@ def _decide(
         valid = [row for row in block if isinstance(row, Row)]
         numbers = range(number, number + len(valid))
         number += len(valid)
-        firsts = keys.add_all((row.key.encode() for row in valid), numbers)
+        firsts = keys.add_all((row.key for row in valid), numbers)
         actions = zip(index.get_actions(valid, options), firsts, numbers, strict=True)
         for row in block:
             if isinstance(row, Row):
@@ -408,11 +405,18 @@ def _check_columns_seen(plan: Plan, unseen: set[str]) -> None:
         )
 
 
+def _count_price(plan: Plan, row: Row) -> None:
+    route = row.request.mode, row.request.provider
+    plan.routes[route] += 1
+    if names := plan.planned.names:
+        plan.planned.add(label_row(row, names), find_price(plan.prices, *route))
+
+
 def _count_references(plan: Plan, references: list[str]) -> None:
-    if references:
+    if references:  # the service takes one
         plan.with_reference += 1
-        plan.share_pages += any(map(is_share_page, references))
-        plan.other_formats += any(map(has_other_format, references))
+        plan.share_pages += is_share_page(references[0])
+        plan.other_formats += has_other_format(references[0])
         _add_reference_folders(plan.reference_folders, references)
 
 
@@ -420,11 +424,11 @@ def _add_reference_folders(folders: dict[str, str], references: Iterable[str]) -
     """Widen the folder of each reference's host, so that it holds the reference too."""
     for reference in references:
         folder = reference.partition("?")[0].rpartition("/")[0]
-        parts = folder.split("/")
-        host = "/".join(parts[:3])
+        host = "/".join(folder.split("/", 3)[:3])
         known = folders.get(host)
         if known is not None and f"{folder}/".startswith(f"{known}/"):
             continue
+        parts = folder.split("/")
         if known is None:
             if len(folders) < _MAX_HOSTS:
                 folders[host] = folder

@@ -13,7 +13,7 @@ from prefect_flux_kontext.references.location import non_public_references
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from prefect_flux_kontext.references.resolver import ReferenceInfo, References
+    from prefect_flux_kontext.references.resolver import References
 
 _BLOCK_ROWS = 250
 """Rows that are looked at together, so that many references are read in parallel."""
@@ -32,19 +32,8 @@ def with_row_keys(
         references: Inspects references, many at a time.
     """
     for block in split_into_blocks(rows):
-        own = {image for row in block for image in _list_own_references(row)}
-        if not own:
-            yield from block
-            continue
-        versions = {
-            image: row.version
-            for row in block
-            if isinstance(row, Row) and row.version
-            for image in _list_own_references(row)
-        }
-        infos = references.identify(sorted(own), versions)
-        for row in block:
-            yield _set_row_key(row, infos)
+        _set_row_keys(block, _find_own_references(block), references)
+        yield from block
 
 
 def with_reference_checks(
@@ -59,18 +48,20 @@ def with_reference_checks(
         references: Reads references, many at a time.
         is_to_be_paid: Whether a row is to be paid; the references of other rows are not read.
     """
-    for block in split_into_blocks(with_row_keys(rows, references)):
+    for block in split_into_blocks(rows):
+        own = _find_own_references(block)
+        _set_row_keys(block, own, references)
         read = {
-            number: own
-            for number, row in enumerate(block)
-            if (own := _list_own_references(row)) and isinstance(row, Row) and is_to_be_paid(row)
+            number: images
+            for number, images in own.items()
+            if isinstance(row := block[number], Row) and is_to_be_paid(row)
         }
         if read:
             flaws = references.find_content_problems(
-                sorted({image for own in read.values() for image in own})
+                sorted({image for images in read.values() for image in images})
             )
-            for number, own in read.items():
-                problems = [flaws[image] for image in own if image in flaws]
+            for number, images in read.items():
+                problems = [flaws[image] for image in images if image in flaws]
                 block[number] = _refuse_if_invalid(block[number], problems)
         yield block
 
@@ -82,18 +73,33 @@ def split_into_blocks(rows: Iterable[Row | RefusedRow]) -> Iterator[list[Row | R
         yield block
 
 
-def _list_own_references(row: Row | RefusedRow) -> list[str]:
-    return non_public_references(row.request.image_urls) if isinstance(row, Row) else []
+def _find_own_references(block: list[Row | RefusedRow]) -> dict[int, list[str]]:
+    """Return the references of rows that are not on the web, by the row's place in the block."""
+    return {
+        number: own
+        for number, row in enumerate(block)
+        if isinstance(row, Row) and (own := non_public_references(row.request.image_urls))
+    }
 
 
-def _set_row_key(row: Row | RefusedRow, infos: Mapping[str, ReferenceInfo]) -> Row | RefusedRow:
-    own = _list_own_references(row)
-    if not isinstance(row, Row) or not own:
-        return row
-    problems = [problem for image in own if (problem := infos[image].problem)]
-    identities = {image: infos[image].identity for image in own}
-    keyed_row = replace(row, key=compute_row_key(row.request, identities, row.variant))
-    return _refuse_if_invalid(keyed_row, problems)
+def _set_row_keys(
+    block: list[Row | RefusedRow], own: Mapping[int, list[str]], references: References
+) -> None:
+    """Set the keys of rows with references of their own, and refuse those without a content."""
+    if not own:
+        return
+    rows = {number: row for number in own if isinstance(row := block[number], Row)}
+    versions = {
+        image: row.version for number, row in rows.items() if row.version for image in own[number]
+    }
+    infos = references.identify(
+        sorted({image for each in own.values() for image in each}), versions
+    )
+    for number, row in rows.items():
+        problems = [problem for image in own[number] if (problem := infos[image].problem)]
+        identities = {image: infos[image].identity for image in own[number]}
+        keyed_row = replace(row, key=compute_row_key(row.request, identities, row.variant))
+        block[number] = _refuse_if_invalid(keyed_row, problems)
 
 
 def _refuse_if_invalid(row: Row | RefusedRow, problems: list[str]) -> Row | RefusedRow:

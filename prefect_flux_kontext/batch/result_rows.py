@@ -11,7 +11,7 @@ from prefect_flux_kontext.ledger.waves import FinishedRow
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.models import utc_now
 from prefect_flux_kontext.redaction import redact_text, redact_url
-from prefect_flux_kontext.report.line_index import compute_digest
+from prefect_flux_kontext.report.line_index import hash_content
 from prefect_flux_kontext.report.results import COLUMNS, extract_custom_columns
 from prefect_flux_kontext.storage.names import make_safe_name
 
@@ -88,21 +88,17 @@ def _build_line(
 
 def compute_stored_digest(row: Row, uris: list[str]) -> int:
     """Return the digest of the line of a stored row, without making the line."""
-    line = {
-        "state": "stored",
-        "source": "manifest" if row.cells else "ledger",
-        "id": _sanitize(row.id),
-        "style": _sanitize(row.style),
-        "variant_number": row.variant,
-        "key": row.key,
-        "uris": uris,
-    }
-    custom = {
-        name: _sanitize(text)
-        for name, text in extract_custom_columns(row.cells).items()
-        if text not in (None, "")
-    }
-    return compute_digest(line, custom)
+    custom = extract_custom_columns(row.cells)
+    return hash_content(
+        "stored",
+        "manifest" if row.cells else "ledger",
+        _sanitize(row.id),
+        _sanitize(row.style),
+        row.variant,
+        row.key,
+        uris,
+        {name: _sanitize(text) for name, text in custom.items() if text},
+    )
 
 
 def row_from_entry(entry: Entry) -> Row:
@@ -184,7 +180,7 @@ def _sanitize(value: Any) -> Any:
     """Make text valid UTF-8 and strip signatures from its URLs; other values stay as they are."""
     if not isinstance(value, str):
         return value
-    return redact_text(value.encode(errors="replace").decode())
+    return redact_text(value if value.isascii() else value.encode(errors="replace").decode())
 
 
 def _format_timestamp(at: datetime | None) -> str | None:

@@ -171,7 +171,7 @@ async def open_session(
             budget = await open_budget(store, heartbeat, options)
             report = Report(output, store, owner, http, settings, is_whole=is_whole)
             with await asyncio.to_thread(LedgerIndex) as index:
-                await index.read_finished(store, keep_records=True)
+                await index.read_finished(store)
                 async with (
                     open_callback_session(
                         callbacks or CallbackOptions(), client, ledger

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import math
 from posixpath import splitext
 from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.reference_checks import split_into_blocks
 from prefect_flux_kontext.batch.result_rows import compute_stored_digest
 from prefect_flux_kontext.batch.summary import BatchSummary
+from prefect_flux_kontext.images.decode import EXTENSIONS
 from prefect_flux_kontext.images.persist import list_image_names
 from prefect_flux_kontext.manifest.row import RefusedRow, Row
 from prefect_flux_kontext.telemetry import count_stored_rows
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterable, Iterator
 
-    from prefect_flux_kontext.batch.index import StoredRow
     from prefect_flux_kontext.batch.session import Session
+
+_ENDINGS = tuple(f".{extension}" for extension in EXTENSIONS.values())
 
 
 def leave_out_stored(
@@ -52,31 +54,37 @@ def _count_stored(
     session: Session, rows: list[Row | RefusedRow]
 ) -> tuple[list[Row | RefusedRow], BatchSummary]:
     stored = session.index.select_stored(row.key for row in rows if isinstance(row, Row))
-    left, counts, since = [], BatchSummary(), session.options.since
+    counts, since = BatchSummary(), session.options.since
+    already, since_seconds = 0, math.inf if since is None else since.timestamp()
     folder = str(session.output)
+    files = (file for each in stored.values() for file in each.files)
+    missing = set(session.output.find_missing(files))
+    left: list[Row | RefusedRow] = []
     for row in rows:
         known = stored.get(row.key) if isinstance(row, Row) else None
         if (
             isinstance(row, RefusedRow)
             or known is None
-            or not _is_complete(session, row, known, folder)
+            or not missing.isdisjoint(known.files)
+            or not _has_own_names(row, known.files)
+            or not session.report.has_line(
+                compute_stored_digest(row, [f"{folder}/{file}" for file in known.files])
+            )
         ):
             left.append(row)
             continue
-        counts.stored += 1
-        counts.already_stored += since is None or datetime.fromisoformat(known.at) < since
+        already += known.at < since_seconds
         for flag in known.flags:
             counts.flags[flag] = counts.flags.get(flag, 0) + 1
-    counts.rows = counts.stored
+    counts.rows = counts.stored = len(rows) - len(left)
+    counts.already_stored = already
     return left, counts
 
 
-def _is_complete(session: Session, row: Row, stored: StoredRow, folder: str) -> bool:
-    for number, file in enumerate(stored.files, start=1):
-        names = list_image_names(row.name, number, splitext(file)[1], row.key)
-        if file not in names:
-            return False
-    uris = [f"{folder}/{file}" for file in stored.files]
-    return session.report.has_line(
-        compute_stored_digest(row, uris)
-    ) and not session.output.find_missing(stored.files)
+def _has_own_names(row: Row, files: list[str]) -> bool:
+    if len(files) == 1 and files[0].removeprefix(row.name) in _ENDINGS:
+        return True
+    return all(
+        file in list_image_names(row.name, number, splitext(file)[1], row.key)
+        for number, file in enumerate(files, start=1)
+    )

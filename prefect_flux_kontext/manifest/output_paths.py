@@ -9,6 +9,7 @@ from string import Formatter
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.storage.names import (
     IMAGE_ENDING,
+    PLAIN_NAME,
     find_name_problem,
     find_text_problem,
     is_reserved,
@@ -86,6 +87,8 @@ def build_output_path(
     if output:
         path, subject = _clean_output(output, output_format), f"output {output!r:.80}"
     elif template is None:
+        if style is None and PLAIN_NAME.fullmatch(row_id):
+            return row_id
         path = make_safe_path(row_id)
         if style is not None:
             path = f"{path}/{make_safe_component(style)}"

@@ -261,21 +261,19 @@ def _split_into_blocks(
 
 def _check_names(
     rows: list[Row | RefusedRow], names: DuplicateIndex, before: int
-) -> Iterator[Row | RefusedRow]:
-    """Yield the rows, and refuse those that have the output name of an earlier row."""
+) -> list[Row | RefusedRow]:
+    """Return the rows, and refuse those that have the output name of an earlier row."""
+    valid = [(number, row) for number, row in enumerate(rows) if isinstance(row, Row)]
     # One line can give several rows. The number tells them apart; messages name the line.
-    positions = {
-        number: row.line << 32 | number
-        for number, row in enumerate(rows, start=before + 1)
-        if isinstance(row, Row)
-    }
-    texts = [row.name.casefold().encode() for row in rows if isinstance(row, Row)]
-    found = dict(zip(positions, names.add_all(texts, list(positions.values())), strict=True))
-    for number, row in enumerate(rows, start=before + 1):
-        if isinstance(row, Row) and found[number] != positions[number]:
-            yield _refuse_name(row, found[number] >> 32)
-        else:
-            yield row
+    positions = [row.line << 32 | before + number for number, row in valid]
+    found = names.add_all([row.name.casefold() for _, row in valid], positions)
+    if found is positions:
+        return rows
+    checked = rows.copy()
+    for (number, row), own, first in zip(valid, positions, found, strict=True):
+        if own != first:
+            checked[number] = _refuse_name(row, first >> 32)
+    return checked
 
 
 def _refuse_name(row: Row, first_line: int) -> RefusedRow:

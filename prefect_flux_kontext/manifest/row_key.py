@@ -24,7 +24,7 @@ _KEY_VERSION = 1
 # `image_urls` counts by its identities, and `match` by its word: what it comes to may vary.
 _NOT_IN_KEY = {"image_urls", "callback_url", "request_type", "matched_ratio", "match_note"}
 _PARAMETERS = tuple(GenerationRequest.model_fields.keys() - {"prompt", "extra"} - _NOT_IN_KEY)
-_encode_text = json.JSONEncoder().encode
+_encode_text = json.encoder.encode_basestring_ascii
 _get_parameters = attrgetter(*_PARAMETERS)
 
 
@@ -37,7 +37,7 @@ def compute_row_key(
     key of a row without variants.
     """
     known = identities or {}
-    references = (known.get(url) or url_identity(url) for url in request.image_urls)
+    references = [known.get(url) or url_identity(url) for url in request.image_urls]
     before, between, after = _encode_parameters(
         _get_parameters(request),
         _encode(request.extra) if request.extra else "{}",

@@ -21,9 +21,11 @@ PLAIN_URL = re.compile(
 )
 """A URL that needs no parser: its host and its query are the groups. Most references are such."""
 _MAX_SHOWN_CHARACTERS = 100
-_OTHER_FORMAT = re.compile(
-    r"\.(?:avif|bmp|cr2|dng|gif|hei[cf]|jp2|jxl|mov|mp4|nef|pdf|psd|svgz?|tiff?|webm|zip)$",
-    re.IGNORECASE,
+_OTHER_FORMATS = frozenset(
+    (
+        *("avif", "bmp", "cr2", "dng", "gif", "heic", "heif", "jp2", "jxl", "mov", "mp4", "nef"),
+        *("pdf", "psd", "svg", "svgz", "tif", "tiff", "webm", "zip"),
+    )
 )
 _SHARE_PAGE = re.compile(
     r"https?://(?:"
@@ -75,7 +77,8 @@ def is_share_page(reference: str) -> bool:
 def has_other_format(reference: str) -> bool:
     """Return whether a URL is named as a file of a format that the service does not take."""
     path = reference.partition("?")[0].partition("#")[0]
-    return reference.startswith(_WEB_PREFIXES) and bool(_OTHER_FORMAT.search(path))
+    extension = path.rpartition(".")[2].lower()
+    return extension in _OTHER_FORMATS and reference.startswith(_WEB_PREFIXES)
 
 
 def non_public_references(references: Iterable[str]) -> list[str]:

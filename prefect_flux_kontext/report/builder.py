@@ -182,15 +182,15 @@ async def update_report(
     """
     store = open_results_store(output)
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder, LineMerger() as merger:
-        earlier, merged, parquet = (
-            Path(folder, name) for name in ("earlier", "merged", "parquet")
+        earlier, merged, kept, parquet = (
+            Path(folder, name) for name in ("earlier", "merged", "kept", "parquet")
         )
         async with acquire_merge_lock(store, ledger, run):
             parts = await list_mergeable_parts(store, ledger, run)
             verdicts = {
                 key: str(found.verdict) for key, found in (await Verdicts(output).load()).items()
             }
-            known = await read_line_index(store, await output.read_stamp(RESULTS_JSONL))
+            known = await read_line_index(output, await output.read_stamp(RESULTS_JSONL))
             if (
                 only_changes
                 and known is not None
@@ -206,7 +206,12 @@ async def update_report(
             has_changes = bool(parts) or merger.has_new_verdicts
             if has_changes:
                 await output.put(RESULTS_JSONL, merged)
-                if await asyncio.to_thread(write_parquet, merged, parquet, merger.index.columns):
+                if merger.kept[0]:
+                    await output.fetch(RESULTS_PARQUET, kept)
+                columns = merger.index.columns
+                if await asyncio.to_thread(
+                    write_parquet, merged, parquet, columns, kept, merger.kept
+                ):
                     await output.put(RESULTS_PARQUET, parquet)
                 else:
                     # The file of an earlier run would contradict results.jsonl.
@@ -223,5 +228,5 @@ async def update_report(
                     statistics=index.statistics,
                 )
             if rows and (has_changes or index is not known):
-                await write_line_index(store, index, await output.read_stamp(RESULTS_JSONL))
+                await write_line_index(output, index, await output.read_stamp(RESULTS_JSONL))
     return rows

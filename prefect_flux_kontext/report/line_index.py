@@ -6,11 +6,14 @@ are read instead.
 
 from __future__ import annotations
 
+import asyncio
 import bisect
 import contextlib
 import json
 import sys
+import tempfile
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -21,10 +24,12 @@ from prefect_flux_kontext.storage.temp_db import hash_name
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from prefect_flux_kontext.ledger.store import RecordStore
     from prefect_flux_kontext.report.results import Line
+    from prefect_flux_kontext.storage.filesystem import OutputFolder
 
-_NAME = "lines.index"
+_NAME = "_results/lines.index"
+
+DIGESTED_COLUMNS = ("state", "source", "id", "style", "variant_number", "key", "uris")
 
 _STATISTICS = TypeAdapter(Statistics)
 
@@ -75,34 +80,38 @@ def hash_verdicts(verdicts: Mapping[str, str]) -> int:
     return hash_name(repr(sorted(verdicts.items())).encode())
 
 
-async def read_line_index(store: RecordStore, stamp: str | None) -> LineIndex | None:
+async def read_line_index(output: OutputFolder, stamp: str | None) -> LineIndex | None:
     """Return the index of the result manifest with this stamp, or None without a valid one.
 
     Raises:
-        LedgerError: The output cannot be read.
+        StorageError: The output cannot be read.
     """
-    content = await store.read(_NAME) or b""
-    head = content[: content.find(b"\n") + 1]
-    data = memoryview(content)[len(head) :]
-    with contextlib.suppress(ValueError, KeyError):  # it is damaged
-        found: dict[str, Any] = json.loads(head)
-        if stamp is not None and found["stamp"] == _describe(stamp):
-            index = LineIndex(found["columns"], found["verdicts"])
+    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
+        file = Path(folder, "index")
+        if stamp is None or not await output.fetch(_NAME, file):
+            return None
+        return await asyncio.to_thread(_read_file, file, stamp)
+
+
+def _read_file(file: Path, stamp: str) -> LineIndex | None:
+    with contextlib.suppress(ValueError, KeyError), file.open("rb") as data:  # if it is damaged
+        found: dict[str, Any] = json.loads(data.readline())
+        index = LineIndex(found["columns"], found["verdicts"])
+        size = data.tell() + 3 * index.names.itemsize * found["lines"]
+        if found["stamp"] == _describe(stamp) and file.stat().st_size == size:
             if found["statistics"]:
                 index.statistics = _STATISTICS.validate_python(found["statistics"])
-            size = found["lines"] * index.names.itemsize
-            for start, numbers in enumerate((index.names, index.digests, index.payments)):
-                numbers.frombytes(data[start * size : (start + 1) * size])
-            if len(data) == 3 * size:
-                return index
+            for numbers in (index.names, index.digests, index.payments):
+                numbers.fromfile(data, found["lines"])
+            return index
     return None
 
 
-async def write_line_index(store: RecordStore, index: LineIndex, stamp: str | None) -> None:
+async def write_line_index(output: OutputFolder, index: LineIndex, stamp: str | None) -> None:
     """Write the index of the result manifest with this stamp.
 
     Raises:
-        LedgerError: The output cannot be written to.
+        StorageError: The output cannot be written to.
     """
     head = {
         "stamp": _describe(stamp),
@@ -111,8 +120,17 @@ async def write_line_index(store: RecordStore, index: LineIndex, stamp: str | No
         "verdicts": index.verdicts,
         "statistics": index.statistics and _STATISTICS.dump_python(index.statistics),
     }
-    text = f"{json.dumps(head)}\n".encode()
-    await store.replace(_NAME, b"".join((text, index.names, index.digests, index.payments)))
+    with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
+        file = Path(folder, "index")
+        await asyncio.to_thread(_write_file, file, json.dumps(head), index)
+        await output.put(_NAME, file)
+
+
+def _write_file(file: Path, head: str, index: LineIndex) -> None:
+    with file.open("wb") as data:
+        data.write(f"{head}\n".encode())
+        for numbers in (index.names, index.digests, index.payments):
+            numbers.tofile(data)
 
 
 def _describe(stamp: str | None) -> list[str | None]:
@@ -127,6 +145,10 @@ def compute_digest(line: Line, custom: Mapping[str, Any]) -> int:
         line: The line.
         custom: Its custom columns.
     """
-    said = [line.get(name) for name in ("state", "source", "id", "style", "variant_number")]
-    said += [line.get("key"), line.get("uris"), sorted(custom.items())]
-    return hash_name(repr(said).encode())
+    return hash_content(*map(line.get, DIGESTED_COLUMNS), custom)
+
+
+def hash_content(*content: Any) -> int:
+    """Return the digest of the values of `DIGESTED_COLUMNS`, and of the custom columns."""
+    *values, custom = content
+    return hash_name(repr([*values, sorted(custom.items())]).encode())

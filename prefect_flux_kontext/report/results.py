@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import shutil
 import tempfile
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -98,13 +100,16 @@ _MAX_CUSTOM_COLUMNS = 500
 # groups stays in memory until the end: 50 MB for a million rows in groups half as large.
 _ROW_GROUP_BYTES = 2 * 2**20
 
+# Row groups that later runs append to a Parquet file before it is written as a whole again.
+_MAX_APPENDED_GROUPS = 50
+
+_PARQUET_MAGIC = b"PAR1"
+
 # Lines are written and read in order, so a larger cache would help little.
 _CACHE_KIB = 2_048
 
 # Columns of the manifest that a line from the ledger does not replace.
 _KEPT_COLUMNS = ("line", "style", "source")
-
-RESULTS_JSONL = "results.jsonl"
 
 _RUN_PLAN = "plan.json"
 
@@ -121,12 +126,15 @@ def extract_custom_columns(cells: Mapping[str, str]) -> Line:
     A column with the name of one of `COLUMNS`, in any case, gets the prefix `manifest_`, and so
     does one that has such a name after the prefix.
     """
-    custom: Line = {}
-    for name, text in cells.items():
-        if name in _REQUEST_COLUMNS or not name:
-            continue
-        custom[f"{_CUSTOM_PREFIX}{name}" if _is_known_name(name) else name] = text
-    return custom
+    return {column: text for name, text in cells.items() if (column := _find_column(name))}
+
+
+@lru_cache(2_000)
+def _find_column(name: str) -> str | None:
+    """Return the custom column for a column of the manifest, or None if it is of the request."""
+    if name in _REQUEST_COLUMNS or not name:
+        return None
+    return f"{_CUSTOM_PREFIX}{name}" if _is_known_name(name) else name
 
 
 def original_column_name(name: str) -> str:
@@ -192,11 +200,13 @@ class LineMerger(TempDatabase):
         index: The index of the merged lines, after `write`. Custom columns are in the order of
             their first line.
         has_new_verdicts: Whether lines were written with other verdicts than before.
+        kept: Number and bytes of the earlier lines, if none of them has changed.
     """
 
     def __init__(self) -> None:
         self.index = LineIndex()
         self.has_new_verdicts = False
+        self.kept = (0, 0)
         self._new_custom_columns: dict[str, None] = {}
         super().__init__(
             "CREATE TABLE lines (number INTEGER PRIMARY KEY, name INTEGER UNIQUE, "
@@ -230,8 +240,8 @@ class LineMerger(TempDatabase):
     ) -> int:
         """Write the earlier lines, updated, and then those of new rows; return their number.
 
-        With an index, only lines that change are read, and the statistics of the earlier lines
-        are kept if none does.
+        With an index, only lines that change are read. If none does, the earlier file is renamed
+        and goes on, and so do the statistics.
 
         Args:
             earlier: The earlier lines.
@@ -244,14 +254,15 @@ class LineMerger(TempDatabase):
             self.index.columns.update(known.columns)
         else:
             known = None
-        changed = HashSet(self._select("name"))
-        with merged.open("wb") as file:
-            if known is None or any(name in changed for name in known.names):
+        changed: set[int] = set(self._select("name")) if known is not None else set()
+        if known is not None and changed.isdisjoint(known.names):
+            self.index = known
+            self.kept = len(known), earlier.stat().st_size
+            earlier.replace(merged)
+        else:
+            with merged.open("wb") as file:
                 self._write_earlier(file, earlier, verdicts, known, changed)
-            else:
-                self.index = known
-                with earlier.open("rb") as source:
-                    shutil.copyfileobj(source, file)
+        with merged.open("ab") as file:
             new: Iterator[Line] = map(json.loads, self._select("line"))
             if statistics := self.index.statistics:
                 payments = set(self._select("payment"))
@@ -267,7 +278,7 @@ class LineMerger(TempDatabase):
         earlier: Path,
         verdicts: Mapping[str, str],
         known: LineIndex | None,
-        changed: HashSet,
+        changed: set[int],
     ) -> None:
         """Write the earlier lines, merged with the new lines of the same rows."""
         for number, text in enumerate(_read_texts(earlier)):
@@ -369,12 +380,11 @@ async def load_digests(output: OutputFolder) -> HashSet:
     """Load the digests of the lines of an output.
 
     Raises:
-        LedgerError: The output cannot be read.
         StorageError: The output cannot be read.
         ValueError: The result manifest is damaged.
     """
-    store, stamp = open_results_store(output), await output.read_stamp(RESULTS_JSONL)
-    if (index := await read_line_index(store, stamp)) is not None:
+    stamp = await output.read_stamp(RESULTS_JSONL)
+    if (index := await read_line_index(output, stamp)) is not None:
         return HashSet(index.digests)
     with tempfile.TemporaryDirectory(prefix="flux-kontext-") as folder:
         await output.fetch(RESULTS_JSONL, Path(folder, "lines"))
@@ -392,11 +402,25 @@ def _read_texts(path: Path) -> Iterator[bytes]:
             yield from file
 
 
-def write_parquet(lines: Path, parquet: Path, custom_columns: Iterable[str]) -> bool:
+def write_parquet(
+    lines: Path,
+    parquet: Path,
+    custom_columns: Iterable[str],
+    earlier: Path | None = None,
+    kept: tuple[int, int] = (0, 0),
+) -> bool:
     """Write a result manifest as Parquet; return False without the extra `parquet`.
 
     Arrow parses the text itself: Python objects would take more time and memory, and Arrow would
     import pandas to inspect them.
+
+    Args:
+        lines: The result manifest.
+        parquet: The file to write.
+        custom_columns: The names of the custom columns.
+        earlier: A Parquet file, perhaps of the kept lines; it is copied as it is, and only the
+            other lines are read. It is left without its footer.
+        kept: Number and bytes of the lines that the manifest had before.
     """
     try:
         import pyarrow as pa  # noqa: PLC0415
@@ -407,14 +431,50 @@ def write_parquet(lines: Path, parquet: Path, custom_columns: Iterable[str]) -> 
     schema = build_parquet_schema(custom_columns)
     pool = pa.system_memory_pool()  # Arrow's own pool keeps 20 MB
     parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    metadata = None if earlier is None else _read_kept_groups(earlier, schema, kept)
     with (
         lines.open("rb") as file,
-        pq.ParquetWriter(parquet, schema, compression="zstd", memory_pool=pool) as writer,
+        pa.OSFile(str(parquet), "wb") as sink,
+        pq.ParquetWriter(sink, schema, compression="zstd", memory_pool=pool) as writer,
     ):
+        if metadata is not None and earlier is not None:
+            file.seek(kept[1])
+            _cut_footer(earlier, metadata)
+            with earlier.open("rb") as source:
+                source.seek(len(_PARQUET_MAGIC))  # the writer has written it
+                shutil.copyfileobj(source, sink)
         while text := file.read(_ROW_GROUP_BYTES) + file.readline():
             read = pj.ReadOptions(use_threads=False, block_size=len(text))
             writer.write_table(pj.read_json(pa.BufferReader(text), read, parse, pool))
+    if metadata is not None:
+        added = pq.read_metadata(parquet)
+        _cut_footer(parquet, added)
+        metadata.append_row_groups(added)
+        footer = io.BytesIO()
+        metadata.write_metadata_file(footer)
+        with parquet.open("ab") as file:
+            file.write(footer.getbuffer()[len(_PARQUET_MAGIC) :])
     return True
+
+
+def _read_kept_groups(parquet: Path, schema: Any, kept: tuple[int, int]) -> Any:
+    """Return the metadata of a file that has the kept lines, or None to write it as a whole."""
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    try:
+        metadata = pq.read_metadata(parquet)
+        is_current = metadata.num_rows == kept[0] and pq.read_schema(parquet).equals(schema)
+    except (OSError, pa.ArrowException):  # it is missing or damaged
+        return None
+    most = kept[1] // _ROW_GROUP_BYTES + _MAX_APPENDED_GROUPS
+    return metadata if is_current and metadata.num_row_groups <= most else None
+
+
+def _cut_footer(parquet: Path, metadata: Any) -> None:
+    # After the metadata come its length, of four bytes, and the magic.
+    length = metadata.serialized_size + 4 + len(_PARQUET_MAGIC)
+    os.truncate(parquet, parquet.stat().st_size - length)
 
 
 def open_results_store(output: OutputFolder) -> RecordStore:

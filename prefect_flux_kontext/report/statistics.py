@@ -60,7 +60,7 @@ class Statistics:
                 costly = [line for line in block if line.get("cost_usd")]
                 numbers = range(number, number + len(costly))
                 number += len(costly)
-                firsts = paid.add_all((str(line.get("key")).encode() for line in costly), numbers)
+                firsts = paid.add_all((str(line.get("key")) for line in costly), numbers)
                 for line, first, own in zip(costly, firsts, numbers, strict=True):
                     if first == own and not (paid_before and hash_payment(line) in paid_before):
                         self.cost_usd += line["cost_usd"]

@@ -25,10 +25,10 @@ _RESERVED_NAMES = frozenset(
 )
 """Names in the output's first folder that the batch itself uses."""
 
-# A fast path: most ids match this and need no further check.
-_PLAIN = re.compile(
+PLAIN_NAME = re.compile(
     r"(?!(?:con|prn|aux|nul|com\d|lpt\d)$)[a-z0-9][a-z0-9_-]{0,60}[a-z0-9]", re.IGNORECASE
 )
+"""A name that needs no further check. Most ids are such."""
 
 # Control characters, and those that reverse or hide the text around them.
 INVISIBLE_CHARACTERS = re.compile(
@@ -46,7 +46,7 @@ IMAGE_ENDING = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 
 def find_text_problem(text: str) -> str | None:
     """Return why a user's text cannot name a file, even when made safe; None if it can."""
-    if _PLAIN.fullmatch(text):
+    if PLAIN_NAME.fullmatch(text):
         return None
     if sign := INVISIBLE_CHARACTERS.search(text):
         return f"contains an invisible character ({sign.group()!a})"
@@ -64,7 +64,7 @@ def make_safe_component(text: str) -> str:
 
 def make_safe_path(text: str) -> str:
     """Make a safe name of an id. The folders of a plain relative path are kept."""
-    if _PLAIN.fullmatch(text):
+    if PLAIN_NAME.fullmatch(text):
         return text
     parts = text.split("/")
     if len(parts) == 1 or not all(parts) or "." in parts:
@@ -74,7 +74,7 @@ def make_safe_path(text: str) -> str:
 
 def find_name_problem(name: str) -> str | None:
     """Return why a name of safe components cannot be that of an image; None if it can."""
-    if _PLAIN.fullmatch(name):
+    if PLAIN_NAME.fullmatch(name):
         return None
     parts = name.split("/")
     if parts[0].casefold() in _RESERVED_NAMES:

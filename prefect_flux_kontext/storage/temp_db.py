@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import sys
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -51,17 +52,30 @@ class DuplicateIndex(TempDatabase):
     def __init__(self) -> None:
         super().__init__("CREATE TABLE seen (name INTEGER PRIMARY KEY, number INTEGER)")
 
-    def add_all(self, names: Iterable[bytes], numbers: Sequence[int]) -> Sequence[int]:
-        """Add names, and return the numbers they were first added with: their own if new."""
-        hashes = [hash_name(name) for name in names]
-        added = self._database.executemany(
-            "INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING",
-            zip(hashes, numbers, strict=True),
+    def add_all(self, names: Iterable[str], numbers: Sequence[int]) -> Sequence[int]:
+        """Add at most 250 names, and return the numbers they were first added with.
+
+        These are the given numbers themselves if all names are new.
+        """
+        if not numbers:
+            return numbers
+        values = [0] * (2 * len(numbers))
+        values[::2] = hashes = list(map(_hash, names))
+        values[1::2] = numbers
+        places = ", ".join(["(?, ?)"] * len(numbers))
+        added = self._database.execute(
+            f"INSERT INTO seen VALUES {places} ON CONFLICT DO NOTHING",  # noqa: S608
+            values,
         )
-        if added.rowcount == len(hashes):
+        if added.rowcount == len(numbers):
             return numbers
         found = "SELECT number FROM seen WHERE name = ?"
         return [self._database.execute(found, (each,)).fetchone()[0] for each in hashes]
+
+
+def _hash(name: str) -> int:
+    # Python's own hash takes a tenth of the time, where it is long enough.
+    return hash(name) if sys.hash_info.width == 64 else hash_name(name.encode())  # noqa: PLR2004
 
 
 def hash_name(name: bytes) -> int:

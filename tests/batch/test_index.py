@@ -35,7 +35,7 @@ async def test_stored_rows_finds_only_stored_records():
     with LedgerIndex() as index:
         output = OutputFolder("memory://stored-rows")
         assert await index.find_stored([rows[0].key], output) == {}
-        await index.read_finished(store, keep_records=True)
+        await index.read_finished(store)
         wanted = [row.key for row in rows[:20]] + [rows[-1].key, "f" * 32]
         found = await index.find_stored(wanted, output)
     assert found == {row.key: row for row in [*rows[:20], rows[-1]] if row.ended.state == "stored"}

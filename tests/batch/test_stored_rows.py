@@ -87,6 +87,26 @@ async def test_new_rows_share_a_wave_and_keep_other_lines(sandbox, tmp_path):
     after = (tmp_path / "results.jsonl").read_bytes()
     assert after.startswith(before)
     assert list(lines(tmp_path))[600:] == ["p900", "p901", "p902"]
+    assert read_parquet_ids(tmp_path) == list(lines(tmp_path))
+
+
+def read_parquet_ids(output):
+    pq = pytest.importorskip("pyarrow.parquet")
+    return pq.read_table(output / "results.parquet")["id"].to_pylist()
+
+
+async def test_parquet_that_could_not_be_written_is_completed(sandbox, tmp_path):
+    await run(sandbox, shop(1, 2), tmp_path)
+    (tmp_path / "results.parquet").rename(tmp_path / "earlier")
+    (tmp_path / "results.parquet" / "taken").mkdir(parents=True)
+    await run(sandbox, shop(1, 2, 3), tmp_path)
+    assert list(lines(tmp_path)) == ["p1", "p2", "p3"]
+    (tmp_path / "results.parquet" / "taken").rmdir()
+    (tmp_path / "results.parquet").rmdir()
+    (tmp_path / "earlier").rename(tmp_path / "results.parquet")
+    for rows in ((1, 2, 3), (1, 2, 3, 4)):
+        await run(sandbox, shop(*rows), tmp_path)
+        assert read_parquet_ids(tmp_path) == [f"p{row}" for row in rows]
 
 
 async def test_changed_column_writes_one_complete_line(sandbox, tmp_path):

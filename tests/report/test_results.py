@@ -5,7 +5,6 @@ from decimal import Decimal
 
 import pytest
 
-from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.report.line_index import read_line_index, write_line_index
 from prefect_flux_kontext.report.results import (
     LineMerger,
@@ -15,6 +14,7 @@ from prefect_flux_kontext.report.results import (
     write_parquet,
 )
 from prefect_flux_kontext.report.statistics import Statistics
+from prefect_flux_kontext.storage.filesystem import OutputFolder
 from tests.support.galleries import failed, line
 
 EARLY, LATE = "2026-01-02T03:05:06.000Z", "2026-01-03T00:00:00.000Z"
@@ -86,18 +86,18 @@ def test_line_of_an_older_request_changes_nothing():
 @pytest.mark.parametrize("changed", [False, True])
 async def test_statistics_go_on_while_lines_are_added(tmp_path, changed):
     """Equal rows are paid for once, also if a later run adds the second."""
-    store, lines = RecordStore(str(tmp_path / "store")), [line(0, key="k"), failed(1, key="j")]
+    output, lines = OutputFolder(str(tmp_path / "output")), [line(0, key="k"), failed(1, key="j")]
     added = [line(2, key="k", run="b"), line(3, key="new", recorded_at=LATE), failed(4)]
     with LineMerger() as merger:
         merger.add("".join(map(encode_line, lines)).encode())
         merger.write(tmp_path / "none", tmp_path / "one", {})
         merger.index.statistics = count_all(tmp_path / "one")
-        await write_line_index(store, merger.index, "stamp")
+        await write_line_index(output, merger.index, "stamp")
     if changed:
         added.append(line(0, key="k", recorded_at=LATE))
     with LineMerger() as merger:
         merger.add("".join(map(encode_line, added)).encode())
-        known = await read_line_index(store, "stamp")
+        known = await read_line_index(output, "stamp")
         assert merger.write(tmp_path / "one", tmp_path / "two", {}, known) == 5
         if changed:
             assert merger.index.statistics is None
@@ -147,6 +147,44 @@ def test_parquet_has_the_same_rows_and_fixed_types(tmp_path):
         for row in rows
     ]
     assert table["recorded_at"][0].as_py().isoformat() == "2026-01-02T03:05:06+00:00"
+
+
+def add_rows(folder, kept, rows, columns):
+    """Write rows after the kept lines; returns the number and bytes of all, and the row groups."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    lines, parquet, new = (folder / name for name in ("lines", "parquet", "new"))
+    with lines.open("a") as file:
+        file.writelines(map(encode_line, rows))
+    assert write_parquet(lines, new, columns, parquet, kept)
+    new.replace(parquet)
+    assert write_parquet(lines, folder / "whole", columns)
+    assert pq.read_table(parquet).equals(pq.read_table(folder / "whole"), check_metadata=True)
+    kept = kept[0] + len(rows), lines.stat().st_size
+    return kept, pq.read_metadata(parquet).num_row_groups
+
+
+def test_parquet_goes_on_with_the_rows_that_it_has(tmp_path):
+    """Its row groups are copied until there are many small ones."""
+    kept, groups = add_rows(tmp_path, (0, 0), [line(0), failed(1)], {"sku": None})
+    assert groups == 1
+    for number in range(2, 52):
+        kept, groups = add_rows(tmp_path, kept, [line(number, sku=str(number))], {"sku": None})
+        assert groups == number
+    assert add_rows(tmp_path, kept, [failed(53)], {"sku": None})[1] == 1
+
+
+@pytest.mark.parametrize("change", ["damaged", "rows", "columns"])
+def test_parquet_of_other_rows_is_written_as_a_whole(tmp_path, change):
+    kept, _ = add_rows(tmp_path, (0, 0), [line(0), failed(1)], {"sku": None})
+    if change == "damaged":
+        (tmp_path / "parquet").write_bytes(b"PAR1 PAR1")
+    if change == "rows":
+        assert write_parquet(tmp_path / "lines", tmp_path / "parquet", {"sku": None})
+        with (tmp_path / "lines").open("a") as file:
+            file.write(encode_line(line(2)))
+        kept = 3, kept[1]
+    columns = {"sku": None, "shop": None} if change == "columns" else {"sku": None}
+    assert add_rows(tmp_path, kept, [line(3, shop="a")], columns)[1] == 1
 
 
 @pytest.mark.parametrize(
