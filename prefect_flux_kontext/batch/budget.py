@@ -169,7 +169,7 @@ async def open_budget(store: RecordStore, heartbeat: Heartbeat, options: RowOpti
         await index.read(store)
         spending = index.sum_by(options.budget_by)
         return Budget(
-            options.budget_usd, index.sum_dollars(), heartbeat, options.budget_by, spending
+            options.budget_usd, sum(index.sum_money()), heartbeat, options.budget_by, spending
         )
 
 

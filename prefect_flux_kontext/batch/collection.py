@@ -1,39 +1,33 @@
-"""Collection of outstanding results, and the status of a ledger."""
+"""Collection of outstanding results."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from prefect_flux_kontext.batch.result_rows import line_from_entry, row_from_entry
-from prefect_flux_kontext.batch.spending import STANDARD_COLUMNS, Spending, clean_value
 from prefect_flux_kontext.batch.summary import BatchSummary, RowOutcome
 from prefect_flux_kontext.batch.waves import RunWave, run_waves
-from prefect_flux_kontext.errors import ConfigurationError, LedgerError
-from prefect_flux_kontext.ledger.head import check_format
+from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.ledger.heartbeat import is_alive
-from prefect_flux_kontext.ledger.ledger import Ledger, is_submitting
+from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import OUTSTANDING_STATES, Entry, State
-from prefect_flux_kontext.ledger.store import LEDGER_FOLDER, RecordStore
 from prefect_flux_kontext.ledger.waves import (
     OpenWave,
     close_wave,
     delete_wave,
     open_wave,
-    read_finished_rows,
     read_open_waves,
 )
 from prefect_flux_kontext.models import utc_now
-from prefect_flux_kontext.report.results import get_manifest_value, read_all_lines
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from prefect_flux_kontext.batch.session import Session
-    from prefect_flux_kontext.storage.filesystem import OutputFolder
+    from prefect_flux_kontext.ledger.store import RecordStore
 
 logger = logging.getLogger(__name__)
 
@@ -144,116 +138,6 @@ def find_expiring(
         if entry.state is State.ACCEPTED
     ]
     return [(entry, left) for entry, left in remaining if left < _EXPIRY_WARNING]
-
-
-@dataclass
-class LedgerStatus:
-    """The states and costs of an output's rows. Money is in dollars.
-
-    Unknown submits, also those given up, may have cost the doubtful sum in addition. Outstanding
-    rows are the oldest first; the run of unknown rows is dead. The images of `missing` stored rows
-    were removed; None if not looked for.
-    """
-
-    states: Counter[State] = field(default_factory=Counter)
-    spent: float = 0.0
-    doubtful: float = 0.0
-    outstanding: list[Entry] = field(default_factory=list)
-    unknown: list[Entry] = field(default_factory=list)
-    missing: int | None = None
-    spending: Spending = field(default_factory=Spending)
-
-
-class _RowMoney(NamedTuple):
-    attempt: int
-    state: State
-    spent: float
-    doubtful: float
-    columns: dict[str, str] | None
-
-
-async def read_ledger_status(
-    store: RecordStore,
-    output: OutputFolder | None = None,
-    by: Sequence[str] = (),
-    *,
-    verify: bool = False,
-) -> LedgerStatus:
-    """Read the states and costs of all rows.
-
-    With an output, it looks for images that were removed; on an object store only with `verify`,
-    because this lists it. Money is counted by columns with the values that were recorded with the
-    payments, else those of the result manifest.
-
-    Raises:
-        ConfigurationError: No row has one of the columns.
-        LedgerError: The ledger cannot be read or is damaged.
-        StorageError: The output cannot be listed.
-    """
-    await check_format(store)
-    status = LedgerStatus(spending=Spending(by))
-    rows: dict[str, _RowMoney] = {}
-    # Unfinished waves first: a wave that ends meanwhile is then read twice rather than not at all.
-    for entry in await read_unfinished_entries(store):
-        state = entry.state
-        if state is State.INTENT and entry.intent is not None:
-            if not await is_submitting(store, entry.intent):
-                state = State.UNKNOWN
-                status.unknown.append(entry)
-        elif state is State.ACCEPTED:
-            status.outstanding.append(entry)
-        rows[entry.key] = _RowMoney(
-            entry.attempt, state, entry.spent, entry.doubtful, entry.columns
-        )
-    missing = 0
-    remote = None if output is None or output.is_local else output
-    listed = await remote.list_all(leave_out=LEDGER_FOLDER) if verify and remote else None
-    async for row in read_finished_rows(store):
-        if output is not None and row.ended.state == "stored":
-            missing += bool(output.find_missing(row.ended.files, listed))
-        if row.key not in rows or row.attempt >= rows[row.key].attempt:
-            state = State(row.ended.state)
-            rows[row.key] = _RowMoney(row.attempt, state, row.spent, row.doubtful, row.columns)
-    if output is not None and (output.is_local or verify):
-        status.missing = missing
-    status.outstanding.sort(key=lambda entry: entry.task.submitted_at)
-    status.states.update(row.state for row in rows.values())
-    status.spent = sum(row.spent for row in rows.values())
-    status.doubtful = sum(row.doubtful for row in rows.values())
-    if by and output is not None:
-        await _count_spending(status.spending, output, rows)
-    return status
-
-
-async def _count_spending(
-    spending: Spending, output: OutputFolder, rows: Mapping[str, _RowMoney]
-) -> None:
-    """Count the money of rows by the columns of `spending`."""
-    found = await _read_columns(output, spending.names)
-    seen: set[str] = set()
-    for key, row in rows.items():
-        columns = found.get(key, {}) | (row.columns or {})
-        seen.update(columns)
-        if row.spent or row.doubtful:
-            spending.add(columns, row.spent, row.doubtful)
-    if unknown := sorted(set(spending.names) - seen - STANDARD_COLUMNS):
-        raise ConfigurationError(
-            f"No row of {output} has a value in {', '.join(unknown)}. The columns are those of "
-            "its manifests."
-        )
-
-
-async def _read_columns(output: OutputFolder, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return the values of rows in columns, by row key; of equal rows, those of the first."""
-    found: dict[str, dict[str, str]] = {}
-    async for line in read_all_lines(output):
-        if line.get("key") not in found and line.get("key"):
-            found[line["key"]] = {
-                name: clean_value(value)
-                for name in names
-                if (value := get_manifest_value(line, name)) is not None
-            }
-    return found
 
 
 async def read_unfinished_entries(store: RecordStore) -> list[Entry]:

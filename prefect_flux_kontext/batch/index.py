@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from prefect_flux_kontext.batch.collection import read_unfinished_entries
 from prefect_flux_kontext.batch.spending import Spending
 from prefect_flux_kontext.ledger.head import check_format
-from prefect_flux_kontext.ledger.heartbeat import is_alive
+from prefect_flux_kontext.ledger.ledger import is_submitting
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.waves import (
     parse_indexed_rows,
@@ -23,7 +23,7 @@ from prefect_flux_kontext.references.location import non_public_references
 from prefect_flux_kontext.storage.temp_db import TempDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.ledger.records import Entry
@@ -68,15 +68,18 @@ class LedgerIndex(TempDatabase):
     def __init__(self) -> None:
         super().__init__(
             "CREATE TABLE rows (key BLOB PRIMARY KEY, attempt INTEGER, state TEXT, reason TEXT, "
-            "failures INTEGER, dollars REAL, columns TEXT, files TEXT, flags TEXT, at REAL, "
-            "wave INTEGER, line INTEGER) WITHOUT ROWID"
+            "failures INTEGER, spent REAL, doubtful REAL, columns TEXT, files TEXT, flags TEXT, "
+            "at REAL, wave INTEGER, line INTEGER) WITHOUT ROWID"
         )
         self._empty = True
         self._lock = threading.Lock()
         self._waves: list[tuple[RecordStore, str]] = []
 
-    async def read(self, store: RecordStore) -> None:
+    async def read(self, store: RecordStore) -> list[Entry]:
         """Read a ledger; of several attempts of a row, the latest counts.
+
+        Returns:
+            The rows of unfinished waves.
 
         Raises:
             LedgerError: The ledger cannot be read or is damaged.
@@ -86,6 +89,7 @@ class LedgerIndex(TempDatabase):
         entries = await read_unfinished_entries(store)
         await asyncio.to_thread(self._add, [await _index_entry(store, entry) for entry in entries])
         await self.read_finished(store)
+        return entries
 
     async def read_finished(self, store: RecordStore) -> None:
         """Read the rows of finished waves only.
@@ -108,20 +112,39 @@ class LedgerIndex(TempDatabase):
             for row in rows
         ]
 
-    def sum_dollars(self) -> float:
-        """Sum the price of everything that was or may have been accepted, over all runs."""
-        (total,) = self._database.execute("SELECT total(dollars) FROM rows").fetchone()
-        return float(total)
+    def count_states(self) -> Counter[State]:
+        """Return how many rows have each state."""
+        found = self._database.execute("SELECT state, count(*) FROM rows GROUP BY state")
+        return Counter({State(state): rows for state, rows in found})
+
+    def sum_money(self) -> tuple[float, float]:
+        """Return the dollars of what was accepted in all runs, and of what may have been."""
+        found = self._database.execute("SELECT total(spent), total(doubtful) FROM rows")
+        spent, doubtful = found.fetchone()
+        return spent, doubtful
 
     def sum_by(self, names: Iterable[str]) -> Spending:
-        """Sum the same by the values of columns, as recorded with the payments."""
+        """Return the sum of both by the values of columns, as recorded with the payments."""
         spending = Spending(names)
         found = self._database.execute(
-            "SELECT columns, count(*), total(dollars) FROM rows WHERE dollars > 0 GROUP BY columns"
+            "SELECT columns, count(*), total(spent + doubtful) AS dollars FROM rows "
+            "GROUP BY columns HAVING dollars > 0"
         )
         for columns, rows, dollars in found:
             spending.add(json.loads(columns or "{}"), dollars, rows=rows)
         return spending
+
+    def list_money(self) -> Iterator[tuple[str, float, float, dict[str, str]]]:
+        """Yield key, accepted and doubtful dollars, and recorded columns of each row."""
+        found = self._database.execute("SELECT key, spent, doubtful, columns FROM rows")
+        for key, spent, doubtful, columns in found:
+            yield key.hex(), spent, doubtful, json.loads(columns or "{}")
+
+    def count_missing(self, output: OutputFolder, listed: Collection[str] | None) -> int:
+        """Return how many stored rows lack an image; see `OutputFolder.find_missing`; blocking."""
+        with self._lock:
+            found = self._database.execute("SELECT files FROM rows WHERE files IS NOT NULL")
+            return sum(bool(output.find_missing(files.split("\n"), listed)) for (files,) in found)
 
     def select_stored(self, keys: Iterable[str]) -> dict[str, StoredRow]:
         """Return those of the rows that are stored in finished waves, by row key; blocking."""
@@ -181,9 +204,10 @@ class LedgerIndex(TempDatabase):
     def _add(self, block: list[_Values]) -> None:
         self._empty = self._empty and not block
         self._database.executemany(
-            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
-            "SET attempt = excluded.attempt, state = excluded.state, reason = excluded.reason, "
-            "failures = excluded.failures, dollars = excluded.dollars, "
+            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET attempt = excluded.attempt, state = excluded.state, "
+            "reason = excluded.reason, failures = excluded.failures, "
+            "spent = excluded.spent, doubtful = excluded.doubtful, "
             "columns = excluded.columns, files = excluded.files, flags = excluded.flags, "
             "at = excluded.at, wave = excluded.wave, line = excluded.line "
             "WHERE excluded.attempt >= attempt",
@@ -194,14 +218,15 @@ class LedgerIndex(TempDatabase):
 async def _index_entry(store: RecordStore, entry: Entry) -> _Values:
     state = entry.state
     if state is State.INTENT and entry.intent is not None:
-        state = State.INTENT if await is_alive(store, entry.intent.owner) else State.UNKNOWN
+        state = State.INTENT if await is_submitting(store, entry.intent) else State.UNKNOWN
     return (
         bytes.fromhex(entry.key),
         entry.attempt,
         str(state),
         entry.ended.reason if entry.ended else None,
         entry.failures,
-        entry.spent + entry.doubtful,
+        entry.spent,
+        entry.doubtful,
         _encode_columns(entry.columns),
         *(None, None, None, None, None),
     )
@@ -222,7 +247,8 @@ def _index_finished_row(row: IndexedRow, wave: int, line: int) -> _Values:
         ended["state"],
         ended.get("reason"),
         row["failures"],
-        row["spent"] + row.get("doubtful", 0.0),
+        row["spent"],
+        row.get("doubtful", 0.0),
         _encode_columns(row.get("columns")),
         *stored,
     )

@@ -297,7 +297,7 @@ async def make_plan(
         plan = Plan(
             url=manifest.url,
             prices=prices,
-            spent=index.sum_dollars(),
+            spent=sum(index.sum_money()),
             budget=options.budget_usd,
             budget_by=options.budget_by,
             spending=index.sum_by(options.money_columns),

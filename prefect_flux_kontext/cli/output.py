@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from prefect_flux_kontext.batch.collection import LedgerStatus, read_ledger_status
 from prefect_flux_kontext.batch.compaction import Compaction, compact_ledger
 from prefect_flux_kontext.batch.repair import rebuild_waves
 from prefect_flux_kontext.batch.runner import FAILED_ROWS, read_failed_rows
 from prefect_flux_kontext.batch.spending import describe_groups
+from prefect_flux_kontext.batch.status import LedgerStatus, read_ledger_status
 from prefect_flux_kontext.cli.display import print_json, print_text
 from prefect_flux_kontext.cli.options import open_output
 from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError

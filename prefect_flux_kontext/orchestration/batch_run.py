@@ -19,12 +19,13 @@ from prefect.exceptions import MissingContextError, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.utilities import engine
 
-from prefect_flux_kontext.batch.collection import find_expiring, read_ledger_status
+from prefect_flux_kontext.batch.collection import find_expiring
 from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.progress import ProgressLine
 from prefect_flux_kontext.batch.session import Session, open_session
 from prefect_flux_kontext.batch.spending import Spending
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.batch.waves import Wave
 from prefect_flux_kontext.callbacks.options import resolve_callback_options

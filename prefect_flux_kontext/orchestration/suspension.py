@@ -18,8 +18,8 @@ from prefect.exceptions import NotPausedError, ObjectNotFound
 from prefect.flow_runs import aresume_flow_run, asuspend_flow_run
 from prefect.logging import get_logger
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.batch.single import read_entry
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.credentials import FluxKontextCredentials, resolve_credentials
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.records import RECORD_VERSION

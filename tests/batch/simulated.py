@@ -1,6 +1,6 @@
 """Helpers for batches on virtual time, and the check of their invariants and bill."""
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder

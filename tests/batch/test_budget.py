@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from prefect_flux_kontext.batch.budget import Budget, open_budget
-from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.batch.index import LedgerIndex
 from prefect_flux_kontext.batch.policy import RowOptions
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.errors import (
     BatchStoppedError,
     BudgetReachedError,
@@ -174,7 +174,7 @@ async def test_money_of_every_attempt_is_counted(tmp_path, history, spent, doubt
     assert (status.spent, status.doubtful) == pytest.approx((spent, doubtful))
     with LedgerIndex() as index:
         await index.read(store)
-        assert index.sum_dollars() == pytest.approx(spent + doubtful)
+        assert sum(index.sum_money()) == pytest.approx(spent + doubtful)
 
 
 async def take_step(ledger, entry, step):

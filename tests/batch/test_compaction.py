@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from prefect_flux_kontext.batch import compaction
-from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.batch.compaction import compact_ledger
 from prefect_flux_kontext.batch.repair import rebuild_waves
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger, RowAlreadyClaimedError

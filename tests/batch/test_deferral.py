@@ -2,8 +2,8 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.batch.deferral import PENDING_COLLECTION
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 from prefect_flux_kontext.storage.filesystem import OutputFolder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.errors import (
     LedgerError,
 )

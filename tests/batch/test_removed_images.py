@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.client import polling
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.reader import Manifest

@@ -2,8 +2,8 @@
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.batch.repair import rebuild_waves
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError, LedgerError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger

@@ -6,11 +6,11 @@ import json
 import pytest
 
 from prefect_flux_kontext.batch.budget import Budget, open_budget
-from prefect_flux_kontext.batch.collection import read_ledger_status
 from prefect_flux_kontext.batch.index import LedgerIndex
 from prefect_flux_kontext.batch.policy import FailurePolicy, RowOptions
 from prefect_flux_kontext.batch.repair import rebuild_waves
 from prefect_flux_kontext.batch.spending import Spending, describe_groups
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.errors import (
     BudgetReachedError,
     ConfigurationError,

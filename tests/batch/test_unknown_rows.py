@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.errors import (
     FluxKontextError,
     LedgerError,

@@ -6,7 +6,7 @@ import logging
 import httpx
 import pytest
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.store import open_ledger_store

@@ -12,7 +12,7 @@ import pytest
 from prefect.deployments import run_deployment
 from prefect.flows import EntrypointType
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.flows import style_transfer_batch
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.sandbox.faults.plan import FaultPlan

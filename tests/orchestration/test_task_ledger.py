@@ -15,7 +15,7 @@ from prefect_flux_kontext import (
     wait_for_generation,
 )
 from prefect_flux_kontext.batch import single
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.batch.submission import Submitter
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import (

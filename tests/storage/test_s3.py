@@ -8,7 +8,7 @@ import fsspec
 import fsspec.config
 import pytest
 
-from prefect_flux_kontext.batch.collection import read_ledger_status
+from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import ConfigurationError, LedgerError, StorageError
 from prefect_flux_kontext.ledger.probe import probe_store
