@@ -40,6 +40,8 @@ __all__ = [
     "utc_now",
 ]
 
+MAX_PROMPT_CHARACTERS = 10_000
+
 _THUMBNAIL_PIXELS = 320
 
 Mode = Literal["pro", "max"]
@@ -77,7 +79,7 @@ class GenerationRequest(_RedactedRepr):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    prompt: str = Field(min_length=1, max_length=10_000)
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)
     """Prompt, 1 to 10,000 characters."""
     image_urls: list[str] = Field(default_factory=list)
     """URL of the reference image, which the service can fetch: the service takes one. Empty: text

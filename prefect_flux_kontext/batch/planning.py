@@ -353,7 +353,7 @@ def _plan_rows(
                 if len(plan.problems) < _MAX_PROBLEMS:
                     plan.problems.append(row)
                 continue
-            _count_references(plan, row.request.image_urls)
+            _count_references(plan, row.image_urls)
             if plan.run_rows:
                 continue  # after the limit, rows are only checked
             if not is_first:
@@ -406,10 +406,9 @@ def _check_columns_seen(plan: Plan, unseen: set[str]) -> None:
 
 
 def _count_price(plan: Plan, row: Row) -> None:
-    route = row.request.mode, row.request.provider
-    plan.routes[route] += 1
+    plan.routes[row.route] += 1
     if names := plan.planned.names:
-        plan.planned.add(label_row(row, names), find_price(plan.prices, *route))
+        plan.planned.add(label_row(row, names), find_price(plan.prices, *row.route))
 
 
 def _count_references(plan: Plan, references: list[str]) -> None:

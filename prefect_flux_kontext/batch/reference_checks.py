@@ -78,7 +78,7 @@ def _find_own_references(block: list[Row | RefusedRow]) -> dict[int, list[str]]:
     return {
         number: own
         for number, row in enumerate(block)
-        if isinstance(row, Row) and (own := non_public_references(row.request.image_urls))
+        if isinstance(row, Row) and (own := non_public_references(row.image_urls))
     }
 
 

@@ -108,7 +108,7 @@ def row_from_entry(entry: Entry) -> Row:
     return Row(
         id=intent.row_id,
         line=intent.line,
-        request=intent.request,
+        values=intent.request,
         key=entry.key,
         name=intent.name or make_safe_name(intent.row_id),
         style=intent.style,

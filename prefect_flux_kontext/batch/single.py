@@ -173,7 +173,7 @@ async def record_images(output: OutputFolder, key: str, images: list[StoredImage
 
 def _make_row(request: GenerationRequest, key: str | None, references: References) -> Row:
     row_key = compute_row_key(request)
-    plain = Row(id=row_key, line=0, request=request, key=row_key, name=row_key)
+    plain = Row(id=row_key, line=0, values=request, key=row_key, name=row_key)
     (row,) = with_row_keys([plain], references)
     if not isinstance(row, Row):
         raise ReferenceImageError(f"{row.reason} Nothing was submitted.")
@@ -181,7 +181,7 @@ def _make_row(request: GenerationRequest, key: str | None, references: Reference
     if key is not None:
         row_key = hashlib.sha256(f"{row.key} {key}".encode()).hexdigest()[:32]
     row_id = key or row_key
-    return Row(id=row_id, line=0, request=request, key=row_key, name=make_safe_name(row_id))
+    return Row(id=row_id, line=0, values=request, key=row_key, name=make_safe_name(row_id))
 
 
 async def _wait_until_settled(

@@ -115,7 +115,7 @@ class Submitter:
         """
         self._budget.check(self._ledger.price_of(row.request), self._label(row, entry))
         request = await self.gate.interruptible(self._ratios.match(row.request))
-        row = replace(row, request=request)
+        row = replace(row, values=request)
         prepared = self._references.prepare(row.request, verify_staged=entry.failures > 0)
         make_request = await self.gate.interruptible(prepared)
         attempts = self._client.submit_attempts()

@@ -18,8 +18,8 @@ from prefect_flux_kontext.client.addresses import is_public_host
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.manifest.columns import find_cell_problem, looks_like_image
 from prefect_flux_kontext.manifest.output_paths import build_output_path, parse_path_template
-from prefect_flux_kontext.manifest.row_key import compute_row_key
-from prefect_flux_kontext.models import GenerationRequest
+from prefect_flux_kontext.manifest.row_key import compute_key
+from prefect_flux_kontext.models import MAX_PROMPT_CHARACTERS, GenerationRequest
 from prefect_flux_kontext.redaction import make_showable, redact_text, redact_url
 from prefect_flux_kontext.references.location import (
     PLAIN_URL,
@@ -61,6 +61,10 @@ _REQUEST_COLUMNS = ("prompt", "mode", "aspect_ratio", "output_format", "provider
 MAX_VARIANTS = 20
 """A typing error must not multiply the price of a manifest."""
 
+_DEFAULT_ROUTE = {
+    name: GenerationRequest.model_fields[name].default for name in ("mode", "provider")
+}
+
 # A single variant, as in the manifest of failed rows.
 _ONLY_VARIANT = re.compile(r"only ([1-9]\d{0,3})")
 
@@ -71,13 +75,36 @@ class Row:
 
     id: str
     line: int  # of the manifest on which the row ends, from 1, counting the header
-    request: GenerationRequest
+    values: GenerationRequest | dict[str, Any] = field(repr=False, compare=False)
     key: str  # identifies the payment in the ledger
     name: str  # path of its image below the output, without extension
     cells: Mapping[str, str] = field(default_factory=dict, repr=False)
     style: str | None = None
     version: str | None = None  # ETag of the image, if the folder listing has one
     variant: int = 1  # number of the image among several of the row
+
+    @property
+    def request(self) -> GenerationRequest:
+        """The request, made of its values when it is needed: most rows are only counted."""
+        if isinstance(self.values, dict):
+            self.values = GenerationRequest(**self.values)
+        return self.values
+
+    @property
+    def image_urls(self) -> list[str]:
+        """The references of the request."""
+        if isinstance(self.values, dict):
+            references: list[str] = self.values.get("image_urls", [])
+            return references
+        return self.values.image_urls
+
+    @property
+    def route(self) -> tuple[str, str]:
+        """Mode and provider of the request."""
+        if isinstance(self.values, dict):
+            values = _DEFAULT_ROUTE | self.values
+            return values["mode"], values["provider"]
+        return self.values.mode, self.values.provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +247,8 @@ def make_row(
         values["image_urls"] = located[:1]  # that there are several is a problem already
     name, style_name = "", None if style is None else style.name
     try:
-        request = GenerationRequest(**values)
-        name = build_output_path(row_id, style_name, cells, defaults.names, request.output_format)
+        checked = _validate_values(values)
+        name = build_output_path(row_id, style_name, cells, defaults.names, checked.output_format)
     except ValidationError as error:
         problems += [_format_error(problem) for problem in error.errors()]
     except ValueError as error:
@@ -237,14 +264,36 @@ def make_row(
     return Row(
         id=row_id,
         line=line,
-        request=request,
-        key=compute_row_key(request, variant=variant),
+        values=values,
+        key=compute_key(checked, values["prompt"], values.get("image_urls", ()), variant=variant),
         name=name_variant(name, variant),
         cells=row_cells,
         style=style_name,
         version=version,
         variant=variant,
     )
+
+
+def _validate_values(values: dict[str, Any]) -> GenerationRequest:
+    """Validate the values of a request, and return one with the same parameters.
+
+    Raises:
+        ValidationError: The values are invalid.
+    """
+    prompt = values.get("prompt", "")
+    is_plain = prompt.isascii() and 0 < len(prompt) <= MAX_PROMPT_CHARACTERS
+    if not is_plain or "extra" in values:
+        return GenerationRequest(**values)
+    parameters = [item for item in values.items() if item[0] not in ("prompt", "image_urls")]
+    return _validate_parameters(tuple(parameters), "image_urls" in values)
+
+
+@lru_cache(1_000)
+def _validate_parameters(
+    parameters: tuple[tuple[str, Any], ...], has_reference: bool
+) -> GenerationRequest:
+    references = ["any"] if has_reference else []
+    return GenerationRequest(prompt="any", image_urls=references, **dict(parameters))
 
 
 def _find_prompt_problems(prompt: str) -> list[str]:

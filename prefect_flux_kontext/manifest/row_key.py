@@ -16,7 +16,7 @@ from prefect_flux_kontext.models import GenerationRequest
 from prefect_flux_kontext.references.identity import url_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 # Part of the hash. A new version changes every key, so existing outputs would be paid for again.
 _KEY_VERSION = 1
@@ -36,15 +36,26 @@ def compute_row_key(
     Files and objects need an identity, since their text is not enough. The first variant has the
     key of a row without variants.
     """
+    return compute_key(request, request.prompt, request.image_urls, identities, variant)
+
+
+def compute_key(
+    parameters: GenerationRequest,
+    prompt: str,
+    image_urls: Sequence[str],
+    identities: Mapping[str, str] | None = None,
+    variant: int = 1,
+) -> str:
+    """Compute the key of a row with the parameters of a request, and a prompt and references."""
     known = identities or {}
-    references = [known.get(url) or url_identity(url) for url in request.image_urls]
+    references = [known.get(url) or url_identity(url) for url in image_urls]
     before, between, after = _encode_parameters(
-        _get_parameters(request),
-        _encode(request.extra) if request.extra else "{}",
+        _get_parameters(parameters),
+        _encode(parameters.extra) if parameters.extra else "{}",
         variant,
     )
-    prompt, images = _encode_text(request.prompt), ",".join(map(_encode_text, references))
-    text = f"{before}{prompt}{between}{images}{after}"
+    images = ",".join(map(_encode_text, references))
+    text = f"{before}{_encode_text(prompt)}{between}{images}{after}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -162,7 +162,7 @@ async def test_record_contains_no_secrets(tmp_path):
     request = GenerationRequest(
         prompt="a cat", image_urls=[url], callback_url="https://us.test/s3cr3t-token"
     )
-    row = Row(id="cat", line=2, request=request, key=compute_row_key(request), name="cat")
+    row = Row(id="cat", line=2, values=request, key=compute_row_key(request), name="cat")
     ledger = Ledger(RecordStore(str(tmp_path)), "o", {"pro": 0.03, "max": 0.06})
     key = compute_row_key(request)
     entry = await ledger.claim(row, Entry(key=key))
