@@ -75,25 +75,29 @@ class TestLimit:
         ]
 
     async def test_missing_limit_is_created_and_shared_equally(self, account):
-        assert await read_account_limit(account, 3) == Share(slots=13, requests_per_minute=195)
+        assert await read_account_limit(account, partitions=3) == Share(
+            slots=13, requests_per_minute=195
+        )
         assert await count_leased(account) == 0
 
     async def test_limit_below_the_account_is_shared(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 20}))
-        assert await read_account_limit(account, 2) == Share(slots=10, requests_per_minute=150)
+        assert await read_account_limit(account, partitions=2) == Share(
+            slots=10, requests_per_minute=150
+        )
 
     async def test_limit_above_the_account_is_refused(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 50}))
         with pytest.raises(ConfigurationError, match=r"has 50 slots, the account has 40.*create"):
-            await read_account_limit(account, 2)
+            await read_account_limit(account, partitions=2)
 
     async def test_more_partitions_than_slots_are_refused(self, account):
         with pytest.raises(ConfigurationError, match="41 partitions cannot share the 40 slots"):
-            await read_account_limit(account, 41)
+            await read_account_limit(account, partitions=41)
 
     async def test_lease_without_a_limit_is_refused(self, account):
         with pytest.raises(ConfigurationError, match=r"no limit .* Create it: flux"):
-            async with lease_slots(account, 1):
+            async with lease_slots(get_limit_name(account), 1):
                 pass
 
     async def test_outage_of_prefect_names_the_command(self, account, monkeypatch):
@@ -102,7 +106,7 @@ class TestLimit:
 
         monkeypatch.setattr(leases, "_read_limit", refuse)
         with pytest.raises(ConfigurationError, match=r"connection refused.*limits create"):
-            await read_account_limit(account, 2)
+            await read_account_limit(account, partitions=2)
         with pytest.raises(ConfigurationError, match="connection refused"):
             await create_limit(account)
 
@@ -114,11 +118,11 @@ class TestLease:
         third = asyncio.Event()
 
         async def lease_third():
-            async with lease_slots(account, 20):
+            async with lease_slots(get_limit_name(account), 20):
                 third.set()
 
-        async with lease_slots(account, 20), anyio.create_task_group() as group:
-            async with lease_slots(account, 20):
+        async with lease_slots(get_limit_name(account), 20), anyio.create_task_group() as group:
+            async with lease_slots(get_limit_name(account), 20):
                 assert await count_leased(account) == 40
                 group.start_soon(lease_third)
                 await anyio.sleep(0.3)
@@ -128,19 +132,20 @@ class TestLease:
 
     async def test_slots_of_running_tasks_are_not_released(self, account):
         await create_limit(account)
-        async with lease_slots(account, 20) as lease:
+        async with lease_slots(get_limit_name(account), 20) as lease:
             lease.stop_when_lost(FakeSubmitter("a row that is paid for"))
         assert await count_leased(account) == 20
 
     async def test_lost_lease_stops_the_submitter(self, account, monkeypatch):
         monkeypatch.setattr(leases, "RENEWAL_INTERVAL_SECONDS", 0.0)
+        monkeypatch.setattr(leases, "RETRY_INTERVAL_SECONDS", 0.0)
         await create_limit(account)
         submitter, late = FakeSubmitter(), FakeSubmitter()
         async with get_client() as client:
             lease = Lease(client, get_limit_name(account), 20)
             await lease.acquire()
             lease.stop_when_lost(submitter)
-            await client.release_concurrency_slots_with_lease(lease._id)
+            await client.release_concurrency_slots_with_lease(*lease._blocks)
             lease._held_until = 0.0
             await lease.keep_renewed()
         assert isinstance(submitter.stopped, BatchStoppedError)
@@ -152,12 +157,12 @@ class TestLease:
         async with get_client() as client:
             lease = Lease(client, get_limit_name(account), 20)
             await lease.acquire()
-            first = lease._id
+            (first,) = lease._blocks
             # As after a restart: the server counts the slots, but has no lease of them.
             await client.increment_concurrency_slots([get_limit_name(account)], 20, "concurrency")
             await client.release_concurrency_slots_with_lease(first)
             await lease._renew()
-            assert lease._id != first
+            assert first not in lease._blocks
             assert await count_leased(account) == 20
             await lease.release()
         assert await count_leased(account) == 0
@@ -169,7 +174,7 @@ class TestLease:
 
         @flow
         async def hold_slots():
-            async with lease_slots(account, 20), get_client() as client:
+            async with lease_slots(get_limit_name(account), 20), get_client() as client:
                 await client.increment_concurrency_slots([name], 20, "concurrency")
                 await Lease(client, name, 20)._free_forgotten_slots()
                 return await count_leased(account)
@@ -225,7 +230,8 @@ class TestOutage:
         """Hold a lease for some seconds; return whether it was lost, and the submitter's error."""
         loop = asyncio.get_running_loop()
         lease, submitter = Lease(FakeClient(3, failed), "slots", 20), FakeSubmitter()
-        lease._id, lease._held_until = uuid.uuid4(), loop.time() + LEASE_SECONDS
+        lease._blocks = {uuid.uuid4(): 20}
+        lease._held_until = loop.time() + LEASE_SECONDS
         lease.stop_when_lost(submitter)
         keeping = asyncio.create_task(lease.keep_renewed())
         await asyncio.sleep(seconds)

@@ -36,7 +36,11 @@ from prefect_flux_kontext.orchestration.parameters import (
     open_output,
 )
 from prefect_flux_kontext.orchestration.partitions.files import read_shared_rows, report_progress
-from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
+from prefect_flux_kontext.orchestration.partitions.leases import (
+    Share,
+    get_limit_name,
+    lease_slots,
+)
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
 
 
@@ -122,6 +126,7 @@ async def style_transfer_partition(
     output = await open_output(output, rare.get("storage_options"))
     await output.check_writable()
     store, name = open_ledger_store(output), UUID(flow_run.id).hex
+    limit = rare.get("account_limit") or get_limit_name(account)
     opening = open_account_session(
         output, account, options, rare.get("callback_url"), listens=False, is_whole=False
     )
@@ -141,7 +146,7 @@ async def style_transfer_partition(
     with forward_core_logs():
         async with (
             keep_heartbeat(store, name),
-            lease_slots(account, share.slots) as lease,
+            lease_slots(limit, share.slots) as lease,
             opening as session,
             report_progress(store, name, session.progress),
         ):

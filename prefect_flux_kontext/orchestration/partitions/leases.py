@@ -1,7 +1,9 @@
 """Leases of the account's slots, which are a global concurrency limit of Prefect.
 
-The holder of a block of slots may run that many tasks at a time, and send its share of the
-account's requests. It renews its lease while it lives; the lease of a killed holder expires.
+The holder of slots may run that many tasks at a time, and send its share of the account's
+requests. It renews its lease while it lives; the lease of a killed holder expires. A partition
+leases a fixed number of slots. Other flow runs share all slots equally, and adjust their shares as
+runs begin and end; a second limit counts the runs.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from uuid import UUID
 
 import httpx
@@ -34,7 +39,9 @@ from prefect.client.schemas.responses import (
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run
 
+from prefect_flux_kontext.client.limits.account import AccountLimiter
 from prefect_flux_kontext.errors import BatchStoppedError, ConfigurationError, FluxKontextError
+from prefect_flux_kontext.orchestration.events import require_api_url
 from prefect_flux_kontext.storage.names import make_safe_name
 
 if TYPE_CHECKING:
@@ -50,11 +57,16 @@ RENEWAL_INTERVAL_SECONDS = 20.0
 """A sixth of the lease, so that several renewals may fail."""
 
 RETRY_INTERVAL_SECONDS = 5.0
-"""Before the next request for a lease that is not granted, or renewal of one after a failure."""
+"""Before the next request for a lease that is not granted, renewal of one after a failure, or
+adjustment of a share."""
 
 _REQUEST_TIMEOUT_SECONDS = 10.0
 _LOG_INTERVAL_SECONDS = 60.0
 _CREATE_COMMAND = "flux-kontext limits create"
+_MAX_RUNS = 10_000
+"""The size of the limit that counts runs, which it never refuses."""
+
+_AnyLease = TypeVar("_AnyLease", bound="Lease")
 
 
 class Share(NamedTuple):
@@ -69,9 +81,18 @@ class Share(NamedTuple):
         return account.model_copy(update=limits)
 
 
+def _build_share(account: FluxKontextCredentials, slots: int) -> Share:
+    requests = account.requests_per_minute * slots // account.concurrent_tasks
+    return Share(slots, max(1, requests))
+
+
 def get_limit_name(account: FluxKontextCredentials) -> str:
     """Return the name of an account's limit in Prefect, which contains the account's label."""
     return f"flux-kontext-{make_safe_name(account.account)}-slots"
+
+
+def _get_runs_name(name: str) -> str:
+    return f"{name}-runs"
 
 
 async def create_limit(account: FluxKontextCredentials) -> str:
@@ -84,6 +105,7 @@ async def create_limit(account: FluxKontextCredentials) -> str:
     try:
         async with get_client() as client:
             known = await _read_limit(client, name)
+            await _create_if_missing(client, _get_runs_name(name), _MAX_RUNS)
             if known is None:
                 await client.create_global_concurrency_limit(
                     GlobalConcurrencyLimitCreate(name=name, limit=slots)
@@ -99,33 +121,53 @@ async def create_limit(account: FluxKontextCredentials) -> str:
         raise ConfigurationError(f"Prefect did not create the limit {name}: {error}") from None
 
 
-async def read_account_limit(account: FluxKontextCredentials, partitions: int) -> Share:
-    """Return the share that each partition may lease. Create the limit if there is none.
+async def read_account_limit(
+    account: FluxKontextCredentials, name: str | None = None, *, partitions: int = 1
+) -> Share:
+    """Return the share of a limit that each partition may lease.
+
+    Args:
+        account: The account that the limit is of.
+        name: The name of the limit. Default: the one of `get_limit_name`, which is created if
+            there is none.
+        partitions: The number of partitions.
 
     Raises:
-        ConfigurationError: There is no limit and it cannot be created, it has more slots than the
-            account, it is inactive, or it has fewer slots than there are partitions.
+        ConfigurationError: There is no Prefect server; there is no limit and it cannot be created;
+            it has more slots than the account, is inactive or is a rate limit; or it has fewer
+            slots than there are partitions.
     """
-    name = get_limit_name(account)
+    require_api_url()
+    own_name = get_limit_name(account)
+    name = name or own_name
+    create = update = _CREATE_COMMAND
+    if name != own_name:
+        wanted = f"{shlex.quote(name)} --limit {account.concurrent_tasks}"
+        create = f"prefect gcl create {wanted}"
+        update = f"prefect gcl update {wanted} --slot-decay-per-second 0 --enable"
+    failure = ""
     try:
         async with get_client() as client:
             limit = await _read_limit(client, name)
-            if limit is None:
-                new = GlobalConcurrencyLimitCreate(name=name, limit=account.concurrent_tasks)
-                with contextlib.suppress(ObjectAlreadyExists):  # another process has created it
-                    await client.create_global_concurrency_limit(new)
-                    logger.info("Created the limit %s in Prefect with %d slots.", name, new.limit)
-                limit = await client.read_global_concurrency_limit_by_name(name)
+            if limit is None and name == own_name:
+                await _create_if_missing(client, name, account.concurrent_tasks)
+                limit = await _read_limit(client, name)
+            if limit is not None:
+                await _create_if_missing(client, _get_runs_name(name), _MAX_RUNS)
     except httpx.HTTPError as error:
+        limit, failure = None, f", or it cannot be read or created ({error})"
+    if limit is None:
+        raise ConfigurationError(f"Prefect has no limit {name}{failure}. Create it: {create}")
+    if (
+        limit.limit > account.concurrent_tasks
+        or not limit.active
+        or limit.slot_decay_per_second > 0
+    ):
+        kind = " and is inactive" if not limit.active else ""
+        kind += " and is a rate limit" if limit.slot_decay_per_second > 0 else ""
         raise ConfigurationError(
-            f"Prefect has no limit {name}, and creating it failed ({error}). "
-            f"Create it: {_CREATE_COMMAND}"
-        ) from None
-    if limit.limit > account.concurrent_tasks or not limit.active:
-        inactive = "" if limit.active else " and is inactive"
-        raise ConfigurationError(
-            f"The limit {name} in Prefect has {limit.limit:,} slots{inactive}, the account has "
-            f"{account.concurrent_tasks:,}. Update the limit: {_CREATE_COMMAND}"
+            f"The limit {name} in Prefect has {limit.limit:,} slots{kind}, the account has "
+            f"{account.concurrent_tasks:,}. Update the limit: {update}"
         )
     slots = limit.limit // partitions
     if not slots:
@@ -133,7 +175,15 @@ async def read_account_limit(account: FluxKontextCredentials, partitions: int) -
             f"{partitions} partitions cannot share the {limit.limit:,} slots of {name}. "
             "Use fewer partitions."
         )
-    return Share(slots, max(1, account.requests_per_minute * slots // account.concurrent_tasks))
+    return _build_share(account, slots)
+
+
+async def _create_if_missing(client: PrefectClient, name: str, slots: int) -> None:
+    if await _read_limit(client, name) is None:
+        new = GlobalConcurrencyLimitCreate(name=name, limit=slots)
+        with contextlib.suppress(ObjectAlreadyExists):  # another process has created it
+            await client.create_global_concurrency_limit(new)
+            logger.info("Created the limit %s in Prefect with %d slots.", name, slots)
 
 
 async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimitResponse | None:
@@ -144,41 +194,65 @@ async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimi
 
 
 @asynccontextmanager
-async def lease_slots(account: FluxKontextCredentials, slots: int) -> AsyncIterator[Lease]:
-    """Wait for a number of the account's slots, and hold them while the block runs.
+async def lease_slots(name: str, slots: int) -> AsyncIterator[Lease]:
+    """Wait for a number of slots of a limit, and hold them while the block runs.
 
     The flow run gets the name of the limit as a tag, by which others see that it holds slots.
 
     Raises:
-        ConfigurationError: The account has no limit, or Prefect does not grant the lease.
+        ConfigurationError: There is no such limit, or Prefect does not grant the lease.
     """
-    async with get_client() as client:
-        lease = Lease(client, get_limit_name(account), slots)
+    async with get_client() as client, _hold(Lease(client, name, slots)) as lease:
+        yield lease
+
+
+@asynccontextmanager
+async def lease_share(name: str, account: FluxKontextCredentials) -> AsyncIterator[SharedLease]:
+    """Wait for slots of a limit, and hold an equal share of all while the block runs.
+
+    Raises:
+        ConfigurationError: There is no such limit, or Prefect does not grant the lease.
+    """
+    async with get_client() as client, _hold(SharedLease(client, name, account)) as lease:
+        yield lease
+
+
+@asynccontextmanager
+async def _hold(lease: _AnyLease) -> AsyncIterator[_AnyLease]:
+    run = Lease(lease.client, _get_runs_name(lease.name), 1)
+    await run.acquire()
+    renewing = [asyncio.create_task(run.keep_renewed())]
+    try:
         await lease.acquire()
+        renewing.append(asyncio.create_task(lease.keep_renewed()))
         if flow_run.id is not None:
             with contextlib.suppress(httpx.HTTPError):  # the slots are leased without it too
                 tags = {*flow_run.tags, lease.name}
-                await client.update_flow_run(UUID(flow_run.id), tags=tags)
-        renewing = asyncio.create_task(lease.keep_renewed())
-        try:
-            yield lease
-        finally:
-            renewing.cancel()
-            await asyncio.wait({renewing})
-            await asyncio.shield(lease.release())
+                await lease.client.update_flow_run(UUID(flow_run.id), tags=tags)
+        yield lease
+    finally:
+        for task in renewing:
+            task.cancel()
+        await asyncio.wait(renewing)
+        await asyncio.shield(asyncio.gather(lease.release(), run.release()))
 
 
 class Lease:
-    """A lease of a block of slots."""
+    """A lease of slots, in one block or several."""
 
     def __init__(self, client: PrefectClient, name: str, slots: int) -> None:
-        self._client = client
+        self.client = client
         self.name = name
-        self._slots = slots
-        self._id: Any = None
+        self._slots = slots  # to acquire
+        self._blocks: dict[UUID, int] = {}  # slots by the id of their lease in Prefect
         self._held_until = 0.0
         self._lost: FluxKontextError | None = None
         self._submitter: Submitter | None = None
+
+    @property
+    def slots(self) -> int:
+        """The number of slots that are leased."""
+        return sum(self._blocks.values())
 
     def stop_when_lost(self, submitter: Submitter) -> None:
         """Stop the submitter that uses the slots once the lease is lost."""
@@ -194,32 +268,31 @@ class Lease:
         """
         clock = asyncio.get_running_loop().time
         asked_at, logged_at = clock(), -_LOG_INTERVAL_SECONDS
-        while not await self._try_acquire():
+        while not await self._try_acquire(self._slots):
             if clock() - logged_at >= _LOG_INTERVAL_SECONDS:
                 logged_at = clock()
                 logger.info(
-                    "Waiting for %d slots of %s: other runs have leased them, or Prefect's API "
+                    "Waiting for slots of %s (%d): other runs have leased them, or Prefect's API "
                     "does not answer.",
-                    self._slots,
                     self.name,
+                    self._slots,
                 )
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
             if clock() - asked_at > LEASE_SECONDS:
                 await self._free_forgotten_slots()
 
     async def keep_renewed(self) -> None:
-        """Renew the lease until it is lost or this is cancelled."""
+        """Renew and adjust the lease until it is lost or this is cancelled."""
         clock = asyncio.get_running_loop().time
-        pause = RENEWAL_INTERVAL_SECONDS
         while True:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(RETRY_INTERVAL_SECONDS)
             try:
                 async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-                    await self._renew()
-                pause = RENEWAL_INTERVAL_SECONDS
+                    if clock() >= self._held_until - LEASE_SECONDS + RENEWAL_INTERVAL_SECONDS:
+                        await self._renew()
+                    await self._adjust()
             except Exception as error:  # noqa: BLE001 - Prefect's API may come back
                 logger.debug("The lease of %s was not renewed: %s", self.name, error)
-                pause = RETRY_INTERVAL_SECONDS
                 # The next renewal could end after the lease does.
                 if clock() > self._held_until - RETRY_INTERVAL_SECONDS - _REQUEST_TIMEOUT_SECONDS:
                     self._mark_lost()
@@ -232,7 +305,8 @@ class Lease:
             return
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
-                await self._client.release_concurrency_slots_with_lease(self._id)
+                for lease_id in self._blocks:
+                    await self.client.release_concurrency_slots_with_lease(lease_id)
         except Exception as error:  # noqa: BLE001 - the lease expires
             logger.debug("The lease of %s was not released: %s", self.name, error)
 
@@ -249,32 +323,37 @@ class Lease:
             ),
         )
         with contextlib.suppress(httpx.HTTPError):
-            if not await self._client.read_flow_runs(flow_run_filter=holds, limit=1):
+            if not await self.client.read_flow_runs(flow_run_filter=holds, limit=1):
                 logger.warning("No flow run holds slots of %s, so all are free.", self.name)
-                await self._client.update_global_concurrency_limit(
+                await self.client.update_global_concurrency_limit(
                     self.name, GlobalConcurrencyLimitUpdate(active_slots=0)
                 )
 
+    async def _adjust(self) -> None:
+        """Lease more or fewer slots, if these depend on other runs."""
+
     async def _renew(self) -> None:
         asked_at = asyncio.get_running_loop().time()
-        try:
-            await self._client.renew_concurrency_lease(self._id, LEASE_SECONDS)
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code != httpx.codes.GONE or asked_at > self._held_until:
-                raise
-            # The lease cannot have expired yet, so a server that keeps leases in memory has been
-            # restarted. It still counts the slots, so no other run has them.
-            await self._client.release_concurrency_slots([self.name], self._slots, LEASE_SECONDS)
-            if not await self._try_acquire():
-                raise
-            return
+        for lease_id, slots in list(self._blocks.items()):
+            try:
+                await self.client.renew_concurrency_lease(lease_id, LEASE_SECONDS)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.GONE or asked_at > self._held_until:
+                    raise
+                # The lease cannot have expired yet, so a server that keeps leases in memory has
+                # been restarted. It still counts the slots, so no other run has them.
+                del self._blocks[lease_id]
+                await self.client.release_concurrency_slots([self.name], slots, LEASE_SECONDS)
+                if not await self._try_acquire(slots):
+                    self._held_until = -math.inf
+                    raise
         self._held_until = asked_at + LEASE_SECONDS
 
-    async def _try_acquire(self) -> bool:
+    async def _try_acquire(self, slots: int) -> bool:
         asked_at = asyncio.get_running_loop().time()
         try:
-            reply = await self._client.increment_concurrency_slots_with_lease(
-                [self.name], self._slots, "concurrency", LEASE_SECONDS
+            reply = await self.client.increment_concurrency_slots_with_lease(
+                [self.name], slots, "concurrency", LEASE_SECONDS
             )
         except httpx.TransportError:
             return False
@@ -282,20 +361,66 @@ class Lease:
             if error.response.status_code == httpx.codes.LOCKED:
                 return False
             raise ConfigurationError(
-                f"Prefect did not grant a lease of {self._slots} slots of {self.name}: {error}"
+                f"Prefect did not grant a lease of {slots} slots of {self.name}: {error}"
             ) from None
         granted = ConcurrencyLimitWithLeaseResponse.model_validate(reply.json())
         if not granted.limits:
             raise ConfigurationError(
                 f"Prefect has no limit {self.name}. Create it: {_CREATE_COMMAND}"
             )
-        self._id, self._held_until = granted.lease_id, asked_at + LEASE_SECONDS
+        if not self._blocks:
+            self._held_until = asked_at + LEASE_SECONDS
+        self._blocks[granted.lease_id] = slots
         return True
 
     def _mark_lost(self) -> None:
         self._lost = BatchStoppedError(
-            f"The lease of {self._slots} slots of {self.name} could not be renewed, so another "
+            f"The lease of {self.slots} slots of {self.name} could not be renewed, so another "
             "run may hold them. Submitted rows are stored; a later run submits the rest."
         )
         if self._submitter is not None:
             self._submitter.stop(self._lost)
+
+
+class SharedLease(Lease):
+    """A lease of an equal share of a limit, which follows the number of runs that share it.
+
+    Attributes:
+        limiter: Keeps the flow run within its share.
+    """
+
+    def __init__(self, client: PrefectClient, name: str, account: FluxKontextCredentials) -> None:
+        super().__init__(client, name, 1)
+        self._account = account
+        slots, requests = _build_share(account, 1)
+        self.limiter = AccountLimiter(requests_per_minute=requests, concurrent_tasks=slots)
+
+    async def acquire(self) -> None:
+        """Wait for a slot, and lease as many more of the share as are free.
+
+        Raises:
+            ConfigurationError: There is no such limit, or Prefect does not grant the lease.
+        """
+        await super().acquire()
+        with contextlib.suppress(httpx.HTTPError):  # adjusted later
+            await self._adjust()
+
+    async def _adjust(self) -> None:
+        """Lease free slots up to the share, or release slots above it that no task uses."""
+        limit = await self.client.read_global_concurrency_limit_by_name(self.name)
+        runs = await self.client.read_global_concurrency_limit_by_name(_get_runs_name(self.name))
+        share = math.ceil(limit.limit / max(1, runs.active_slots))
+        missing = min(share - self.slots, limit.limit - limit.active_slots)
+        while missing > 0:
+            block = math.ceil(missing / 2)  # in several blocks, so that some can be released
+            if not await self._try_acquire(block):
+                break
+            missing -= block
+        used, requests = _build_share(self._account, min(share, self.slots))
+        self.limiter.resize(requests_per_minute=requests, concurrent_tasks=used)
+        surplus = self.slots - max(used, self.limiter.tasks.count_busy())
+        for lease_id, slots in sorted(self._blocks.items(), key=itemgetter(1), reverse=True):
+            if slots <= surplus:
+                surplus -= slots
+                del self._blocks[lease_id]
+                await self.client.release_concurrency_slots_with_lease(lease_id)
