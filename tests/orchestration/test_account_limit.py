@@ -8,7 +8,7 @@ import uuid
 
 import anyio
 import pytest
-from prefect import get_client
+from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -124,6 +124,19 @@ class TestShare:
                     first.limiter.tasks.release_task(task)
                 await wait_until(lambda: second.slots == 10)
 
+    async def test_run_that_starts_alone_has_all(self, account):
+        """Also if a server that keeps leases in memory was restarted while another run ended."""
+        name = await create_usable_limit(account)
+        async with get_client() as client:
+            await client.increment_concurrency_slots([f"{name}-runs"], 3, "concurrency")
+
+        @flow
+        async def lease_alone():
+            async with lease_share(name, account) as lease:
+                return lease.slots
+
+        assert await lease_alone() == 20
+
 
 class TestRuns:
     async def test_two_runs_use_the_slots_unrefused(self, sandbox, account, tmp_path):
@@ -158,17 +171,22 @@ class TestRuns:
             "FLUX_KONTEXT_CONCURRENT_TASKS": str(SLOTS),
             "FLUX_KONTEXT_REQUESTS_PER_MINUTE": str(REQUESTS),
         }
-        async with lease_share(name, account) as lease:
-            killed = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", KILLED_RUN, str(tmp_path), name, env=environment
-            )
-            try:
-                await wait_until(lambda: sandbox.service.bill()["accepted"] >= 10)
-                assert lease.slots == 10
-            finally:
-                killed.kill()
-                await killed.wait()
-            await wait_until(lambda: lease.slots == 20)
+
+        @flow
+        async def survive():
+            async with lease_share(name, account) as lease:
+                killed = await asyncio.create_subprocess_exec(
+                    sys.executable, "-c", KILLED_RUN, str(tmp_path), name, env=environment
+                )
+                try:
+                    await wait_until(lambda: sandbox.service.bill()["accepted"] >= 10)
+                    assert lease.slots == 10
+                finally:
+                    killed.kill()
+                    await killed.wait()
+                await wait_until(lambda: lease.slots == 20)
+
+        await survive()
 
 
 class TestRefusal:

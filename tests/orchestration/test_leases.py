@@ -8,6 +8,7 @@ import anyio
 import httpx
 import pytest
 from prefect import flow, get_client
+from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 
 from prefect_flux_kontext import FluxKontextCredentials
 from prefect_flux_kontext.cli import main
@@ -171,18 +172,24 @@ class TestLease:
         """As after a restart of a server that keeps leases in memory, and the end of all runs."""
         await create_limit(account)
         name = get_limit_name(account)
+        holding, is_seen = asyncio.Event(), asyncio.Event()
 
         @flow
         async def hold_slots():
-            async with lease_slots(get_limit_name(account), 20), get_client() as client:
-                await client.increment_concurrency_slots([name], 20, "concurrency")
-                await Lease(client, name, 20)._free_forgotten_slots()
-                return await count_leased(account)
+            async with lease_slots(name, 20):
+                holding.set()
+                await is_seen.wait()
 
-        assert await hold_slots() == 40
         async with get_client() as client:
+            await client.increment_concurrency_slots([name], 20, "concurrency")
+            async with anyio.create_task_group() as group:
+                group.start_soon(hold_slots)
+                await holding.wait()
+                await Lease(client, name, 20).free_forgotten_slots()
+                assert await count_leased(account) == 40
+                is_seen.set()
             assert await count_leased(account) == 20
-            await Lease(client, name, 20)._free_forgotten_slots()
+            await Lease(client, name, 20).free_forgotten_slots()
         assert await count_leased(account) == 0
 
 
@@ -208,6 +215,10 @@ class ReturningClient:
         self._check()
         granted = {"lease_id": str(uuid.uuid4()), "limits": [LIMIT]}
         return httpx.Response(200, json=granted)
+
+    async def read_global_concurrency_limit_by_name(self, name):
+        self._check()
+        return GlobalConcurrencyLimitResponse(name=name, limit=40, active_slots=40)
 
     async def read_flow_runs(self, **_filters):
         self._check()

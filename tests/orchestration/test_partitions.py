@@ -12,6 +12,7 @@ import anyio
 import pyarrow as pa
 import pytest
 from prefect import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
@@ -250,6 +251,26 @@ async def test_runs_of_partitions_record_no_rows(workers, account, tmp_path, kin
     assert [run.state_name for run in runs] == ["Completed"] * 2
     assert all(text not in json.dumps(run.parameters) for run in runs)
     assert not list(tmp_path.glob("_partitions/*"))
+
+
+async def test_partitions_lease_from_a_named_limit(workers, account, tmp_path):
+    limit = f"my account {uuid.uuid4()}"
+    async with get_client() as client:
+        new = GlobalConcurrencyLimitCreate(name=limit, limit=SLOTS)
+        await client.create_global_concurrency_limit(new)
+    given, _ = rows(20)
+    name = str(uuid.uuid4())
+    summary = await batch(name)(
+        given,
+        str(tmp_path),
+        account,
+        cadence=QUICK,
+        partitions=2,
+        partition_deployment=DEPLOYMENT,
+        account_limit=limit,
+    )
+    assert summary.stored == 20
+    assert all(limit in run.tags for run in await find_runs(f"{name}-partition"))
 
 
 async def test_partitions_keep_budgets_by_column_together(workers, account, tmp_path):

@@ -27,6 +27,7 @@ from prefect.client.schemas.actions import (
 )
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     FlowRunFilterTags,
@@ -220,15 +221,15 @@ async def lease_share(name: str, account: FluxKontextCredentials) -> AsyncIterat
 @asynccontextmanager
 async def _hold(lease: _AnyLease) -> AsyncIterator[_AnyLease]:
     run = Lease(lease.client, _get_runs_name(lease.name), 1)
+    await run.add_tag()
+    if flow_run.id is not None:
+        await run.free_forgotten_slots()
     await run.acquire()
     renewing = [asyncio.create_task(run.keep_renewed())]
     try:
         await lease.acquire()
         renewing.append(asyncio.create_task(lease.keep_renewed()))
-        if flow_run.id is not None:
-            with contextlib.suppress(httpx.HTTPError):  # the slots are leased without it too
-                tags = {*flow_run.tags, lease.name}
-                await lease.client.update_flow_run(UUID(flow_run.id), tags=tags)
+        await lease.add_tag()
         yield lease
     finally:
         for task in renewing:
@@ -260,6 +261,13 @@ class Lease:
         if self._lost is not None:
             submitter.stop(self._lost)
 
+    async def add_tag(self) -> None:
+        """Give the current flow run the name of the limit as a tag."""
+        if flow_run.id is not None:
+            with contextlib.suppress(httpx.HTTPError):  # the slots are leased without it too
+                run = await self.client.read_flow_run(UUID(flow_run.id))
+                await self.client.update_flow_run(run.id, tags={*run.tags, self.name})
+
     async def acquire(self) -> None:
         """Wait for the slots.
 
@@ -279,7 +287,7 @@ class Lease:
                 )
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
             if clock() - asked_at > LEASE_SECONDS:
-                await self._free_forgotten_slots()
+                await self.free_forgotten_slots()
 
     async def keep_renewed(self) -> None:
         """Renew and adjust the lease until it is lost or this is cancelled."""
@@ -310,20 +318,25 @@ class Lease:
         except Exception as error:  # noqa: BLE001 - the lease expires
             logger.debug("The lease of %s was not released: %s", self.name, error)
 
-    async def _free_forgotten_slots(self) -> None:
-        """Set the count of leased slots to zero if no flow run holds any.
+    async def free_forgotten_slots(self) -> None:
+        """Set the count of leased slots to zero if no other flow run holds any.
 
         A server with leases in memory forgets them when it restarts, but not their count. The
         leases of flow runs that died have expired by now.
         """
+        own = [UUID(flow_run.id)] if flow_run.id is not None else []
         holds = FlowRunFilter(
+            id=FlowRunFilterId(not_any_=own),
             tags=FlowRunFilterTags(all_=[self.name]),
             state=FlowRunFilterState(
                 type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
             ),
         )
         with contextlib.suppress(httpx.HTTPError):
-            if not await self.client.read_flow_runs(flow_run_filter=holds, limit=1):
+            limit = await self.client.read_global_concurrency_limit_by_name(self.name)
+            if limit.active_slots and not await self.client.read_flow_runs(
+                flow_run_filter=holds, limit=1
+            ):
                 logger.warning("No flow run holds slots of %s, so all are free.", self.name)
                 await self.client.update_global_concurrency_limit(
                     self.name, GlobalConcurrencyLimitUpdate(active_slots=0)
