@@ -332,7 +332,7 @@ class Lease:
                 type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
             ),
         )
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
             limit = await self.client.read_global_concurrency_limit_by_name(self.name)
             if limit.active_slots and not await self.client.read_flow_runs(
                 flow_run_filter=holds, limit=1
@@ -415,7 +415,7 @@ class SharedLease(Lease):
             ConfigurationError: There is no such limit, or Prefect does not grant the lease.
         """
         await super().acquire()
-        with contextlib.suppress(httpx.HTTPError):  # adjusted later
+        with contextlib.suppress(httpx.HTTPError, ObjectNotFound):  # adjusted later
             await self._adjust()
 
     async def _adjust(self) -> None:
