@@ -13,8 +13,8 @@ import contextlib
 import logging
 import math
 import shlex
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from uuid import UUID
@@ -194,8 +194,7 @@ async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimi
         return None
 
 
-@asynccontextmanager
-async def lease_slots(name: str, slots: int) -> AsyncIterator[Lease]:
+def lease_slots(name: str, slots: int) -> AbstractAsyncContextManager[Lease]:
     """Wait for a number of slots of a limit, and hold them while the block runs.
 
     The flow run gets the name of the limit as a tag, by which others see that it holds slots.
@@ -203,46 +202,43 @@ async def lease_slots(name: str, slots: int) -> AsyncIterator[Lease]:
     Raises:
         ConfigurationError: There is no such limit, or Prefect does not grant the lease.
     """
-    async with get_client() as client, _hold(Lease(client, name, slots)) as lease:
-        yield lease
+    return _hold(lambda client: Lease(client, name, slots))
+
+
+def lease_share(
+    name: str, account: FluxKontextCredentials
+) -> AbstractAsyncContextManager[SharedLease]:
+    """Likewise, hold an equal share of all slots."""
+    return _hold(lambda client: SharedLease(client, name, account))
 
 
 @asynccontextmanager
-async def lease_share(name: str, account: FluxKontextCredentials) -> AsyncIterator[SharedLease]:
-    """Wait for slots of a limit, and hold an equal share of all while the block runs.
-
-    Raises:
-        ConfigurationError: There is no such limit, or Prefect does not grant the lease.
-    """
-    async with get_client() as client, _hold(SharedLease(client, name, account)) as lease:
-        yield lease
-
-
-@asynccontextmanager
-async def _hold(lease: _AnyLease) -> AsyncIterator[_AnyLease]:
-    run = Lease(lease.client, _get_runs_name(lease.name), 1)
-    await run.add_tag()
-    if flow_run.id is not None:
-        await run.free_forgotten_slots()
-    await run.acquire()
-    renewing = [asyncio.create_task(run.keep_renewed())]
-    try:
-        await lease.acquire()
-        renewing.append(asyncio.create_task(lease.keep_renewed()))
-        await lease.add_tag()
-        yield lease
-    finally:
-        for task in renewing:
-            task.cancel()
-        await asyncio.wait(renewing)
-        await asyncio.shield(asyncio.gather(lease.release(), run.release()))
+async def _hold(create: Callable[[PrefectClient], _AnyLease]) -> AsyncIterator[_AnyLease]:
+    async with get_client() as client:
+        lease = create(client)
+        run = Lease(client, _get_runs_name(lease.name), 1)
+        await run.add_tag()
+        if flow_run.id is not None:
+            await run.free_forgotten_slots()
+        await run.acquire()
+        renewing = [asyncio.create_task(run.keep_renewed())]
+        try:
+            await lease.acquire()
+            renewing.append(asyncio.create_task(lease.keep_renewed()))
+            await lease.add_tag()
+            yield lease
+        finally:
+            for task in renewing:
+                task.cancel()
+            await asyncio.wait(renewing)
+            await asyncio.shield(asyncio.gather(lease.release(), run.release()))
 
 
 class Lease:
     """A lease of slots, in one block or several."""
 
     def __init__(self, client: PrefectClient, name: str, slots: int) -> None:
-        self.client = client
+        self._client = client
         self.name = name
         self._slots = slots  # to acquire
         self._blocks: dict[UUID, int] = {}  # slots by the id of their lease in Prefect
@@ -265,8 +261,8 @@ class Lease:
         """Give the current flow run the name of the limit as a tag."""
         if flow_run.id is not None:
             with contextlib.suppress(httpx.HTTPError):  # the slots are leased without it too
-                run = await self.client.read_flow_run(UUID(flow_run.id))
-                await self.client.update_flow_run(run.id, tags={*run.tags, self.name})
+                run = await self._client.read_flow_run(UUID(flow_run.id))
+                await self._client.update_flow_run(run.id, tags={*run.tags, self.name})
 
     async def acquire(self) -> None:
         """Wait for the slots.
@@ -314,7 +310,7 @@ class Lease:
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT_SECONDS):
                 for lease_id in self._blocks:
-                    await self.client.release_concurrency_slots_with_lease(lease_id)
+                    await self._client.release_concurrency_slots_with_lease(lease_id)
         except Exception as error:  # noqa: BLE001 - the lease expires
             logger.debug("The lease of %s was not released: %s", self.name, error)
 
@@ -333,12 +329,12 @@ class Lease:
             ),
         )
         with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
-            limit = await self.client.read_global_concurrency_limit_by_name(self.name)
-            if limit.active_slots and not await self.client.read_flow_runs(
+            limit = await self._client.read_global_concurrency_limit_by_name(self.name)
+            if limit.active_slots and not await self._client.read_flow_runs(
                 flow_run_filter=holds, limit=1
             ):
                 logger.warning("No flow run holds slots of %s, so all are free.", self.name)
-                await self.client.update_global_concurrency_limit(
+                await self._client.update_global_concurrency_limit(
                     self.name, GlobalConcurrencyLimitUpdate(active_slots=0)
                 )
 
@@ -349,14 +345,14 @@ class Lease:
         asked_at = asyncio.get_running_loop().time()
         for lease_id, slots in list(self._blocks.items()):
             try:
-                await self.client.renew_concurrency_lease(lease_id, LEASE_SECONDS)
+                await self._client.renew_concurrency_lease(lease_id, LEASE_SECONDS)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != httpx.codes.GONE or asked_at > self._held_until:
                     raise
                 # The lease cannot have expired yet, so a server that keeps leases in memory has
                 # been restarted. It still counts the slots, so no other run has them.
                 del self._blocks[lease_id]
-                await self.client.release_concurrency_slots([self.name], slots, LEASE_SECONDS)
+                await self._client.release_concurrency_slots([self.name], slots, LEASE_SECONDS)
                 if not await self._try_acquire(slots):
                     self._held_until = -math.inf
                     raise
@@ -365,7 +361,7 @@ class Lease:
     async def _try_acquire(self, slots: int) -> bool:
         asked_at = asyncio.get_running_loop().time()
         try:
-            reply = await self.client.increment_concurrency_slots_with_lease(
+            reply = await self._client.increment_concurrency_slots_with_lease(
                 [self.name], slots, "concurrency", LEASE_SECONDS
             )
         except httpx.TransportError:
@@ -420,8 +416,8 @@ class SharedLease(Lease):
 
     async def _adjust(self) -> None:
         """Lease free slots up to the share, or release slots above it that no task uses."""
-        limit = await self.client.read_global_concurrency_limit_by_name(self.name)
-        runs = await self.client.read_global_concurrency_limit_by_name(_get_runs_name(self.name))
+        limit = await self._client.read_global_concurrency_limit_by_name(self.name)
+        runs = await self._client.read_global_concurrency_limit_by_name(_get_runs_name(self.name))
         share = math.ceil(limit.limit / max(1, runs.active_slots))
         missing = min(share - self.slots, limit.limit - limit.active_slots)
         while missing > 0:
@@ -436,4 +432,4 @@ class SharedLease(Lease):
             if slots <= surplus:
                 surplus -= slots
                 del self._blocks[lease_id]
-                await self.client.release_concurrency_slots_with_lease(lease_id)
+                await self._client.release_concurrency_slots_with_lease(lease_id)
