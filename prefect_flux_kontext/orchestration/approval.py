@@ -21,7 +21,7 @@ from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.orchestration.batch_run import open_batch, run_wave
-from prefect_flux_kontext.orchestration.partitions.leases import read_account_limit
+from prefect_flux_kontext.orchestration.partitions.leases import check_limit
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key, read_run_sheet
 from prefect_flux_kontext.redaction import is_plain_url
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -61,7 +61,7 @@ async def plan_and_log(batch: Batch, pilot: int | None = None) -> Plan:
     # Without this check, a wrong output would be reported as an unreadable ledger.
     await batch.output.check_writable()
     if batch.account_limit is not None:
-        await read_account_limit(batch.account, batch.account_limit)
+        await check_limit(batch.account, batch.account_limit)
     plan = await build_plan(batch, pilot)
     logger = get_run_logger()
     if plan.problems:

@@ -37,7 +37,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.images.checks import load_checks
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
-from prefect_flux_kontext.orchestration.partitions.leases import lease_share
+from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
 from prefect_flux_kontext.orchestration.run_page import (
     find_browser_url,
     progress_artifact,
@@ -128,7 +128,7 @@ async def open_batch(
     """
     await output.check_writable()
     logging.getLogger("asyncio").addFilter(is_no_termination)
-    leasing = lease_share(account_limit, account) if account_limit else nullcontext()
+    leasing = lease_slots(account_limit, account) if account_limit else nullcontext()
     with forward_core_logs():
         async with (
             leasing as lease,

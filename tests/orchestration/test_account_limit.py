@@ -17,11 +17,7 @@ from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.flows import retry_failed, style_transfer_batch
 from prefect_flux_kontext.orchestration.partitions import leases
-from prefect_flux_kontext.orchestration.partitions.leases import (
-    Share,
-    lease_share,
-    read_account_limit,
-)
+from prefect_flux_kontext.orchestration.partitions.leases import check_limit, lease_slots
 from prefect_flux_kontext.sandbox.server import running_sandbox
 from prefect_flux_kontext.sandbox.settings import SandboxSettings
 
@@ -75,7 +71,7 @@ async def create_limit(**options):
 
 async def create_usable_limit(account):
     name = await create_limit(limit=SLOTS)
-    assert await read_account_limit(account, name) == Share(SLOTS, REQUESTS)
+    await check_limit(account, name)
     return name
 
 
@@ -97,13 +93,13 @@ async def wait_until(condition, seconds=240):
 class TestShare:
     async def test_share_follows_the_runs_that_live(self, account):
         name = await create_usable_limit(account)
-        async with lease_share(name, account) as first:
+        async with lease_slots(name, account) as first:
             assert (first.slots, first.limiter.tasks.slots) == (20, 20)
-            async with lease_share(name, account) as second:
+            async with lease_slots(name, account) as second:
                 await wait_until(lambda: second.slots == 10)
                 assert (first.slots, first.limiter.tasks.slots) == (10, 10)
                 assert await count_leased(name) == 20
-                async with lease_share(name, account) as third:
+                async with lease_slots(name, account) as third:
                     await wait_until(lambda: first.slots == second.slots == 7)
                     await wait_until(lambda: third.slots == 6)
             await wait_until(lambda: first.limiter.tasks.slots == 20)
@@ -111,12 +107,12 @@ class TestShare:
 
     async def test_slots_of_running_tasks_are_kept(self, account):
         name = await create_usable_limit(account)
-        async with lease_share(name, account) as first:
+        async with lease_slots(name, account) as first:
             tasks = [f"task-{n}" for n in range(15)]
             for task in tasks:
                 await first.limiter.tasks.acquire()
                 first.limiter.tasks.record_acceptance(task)
-            async with lease_share(name, account) as second:
+            async with lease_slots(name, account) as second:
                 await wait_until(lambda: first.limiter.tasks.slots == 10)
                 await wait_until(lambda: second.slots == 5)
                 assert first.slots == 15
@@ -132,7 +128,7 @@ class TestShare:
 
         @flow
         async def lease_alone():
-            async with lease_share(name, account) as lease:
+            async with lease_slots(name, account) as lease:
                 return lease.slots
 
         assert await lease_alone() == 20
@@ -174,7 +170,7 @@ class TestRuns:
 
         @flow
         async def survive():
-            async with lease_share(name, account) as lease:
+            async with lease_slots(name, account) as lease:
                 killed = await asyncio.create_subprocess_exec(
                     sys.executable, "-c", KILLED_RUN, str(tmp_path), name, env=environment
                 )
@@ -234,7 +230,7 @@ class TestRefusal:
     async def test_command_of_the_message_makes_it_usable(self, account, prefect_api):
         name = await create_limit(limit=30, active=False, slot_decay_per_second=1.0)
         with pytest.raises(ConfigurationError) as raised:
-            await read_account_limit(account, name)
+            await check_limit(account, name)
         command = str(raised.value).rpartition("limit: prefect ")[2]
         await asyncio.to_thread(
             subprocess.run,
@@ -243,7 +239,7 @@ class TestRefusal:
             check=True,
             env=prefect_api.environment,
         )
-        assert (await read_account_limit(account, name)).slots == 20
+        await check_limit(account, name)
 
     async def test_empty_name_is_refused(self, run):
         assert "account_limit" in await run("", ParameterTypeError)
@@ -253,4 +249,4 @@ class TestRefusal:
             temporary_settings(restore_defaults={PREFECT_API_URL}),
             pytest.raises(ConfigurationError, match="Set PREFECT_API_URL"),
         ):
-            await read_account_limit(account, "my account")
+            await check_limit(account, "my account")

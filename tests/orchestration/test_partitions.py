@@ -378,7 +378,7 @@ class TestRefusal:
 
 
 async def test_partition_with_a_budget_share_runs_once(workers, account, tmp_path):
-    partition = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60, "budget_usd": 0.03}
+    partition = {"number": 1, "of": 2, "budget_usd": 0.03}
     retried = style_transfer_partition.with_options(retries=1)
     with pytest.raises(ConfigurationError, match="ran before"):
         await retried(partition, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
@@ -386,7 +386,7 @@ async def test_partition_with_a_budget_share_runs_once(workers, account, tmp_pat
 
 async def test_partition_has_a_heartbeat_only_while_it_runs(workers, account, tmp_path):
     given, _ = rows(4)
-    partition = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
+    partition = {"number": 2, "of": 2}
     block = await FluxKontextCredentials.aload(account)
     with pytest.raises(ConfigurationError, match="flux-kontext limits create"):
         await style_transfer_partition(

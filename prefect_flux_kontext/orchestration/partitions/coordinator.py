@@ -44,9 +44,8 @@ from prefect_flux_kontext.orchestration.partitions.files import (
 )
 from prefect_flux_kontext.orchestration.partitions.flow import Partition, style_transfer_partition
 from prefect_flux_kontext.orchestration.partitions.leases import (
-    Share,
+    check_limit,
     get_limit_name,
-    read_account_limit,
 )
 from prefect_flux_kontext.orchestration.run_page import progress_artifact
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -77,11 +76,10 @@ _MAX_STARTS = 2
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """How to run a batch in partitions, each with a share of the account and these parameters."""
+    """How to run a batch in partitions, each with these parameters."""
 
     partitions: int
     limit: str  # the name of the account's limit
-    share: Share
     deployment: str
     parameters: dict[str, Any]
 
@@ -117,8 +115,8 @@ async def plan_partitions(
                 "partition_deployment to one of yours. Nothing was submitted."
             ) from None
     limit = advanced.get("account_limit") or get_limit_name(account)
-    share = await read_account_limit(account, limit, partitions=partitions)
-    return PartitionPlan(partitions, limit, share, deployment, parameters)
+    await check_limit(account, limit, runs=partitions)
+    return PartitionPlan(partitions, limit, deployment, parameters)
 
 
 def _collect_parameters() -> dict[str, Any]:
@@ -238,13 +236,7 @@ def _build_partitions(
     for column, value, dollars, spent, _ in plan.list_budgets():
         budget_by.setdefault(column, {})[value] = share(dollars, spent)
     return [
-        Partition(
-            number=number,
-            of=count,
-            **partition_plan.share._asdict(),
-            budget_usd=budget,
-            budget_by=budget_by,
-        )
+        Partition(number=number, of=count, budget_usd=budget, budget_by=budget_by)
         for number in range(1, count + 1)
     ]
 

@@ -1,9 +1,9 @@
 """Leases of the account's slots, which are a global concurrency limit of Prefect.
 
 The holder of slots may run that many tasks at a time, and send its share of the account's
-requests. It renews its lease while it lives; the lease of a killed holder expires. A partition
-leases a fixed number of slots. Other flow runs share all slots equally, and adjust their shares as
-runs begin and end; a second limit counts the runs.
+requests. It renews its lease while it lives; the lease of a killed holder expires. The flow runs
+that live share all slots equally, and adjust their shares as runs begin and end; a second limit
+counts them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import contextlib
 import logging
 import math
 import shlex
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
@@ -67,25 +67,6 @@ _CREATE_COMMAND = "flux-kontext limits create"
 _MAX_RUNS = 10_000
 """The size of the limit that counts runs, which it never refuses."""
 
-_AnyLease = TypeVar("_AnyLease", bound="Lease")
-
-
-class Share(NamedTuple):
-    """A share of an account's limits: tasks at a time, and requests a minute."""
-
-    slots: int
-    requests_per_minute: int
-
-    def apply_to(self, account: FluxKontextCredentials) -> FluxKontextCredentials:
-        """Return the account with the limits of this share."""
-        limits = {"concurrent_tasks": self.slots, "requests_per_minute": self.requests_per_minute}
-        return account.model_copy(update=limits)
-
-
-def _build_share(account: FluxKontextCredentials, slots: int) -> Share:
-    requests = account.requests_per_minute * slots // account.concurrent_tasks
-    return Share(slots, max(1, requests))
-
 
 def get_limit_name(account: FluxKontextCredentials) -> str:
     """Return the name of an account's limit in Prefect, which contains the account's label."""
@@ -122,25 +103,16 @@ async def create_limit(account: FluxKontextCredentials) -> str:
         raise ConfigurationError(f"Prefect did not create the limit {name}: {error}") from None
 
 
-async def read_account_limit(
-    account: FluxKontextCredentials, name: str | None = None, *, partitions: int = 1
-) -> Share:
-    """Return the share of a limit that each partition may lease.
-
-    Args:
-        account: The account that the limit is of.
-        name: The name of the limit. Default: the one of `get_limit_name`, which is created if
-            there is none.
-        partitions: The number of partitions.
+async def check_limit(account: FluxKontextCredentials, name: str, *, runs: int = 1) -> None:
+    """Check that a number of flow runs can share a limit. That of `get_limit_name` is created.
 
     Raises:
         ConfigurationError: There is no Prefect server; there is no limit and it cannot be created;
             it has more slots than the account, is inactive or is a rate limit; or it has fewer
-            slots than there are partitions.
+            slots than there are runs.
     """
     require_api_url()
     own_name = get_limit_name(account)
-    name = name or own_name
     create = update = _CREATE_COMMAND
     if name != own_name:
         wanted = f"{shlex.quote(name)} --limit {account.concurrent_tasks}"
@@ -170,13 +142,11 @@ async def read_account_limit(
             f"The limit {name} in Prefect has {limit.limit:,} slots{kind}, the account has "
             f"{account.concurrent_tasks:,}. Update the limit: {update}"
         )
-    slots = limit.limit // partitions
-    if not slots:
+    if limit.limit < runs:
         raise ConfigurationError(
-            f"{partitions} partitions cannot share the {limit.limit:,} slots of {name}. "
+            f"{runs} partitions cannot share the {limit.limit:,} slots of {name}. "
             "Use fewer partitions."
         )
-    return _build_share(account, slots)
 
 
 async def _create_if_missing(client: PrefectClient, name: str, slots: int) -> None:
@@ -194,29 +164,17 @@ async def _read_limit(client: PrefectClient, name: str) -> GlobalConcurrencyLimi
         return None
 
 
-def lease_slots(name: str, slots: int) -> AbstractAsyncContextManager[Lease]:
-    """Wait for a number of slots of a limit, and hold them while the block runs.
+@asynccontextmanager
+async def lease_slots(name: str, account: FluxKontextCredentials) -> AsyncIterator[SharedLease]:
+    """Wait for slots of a limit, and hold an equal share of all while the block runs.
 
     The flow run gets the name of the limit as a tag, by which others see that it holds slots.
 
     Raises:
         ConfigurationError: There is no such limit, or Prefect does not grant the lease.
     """
-    return _hold(lambda client: Lease(client, name, slots))
-
-
-def lease_share(
-    name: str, account: FluxKontextCredentials
-) -> AbstractAsyncContextManager[SharedLease]:
-    """Likewise, hold an equal share of all slots."""
-    return _hold(lambda client: SharedLease(client, name, account))
-
-
-@asynccontextmanager
-async def _hold(create: Callable[[PrefectClient], _AnyLease]) -> AsyncIterator[_AnyLease]:
     async with get_client() as client:
-        lease = create(client)
-        run = Lease(client, _get_runs_name(lease.name), 1)
+        run, lease = Lease(client, _get_runs_name(name)), SharedLease(client, name, account)
         await run.add_tag()
         if flow_run.id is not None:
             await run.free_forgotten_slots()
@@ -235,12 +193,11 @@ async def _hold(create: Callable[[PrefectClient], _AnyLease]) -> AsyncIterator[_
 
 
 class Lease:
-    """A lease of slots, in one block or several."""
+    """A lease of slots, in one block or several; at first of one slot."""
 
-    def __init__(self, client: PrefectClient, name: str, slots: int) -> None:
+    def __init__(self, client: PrefectClient, name: str) -> None:
         self._client = client
         self.name = name
-        self._slots = slots  # to acquire
         self._blocks: dict[UUID, int] = {}  # slots by the id of their lease in Prefect
         self._held_until = 0.0
         self._lost: FluxKontextError | None = None
@@ -265,21 +222,20 @@ class Lease:
                 await self._client.update_flow_run(run.id, tags={*run.tags, self.name})
 
     async def acquire(self) -> None:
-        """Wait for the slots.
+        """Wait for a slot.
 
         Raises:
             ConfigurationError: There is no such limit, or Prefect does not grant the lease.
         """
         clock = asyncio.get_running_loop().time
         asked_at, logged_at = clock(), -_LOG_INTERVAL_SECONDS
-        while not await self._try_acquire(self._slots):
+        while not await self._try_acquire(1):
             if clock() - logged_at >= _LOG_INTERVAL_SECONDS:
                 logged_at = clock()
                 logger.info(
-                    "Waiting for slots of %s (%d): other runs have leased them, or Prefect's API "
-                    "does not answer.",
+                    "Waiting for slots of %s: other runs have leased them, or Prefect's API does "
+                    "not answer.",
                     self.name,
-                    self._slots,
                 )
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
             if clock() - asked_at > LEASE_SECONDS:
@@ -399,10 +355,13 @@ class SharedLease(Lease):
     """
 
     def __init__(self, client: PrefectClient, name: str, account: FluxKontextCredentials) -> None:
-        super().__init__(client, name, 1)
+        super().__init__(client, name)
         self._account = account
-        slots, requests = _build_share(account, 1)
-        self.limiter = AccountLimiter(requests_per_minute=requests, concurrent_tasks=slots)
+        self.limiter = AccountLimiter(**self._get_limits(1))
+
+    def _get_limits(self, slots: int) -> dict[str, int]:
+        requests = self._account.requests_per_minute * slots // self._account.concurrent_tasks
+        return {"requests_per_minute": max(1, requests), "concurrent_tasks": slots}
 
     async def acquire(self) -> None:
         """Wait for a slot, and lease as many more of the share as are free.
@@ -425,8 +384,8 @@ class SharedLease(Lease):
             if not await self._try_acquire(block):
                 break
             missing -= block
-        used, requests = _build_share(self._account, min(share, self.slots))
-        self.limiter.resize(requests_per_minute=requests, concurrent_tasks=used)
+        used = min(share, self.slots)
+        self.limiter.resize(**self._get_limits(used))
         surplus = self.slots - max(used, self.limiter.tasks.count_busy())
         for lease_id, slots in sorted(self._blocks.items(), key=itemgetter(1), reverse=True):
             if slots <= surplus:
