@@ -89,9 +89,7 @@ async def create_limit(account: FluxKontextCredentials) -> str:
             known = await _read_limit(client, name)
             await _create_if_missing(client, _get_runs_name(name), _MAX_RUNS)
             if known is None:
-                await client.create_global_concurrency_limit(
-                    GlobalConcurrencyLimitCreate(name=name, limit=slots)
-                )
+                await _create_if_missing(client, name, slots)
                 return f"{name}: created with {slots:,} slots"
             if known.limit == slots and known.active:
                 return f"{name}: unchanged, {slots:,} slots, {known.active_slots:,} leased"
