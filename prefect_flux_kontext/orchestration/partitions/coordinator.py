@@ -208,19 +208,18 @@ async def run_partitions(
     alarm()
     was_alerted = alert_above_usd is not None and total.spent > alert_above_usd
     seconds = asyncio.get_running_loop().time() - started_at
-    remaining = RemainingWork(
+    unsettled = (
+        new_plan.actions[PlannedAction.OUTSTANDING] + new_plan.actions[PlannedAction.UNKNOWN]
+    )
+    has_rows = bool(new_plan.to_pay or unsettled)
+    if has_rows:
+        get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
+    yield RemainingWork(
         replace(batch.options, since=since),
         None if was_alerted else alert_above_usd,
         PartitionTotals(total.spent, seconds, new_plan.spending, plan.spending, plan.balance),
+        partition_plan.limit if has_rows else None,
     )
-    if (
-        new_plan.to_pay
-        or new_plan.actions[PlannedAction.OUTSTANDING]
-        or new_plan.actions[PlannedAction.UNKNOWN]
-    ):
-        get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
-        remaining = replace(remaining, limit=partition_plan.limit)
-    yield remaining
 
 
 def _build_partitions(
