@@ -9,7 +9,10 @@ import uuid
 import anyio
 import pytest
 from prefect import flow, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.actions import (
+    GlobalConcurrencyLimitCreate,
+    GlobalConcurrencyLimitUpdate,
+)
 from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -119,6 +122,16 @@ class TestShare:
                 for task in tasks:
                     first.limiter.tasks.release_task(task)
                 await wait_until(lambda: second.slots == 10)
+
+    @pytest.mark.parametrize(("changed", "slots"), [(5, 5), (40, SLOTS)])
+    async def test_share_follows_a_changed_limit(self, account, changed, slots):
+        """But never beyond the account."""
+        name = await create_usable_limit(account)
+        async with lease_slots(name, account) as lease, get_client() as client:
+            update = GlobalConcurrencyLimitUpdate(limit=changed)
+            await client.update_global_concurrency_limit(name, update)
+            await lease._adjust()
+            assert lease.slots == lease.limiter.tasks.slots == slots
 
     async def test_run_that_starts_alone_has_all(self, account):
         """Also if a server that keeps leases in memory was restarted while another run ended."""

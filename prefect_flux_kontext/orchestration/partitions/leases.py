@@ -375,7 +375,8 @@ class SharedLease(Lease):
         """Lease free slots up to the share, or release slots above it that no task uses."""
         limit = await self._client.read_global_concurrency_limit_by_name(self.name)
         runs = await self._client.read_global_concurrency_limit_by_name(_get_runs_name(self.name))
-        share = math.ceil(limit.limit / max(1, runs.active_slots))
+        slots = min(limit.limit, self._account.concurrent_tasks)
+        share = math.ceil(slots / max(1, runs.active_slots))
         missing = min(share - self.slots, limit.limit - limit.active_slots)
         while missing > 0:
             block = math.ceil(missing / 2)  # in several blocks, so that some can be released
