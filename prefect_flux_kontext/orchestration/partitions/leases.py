@@ -129,13 +129,9 @@ async def check_limit(account: FluxKontextCredentials, name: str, *, runs: int =
         limit, failure = None, f", or it cannot be read or created ({error})"
     if limit is None:
         raise ConfigurationError(f"Prefect has no limit {name}{failure}. Create it: {create}")
-    if (
-        limit.limit > account.concurrent_tasks
-        or not limit.active
-        or limit.slot_decay_per_second > 0
-    ):
-        kind = " and is inactive" if not limit.active else ""
-        kind += " and is a rate limit" if limit.slot_decay_per_second > 0 else ""
+    kind = "" if limit.active else " and is inactive"
+    kind += " and is a rate limit" if limit.slot_decay_per_second else ""
+    if kind or limit.limit > account.concurrent_tasks:
         raise ConfigurationError(
             f"The limit {name} in Prefect has {limit.limit:,} slots{kind}, the account has "
             f"{account.concurrent_tasks:,}. Update the limit: {update}"
