@@ -41,6 +41,7 @@ from prefect_flux_kontext.orchestration.batch_run import (
 )
 from prefect_flux_kontext.orchestration.parameters import (
     Account,
+    AccountLimit,
     AdvancedOptions,
     GroupBudgets,
     Output,
@@ -247,9 +248,7 @@ async def style_transfer_batch(
         budget_by=rare.get("budget_by") or {},
         deferred=suspends or wait == "collect",
     )
-    partition_plan = await plan_partitions(
-        partitions, rare.get("partition_deployment"), account, wait
-    )
+    partition_plan = await plan_partitions(partitions, rare, account, wait)
     output = await open_output(output, rare.get("storage_options"))
     rows = build_manifest(
         manifest,
@@ -262,7 +261,7 @@ async def style_transfer_batch(
         mode=mode,
         aspect_ratio=aspect_ratio,
     )
-    batch = Batch(rows, output, account, options)
+    batch = Batch(rows, output, account, options, rare.get("account_limit"))
     plan = await plan_and_log(batch, rare.get("pilot"))
     plan.check(skip_invalid=skip_invalid)
     if dry_run:
@@ -282,17 +281,16 @@ async def style_transfer_batch(
         run_partitions(partition_plan, plan, batch, alert_above_usd) as remaining,
         open_batch(
             output,
-            remaining.account,
+            account,
             remaining.options,
             plan,
             callback_url=rare.get("callback_url"),
             alert_above_usd=remaining.alert_above_usd,
             suspends=suspends,
             partition_totals=remaining.partition_totals,
+            account_limit=remaining.limit,
         ) as (session, slots),
     ):
-        if remaining.lease is not None:
-            remaining.lease.stop_when_lost(session.submitter)
         # Partitions leave mostly empty waves, so these are no task runs.
         waves = run_wave if remaining.partition_totals is None else Wave.run
         summary = await run_batch(session, rows.rows(), waves, concurrent_tasks=slots)
@@ -318,6 +316,7 @@ async def retry_failed(
     budget_by: GroupBudgets = None,
     spend_by: list[str] | None = None,
     storage_options: StorageOptions = None,
+    account_limit: AccountLimit = None,
 ) -> BatchSummary:
     """Run the failed rows of a batch again, and no other rows.
 
@@ -340,6 +339,9 @@ async def retry_failed(
         spend_by: Columns by whose values the summary shows what was spent.
         storage_options: Options of the output's filesystem, or block:aws-credentials/NAME.
             Prefect stores parameters in plain text, so keep keys in a Block.
+        account_limit: Name of a global concurrency limit in Prefect with the account's number of
+            tasks. Flow runs with the same limit share the account. Default: each run uses the
+            whole account.
 
     Returns:
         The counts of the rows that were run again.
@@ -367,9 +369,12 @@ async def retry_failed(
     if rows is None:
         return complete(BatchSummary(output=str(output)))
     # failed.csv also has the rows skipped as invalid; they must not stop the others.
-    plan = await plan_and_log(Batch(rows, output, account, options))
+    plan = await plan_and_log(Batch(rows, output, account, options, account_limit))
     plan.check(skip_invalid=True)
-    async with open_batch(output, account, options, plan) as (session, slots):
+    async with open_batch(output, account, options, plan, account_limit=account_limit) as (
+        session,
+        slots,
+    ):
         summary = await run_batch(session, rows.rows(), run_wave, concurrent_tasks=slots)
     get_run_logger().info("%s.", summary)
     return complete(summary)

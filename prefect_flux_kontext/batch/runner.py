@@ -139,7 +139,7 @@ async def run_partition_rows(
         session: The partition's open resources.
         rows: The partition's rows.
         run_wave: Runs one wave by calling its `run`, for example in a task run.
-        concurrent_tasks: The partition's share of the account's limit.
+        concurrent_tasks: The account's limit of tasks at a time.
 
     Raises:
         BatchStoppedError: As `run_batch`, except at the budget: a partition may end when its

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -53,7 +53,11 @@ def run_demo(options: argparse.Namespace) -> int:
     folder = Path(options.folder).resolve()
     pictures, sheet = folder / "pictures", folder / "contact-sheet.png"
     photos = sorted(path for path in PHOTOS.iterdir() if path.suffix in (".jpg", ".png", ".webp"))
-    rows = [_paths_by_caption(photo, pictures) for photo in photos]
+    rows = [
+        {f"{photo.stem}, before": photo}
+        | {style: pictures / photo.stem / f"{style}.jpg" for style in STYLES}
+        for photo in photos
+    ]
     try:
         pictures.mkdir(parents=True, exist_ok=True)
         # Remove only the files of an earlier demo: the folder may hold files of the user's.
@@ -67,7 +71,11 @@ def run_demo(options: argparse.Namespace) -> int:
         prefect_server(folder / "prefect") as server,
     ):
         manifest = folder / "manifest.csv"
-        _write_manifest(manifest, f"{sandbox.url}/references", photos)
+        with manifest.open("w", newline="", encoding="utf-8") as file:
+            references = [
+                (photo.stem, f"{sandbox.url}/references/{photo.name}") for photo in photos
+            ]
+            csv.writer(file).writerows([("id", "image"), *references])
         print(f"The sandbox is at {sandbox.url}, Prefect at {server.url}. Restyling …", flush=True)
         environment = server.environment | _account_environment(sandbox.url)
         report = _run_flow_process(manifest, pictures, environment)
@@ -138,16 +146,3 @@ def _account_environment(base_url: str) -> dict[str, str]:
         "FLUX_KONTEXT_REQUESTS_PER_MINUTE": "",
         "FLUX_KONTEXT_CONCURRENT_TASKS": "",
     }
-
-
-def _write_manifest(manifest: Path, references: str, photos: Sequence[Path]) -> None:
-    with manifest.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "image"])
-        writer.writerows([photo.stem, f"{references}/{photo.name}"] for photo in photos)
-
-
-def _paths_by_caption(photo: Path, pictures: Path) -> dict[str, Path]:
-    """Return a row of the contact sheet: the photograph and its picture in each style."""
-    styled = {style: pictures / photo.stem / f"{style}.jpg" for style in STYLES}
-    return {f"{photo.stem}, before": photo, **styled}

@@ -49,7 +49,9 @@ def prefect_server(
         ConfigurationError: The server does not start; the message names its log.
     """
     home.mkdir(parents=True, exist_ok=True)
-    port = port or _free_port()
+    if port is None:
+        with socket.create_server((_LOOPBACK, 0)) as listener:
+            port = listener.getsockname()[1]
     url = f"http://{_LOOPBACK}:{port}"
     environment = _environment_without_prefect() | {
         "PREFECT_HOME": str(home),
@@ -93,12 +95,6 @@ def _start_command(home: Path, url: str, start: list[str]) -> str:
     python = shlex.join([sys.executable, "-m", *start])
     # The pages ask the API at this URL, and by default at another port.
     return f"PREFECT_HOME={shlex.quote(str(home))} PREFECT_UI_API_URL={url}/api {python}"
-
-
-def _free_port() -> int:
-    with socket.create_server((_LOOPBACK, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _wait_until_up(server: subprocess.Popen[bytes], url: str) -> bool:

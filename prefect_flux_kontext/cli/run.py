@@ -9,13 +9,16 @@ import itertools
 import shlex
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prefect_flux_kontext.batch.index import PlannedAction
 from prefect_flux_kontext.batch.pilot import select_rows
 from prefect_flux_kontext.batch.planning import Plan, make_plan
+from prefect_flux_kontext.batch.progress import ProgressLine
 from prefect_flux_kontext.batch.redo import read_redo_manifest
 from prefect_flux_kontext.batch.runner import read_failed_manifest, run_batch, run_collection
 from prefect_flux_kontext.batch.session import Session, open_session
@@ -29,7 +32,6 @@ from prefect_flux_kontext.cli.options import (
     manifest_from_options,
     row_options_from_options,
 )
-from prefect_flux_kontext.cli.progress import show_progress
 from prefect_flux_kontext.errors import ConfigurationError
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.report.gallery.builder import GALLERY
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
 SOME_ROWS_NOT_STORED = 1
 SOME_ROWS_INVALID = 1
 TERMINATED = 128 + signal.SIGTERM
+
+# A log needs a sign of life, a terminal a bar that moves smoothly.
+_LINE_INTERVAL_SECONDS = 10.0
+_BAR_INTERVAL_SECONDS = 0.2
 
 
 async def show_plan(options: argparse.Namespace) -> int:
@@ -290,3 +296,46 @@ async def _open_session(
     await output.check_writable()
     async with open_session(client, output, options, settings, callbacks) as session:
         yield session, settings.concurrent_tasks
+
+
+@asynccontextmanager
+async def show_progress(session: Session, rows: int) -> AsyncIterator[None]:
+    """Show the progress of a batch of `rows` rows on standard output while the block runs."""
+    line = ProgressLine(session, rows)
+
+    def print_line() -> None:
+        print(f"{line.batch.rows:,} of {rows:,} rows done: {line}", flush=True)
+
+    if not sys.stdout.isatty():
+        with _repeat(print_line, _LINE_INTERVAL_SECONDS):
+            yield
+        return
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=rows)
+
+        def update() -> None:
+            bar.update(task, completed=line.batch.rows, description=str(line))
+
+        with _repeat(update, _BAR_INTERVAL_SECONDS):
+            yield
+        update()
+
+
+@contextmanager
+def _repeat(update: Callable[[], None], seconds: float) -> Iterator[None]:
+    async def repeat() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            update()
+
+    repeating = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        repeating.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from PIL import Image
@@ -36,7 +37,7 @@ _MIN_EDGE_SHARE = 0.7
 
 _MAX_RATIO_DIFFERENCE = 0.04
 
-# Fingerprints take 1 kB each; comparing with more would take longer than decoding.
+# Fingerprints take 1 kB each.
 _MAX_FINGERPRINTS = 10_000
 
 
@@ -77,19 +78,22 @@ def is_blank(image: Image.Image) -> bool:
 
 def _take_sample(image: Image.Image) -> Image.Image:
     """Return 64 x 64 pixels of an image; of a sample, itself."""
-    return image.convert("RGB").resize((_SAMPLE_PIXELS, _SAMPLE_PIXELS), Image.Resampling.BOX)
+    size = (_SAMPLE_PIXELS, _SAMPLE_PIXELS)
+    return image.convert("RGB").resize(size, Image.Resampling.BOX, reducing_gap=1.0)
 
 
 def is_padded(image: Image.Image) -> bool:
     """Whether an image has even bands of one colour on two opposite sides."""
     small = image.convert("L")
-    small.thumbnail((256, 256), reducing_gap=2.0)
+    small.thumbnail((256, 256), reducing_gap=1.0)
     for sample in (small, small.transpose(Image.Transpose.ROTATE_90)):
         width, height = sample.size
         flipped = sample.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        top, bottom = _measure_band(sample), _measure_band(flipped)
         least = max(2, _MIN_BAND_SHARE * height)
-        if min(top, bottom) < least or top + bottom > 0.9 * height:
+        if (top := _measure_band(sample)) < least:
+            continue
+        bottom = _measure_band(flipped)
+        if bottom < least or top + bottom > 0.9 * height:
             continue
         colours = {side.getpixel((width // 2, 0)) for side in (sample, flipped)}
         if max(colours) - min(colours) <= _MAX_BAND_RANGE:  # type: ignore[type-var,operator]
@@ -106,6 +110,8 @@ def _measure_band(image: Image.Image) -> int:
         low, high = line.getextrema()
         if max(high - colour, colour - low) > _MAX_BAND_RANGE:
             break
+    if not top:
+        return 0
     # A resize mixes the line at the edge, so the one behind it counts.
     pixels = image.crop((0, min(top + 1, height - 1), width, min(top + 2, height))).tobytes()
     different = sum(abs(pixel - colour) > _EDGE_DIFFERENCE for pixel in pixels)
@@ -144,7 +150,8 @@ class ResultChecks:
     def __init__(self, own: Sequence[Check] = ()) -> None:
         self._own = own
         self._lock = threading.Lock()
-        self._seen: list[Fingerprint] = []
+        self._seen: defaultdict[tuple[int, int], list[Fingerprint]] = defaultdict(list)
+        self._left = _MAX_FINGERPRINTS
 
     def find_flags(
         self,
@@ -182,8 +189,12 @@ class ResultChecks:
         return flags
 
     def _was_seen(self, fingerprint: Fingerprint) -> bool:
+        # Of seven parts of the bits, one is equal if at most six bits differ.
+        parts = [(at, fingerprint.bits >> at & 0x1FF) for at in range(0, 63, 9)]
         with self._lock:
-            seen = list(self._seen)
-            if len(self._seen) < _MAX_FINGERPRINTS:
-                self._seen.append(fingerprint)
+            seen = [other for part in parts for other in self._seen[part]]
+            if self._left > 0:
+                self._left -= 1
+                for part in parts:
+                    self._seen[part].append(fingerprint)
         return any(is_nearly_same(other, fingerprint) for other in seen)

@@ -9,6 +9,7 @@ before, and finds the pack.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ class Packs:
         self._store = store
         self._version: bytes | None = None
         self._is_version_known = False
+        self._first_look = asyncio.Lock()
         self._names: dict[str, list[str]] = {}
         self._places: dict[str, str] = {}
 
@@ -62,8 +64,12 @@ class Packs:
         Raises:
             LedgerError: A pack cannot be read or is damaged.
         """
-        if refresh or not self._is_version_known:
+        if refresh:
             await self._read_version()
+        elif not self._is_version_known:
+            async with self._first_look:  # of all rows that are read at the same time
+                if not self._is_version_known:
+                    await self._read_version()
         if self._version is None:
             return None
         for name in await self._list(key[:_PREFIX_LENGTH]):

@@ -21,6 +21,7 @@ from prefect_flux_kontext.errors import BatchStoppedError
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.manifest.row import Row
 from prefect_flux_kontext.orchestration.batch_run import open_batch, run_wave
+from prefect_flux_kontext.orchestration.partitions.leases import check_limit
 from prefect_flux_kontext.orchestration.run_page import build_artifact_key, read_run_sheet
 from prefect_flux_kontext.redaction import is_plain_url
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -46,18 +47,21 @@ class Batch(NamedTuple):
     output: OutputFolder
     account: FluxKontextCredentials
     options: RowOptions
+    account_limit: str | None = None
 
 
 async def plan_and_log(batch: Batch, pilot: int | None = None) -> Plan:
     """Make the plan and log it, with the invalid rows that it lists.
 
     Raises:
-        ConfigurationError: The output cannot be written to.
+        ConfigurationError: The output cannot be written to, or the limit cannot be used.
         ManifestError: The manifest cannot be read to the end, or has no rows.
         LedgerError: The ledger cannot be read or is damaged.
     """
     # Without this check, a wrong output would be reported as an unreadable ledger.
     await batch.output.check_writable()
+    if batch.account_limit is not None:
+        await check_limit(batch.account, batch.account_limit)
     plan = await build_plan(batch, pilot)
     logger = get_run_logger()
     if plan.problems:
@@ -129,7 +133,9 @@ async def ask_for_approval(plan: Plan, batch: Batch, sheet: str | None = None) -
 async def run_pilot(plan: Plan, batch: Batch) -> str | None:
     """Run the sample of a plan, and return its contact sheet as a `data:` URL, if there is one."""
     options = replace(batch.options, deferred=False)
-    async with open_batch(batch.output, batch.account, options, plan) as (session, slots):
+    async with open_batch(
+        batch.output, batch.account, options, plan, account_limit=batch.account_limit
+    ) as (session, slots):
         sample = select_rows(batch.rows.rows(), plan.pilot)
         summary = await run_batch(session, sample, run_wave, concurrent_tasks=slots)
     get_run_logger().info("Pilot: %s.", summary)

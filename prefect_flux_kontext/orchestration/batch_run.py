@@ -8,7 +8,12 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +38,7 @@ from prefect_flux_kontext.errors import LedgerError
 from prefect_flux_kontext.images.checks import load_checks
 from prefect_flux_kontext.ledger.store import open_ledger_store
 from prefect_flux_kontext.orchestration import events
+from prefect_flux_kontext.orchestration.partitions.leases import lease_slots
 from prefect_flux_kontext.orchestration.run_page import (
     find_browser_url,
     progress_artifact,
@@ -45,6 +51,7 @@ from prefect_flux_kontext.settings import FluxKontextSettings
 
 if TYPE_CHECKING:
     from prefect_flux_kontext.batch.planning import Plan
+    from prefect_flux_kontext.client.limits.account import AccountLimiter
     from prefect_flux_kontext.credentials import FluxKontextCredentials
     from prefect_flux_kontext.orchestration.parameters import AdvancedOptions
     from prefect_flux_kontext.storage.filesystem import OutputFolder
@@ -105,28 +112,40 @@ async def open_batch(
     alert_above_usd: float | None = None,
     suspends: bool = False,
     partition_totals: PartitionTotals | None = None,
+    account_limit: str | None = None,
 ) -> AsyncIterator[tuple[Session, int]]:
     """Open a batch, and report it to Prefect in events, artifacts and logs.
 
-    Without a plan, it only collects. With totals of partitions, its start was emitted before.
+    Without a plan, it only collects. With totals of partitions, its start was emitted before. With
+    the name of a limit, it leases a share of it.
 
     Yields:
         The session of the batch, and how many tasks the account may run at a time.
 
     Raises:
-        ConfigurationError: The output cannot be written to, or as for `open_session`.
+        ConfigurationError: The output cannot be written to, there is no such limit, or as for
+            `open_session`.
         LedgerError: The ledger cannot be read or written; nothing was paid.
     """
     await output.check_writable()
     logging.getLogger("asyncio").addFilter(is_no_termination)
-    opening = open_account_session(
-        output, account, options, callback_url, listens=listens, flow_run_id=flow_run.id
-    )
+    leasing = lease_slots(account_limit, account) if account_limit else nullcontext()
     with forward_core_logs():
         async with (
-            opening as session,
+            leasing as lease,
+            open_account_session(
+                output,
+                account,
+                options,
+                callback_url,
+                listens=listens,
+                limiter=None if lease is None else lease.limiter,
+                flow_run_id=flow_run.id,
+            ) as session,
             _report_batch(session, plan, alert_above_usd, partition_totals, suspends=suspends),
         ):
+            if lease is not None:
+                lease.stop_when_lost(session.submitter)
             if plan is not None:
                 await session.report.announce(plan.new_rows)
             if partition_totals is not None:
@@ -145,6 +164,7 @@ def open_account_session(
     callback_url: str | None,
     *,
     listens: bool,
+    limiter: AccountLimiter | None = None,
     **session: Any,
 ) -> AbstractAsyncContextManager[Session]:
     """Open a session that an account pays for, by the settings of the environment."""
@@ -153,6 +173,8 @@ def open_account_session(
         settings, url=callback_url, secret=secret, listens=listens
     )
     client = account.get_client()
+    if limiter is not None:
+        client.limiter = limiter
     return open_session(
         client, output, options, settings, callbacks, account=account.account, **session
     )

@@ -120,12 +120,7 @@ def emit_manifest_arrived(manifest: str, output: str | None = None, **payload: A
 
 
 async def announce_manifest(manifest: str, output: str | None, payload: dict[str, Any]) -> None:
-    """Emit that a manifest has arrived, and wait until Prefect has the event.
-
-    Args:
-        manifest: As for `emit_manifest_arrived`.
-        output: As for `emit_manifest_arrived`.
-        payload: Further values that the parameters of the trigger may use.
+    """Emit as `emit_manifest_arrived`, and wait until Prefect has the event.
 
     Raises:
         ConfigurationError: The URL contains a secret, or Prefect's API does not answer.

@@ -36,6 +36,7 @@ from prefect_flux_kontext.styles.styles import builtin_styles
 
 Account = Annotated[FluxKontextCredentials | str | None, Field(examples=["my-account"])]
 Prompt = Annotated[str | None, Field(examples=["Turn it into a loose watercolour"])]
+AccountLimit = Annotated[str | None, Field(min_length=1, examples=["my-account"])]
 GroupBudgets = Annotated[
     dict[str, dict[str, NonNegativeFloat]] | None, Field(examples=[{"team": {"blue": 20}}])
 ]
@@ -216,6 +217,9 @@ class AdvancedOptions(TypedDict, total=False):
     in plain text, so keep keys in a Block."""
     partition_deployment: str
     """The deployment that runs partitions."""
+    account_limit: AccountLimit
+    """Name of a global concurrency limit in Prefect with the account's number of tasks. Flow runs
+    with the same limit share the account. Default: each run uses the whole account."""
 
 
 def build_manifest(

@@ -29,7 +29,7 @@ _fork.set_forkserver_preload(
     [
         "tests.chaos.child",
         "s3fs",
-        "prefect_flux_kontext.cli.progress",
+        "rich.progress",
         "prefect_flux_kontext.batch.runner",
         "prefect_flux_kontext.settings",
         "prefect_flux_kontext.manifest.reader",

@@ -17,7 +17,7 @@ import pytest
 
 from prefect_flux_kontext.batch.summary import BatchSummary
 from prefect_flux_kontext.cli import main
-from prefect_flux_kontext.cli.progress import show_progress
+from prefect_flux_kontext.cli.run import show_progress
 
 KEY = "key-of-the-tests"
 COMMAND = Path(sys.executable).parent / "flux-kontext"

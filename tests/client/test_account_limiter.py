@@ -168,3 +168,35 @@ def test_clients_of_one_account_share_a_limiter():
 def test_limiter_registry_holds_no_key():
     FluxKontextClient("canary-key", base_url="http://service.test")
     assert "canary" not in repr(account_module._limiters)
+
+
+async def test_resized_limiter_keeps_the_new_limits():
+    limiter = make_limiter()
+    tasks = [f"task-{number}" for number in range(6)]
+    for task in tasks:
+        await limiter.tasks.acquire()
+        limiter.tasks.record_acceptance(task)
+        limiter.tasks.watch(task)
+    limiter.resize(requests_per_minute=60, concurrent_tasks=5)
+    waiting = asyncio.create_task(limiter.tasks.acquire())
+    await asyncio.sleep(10)
+    limiter.tasks.release_task(tasks[0])
+    await asyncio.sleep(10)
+    assert (waiting.done(), limiter.tasks.count_busy()) == (False, 5)
+    limiter.resize(requests_per_minute=120, concurrent_tasks=6)
+    await asyncio.wait_for(waiting, 1)
+    started_at = asyncio.get_running_loop().time()
+    for _ in range(240):
+        await limiter.requests.acquire()
+    assert 115 < asyncio.get_running_loop().time() - started_at < 125
+
+
+async def test_resized_limiter_stays_below_a_limit_that_was_met():
+    limiter = make_limiter()
+    limiter.requests.resize(600)
+    for _ in range(30):
+        limiter.requests.record_answer()
+    limiter.requests.meet_limit(sent_at=asyncio.get_running_loop().time())
+    spacing = limiter.requests.spacing
+    limiter.requests.resize(300)
+    assert limiter.requests.spacing == spacing

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from threading import Thread
 
 import pytest
@@ -9,7 +10,9 @@ from PIL import Image, ImageOps
 
 from prefect_flux_kontext.cli import main
 from prefect_flux_kontext.errors import ConfigurationError
+from prefect_flux_kontext.images import checks
 from prefect_flux_kontext.images.checks import (
+    Fingerprint,
     ResultChecks,
     is_blank,
     is_nearly_same,
@@ -75,6 +78,20 @@ def test_second_of_two_equal_images_is_flagged(cat):
     assert checks.find_flags(fitting, {}, "4:3", None) == []
     assert checks.find_flags(ImageOps.mirror(fitting), {}, "4:3", None) == []
     assert checks.find_flags(saved(fitting), {}, "4:3", None) == ["repeated"]
+
+
+@pytest.mark.parametrize(("different", "is_seen"), [(0, True), (6, True), (7, False)])
+def test_hashes_are_compared_wherever_their_bits_differ(monkeypatch, different, is_seen):
+    chance, cells = random.Random(1), bytes(768)
+    for _ in range(100):
+        bits = chance.getrandbits(64)
+        other = bits ^ sum(1 << at for at in chance.sample(range(64), different))
+        hashes = [Fingerprint(other, cells), Fingerprint(bits, cells)]
+        monkeypatch.setattr(checks, "take_fingerprint", lambda _: hashes.pop())  # noqa: B023
+        result_checks = ResultChecks()
+        image = Image.radial_gradient("L")
+        assert "repeated" not in result_checks.find_flags(image, {}, "1:1", None)
+        assert ("repeated" in result_checks.find_flags(image, {}, "1:1", None)) is is_seen
 
 
 def test_threads_share_the_checks(cat):

@@ -8,6 +8,7 @@ import anyio
 import httpx
 import pytest
 from prefect import flow, get_client
+from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 
 from prefect_flux_kontext import FluxKontextCredentials
 from prefect_flux_kontext.cli import main
@@ -16,11 +17,10 @@ from prefect_flux_kontext.orchestration.partitions import leases
 from prefect_flux_kontext.orchestration.partitions.leases import (
     LEASE_SECONDS,
     Lease,
-    Share,
+    check_limit,
     create_limit,
     get_limit_name,
     lease_slots,
-    read_account_limit,
 )
 from tests.orchestration.conftest import KEY
 
@@ -74,26 +74,31 @@ class TestLimit:
             "updated from 40 to 60 slots\n",
         ]
 
-    async def test_missing_limit_is_created_and_shared_equally(self, account):
-        assert await read_account_limit(account, 3) == Share(slots=13, requests_per_minute=195)
+    async def test_missing_limit_of_the_account_is_created(self, account):
+        await check_limit(account, get_limit_name(account), runs=3)
         assert await count_leased(account) == 0
 
     async def test_limit_below_the_account_is_shared(self, account):
+        name = get_limit_name(account)
         await create_limit(account.model_copy(update={"concurrent_tasks": 20}))
-        assert await read_account_limit(account, 2) == Share(slots=10, requests_per_minute=150)
+        await check_limit(account, name, runs=2)
+        async with lease_slots(name, account) as lease:
+            assert lease.limiter.tasks.slots == lease.slots == 20
+            # 300 a minute and not 600: a burst of 6, and then one each 61.2 / (300 - 6 + 1) s.
+            assert lease.limiter.requests.spacing == pytest.approx(61.2 / 295)
 
     async def test_limit_above_the_account_is_refused(self, account):
         await create_limit(account.model_copy(update={"concurrent_tasks": 50}))
         with pytest.raises(ConfigurationError, match=r"has 50 slots, the account has 40.*create"):
-            await read_account_limit(account, 2)
+            await check_limit(account, get_limit_name(account))
 
     async def test_more_partitions_than_slots_are_refused(self, account):
         with pytest.raises(ConfigurationError, match="41 partitions cannot share the 40 slots"):
-            await read_account_limit(account, 41)
+            await check_limit(account, get_limit_name(account), runs=41)
 
     async def test_lease_without_a_limit_is_refused(self, account):
         with pytest.raises(ConfigurationError, match=r"no limit .* Create it: flux"):
-            async with lease_slots(account, 1):
+            async with lease_slots(get_limit_name(account), account):
                 pass
 
     async def test_outage_of_prefect_names_the_command(self, account, monkeypatch):
@@ -102,45 +107,46 @@ class TestLimit:
 
         monkeypatch.setattr(leases, "_read_limit", refuse)
         with pytest.raises(ConfigurationError, match=r"connection refused.*limits create"):
-            await read_account_limit(account, 2)
+            await check_limit(account, get_limit_name(account))
         with pytest.raises(ConfigurationError, match="connection refused"):
             await create_limit(account)
 
 
 class TestLease:
-    async def test_third_lease_waits_for_a_release(self, account, monkeypatch):
+    async def test_run_without_a_free_slot_waits(self, account, monkeypatch):
         monkeypatch.setattr(leases, "RETRY_INTERVAL_SECONDS", 0.05)
+        account = account.model_copy(update={"concurrent_tasks": 1})
         await create_limit(account)
-        third = asyncio.Event()
+        second = asyncio.Event()
 
-        async def lease_third():
-            async with lease_slots(account, 20):
-                third.set()
+        async def lease_second():
+            async with lease_slots(get_limit_name(account), account):
+                second.set()
 
-        async with lease_slots(account, 20), anyio.create_task_group() as group:
-            async with lease_slots(account, 20):
-                assert await count_leased(account) == 40
-                group.start_soon(lease_third)
+        async with anyio.create_task_group() as group:
+            async with lease_slots(get_limit_name(account), account):
+                group.start_soon(lease_second)
                 await anyio.sleep(0.3)
-                assert not third.is_set()
-            await asyncio.wait_for(third.wait(), 60)
+                assert not second.is_set()
+            await asyncio.wait_for(second.wait(), 60)
         assert await count_leased(account) == 0
 
     async def test_slots_of_running_tasks_are_not_released(self, account):
         await create_limit(account)
-        async with lease_slots(account, 20) as lease:
+        async with lease_slots(get_limit_name(account), account) as lease:
             lease.stop_when_lost(FakeSubmitter("a row that is paid for"))
-        assert await count_leased(account) == 20
+        assert await count_leased(account) == 40
 
     async def test_lost_lease_stops_the_submitter(self, account, monkeypatch):
         monkeypatch.setattr(leases, "RENEWAL_INTERVAL_SECONDS", 0.0)
+        monkeypatch.setattr(leases, "RETRY_INTERVAL_SECONDS", 0.0)
         await create_limit(account)
         submitter, late = FakeSubmitter(), FakeSubmitter()
         async with get_client() as client:
-            lease = Lease(client, get_limit_name(account), 20)
+            lease = Lease(client, get_limit_name(account))
             await lease.acquire()
             lease.stop_when_lost(submitter)
-            await client.release_concurrency_slots_with_lease(lease._id)
+            await client.release_concurrency_slots_with_lease(*lease._blocks)
             lease._held_until = 0.0
             await lease.keep_renewed()
         assert isinstance(submitter.stopped, BatchStoppedError)
@@ -150,15 +156,15 @@ class TestLease:
     async def test_lease_unknown_to_a_restarted_server_is_replaced(self, account):
         await create_limit(account)
         async with get_client() as client:
-            lease = Lease(client, get_limit_name(account), 20)
+            lease = Lease(client, get_limit_name(account))
             await lease.acquire()
-            first = lease._id
+            (first,) = lease._blocks
             # As after a restart: the server counts the slots, but has no lease of them.
-            await client.increment_concurrency_slots([get_limit_name(account)], 20, "concurrency")
+            await client.increment_concurrency_slots([get_limit_name(account)], 1, "concurrency")
             await client.release_concurrency_slots_with_lease(first)
             await lease._renew()
-            assert lease._id != first
-            assert await count_leased(account) == 20
+            assert first not in lease._blocks
+            assert await count_leased(account) == 1
             await lease.release()
         assert await count_leased(account) == 0
 
@@ -166,18 +172,24 @@ class TestLease:
         """As after a restart of a server that keeps leases in memory, and the end of all runs."""
         await create_limit(account)
         name = get_limit_name(account)
+        holding, is_seen = asyncio.Event(), asyncio.Event()
 
         @flow
         async def hold_slots():
-            async with lease_slots(account, 20), get_client() as client:
-                await client.increment_concurrency_slots([name], 20, "concurrency")
-                await Lease(client, name, 20)._free_forgotten_slots()
-                return await count_leased(account)
+            async with lease_slots(name, account):
+                holding.set()
+                await is_seen.wait()
 
-        assert await hold_slots() == 40
         async with get_client() as client:
-            assert await count_leased(account) == 20
-            await Lease(client, name, 20)._free_forgotten_slots()
+            await client.increment_concurrency_slots([name], 30, "concurrency")
+            async with anyio.create_task_group() as group:
+                group.start_soon(hold_slots)
+                await holding.wait()
+                await Lease(client, name).free_forgotten_slots()
+                assert await count_leased(account) == 40
+                is_seen.set()
+            assert await count_leased(account) == 30
+            await Lease(client, name).free_forgotten_slots()
         assert await count_leased(account) == 0
 
 
@@ -204,6 +216,10 @@ class ReturningClient:
         granted = {"lease_id": str(uuid.uuid4()), "limits": [LIMIT]}
         return httpx.Response(200, json=granted)
 
+    async def read_global_concurrency_limit_by_name(self, name):
+        self._check()
+        return GlobalConcurrencyLimitResponse(name=name, limit=40, active_slots=40)
+
     async def read_flow_runs(self, **_filters):
         self._check()
         return ["another flow run"]
@@ -217,15 +233,16 @@ class ReturningClient:
 class TestOutage:
     async def test_lease_waits_for_the_end_of_an_outage(self):
         started_at = asyncio.get_running_loop().time()
-        lease = Lease(ReturningClient(600), "slots", 20)
+        lease = Lease(ReturningClient(600), "slots")
         await lease.acquire()
         assert 600 <= lease._held_until - started_at - LEASE_SECONDS < 610
 
     async def hold(self, failed, seconds):
         """Hold a lease for some seconds; return whether it was lost, and the submitter's error."""
         loop = asyncio.get_running_loop()
-        lease, submitter = Lease(FakeClient(3, failed), "slots", 20), FakeSubmitter()
-        lease._id, lease._held_until = uuid.uuid4(), loop.time() + LEASE_SECONDS
+        lease, submitter = Lease(FakeClient(3, failed), "slots"), FakeSubmitter()
+        lease._blocks = {uuid.uuid4(): 20}
+        lease._held_until = loop.time() + LEASE_SECONDS
         lease.stop_when_lost(submitter)
         keeping = asyncio.create_task(lease.keep_renewed())
         await asyncio.sleep(seconds)

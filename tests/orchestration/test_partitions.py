@@ -12,6 +12,7 @@ import anyio
 import pyarrow as pa
 import pytest
 from prefect import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from prefect_flux_kontext import FluxKontextCredentials, PollingCadence
@@ -252,6 +253,26 @@ async def test_runs_of_partitions_record_no_rows(workers, account, tmp_path, kin
     assert not list(tmp_path.glob("_partitions/*"))
 
 
+async def test_partitions_lease_from_a_named_limit(workers, account, tmp_path):
+    limit = f"my account {uuid.uuid4()}"
+    async with get_client() as client:
+        new = GlobalConcurrencyLimitCreate(name=limit, limit=SLOTS)
+        await client.create_global_concurrency_limit(new)
+    given, _ = rows(20)
+    name = str(uuid.uuid4())
+    summary = await batch(name)(
+        given,
+        str(tmp_path),
+        account,
+        cadence=QUICK,
+        partitions=2,
+        partition_deployment=DEPLOYMENT,
+        account_limit=limit,
+    )
+    assert summary.stored == 20
+    assert all(limit in run.tags for run in await find_runs(f"{name}-partition"))
+
+
 async def test_partitions_keep_budgets_by_column_together(workers, account, tmp_path):
     given, text = rows(40)
     for number, row in enumerate(given):
@@ -357,7 +378,7 @@ class TestRefusal:
 
 
 async def test_partition_with_a_budget_share_runs_once(workers, account, tmp_path):
-    partition = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60, "budget_usd": 0.03}
+    partition = {"number": 1, "of": 2, "budget_usd": 0.03}
     retried = style_transfer_partition.with_options(retries=1)
     with pytest.raises(ConfigurationError, match="ran before"):
         await retried(partition, str(tmp_path / "none.csv"), str(tmp_path / "out"), account)
@@ -365,7 +386,7 @@ async def test_partition_with_a_budget_share_runs_once(workers, account, tmp_pat
 
 async def test_partition_has_a_heartbeat_only_while_it_runs(workers, account, tmp_path):
     given, _ = rows(4)
-    partition = {"number": 2, "of": 2, "slots": 1, "requests_per_minute": 600}
+    partition = {"number": 2, "of": 2}
     block = await FluxKontextCredentials.aload(account)
     with pytest.raises(ConfigurationError, match="flux-kontext limits create"):
         await style_transfer_partition(

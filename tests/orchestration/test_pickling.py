@@ -16,7 +16,7 @@ given = dict.fromkeys(flow.parameters.required or (), "text")
 rare = {"cadence": {"interval": 1}}
 given |= {"advanced": rare} if "advanced" in flow.parameters.properties else rare
 if "partition" in given:
-    given["partition"] = {"number": 1, "of": 2, "slots": 1, "requests_per_minute": 60}
+    given["partition"] = {"number": 1, "of": 2}
 print(sorted(flow.validate_parameters(given)))
 """
 

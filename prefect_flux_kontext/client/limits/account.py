@@ -41,6 +41,12 @@ class AccountLimiter:
         self._rejection_rate = RejectionRate()
         self._pauses_in_a_row = 0
         self._paused_until = -math.inf
+        observe_slots(self.tasks)
+
+    def resize(self, *, requests_per_minute: int, concurrent_tasks: int) -> None:
+        """Change the limits, which are a share of the account's."""
+        self.requests.resize(requests_per_minute)
+        self.tasks.resize(concurrent_tasks)
 
     def latency_model(self, mode: str) -> LatencyModel:
         """Return the model of how long tasks of a mode take, as observed by this process."""
@@ -103,5 +109,4 @@ def shared_limiter(
                 requests_per_minute=requests_per_minute, concurrent_tasks=concurrent_tasks
             )
             _limiters[account] = limiter
-            observe_slots(limiter.tasks)
         return limiter

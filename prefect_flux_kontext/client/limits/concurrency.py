@@ -118,6 +118,20 @@ class ConcurrencyLimiter:
         """Tasks that hold a slot, including submits in flight."""
         return self._submits + len(self._watched) + len(self._unwatched)
 
+    def resize(self, slots: int) -> None:
+        """Change the limit. Tasks beyond a lower one go on."""
+        with self._lock:
+            if slots == self.slots:
+                return
+            self.slots = slots
+            self._limit.reconfigure(slots)
+        self._wake_waiters(asyncio.get_running_loop().time())
+
+    def count_busy(self) -> int:
+        """Return how many slots are in use, without those of tasks that have likely ended."""
+        with self._lock:
+            return self._count_busy(asyncio.get_running_loop().time())
+
     async def acquire(self) -> None:
         """Wait for a free slot and take it."""
         loop = asyncio.get_running_loop()
@@ -221,13 +235,19 @@ class ConcurrencyLimiter:
         self._wake_waiters(asyncio.get_running_loop().time())
 
     def _count_free(self, now: float) -> int:
-        free, max_submits = self._limit.value - self.running, self._max_submits
-        if free <= 0 and self._watched and now >= self._doubted_at + _DOUBT_SECONDS:
+        max_submits = self._max_submits
+        if self.running >= self._limit.value:
+            max_submits = min(max_submits, _MAX_SUBMITS_ON_ESTIMATE)
+        return min(self._limit.value - self._count_busy(now), max_submits - self._submits)
+
+    def _count_busy(self, now: float) -> int:
+        busy = self.running
+        is_full = busy >= self._limit.value
+        if is_full and self._watched and now >= self._doubted_at + _DOUBT_SECONDS:
             self._estimate.refresh(self._watched.values(), now, self.round_trip)
             likely_running = self._estimate.mean + _MARGIN_DEVIATIONS * self._estimate.deviation
-            free += max(0, len(self._watched) - math.ceil(likely_running))
-            max_submits = min(max_submits, _MAX_SUBMITS_ON_ESTIMATE)
-        return min(free, max_submits - self._submits)
+            busy -= max(0, len(self._watched) - math.ceil(likely_running))
+        return busy
 
     def _count_likely_running(self) -> float:
         return len(self._unwatched) + min(len(self._watched), self._estimate.mean)

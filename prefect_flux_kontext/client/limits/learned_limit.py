@@ -44,6 +44,12 @@ class LearnedLimit:
         self._met_at = now
         self._limit = self._met = min(count, self._configured)
 
+    def reconfigure(self, configured: int) -> None:
+        """Change the configured limit; one that was met below it stays."""
+        is_lowered = self._limit < self._configured
+        self._limit = float(min(self._limit, configured) if is_lowered else configured)
+        self._configured = configured
+
     def accept(self, count: float, *, sent_at: float) -> None:
         """Record that the service accepted a request, so that a count is within the limit."""
         if sent_at <= self._met_at:

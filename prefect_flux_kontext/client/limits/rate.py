@@ -90,6 +90,13 @@ class RateLimiter:
             self._paused_until = max(self._paused_until, now + seconds)
             self._next = max(self._next, self._paused_until + self._tolerance)
 
+    def resize(self, per_minute: int) -> None:
+        """Change the limit."""
+        with self._lock:
+            before = self._tolerance
+            self._limit.reconfigure(per_minute)
+            self._delay_burst(before)
+
     def record_answer(self) -> None:
         """Count a request that the service did not reject."""
         now = asyncio.get_running_loop().time()
@@ -106,8 +113,7 @@ class RateLimiter:
             if self._answered:  # otherwise nothing is known
                 before = self._tolerance
                 self._limit.meet(len(self._answered), now, sent_at=sent_at)
-                # Fewer requests have a wider burst in seconds, which must not begin earlier.
-                self._next += max(0.0, self._tolerance - before)
+                self._delay_burst(before)
 
     def is_at_limit(self) -> bool:
         """Return whether a limit was met, by about as many requests as in the last minute."""
@@ -120,6 +126,10 @@ class RateLimiter:
     @property
     def _tolerance(self) -> float:
         return (_burst_of(self._limit.value) - 1) * self.spacing
+
+    def _delay_burst(self, tolerance_before: float) -> None:
+        # Fewer requests have a wider burst in seconds, which must not begin earlier.
+        self._next += max(0.0, self._tolerance - tolerance_before)
 
     def _seconds_until_next(self, now: float, has_priority: bool) -> float:
         earliest = self._next - self._tolerance if has_priority else self._next

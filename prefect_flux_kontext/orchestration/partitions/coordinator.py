@@ -44,10 +44,8 @@ from prefect_flux_kontext.orchestration.partitions.files import (
 )
 from prefect_flux_kontext.orchestration.partitions.flow import Partition, style_transfer_partition
 from prefect_flux_kontext.orchestration.partitions.leases import (
-    Lease,
-    Share,
-    lease_slots,
-    read_account_limit,
+    check_limit,
+    get_limit_name,
 )
 from prefect_flux_kontext.orchestration.run_page import progress_artifact
 from prefect_flux_kontext.settings import FluxKontextSettings
@@ -59,6 +57,7 @@ if TYPE_CHECKING:
     from prefect_flux_kontext.batch.planning import Plan
     from prefect_flux_kontext.batch.policy import RowOptions
     from prefect_flux_kontext.credentials import FluxKontextCredentials
+    from prefect_flux_kontext.orchestration.parameters import AdvancedOptions
 
 DEFAULT_PARTITION_DEPLOYMENT = "style-transfer-partition/partition-of-batch"
 
@@ -77,16 +76,16 @@ _MAX_STARTS = 2
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """How to run a batch in partitions, each with a share of the account and these parameters."""
+    """How to run a batch in partitions, each with these parameters."""
 
     partitions: int
-    share: Share
+    limit: str  # the name of the account's limit
     deployment: str
     parameters: dict[str, Any]
 
 
 async def plan_partitions(
-    partitions: int, deployment: str | None, account: FluxKontextCredentials, wait: str
+    partitions: int, advanced: AdvancedOptions, account: FluxKontextCredentials, wait: str
 ) -> PartitionPlan | None:
     """Check that the current batch can run in partitions, and plan them; None for one partition.
 
@@ -95,7 +94,7 @@ async def plan_partitions(
     """
     if partitions == 1:
         return None
-    deployment = deployment or DEFAULT_PARTITION_DEPLOYMENT
+    deployment = advanced.get("partition_deployment") or DEFAULT_PARTITION_DEPLOYMENT
     if wait != "poll":
         raise ConfigurationError(
             f'wait="{wait}" is not possible with partitions. Use wait="poll", or partitions=1.'
@@ -115,8 +114,9 @@ async def plan_partitions(
                 "`flux-kontext deploy MANIFEST --output OUTPUT`, or set "
                 "partition_deployment to one of yours. Nothing was submitted."
             ) from None
-    share = await read_account_limit(account, partitions)
-    return PartitionPlan(partitions, share, deployment, parameters)
+    limit = advanced.get("account_limit") or get_limit_name(account)
+    await check_limit(account, limit, runs=partitions)
+    return PartitionPlan(partitions, limit, deployment, parameters)
 
 
 def _collect_parameters() -> dict[str, Any]:
@@ -173,11 +173,10 @@ def _make_absolute(location: Any) -> Any:
 class RemainingWork:
     """What is left to the batch itself when its partitions have ended."""
 
-    account: FluxKontextCredentials  # with the limits that the batch may use
     options: RowOptions
     alert_above_usd: float | None  # None also if the event was emitted already
     partition_totals: PartitionTotals | None = None  # None without partitions
-    lease: Lease | None = None  # of the slots that the batch uses, if it has rows to run
+    limit: str | None = None  # the limit that the batch leases slots of, if any
 
 
 @asynccontextmanager
@@ -192,7 +191,7 @@ async def run_partitions(
         StorageError: The rows cannot be written for the partitions.
     """
     if partition_plan is None:
-        yield RemainingWork(batch.account, batch.options, alert_above_usd)
+        yield RemainingWork(batch.options, alert_above_usd, limit=batch.account_limit)
         return
     started_at, since = asyncio.get_running_loop().time(), utc_now()
     emit_started(str(batch.output), plan)
@@ -209,22 +208,18 @@ async def run_partitions(
     alarm()
     was_alerted = alert_above_usd is not None and total.spent > alert_above_usd
     seconds = asyncio.get_running_loop().time() - started_at
-    remaining = RemainingWork(
-        partition_plan.share.apply_to(batch.account),
+    unsettled = (
+        new_plan.actions[PlannedAction.OUTSTANDING] + new_plan.actions[PlannedAction.UNKNOWN]
+    )
+    has_rows = bool(new_plan.to_pay or unsettled)
+    if has_rows:
+        get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
+    yield RemainingWork(
         replace(batch.options, since=since),
         None if was_alerted else alert_above_usd,
         PartitionTotals(total.spent, seconds, new_plan.spending, plan.spending, plan.balance),
+        partition_plan.limit if has_rows else None,
     )
-    if (
-        new_plan.to_pay
-        or new_plan.actions[PlannedAction.OUTSTANDING]
-        or new_plan.actions[PlannedAction.UNKNOWN]
-    ):
-        get_run_logger().info("Plan for the rows that the partitions have left:\n%s", new_plan)
-        async with lease_slots(batch.account, partition_plan.share.slots) as lease:
-            yield replace(remaining, lease=lease)
-    else:
-        yield remaining
 
 
 def _build_partitions(
@@ -240,13 +235,7 @@ def _build_partitions(
     for column, value, dollars, spent, _ in plan.list_budgets():
         budget_by.setdefault(column, {})[value] = share(dollars, spent)
     return [
-        Partition(
-            number=number,
-            of=count,
-            **partition_plan.share._asdict(),
-            budget_usd=budget,
-            budget_by=budget_by,
-        )
+        Partition(number=number, of=count, budget_usd=budget, budget_by=budget_by)
         for number in range(1, count + 1)
     ]
 

@@ -36,7 +36,10 @@ from prefect_flux_kontext.orchestration.parameters import (
     open_output,
 )
 from prefect_flux_kontext.orchestration.partitions.files import read_shared_rows, report_progress
-from prefect_flux_kontext.orchestration.partitions.leases import Share, lease_slots
+from prefect_flux_kontext.orchestration.partitions.leases import (
+    get_limit_name,
+    lease_slots,
+)
 from prefect_flux_kontext.orchestration.suspension import log_outstanding
 
 
@@ -45,8 +48,6 @@ class Partition(BaseModel):
 
     number: PositiveInt = Field(description="The number of the partition, from 1.")
     of: PositiveInt = Field(description="The number of partitions.")
-    slots: PositiveInt = Field(description="Tasks that it may run at a time; it leases the slots.")
-    requests_per_minute: PositiveInt = Field(description="Requests that it may send a minute.")
     budget_usd: float | None = Field(
         default=None, description="Dollars that it may spend. Default: no limit."
     )
@@ -80,7 +81,7 @@ async def style_transfer_partition(
     that a partition leaves. Invalid rows are left to the batch.
 
     Args:
-        partition: Which rows to run, and the share of the account to lease.
+        partition: Which rows to run, and the dollars that they may cost.
         manifest: The manifest of the batch.
         output: Folder or prefix to store the images in.
         credentials: A credentials Block, or the name of a saved one.
@@ -110,8 +111,7 @@ async def style_transfer_partition(
             "a later run of it, finishes its rows."
         )
     rare = advanced or {}
-    share = Share(partition.slots, partition.requests_per_minute)
-    account = share.apply_to(await resolve_credentials(credentials))
+    account = await resolve_credentials(credentials)
     options = build_row_options(
         rare,
         account,
@@ -122,9 +122,7 @@ async def style_transfer_partition(
     output = await open_output(output, rare.get("storage_options"))
     await output.check_writable()
     store, name = open_ledger_store(output), UUID(flow_run.id).hex
-    opening = open_account_session(
-        output, account, options, rare.get("callback_url"), listens=False, is_whole=False
-    )
+    limit = rare.get("account_limit") or get_limit_name(account)
     if rows_file is not None:
         manifest = await read_shared_rows(output, rows_file)
     rows = build_manifest(
@@ -141,8 +139,16 @@ async def style_transfer_partition(
     with forward_core_logs():
         async with (
             keep_heartbeat(store, name),
-            lease_slots(account, share.slots) as lease,
-            opening as session,
+            lease_slots(limit, account) as lease,
+            open_account_session(
+                output,
+                account,
+                options,
+                rare.get("callback_url"),
+                listens=False,
+                limiter=lease.limiter,
+                is_whole=False,
+            ) as session,
             report_progress(store, name, session.progress),
         ):
             lease.stop_when_lost(session.submitter)
@@ -151,7 +157,7 @@ async def style_transfer_partition(
                     session,
                     rows_for_partition(rows.rows(), partition),
                     run_wave,
-                    concurrent_tasks=share.slots,
+                    concurrent_tasks=account.concurrent_tasks,
                 )
 
 
