@@ -281,8 +281,8 @@ def _validate_values(values: dict[str, Any]) -> GenerationRequest:
         ValidationError: The values are invalid.
     """
     prompt = values.get("prompt", "")
-    is_plain = prompt.isascii() and 0 < len(prompt) <= MAX_PROMPT_CHARACTERS
-    if not is_plain or "extra" in values:
+    is_plain = all(text.isascii() for text in (prompt, *values.get("image_urls", ())))
+    if not is_plain or not 0 < len(prompt) <= MAX_PROMPT_CHARACTERS or "extra" in values:
         return GenerationRequest(**values)
     parameters = [item for item in values.items() if item[0] not in ("prompt", "image_urls")]
     return _validate_parameters(tuple(parameters), "image_urls" in values)
