@@ -178,12 +178,14 @@ async def remove_temporary_files(folder: OutputFolder, *, recursive: bool = Fals
 
 def _remove_old(root: str, *, recursive: bool) -> int:
     removed = 0
-    for folder, subfolders, names in os.walk(root):
-        if not recursive:
-            subfolders.clear()
-        for path in (Path(folder, name) for name in names if _TEMPORARY_NAME.fullmatch(name)):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _MIN_AGE_SECONDS:
-                    path.unlink()
-                    removed += 1
+    # One entry at a time: an output may have a million files.
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        for entry in entries:
+            if _TEMPORARY_NAME.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > _MIN_AGE_SECONDS:
+                        os.remove(entry.path)
+                        removed += 1
+            elif recursive and entry.is_dir(follow_symlinks=False):
+                removed += _remove_old(entry.path, recursive=True)
     return removed
