@@ -12,7 +12,7 @@ from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.head import check_format
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
-from prefect_flux_kontext.ledger.packs import Packs, announce_packs, create_pack, list_prefixes
+from prefect_flux_kontext.ledger.packs import Packs, announce_packs, create_pack
 from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.waves import read_open_waves
 
@@ -28,7 +28,7 @@ _MIN_ROWS = 10
 class Compaction(NamedTuple):
     """What a compaction has done so far."""
 
-    steps: int = 1  # folders to pack and folders to remove files from
+    steps: int = 1  # folders of rows
     steps_done: int = 0
     rows: int = 0  # packed
     packs: int = 0  # created
@@ -52,7 +52,7 @@ async def compact_ledger(store: RecordStore) -> AsyncGenerator[Compaction, None]
         await ensure_sole_run(store, heartbeat.owner, "its ledger cannot be compacted")
         await _require_removal(store)
         prefixes = await store.list_names("rows")
-        done = Compaction(steps=2 * len(prefixes) or 1)
+        done = Compaction(steps=len(prefixes) or 1)
         named = {key async for wave in read_open_waves(store) for key in wave.keys}
         ledger, packs = Ledger(store, heartbeat.owner, prices={}), Packs(store)
         for prefix in prefixes:
@@ -60,13 +60,12 @@ async def compact_ledger(store: RecordStore) -> AsyncGenerator[Compaction, None]
             rows = await _read_stored_rows(ledger, prefix, leave_out=named | packed)
             if len(rows) >= _MIN_ROWS:
                 await create_pack(store, prefix, rows)
+                packed |= rows.keys()
                 done = done._replace(rows=done.rows + len(rows), packs=done.packs + 1)
-            done = done._replace(steps_done=done.steps_done + 1)
-            yield done
-        if await list_prefixes(store):
-            await announce_packs(store)
-        for prefix in prefixes:
-            packed = await packs.list_keys(prefix)
+            # Nothing is removed but what is in packs that were listed before they are announced:
+            # another compaction may have created one that it has not announced yet.
+            if packed:
+                await announce_packs(store)
             names = await _list_by_key(store, prefix)
             files = [name for key in names.keys() & packed for name in names[key]]
             await asyncio.gather(*(store.remove(f"rows/{prefix}/{name}") for name in files))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 from typing import TYPE_CHECKING, TypeVar
@@ -34,6 +35,10 @@ _OUTCOME_WAIT_SECONDS = 180.0
 """How long to wait for a living owner to record an outcome. A POST takes less than 120 s, and
 recording its outcome a little longer. Without a limit, two runs that each lost a reply would
 wait for each other forever."""
+
+
+_LONG_POST_SECONDS = 10.0
+"""A longer POST may outlive its owner's heartbeat, of which four may be missed."""
 
 
 async def is_submitting(store: RecordStore, intent: Intent) -> bool:
@@ -184,7 +189,13 @@ class Ledger:
         if not await self._create(claimed, "intent", intent):
             raise RowAlreadyClaimedError(entry.key)
         # The intent may have the place of one that was packed and removed since the row was read.
-        if await self._packs.find(entry.key, refresh=True) is not None:
+        try:
+            packed = await self._packs.find(entry.key, refresh=True)
+        except LedgerError as error:
+            with contextlib.suppress(LedgerError):
+                await self.record_rejected(claimed, error)
+            raise
+        if packed is not None:
             raise RowAlreadyClaimedError(entry.key)
         return claimed
 
@@ -237,7 +248,12 @@ class Ledger:
 
     async def _record_post(self, entry: Entry, posted: Posted) -> Entry:
         _check_moves(entry, State(posted.state))
-        if await self._create(entry, "posted", posted):
+        recorded = await self._create(entry, "posted", posted)
+        if recorded and entry.intent is not None:
+            age = (utc_now() - entry.intent.at).total_seconds()
+            if age > _LONG_POST_SECONDS:  # perhaps frozen: others may have settled and packed it
+                recorded = await self._packs.find(entry.key, refresh=True) is None
+        if recorded:
             return entry.model_copy(update={"posted": posted})
         return await self.read(entry.key)
 

@@ -12,8 +12,10 @@ from prefect_flux_kontext.batch.compaction import compact_ledger
 from prefect_flux_kontext.batch.repair import rebuild_waves
 from prefect_flux_kontext.batch.status import read_ledger_status
 from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError, LedgerError
+from prefect_flux_kontext.ledger import ledger as ledger_module
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger, RowAlreadyClaimedError
+from prefect_flux_kontext.ledger.packs import announce_packs, create_pack
 from prefect_flux_kontext.ledger.records import Entry, State
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
@@ -46,7 +48,16 @@ def store(request, tmp_path):
     return RecordStore(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
 
 
+@pytest.fixture
+def faulty_packs(monkeypatch):
+    async def fail(*_, **__):
+        raise LedgerError("out of order")
+
+    return lambda ledger: monkeypatch.setattr(ledger._packs, "find", fail)
+
+
 async def compact(store):
+    last = None
     async for done in compact_ledger(store):
         last = done
     return last
@@ -234,6 +245,16 @@ class SteppedStore(RecordStore):
         await self.wait_for_turn()
         return action()
 
+    async def run(self, random, *actions):
+        tasks = [asyncio.create_task(action) for action in actions]
+        while not all(task.done() for task in tasks):
+            for _ in range(20):
+                await asyncio.sleep(0)
+            if self.waiting:
+                self.waiting.pop(random.randrange(len(self.waiting))).set_result(None)
+        for task in tasks:
+            task.result()
+
 
 @pytest.mark.parametrize("start", range(0, 300, 60))
 async def test_no_interleaving_pays_twice(start):
@@ -264,18 +285,54 @@ async def interleave(random):
                 await ledger.claim(row, entry)
             entry = await ledger.read(row.key)
 
-    tasks = [asyncio.create_task(each) for each in (compact(store), *map(run_again, runs))]
-    while not all(task.done() for task in tasks):
-        for _ in range(20):
-            await asyncio.sleep(0)
-        if store.waiting:
-            store.waiting.pop(random.randrange(len(store.waiting))).set_result(None)
-    for task in tasks:
-        task.result()
+    await store.run(random, compact(store), *map(run_again, runs))
     last = Ledger(plain, "last", PRICES)
     assert [await last.read(each.key) for each in rows] == stored
     with pytest.raises(RowAlreadyClaimedError):
         await last.claim(row, Entry(key=row.key))
+
+
+async def test_packs_that_are_not_announced_remove_nothing(store, monkeypatch):
+    """A compaction is frozen after it announced its packs; another has only created one."""
+    first = make_row(1, {"prompt": "a lighthouse"})
+    late = replace(make_row(2, {"prompt": "a harbour"}), key=first.key[:2] + "0" * 30)
+    payer, stale = Ledger(store, "payer", PRICES), Ledger(store, "frozen", PRICES)
+    await pay(payer, first, "stored")
+
+    async def announce(store):
+        await announce_packs(store)
+        assert (await stale.read(late.key)).state is State.PLANNED  # lists the packs
+        await pay(payer, late, "stored")
+        folder, packed = late.key[:2], {first.key}
+        rows = await compaction._read_stored_rows(payer, folder, leave_out=packed)
+        await create_pack(store, folder, rows)
+
+    monkeypatch.setattr(compaction, "announce_packs", announce)
+    await compact(store)
+    with pytest.raises(RowAlreadyClaimedError):
+        await stale.claim(late, Entry(key=late.key))
+
+
+async def test_outcome_of_a_frozen_post_does_not_hide_a_packed_row(store, monkeypatch):
+    monkeypatch.setattr(ledger_module, "_LONG_POST_SECONDS", -1)
+    row = make_row(1, {"prompt": "a lighthouse"})
+    frozen, payer = Ledger(store, "frozen", PRICES), Ledger(store, "payer", PRICES)
+    posted = await frozen.claim(row, await frozen.read(row.key))
+    given_up = await payer.record_rejected(await payer.read(row.key), FAILED, by="person")
+    entry = await payer.record_accepted(await payer.claim(row, given_up), "task_2")
+    stored = await payer.record_stored(entry, ["x.jpg"], [])
+    await compact(store)
+    assert await frozen.record_accepted(posted, "task_1") == stored
+
+
+async def test_claim_that_cannot_look_for_packs_is_rejected(store, faulty_packs):
+    row = make_row(1, {"prompt": "a lighthouse"})
+    ledger = Ledger(store, "us", PRICES)
+    entry = await ledger.read(row.key)
+    faulty_packs(ledger)
+    with pytest.raises(LedgerError, match="out of order"):
+        await ledger.claim(row, entry)
+    assert (await Ledger(store, "us", PRICES).read(row.key)).state is State.REJECTED
 
 
 async def test_compaction_refuses_while_a_run_lives(store):

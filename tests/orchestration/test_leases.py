@@ -258,3 +258,11 @@ class TestOutage:
         over, stopped = await self.hold(failed=1_000, seconds=179)
         assert over
         assert "could not be renewed" in str(stopped)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 10, 40, 300, 1_000])
+def test_shares_leave_slots_for_every_run(slots):
+    for runs in range(1, slots + 1):
+        share = leases.compute_share(slots, runs)
+        assert 1 <= share <= slots
+        assert share * (runs - 1) < slots

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import math
 import shlex
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from operator import itemgetter
@@ -194,6 +195,7 @@ class Lease:
         self.name = name
         self._blocks: dict[UUID, int] = {}  # slots by the id of their lease in Prefect
         self._held_until = 0.0
+        self._expires_at = 0.0
         self._lost: FluxKontextError | None = None
         self._submitter: Submitter | None = None
 
@@ -297,16 +299,27 @@ class Lease:
             try:
                 await self._client.renew_concurrency_lease(lease_id, LEASE_SECONDS)
             except httpx.HTTPStatusError as error:
-                if error.response.status_code != httpx.codes.GONE or asked_at > self._held_until:
+                if error.response.status_code != httpx.codes.GONE or self._is_expired():
                     raise
                 # The lease cannot have expired yet, so a server that keeps leases in memory has
                 # been restarted. It still counts the slots, so no other run has them.
                 del self._blocks[lease_id]
+                held_until, self._held_until = self._held_until, -math.inf
                 await self._client.release_concurrency_slots([self.name], slots, LEASE_SECONDS)
                 if not await self._try_acquire(slots):
-                    self._held_until = -math.inf
                     raise
+                self._held_until = held_until
+        self._hold_since(asked_at)
+
+    def _hold_since(self, asked_at: float) -> None:
         self._held_until = asked_at + LEASE_SECONDS
+        self._expires_at = time.time() + LEASE_SECONDS
+
+    def _is_expired(self) -> bool:
+        # The loop's clock stands still while the machine is suspended.
+        return asyncio.get_running_loop().time() > self._held_until or (
+            time.time() > self._expires_at
+        )
 
     async def _try_acquire(self, slots: int) -> bool:
         asked_at = asyncio.get_running_loop().time()
@@ -328,7 +341,7 @@ class Lease:
                 f"Prefect has no limit {self.name}. Create it: {_CREATE_COMMAND}"
             )
         if not self._blocks:
-            self._held_until = asked_at + LEASE_SECONDS
+            self._hold_since(asked_at)
         self._blocks[granted.lease_id] = slots
         return True
 
@@ -372,7 +385,7 @@ class SharedLease(Lease):
         limit = await self._client.read_global_concurrency_limit_by_name(self.name)
         runs = await self._client.read_global_concurrency_limit_by_name(_get_runs_name(self.name))
         slots = min(limit.limit, self._account.concurrent_tasks)
-        share = math.ceil(slots / max(1, runs.active_slots))
+        share = compute_share(slots, runs.active_slots)
         missing = min(share - self.slots, limit.limit - limit.active_slots)
         while missing > 0:
             block = math.ceil(missing / 2)  # in several blocks, so that some can be released
@@ -385,5 +398,21 @@ class SharedLease(Lease):
         for lease_id, slots in sorted(self._blocks.items(), key=itemgetter(1), reverse=True):
             if slots <= surplus:
                 surplus -= slots
-                del self._blocks[lease_id]
-                await self._client.release_concurrency_slots_with_lease(lease_id)
+                await self._release_block(lease_id)
+        larger = [block for block in self._blocks.items() if block[1] > surplus]
+        if surplus > 0 and larger:
+            lease_id, slots = min(larger, key=itemgetter(1))
+            has_rest = await self._try_acquire(slots - surplus)
+            await self._release_block(lease_id)
+            if not has_rest and not await self._try_acquire(slots - surplus):
+                self.limiter.resize(**self._get_limits(min(share, self.slots)))
+
+    async def _release_block(self, lease_id: UUID) -> None:
+        del self._blocks[lease_id]
+        await self._client.release_concurrency_slots_with_lease(lease_id)
+
+
+def compute_share(slots: int, runs: int) -> int:
+    """Return the slots that each of some runs may lease: one `n`th, so that none starves."""
+    share = math.ceil(slots / max(1, runs))
+    return share if share * (runs - 1) < slots else max(1, slots // runs)
