@@ -17,7 +17,7 @@ from prefect_flux_kontext.ledger.records import State
 from prefect_flux_kontext.ledger.waves import read_open_waves
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Container
+    from collections.abc import AsyncGenerator, Mapping
 
     from prefect_flux_kontext.ledger.store import RecordStore
 
@@ -57,17 +57,18 @@ async def compact_ledger(store: RecordStore) -> AsyncGenerator[Compaction, None]
         ledger, packs = Ledger(store, heartbeat.owner, prices={}), Packs(store)
         for prefix in prefixes:
             packed = await packs.list_keys(prefix)
-            rows = await _read_stored_rows(ledger, prefix, leave_out=named | packed)
+            names = await _list_by_key(store, prefix)
+            candidates = sorted(names.keys() - named - packed)
+            rows = await _read_stored_rows(ledger, prefix, {key: names[key] for key in candidates})
             if len(rows) >= _MIN_ROWS:
                 await create_pack(store, prefix, rows)
                 packed |= rows.keys()
                 done = done._replace(rows=done.rows + len(rows), packs=done.packs + 1)
             # Nothing is removed but what is in packs that were listed before they are announced:
             # another compaction may have created one that it has not announced yet.
-            if packed:
-                await announce_packs(store)
-            names = await _list_by_key(store, prefix)
             files = [name for key in names.keys() & packed for name in names[key]]
+            if files:
+                await announce_packs(store)
             await asyncio.gather(*(store.remove(f"rows/{prefix}/{name}") for name in files))
             done = done._replace(
                 steps_done=done.steps_done + 1,
@@ -97,11 +98,15 @@ async def _list_by_key(store: RecordStore, prefix: str) -> dict[str, list[str]]:
 
 
 async def _read_stored_rows(
-    ledger: Ledger, prefix: str, *, leave_out: Container[str]
+    ledger: Ledger, prefix: str, names: Mapping[str, list[str]]
 ) -> dict[str, dict[str, bytes]]:
-    """Return the records of the stored rows of a folder, by row key and step."""
-    names = await _list_by_key(ledger.store, prefix)
-    keys = [key for key in sorted(names) if key not in leave_out]
+    """Return the records of those rows that are stored, by row key and step.
+
+    Args:
+        ledger: The ledger.
+        prefix: The folder of the rows.
+        names: The files of each row.
+    """
 
     async def read(key: str) -> dict[str, bytes]:
         records = await asyncio.gather(
@@ -110,7 +115,7 @@ async def _read_stored_rows(
         steps = (name.removeprefix(f"{key}.").removesuffix(".json") for name in names[key])
         return {step: data for step, data in zip(steps, records, strict=True) if data is not None}
 
-    rows = dict(zip(keys, await asyncio.gather(*map(read, keys)), strict=True))
+    rows = dict(zip(names, await asyncio.gather(*map(read, names)), strict=True))
     states = [(await ledger.parse(key, records)).state for key, records in rows.items()]
     return {
         key: records

@@ -3,7 +3,7 @@
 `packs/<first two digits of the keys>/<name>.jsonl` is created whole and never changed. Its first
 line has the place of each row by its key, and each further line has the records of one row.
 `packs/version.json` is replaced after packs were created and before the records in them are
-removed. So whoever creates a record in the place of a removed one sees another version than
+removed. So a claim that creates a record in the place of a removed one sees another version than
 before, and finds the pack.
 """
 
@@ -89,7 +89,6 @@ class Packs:
         Raises:
             LedgerError: A pack cannot be read or is damaged.
         """
-        await self._read_version()
         self._names.pop(prefix, None)  # a pack without a new version is one all the same
         keys: set[str] = set()
         for name in await self._list(prefix):

@@ -11,7 +11,7 @@ from prefect_flux_kontext.batch import compaction
 from prefect_flux_kontext.batch.compaction import compact_ledger
 from prefect_flux_kontext.batch.repair import rebuild_waves
 from prefect_flux_kontext.batch.status import read_ledger_status
-from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError, LedgerError
+from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger import ledger as ledger_module
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger, RowAlreadyClaimedError
@@ -20,12 +20,12 @@ from prefect_flux_kontext.ledger.records import Entry, State
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
 from prefect_flux_kontext.manifest.row import make_row
+from tests.support.ledgers import FAILED, pay
 from tests.support.plans import PRICES
 from tests.support.s3 import s3_server
 
 pytestmark = pytest.mark.anyio
 
-FAILED = FluxKontextError("no", code="FAILED")
 _numbers = itertools.count()
 OUTCOMES = ["stored", "retried", "failed", "rejected", "accepted", "unknown"]
 
@@ -61,25 +61,6 @@ async def compact(store):
     async for done in compact_ledger(store):
         last = done
     return last
-
-
-async def pay(ledger, row, outcome):
-    """Bring a row to an outcome; `retried` is stored in its second attempt."""
-    entry = await ledger.claim(row, await ledger.read(row.key))
-    if outcome == "unknown":
-        return entry
-    if outcome == "rejected":
-        return await ledger.record_rejected(entry, FAILED)
-    entry = await ledger.record_accepted(entry, f"task_{row.key}")
-    if outcome == "accepted":
-        return entry
-    if outcome in ("failed", "retried"):
-        entry = await ledger.record_failed(entry, FAILED)
-        if outcome == "failed":
-            return entry
-        entry = await ledger.claim(row, entry)
-        entry = await ledger.record_accepted(entry, f"task_{row.key}_2")
-    return await ledger.record_stored(entry, [f"{row.key}.jpg"], [])
 
 
 async def fill(store, *, outcomes=OUTCOMES, owner="gone"):
@@ -303,9 +284,13 @@ async def test_packs_that_are_not_announced_remove_nothing(store, monkeypatch):
         await announce_packs(store)
         assert (await stale.read(late.key)).state is State.PLANNED  # lists the packs
         await pay(payer, late, "stored")
-        folder, packed = late.key[:2], {first.key}
-        rows = await compaction._read_stored_rows(payer, folder, leave_out=packed)
-        await create_pack(store, folder, rows)
+        folder = late.key[:2]
+        steps = ("intent", "posted", "ended")
+        records = {
+            f"1.{step}": await store.read(f"rows/{folder}/{late.key}.1.{step}.json")
+            for step in steps
+        }
+        await create_pack(store, folder, {late.key: records})
 
     monkeypatch.setattr(compaction, "announce_packs", announce)
     await compact(store)

@@ -4,17 +4,16 @@ import pytest
 
 from prefect_flux_kontext.batch.repair import rebuild_waves
 from prefect_flux_kontext.batch.status import read_ledger_status
-from prefect_flux_kontext.errors import ConfigurationError, FluxKontextError, LedgerError
+from prefect_flux_kontext.errors import ConfigurationError, LedgerError
 from prefect_flux_kontext.ledger.heartbeat import keep_heartbeat
 from prefect_flux_kontext.ledger.ledger import Ledger
 from prefect_flux_kontext.ledger.store import RecordStore
 from prefect_flux_kontext.ledger.waves import OpenWave, close_wave, open_wave
 from prefect_flux_kontext.manifest.row import make_row
+from tests.support.ledgers import pay
 from tests.support.plans import PRICES
 
 pytestmark = pytest.mark.anyio
-
-FAILED = FluxKontextError("no", code="FAILED")
 
 
 @pytest.fixture
@@ -31,29 +30,10 @@ async def status(store):
         rows = [make_row(n, {"prompt": f"x {number} {n}"}) for n in range(len(outcomes))]
         wave = OpenWave(name=f"gone-{number}", owner="gone", keys=[row.key for row in rows])
         await open_wave(store, wave)
-        entries = [
-            await reach(ledger, row, outcome) for row, outcome in zip(rows, outcomes, strict=True)
-        ]
+        entries = [await pay(ledger, *pair) for pair in zip(rows, outcomes, strict=True)]
         if number == 1:
             await close_wave(store, wave, entries)
     return await read_ledger_status(store)
-
-
-async def reach(ledger, row, outcome):
-    entry = await ledger.claim(row, await ledger.read(row.key))
-    if outcome == "unknown":
-        return entry
-    if outcome == "rejected":
-        return await ledger.record_rejected(entry, FAILED)
-    entry = await ledger.record_accepted(entry, f"task_{row.key}")
-    if outcome == "stored":
-        return await ledger.record_stored(entry, ["x.jpg"], [])
-    if outcome == "accepted":
-        return entry
-    entry = await ledger.record_failed(entry, FAILED)
-    if outcome == "failed":
-        return entry
-    return await ledger.record_rejected(await ledger.claim(row, entry), FAILED)
 
 
 def summarize(status):
